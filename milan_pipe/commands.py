@@ -1,0 +1,176 @@
+"""The commands as Python functions: the same names, the same settings, no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_pipe import pretrain as pretraining
+from milan_pipe.config import Params
+from milan_pipe.data import prepare as preparing
+from milan_pipe.evaluate import embed_both, subject_of
+from milan_pipe.extract import run as extraction
+from milan_pipe.extract.run import ExtractProgress, ExtractReport
+from milan_pipe.pretrain import PretrainProgress, PretrainReport
+from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
+from milan_pipe.transfer.features import LabelledFeatures
+from milan_pipe.transfer.knn import knn_accuracy
+from milan_pipe.transfer.linear_probe import linear_probe_accuracy
+
+
+def _ignore(*_: object) -> None:
+    """Default listener."""
+
+
+def prepare(
+    source: str | Path,
+    images: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> preparing.PrepareReport:
+    """Write webdataset shards and an index from `demo` or a folder of pictures; see `milan_pipe.data.prepare`."""
+    return preparing.prepare(source, Path(images), (params or Params()).prepare, on_progress)
+
+
+def extract_targets(
+    images: str | Path,
+    targets: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[ExtractProgress], None] = _ignore,
+) -> ExtractReport:
+    """Write teacher features, attention and views of all image shards; see `milan_pipe.extract.run`."""
+    settings = params or Params()
+    return extraction.extract_targets(
+        images,
+        targets,
+        teacher=settings.teacher,
+        views=settings.views,
+        view_size=settings.student.image_size,
+        codec=settings.codec,
+        extract=settings.extract,
+        on_progress=on_progress,
+    )
+
+
+def pretrain(
+    targets: str | Path,
+    run: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[PretrainProgress], None] = _ignore,
+) -> PretrainReport:
+    """Train a student on a target store; see `milan_pipe.pretrain`."""
+    settings = params or Params()
+    return pretraining.pretrain(
+        targets,
+        run,
+        student=settings.student,
+        decoder=settings.decoder,
+        masking=settings.masking,
+        target=settings.target,
+        config=settings.pretrain,
+        record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
+        on_progress=on_progress,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnReport:
+    """k-NN accuracy by number of neighbours; `best` is the highest of them; counts of pictures used and set aside."""
+
+    subject: str
+    accuracy: dict[int, float]
+    best: float
+    train: int
+    test: int
+    bad: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeReport:
+    """Accuracy of a linear classifier on frozen features; counts of pictures used and set aside."""
+
+    subject: str
+    accuracy: float
+    train_accuracy: float
+    l2: float
+    converged: bool
+    train: int
+    test: int
+    bad: int
+
+
+def _features(
+    checkpoint: str | Path,
+    train: str | Path,
+    test: str | Path,
+    settings: Params,
+    on_progress: Callable[[int], None],
+) -> tuple[str, LabelledFeatures, LabelledFeatures, int]:
+    subject = subject_of(
+        checkpoint,
+        student=settings.student,
+        teacher=settings.teacher,
+        embed=settings.embed,
+        device=settings.pretrain.device,
+        seed=settings.pretrain.seed,
+    )
+    bad: list[tuple[str, str]] = []
+    first, second = embed_both(
+        subject, train, test, settings.embed, lambda key, reason: bad.append((key, reason)), on_progress
+    )
+    return subject.name, first, second, len(bad)
+
+
+def knn(
+    checkpoint: str | Path,
+    train: str | Path,
+    test: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[int], None] = _ignore,
+) -> KnnReport:
+    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`, on labelled shards."""
+    settings = params or Params()
+    name, first, second, bad = _features(checkpoint, train, test, settings, on_progress)
+    accuracy = knn_accuracy(first, second, settings.knn)
+    return KnnReport(
+        subject=name,
+        accuracy=accuracy,
+        best=max(accuracy.values()),
+        train=len(first.label_N),
+        test=len(second.label_N),
+        bad=bad,
+    )
+
+
+def linear_probe(
+    checkpoint: str | Path,
+    train: str | Path,
+    test: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[int], None] = _ignore,
+) -> LinearProbeReport:
+    """Linear-probe accuracy of a checkpoint, a run, `random` or `teacher`, on labelled shards."""
+    settings = params or Params()
+    name, first, second, bad = _features(checkpoint, train, test, settings, on_progress)
+    result = linear_probe_accuracy(first, second, settings.linear_probe)
+    return LinearProbeReport(
+        subject=name,
+        accuracy=result.accuracy,
+        train_accuracy=result.train_accuracy,
+        l2=result.l2,
+        converged=result.converged,
+        train=len(first.label_N),
+        test=len(second.label_N),
+        bad=bad,
+    )
+
+
+def train_demo_teacher(out_dir: str | Path, params: Params | None = None) -> dict[str, float]:
+    """Train the scenes' CLIP anew; takes about an hour on two cores. See `milan_pipe.teacher.demo_training`."""
+    return _train_demo_teacher(Path(out_dir), (params or Params()).demo_teacher)

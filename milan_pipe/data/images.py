@@ -1,0 +1,436 @@
+"""Webdataset image shards: which there are, what is in one, and how a picture is decoded.
+
+This is the package's only reader of image shards. It keeps webdataset's rules for members and keys, and reads the tar
+with the standard library: webdataset's own reader ends without a word at a damaged header or a cut between two
+members, hands over every member's bytes, and its import loads torch.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from milan_pipe.data.index import PREPARE_MARKER
+from milan_pipe.errors import DataError, MissingError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""Suffixes, in lower case and without the dot, of the pictures that are read."""
+
+OTHER_PICTURE_SUFFIXES = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "ppm", "tif", "tiff")
+"""Suffixes that show a picture which is not read: they are reported, never passed over in silence."""
+
+MAX_PIXELS = 89_478_485
+"""Height x width above which a picture is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
+
+MAX_ENCODED_BYTES = 2**28
+"""Size in bytes above which an encoded picture is refused unread."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_MAX_BRACE_NAMES = 1_000_000
+_NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
+
+OnBad = Callable[[str, str], None]
+"""Takes the key and a one-line reason of a sample that is set aside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture of a shard, still encoded.
+
+    Attributes:
+        key: webdataset key: the member's path up to the first dot of its last part.
+        data: the encoded picture, at least one byte.
+        label: class index, -1 where there is none.
+        caption: None where there is none.
+    """
+
+    key: str
+    data: bytes
+    label: int
+    caption: str | None
+
+
+# --- which shards there are ---------------------------------------------------------------------------------------
+
+
+def expand_shards(spec: str | Path) -> list[Path]:
+    """List the shards that `spec` names, sorted and each once.
+
+    Args:
+        spec: a folder (its `*.tar`), one shard, a path with braces as `train-{000000..000127}.tar` or
+            `{train,test}-000000.tar`, or a glob. A file or folder of exactly this name goes first.
+
+    Raises:
+        MissingError: the folder, the file, one of the braces' files, or any match of the glob is not there.
+        DataError: a folder without shards or that `prepare` has not finished, an address that is not a local path,
+            or braces that make no sense.
+    """
+    text = str(spec)
+    if not text.strip():
+        raise DataError("no image shards were named; give a folder of .tar shards, a shard, or a glob")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", text):
+        raise DataError(f"{text} is not a local path; copy or mount the shards and name that folder")
+    path = Path(text)
+    if path.is_dir():
+        return _shards_in(path)
+    if path.is_file():
+        return [path]
+    if "{" in text:
+        names = _expand_braces(text)
+    elif glob.has_magic(text):
+        names = [name for name in glob.glob(text, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
+        if not names:
+            raise MissingError(f"no file matches {text}")
+    else:
+        raise MissingError(f"{text} is not there; expected a folder of .tar shards, a shard, braces or a glob")
+    paths = [Path(name) for name in sorted(set(names))]
+    missing = [shard for shard in paths if not shard.is_file()]
+    if missing:
+        raise MissingError(
+            f"{missing[0]} is not there ({len(missing)} of the {len(paths)} shards of {text} are missing)"
+        )
+    return paths
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    if (folder / PREPARE_MARKER).exists():
+        raise DataError(f"{folder} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    shards = [entry for entry in entries if entry.suffix == ".tar" and not entry.is_dir()]
+    if shards:
+        dangling = [shard for shard in shards if not shard.exists()]
+        if dangling:
+            raise MissingError(f"{dangling[0]} is a link to a file that is not there")
+        return shards
+    if not entries:
+        raise DataError(f"{folder} is empty; expected .tar shards, which `milan-pipe prepare` writes")
+    pictures = sum(_suffix(entry.name) in IMAGE_SUFFIXES for entry in entries)
+    folders = sum(entry.is_dir() for entry in entries)
+    if pictures or folders:
+        found = " and ".join(f"{n} {noun}" for n, noun in ((pictures, "pictures"), (folders, "subfolders")) if n)
+        raise DataError(
+            f"{folder} holds {found} and no .tar shards; run `milan-pipe prepare` to pack pictures into shards"
+        )
+    raise DataError(f"{folder} holds no .tar shards; found {len(entries)} other files, as {entries[0].name}")
+
+
+def _expand_braces(text: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1], re.ASCII)
+    if span is not None:
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= _MAX_BRACE_NAMES:
+            raise DataError(f"{{{match[1]}}} in {text} must run upwards and over less than {_MAX_BRACE_NAMES} numbers")
+        # As in a shell: a leading zero asks for numbers of one width.
+        padded = any(len(end) > 1 and end.startswith("0") for end in span.groups())
+        width = max(map(len, span.groups())) if padded else 0
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise DataError(f"{{{match[1]}}} in {text} is not understood; expected {{000000..000127}} or {{train,test}}")
+    before, after = text[: match.start()], text[match.end() :]
+    names = [name for choice in choices for name in _expand_braces(before + choice + after)]
+    if len(names) > _MAX_BRACE_NAMES:
+        raise DataError(f"{text} names more than {_MAX_BRACE_NAMES} shards")
+    return names
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+# --- what is in a shard -------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Members of one key, in the order of the tar. `fault` is the first reason to set the sample aside."""
+
+    key: str
+    parts: dict[str, bytes] = field(default_factory=dict)
+    image: bytes | None = None
+    fault: str | None = None
+
+    def spoil(self, reason: str) -> None:
+        self.fault = self.fault or reason
+
+
+def read_shard(path: str | Path, on_bad: OnBad) -> Iterator[Sample]:
+    """Read a shard's samples, in their order, one at a time; nothing is unpickled or written to disk.
+
+    Neighbouring members of one key are one sample: a picture (`IMAGE_SUFFIXES`), and where there are such `cls` (a
+    whole number), `txt` (caption) and `json` (label under "label" or "cls", caption under "caption" or "txt"; `cls`
+    and `txt` win). Other members are skipped unread.
+
+    Args:
+        path: a plain tar file.
+        on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
+            reported, its first sample stays. Keys without a picture are passed over.
+
+    Raises:
+        MissingError: the shard is not there.
+        DataError: the shard cannot be read, is no plain tar, holds no picture at all, or is cut or damaged; in
+            this last case after the samples before the damage. Raised while iterating.
+    """
+    path = Path(path)
+    seen: set[str] = set()
+    pictures = 0
+    for group in _groups(path):
+        if group.key in seen:
+            on_bad(group.key, "duplicate key: the shard holds it twice, or its members do not stand side by side")
+            continue
+        seen.add(group.key)
+        if group.image is None and group.fault is None:
+            continue
+        pictures += 1
+        try:
+            sample = _sample(group)
+        except DataError as error:
+            on_bad(group.key, str(error))
+        else:
+            yield sample
+    if not pictures:
+        raise DataError(f"{path} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _groups(path: Path) -> Iterator[_Group]:
+    group: _Group | None = None
+    for name, info, data in _members(path):
+        prefix, suffix = _split_name(name)
+        if not prefix:
+            continue
+        key = prefix.encode("utf-8", "backslashreplace").decode()
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = _Group(key=key)
+        _add(group, prefix, suffix, info, data)
+    if group is not None:
+        yield group
+
+
+def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | None) -> None:
+    if suffix in OTHER_PICTURE_SUFFIXES:
+        group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+        return
+    if suffix not in _WANTED:
+        return
+    is_image = suffix in IMAGE_SUFFIXES
+    if data is None:
+        kind = (
+            "larger than 256 MiB" if info.isreg() and not info.issparse() else "a link or special file, no plain file"
+        )
+        if is_image:
+            group.spoil(f"the .{suffix} member is {kind}")
+        else:
+            group.parts[suffix] = b""
+        return
+    if is_image and group.image is not None:
+        group.spoil("two pictures of one key")
+    elif suffix in group.parts:
+        group.spoil(f"two .{suffix} members of one key")
+    elif is_image:
+        group.image = data
+        # Names are never used as paths here, but keys become member names in what is written later.
+        if prefix.startswith("/") or ".." in prefix.split("/"):
+            group.spoil("member name is absolute or has '..'")
+        if group.key != prefix:
+            group.spoil("member name is not UTF-8")
+    else:
+        group.parts[suffix] = data
+
+
+_WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case suffix by webdataset's rule: cut at the first dot of the last part; ("", "") if none."""
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
+    if match is None or re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    return match[1], match[2].lower()
+
+
+def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
+    """Name, header and bytes of each member; bytes are read only for suffixes that are of use."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise MissingError(f"shard {path} is not there") from None
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    with file:
+        yield from _walk(path, file)
+
+
+def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"shard {path} is an empty file")
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    except tarfile.TarError:
+        raise DataError(f"{path} is not a plain tar file (a compressed one must be unpacked first)") from None
+    except Exception as error:
+        raise _damaged(path, 0) from error
+    end = -1
+    while True:
+        try:
+            info = tar.next()
+        # tarfile lets ValueError, OverflowError and others through when a header is damaged.
+        except Exception as error:
+            raise _damaged(path, max(end, 0)) from error
+        if info is None:
+            break
+        # The list would grow with the shard; and a header may claim a size that leads backwards or past the end.
+        tar.members = []  # type: ignore[attr-defined]
+        if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
+            raise _damaged(path, info.offset)
+        end = tar.offset
+        data = None
+        wanted = _split_name(info.name)[1] in _WANTED
+        if wanted and info.isreg() and not info.issparse() and info.size <= MAX_ENCODED_BYTES:
+            file.seek(info.offset_data)
+            data = file.read(info.size)
+            if len(data) != info.size:
+                raise _damaged(path, info.offset)
+        if not info.isdir():
+            yield info.name, info, data
+    # tarfile takes a cut, or a damaged header, between two members for the end. The true end is a block of zeros.
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
+        raise _damaged(path, tar.offset)
+
+
+def _damaged(path: Path, offset: int) -> DataError:
+    return DataError(f"shard {path} is cut or damaged at byte {offset}; copy or prepare it again")
+
+
+def _sample(group: _Group) -> Sample:
+    if group.fault is not None:
+        raise DataError(group.fault)
+    if not group.image:
+        raise DataError("empty file")
+    label: int | None = None
+    caption: str | None = None
+    if "json" in group.parts:
+        label, caption = _from_json(group.parts["json"])
+    if "cls" in group.parts:
+        text = group.parts["cls"].decode("utf-8", "replace").strip()
+        if not re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
+            raise DataError(f"cls is not a whole number, found {text[:40]!r}")
+        label = _checked_label(int(text), "cls")
+    if "txt" in group.parts:
+        try:
+            caption = group.parts["txt"].decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError("txt is not UTF-8") from None
+    return Sample(key=group.key, data=group.image, label=-1 if label is None else label, caption=caption)
+
+
+def _from_json(data: bytes) -> tuple[int | None, str | None]:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DataError("json cannot be parsed") from None
+    if not isinstance(values, dict):
+        return None, None
+    label = next((values[name] for name in ("label", "cls") if values.get(name) is not None), None)
+    if label is not None:
+        label = _checked_label(label, "label in json")
+    caption = next((values[name] for name in ("caption", "txt") if isinstance(values.get(name), str)), None)
+    return label, caption
+
+
+def _checked_label(value: object, where: str) -> int:
+    if type(value) is not int or not -1 <= value < 2**63:
+        raise DataError(f"{where} must be a whole number from -1 to 2**63 - 1, found {str(value)[:40]!r}")
+    return value
+
+
+# --- one picture --------------------------------------------------------------------------------------------------
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a picture to RGB, turned as its EXIF orientation says.
+
+    The first frame of an animation is taken; transparency is laid on white; 16-bit grey keeps its high byte, as
+    16-bit colour does in Pillow; CMYK is converted without a colour profile. Always decoded at full size: the JPEG
+    decoder's own down-scaling would change the pixels.
+
+    Args:
+        data: encoded picture: JPEG, PNG, WebP, GIF or BMP, whatever the file was called.
+
+    Returns:
+        A loaded Pillow image of mode RGB.
+
+    Raises:
+        DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; the message is one short
+            line without the picture's name.
+    """
+    if not data:
+        raise DataError("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
+            image.load()
+            return _turned(_rgb(image), image)
+    except (DataError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise DataError("not a JPEG, PNG, WebP, GIF or BMP picture, or its header is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"more than the {MAX_PIXELS} pixels that are read") from None
+    # Pillow's parsers raise SyntaxError, struct.error, IndexError and more on damaged files.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"truncated or damaged: {reason}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow clips these at 255 when it converts; a viewer shows the high byte.
+        high_byte = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turned(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(0x0112)
+    # A damaged EXIF block says nothing about the pixels: viewers show such a picture as it is stored.
+    except Exception:
+        return rgb
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return rgb if turn is None else rgb.transpose(turn)

@@ -1,0 +1,24 @@
+"""Which device a setting names."""
+
+from __future__ import annotations
+
+import torch
+
+from milan_pipe.errors import SettingError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU; any other name is torch's own.
+
+    Raises:
+        SettingError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda") from error
+    return device

@@ -1,0 +1,35 @@
+"""Errors that a user can act on.
+
+Every error says what was found, what was expected and what to do. Each class also is the builtin that fits, so that
+`except ValueError` and its kin work as callers expect. The command line prints the message and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class MilanError(Exception):
+    """Root of all errors that milan_pipe raises on purpose."""
+
+
+class SettingError(MilanError, ValueError):
+    """A parameter is unknown, of the wrong type or out of its range."""
+
+
+class ShapeError(MilanError, ValueError):
+    """A tensor or array has a shape that does not fit its partner."""
+
+
+class DataError(MilanError, ValueError):
+    """Input data is there and cannot be used: no images, unreadable, damaged."""
+
+
+class MissingError(MilanError, LookupError, FileNotFoundError):
+    """A file, folder, shard, model or array that was named is not there."""
+
+
+class StoreError(MilanError, OSError):
+    """A target store or checkpoint cannot be read or written."""
+
+
+class MismatchError(MilanError, ValueError):
+    """Two things that must agree do not: store and configuration, checkpoint and model."""

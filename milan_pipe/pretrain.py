@@ -1,0 +1,267 @@
+"""Stage 2: the student learns from stored targets; no teacher and no source image is touched.
+
+Shape suffixes: B batch, C channels, H height, W width, S = L + 1 tokens (CLS first), L patches, T feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from dvclive.live import Live
+from pydantic import Field
+from torch import Tensor, nn
+
+from milan_pipe import __version__
+from milan_pipe.devices import resolve_device
+from milan_pipe.errors import DataError, MismatchError
+from milan_pipe.loader.order import EpochOrder, batches_per_epoch
+from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
+from milan_pipe.settings import Settings
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
+from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
+from milan_pipe.student.model import MaskedStudent, build_student
+from milan_pipe.student.pixels import normalise
+from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
+from milan_pipe.targets.zarr_store import ZarrTargetReader
+from milan_pipe.training.checkpoint import save_checkpoint
+from milan_pipe.training.loop import StepReport, train
+from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.schedule import cosine_lr
+
+Target = Literal["clip", "pixels"]
+
+
+class PretrainConfig(Settings):
+    """The recipe of pretraining; defaults are those of the scenes."""
+
+    epochs: int = Field(60, ge=1)
+    warmup_epochs: float = Field(3, ge=0)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(1.2e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0)
+    seed: int = Field(0, ge=0, description="of the weights and of the order of samples")
+    window: int = Field(16, ge=1, description=f"blocks of {BLOCK_SAMPLES} samples that are shuffled together")
+    threads: int = Field(1, ge=1, description="threads that decode stored views")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    log_every: int = Field(10, ge=1, description="steps between two points of the metrics")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainReport:
+    """What a run came to; `loss` is the mean over the last epoch, `data_wait` a share of the time."""
+
+    steps: int
+    epochs: int
+    loss: float
+    images_per_second: float
+    data_wait: float
+    seconds: float
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainProgress:
+    """Told every few steps."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    lr: float
+    images_per_second: float
+    data_wait: float
+
+
+class Objective(nn.Module):
+    """Student, masking and loss: a batch as it is stored becomes a scalar, all of it on the training device."""
+
+    def __init__(
+        self, student: MaskedStudent, header: StoreHeader, masking: MaskConfig, target: Target, patch_size: int
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.codec = codec_of(header.codec)
+        self.masking = masking
+        self.target = target
+        self.patch_size = patch_size
+        self.patches = header.patches
+        self.visible = visible_count(header.patches, masking.ratio)
+
+    def forward(self, batch: Batch, epoch: int) -> Tensor:
+        """Loss of one batch.
+
+        Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
+        """
+        device = next(self.student.parameters()).device
+        images_BCHW = normalise(batch.pixels_BHWC.to(device, non_blocking=True))
+        noise_BL = mask_noise(self.masking.seed, epoch, batch.keys, self.patches).to(device)
+        importance_BL = batch.attention_BL.to(device).float() if self.masking.kind == "semantic" else None
+        split = draw_split(importance_BL, noise_BL, self.visible)
+        prediction_BST = self.student(images_BCHW, split)
+        if self.target == "pixels":
+            return pixel_loss(prediction_BST, pixel_target(images_BCHW, self.patch_size), split)
+        scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
+        return feature_loss(prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+
+
+def require_fit(header: StoreHeader, student: StudentConfig, where: Path) -> None:
+    """Refuse targets that this student cannot learn from.
+
+    Raises:
+        MismatchError: view size or grid differ; says both.
+    """
+    if header.views.size != student.image_size:
+        raise MismatchError(
+            f"{where} has views of {header.views.size} pixels, the student reads {student.image_size}; set "
+            f"student.image_size={header.views.size}, or extract with student.image_size={student.image_size}"
+        )
+    if tuple(header.teacher.grid) != tuple(student.grid):
+        theirs, ours = header.teacher.grid, student.grid
+        raise MismatchError(
+            f"{where} has a grid of {theirs[0]} x {theirs[1]} patches (teacher {header.teacher.model!r} at "
+            f"{header.teacher.image_size} pixels), the student has {ours[0]} x {ours[1]}; change student.patch_size, "
+            "or extract with another teacher.image_size"
+        )
+
+
+def _output_width(target: Target, header: StoreHeader, patch_size: int) -> int:
+    return 3 * patch_size**2 if target == "pixels" else header.teacher.width
+
+
+def pretrain(
+    targets: str | Path,
+    run: str | Path,
+    *,
+    student: StudentConfig,
+    decoder: DecoderConfig,
+    masking: MaskConfig,
+    target: Target,
+    config: PretrainConfig,
+    record: dict[str, Any] | None = None,
+    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
+) -> PretrainReport:
+    """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
+
+    Args:
+        targets: folder of the target store.
+        run: folder of the run.
+        target: `clip`, the stored features, or `pixels`, each patch's own normalised pixels.
+        record: settings to keep in the checkpoint beside what it needs itself.
+
+    Raises:
+        MissingError, DataError: the store is not there or damaged, or the loss is not finite.
+        MismatchError: the store does not fit the student.
+        SettingError: the store has fewer samples than a batch.
+    """
+    reader = ZarrTargetReader(targets)
+    require_fit(reader.header, student, Path(targets))
+    samples = tuple(reader.samples(shard) for shard in reader.shards)
+    steps_per_epoch = batches_per_epoch(sum(samples), config.batch_size)
+    order = EpochOrder(
+        samples=samples,
+        views=reader.header.views.count,
+        block=BLOCK_SAMPLES,
+        window=config.window,
+        seed=config.seed,
+    )
+    device = resolve_device(config.device)
+    patch_size = student.image_size // student.grid[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_student(student, decoder, _output_width(target, reader.header, patch_size)).to(device)
+    objective = Objective(model, reader.header, masking, target, patch_size)
+    peak = config.lr * config.batch_size / 256
+    optimiser = build_adamw(model, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
+    steps = steps_per_epoch * config.epochs
+    recent: list[Tensor] = []
+    reports: list[StepReport] = []
+
+    def check_finite(losses: list[Tensor], report: StepReport, batch: Batch) -> float:
+        mean = float(torch.stack(losses).mean())
+        if mean != mean or mean in (float("inf"), float("-inf")):
+            raise DataError(
+                f"the loss is not finite at or shortly before step {report.step} (last batch {batch.keys[0]} ... "
+                f"{batch.keys[-1]}); lower pretrain.lr, or check the targets"
+            )
+        return mean
+
+    Path(run).mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode")
+    opened: list[Prefetcher] = []
+
+    def batches_of(epoch: int) -> Iterator[Batch]:
+        batches = epoch_batches(reader, order, epoch, config.batch_size, pool, with_targets=target == "clip")
+        opened.append(Prefetcher(batches, ahead=8))
+        return iter(opened[-1])
+
+    with Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
+
+        def on_step(report: StepReport, batch: Batch) -> None:
+            if report.step % steps_per_epoch == 1 or steps_per_epoch == 1:
+                recent.clear()
+            recent.append(report.loss)
+            reports[:] = [report]
+            if report.step % config.log_every and report.step != steps:
+                return
+            loss = check_finite(recent[-config.log_every :], report, batch)
+            progress = PretrainProgress(
+                step=report.step,
+                steps=steps,
+                epoch=report.epoch,
+                loss=loss,
+                lr=report.lr,
+                images_per_second=report.step * config.batch_size / report.seconds,
+                data_wait=report.data_wait_seconds / report.seconds,
+            )
+            for name in ("loss", "lr", "images_per_second", "data_wait"):
+                live.log_metric(f"train/{name}", getattr(progress, name))
+            live.step = report.step
+            live.sync()
+            on_progress(progress)
+
+        try:
+            train(
+                optimiser,
+                epochs=config.epochs,
+                batches_of=batches_of,
+                loss_of=objective,
+                lr_of=lambda step: cosine_lr(
+                    step, steps=steps, warmup_steps=round(config.warmup_epochs * steps_per_epoch), peak=peak
+                ),
+                on_step=on_step,
+            )
+        finally:
+            for prefetcher in opened:
+                prefetcher.close()
+            pool.shutdown()
+    last = reports[0]
+    path = save_checkpoint(
+        Path(run),
+        last.step,
+        {"student": model.encoder.state_dict(), "decoder": model.decoder.state_dict()},
+        {
+            "package_version": __version__,
+            "epochs": config.epochs,
+            "student": student.model_dump(mode="json"),
+            "teacher": reader.header.teacher.model_dump(mode="json"),
+            "settings": record or {},
+        },
+    )
+    return PretrainReport(
+        steps=last.step,
+        epochs=config.epochs,
+        loss=float(torch.stack(recent).mean()),
+        images_per_second=last.step * config.batch_size / last.seconds,
+        data_wait=last.data_wait_seconds / last.seconds,
+        seconds=last.seconds,
+        checkpoint=str(path),
+    )

@@ -1,0 +1,51 @@
+"""Base of all config classes: keyword-only, immutable, unknown keys are errors that name the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from milan_pipe.errors import SettingError
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """One line that names an unknown key, the nearest known one, and where it was found."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
+    return f"unknown key {key!r} in {where}{hint}"
+
+
+class Settings(BaseModel):
+    """Values of one part, checked when built. `section` names it in messages and in params files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise SettingError(unknown_key_message(str(key), cls.model_fields, f"{cls.__name__} settings"))
+        return values
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Any:
+        """Build from plain data; `where` names its place, as "pretrain" or "params.yaml, section pretrain".
+
+        Raises:
+            SettingError: a key is unknown, or a value is of the wrong type or out of its range.
+        """
+        for key in values:
+            if key not in cls.model_fields:
+                raise SettingError(unknown_key_message(str(key), cls.model_fields, where))
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join([where, *(str(part) for part in first["loc"])])
+            raise SettingError(f"{place}: {first['msg']}, found {first['input']!r}") from None

@@ -1,0 +1,260 @@
+"""Decoders: from the encoder's visible tokens to a feature at every position.
+
+Both keep the published key names: decoder_embed, mask_token, decoder_pos_embed, decoder_blocks, decoder_norm,
+decoder_pred. Shape suffixes are explained in `milan_pipe.student`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milan_pipe.errors import SettingError, ShapeError
+from milan_pipe.settings import Settings
+from milan_pipe.student.encoder import Grid, gather_tokens, init_like_mae, sincos_position_embedding
+from milan_pipe.student.masking import MaskSplit
+
+NORM_EPS = 1e-6
+"""Epsilon of every layer norm in the student, as in the published code and in timm's ViT."""
+
+
+class DecoderConfig(Settings):
+    """The decoder, which is thrown away after pretraining. The published ViT-B and ViT-L have 512 / 8 / 16.
+
+    Attributes:
+        kind: "prompting" updates the masked tokens only; "plain" is MAE's, where all tokens attend to all.
+        width: of the decoder's tokens; a multiple of 4, for the position embedding.
+        depth: number of blocks.
+        heads: of each block; must divide the width.
+    """
+
+    kind: Literal["prompting", "plain"] = "prompting"
+    width: int = Field(default=64, ge=4)
+    depth: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+
+
+class Decoder(nn.Module):
+    """What both decoders share: embedding, mask token, positions, the way back to raster order, prediction.
+
+    Args:
+        encoder_width: D of the encoder's tokens.
+        width: D of the decoder's tokens.
+        grid: patch rows and columns.
+        output_width: T, the width of the predicted feature.
+        blocks: the kind's own blocks.
+
+    Raises:
+        SettingError: the width is no multiple of 4.
+    """
+
+    def __init__(self, *, encoder_width: int, width: int, grid: Grid, output_width: int, blocks: list[nn.Module]):
+        super().__init__()
+        self.grid = grid
+        self.decoder_embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(width, *grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(width, output_width)
+        init_like_mae(self)
+
+    def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
+        """The prompt (CLS and visible tokens) and the masked tokens, both with their positions.
+
+        Raises:
+            ShapeError: token count is not V + 1, or L is not this decoder's patch count.
+        """
+        patches = self.grid[0] * self.grid[1]
+        if split.patches != patches:
+            raise ShapeError(
+                f"split has {split.patches} patches, this decoder {self.grid[0]} x {self.grid[1]} = {patches}; "
+                "encoder, decoder and mask must share one grid"
+            )
+        expected = (split.batch, 1 + split.visible, self.decoder_embed.in_features)
+        if tuple(latent_BSD.shape) != expected:
+            raise ShapeError(
+                f"latent has shape {tuple(latent_BSD.shape)}, expected {expected}: CLS and the split's visible patches"
+            )
+        position_BLD = self.decoder_pos_embed[:, 1:].expand(split.batch, -1, -1)
+        cls_B1D = self.decoder_pos_embed[:, :1].expand(split.batch, -1, -1)
+        prompt_position_BSD = torch.cat([cls_B1D, gather_tokens(position_BLD, split.keep_BV)], dim=1)
+        prompt_BSD = self.decoder_embed(latent_BSD) + prompt_position_BSD
+        masked_BMD = self.mask_token + gather_tokens(position_BLD, split.masked_BM)
+        return prompt_BSD, masked_BMD
+
+    def _predict(self, tokens_BSD: Tensor, split: MaskSplit) -> Tensor:
+        """(B, L + 1, T) in raster order, from tokens ordered CLS, visible, masked."""
+        cls_B1 = torch.zeros(split.batch, 1, dtype=torch.int64, device=tokens_BSD.device)
+        order_BS = torch.cat([cls_B1, split.restore_index() + 1], dim=1)
+        prediction_BST: Tensor = self.decoder_pred(self.decoder_norm(gather_tokens(tokens_BSD, order_BS)))
+        return prediction_BST
+
+
+class PromptAttention(nn.Module):
+    """Multi-head attention from the masked tokens to prompt and masked tokens."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, query_BMD: Tensor, context_BSD: Tensor) -> Tensor:
+        """(B, M, D): each query's mixture of the context's values."""
+        q_BNMK = self.q(query_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_BNSK, v_BNSK = self.kv(context_BSD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed_BNMK = F.scaled_dot_product_attention(q_BNMK, k_BNSK, v_BNSK)
+        projected_BMD: Tensor = self.proj(mixed_BNMK.transpose(1, 2).flatten(2))
+        return projected_BMD
+
+
+class PromptBlock(nn.Module):
+    """One block of the prompting decoder: only masked tokens are normalised, updated and passed on."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = PromptAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, masked_BMD: Tensor, prompt_BSD: Tensor) -> Tensor:
+        """(B, M, D): the masked tokens after attention and MLP."""
+        query_BMD = self.norm1(masked_BMD)
+        # The prompt skips norm1. Attention does not depend on the order of keys, so none is restored here.
+        context_BSD = torch.cat([prompt_BSD.to(query_BMD.dtype), query_BMD], dim=1)
+        masked_BMD = masked_BMD + self.attn(query_BMD, context_BSD)
+        updated_BMD: Tensor = masked_BMD + self.mlp(self.norm2(masked_BMD))
+        return updated_BMD
+
+
+class PromptingDecoder(Decoder):
+    """MILAN's decoder: CLS and visible tokens are a fixed prompt, masked tokens are the only queries.
+
+    Args:
+        encoder_width: D of the encoder's tokens.
+        width: D of the decoder's tokens, a multiple of 4.
+        depth: number of blocks.
+        heads: of each block; must divide `width`.
+        grid: patch rows and columns.
+        output_width: T, the width of the predicted feature.
+        mlp_width: hidden width of each block's MLP; None is 4 times `width`.
+
+    Raises:
+        SettingError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: Grid,
+        output_width: int,
+        mlp_width: int | None = None,
+    ):
+        _check_heads(width, heads)
+        blocks: list[nn.Module] = [PromptBlock(width, heads, mlp_width or 4 * width) for _ in range(depth)]
+        super().__init__(encoder_width=encoder_width, width=width, grid=grid, output_width=output_width, blocks=blocks)
+
+    def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
+        """Predict the teacher's feature at every position.
+
+        Only masked positions are queries. CLS and visible tokens are projected once and held fixed as the prompt
+        that every block reads.
+
+        Args:
+            latent_BSD: encoder output, S = V + 1 tokens, CLS first, patches in `split.keep_BV` order.
+            split: kept and masked patch indices, 0..L-1, CLS not counted.
+
+        Returns:
+            (B, L + 1, T), CLS first, patches in raster order; not unit length.
+
+        Raises:
+            ShapeError: token count is not V + 1, or L is not this decoder's patch count.
+
+        Source: arXiv 2208.06049, section 3.2.
+        """
+        prompt_BSD, masked_BMD = self._embed(latent_BSD, split)
+        for block in self.decoder_blocks:
+            masked_BMD = block(masked_BMD, prompt_BSD)
+        return self._predict(torch.cat([prompt_BSD.to(masked_BMD.dtype), masked_BMD], dim=1), split)
+
+
+class PlainDecoder(Decoder):
+    """MAE's decoder: mask tokens take the masked places and all tokens attend to all.
+
+    Arguments and errors as `PromptingDecoder`; its blocks have timm's names (attn.qkv).
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: Grid,
+        output_width: int,
+        mlp_width: int | None = None,
+    ):
+        _check_heads(width, heads)
+        norm: Any = partial(nn.LayerNorm, eps=NORM_EPS)
+        # timm wants the MLP's width as a ratio and rounds the product down: the half keeps it from losing one.
+        ratio = ((mlp_width or 4 * width) + 0.5) / width
+        blocks: list[nn.Module] = [
+            Block(width, heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        ]
+        super().__init__(encoder_width=encoder_width, width=width, grid=grid, output_width=output_width, blocks=blocks)
+
+    def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
+        """Predict the target at every position; arguments, result and errors as `PromptingDecoder.forward`.
+
+        Source: arXiv 2111.06377, section 3.
+        """
+        prompt_BSD, masked_BMD = self._embed(latent_BSD, split)
+        tokens_BSD = torch.cat([prompt_BSD, masked_BMD.to(prompt_BSD.dtype)], dim=1)
+        for block in self.decoder_blocks:
+            tokens_BSD = block(tokens_BSD)
+        return self._predict(tokens_BSD, split)
+
+
+def build_decoder(
+    config: DecoderConfig, encoder_width: int, grid: Grid, output_width: int
+) -> PromptingDecoder | PlainDecoder:
+    """Build the decoder that the settings name.
+
+    Args:
+        config: kind and sizes.
+        encoder_width: D of the encoder's tokens.
+        grid: patch rows and columns, as `StudentConfig.grid`.
+        output_width: T: the teacher's feature width, or the values of one patch's pixels.
+
+    Raises:
+        SettingError: the width is no multiple of 4 or of the heads.
+    """
+    kind = PromptingDecoder if config.kind == "prompting" else PlainDecoder
+    return kind(
+        encoder_width=encoder_width,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        grid=grid,
+        output_width=output_width,
+    )
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise SettingError(f"decoder: width {width} is no multiple of heads {heads}; change one of them")

@@ -1,0 +1,293 @@
+"""The student's encoder: a timm ViT under timm's own parameter names, run on the visible patches only.
+
+Shape suffixes are explained in `milan_pipe.student`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from pydantic import Field
+from timm.layers.patch_embed import PatchEmbed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milan_pipe.errors import SettingError, ShapeError
+from milan_pipe.settings import Settings
+from milan_pipe.student.masking import MaskSplit
+
+Grid = tuple[int, int]
+"""Patch rows and columns of an image."""
+
+
+class StudentConfig(Settings):
+    """The backbone that is pretrained. None means the timm model's own value.
+
+    Attributes:
+        model: name of a timm ViT with a class token and no registers.
+        image_size: height and width of the input in pixels.
+        patch_size: height and width of a patch in pixels; must divide `image_size`.
+        width: of the tokens; a multiple of 4, for the position embedding.
+        depth: number of blocks.
+        heads: of each block; must divide the width.
+    """
+
+    model: str = "vit_tiny_patch16_224"
+    image_size: int = Field(default=64, ge=1)
+    patch_size: int | None = Field(default=8, ge=1)
+    width: int | None = Field(default=128, ge=4)
+    depth: int | None = Field(default=4, ge=1)
+    heads: int | None = Field(default=4, ge=1)
+
+    @property
+    def grid(self) -> Grid:
+        """Patch rows and columns.
+
+        Raises:
+            SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
+        """
+        height, width = (self.patch_size,) * 2 if self.patch_size is not None else _native_patch(self.model)
+        if self.image_size % height or self.image_size % width:
+            raise SettingError(
+                f"student: image_size {self.image_size} is no multiple of the patch, {height} x {width} pixels; "
+                "change image_size or patch_size"
+            )
+        return self.image_size // height, self.image_size // width
+
+    @property
+    def patches(self) -> int:
+        """L, the number of patches; raises as `grid`."""
+        return math.prod(self.grid)
+
+
+def build_encoder(config: StudentConfig) -> VisionTransformer:
+    """Build the timm ViT without a classifier, ready for pretraining from scratch.
+
+    Its `state_dict` loads with `strict=True` in the timm model of the same name and sizes. Weights are drawn as MAE
+    does, from torch's global generator. `pos_embed` is a fixed 2-D sin-cos table with `requires_grad` False; turn it
+    on to train it in fine-tuning.
+
+    Raises:
+        SettingError: unknown model name, sizes that do not fit each other, or a model that is not a class-token ViT
+            without registers.
+
+    Source: initialisation and position embedding: arXiv 2111.06377, section 4 and appendix A.1.
+    """
+    grid = config.grid
+    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+    sizes["num_heads"] = config.heads
+    given = {name: value for name, value in sizes.items() if value is not None}
+    encoder = _create(config.model, img_size=config.image_size, **given)
+    set_fixed_positions(encoder, grid)
+    init_like_mae(encoder)
+    return encoder
+
+
+def set_fixed_positions(encoder: VisionTransformer, grid: Grid) -> None:
+    """Put the fixed sin-cos table into `encoder.pos_embed` and stop its training.
+
+    Raises:
+        SettingError: the encoder's width is no multiple of 4.
+    """
+    table = sincos_position_embedding(encoder.embed_dim, *grid)
+    _positions(encoder).requires_grad_(False).copy_(table)
+
+
+def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
+    """The fixed 2-D sine-cosine position embedding of MAE.
+
+    The first half of the channels encodes the column, the second half the row; each half is sines then cosines of
+    `width / 4` frequencies from 1 down to nearly 1/10000. The CLS token's row is zero.
+
+    Args:
+        width: channels, a multiple of 4.
+        grid_h: patch rows.
+        grid_w: patch columns.
+
+    Returns:
+        (1, 1 + L, width) float32, CLS first, patches in raster order.
+
+    Raises:
+        SettingError: `width` is no multiple of 4.
+
+    Source: arXiv 2111.06377, appendix A.1, and its published code for the order of channels.
+    """
+    if width % 4:
+        raise SettingError(f"width {width} is no multiple of 4, which the sin-cos position embedding needs")
+    # float64 until the end: angles reach the grid's size, and float32 sines of them would depend on the machine.
+    steps = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    frequency = torch.exp(-math.log(10000.0) * steps)
+    row_L, column_L = (axis.flatten() for axis in _raster(grid_h, grid_w))
+    halves = [torch.outer(place_L, frequency) for place_L in (column_L, row_L)]
+    patches_LD = torch.cat([wave(angle) for angle in halves for wave in (torch.sin, torch.cos)], dim=1)
+    return F.pad(patches_LD, (0, 0, 1, 0)).float().unsqueeze(0)
+
+
+@torch.no_grad()
+def init_like_mae(module: nn.Module) -> None:
+    """Initialise in place: Xavier uniform linears, zero biases, unit norms, tokens normal with deviation 0.02.
+
+    Serves encoder and decoder. A patch projection counts as the linear map on flattened patches that it is.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1))  # a view: the weight itself is written
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    for name in ("cls_token", "mask_token"):
+        token = getattr(module, name, None)
+        if isinstance(token, nn.Parameter):
+            nn.init.normal_(token, std=0.02)
+
+
+def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
+    """Encode CLS and the visible patches; masked patches cost nothing, not even their projection.
+
+    Args:
+        encoder: from `build_encoder`, or any timm ViT with a class token and no registers.
+        images_BCHW: normalised floats of the encoder's input size.
+        split: kept and masked patch indices, 0..L-1, CLS not counted.
+
+    Returns:
+        (B, 1 + V, D) after the final norm, CLS first, patches in `split.keep_BV` order.
+
+    Raises:
+        ShapeError: the images do not have the encoder's input size, or the split is not of this batch and grid.
+    """
+    _check_images(encoder, images_BCHW)
+    grid_h, grid_w = encoder.patch_embed.grid_size
+    if (split.batch, split.patches) != (images_BCHW.shape[0], grid_h * grid_w):
+        raise ShapeError(
+            f"split is for {split.batch} samples of {split.patches} patches, images are {images_BCHW.shape[0]} of "
+            f"{grid_h} x {grid_w} patches; draw the split from this batch and grid"
+        )
+    embed = encoder.patch_embed
+    pixels_BLP = _flat_patches(images_BCHW, embed.patch_size)
+    # The convolution's stride is its kernel, so it is a linear map of each patch's pixels: gather first, then map.
+    visible_BVD = F.linear(gather_tokens(pixels_BLP, split.keep_BV), embed.proj.weight.flatten(1), embed.proj.bias)
+    visible_BVD = embed.norm(visible_BVD)
+    cls_11D, position_1SD = _class_token(encoder), _positions(encoder)
+    position_BLD = position_1SD[:, 1:].expand(split.batch, -1, -1)
+    visible_BVD = visible_BVD + gather_tokens(position_BLD, split.keep_BV)
+    cls_B1D = (cls_11D + position_1SD[:, :1]).expand(split.batch, -1, -1)
+    latent_BSD = encoder.norm_pre(encoder.pos_drop(torch.cat([cls_B1D, visible_BVD.to(cls_B1D.dtype)], dim=1)))
+    if encoder.grad_checkpointing and torch.is_grad_enabled():
+        latent_BSD = checkpoint_seq(encoder.blocks, latent_BSD)
+    else:
+        latent_BSD = encoder.blocks(latent_BSD)
+    encoded_BSD: Tensor = encoder.norm(latent_BSD)
+    return encoded_BSD
+
+
+def encode_all(encoder: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+    """Encode CLS and all patches, as at test time.
+
+    Returns:
+        (B, 1 + L, D) after the final norm, CLS first, patches in raster order.
+
+    Raises:
+        ShapeError: the images do not have the encoder's input size.
+    """
+    _check_images(encoder, images_BCHW)
+    encoded_BSD: Tensor = encoder.forward_features(images_BCHW)
+    return encoded_BSD
+
+
+def gather_tokens(tokens_BLD: Tensor, index_BV: Tensor) -> Tensor:
+    """(B, V, D): the tokens that each sample's row of indices names."""
+    return tokens_BLD.gather(1, index_BV.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1]))
+
+
+def _flat_patches(images_BCHW: Tensor, patch: Grid) -> Tensor:
+    """(B, L, P), the values of a patch ordered channel, row, column: the order of a convolution's weight."""
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // patch[0], width // patch[1]
+    split_up = images_BCHW.reshape(batch, channels, rows, patch[0], columns, patch[1])
+    return split_up.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+
+
+def _raster(grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
+    """Row and column number of every patch, both (grid_h, grid_w) float64."""
+    row = torch.arange(grid_h, dtype=torch.float64)
+    column = torch.arange(grid_w, dtype=torch.float64)
+    return row[:, None].expand(grid_h, grid_w), column[None, :].expand(grid_h, grid_w)
+
+
+def _class_token(encoder: VisionTransformer) -> nn.Parameter:
+    if encoder.cls_token is None:
+        raise SettingError("encoder has no class token, expected a ViT from build_encoder")
+    return encoder.cls_token
+
+
+def _positions(encoder: VisionTransformer) -> nn.Parameter:
+    if encoder.pos_embed is None:
+        raise SettingError("encoder has no position embedding, expected a ViT from build_encoder")
+    return encoder.pos_embed
+
+
+def _check_images(encoder: VisionTransformer, images_BCHW: Tensor) -> None:
+    expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
+    if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
+        raise ShapeError(
+            f"images have shape {tuple(images_BCHW.shape)}, expected (B, {', '.join(map(str, expected))}); "
+            "render the views at the student's image_size"
+        )
+
+
+def _create(model: str, **sizes: Any) -> VisionTransformer:
+    """`timm.create_model` with errors a user can act on."""
+    if not timm.is_model(model):
+        known = timm.list_models(module="vision_transformer")
+        near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('vit_*') lists candidates"
+        raise SettingError(f"student: timm has no model {model!r}; {hint}")
+    try:
+        encoder: Any = timm.create_model(model, pretrained=False, num_classes=0, **sizes)
+    # What a model that takes no such argument, or a size that does not fit another, raises inside timm and torch.
+    except (AssertionError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        reason = str(error).strip() or type(error).__name__
+        listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise SettingError(
+            f"student: timm cannot build {model!r} with {listed}: {reason}; the model must be a plain ViT, and heads "
+            "must divide the width (set both or neither)"
+        ) from error
+    fault = _unfit(encoder)
+    if fault:
+        raise SettingError(
+            f"student: {model!r} {fault}; expected a ViT with a class token, no registers, as vit_base_patch16_224"
+        )
+    built: VisionTransformer = encoder
+    return built
+
+
+def _unfit(encoder: nn.Module) -> str | None:
+    """Why this timm model cannot be the student; None when it can."""
+    if not isinstance(encoder, VisionTransformer):
+        return f"is a {type(encoder).__name__}, not a VisionTransformer"
+    if not isinstance(encoder.patch_embed, PatchEmbed):
+        return f"embeds its patches with a {type(encoder.patch_embed).__name__}"
+    if not encoder.has_class_token or encoder.num_prefix_tokens != 1:
+        return f"has {encoder.num_prefix_tokens} tokens before the patches, expected the class token alone"
+    if encoder.pos_embed is None or encoder.no_embed_class:
+        return "has no position embedding for its class token"
+    if isinstance(encoder.norm, nn.Identity):
+        return "has no norm after its blocks"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _native_patch(model: str) -> Grid:
+    """Patch height and width that the named timm model has when none is asked for."""
+    with torch.device("meta"):  # shapes only: no memory and no random numbers are used
+        height, width = _create(model).patch_embed.patch_size
+    return height, width

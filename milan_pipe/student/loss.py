@@ -1,0 +1,93 @@
+"""Losses and the pixel target. Shape suffixes are explained in `milan_pipe.student`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from milan_pipe.errors import ShapeError
+from milan_pipe.student.encoder import gather_tokens
+from milan_pipe.student.masking import MaskSplit
+
+
+def feature_loss(prediction_BST: Tensor, target_BST: Tensor) -> Tensor:
+    """Mean of 2 - 2 cos(prediction, target) over all tokens: CLS, visible and masked.
+
+    It equals the squared distance of the two unit vectors, so neither side's length matters. Computed in float32
+    whatever the inputs' type: squares of half-precision features overflow.
+
+    Args:
+        prediction_BST: S = L + 1 tokens, CLS first, raster order.
+        target_BST: the teacher's features in the same order.
+
+    Returns:
+        A float32 scalar in 0..4.
+
+    Raises:
+        ShapeError: the two differ in shape.
+
+    Source: arXiv 2208.06049, section 3.1.
+    """
+    if prediction_BST.shape != target_BST.shape:
+        raise ShapeError(
+            f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target_BST.shape)}; the decoder's "
+            "output width and grid must be the teacher's"
+        )
+    cosine_BS = F.cosine_similarity(prediction_BST.float(), target_BST.float(), dim=-1)
+    return 2.0 - 2.0 * cosine_BS.mean()
+
+
+def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
+    """MAE's target: each patch's pixels, shifted and scaled to mean 0 and deviation 1 over the patch.
+
+    Args:
+        images_BCHW: floats in any normalisation. Shift and scale common to all channels cancel out; channels
+            normalised each in its own way weigh accordingly.
+        patch: height and width of a patch in pixels.
+
+    Returns:
+        (B, L, patch * patch * C) float32, patches in raster order, values ordered row, column, channel.
+
+    Raises:
+        ShapeError: not four dimensions, or the patch does not divide the image.
+
+    Source: arXiv 2111.06377, section 3; the variance is the unbiased one, plus 1e-6, as in its published code.
+    """
+    if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
+        raise ShapeError(
+            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
+        )
+    batch, channels, height, width = images_BCHW.shape
+    rows, columns = height // patch, width // patch
+    split_up = images_BCHW.float().reshape(batch, channels, rows, patch, columns, patch)
+    pixels_BLP = split_up.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    centred_BLP = pixels_BLP - pixels_BLP.mean(dim=-1, keepdim=True)
+    return centred_BLP / (pixels_BLP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def pixel_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> Tensor:
+    """Mean squared error on the masked patches only.
+
+    Args:
+        prediction_BST: S = L + 1 tokens, CLS first, raster order; T is the number of a patch's values.
+        target_BLP: from `pixel_target`, or another target without CLS.
+        split: which patches were masked.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ShapeError: prediction, target and split do not fit each other, or nothing is masked.
+
+    Source: arXiv 2111.06377, section 3.
+    """
+    batch, patches, values = target_BLP.shape
+    if tuple(prediction_BST.shape) != (batch, patches + 1, values) or (split.batch, split.patches) != (batch, patches):
+        raise ShapeError(
+            f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target_BLP.shape)}, the split "
+            f"{split.batch} samples of {split.patches} patches; expected one batch and grid, CLS in the prediction only"
+        )
+    if split.visible == patches:
+        raise ShapeError(f"all {patches} patches are visible, expected masked ones to compute the loss on")
+    predicted_BMP = gather_tokens(prediction_BST[:, 1:], split.masked_BM)
+    return F.mse_loss(predicted_BMP.float(), gather_tokens(target_BLP, split.masked_BM).float())

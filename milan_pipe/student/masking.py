@@ -1,0 +1,221 @@
+"""Which patches the student sees: semantic aware and random masks, as arithmetic on (seed, epoch, sample key).
+
+Shape suffixes are explained in `milan_pipe.student`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.settings import Settings
+
+_NOISE_STREAM = b"milan-mask-1"  # change it when the noise changes: old runs cannot then be resumed by accident
+
+
+class MaskConfig(Settings):
+    """How patches are hidden.
+
+    Attributes:
+        kind: "semantic" keeps patches with probability proportional to the teacher's importance; "random" ignores it.
+        ratio: share of patches that are masked, strictly between 0 and 1.
+        seed: first part of what every mask is a function of; the others are epoch and sample key.
+    """
+
+    kind: Literal["semantic", "random"] = "semantic"
+    ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MaskSplit:
+    """One batch's patches, divided in two.
+
+    Together the two index rows of a sample are a permutation of 0..L-1, CLS not counted. Shapes and types are
+    checked when built; the values only by `check`, because reading them back would stall an accelerator.
+
+    Attributes:
+        keep_BV: patches the encoder sees, int64.
+        masked_BM: patches it does not see, int64.
+
+    Raises:
+        ShapeError: not two dimensions, not int64, or the two differ in batch size or device.
+    """
+
+    keep_BV: Tensor
+    masked_BM: Tensor
+
+    def __post_init__(self) -> None:
+        for name, index in (("keep_BV", self.keep_BV), ("masked_BM", self.masked_BM)):
+            if index.ndim != 2 or index.dtype != torch.int64:
+                found = f"shape {tuple(index.shape)}, {index.dtype}"
+                raise ShapeError(f"MaskSplit.{name}: found {found}, expected two dimensions of torch.int64 indices")
+        if self.keep_BV.shape[0] != self.masked_BM.shape[0] or self.keep_BV.device != self.masked_BM.device:
+            raise ShapeError(
+                f"MaskSplit: keep_BV has {self.keep_BV.shape[0]} rows on {self.keep_BV.device}, masked_BM "
+                f"{self.masked_BM.shape[0]} on {self.masked_BM.device}; both must come from the same batch and device"
+            )
+
+    @classmethod
+    def from_order(cls, order_BL: Tensor, visible: int) -> MaskSplit:
+        """Split rows of patch indices: the first `visible` of each row are kept, the rest masked, order untouched.
+
+        Raises:
+            ShapeError: `order_BL` is not a two-dimensional int64 tensor, or `visible` is not in 0..L.
+        """
+        if order_BL.ndim != 2 or not 0 <= visible <= order_BL.shape[1]:
+            raise ShapeError(f"order_BL has shape {tuple(order_BL.shape)}; cannot keep the first {visible} of each row")
+        return cls(order_BL[:, :visible], order_BL[:, visible:])
+
+    @property
+    def batch(self) -> int:
+        """B, the number of samples."""
+        return self.keep_BV.shape[0]
+
+    @property
+    def visible(self) -> int:
+        """V, the number of kept patches."""
+        return self.keep_BV.shape[1]
+
+    @property
+    def patches(self) -> int:
+        """L, the number of all patches."""
+        return self.keep_BV.shape[1] + self.masked_BM.shape[1]
+
+    def restore_index(self) -> Tensor:
+        """(B, L) int64: where in [kept, masked] each raster position lies; gathering with it restores raster order."""
+        order_BL = torch.cat([self.keep_BV, self.masked_BM], dim=1)
+        # The inverse of a permutation, by one scatter; argsort gives the same and costs a sort.
+        place_BL = torch.arange(self.patches, device=order_BL.device).expand_as(order_BL)
+        return torch.zeros_like(order_BL).scatter(1, order_BL, place_BL)
+
+    def masked_map(self) -> Tensor:
+        """(B, L) bool in raster order, True where masked."""
+        map_BL = torch.zeros(self.batch, self.patches, dtype=torch.bool, device=self.masked_BM.device)
+        return map_BL.scatter(1, self.masked_BM, True)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskSplit:
+        """The same split on another device."""
+        return MaskSplit(
+            self.keep_BV.to(device, non_blocking=non_blocking), self.masked_BM.to(device, non_blocking=non_blocking)
+        )
+
+    def check(self) -> None:
+        """Check the values: each sample's kept and masked patches are 0..L-1, each once. Waits for the device.
+
+        Raises:
+            ShapeError: a patch is named twice, never, or lies outside 0..L-1; names the first such sample.
+        """
+        found_BL = torch.cat([self.keep_BV, self.masked_BM], dim=1).sort(dim=1).values
+        wrong_B = (found_BL != torch.arange(self.patches, device=found_BL.device)).any(dim=1)
+        if bool(wrong_B.any()):
+            row = int(wrong_B.int().argmax())
+            raise ShapeError(
+                f"MaskSplit: kept and masked patches of sample {row} are {found_BL[row].tolist()} when sorted, "
+                f"expected each of 0..{self.patches - 1} once"
+            )
+
+
+def visible_count(patches: int, ratio: float) -> int:
+    """V = floor(L * (1 - ratio)), not fooled by floats: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0.
+
+    Args:
+        patches: L, at least 2.
+        ratio: share of patches that are masked, strictly between 0 and 1.
+
+    Raises:
+        SettingError: the ratio is out of range, or leaves no visible or no masked patch.
+    """
+    if not 0.0 < ratio < 1.0:
+        raise SettingError(f"mask ratio: found {ratio}, expected more than 0 and less than 1")
+    # Rounding of `1 - ratio` and of the product stays below 1e-10 for any L in use, and no sensible ratio is meant to
+    # fall a billionth short of a whole patch.
+    visible = math.floor(patches * (1.0 - ratio) + 1e-9)
+    if not 0 < visible < patches:
+        raise SettingError(
+            f"mask ratio {ratio} leaves {visible} of {patches} patches visible, expected 1 to {patches - 1}; "
+            "change the ratio, or take smaller patches"
+        )
+    return visible
+
+
+def mask_noise(seed: int, epoch: int, keys: Sequence[str], patches: int) -> Tensor:
+    """Gumbel noise for each sample's mask: a pure function of (seed, epoch, key).
+
+    It depends on neither batch, order, rank nor process, so a sample gets the same mask wherever it is read. The
+    Philox generator's raw bits are used, which numpy keeps stable between versions, and not its distributions, which
+    numpy may change.
+
+    Args:
+        seed: of the run.
+        epoch: a new one draws new masks.
+        keys: one per sample.
+        patches: L.
+
+    Returns:
+        (B, L) float32 on the CPU, standard Gumbel, always finite.
+    """
+    raw_BL = np.empty((len(keys), patches), dtype=np.uint64)
+    prefix = f"{seed}:{epoch}:".encode()
+    # One generator, set anew for each sample: building one takes longer, as numpy asks the system for entropy first.
+    generator = np.random.Philox(key=0)
+    fresh: Any = generator.state
+    for row, key in zip(raw_BL, keys, strict=True):
+        text = prefix + key.encode("utf-8", "surrogatepass")
+        digest = blake2b(text, digest_size=16, person=_NOISE_STREAM).digest()
+        fresh["state"]["key"] = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+        generator.state = fresh
+        row[:] = generator.random_raw(patches)
+    # 52 bits and a half: strictly inside (0, 1), so both logarithms are finite.
+    uniform_BL = ((raw_BL >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return torch.from_numpy((-np.log(-np.log(uniform_BL))).astype(np.float32))
+
+
+def draw_split(importance_BL: Tensor | None, noise_BL: Tensor, visible: int) -> MaskSplit:
+    """Draw the visible patches of each sample, without replacement.
+
+    The `visible` largest of log(importance) + Gumbel noise are distributed as successive draws without replacement,
+    each proportional to importance among what is left. Unlike `torch.multinomial` this accepts rows with fewer
+    non-zero entries than are to be drawn: when those are used up, the rest is drawn evenly from the zeros.
+
+    Args:
+        importance_BL: non-negative, any scale and any float type, as the teacher's CLS attention; None draws evenly.
+        noise_BL: from `mask_noise`, moved to the device on which the split is wanted.
+        visible: V, see `visible_count`.
+
+    Returns:
+        The split on the noise's device, both index rows ascending.
+
+    Raises:
+        ShapeError: importance and noise differ in shape, or `visible` is not in 1..L.
+        DataError: importance has a NaN, infinite or negative value. Checked on the CPU only, where it costs nothing.
+
+    Source: arXiv 2208.06049, section 3.3; Gumbel top-k: arXiv 1903.06059, section 2.
+    """
+    if noise_BL.ndim != 2 or not 0 < visible <= noise_BL.shape[1]:
+        raise ShapeError(f"noise has shape {tuple(noise_BL.shape)}, expected (B, L) with L not below V = {visible}")
+    score_BL = noise_BL.float()
+    if importance_BL is not None:
+        if importance_BL.shape != noise_BL.shape:
+            raise ShapeError(
+                f"importance has shape {tuple(importance_BL.shape)}, expected that of the noise, "
+                f"{tuple(noise_BL.shape)}; do targets and student have the same grid?"
+            )
+        weight_BL = importance_BL.to(device=noise_BL.device, dtype=torch.float32)
+        if weight_BL.device.type == "cpu" and not bool(((weight_BL >= 0) & weight_BL.isfinite()).all()):
+            raise DataError("importance has negative, infinite or NaN values, expected attention weights; run verify")
+        # Attention in half precision underflows to 0. log(tiny) = -87 keeps zeros behind all that is not zero (above
+        # -17 in half precision; the noise lies in -3.6 to 36.1) and leaves the order among them to the noise.
+        score_BL = score_BL + weight_BL.clamp(min=torch.finfo(torch.float32).tiny).log()
+    order_BL = score_BL.sort(dim=1, descending=True, stable=True).indices
+    # Ascending rows make gathers read memory forwards, and the split independent of the order of drawing.
+    return MaskSplit(order_BL[:, :visible].sort(dim=1).values, order_BL[:, visible:].sort(dim=1).values)

@@ -1,0 +1,63 @@
+"""Encoder and decoder as the one module that is pretrained. Shape suffixes are explained in `milan_pipe.student`."""
+
+from __future__ import annotations
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from milan_pipe.errors import ShapeError
+from milan_pipe.student.decoder import DecoderConfig, PlainDecoder, PromptingDecoder, build_decoder
+from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_visible
+from milan_pipe.student.masking import MaskSplit
+
+
+class MaskedStudent(nn.Module):
+    """A ViT that sees few patches and a decoder that predicts a feature for every token.
+
+    Args:
+        encoder: what is kept after pretraining.
+        decoder: what is thrown away.
+
+    Raises:
+        ShapeError: the two differ in grid or in token width.
+    """
+
+    def __init__(self, encoder: VisionTransformer, decoder: PromptingDecoder | PlainDecoder):
+        super().__init__()
+        found = (tuple(decoder.grid), decoder.decoder_embed.in_features)
+        expected = (tuple(encoder.patch_embed.grid_size), encoder.embed_dim)
+        if found != expected:
+            raise ShapeError(f"decoder is for grid {found[0]} and width {found[1]}, the encoder has {expected}")
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
+        """Predict the target at every position from the visible patches.
+
+        Args:
+            images_BCHW: normalised floats of the encoder's input size.
+            split: kept and masked patch indices, 0..L-1, CLS not counted.
+
+        Returns:
+            (B, L + 1, T), CLS first, patches in raster order; not unit length.
+
+        Raises:
+            ShapeError: images or split do not fit the encoder.
+        """
+        prediction_BST: Tensor = self.decoder(encode_visible(self.encoder, images_BCHW, split), split)
+        return prediction_BST
+
+
+def build_student(student: StudentConfig, decoder: DecoderConfig, output_width: int) -> MaskedStudent:
+    """Build encoder and decoder with fresh weights from torch's global generator.
+
+    Args:
+        student: the encoder's settings.
+        decoder: the decoder's settings.
+        output_width: T: the teacher's feature width, or the values of one patch's pixels.
+
+    Raises:
+        SettingError: see `build_encoder` and `build_decoder`.
+    """
+    encoder = build_encoder(student)
+    return MaskedStudent(encoder, build_decoder(decoder, encoder.embed_dim, student.grid, output_width))

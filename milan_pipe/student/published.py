@@ -1,0 +1,170 @@
+"""Students from and to the flat key names of the published checkpoints, whatever their sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from milan_pipe.errors import MismatchError, SettingError
+from milan_pipe.student.decoder import NORM_EPS, PlainDecoder, PromptingDecoder
+from milan_pipe.student.encoder import Grid, set_fixed_positions
+from milan_pipe.student.model import MaskedStudent
+
+_DECODER_KEYS = ("decoder_", "mask_token")
+
+
+def student_from_published(
+    state_dict: Mapping[str, Tensor],
+    *,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    prefix: str = "",
+) -> MaskedStudent:
+    """Build the student that a published state dict describes, and load it.
+
+    Channels, patch, grid, widths, depths, MLP widths, output width, presence of a query-key-value bias in the
+    encoder, and the decoder's kind (attn.kv: prompting; attn.qkv: plain) are read from the tensors. Numbers of heads
+    leave no trace in them. Both position embeddings come from the state dict and are not trained.
+
+    Args:
+        state_dict: tensors under the published names, any float type; loaded as float32.
+        encoder_heads: None is one head per 64 channels, as in all ViTs of the usual sizes.
+        decoder_heads: None is 16 for the usual width 512; any other width needs a number.
+        image_size: input height and width in pixels, or one number for both; None is a square grid's.
+        prefix: what stands before every published name, as "module." or "student/"; it is removed. Keys without it
+            are left out, as of other models in the same file.
+
+    Raises:
+        MismatchError: keys are missing or unexpected, or shapes contradict each other; they are named.
+        SettingError: heads do not divide the width, or cannot be told from it.
+    """
+    state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    kind = PlainDecoder if "decoder_blocks.0.attn.qkv.weight" in state else PromptingDecoder
+    sizes = _Sizes(state, prefix)
+    channels, patch_h, patch_w = sizes.shape("patch_embed.proj.weight", 4)[1:]
+    width = sizes.shape("cls_token", 3)[2]
+    decoder_width = sizes.shape("mask_token", 3)[2]
+    grid = _grid(sizes.shape("pos_embed", 3)[1] - 1, (patch_h, patch_w), image_size)
+    encoder = VisionTransformer(
+        img_size=(grid[0] * patch_h, grid[1] * patch_w),
+        patch_size=(patch_h, patch_w),
+        in_chans=channels,
+        num_classes=0,
+        embed_dim=width,
+        depth=sizes.depth("blocks"),
+        num_heads=_encoder_heads(width, encoder_heads),
+        # timm rounds width * ratio down: the half keeps it from losing one.
+        mlp_ratio=(sizes.shape("blocks.0.mlp.fc1.weight", 2)[0] + 0.5) / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+    )
+    set_fixed_positions(encoder, grid)  # overwritten below; this also stops its training
+    decoder = kind(
+        encoder_width=width,
+        width=decoder_width,
+        depth=sizes.depth("decoder_blocks"),
+        heads=_decoder_heads(decoder_width, decoder_heads),
+        grid=grid,
+        output_width=sizes.shape("decoder_pred.weight", 2)[0],
+        mlp_width=sizes.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
+    )
+    student = MaskedStudent(encoder, decoder)
+    _check_fit(state, published_state_dict(student), prefix)
+    encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith(_DECODER_KEYS)})
+    decoder.load_state_dict({key: value for key, value in state.items() if key.startswith(_DECODER_KEYS)})
+    return student
+
+
+def published_state_dict(student: MaskedStudent) -> dict[str, Tensor]:
+    """Encoder and decoder weights under the published flat names; the tensors are the student's own, not copies."""
+    return {**student.encoder.state_dict(), **student.decoder.state_dict()}
+
+
+class _Sizes:
+    """Sizes read from a state dict, with errors that name the key."""
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str):
+        self._state = state
+        self._prefix = prefix
+
+    def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
+        if key not in self._state:
+            raise MismatchError(
+                f"state dict: {self._prefix + key!r} is missing, one of the keys that tell the model's sizes; found "
+                f"{_listed(self._state)}; if all names share a prefix, name it in `prefix`"
+            )
+        shape = tuple(self._state[key].shape)
+        if len(shape) != dimensions:
+            raise MismatchError(
+                f"state dict: {self._prefix + key!r} has shape {shape}, expected {dimensions} dimensions"
+            )
+        return shape
+
+    def depth(self, blocks: str) -> int:
+        """One more than the highest block number: gaps then show as missing keys."""
+        pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+        numbers = [int(match[1]) for match in map(pattern.match, self._state) if match]
+        if not numbers:
+            raise MismatchError(f"state dict: no key {self._prefix}{blocks}.0.*; found {_listed(self._state)}")
+        return max(numbers) + 1
+
+
+def _grid(patches: int, patch: Grid, image_size: int | tuple[int, int] | None) -> Grid:
+    if image_size is None:
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches or side == 0:
+            raise MismatchError(f"pos_embed has {patches} patches, not a square's; give image_size=(height, width)")
+        return side, side
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % patch[0] or width % patch[1] or (height // patch[0]) * (width // patch[1]) != patches:
+        raise MismatchError(
+            f"image_size {height} x {width} at patch {patch[0]} x {patch[1]} is not the {patches} patches of pos_embed"
+        )
+    return height // patch[0], width // patch[1]
+
+
+def _encoder_heads(width: int, heads: int | None) -> int:
+    if heads is None:
+        if width % 64:
+            raise SettingError(f"encoder width {width} is no multiple of 64, which tells no heads; give encoder_heads")
+        return width // 64
+    if heads < 1 or width % heads:
+        raise SettingError(f"encoder_heads {heads} does not divide the encoder's width {width}")
+    return heads
+
+
+def _decoder_heads(width: int, heads: int | None) -> int:
+    if heads is None:
+        if width != 512:
+            raise SettingError(f"decoder width {width} is not the usual 512 (16 heads); give decoder_heads")
+        return 16
+    return heads
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise one error that names all keys and shapes that do not fit."""
+    shapes = [
+        f"{prefix}{key} {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in sorted(state.keys() & expected.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    faults = {
+        "missing": [prefix + key for key in sorted(expected.keys() - state.keys())],
+        "unexpected": [prefix + key for key in sorted(state.keys() - expected.keys())],
+        "of another shape": shapes,
+    }
+    parts = [f"{fault}: {'; '.join(names)}" for fault, names in faults.items() if names]
+    if parts:
+        raise MismatchError(f"state dict does not fit a student of the sizes it tells. {'. '.join(parts)}")
+
+
+def _listed(keys: Iterable[str]) -> str:
+    """Some of the keys, so that a wrong file or prefix is seen at once."""
+    names = sorted(keys)
+    return f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names) or "no key"

@@ -1,0 +1,217 @@
+"""Contrastive training of the small CLIP that ships with the package: pictures of scenes and their captions, no labels.
+
+Captions vary in detail, as captions do: size, colour and background are each left out half of the time. A caption
+counts as true of every picture in the batch whose full caption has all of its words, so that "a star" is not held
+against another picture of a star. This needs nothing but the captions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from open_clip.model import CLIP
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from milan_pipe.data.demo import SCENE_SIZE, SHAPES, render_scene
+from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
+
+logger = logging.getLogger(__name__)
+
+MODEL_CONFIG_PATH = Path(__file__).parent / "demo" / "milan-demo-ViT-S-8-64.json"
+WEIGHTS_NAME = "milan-demo-ViT-S-8-64.safetensors"
+_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+_RENDER_CHUNK = 2000
+
+
+class DemoTeacherConfig(BaseModel):
+    """Settings of the contrastive training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(1_000_003, ge=0, description="scenes of this seed are trained on; use none that students see")
+    scenes: int = Field(200_000, ge=1, description="scenes rendered once and kept in memory, 12 KB each")
+    steps: int = Field(3400, ge=1)
+    batch_size: int = Field(256, ge=2)
+    lr: float = Field(1e-3, gt=0, description="AdamW: embeddings, norms, projections")
+    muon_lr: float = Field(0.02, gt=0, description="Muon: the matrices inside the blocks")
+    weight_decay: float = Field(0.02, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
+    keep_word: float = Field(0.5, gt=0, le=1, description="chance to mention size, colour and background, each")
+    shift: int = Field(6, ge=0, description="pictures are moved by up to this many pixels, edges mirrored")
+    test_scenes: int = Field(2000, ge=1)
+    evaluate_every: int = Field(200, ge=1)
+    compile: bool = True
+
+
+def _render_chunk(seed: int, start: int, stop: int) -> tuple[NDArray[np.uint8], list[str], list[int]]:
+    scenes = [render_scene(seed, index) for index in range(start, stop)]
+    return np.stack([s.image for s in scenes]), [s.caption for s in scenes], [s.label for s in scenes]
+
+
+def _render(seed: int, count: int) -> tuple[NDArray[np.uint8], list[str], list[int]]:
+    images = np.empty((count, SCENE_SIZE, SCENE_SIZE, 3), np.uint8)
+    captions: list[str] = []
+    labels: list[int] = []
+    starts = list(range(0, count, _RENDER_CHUNK))
+    stops = [min(start + _RENDER_CHUNK, count) for start in starts]
+    with ProcessPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        chunks = pool.map(_render_chunk, [seed] * len(starts), starts, stops)
+        for start, stop, chunk in zip(starts, stops, chunks, strict=True):
+            images[start:stop] = chunk[0]
+            captions += chunk[1]
+            labels += chunk[2]
+    return images, captions, labels
+
+
+def shorten_caption(caption: str, keep: tuple[bool, bool, bool]) -> str:
+    """Leave size, colour and background out of a full caption where `keep` says False."""
+    _, size, colour, shape, _, _, background, _ = caption.split()
+    words = ["a", *([size] if keep[0] else []), *([colour] if keep[1] else []), shape]
+    return " ".join(words) + (f" on a {background} background" if keep[2] else "")
+
+
+def caption_matches(short_ids: Tensor, full_ids: Tensor) -> Tensor:
+    """(B, B) bool: does caption j hold for picture i, that is, does i's full caption have all of j's words?"""
+
+    def bag(ids: Tensor) -> Tensor:
+        words = torch.zeros(len(ids), VOCABULARY_SIZE).scatter_(1, ids, 1.0)
+        words[:, [0, END_TOKEN]] = 0
+        return words
+
+    short, full = bag(short_ids), bag(full_ids)
+    return full @ short.T == short.sum(dim=1)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, match: Tensor) -> Tensor:
+    """Symmetric cross-entropy over cosine logits; the target is uniform over all matches of a row or column."""
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    target = match.float()
+    by_image = F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
+    by_text = F.cross_entropy(logits.T, target.T / target.T.sum(dim=1, keepdim=True))
+    return (by_image + by_text) / 2
+
+
+def _augmented(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) -> Tensor:
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    padded = F.pad(pixels.float(), (shift,) * 4, mode="reflect") if shift else pixels.float()
+    moves = rng.integers(0, 2 * shift + 1, (len(images), 2))
+    mirrored = rng.random(len(images)) < 0.5
+    out = torch.empty(pixels.shape)
+    for row, (move, mirror) in enumerate(zip(moves, mirrored, strict=True)):
+        top, left = int(move[0]), int(move[1])
+        view = padded[row, :, top : top + SCENE_SIZE, left : left + SCENE_SIZE]
+        out[row] = view.flip(-1) if mirror else view
+    return _normalised(out)
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    return (pixels / 255 - torch.tensor(_IMAGE_MEAN)[:, None, None]) / torch.tensor(_IMAGE_STD)[:, None, None]
+
+
+@torch.no_grad()
+def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]) -> float:
+    """Share of pictures whose nearest caption among "a circle", "a square", ... names the main shape."""
+    model.eval()
+    text = F.normalize(model.encode_text(tokenize([f"a {shape}" for shape in SHAPES])), dim=-1)
+    right = 0
+    for start in range(0, len(images), 500):
+        pixels = torch.from_numpy(images[start : start + 500]).permute(0, 3, 1, 2).float()
+        guess = (model.encode_image(_normalised(pixels)) @ text.T).argmax(dim=1)
+        right += int((guess == torch.tensor(labels[start : start + 500])).sum())
+    model.train()
+    return right / len(images)
+
+
+def _optimisers(model: CLIP, config: DemoTeacherConfig) -> list[torch.optim.Optimizer]:
+    inside = {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2}
+    outside = [p for n, p in model.named_parameters() if n not in inside]
+    return [
+        torch.optim.Muon(list(inside.values()), lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in outside if p.ndim > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in outside if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(0.9, 0.98),
+        ),
+    ]
+
+
+def train_demo_teacher(out_dir: Path, config: DemoTeacherConfig) -> dict[str, float]:
+    """Train the scenes' CLIP and write its weights, both towers, to `out_dir`.
+
+    Returns:
+        zero-shot accuracy on unseen scenes, pictures seen, seconds.
+    """
+    began = time.monotonic()
+    torch.manual_seed(config.seed)
+    settings = json.loads(MODEL_CONFIG_PATH.read_text())
+    model = CLIP(**settings)
+    images, captions, _ = _render(config.seed, config.scenes)
+    test_images, _, test_labels = _render(config.seed + 1, config.test_scenes)
+    full_ids = tokenize(captions)
+    logger.info("rendered %d scenes in %.0f s", config.scenes, time.monotonic() - began)
+
+    def towers(pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.encode_image(pixels), model.encode_text(ids)
+
+    forward = torch.compile(towers) if config.compile else towers
+    optimisers = _optimisers(model, config)
+    base_lrs = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(config.scenes)
+    position = 0
+    out_dir.mkdir(parents=True, exist_ok=True)
+    accuracy = 0.0
+    for step in range(1, config.steps + 1):
+        if position + config.batch_size > config.scenes:
+            order, position = rng.permutation(config.scenes), 0
+        rows = np.sort(order[position : position + config.batch_size])
+        position += config.batch_size
+        keep = rng.random((len(rows), 3)) < config.keep_word
+        short_ids = tokenize([shorten_caption(captions[r], tuple(k)) for r, k in zip(rows, keep, strict=True)])
+        image, text = forward(_augmented(images[rows], config.shift, rng), short_ids)
+        match = caption_matches(short_ids, full_ids[rows])
+        loss = contrastive_loss(image.float(), text.float(), model.logit_scale.exp(), match)
+        warm = min(1.0, step / max(config.warmup_steps, 1))
+        factor = warm * min(1.0, (config.steps - step + 1) / (config.decay_share * config.steps))
+        for optimiser, lrs in zip(optimisers, base_lrs, strict=True):
+            for group, lr in zip(optimiser.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimiser in optimisers:
+            optimiser.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=float(np.log(100)))
+        if step % config.evaluate_every == 0 or step == config.steps:
+            accuracy = zero_shot_accuracy(model, test_images, test_labels)
+            logger.info(
+                "step %d of %d  loss %.3f  zero-shot %.2f %%  %.0f images/s",
+                step,
+                config.steps,
+                loss.item(),
+                100 * accuracy,
+                step * config.batch_size / (time.monotonic() - began),
+            )
+            weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+            save_file(weights, out_dir / WEIGHTS_NAME)
+    return {
+        "zero_shot_accuracy": accuracy,
+        "images_seen": float(config.steps * config.batch_size),
+        "seconds": time.monotonic() - began,
+    }

@@ -1,0 +1,104 @@
+"""Checkpoints: a folder of safetensors and one JSON record, written beside its place and renamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+
+CHECKPOINT_VERSION = 1
+_FOLDER, _RECORD = "checkpoints", "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        record: what was saved beside the weights; `step` and `version` always.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+
+    def weights(self, part: str) -> dict[str, Tensor]:
+        """Tensors of one part, on the CPU.
+
+        Raises:
+            MissingError: the checkpoint has no such part.
+            DataError: the file is damaged.
+        """
+        file = self.path / f"{part}.safetensors"
+        if not file.is_file():
+            raise MissingError(f"{self.path} has no {file.name}; name a checkpoint that `milan-pipe pretrain` wrote")
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Path:
+    """Write RUN/checkpoints/step-NNNNNNNN; a checkpoint of the same step is replaced.
+
+    Args:
+        parts: tensors by file name, as {"student": state_dict}.
+        record: JSON data that says what the weights are valid for.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    final = run / _FOLDER / f"step-{step:08d}"
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                partial / f"{name}.safetensors",
+            )
+        content = {"version": CHECKPOINT_VERSION, "step": step, **record}
+        (partial / _RECORD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except OSError as error:
+        raise StoreError(f"checkpoint {final} cannot be written: {error.strerror or error}") from error
+    return final
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder, or the last one of a run folder.
+
+    Raises:
+        MissingError: neither is there.
+        DataError: its record is damaged.
+        MismatchError: it was written by another version of the format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise MissingError(f"{folder} is not there; expected a run folder or a checkpoint folder")
+    if not (folder / _RECORD).is_file():
+        steps = sorted((folder / _FOLDER).glob("step-*")) or sorted(folder.glob("step-*"))
+        if not steps:
+            raise MissingError(f"{folder} has no checkpoint; expected {folder}/{_FOLDER}/step-NNNNNNNN/{_RECORD}")
+        folder = steps[-1]
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+        version = record["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / _RECORD} cannot be read ({type(error).__name__}); use another checkpoint"
+        ) from error
+    if version != CHECKPOINT_VERSION:
+        raise MismatchError(f"{folder} has checkpoint version {version}, this milan-pipe reads {CHECKPOINT_VERSION}")
+    return Checkpoint(path=folder, record=record)

@@ -1,0 +1,87 @@
+"""One loop for every kind of training: batches in, loss out, steps counted, time told apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Told after every step.
+
+    Attributes:
+        step: steps done, 1 for the first.
+        epoch: counted from 0.
+        loss: the loss of this step's batch; read it only when needed, it makes an accelerator wait.
+        lr: used in this step.
+        seconds: since the loop began.
+        data_wait_seconds: of these, spent waiting for batches.
+    """
+
+    step: int
+    epoch: int
+    loss: Tensor
+    lr: float
+    seconds: float
+    data_wait_seconds: float
+
+
+def train(
+    optimiser: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    batches_of: Callable[[int], Iterator[B]],
+    loss_of: Callable[[B, int], Tensor],
+    lr_of: Callable[[int], float],
+    on_step: Callable[[StepReport, B], None],
+) -> int:
+    """Run `epochs` epochs.
+
+    Args:
+        batches_of: batches of an epoch.
+        loss_of: scalar loss of a batch in an epoch.
+        lr_of: learning rate of step 0, 1, ...
+        on_step: told after each step; may raise to stop.
+
+    Returns:
+        Steps done.
+    """
+    began = time.monotonic()
+    waited = 0.0
+    step = 0
+    for epoch in range(epochs):
+        batches = batches_of(epoch)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            waited += time.monotonic() - asked
+            if batch is None:
+                break
+            lr = lr_of(step)
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            loss = loss_of(batch, epoch)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            step += 1
+            on_step(
+                StepReport(
+                    step=step,
+                    epoch=epoch,
+                    loss=loss.detach(),
+                    lr=lr,
+                    seconds=time.monotonic() - began,
+                    data_wait_seconds=waited,
+                ),
+                batch,
+            )
+    return step
