@@ -1,3 +1,31 @@
 """Pretrain vision transformers on stored CLIP features: MILAN as a two-stage offline pipeline."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from milan_pipe.commands import extract_targets, knn, linear_probe, prepare, pretrain
+    from milan_pipe.config import Params, load_params
+
+__all__ = ["Params", "extract_targets", "knn", "linear_probe", "load_params", "prepare", "pretrain"]
+
+_HOMES = {
+    "Params": "milan_pipe.config",
+    "load_params": "milan_pipe.config",
+    "extract_targets": "milan_pipe.commands",
+    "knn": "milan_pipe.commands",
+    "linear_probe": "milan_pipe.commands",
+    "prepare": "milan_pipe.commands",
+    "pretrain": "milan_pipe.commands",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `milan-pipe --help` does not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

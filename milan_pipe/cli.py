@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from milan_pipe import __version__
 from milan_pipe.errors import MilanError
@@ -68,9 +69,13 @@ def _plain(report: Any) -> dict[str, Any]:
 
 
 def _show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
+    _console.print(Text(title, style="bold"), soft_wrap=True)
     _console.print(table)
     if as_json:
         sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False) + "\n")
@@ -82,7 +87,7 @@ def _progress(*columns: str, total: int | None = None) -> Iterator[Callable[...,
     parts = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
     with Progress(
         SpinnerColumn(),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         *parts,
         TimeRemainingColumn(compact=True),
@@ -158,11 +163,12 @@ def extract_targets(
 
     settings = _settings(params, overrides)
     with _progress("shards", "rate", "bad") as update:
-        import time
-
-        began = time.monotonic()
+        began: float | None = None
 
         def tell(now: ExtractProgress) -> None:
+            nonlocal began
+            if began is None:  # told first when the teacher is loaded
+                began = time.monotonic()
             rate = now.views / max(time.monotonic() - began, 1e-9)
             update(
                 now.shards_done,
@@ -315,13 +321,20 @@ def _main(
     del version
 
 
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.splitlines())
+    _console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
+    sys.exit(2)
+
+
 def main() -> None:
     """Entry point: a mistake of the user ends in one line and exit code 2."""
     try:
         app()
     except MilanError as error:
-        _console.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:
         _console.print("interrupted; what was committed stays", style="bold red")
         sys.exit(130)

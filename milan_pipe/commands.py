@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan_pipe import pretrain as pretraining
 from milan_pipe.config import Params
 from milan_pipe.data import prepare as preparing
 from milan_pipe.evaluate import embed_both, subject_of
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
 from milan_pipe.pretrain import PretrainProgress, PretrainReport
+from milan_pipe.pretrain import pretrain as _pretrain
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.knn import knn_accuracy
@@ -64,7 +64,7 @@ def pretrain(
 ) -> PretrainReport:
     """Train a student on a target store; see `milan_pipe.pretrain`."""
     settings = params or Params()
-    return pretraining.pretrain(
+    return _pretrain(
         targets,
         run,
         student=settings.student,

@@ -73,12 +73,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
-    if not dot:
-        values[section] = value
-        return
     inside = values.get(section)
     if isinstance(inside, str) and section in _SHORTHAND:
         inside = {_SHORTHAND[section]: inside}
+    if not dot:
+        if not isinstance(value, str) or section not in _SHORTHAND:
+            values[section] = value
+            return
+        # The word chooses the kind; what else the file says of the section holds.
+        key = _SHORTHAND[section]
     values[section] = {**(inside if isinstance(inside, dict) else {}), key: value}
 
 
@@ -93,7 +96,7 @@ def _build(values: Mapping[str, Any], where: str) -> Params:
                 value = {_SHORTHAND[section]: value}
             if not isinstance(value, Mapping):
                 raise SettingError(f"{where}: section {section!r} holds {value!r}, expected keys and values")
-            parts[section] = kind.parse(value, f"{where}, {section}")
+            parts[section] = kind.parse({str(key): entry for key, entry in value.items()}, f"{where}, {section}")
         else:
             parts[section] = value
     params: Params = Params.parse(parts, where)

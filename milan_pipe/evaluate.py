@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from milan_pipe.devices import resolve_device
+from milan_pipe.errors import DataError
 from milan_pipe.student.encoder import StudentConfig, build_encoder
 from milan_pipe.student.weights import load_weights
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
@@ -66,7 +67,10 @@ def subject_of(
             encoder = build_encoder(student)
         return Subject(name=RANDOM, size=student.image_size, embed=student_embedder(encoder, embed.pool, place))
     opened = open_checkpoint(checkpoint)
-    saved: StudentConfig = StudentConfig.parse(opened.record["student"], f"{opened.path}, student")
+    sizes = opened.record.get("student")
+    if not isinstance(sizes, dict):
+        raise DataError(f"{opened.path} does not say which student it holds; name one that `milan-pipe pretrain` wrote")
+    saved: StudentConfig = StudentConfig.parse(sizes, f"{opened.path}, student")
     encoder = build_encoder(saved)
     load_weights(encoder, opened.weights("student"), str(opened.path))
     return Subject(name=str(opened.path), size=saved.image_size, embed=student_embedder(encoder, embed.pool, place))

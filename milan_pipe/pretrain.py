@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from dvclive.live import Live
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from milan_pipe import __version__
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, MismatchError
+from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.loader.order import EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
 from milan_pipe.settings import Settings
@@ -31,12 +31,13 @@ from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
 from milan_pipe.targets.zarr_store import ZarrTargetReader
-from milan_pipe.training.checkpoint import save_checkpoint
+from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.schedule import cosine_lr
 
 Target = Literal["clip", "pixels"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PretrainConfig(Settings):
@@ -46,9 +47,9 @@ class PretrainConfig(Settings):
     warmup_epochs: float = Field(3, ge=0)
     batch_size: int = Field(128, ge=1)
     lr: float = Field(1.2e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
-    seed: int = Field(0, ge=0, description="of the weights and of the order of samples")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of samples")
     window: int = Field(16, ge=1, description=f"blocks of {BLOCK_SAMPLES} samples that are shuffled together")
     threads: int = Field(1, ge=1, description="threads that decode stored views")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
@@ -113,6 +114,61 @@ class Objective(nn.Module):
         return feature_loss(prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
 
 
+class _LossWatch:
+    """Losses of an epoch. They are looked at now and then: reading one makes an accelerator wait."""
+
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._losses: list[Tensor] = []
+        self._unread: list[tuple[StepReport, tuple[str, ...]]] = []
+
+    def add(self, report: StepReport, keys: tuple[str, ...]) -> None:
+        """Remember a step; a new epoch begins a new mean."""
+        if report.epoch != self._epoch:
+            self._epoch = report.epoch
+            self._losses.clear()
+        self._losses.append(report.loss)
+        self._unread.append((report, keys))
+
+    def recent_mean(self) -> float:
+        """Mean over the steps since the last call.
+
+        Raises:
+            DataError: a loss is not finite; names the first such step and its batch.
+        """
+        losses = torch.stack([report.loss for report, _ in self._unread]).cpu()
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            at = int((~finite).int().argmax())
+            report, keys = self._unread[at]
+            raise DataError(
+                f"the loss is {losses[at]:g} at step {report.step} (batch of {len(keys)}: {keys[0]} ... {keys[-1]}); "
+                "lower pretrain.lr, or check the targets. No checkpoint was written"
+            )
+        self._unread.clear()
+        return float(losses.mean())
+
+    def epoch_mean(self) -> float:
+        """Mean over the epoch so far."""
+        return float(torch.stack(self._losses).mean())
+
+
+def _open_run(run: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        SettingError: a finished run is there; its metrics and checkpoint must not mix with those of another.
+        StoreError: the folder cannot be made.
+    """
+    there = checkpoints_of(run)
+    if there:
+        raise SettingError(f"{run} holds a finished run ({there[-1]}); name another folder, or remove this one first")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
+
+
 def require_fit(header: StoreHeader, student: StudentConfig, where: Path) -> None:
     """Refuse targets that this student cannot learn from.
 
@@ -160,7 +216,8 @@ def pretrain(
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student.
-        SettingError: the store has fewer samples than a batch.
+        SettingError: the store has fewer samples than a batch, or RUN holds a finished run.
+        StoreError: RUN cannot be written.
     """
     reader = ZarrTargetReader(targets)
     require_fit(reader.header, student, Path(targets))
@@ -182,19 +239,9 @@ def pretrain(
     peak = config.lr * config.batch_size / 256
     optimiser = build_adamw(model, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
     steps = steps_per_epoch * config.epochs
-    recent: list[Tensor] = []
+    losses = _LossWatch()
     reports: list[StepReport] = []
-
-    def check_finite(losses: list[Tensor], report: StepReport, batch: Batch) -> float:
-        mean = float(torch.stack(losses).mean())
-        if mean != mean or mean in (float("inf"), float("-inf")):
-            raise DataError(
-                f"the loss is not finite at or shortly before step {report.step} (last batch {batch.keys[0]} ... "
-                f"{batch.keys[-1]}); lower pretrain.lr, or check the targets"
-            )
-        return mean
-
-    Path(run).mkdir(parents=True, exist_ok=True)
+    _open_run(Path(run))
     pool = ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode")
     opened: list[Prefetcher] = []
 
@@ -206,13 +253,11 @@ def pretrain(
     with Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
 
         def on_step(report: StepReport, batch: Batch) -> None:
-            if report.step % steps_per_epoch == 1 or steps_per_epoch == 1:
-                recent.clear()
-            recent.append(report.loss)
+            losses.add(report, batch.keys)
             reports[:] = [report]
             if report.step % config.log_every and report.step != steps:
                 return
-            loss = check_finite(recent[-config.log_every :], report, batch)
+            loss = losses.recent_mean()
             progress = PretrainProgress(
                 step=report.step,
                 steps=steps,
@@ -222,9 +267,9 @@ def pretrain(
                 images_per_second=report.step * config.batch_size / report.seconds,
                 data_wait=report.data_wait_seconds / report.seconds,
             )
+            live.step = report.step
             for name in ("loss", "lr", "images_per_second", "data_wait"):
                 live.log_metric(f"train/{name}", getattr(progress, name))
-            live.step = report.step
             live.sync()
             on_progress(progress)
 
@@ -259,7 +304,7 @@ def pretrain(
     return PretrainReport(
         steps=last.step,
         epochs=config.epochs,
-        loss=float(torch.stack(recent).mean()),
+        loss=losses.epoch_mean(),
         images_per_second=last.step * config.batch_size / last.seconds,
         data_wait=last.data_wait_seconds / last.seconds,
         seconds=last.seconds,

@@ -15,7 +15,7 @@ from milan_pipe.data.ahead import thread_count
 from milan_pipe.data.images import expand_shards
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError, MilanError, StoreError
 from milan_pipe.extract.shard import ShardTask, extract_shard
 from milan_pipe.settings import Settings
 from milan_pipe.targets.codec import CodecConfig, build_codec
@@ -80,11 +80,14 @@ def source_info(shards: Sequence[Path]) -> SourceInfo:
     return SourceInfo(shards=len(shards), fingerprint=digest.hexdigest())
 
 
-def _check_bad_share(bad: int, good: int, limit: float, first: str) -> None:
+def _check_bad_share(shards: dict[str, SourceShard], limit: float) -> None:
+    """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
+    bad = sum(len(shard.bad) for shard in shards.values())
+    good = sum(shard.samples for shard in shards.values())
     if bad > limit * (bad + good):
         raise DataError(
             f"{bad} of {bad + good} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
-            f"({first}). Mend the source, or raise the limit"
+            f"({_first_bad(shards)}). Mend the source, or raise the limit"
         )
 
 
@@ -147,6 +150,7 @@ def extract_targets(
         on_progress(ExtractProgress(shards_done=len(known), shards=len(shards), views=done_views, bad=done_bad))
 
     tell(0, 0)
+    _check_bad_share(known, extract.max_bad_fraction)
     for position, shard in enumerate(shards):
         name = f"{position:06d}"
         if name in known:
@@ -154,7 +158,7 @@ def extract_targets(
         try:
             result = extract_shard(task, shard, writer.open_shard(name), tell)
         except OSError as error:
-            if isinstance(error, FileNotFoundError | StoreError):
+            if isinstance(error, MilanError):
                 raise
             raise StoreError(
                 f"{targets}, shard {name}: {error.strerror or error}. {len(known)} of {len(shards)} shards are whole; "
@@ -163,7 +167,7 @@ def extract_targets(
         known[name] = result.source
         cosine += result.cosine_sum
         tell(0, 0)
-        _check_bad_share(done_bad, done_views // views.count, extract.max_bad_fraction, _first_bad(known))
+        _check_bad_share(known, extract.max_bad_fraction)
     writer.finish()
     seconds = time.monotonic() - began
     samples = sum(shard.samples for shard in known.values())

@@ -36,6 +36,13 @@ BAD_SAMPLES = "bad_samples.jsonl"
 _FEATURE_CHUNK_BYTES = 64 * 1024
 _VIEW_CHUNK_BYTES = 256 * 1024
 _VIEW_SHARD_BYTES = 8 * 1024 * 1024
+# The checksum inside of zstd's frame is not one too many: where a read takes a part of a chunk, `zarrs` cuts the crc32c
+# off unread. Zstandard can only be decoded whole, and so is always checked. Hence also for JPEGs, which do not shrink.
+_COMPRESSORS = (ZstdCodec(level=1, checksum=True), Crc32cCodec())
+# `zarrs` on several threads lays the inner chunks of a shard down as they get ready: other bytes each time.
+_LARGE = {"threading.max_workers": 1}
+# `zarrs` leaves a chunk of zeros out; zarr's own pipeline writes it when told to, and what is small need not be fast.
+_SMALL = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 
 
 def use_fast_pipeline() -> bool:
@@ -53,14 +60,25 @@ def _blocks(samples: int) -> int:
     return -(-samples // BLOCK_SAMPLES)
 
 
-def _create(group: zarr.Group, name: str, **layout: Any) -> zarr.Array[Any]:
-    return group.create_array(
-        name,
-        filters=None,
-        # A chunk of zeros is written as well: then a chunk that is absent is a chunk that was lost.
-        config={"write_empty_chunks": True},
-        **layout,
-    )
+def _create(group: zarr.Group, name: str, pipeline: dict[str, Any], **layout: Any) -> zarr.Array[Any]:
+    # An array keeps the pipeline that it was made with.
+    with zarr.config.set(pipeline):
+        return group.create_array(
+            name,
+            filters=None,
+            compressors=_COMPRESSORS,
+            # A chunk of zeros is written as well: then a chunk that is absent is a chunk that was lost.
+            config={"write_empty_chunks": True},
+            **layout,
+        )
+
+
+def _put(array: zarr.Array[Any], selection: Any, values: NDArray[Any]) -> None:
+    try:
+        array[selection] = values
+    # `zarrs` tells of a full disk in this way.
+    except RuntimeError as error:
+        raise OSError(" ".join(str(error).split())) from error
 
 
 def _features_per_chunk(sample_bytes: int) -> int:
@@ -103,20 +121,20 @@ class ZarrShardWriter:
         self._features = _create(
             self._group,
             "features",
+            _LARGE,
             shape=(views, 0, tokens, width),
             dtype=codec.dtype,
             chunks=(1, per_chunk, tokens, width),
             shards=(1, BLOCK_SAMPLES, tokens, width),
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
         )
         self._view_bytes = _create(
             self._group,
             "view_bytes",
+            _LARGE,
             shape=(0,),
             dtype=np.uint8,
             chunks=(_VIEW_CHUNK_BYTES,),
             shards=(_VIEW_SHARD_BYTES,),
-            compressors=[Crc32cCodec()],
         )
 
     def append(self, block: TargetBlock) -> None:
@@ -125,7 +143,7 @@ class ZarrShardWriter:
             raise StoreError(f"{self._partial}: a block of {count} samples cannot follow {self._samples} samples")
         start, stop = self._samples, self._samples + count
         self._features.resize((self._features.shape[0], stop, *self._features.shape[2:]))
-        self._features[:, start:stop] = block.code_KNST
+        _put(self._features, (slice(None), slice(start, stop)), block.code_KNST)
         columns = self._columns
         columns.keys += block.keys
         columns.label.append(block.label_N)
@@ -147,7 +165,8 @@ class ZarrShardWriter:
 
     def _flush_views(self, count: int) -> None:
         self._view_bytes.resize((self._written_views + count,))
-        self._view_bytes[self._written_views :] = np.frombuffer(bytes(self._pending_views[:count]), np.uint8)
+        rows = slice(self._written_views, self._written_views + count)
+        _put(self._view_bytes, rows, np.frombuffer(bytes(self._pending_views[:count]), np.uint8))
         del self._pending_views[:count]
         self._written_views += count
 
@@ -156,13 +175,13 @@ class ZarrShardWriter:
         array = _create(
             self._group,
             name,
+            _SMALL,
             shape=values.shape,
             dtype=values.dtype,
             chunks=(1, BLOCK_SAMPLES, *tail),
             shards=(views, _blocks(samples) * BLOCK_SAMPLES, *tail),
-            compressors=[ZstdCodec(level=1), Crc32cCodec()],
         )
-        array[:] = values
+        _put(array, ..., values)
 
     def commit(self, source: SourceShard) -> None:
         if not self._samples or source.samples != self._samples:
@@ -174,11 +193,11 @@ class ZarrShardWriter:
             parts = getattr(columns, name)
             if parts:
                 self._write_column(name, np.concatenate(parts, axis=1))
-        whole = {"chunks": (self._samples,), "compressors": [ZstdCodec(level=1), Crc32cCodec()]}
-        label = _create(self._group, "label", shape=(self._samples,), dtype=np.int64, **whole)
-        label[:] = np.concatenate(columns.label)
-        key = _create(self._group, "key", shape=(self._samples,), dtype=str, **whole)
-        key[:] = np.array(columns.keys, dtype=object)
+        whole = {"shape": (self._samples,), "chunks": (self._samples,)}
+        label = _create(self._group, "label", _SMALL, dtype=np.int64, **whole)
+        _put(label, ..., np.concatenate(columns.label))
+        key = _create(self._group, "key", _SMALL, dtype=str, **whole)
+        _put(key, ..., np.array(columns.keys, dtype=object))
         self._group.update_attributes(
             {
                 "source": source.name,
@@ -205,6 +224,8 @@ def _read_header(root: Path) -> StoreHeader:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{root}/zarr.json is not the header of a target store; extract into another folder") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{root}/zarr.json is not the header of a target store; extract into another folder")
     version = found.get("schema_version")
     if version != SCHEMA_VERSION:
         raise MismatchError(
@@ -253,6 +274,9 @@ class ZarrTargetWriter:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{root} cannot be made: {error.strerror or error}; choose another folder") from error
+        # zarr writes the header beside its place; a run that was killed just then leaves this and nothing else.
+        for left_over in root.glob("zarr.*.partial"):
+            left_over.unlink(missing_ok=True)
         # A store whose header was not written yet holds nothing; what else is in a folder is somebody's.
         if (root / "zarr.json").exists() or any(root.iterdir()):
             require_same_header(_read_header(root), header, root)
@@ -277,8 +301,14 @@ class ZarrTargetWriter:
             for key, reason in shard.bad
         ]
         temporary = self.root / f"{_PARTIAL}{BAD_SAMPLES}"
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self.root / BAD_SAMPLES)
+        try:
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(self.root / BAD_SAMPLES)
+        except OSError as error:
+            raise StoreError(
+                f"{self.root / BAD_SAMPLES} cannot be written: {error.strerror or error}. All shards are whole; the "
+                "same command goes on from there"
+            ) from error
 
 
 class _OpenShard:
@@ -303,11 +333,15 @@ class _OpenShard:
             array = self._array(column, (n,) if flat else (views, n, *tail))
             self._require_files(column, ["/".join("0" * array.ndim)])
             self.small[column] = np.asarray(self.checked(column, array, ...))
+        end = int((self.small["view_offset"] + self.small["view_length"]).max())
+        if self.view_bytes.shape != (end,):
+            raise self._damaged("view_bytes", f"its shape is {self.view_bytes.shape}, expected {(end,)}")
 
     def _array(self, name: str, shape: tuple[int, ...] | None) -> zarr.Array[Any]:
         try:
             array = zarr.open_array(self.where / name, mode="r", zarr_format=3)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # zarr lets ZeroDivisionError and others through when its metadata is damaged.
+        except Exception as error:
             raise self._damaged(name, f"its metadata cannot be read ({type(error).__name__})") from error
         if shape is not None and array.shape != shape:
             raise self._damaged(name, f"its shape is {array.shape}, expected {shape}")
@@ -319,14 +353,18 @@ class _OpenShard:
         )
 
     def _require_files(self, name: str, chunks: list[str]) -> None:
-        lost = [chunk for chunk in chunks if not (self.where / name / "c" / chunk).is_file()]
+        files = [self.where / name / "c" / chunk for chunk in chunks]
+        # An empty file reads as zeros, like one that is not there.
+        lost = [c for c, file in zip(chunks, files, strict=True) if not file.is_file() or not file.stat().st_size]
         if lost:
-            raise self._damaged(name, f"{len(lost)} of {len(chunks)} chunks are missing, the first is c/{lost[0]}")
+            raise self._damaged(
+                name, f"{len(lost)} of {len(chunks)} chunks are missing or empty, the first is c/{lost[0]}"
+            )
 
     def checked(self, name: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
         try:
             return np.asarray(array[selection])
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError) as error:
             raise self._damaged(name, " ".join(str(error).split())) from error
 
 
@@ -368,7 +406,8 @@ class ZarrTargetReader:
         return ViewRun(
             keys=[str(key) for key in small["key"][rows]],
             label_N=small["label"][rows],
-            code_NST=opened.checked("features", opened.features, (view, rows)),
+            # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
+            code_NST=opened.checked("features", opened.features, (slice(view, view + 1), rows))[0],
             scale_NS=small["scale"][view, rows] if "scale" in small else None,
             attention_NL=small["attention"][view, rows],
             crop_N4=small["crop"][view, rows],

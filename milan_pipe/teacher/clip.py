@@ -163,12 +163,15 @@ def _create(config: TeacherConfig) -> Any:
         torch.manual_seed(0)
         try:
             return open_clip.create_model(name, pretrained=pretrained, **arguments)
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:240]
+        # Readers of damaged checkpoints raise UnpicklingError, SafetensorError, AttributeError and more.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:240] or type(error).__name__
             if pretrained is not None and Path(pretrained).is_file():
                 raise SettingError(
                     f"checkpoint {pretrained} does not load as open_clip model {name!r}: {reason}"
                 ) from error
+            if not isinstance(error, OSError | RuntimeError | ValueError | ImportError):
+                raise
             raise MissingError(
                 f"weights {pretrained!r} of teacher {name!r} cannot be had: {reason}. Connect to the model hub once, "
                 "or name a local checkpoint with --set teacher.pretrained=PATH"

@@ -41,7 +41,7 @@ class DemoTeacherConfig(BaseModel):
 
     seed: int = Field(1_000_003, ge=0, description="scenes of this seed are trained on; use none that students see")
     scenes: int = Field(200_000, ge=1, description="scenes rendered once and kept in memory, 12 KB each")
-    steps: int = Field(3400, ge=1)
+    steps: int = Field(2800, ge=1)
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0, description="AdamW: embeddings, norms, projections")
     muon_lr: float = Field(0.02, gt=0, description="Muon: the matrices inside the blocks")

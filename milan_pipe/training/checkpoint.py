@@ -71,9 +71,15 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
         (partial / _RECORD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except OSError as error:
-        raise StoreError(f"checkpoint {final} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"checkpoint {final} cannot be written: {reason}") from error
     return final
+
+
+def checkpoints_of(run: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, the last one last; what an interrupted write left is not among them."""
+    return sorted(path for path in (Path(run) / _FOLDER).glob("step-*") if path.is_dir())
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,7 +94,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise MissingError(f"{folder} is not there; expected a run folder or a checkpoint folder")
     if not (folder / _RECORD).is_file():
-        steps = sorted((folder / _FOLDER).glob("step-*")) or sorted(folder.glob("step-*"))
+        steps = checkpoints_of(folder) or sorted(folder.glob("step-*"))
         if not steps:
             raise MissingError(f"{folder} has no checkpoint; expected {folder}/{_FOLDER}/step-NNNNNNNN/{_RECORD}")
         folder = steps[-1]

@@ -1,0 +1,8 @@
+"""Stage `pretrain`: the student on stored targets."""
+
+from milan_pipe import cli
+from stages.layout import RUN, TARGETS
+
+if __name__ == "__main__":
+    with cli.errors_as_one_line():
+        cli.pretrain(TARGETS, RUN)

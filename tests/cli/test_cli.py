@@ -1,0 +1,275 @@
+"""The command line as users meet it: the whole chain, help without delay, and mistakes in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich.console
+
+from milan_pipe import __version__, cli
+from milan_pipe.errors import DataError
+
+SMALL = {
+    "prepare.train_scenes": 80,
+    "prepare.test_scenes": 40,
+    "prepare.samples_per_shard": 40,
+    "views.count": 2,
+    "extract.threads": 1,
+    "embed.threads": 1,
+    "pretrain.epochs": 2,
+    "pretrain.batch_size": 16,
+    "pretrain.device": "cpu",
+    "student.width": 32,
+    "student.depth": 1,
+    "knn.neighbours": [1, 5],
+}
+SETTINGS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+COMMANDS = {
+    "prepare": ["SOURCE", "IMAGES"],
+    "extract-targets": ["IMAGES", "TARGETS"],
+    "pretrain": ["TARGETS", "RUN"],
+    "knn": ["CHECKPOINT", "TRAIN", "TEST"],
+    "linear-probe": ["CHECKPOINT", "TRAIN", "TEST"],
+    "train-demo-teacher": ["OUT"],
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+    """`milan-pipe WORDS` in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["milan-pipe", *map(str, words)])
+    # Built at import, with the stderr of that time.
+    monkeypatch.setattr(cli, "_console", rich.console.Console(file=sys.stderr, width=80))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, targets and a run, made by the installed command."""
+    root = tmp_path_factory.mktemp("chain")
+    for words in (["prepare", "demo", "images"], ["extract-targets", "images/train-*.tar", "targets"]):
+        done = external(root, *words, *SETTINGS, "--json")
+        assert done.returncode == 0, done.stderr
+        (root / f"{words[0]}.json").write_text(done.stdout)
+    return root
+
+
+def external(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, "-m", "milan_pipe", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def last_json(text: str) -> dict[str, Any]:
+    found = json.loads(text.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_from_pictures_to_scores(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    prepared = last_json(Path("prepare.json").read_text())
+    assert (prepared["samples"], prepared["shards"], prepared["bad"]) == (120, 3, [])
+    extracted = last_json(Path("extract-targets.json").read_text())
+    assert (extracted["shards"], extracted["samples"], extracted["views"]) == (2, 80, 160)
+    assert extracted["mean_cosine"] > 0.999
+    assert extracted["bytes"] == sum(path.stat().st_size for path in Path("targets").rglob("*") if path.is_file())
+
+    code, out, err = run(capsys, monkeypatch, "extract-targets", "images/train-*.tar", "targets", *SETTINGS, "--json")
+    assert code == 0, err
+    assert (last_json(out)["skipped"], last_json(out)["views"], last_json(out)["mean_cosine"]) == (2, 0, None)
+
+    code, out, err = run(capsys, monkeypatch, "pretrain", "targets", "run", *SETTINGS, "--json")
+    assert code == 0, err
+    trained = last_json(out)
+    assert len(out.splitlines()) == 1
+    assert trained.keys() == {"steps", "epochs", "loss", "images_per_second", "data_wait", "seconds", "checkpoint"}
+    assert (trained["steps"], trained["checkpoint"]) == (10, "run/checkpoints/step-00000010")
+    assert Path(trained["checkpoint"]).is_dir()
+    assert max(len(line) for line in err.splitlines()) <= 80
+
+    shards = ["images/train-*.tar", "images/test-*.tar"]
+    for subject, name in (("run", trained["checkpoint"]), ("random", "random"), ("teacher", "teacher")):
+        code, out, err = run(capsys, monkeypatch, "knn", subject, *shards, *SETTINGS, "--json")
+        assert code == 0, err
+        found = last_json(out)
+        assert (found["subject"], found["train"], found["test"], found["bad"]) == (name, 80, 40, 0)
+        assert found["accuracy"].keys() == {"1", "5"}
+        assert found["best"] == max(found["accuracy"].values())
+    code, out, err = run(capsys, monkeypatch, "linear-probe", "run", *shards, *SETTINGS, "--json")
+    assert code == 0, err
+    assert last_json(out).keys() == {
+        "subject", "accuracy", "train_accuracy", "l2", "converged", "train", "test", "bad",
+    }  # fmt: skip
+
+
+def test_without_json_stdout_is_empty(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    code, out, err = run(capsys, monkeypatch, "extract-targets", "images/train-*.tar", "targets", *SETTINGS)
+    assert (code, out) == (0, "")
+    assert "2 (2 were there)" in err
+
+
+def mistakes(root: Path) -> dict[str, tuple[list[str], str]]:
+    train, store = str(root / "images" / "train-*.tar"), root / "targets"
+    bare, other, nothing = root / "bare", root / "other", root / "nothing"
+    for folder in (bare, other, nothing):
+        folder.mkdir(exist_ok=True)
+    header = json.loads((store / "zarr.json").read_text())
+    header["attributes"]["milan_pipe"]["schema_version"] = 99
+    (other / "zarr.json").write_text(json.dumps(header))
+    with (
+        tarfile.open(next((root / "images").glob("train-*.tar"))) as source,
+        tarfile.open(bare / "bare-000000.tar", "w") as target,
+    ):
+        for member in source.getmembers():
+            if not member.name.endswith(".cls"):
+                data = source.extractfile(member)
+                target.addfile(member, io.BytesIO(data.read()) if data else None)
+    run_at = str(root / "never")
+    unlabelled = str(bare / "bare-000000.tar")
+    return {
+        "no images": (["extract-targets", str(root / "no"), run_at], "is not there"),
+        "empty folder": (["extract-targets", str(nothing), run_at], "nothing"),
+        "unknown teacher": (["extract-targets", train, run_at, "--set", "teacher=ViT-B-61"], "ViT-B-16"),
+        "unknown key": (["pretrain", str(store), run_at, "--set", "pretrain.epoch=1"], "did you mean 'epochs'"),
+        "no params": (["pretrain", str(store), run_at, "--params", "no.yaml"], "no.yaml is not there"),
+        "schema": (["pretrain", str(other), run_at], "schema version 99"),
+        "no store": (["pretrain", str(nothing), run_at], "not a target store"),
+        "other codec": (["extract-targets", train, str(store), *SETTINGS, "--set", "codec=float16"], "'float16'"),
+        "no run": (["knn", str(root / "no"), train, train], "is not there"),
+        "no checkpoint": (["knn", str(nothing), train, train], "has no checkpoint"),
+        "unlabelled": (["knn", "random", unlabelled, unlabelled], "label"),
+        "device": (["pretrain", str(store), run_at, *SETTINGS, "--set", "pretrain.device=abacus"], "abacus"),
+        "brackets": (["prepare", str(root / "[red]no[/red]"), run_at], "[red]no[/red]"),
+    }
+
+
+NAMES = (
+    "no images", "empty folder", "unknown teacher", "unknown key", "no params", "schema", "no store", "other codec",
+    "no run", "no checkpoint", "unlabelled", "device", "brackets",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_line_and_code_two(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    words, expected = mistakes(chain)[name]
+    code, out, err = run(capsys, monkeypatch, *words)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert (code, out, len(lines)) == (2, "", 1), err
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert "Traceback" not in err
+    assert not (chain / "never" / "checkpoints").exists()
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = external(tmp_path, "pretrain", "[no]:smile:", "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines() == [done.stderr.strip()]
+    assert "[no]:smile: is not there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (DataError("first\nsecond [bold]x[/]"), "error: first second [bold]x[/]"),
+        (PermissionError(13, "Permission denied", "/some/file"), "error: /some/file: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_faults_of_data_and_disk_are_told_plainly(
+    fault: Exception, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise fault
+
+    monkeypatch.setattr(cli, "app", fail)
+    code, _, err = run(capsys, monkeypatch)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert expected in err
+
+
+def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run(capsys, monkeypatch)[0] == 130
+
+
+def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_console", rich.console.Console(file=sys.stderr, width=80))
+    path = "/data/[ab]/" + "x" * 120
+    cli._show(f"{path} -> [b]", {"checkpoint": path, "loss": "1"}, None, as_json=False)
+    err = capsys.readouterr().err
+    assert f"{path} -> [b]" in err
+    table = err.splitlines()[1:]
+    assert all(len(line) <= 80 for line in table)
+    assert sum(line.count("x") for line in table) == 120
+    assert any("/data/[ab]/" in line for line in table)
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(capsys, monkeypatch, "--version")[:2] == (0, f"milan-pipe {__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_names_its_arguments(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, command, "--help")
+    assert code == 0
+    for word in [*COMMANDS[command], "--params", "--set", "--json"]:
+        assert word in out
+
+
+def test_help_lists_all_commands_and_loads_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['milan-pipe', '--help']\n"
+        "from milan_pipe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'timm', 'zarr', 'open_clip', 'dvclive', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_transfer_loads_neither_teacher_nor_targets_nor_decoder() -> None:
+    script = (
+        "import sys, milan_pipe.transfer.features, milan_pipe.transfer.knn, milan_pipe.transfer.linear_probe\n"
+        "bad = [n for n in sys.modules if n.startswith(('milan_pipe.teacher', 'milan_pipe.targets', "
+        "'milan_pipe.student.decoder', 'milan_pipe.extract', 'open_clip', 'zarr'))]\n"
+        "assert not bad, bad"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

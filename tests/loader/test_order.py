@@ -1,0 +1,128 @@
+"""The order of samples: whole, fair, well mixed, and a function of nothing but its arguments."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milan_pipe.errors import SettingError
+from milan_pipe.loader.order import EpochOrder, batches_per_epoch
+
+orders = st.builds(
+    EpochOrder,
+    samples=st.lists(st.integers(1, 40), min_size=1, max_size=5).map(tuple),
+    views=st.integers(1, 5),
+    block=st.integers(1, 16),
+    window=st.integers(1, 8),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+def sequence(order: EpochOrder, epoch: int) -> list[tuple[int, int, int]]:
+    """(shard, view, row) of each sample in the order in which it is handed out."""
+    result = []
+    for blocks, sample_order in order.windows(epoch):
+        end_to_end = [(b.shard, b.view, row) for b in blocks for row in range(b.start, b.stop)]
+        result += [end_to_end[i] for i in sample_order]
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders, epoch=st.integers(0, 1000))
+def test_an_epoch_shows_every_sample_once_and_one_view_of_a_shard(order: EpochOrder, epoch: int) -> None:
+    shown = sequence(order, epoch)
+    assert sorted((shard, row) for shard, _, row in shown) == [
+        (shard, row) for shard, count in enumerate(order.samples) for row in range(count)
+    ]
+    for shard in range(len(order.samples)):
+        assert {view for s, view, _ in shown if s == shard} == {order.view_of(epoch, shard)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders, cycle=st.integers(0, 200))
+def test_every_cycle_shows_each_view_of_a_shard_once(order: EpochOrder, cycle: int) -> None:
+    for shard in range(len(order.samples)):
+        epochs = range(cycle * order.views, (cycle + 1) * order.views)
+        assert sorted(order.view_of(epoch, shard) for epoch in epochs) == list(range(order.views))
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders, epoch=st.integers(0, 50))
+def test_blocks_lie_inside_their_shard_and_are_full_but_the_last(order: EpochOrder, epoch: int) -> None:
+    for block in order.blocks(epoch):
+        assert block.start % order.block == 0
+        assert block.stop == min(block.start + order.block, order.samples[block.shard])
+        assert block.start < block.stop
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=orders)
+def test_epoch_five_needs_no_epoch_before_it(order: EpochOrder) -> None:
+    fresh = EpochOrder(
+        samples=order.samples, views=order.views, block=order.block, window=order.window, seed=order.seed
+    )
+    expected = [sequence(order, epoch) for epoch in range(6)][5]
+    assert sequence(fresh, 5) == expected
+
+
+def big(seed: int = 0, window: int = 1000) -> EpochOrder:
+    return EpochOrder(samples=(500, 300, 700), views=4, block=64, window=window, seed=seed)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    rows = {
+        tuple((shard, row) for shard, _, row in sequence(big(seed), epoch)) for seed in range(3) for epoch in range(4)
+    }
+    assert len(rows) == 12
+
+
+def test_shards_do_not_move_through_their_views_in_step() -> None:
+    order = EpochOrder(samples=(1,) * 200, views=4, block=1, window=1, seed=0)
+    counts = Counter(order.view_of(0, shard) for shard in range(200))
+    assert set(counts) == {0, 1, 2, 3}
+    assert max(counts.values()) < 80  # 50 expected, deviation 6
+    turns = {tuple(order.view_of(epoch, shard) for epoch in range(4)) for shard in range(200)}
+    assert len(turns) == 24
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_a_wide_window_leaves_no_trace_of_the_stored_order(epoch: int) -> None:
+    order = big()
+    offsets = np.cumsum([0, *order.samples])
+    stored = np.array([offsets[shard] + row for shard, _, row in sequence(order, epoch)])
+    place = np.arange(len(stored))
+    assert abs(np.corrcoef(stored, place)[0, 1]) < 0.1  # deviation 0.026
+    assert abs(np.corrcoef(stored[:-1], stored[1:])[0, 1]) < 0.1  # neighbours in a batch are no neighbours on disk
+    assert np.abs(stored - place).mean() == pytest.approx(len(stored) / 3, rel=0.1)
+
+
+def test_a_narrow_window_still_takes_blocks_from_everywhere() -> None:
+    order = EpochOrder(samples=(100,) * 20, views=1, block=10, window=16, seed=0)
+    first = sequence(order, 0)[:160]
+    assert len({shard for shard, _, _ in first}) > 8
+    assert [row for _, _, row in first[:10]] != sorted(row for _, _, row in first[:10])
+
+
+def test_two_epochs_put_different_blocks_into_one_window() -> None:
+    order = big(window=4)
+    windows = [{(b.shard, b.start) for b in next(iter(order.windows(epoch)))[0]} for epoch in range(3)]
+    assert windows[0] != windows[1] != windows[2]
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples": ()}, {"samples": (0, 0)}, {"views": 0}, {"block": 0}, {"window": 0}], ids=str
+)
+def test_an_order_of_nothing_is_refused(change: dict[str, object]) -> None:
+    good: dict[str, object] = {"samples": (3,), "views": 1, "block": 1, "window": 1, "seed": 0}
+    with pytest.raises(SettingError, match="at least 1"):
+        EpochOrder(**{**good, **change})  # type: ignore[arg-type]
+
+
+def test_whole_batches_are_counted_and_a_batch_above_the_data_is_refused() -> None:
+    assert [batches_per_epoch(samples, 16) for samples in (16, 31, 32)] == [1, 1, 2]
+    with pytest.raises(SettingError, match=r"15 samples.*batch of 16"):
+        batches_per_epoch(15, 16)

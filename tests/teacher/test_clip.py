@@ -1,0 +1,209 @@
+"""Loading teachers: what is refused and how, what identifies one, and what pixels become."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.factory import load_checkpoint
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from milan_pipe.data.demo import render_scene
+from milan_pipe.errors import MissingError, SettingError, ShapeError
+from milan_pipe.teacher.clip import TeacherConfig, demo_folder, load_teacher
+from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
+
+DEMO_MODEL = "milan-demo-ViT-S-8-64"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_teacher(TeacherConfig())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _demo_config():
+    open_clip.add_model_config(demo_folder())
+
+
+def scenes(count, seed=77):
+    return torch.from_numpy(np.stack([render_scene(seed, i).image for i in range(count)]))
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"model": "ViT-B-23", "pretrained": "openai"}, SettingError, r"unknown teacher 'ViT-B-23'.*nearest.*ViT-B-32"),
+        ({"model": "zzzz\u20ac", "pretrained": "x"}, SettingError, "unknown teacher"),
+        ({"model": "ViT-B-32"}, SettingError, r"needs `teacher.pretrained`.*openai"),
+        ({"model": "ViT-B-32", "pretrained": "opnai"}, MissingError, r"no pretrained tag 'opnai'.*openai"),
+        ({"pretrained": "openai"}, SettingError, r"'demo' brings its own weights, found pretrained 'openai'"),
+        ({"model": "RN50", "pretrained": "random"}, SettingError, "ModifiedResNet"),
+        ({"model": "vit_medium_patch16_gap_256", "pretrained": "random"}, SettingError, "TimmModel"),
+    ],
+)
+def test_refused(settings, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        load_teacher(TeacherConfig(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingError, match=r"laion2b_s34b_b79k.*cannot be had.*teacher.pretrained=PATH") as caught:
+        load_teacher(TeacherConfig(model="ViT-B-32", pretrained="laion2b_s34b_b79k"))
+    assert "\n" not in str(caught.value)
+
+
+def damaged(name, path):
+    if name == "other_model.pt":
+        torch.save({"visual.conv1.weight": torch.zeros(4, 3, 2, 2)}, path)
+    elif name == "list.pt":
+        torch.save([1, 2], path)
+    elif name == "empty.pt":
+        path.touch()
+    elif name == "cut.safetensors":
+        path.write_bytes((demo_folder() / WEIGHTS_NAME).read_bytes()[:100_000])
+    else:
+        path.write_text("not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name", ["other_model.pt", "list.pt", "empty.pt", "text.pt", "text.safetensors", "cut.safetensors"]
+)
+def test_unusable_checkpoint_is_one_line(name, tmp_path):
+    path = tmp_path / name
+    damaged(name, path)
+    with pytest.raises(SettingError, match="does not load as open_clip model") as caught:
+        load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(path)))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+
+def test_local_checkpoint_is_the_bundled_teacher(demo, tmp_path):
+    path = tmp_path / "copy.safetensors"
+    save_file(load_file(demo_folder() / WEIGHTS_NAME), path)
+    local = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(path)))
+    assert local.info.weights_sha256 == demo.info.weights_sha256
+    # The place of a checkpoint is not part of the identity.
+    assert local.info.pretrained == "copy.safetensors"
+    pixels = scenes(2)
+    assert torch.equal(local(pixels).features_BST, demo(pixels).features_BST)
+
+
+def test_digest_changes_with_one_weight(demo, tmp_path):
+    weights = load_file(demo_folder() / WEIGHTS_NAME)
+    weights["visual.transformer.resblocks.2.ln_1.bias"][7] += 1e-4
+    save_file(weights, tmp_path / "changed.safetensors")
+    changed = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(tmp_path / "changed.safetensors")))
+    assert changed.info.weights_sha256 != demo.info.weights_sha256
+
+
+def test_digest_ignores_the_text_tower(demo, tmp_path):
+    weights = load_file(demo_folder() / WEIGHTS_NAME)
+    weights["text_projection"] += 1
+    save_file(weights, tmp_path / "text.safetensors")
+    changed = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(tmp_path / "text.safetensors")))
+    assert changed.info.weights_sha256 == demo.info.weights_sha256
+
+
+def test_random_weights_are_the_same_everywhere(demo):
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    first = load_teacher(TeacherConfig(pretrained="random"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(9)
+    second = load_teacher(TeacherConfig(pretrained="random"))
+    code = (
+        "from milan_pipe.teacher.clip import TeacherConfig, load_teacher;"
+        "print(load_teacher(TeacherConfig(pretrained='random')).info.weights_sha256)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert first.info.weights_sha256 == second.info.weights_sha256 == other[-1]
+    assert first.info.weights_sha256 != demo.info.weights_sha256
+
+
+def test_info(demo):
+    assert (demo.info.model, demo.info.pretrained, demo.info.normalization) == ("demo", None, "clip")
+    assert (demo.info.image_size, demo.info.grid, demo.info.width) == (64, (8, 8), 128)
+    assert not demo.visual.training
+    assert not any(parameter.requires_grad for parameter in demo.parameters())
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------
+
+
+def test_normalisation_is_as_named(demo):
+    pixels = scenes(3)
+    imagenet = load_teacher(TeacherConfig(normalization="imagenet"))
+    assert imagenet.info.normalization == "imagenet"
+    assert_close(imagenet.mean.flatten(), 255 * torch.tensor([0.485, 0.456, 0.406]))
+    assert_close(imagenet.std.flatten(), 255 * torch.tensor([0.229, 0.224, 0.225]))
+    assert_close(demo.mean.flatten(), 255 * torch.tensor(open_clip.OPENAI_DATASET_MEAN))
+    assert_close(demo.std.flatten(), 255 * torch.tensor(open_clip.OPENAI_DATASET_STD))
+    # A wide margin over float error: the two really see different inputs.
+    assert (imagenet(pixels).features_BST - demo(pixels).features_BST).abs().max() > 1e-2
+
+
+def test_output_is_the_towers_own_embedding(demo):
+    pixels = scenes(3)
+    output = demo(pixels)
+    assert output.features_BST.shape == (3, 65, 128)
+    assert output.importance_BL.shape == (3, 64)
+    assert output.features_BST.dtype == output.importance_BL.dtype == torch.float32
+    normal = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)) / (
+        torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    )
+    with torch.inference_mode():
+        assert_close(output.features_BST[:, 0], demo.visual(normal), rtol=1e-4, atol=1e-4)
+
+
+def test_other_sizes_are_resized(demo):
+    small = scenes(2)
+    big = F.interpolate(small.permute(0, 3, 1, 2).float(), (160, 128), mode="bicubic", antialias=True)
+    big = big.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    output, reference = demo(big), demo(small)
+    assert output.features_BST.shape == reference.features_BST.shape
+    assert F.cosine_similarity(output.features_BST[:, 0], reference.features_BST[:, 0], dim=-1).min() > 0.9
+
+
+def test_image_size_setting_changes_the_grid():
+    teacher = load_teacher(TeacherConfig(pretrained="random", image_size=32))
+    assert (teacher.info.image_size, teacher.info.grid) == (32, (4, 4))
+    assert teacher(scenes(1)).features_BST.shape == (1, 17, 128)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(2, 64, 64, 3),
+        torch.zeros(64, 64, 3, dtype=torch.uint8),
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(2, 64, 64, 4, dtype=torch.uint8),
+    ],
+    ids=["float", "no batch", "channels first", "four channels"],
+)
+def test_wrong_pixels_are_refused(demo, pixels):
+    with pytest.raises(ShapeError, match=r"expected \(B, H, W, 3\) uint8 pixels, found"):
+        demo(pixels)
+
+
+def test_bundled_teacher_knows_the_shapes():
+    model = open_clip.create_model(DEMO_MODEL)
+    load_checkpoint(model, str(demo_folder() / WEIGHTS_NAME))
+    unseen = [render_scene(4_242_424, index) for index in range(200)]
+    images = np.stack([scene.image for scene in unseen])
+    assert zero_shot_accuracy(model, images, [scene.label for scene in unseen]) >= 0.9

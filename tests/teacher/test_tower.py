@@ -1,0 +1,139 @@
+"""The image tower: against the published reference, and against open_clip's own forward pass with full maps."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from milan_pipe.errors import SettingError
+from milan_pipe.teacher.tower import check_tower, grid_of, input_size_of, output_width_of, tower_outputs
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
+ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
+NO_ORACLE = f"no milan_oracle_*.safetensors under {SHARED}"
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "path",
+    ORACLES or [pytest.param(None, marks=pytest.mark.skip(reason=NO_ORACLE))],
+    ids=lambda path: path.stem if path else "none",
+)
+@torch.inference_mode()
+def test_agrees_with_published_reference(path):
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    prefix = "teacher/visual."
+    weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    width = weights["class_embedding"].shape[0]
+    tower = VisionTransformer(
+        image_size=int(meta["image_size"]),
+        patch_size=weights["conv1.weight"].shape[-1],
+        width=width,
+        layers=int(meta["teacher_layers"]),
+        heads=int(meta["teacher_heads"]),
+        mlp_ratio=weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+        output_dim=weights["proj"].shape[1],
+        act_layer=QuickGELU,
+        norm_layer=partial(LayerNorm, eps=float(meta["layer_norm_eps_teacher"])),
+    ).eval()
+    tower.load_state_dict(weights)
+    check_tower(tower, "oracle")
+    features, importance = tower_outputs(tower, tensors["io/images"])
+    assert_close(features, tensors["io/teacher_features"], **TOLERANCE)
+    assert_close(importance, tensors["io/importance"], **TOLERANCE)
+
+
+def plain_outputs(tower, pixels):
+    """open_clip's own forward pass; the last block's map from `multi_head_attention_forward` with all its weights."""
+    seen = {}
+    last = tower.transformer.resblocks[-1]
+    hooks = [
+        last.ln_1.register_forward_hook(lambda *call: seen.update(inside=call[-1])),
+        tower.transformer.register_forward_hook(lambda *call: seen.update(tokens=call[-1])),
+    ]
+    tower(pixels)
+    for hook in hooks:
+        hook.remove()
+    attn, x = last.attn, seen["inside"].transpose(0, 1)
+    _, maps = F.multi_head_attention_forward(
+        x, x, x, attn.embed_dim, attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, None, None, False, 0.0,
+        attn.out_proj.weight, attn.out_proj.bias, training=False, need_weights=True, average_attn_weights=True,
+    )  # fmt: skip
+    return tower.ln_post(seen["tokens"]) @ tower.proj, maps[:, 0, 1:]
+
+
+def small_tower(**changes):
+    torch.manual_seed(3)
+    sizes = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 3, "heads": 3, "mlp_ratio": 4.0}
+    tower = VisionTransformer(**{**sizes, "output_dim": 20, **changes}).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    return tower
+
+
+@pytest.mark.parametrize("changes", [{}, {"ls_init_value": 0.3}, {"act_layer": QuickGELU}, {"layers": 1}], ids=str)
+@torch.inference_mode()
+def test_fast_path_is_the_plain_one_small(changes):
+    tower = small_tower(**changes)
+    pixels = torch.randn(3, 3, 24, 24)
+    features, importance = tower_outputs(tower, pixels)
+    plain_features, plain_importance = plain_outputs(tower, pixels)
+    assert features.shape == (3, 10, 20)
+    assert importance.shape == (3, 9)
+    assert_close(features, plain_features, **TOLERANCE)
+    assert_close(importance, plain_importance, **TOLERANCE)
+    assert_close(features[:, 0], tower(pixels), **TOLERANCE)
+    assert importance.std() > 1e-3
+    assert (importance.sum(dim=1) < 1).all()
+
+
+@torch.inference_mode()
+def test_fast_path_is_the_plain_one_vit_b_32():
+    torch.manual_seed(0)
+    tower = open_clip.create_model("ViT-B-32").visual.eval()
+    check_tower(tower, "ViT-B-32")
+    pixels = torch.randn(1, 3, 224, 224)
+    features, importance = tower_outputs(tower, pixels)
+    plain_features, plain_importance = plain_outputs(tower, pixels)
+    assert features.shape == (1, 50, 512)
+    assert_close(features, plain_features, **TOLERANCE)
+    assert_close(importance, plain_importance, **TOLERANCE)
+
+
+def test_sizes_are_read_from_the_tower():
+    tower = small_tower(image_size=32, output_dim=12)
+    assert grid_of(tower) == (4, 4)
+    assert input_size_of(tower, "x") == 32
+    assert output_width_of(tower) == 12
+    with pytest.raises(SettingError, match="32 x 24"):
+        input_size_of(small_tower(image_size=(32, 24)), "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"pool_type": "avg"}, "pools by avg"),
+        ({"attentional_pool": True, "attn_pooler_heads": 4}, "pools by attention"),
+        ({"output_dim": None}, "no output projection"),
+    ],
+)
+def test_refuses_other_pooling(changes, why):
+    sizes = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "heads": 3, "mlp_ratio": 4.0}
+    if changes.get("output_dim", 1) is None:
+        tower = small_tower()
+        tower.proj = None
+    else:
+        tower = VisionTransformer(**sizes, output_dim=20, **changes)
+    with pytest.raises(SettingError, match=rf"'thing'.*{why}.*ViT-B-16"):
+        check_tower(tower, "thing")
