@@ -1,9 +1,9 @@
 """The method's parts, one by one, on the built-in scenes: same data, same budget, several seeds.
 
-    python -m benchmarks.ablation WORK [--seeds 0 1 2] [--set section.key=value ...]
+    python -m benchmarks.ablation WORK [--seeds 0 1 2] [--rows mae milan ...] [--set section.key=value ...]
 
-WORK gets the scenes, one target store and one run per row and seed; what is there already is not done again. The
-rows are printed as a Markdown table and written to WORK/ablation.json.
+WORK gets the scenes, one target store, one run and one file of results per row and seed; what is there already is not
+done again, so that several processes may share the rows and seeds. The table of all results is printed at the end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from milan_pipe.transfer.knn import knn_accuracy
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
 
 ROWS = {
-    "pixels + plain + random (MAE)": ("target=pixels", "decoder.kind=plain", "masking.kind=random"),
-    "CLIP + plain + random": ("target=clip", "decoder.kind=plain", "masking.kind=random"),
-    "CLIP + prompting + random": ("target=clip", "decoder.kind=prompting", "masking.kind=random"),
-    "CLIP + prompting + semantic (MILAN)": ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
+    "mae": ("pixels + plain + random (MAE)", ("target=pixels", "decoder.kind=plain", "masking.kind=random")),
+    "clip-plain": ("CLIP + plain + random", ("target=clip", "decoder.kind=plain", "masking.kind=random")),
+    "clip-prompting": ("CLIP + prompting + random", ("target=clip", "decoder.kind=prompting", "masking.kind=random")),
+    "milan": (
+        "CLIP + prompting + semantic (MILAN)",
+        ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
+    ),
 }
+BOUNDS = {RANDOM: "random initialisation", TEACHER: "teacher (upper bound)"}
 POOLS = ("cls", "mean")
 
 
@@ -69,46 +73,59 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
+    """Train and judge one row with one seed, unless its results are there."""
+    result = work / "results" / f"{row}-{seed}.json"
+    if result.is_file():
+        return
+    settings = ROWS[row][1] if row in ROWS else ()
+    params = load_params(None, [*overrides, f"pretrain.seed={seed}", f"masking.seed={seed}", *settings])
+    values: dict[str, float] = {}
+    checkpoint = row
+    if row in ROWS:
+        checkpoint = str(work / "runs" / f"{row}-{seed}")
+        report = commands.pretrain(work / "targets", checkpoint, params)
+        values = {"loss": report.loss, "seconds": report.seconds}
+    values |= evaluate(checkpoint, work / "images", params)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(values, indent=2) + "\n")
+    print(row, seed, values, flush=True)
+
+
+def _table(work: Path) -> str:
+    keys = [f"{kind}_{pool}" for kind in ("knn", "probe") for pool in POOLS]
+    lines = [
+        "| | seeds | k-NN, CLS | k-NN, patches | linear probe, CLS | linear probe, patches |",
+        "|---|---|---|---|---|---|",
+    ]
+    titles = {RANDOM: BOUNDS[RANDOM], **{row: title for row, (title, _) in ROWS.items()}, TEACHER: BOUNDS[TEACHER]}
+    for row, title in titles.items():
+        found = [json.loads(path.read_text()) for path in sorted((work / "results").glob(f"{row}-[0-9]*.json"))]
+        if found:
+            cells = [_spread([values[key] for values in found]) for key in keys]
+            lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Run all rows that are not there yet and print the table."""
+    """Do what is not there yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=[*BOUNDS, *ROWS], default=[*BOUNDS, *ROWS])
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     work: Path = arguments.work
     base = load_params(None, arguments.overrides)
-    images, targets, record = work / "images", work / "targets", work / "ablation.json"
-    if not (images / "index.json").is_file():
-        commands.prepare("demo", images, base)
-    commands.extract_targets(str(images / "train-*.tar"), targets, base)
-
-    results: dict[str, dict[str, dict[str, float]]] = json.loads(record.read_text()) if record.is_file() else {}
-    if TEACHER not in results:
-        results[TEACHER] = {"0": evaluate(TEACHER, images, base)}
+    if not (work / "images" / "index.json").is_file():
+        commands.prepare("demo", work / "images", base)
+    commands.extract_targets(str(work / "images" / "train-*.tar"), work / "targets", base)
     for seed in arguments.seeds:
-        fixed = [f"pretrain.seed={seed}", f"masking.seed={seed}"]
-        untrained = load_params(None, [*arguments.overrides, *fixed])
-        if str(seed) not in results.setdefault(RANDOM, {}):
-            results[RANDOM][str(seed)] = evaluate(RANDOM, images, untrained)
-        for name, settings in ROWS.items():
-            if str(seed) in results.setdefault(name, {}):
-                continue
-            params = load_params(None, [*arguments.overrides, *fixed, *settings])
-            run = work / "runs" / f"{len(name)}-{seed}"
-            report = commands.pretrain(targets, run, params)
-            row = evaluate(str(run), images, params)
-            results[name][str(seed)] = {**row, "seconds": report.seconds}
-            record.write_text(json.dumps(results, indent=2) + "\n")
-            print(f"{name}, seed {seed}: {row}", flush=True)
-    record.write_text(json.dumps(results, indent=2) + "\n")
-
-    keys = [f"{kind}_{pool}" for kind in ("knn", "probe") for pool in POOLS]
-    print("| | k-NN, CLS | k-NN, patches | linear probe, CLS | linear probe, patches |")
-    print("|---|---|---|---|---|")
-    for name in [RANDOM, *ROWS, TEACHER]:
-        cells = [_spread([seed[key] for seed in results[name].values()]) for key in keys]
-        print(f"| {name} | {' | '.join(cells)} |")
+        for row in arguments.rows:
+            # The teacher has no seed.
+            if row != TEACHER or seed == arguments.seeds[0]:
+                _run(work, row, seed, arguments.overrides)
+    print(_table(work))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The command line: reads settings, shows progress, prints what a function of the same name returns."""
+"""The command line: reads settings, shows progress, prints what a function of the same name returns.
+
+Each command returns its report as well, for the scripts in `stages/`. It is annotated as `Any`, because typer evaluates
+annotations and the report classes live behind imports that take seconds.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +122,7 @@ def prepare(
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Any:
     """Pack pictures into webdataset shards with an index.
 
     SOURCE `demo` renders the built-in captioned scenes (splits train and test). A folder may be flat, hold one
@@ -135,6 +139,7 @@ def prepare(
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["set aside"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
     _show(f"{source} -> {images}", rows, report, as_json)
+    return report
 
 
 @app.command("extract-targets")
@@ -149,7 +154,7 @@ def extract_targets(
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Any:
     """Run the teacher once over all pictures and store its targets.
 
     Each picture gets views.count views (crop and flip). A view is rendered once, stored as JPEG, and the stored JPEG
@@ -189,6 +194,7 @@ def extract_targets(
         + (f"{report.mean_cosine:.7f}" if report.mean_cosine is not None else "not measured: nothing was done"),
     }
     _show(f"{images} -> {targets}", rows, report, as_json)
+    return report
 
 
 @app.command()
@@ -198,7 +204,7 @@ def pretrain(
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Any:
     """Train the student on stored targets.
 
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels.
@@ -206,7 +212,7 @@ def pretrain(
     Example: milan-pipe pretrain targets run --set pretrain.epochs=100
     """
     from milan_pipe import commands
-    from milan_pipe.pretrain import PretrainProgress
+    from milan_pipe.pretraining import PretrainProgress
 
     settings = _settings(params, overrides)
     with _progress("epoch", "loss", "rate", "wait") as update:
@@ -230,6 +236,7 @@ def pretrain(
         "checkpoint": report.checkpoint,
     }
     _show(f"{targets} -> {run}", rows, report, as_json)
+    return report
 
 
 @app.command()
@@ -240,7 +247,7 @@ def knn(
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Any:
     """Accuracy of a k-nearest-neighbour classifier on frozen features.
 
     Example: milan-pipe knn run 'images/train-*.tar' 'images/test-*.tar'
@@ -253,6 +260,7 @@ def knn(
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
     rows["pictures"] = f"{report.train} train, {report.test} test ({report.bad} set aside)"
     _show(f"k-NN of {report.subject}", rows, report, as_json)
+    return report
 
 
 @app.command("linear-probe")
@@ -263,7 +271,7 @@ def linear_probe(
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Any:
     """Accuracy of a linear classifier on frozen features.
 
     Features are standardised; the strength of the regularisation is chosen on a held-out part of TRAIN.
@@ -282,6 +290,7 @@ def linear_probe(
         "pictures": f"{report.train} train, {report.test} test ({report.bad} set aside)",
     }
     _show(f"linear probe of {report.subject}", rows, report, as_json)
+    return report
 
 
 @app.command("train-demo-teacher")
@@ -327,10 +336,11 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def main() -> None:
-    """Entry point: a mistake of the user ends in one line and exit code 2."""
+@contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """End the process with one line and exit code 2 on a mistake of the user, 130 on Ctrl-C."""
     try:
-        app()
+        yield
     except MilanError as error:
         _fail(str(error))
     except OSError as error:
@@ -338,6 +348,12 @@ def main() -> None:
     except KeyboardInterrupt:
         _console.print("interrupted; what was committed stays", style="bold red")
         sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of `milan-pipe`."""
+    with errors_as_one_line():
+        app()
 
 
 if __name__ == "__main__":

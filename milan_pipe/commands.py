@@ -11,8 +11,8 @@ from milan_pipe.data import prepare as preparing
 from milan_pipe.evaluate import embed_both, subject_of
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
-from milan_pipe.pretrain import PretrainProgress, PretrainReport
-from milan_pipe.pretrain import pretrain as _pretrain
+from milan_pipe.pretraining import PretrainProgress, PretrainReport
+from milan_pipe.pretraining import pretrain as _pretrain
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.knn import knn_accuracy
@@ -62,7 +62,7 @@ def pretrain(
     *,
     on_progress: Callable[[PretrainProgress], None] = _ignore,
 ) -> PretrainReport:
-    """Train a student on a target store; see `milan_pipe.pretrain`."""
+    """Train a student on a target store; see `milan_pipe.pretraining`."""
     settings = params or Params()
     return _pretrain(
         targets,

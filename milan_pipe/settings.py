@@ -48,4 +48,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join([where, *(str(part) for part in first["loc"])])
-            raise SettingError(f"{place}: {first['msg']}, found {first['input']!r}") from None
+            # A rule over several fields says what it found by itself, and its input is the whole section.
+            problem = first["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+            raise SettingError(f"{place}: {problem}{found}") from None

@@ -33,7 +33,7 @@ class ViewConfig(Settings):
     """
 
     count: int = Field(default=4, ge=1, lt=2**31)
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**64)

@@ -55,7 +55,7 @@ def test_crop_lies_inside_extreme_images(height: int, width: int, ratio: tuple[f
 
 def test_a_view_is_what_it_was() -> None:
     # Stored views must be drawn alike by every later version: change these numbers only with the store's schema.
-    drawn = [draw_view(ViewConfig(seed=7), "cat/001", index, 375, 500) for index in range(3)]
+    drawn = [draw_view(ViewConfig(seed=7, scale=(0.2, 1.0)), "cat/001", index, 375, 500) for index in range(3)]
     assert drawn == [
         View(top=32, left=0, height=318, width=383, flip=False),
         View(top=92, left=159, height=226, width=187, flip=True),
@@ -85,7 +85,7 @@ def test_seeds_keys_and_indices_differ() -> None:
 
 
 def test_flip_does_not_depend_on_the_image_size() -> None:
-    config = ViewConfig()
+    config = ViewConfig(scale=(0.2, 1.0))
     for index in range(40):
         assert len({draw_view(config, "k", index, side, 100).flip for side in (1, 90, 20000)}) == 1
 
@@ -99,7 +99,7 @@ def test_flip_share(flip: float) -> None:
 
 
 def test_area_and_ratio_are_spread_as_asked() -> None:
-    views = [draw_view(ViewConfig(), str(n), 0, 2000, 2000) for n in range(4000)]
+    views = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 2000, 2000) for n in range(4000)]
     area = np.array([view.height * view.width / 4e6 for view in views])
     log_ratio = np.log([view.width / view.height for view in views])
     assert area.min() > 0.199
@@ -127,7 +127,7 @@ def test_arithmetic_is_that_of_torchvision() -> None:
     image = torch.empty(1, 375, 500)
     torch.manual_seed(0)
     theirs = np.array([transforms.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3)) for _ in range(3000)])
-    drawn = [draw_view(ViewConfig(), str(n), 0, 375, 500) for n in range(3000)]
+    drawn = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 375, 500) for n in range(3000)]
     ours = np.array([(view.top, view.left, view.height, view.width) for view in drawn])
     for quantile in (0.1, 0.5, 0.9):
         apart = np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)
@@ -163,9 +163,9 @@ def test_settings_are_checked(values: dict[str, object]) -> None:
 
 def test_draw_view_refuses_what_is_no_image() -> None:
     with pytest.raises(ShapeError):
-        draw_view(ViewConfig(), "k", 0, 0, 5)
+        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", 0, 0, 5)
     with pytest.raises(SettingError):
-        draw_view(ViewConfig(), "k", -1, 5, 5)
+        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", -1, 5, 5)
 
 
 # --- render_view
@@ -175,7 +175,7 @@ def test_draw_view_refuses_what_is_no_image() -> None:
 @settings(deadline=None, max_examples=60)
 def test_render_equals_numpy_crop_and_resize(height: int, width: int, index: int, size: int) -> None:
     pixels = noise(height, width)
-    view = draw_view(ViewConfig(), "k", index, height, width)
+    view = draw_view(ViewConfig(scale=(0.2, 1.0)), "k", index, height, width)
     window = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     expected = np.asarray(Image.fromarray(np.ascontiguousarray(window)).resize((size, size), Image.Resampling.BICUBIC))
     rendered = render_view(Image.fromarray(pixels), view, size)
@@ -221,7 +221,7 @@ def test_decoder_equals_pillow_on_photos(quality: int) -> None:
     for number, path in enumerate(photos(8)):
         source = path.read_bytes()
         image = decode_image(source)
-        view = draw_view(ViewConfig(), path.stem, number, image.height, image.width)
+        view = draw_view(ViewConfig(scale=(0.2, 1.0)), path.stem, number, image.height, image.width)
         stored = encode_jpeg(render_view(image, view, 97 + 16 * number), quality)
         with Image.open(io.BytesIO(stored)) as opened:
             np.testing.assert_array_equal(decode_jpeg(stored), np.asarray(opened.convert("RGB")))

@@ -16,7 +16,7 @@ import torch
 from milan_pipe.data.views import encode_jpeg
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.stream import Batch
-from milan_pipe.pretrain import Objective, PretrainConfig, PretrainProgress, PretrainReport, pretrain
+from milan_pipe.pretraining import Objective, PretrainConfig, PretrainProgress, PretrainReport, pretrain
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
@@ -34,7 +34,7 @@ from milan_pipe.targets.zarr_store import ZarrTargetWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
-module = import_module("milan_pipe.pretrain")
+module = import_module("milan_pipe.pretraining")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)
 STUDENT = StudentConfig(image_size=SIZE, patch_size=8, width=16, depth=1, heads=2)
 DECODER = DecoderConfig(width=16, depth=2, heads=2)

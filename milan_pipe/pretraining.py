@@ -5,9 +5,10 @@ Shape suffixes: B batch, C channels, H height, W width, S = L + 1 tokens (CLS fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,10 +44,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class PretrainConfig(Settings):
     """The recipe of pretraining; defaults are those of the scenes."""
 
-    epochs: int = Field(60, ge=1)
-    warmup_epochs: float = Field(3, ge=0)
-    batch_size: int = Field(128, ge=1)
-    lr: float = Field(1.2e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    epochs: int = Field(24, ge=1)
+    warmup_epochs: float = Field(1, ge=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of samples")
@@ -243,12 +244,13 @@ def pretrain(
     reports: list[StepReport] = []
     _open_run(Path(run))
     pool = ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode")
-    opened: list[Prefetcher] = []
-
-    def batches_of(epoch: int) -> Iterator[Batch]:
-        batches = epoch_batches(reader, order, epoch, config.batch_size, pool, with_targets=target == "clip")
-        opened.append(Prefetcher(batches, ahead=8))
-        return iter(opened[-1])
+    epochs = (
+        epoch_batches(reader, order, epoch, config.batch_size, pool, with_targets=target == "clip")
+        for epoch in range(config.epochs)
+    )
+    # One reader for all epochs: it goes on across their borders, so that no epoch begins by waiting.
+    prefetcher = Prefetcher(chain.from_iterable(epochs), ahead=8)
+    batches = iter(prefetcher)
 
     with Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
 
@@ -277,7 +279,7 @@ def pretrain(
             train(
                 optimiser,
                 epochs=config.epochs,
-                batches_of=batches_of,
+                batches_of=lambda _: islice(batches, steps_per_epoch),
                 loss_of=objective,
                 lr_of=lambda step: cosine_lr(
                     step, steps=steps, warmup_steps=round(config.warmup_epochs * steps_per_epoch), peak=peak
@@ -285,8 +287,7 @@ def pretrain(
                 on_step=on_step,
             )
         finally:
-            for prefetcher in opened:
-                prefetcher.close()
+            prefetcher.close()
             pool.shutdown()
     last = reports[0]
     path = save_checkpoint(
