@@ -30,7 +30,7 @@ class LinearProbeConfig(Settings):
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the train pictures on which the strength is chosen"
     )
-    max_iterations: int = Field(200, ge=1, description="of L-BFGS, for each fit")
+    max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
     seed: int = Field(0, ge=0, description="draws the pictures on which the strength is chosen")
 
 
