@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from milan_pipe.config import Params
 from milan_pipe.data import prepare as preparing
@@ -72,9 +73,21 @@ def pretrain(
         masking=settings.masking,
         target=settings.target,
         config=settings.pretrain,
+        stated=_stated(settings),
         record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
         on_progress=on_progress,
     )
+
+
+def _stated(settings: Params) -> dict[str, dict[str, Any]]:
+    """What the settings say of teacher and views, without what was left to defaults, as a store's header has it."""
+    teacher = settings.teacher.model_dump(mode="json", include=settings.teacher.model_fields_set)
+    if teacher.get("pretrained"):
+        teacher["pretrained"] = Path(teacher["pretrained"]).name
+    return {
+        "teacher": teacher,
+        "views": settings.views.model_dump(mode="json", include=settings.views.model_fields_set),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H height, W width, S = L + 1 tokens (CLS fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,7 +30,7 @@ from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visib
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
-from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
+from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.zarr_store import ZarrTargetReader
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.training.loop import StepReport, train
@@ -44,7 +44,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class PretrainConfig(Settings):
     """The recipe of pretraining; defaults are those of the scenes."""
 
-    epochs: int = Field(24, ge=1)
+    epochs: int = Field(16, ge=1)
     warmup_epochs: float = Field(1, ge=0)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
@@ -203,6 +203,7 @@ def pretrain(
     masking: MaskConfig,
     target: Target,
     config: PretrainConfig,
+    stated: Mapping[str, Mapping[str, Any]] | None = None,
     record: dict[str, Any] | None = None,
     on_progress: Callable[[PretrainProgress], None] = lambda _: None,
 ) -> PretrainReport:
@@ -212,15 +213,17 @@ def pretrain(
         targets: folder of the target store.
         run: folder of the run.
         target: `clip`, the stored features, or `pixels`, each patch's own normalised pixels.
+        stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
         record: settings to keep in the checkpoint beside what it needs itself.
 
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
-        MismatchError: the store does not fit the student.
+        MismatchError: the store does not fit the student or the settings.
         SettingError: the store has fewer samples than a batch, or RUN holds a finished run.
         StoreError: RUN cannot be written.
     """
     reader = ZarrTargetReader(targets)
+    require_stated(reader.header, stated or {}, Path(targets))
     require_fit(reader.header, student, Path(targets))
     samples = tuple(reader.samples(shard) for shard in reader.shards)
     steps_per_epoch = batches_per_epoch(sum(samples), config.batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +115,28 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: Path) 
         raise MismatchError(
             f"{where} holds targets of another configuration: {'; '.join(differences)}. "
             "Use the same settings, or another folder for the new ones"
+        )
+
+
+def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]], where: Path) -> None:
+    """Refuse a store that contradicts what a run's settings say of teacher and views.
+
+    Args:
+        stated: sections `teacher` and `views` with the settings that were given, not those left to their defaults.
+
+    Raises:
+        MismatchError: names every setting that differs, with both values.
+    """
+    differences = []
+    for section, values in stated.items():
+        found = getattr(header, section).model_dump(mode="json")
+        for key, ours in values.items():
+            if ours is not None and key in found and found[key] != ours:
+                differences.append(f"{section}.{key}: store has {found[key]!r}, the settings say {ours!r}")
+    if differences:
+        raise MismatchError(
+            f"{where} does not fit the settings: {'; '.join(differences)}. Change the settings, or extract the targets "
+            "that they describe"
         )
 
 

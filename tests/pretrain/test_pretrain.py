@@ -338,3 +338,24 @@ def test_the_student_loads_into_timm_by_what_the_checkpoint_says(store: Path, tm
 def test_recipes_that_the_optimiser_would_choke_on_are_refused_at_the_door(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(bad))):
         PretrainConfig.parse(bad, "here")
+
+
+def test_settings_that_were_stated_must_be_the_stores(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        MismatchError, match=r"teacher\.model: store has '[^']+', the settings say 'ViT-B-16'"
+    ) as caught:
+        go(store, tmp_path / "run", stated={"teacher": {"model": "ViT-B-16"}, "views": {"count": VIEWS + 1}})
+    assert f"views.count: store has {VIEWS}, the settings say {VIEWS + 1}" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_left_to_defaults_is_not_stated() -> None:
+    from milan_pipe.commands import _stated
+    from milan_pipe.config import Params, load_params
+
+    assert _stated(Params()) == {"teacher": {}, "views": {}}
+    params = load_params(overrides=["teacher=ViT-B-16", "teacher.pretrained=/weights/b16.pt", "views.scale=[0.2, 1]"])
+    stated = _stated(params)
+    assert stated["teacher"]["model"] == "ViT-B-16"
+    assert stated["teacher"]["pretrained"] == "b16.pt"
+    assert stated["views"]["scale"] == [0.2, 1.0]
