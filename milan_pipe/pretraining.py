@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -81,6 +82,7 @@ class PretrainProgress:
     lr: float
     images_per_second: float
     data_wait: float
+    seconds: float
 
 
 class Objective(nn.Module):
@@ -152,6 +154,52 @@ class _LossWatch:
     def epoch_mean(self) -> float:
         """Mean over the epoch so far."""
         return float(torch.stack(self._losses).mean())
+
+
+class _Recorder:
+    """Writes RUN/metrics and tells of progress every few steps."""
+
+    def __init__(
+        self,
+        live: Live,
+        *,
+        steps: int,
+        batch_size: int,
+        log_every: int,
+        on_progress: Callable[[PretrainProgress], None],
+    ) -> None:
+        self._live = live
+        self._steps = steps
+        self._batch_size = batch_size
+        self._log_every = log_every
+        self._on_progress = on_progress
+        self.losses = _LossWatch()
+        self.progress: PretrainProgress | None = None
+
+    def __call__(self, report: StepReport, batch: Batch) -> None:
+        """Take one step in.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        self.losses.add(report, batch.keys)
+        if report.step % self._log_every and report.step != self._steps:
+            return
+        self.progress = PretrainProgress(
+            step=report.step,
+            steps=self._steps,
+            epoch=report.epoch,
+            loss=self.losses.recent_mean(),
+            lr=report.lr,
+            images_per_second=report.step * self._batch_size / report.seconds,
+            data_wait=report.data_wait_seconds / report.seconds,
+            seconds=report.seconds,
+        )
+        self._live.step = report.step
+        for name in ("loss", "lr", "images_per_second", "data_wait"):
+            self._live.log_metric(f"train/{name}", getattr(self.progress, name))
+        self._live.sync()  # type: ignore[no-untyped-call]
+        self._on_progress(self.progress)
 
 
 def _open_run(run: Path) -> None:
@@ -243,42 +291,25 @@ def pretrain(
     peak = config.lr * config.batch_size / 256
     optimiser = build_adamw(model, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
     steps = steps_per_epoch * config.epochs
-    losses = _LossWatch()
-    reports: list[StepReport] = []
     _open_run(Path(run))
-    pool = ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode")
-    epochs = (
-        epoch_batches(reader, order, epoch, config.batch_size, pool, with_targets=target == "clip")
-        for epoch in range(config.epochs)
-    )
-    # One reader for all epochs: it goes on across their borders, so that no epoch begins by waiting.
-    prefetcher = Prefetcher(chain.from_iterable(epochs), ahead=8)
-    batches = iter(prefetcher)
-
-    with Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live:
-
-        def on_step(report: StepReport, batch: Batch) -> None:
-            losses.add(report, batch.keys)
-            reports[:] = [report]
-            if report.step % config.log_every and report.step != steps:
-                return
-            loss = losses.recent_mean()
-            progress = PretrainProgress(
-                step=report.step,
-                steps=steps,
-                epoch=report.epoch,
-                loss=loss,
-                lr=report.lr,
-                images_per_second=report.step * config.batch_size / report.seconds,
-                data_wait=report.data_wait_seconds / report.seconds,
+    with (
+        Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live,
+        ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode") as pool,
+    ):
+        recorder = _Recorder(
+            live, steps=steps, batch_size=config.batch_size, log_every=config.log_every, on_progress=on_progress
+        )
+        # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
+        with closing(
+            Prefetcher(
+                chain.from_iterable(
+                    epoch_batches(reader, order, epoch, config.batch_size, pool, with_targets=target == "clip")
+                    for epoch in range(config.epochs)
+                ),
+                ahead=8,
             )
-            live.step = report.step
-            for name in ("loss", "lr", "images_per_second", "data_wait"):
-                live.log_metric(f"train/{name}", getattr(progress, name))
-            live.sync()
-            on_progress(progress)
-
-        try:
+        ) as prefetcher:
+            batches = iter(prefetcher)
             train(
                 optimiser,
                 epochs=config.epochs,
@@ -287,12 +318,11 @@ def pretrain(
                 lr_of=lambda step: cosine_lr(
                     step, steps=steps, warmup_steps=round(config.warmup_epochs * steps_per_epoch), peak=peak
                 ),
-                on_step=on_step,
+                on_step=recorder,
             )
-        finally:
-            prefetcher.close()
-            pool.shutdown()
-    last = reports[0]
+    last = recorder.progress
+    if last is None:
+        raise DataError(f"{targets}: no step was taken")
     path = save_checkpoint(
         Path(run),
         last.step,
@@ -308,9 +338,9 @@ def pretrain(
     return PretrainReport(
         steps=last.step,
         epochs=config.epochs,
-        loss=losses.epoch_mean(),
-        images_per_second=last.step * config.batch_size / last.seconds,
-        data_wait=last.data_wait_seconds / last.seconds,
+        loss=recorder.losses.epoch_mean(),
+        images_per_second=last.images_per_second,
+        data_wait=last.data_wait,
         seconds=last.seconds,
         checkpoint=str(path),
     )

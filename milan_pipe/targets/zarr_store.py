@@ -1,4 +1,4 @@
-"""Target store on zarr v3: one group per source shard, view-major, a crc32c on every chunk.
+"""Target store on zarr v3: one group per source shard, view-major, checksums on every chunk.
 
 A shard is written into a hidden folder beside its place and renamed when it is whole, so a reader never sees half of
 one. zarr reads a missing chunk as zeros without a word, so the reader checks first that the files are there.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ BAD_SAMPLES = "bad_samples.jsonl"
 _FEATURE_CHUNK_BYTES = 64 * 1024
 _VIEW_CHUNK_BYTES = 256 * 1024
 _VIEW_SHARD_BYTES = 8 * 1024 * 1024
+# Blocks are read in random order over the shards: one open shard would be opened anew for nearly every block.
+_OPEN_SHARDS = 32
 # The checksum inside of zstd's frame is not one too many: where a read takes a part of a chunk, `zarrs` cuts the crc32c
 # off unread. Zstandard can only be decoded whole, and so is always checked. Hence also for JPEGs, which do not shrink.
 _COMPRESSORS = (ZstdCodec(level=1, checksum=True), Crc32cCodec())
@@ -223,7 +226,7 @@ def _read_header(root: Path) -> StoreHeader:
             f"`milan-pipe extract-targets IMAGES {root}`"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{root}/zarr.json is not the header of a target store; extract into another folder") from None
+        found = None
     if not isinstance(found, dict):
         raise DataError(f"{root}/zarr.json is not the header of a target store; extract into another folder")
     version = found.get("schema_version")
@@ -386,15 +389,18 @@ class ZarrTargetReader:
         if not self.shards:
             raise DataError(f"{self.root} has no committed shard; run extract-targets again to finish it")
         self._sources = {name: _read_source(self.root, name) for name in self.shards}
-        self._open: tuple[str, _OpenShard] | None = None
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
 
     def samples(self, shard: str) -> int:
         return self._sources[shard].samples
 
     def _shard(self, name: str) -> _OpenShard:
-        if self._open is None or self._open[0] != name:
-            self._open = (name, _OpenShard(self.root, name, self.header))
-        return self._open[1]
+        if name not in self._open:
+            self._open[name] = _OpenShard(self.root, name, self.header)
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
 
     def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
         opened = self._shard(shard)
