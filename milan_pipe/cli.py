@@ -6,23 +6,18 @@ annotations and the report classes live behind imports that take seconds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from milan_pipe import __version__
-from milan_pipe.errors import MilanError
+from milan_pipe.terminal import console, errors_as_one_line, progress, show, show_warnings_as_lines, size
 
 if TYPE_CHECKING:
     from milan_pipe.config import Params
@@ -37,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_console = Console(stderr=True)
+
+_MOST_PROBLEMS = 50
 
 ParamsOption = Annotated[
     Path | None,
@@ -68,53 +64,6 @@ def _settings(params: Path | None, overrides: list[str] | None) -> Params:
     return load_params(params, overrides or [])
 
 
-def _plain(report: Any) -> dict[str, Any]:
-    return {str(key): value for key, value in dataclasses.asdict(report).items()}
-
-
-def _show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
-    # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    _console.print(Text(title, style="bold"), soft_wrap=True)
-    _console.print(table)
-    if as_json:
-        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _progress(*columns: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress line; call what it yields with `completed` and the values of `columns`."""
-    parts = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
-    with Progress(
-        SpinnerColumn(),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        *parts,
-        TimeRemainingColumn(compact=True),
-        console=_console,
-        transient=True,
-    ) as bar:
-        blank: dict[str, Any] = dict.fromkeys(columns, "")
-        task = bar.add_task("", total=total, **blank)
-
-        def update(completed: int, total: int | None = total, **fields: Any) -> None:
-            bar.update(task, completed=completed, total=total, **fields)
-
-        yield update
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-
-
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of pictures.")],
@@ -133,12 +82,12 @@ def prepare(
     from milan_pipe import commands
 
     settings = _settings(params, overrides)
-    with _progress() as update:
+    with progress() as update:
         report = commands.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
-    rows = {"shards": str(report.shards), "pictures": str(report.samples), "size": _size(report.bytes)}
+    rows = {"shards": str(report.shards), "pictures": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["set aside"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
-    _show(f"{source} -> {images}", rows, report, as_json)
+    show(f"{source} -> {images}", rows, report, as_json)
     return report
 
 
@@ -147,27 +96,55 @@ def extract_targets(
     images: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGES", help="Folder of .tar shards, or shard paths with {000..127} braces or a glob."
+            metavar="IMAGES",
+            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or s3://, gs://, https://.",
         ),
     ],
-    targets: Annotated[Path, typer.Argument(metavar="TARGETS", help="Folder of the target store.")],
+    targets: Annotated[
+        str, typer.Argument(metavar="TARGETS", help="Folder of the target store; local, s3:// or gs://.")
+    ],
     params: ParamsOption = None,
     overrides: SetOption = None,
+    store_format: Annotated[
+        str | None, typer.Option("--format", metavar="zarr|webdataset", help="Format of the store (extract.format).")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", help="Processes of a Dask cluster on this machine (extract.workers)."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="ADDRESS", help="A Dask scheduler that runs already (extract.scheduler)."),
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option("--shards", metavar="i/n", help="Do only every n-th shard, from number i on: for a batch queue."),
+    ] = None,
+    redo: Annotated[
+        str | None, typer.Option("--redo", metavar="NAME,...", help="Do these committed shards again, as 000123.")
+    ] = None,
+    verify_sources: Annotated[
+        bool,
+        typer.Option("--verify-sources", help="Compare the sha256 of shards that are done, not their sizes alone."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> Any:
     """Run the teacher once over all pictures and store its targets.
 
     Each picture gets views.count views (crop and flip). A view is rendered once, stored as JPEG, and the stored JPEG
-    is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped.
+    is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped. A shard
+    that cannot be done is told of at the end, when all others are committed, and the exit code is not 0.
 
-    Example: milan-pipe extract-targets 'shards/train-{000000..000127}.tar' targets
+    Example: milan-pipe extract-targets 'shards/train-{000000..000127}.tar' targets --workers 4
     --set teacher.model=ViT-B-16 --set teacher.pretrained=openai --set student.image_size=224
     """
     from milan_pipe import commands
     from milan_pipe.extract.run import ExtractProgress
 
-    settings = _settings(params, overrides)
-    with _progress("shards", "rate", "bad") as update:
+    flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
+    given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
+    settings = _settings(params, [*(overrides or []), *given])
+    with progress("shards", "rate", "bad", "workers") as update:
         began: float | None = None
 
         def tell(now: ExtractProgress) -> None:
@@ -181,25 +158,112 @@ def extract_targets(
                 shards="shards",
                 rate=f"{now.views} views, {rate:.0f}/s",
                 bad=f"{now.bad} set aside",
+                workers=f"{now.workers} workers" if now.workers > 1 else "",
             )
 
-        report = commands.extract_targets(images, targets, settings, on_progress=tell)
+        report = commands.extract_targets(
+            images,
+            targets,
+            settings,
+            shards=shards,
+            redo=redo.split(",") if redo else (),
+            verify_sources=verify_sources,
+            on_progress=tell,
+        )
     rows = {
-        "shards": f"{report.shards} ({report.skipped} were there)",
+        "shards": f"{report.shards} ({report.skipped} were there)" + ("" if report.complete else ", not all yet"),
         "pictures": f"{report.samples} ({report.bad} set aside"
-        + (f", see {targets}/bad_samples.jsonl)" if report.bad else ")"),
+        + (f", see {targets}/bad_samples.jsonl)" if report.bad and report.complete else ")"),
         "views": f"{report.views} in {report.seconds:.1f} s, {report.views_per_second:.1f} a second",
-        "size": f"{_size(report.bytes)}, {_size(report.bytes_per_view)} a view",
+        "size": f"{size(report.bytes)}, {size(report.bytes_per_view)} a view",
         "codec": f"{settings.codec.name}, mean cosine "
         + (f"{report.mean_cosine:.7f}" if report.mean_cosine is not None else "not measured: nothing was done"),
     }
-    _show(f"{images} -> {targets}", rows, report, as_json)
+    show(f"{images} -> {targets}", rows, report, as_json)
+    return report
+
+
+@app.command("verify-targets")
+def verify_targets(
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    against_teacher: Annotated[
+        int,
+        typer.Option(
+            "--against-teacher",
+            metavar="N",
+            min=0,
+            help="Also run the teacher live on N views of each shard and compare.",
+        ),
+    ] = 0,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Check every file and every promise of a store.
+
+    Presence, size and sha256 of each file; shapes; values finite; attention rows that sum to 1; views that decode; keys
+    that occur once; counts. Exit code 1 and a table of what is wrong, with the command that mends it, else 0.
+
+    Example: milan-pipe verify-targets targets --against-teacher 8
+    """
+    from milan_pipe import commands
+
+    settings = _settings(params, overrides)
+    with progress("what") as update:
+        report = commands.verify_targets(
+            targets,
+            settings,
+            against_teacher=against_teacher,
+            on_progress=lambda done, total: update(done, total, what="shards"),
+        )
+    rows = {
+        "shards": str(report.shards),
+        "views": f"{report.views} of {report.samples} pictures",
+        "files": f"{report.files}, {size(report.bytes)}",
+        "problems": str(len(report.problems)) if report.problems else "none",
+    }
+    if report.problems:
+        table = Table("shard", "array", "found", "mend with")
+        for problem in report.problems[:_MOST_PROBLEMS]:
+            table.add_row(*(Text(part) for part in (problem.shard, problem.array, problem.what, problem.mend)))
+        console.print(table)
+    show(str(targets), rows, report, as_json)
+    if report.problems:
+        raise typer.Exit(1)
+    return report
+
+
+@app.command("convert-targets")
+def convert_targets(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or URL of the store that is there.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL of the new store.")],
+    store_format: Annotated[str, typer.Option("--format", metavar="zarr|webdataset", help="Format of the new store.")],
+    as_json: JsonOption = False,
+) -> Any:
+    """Write a store again in the other format, without the teacher and without loss.
+
+    Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
+    """
+    from milan_pipe import commands
+    from milan_pipe.extract.settings import ExtractConfig
+
+    wanted = ExtractConfig.parse({"format": store_format}, "--format").format
+    with progress("what") as update:
+        report = commands.convert_targets(
+            source, destination, format=wanted, on_progress=lambda done, total: update(done, total, what="shards")
+        )
+    rows = {
+        "shards": f"{report.shards} ({report.skipped} were there)",
+        "pictures": str(report.samples),
+        "size": size(report.bytes),
+    }
+    show(f"{source} -> {destination}", rows, report, as_json)
     return report
 
 
 @app.command()
 def pretrain(
-    targets: Annotated[Path, typer.Argument(metavar="TARGETS", help="Folder of the target store.")],
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for checkpoints and metrics.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
@@ -215,7 +279,7 @@ def pretrain(
     from milan_pipe.pretraining import PretrainProgress
 
     settings = _settings(params, overrides)
-    with _progress("epoch", "loss", "rate", "wait") as update:
+    with progress("epoch", "loss", "rate", "wait") as update:
 
         def tell(now: PretrainProgress) -> None:
             update(
@@ -235,7 +299,7 @@ def pretrain(
         "data wait": f"{100 * report.data_wait:.1f} % of the time",
         "checkpoint": report.checkpoint,
     }
-    _show(f"{targets} -> {run}", rows, report, as_json)
+    show(f"{targets} -> {run}", rows, report, as_json)
     return report
 
 
@@ -255,11 +319,11 @@ def knn(
     from milan_pipe import commands
 
     settings = _settings(params, overrides)
-    with _progress() as update:
+    with progress() as update:
         report = commands.knn(checkpoint, train, test, settings, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
     rows["pictures"] = f"{report.train} train, {report.test} test ({report.bad} set aside)"
-    _show(f"k-NN of {report.subject}", rows, report, as_json)
+    show(f"k-NN of {report.subject}", rows, report, as_json)
     return report
 
 
@@ -281,7 +345,7 @@ def linear_probe(
     from milan_pipe import commands
 
     settings = _settings(params, overrides)
-    with _progress() as update:
+    with progress() as update:
         report = commands.linear_probe(checkpoint, train, test, settings, on_progress=update)
     rows = {
         "accuracy": f"{100 * report.accuracy:.2f} %",
@@ -289,7 +353,7 @@ def linear_probe(
         "l2": f"{report.l2:g}" + ("" if report.converged else " (not converged: raise linear_probe.max_iterations)"),
         "pictures": f"{report.train} train, {report.test} test ({report.bad} set aside)",
     }
-    _show(f"linear probe of {report.subject}", rows, report, as_json)
+    show(f"linear probe of {report.subject}", rows, report, as_json)
     return report
 
 
@@ -310,7 +374,7 @@ def train_demo_teacher(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = commands.train_demo_teacher(out, _settings(params, overrides))
-    _console.print(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, weights in {out}")
+    console.print(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, weights in {out}")
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
 
@@ -330,28 +394,9 @@ def _main(
     del version
 
 
-def _fail(message: str) -> NoReturn:
-    line = " ".join(message.splitlines())
-    _console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
-    sys.exit(2)
-
-
-@contextmanager
-def errors_as_one_line() -> Iterator[None]:
-    """End the process with one line and exit code 2 on a mistake of the user, 130 on Ctrl-C."""
-    try:
-        yield
-    except MilanError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except KeyboardInterrupt:
-        _console.print("interrupted; what was committed stays", style="bold red")
-        sys.exit(130)
-
-
 def main() -> None:
     """Entry point of `milan-pipe`."""
+    show_warnings_as_lines()
     with errors_as_one_line():
         app()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,15 @@ from milan_pipe.config import Params
 from milan_pipe.data import prepare as preparing
 from milan_pipe.evaluate import embed_both, subject_of
 from milan_pipe.extract import run as extraction
+from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
 from milan_pipe.pretraining import PretrainProgress, PretrainReport
 from milan_pipe.pretraining import pretrain as _pretrain
+from milan_pipe.targets import convert as conversion
+from milan_pipe.targets import verify as verification
+from milan_pipe.targets.convert import ConvertReport
+from milan_pipe.targets.schema import StoreFormat
+from milan_pipe.targets.verify import VerifyReport
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.knn import knn_accuracy
@@ -40,6 +46,9 @@ def extract_targets(
     targets: str | Path,
     params: Params | None = None,
     *,
+    shards: str | None = None,
+    redo: Sequence[str] = (),
+    verify_sources: bool = False,
     on_progress: Callable[[ExtractProgress], None] = _ignore,
 ) -> ExtractReport:
     """Write teacher features, attention and views of all image shards; see `milan_pipe.extract.run`."""
@@ -50,10 +59,41 @@ def extract_targets(
         teacher=settings.teacher,
         views=settings.views,
         view_size=settings.student.image_size,
+        grid=settings.student.grid,
         codec=settings.codec,
         extract=settings.extract,
+        shards=shards,
+        redo=redo,
+        verify_sources=verify_sources,
         on_progress=on_progress,
     )
+
+
+def verify_targets(
+    targets: str | Path,
+    params: Params | None = None,
+    *,
+    against_teacher: int = 0,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> VerifyReport:
+    """Check every byte of a store; with `against_teacher`, that many views per shard against the teacher run live."""
+    settings = params or Params()
+    if not against_teacher:
+        return verification.verify_targets(targets, on_progress=on_progress)
+    teacher = settings.teacher if settings.teacher.model_fields_set else None
+    check = TeacherCheck(targets, teacher, settings.student.grid, settings.extract.device, against_teacher)
+    return verification.verify_targets(targets, on_run=check, on_progress=on_progress)
+
+
+def convert_targets(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: StoreFormat,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> ConvertReport:
+    """Write a store again in another format, without the teacher; see `milan_pipe.targets.convert`."""
+    return conversion.convert_targets(source, destination, format=format, on_progress=on_progress)
 
 
 def pretrain(
@@ -84,6 +124,8 @@ def _stated(settings: Params) -> dict[str, dict[str, Any]]:
     teacher = settings.teacher.model_dump(mode="json", include=settings.teacher.model_fields_set)
     if teacher.get("pretrained"):
         teacher["pretrained"] = Path(teacher["pretrained"]).name
+    if teacher.get("precision") == "auto":
+        del teacher["precision"]
     return {
         "teacher": teacher,
         "views": settings.views.model_dump(mode="json", include=settings.views.model_fields_set),

@@ -29,8 +29,8 @@ class Subject:
     embed: Embedder
 
 
-def _teacher_embedder(config: TeacherConfig, pool: str, device: torch.device) -> Embedder:
-    teacher = load_teacher(config, device)
+def _teacher_embedder(config: TeacherConfig, grid: tuple[int, int], pool: str, device: torch.device) -> Embedder:
+    teacher = load_teacher(config, device, grid=grid)
 
     def embed(pixels_BHWC: Tensor) -> Tensor:
         features_BST: Tensor = teacher(pixels_BHWC).features_BST
@@ -60,7 +60,9 @@ def subject_of(
     """
     place = resolve_device(device)
     if str(checkpoint) == TEACHER:
-        return Subject(name=TEACHER, size=student.image_size, embed=_teacher_embedder(teacher, embed.pool, place))
+        return Subject(
+            name=TEACHER, size=student.image_size, embed=_teacher_embedder(teacher, student.grid, embed.pool, place)
+        )
     if str(checkpoint) == RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -32,7 +32,7 @@ from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
-from milan_pipe.targets.zarr_store import ZarrTargetReader
+from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw
@@ -218,7 +218,7 @@ def _open_run(run: Path) -> None:
         raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
 
 
-def require_fit(header: StoreHeader, student: StudentConfig, where: Path) -> None:
+def require_fit(header: StoreHeader, student: StudentConfig, where: object) -> None:
     """Refuse targets that this student cannot learn from.
 
     Raises:
@@ -258,7 +258,7 @@ def pretrain(
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
 
     Args:
-        targets: folder of the target store.
+        targets: folder or URL of the target store, of either format.
         run: folder of the run.
         target: `clip`, the stored features, or `pixels`, each patch's own normalised pixels.
         stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
@@ -270,9 +270,9 @@ def pretrain(
         SettingError: the store has fewer samples than a batch, or RUN holds a finished run.
         StoreError: RUN cannot be written.
     """
-    reader = ZarrTargetReader(targets)
-    require_stated(reader.header, stated or {}, Path(targets))
-    require_fit(reader.header, student, Path(targets))
+    reader = open_targets(targets)
+    require_stated(reader.header, stated or {}, targets)
+    require_fit(reader.header, student, targets)
     samples = tuple(reader.samples(shard) for shard in reader.shards)
     steps_per_epoch = batches_per_epoch(sum(samples), config.batch_size)
     order = EpochOrder(

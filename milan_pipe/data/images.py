@@ -12,16 +12,18 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from milan_pipe.data.index import PREPARE_MARKER
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
+from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Suffixes, in lower case and without the dot, of the pictures that are read."""
@@ -63,28 +65,74 @@ class Sample:
 # --- which shards there are ---------------------------------------------------------------------------------------
 
 
-def expand_shards(spec: str | Path) -> list[Path]:
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's tar file, local or in an object store. It can be sent to other processes, and sorts by its address.
+
+    Attributes:
+        place: its folder.
+        name: its file name.
+        known_size: bytes, where a listing has told them.
+    """
+
+    place: Place
+    name: str
+    known_size: int | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return str(self.place.local / self.name) if self.place.local is not None else f"{self.place}/{self.name}"
+
+    def __lt__(self, other: ShardFile) -> bool:
+        return str(self) < str(other)
+
+    def size(self) -> int:
+        """Bytes of the tar.
+
+        Raises:
+            MissingError: it is not there.
+            StoreError: it cannot be read.
+        """
+        return self.place.size(self.name) if self.known_size is None else self.known_size
+
+    def open(self) -> IO[bytes]:
+        """A seekable file to read from. Raises as `size`, also while it is read."""
+        return self.place.open(self.name)
+
+
+def shard_file(where: str | Path) -> ShardFile:
+    """The shard of this path or URL; whether it is there is not looked at."""
+    folder, name = split_url(str(where))
+    return ShardFile(place_of(folder), name)
+
+
+def expand_shards(spec: str | Path) -> list[ShardFile]:
     """List the shards that `spec` names, sorted and each once.
 
     Args:
         spec: a folder (its `*.tar`), one shard, a path with braces as `train-{000000..000127}.tar` or
-            `{train,test}-000000.tar`, or a glob. A file or folder of exactly this name goes first.
+            `{train,test}-000000.tar`, or a glob. Each of them may be a URL; web servers (`https://`) cannot be
+            listed, so that only single shards and braces are possible there. A local file or folder of exactly
+            this name goes first.
 
     Raises:
         MissingError: the folder, the file, one of the braces' files, or any match of the glob is not there.
-        DataError: a folder without shards or that `prepare` has not finished, an address that is not a local path,
-            or braces that make no sense.
+        DataError: a folder without shards or that `prepare` has not finished, a folder or glob on a web server, or
+            braces that make no sense.
+        SettingError: a URL of an unknown kind.
+        StoreError: the object store cannot be read.
     """
     text = str(spec)
     if not text.strip():
         raise DataError("no image shards were named; give a folder of .tar shards, a shard, or a glob")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:", text):
-        raise DataError(f"{text} is not a local path; copy or mount the shards and name that folder")
+    if text.startswith("pipe:"):
+        raise DataError(f"{text} is a command, which is not run; give a folder of .tar shards, a shard, or a glob")
+    if is_url(text):
+        return _remote_shards(text)
     path = Path(text)
     if path.is_dir():
         return _shards_in(path)
     if path.is_file():
-        return [path]
+        return [shard_file(path)]
     if "{" in text:
         names = _expand_braces(text)
     elif glob.has_magic(text):
@@ -93,38 +141,122 @@ def expand_shards(spec: str | Path) -> list[Path]:
             raise MissingError(f"no file matches {text}")
     else:
         raise MissingError(f"{text} is not there; expected a folder of .tar shards, a shard, braces or a glob")
-    paths = [Path(name) for name in sorted(set(names))]
-    missing = [shard for shard in paths if not shard.is_file()]
+    shards = [shard_file(name) for name in sorted(set(names))]
+    missing = [shard for shard in shards if not Path(str(shard)).is_file()]
     if missing:
-        raise MissingError(
-            f"{missing[0]} is not there ({len(missing)} of the {len(paths)} shards of {text} are missing)"
+        raise _missing(missing, len(shards), text)
+    return shards
+
+
+def _missing(missing: list[ShardFile], count: int, text: str) -> MissingError:
+    return MissingError(f"{missing[0]} is not there ({len(missing)} of the {count} shards of {text} are missing)")
+
+
+def _remote_shards(url: str) -> list[ShardFile]:
+    text = url.rstrip("/")
+    if "{" in text:
+        return _remote_braces(text)
+    folder, name = split_url(text)
+    place = place_of(folder)
+    if not place.listable and (glob.has_magic(text) or not name.endswith(".tar")):
+        raise DataError(
+            f"{text} cannot be listed, as no web server can; name its shards one by one or by braces, as "
+            "https://host/folder/train-{000000..000127}.tar"
         )
-    return paths
+    if glob.has_magic(text):
+        shards = sorted(_remote_glob(text))
+        if not shards:
+            raise MissingError(f"no file matches {text}")
+        return shards
+    size = place.present([name]).get(name) if name else None
+    if size is not None:
+        return [ShardFile(place, name, size)]
+    folder_place = place_of(text)
+    listing = folder_place.listing() if place.listable else Listing(files={}, folders=())
+    if not listing.files and not listing.folders:
+        expected = "a folder of .tar shards, a shard, braces or a glob" if place.listable else "a shard or braces"
+        raise MissingError(f"{text} is not there; expected {expected}")
+    return _shards_of(folder_place, listing.files, listing.folders)
 
 
-def _shards_in(folder: Path) -> list[Path]:
-    if (folder / PREPARE_MARKER).exists():
-        raise DataError(f"{folder} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
+def _remote_braces(text: str) -> list[ShardFile]:
+    urls = sorted(set(_expand_braces(text)))
+    names: dict[str, list[str]] = {}
+    for folder, name in map(split_url, urls):
+        names.setdefault(folder, []).append(name)
+    shards, missing = [], []
+    for folder, wanted in names.items():
+        place = place_of(folder)
+        sizes = place.present(wanted)
+        shards += [ShardFile(place, name, size) for name, size in sizes.items()]
+        missing += [ShardFile(place, name) for name in wanted if name not in sizes]
+    if missing:
+        raise _missing(sorted(missing), len(urls), text)
+    return sorted(shards)
+
+
+def _remote_glob(url: str) -> Iterator[ShardFile]:
+    scheme, _, rest = url.partition("://")
+    bucket, *parts = rest.split("/")
+    plain = next(index for index, part in enumerate([*parts, "*"]) if glob.has_magic(part))
+    if glob.has_magic(bucket) or plain == len(parts):
+        raise DataError(f"{url} has a pattern in its bucket; patterns are for what lies in a bucket")
+    yield from _matches(place_of("/".join([f"{scheme}://{bucket}", *parts[:plain]])), parts[plain:])
+
+
+def _matches(place: Place, patterns: list[str]) -> Iterator[ShardFile]:
+    """Files whose parts below `place` match the patterns, as in a shell; `**` is any number of folders."""
+    pattern, *below = patterns
+    listing = place.listing()
+    if pattern == "**":
+        yield from _matches(place, below or ["*"])
+        for folder in listing.folders:
+            if not folder.startswith("."):
+                yield from _matches(place.child(folder), patterns)
+    elif below:
+        for folder in _like(listing.folders, pattern):
+            yield from _matches(place.child(folder), below)
+    else:
+        yield from (ShardFile(place, name, listing.files[name]) for name in _like(listing.files, pattern))
+
+
+def _like(names: Iterable[str], pattern: str) -> list[str]:
+    hidden = pattern.startswith(".")
+    return [name for name in names if fnmatchcase(name, pattern) and (hidden or not name.startswith("."))]
+
+
+def _shards_in(folder: Path) -> list[ShardFile]:
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        entries = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
-    shards = [entry for entry in entries if entry.suffix == ".tar" and not entry.is_dir()]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    files = {entry.name: None for entry in entries if not entry.is_dir()}
+    shards = _shards_of(place_of(folder), files, folders)
+    dangling = [shard for shard in shards if not (folder / shard.name).exists()]
+    if dangling:
+        raise MissingError(f"{dangling[0]} is a link to a file that is not there")
+    return shards
+
+
+def _shards_of(place: Place, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:
+    """The shards of a folder that holds these files, with their sizes where they are known, and these folders."""
+    if PREPARE_MARKER in files:
+        raise DataError(f"{place} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
+    names = sorted(name for name in files if not name.startswith("."))
+    shards = [ShardFile(place, name, files[name]) for name in names if name.endswith(".tar")]
     if shards:
-        dangling = [shard for shard in shards if not shard.exists()]
-        if dangling:
-            raise MissingError(f"{dangling[0]} is a link to a file that is not there")
         return shards
-    if not entries:
-        raise DataError(f"{folder} is empty; expected .tar shards, which `milan-pipe prepare` writes")
-    pictures = sum(_suffix(entry.name) in IMAGE_SUFFIXES for entry in entries)
-    folders = sum(entry.is_dir() for entry in entries)
-    if pictures or folders:
-        found = " and ".join(f"{n} {noun}" for n, noun in ((pictures, "pictures"), (folders, "subfolders")) if n)
+    pictures = sum(_suffix(name) in IMAGE_SUFFIXES for name in names)
+    subfolders = sum(not name.startswith(".") for name in folders)
+    if pictures or subfolders:
+        found = " and ".join(f"{n} {noun}" for n, noun in ((pictures, "pictures"), (subfolders, "subfolders")) if n)
         raise DataError(
-            f"{folder} holds {found} and no .tar shards; run `milan-pipe prepare` to pack pictures into shards"
+            f"{place} holds {found} and no .tar shards; run `milan-pipe prepare` to pack pictures into shards"
         )
-    raise DataError(f"{folder} holds no .tar shards; found {len(entries)} other files, as {entries[0].name}")
+    if not names:
+        raise DataError(f"{place} is empty; expected .tar shards, which `milan-pipe prepare` writes")
+    raise DataError(f"{place} holds no .tar shards; found {len(names)} other files, as {names[0]}")
 
 
 def _expand_braces(text: str) -> list[str]:
@@ -171,7 +303,7 @@ class _Group:
         self.fault = self.fault or reason
 
 
-def read_shard(path: str | Path, on_bad: OnBad) -> Iterator[Sample]:
+def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None) -> Iterator[Sample]:
     """Read a shard's samples, in their order, one at a time; nothing is unpickled or written to disk.
 
     Neighbouring members of one key are one sample: a picture (`IMAGE_SUFFIXES`), and where there are such `cls` (a
@@ -179,19 +311,21 @@ def read_shard(path: str | Path, on_bad: OnBad) -> Iterator[Sample]:
     and `txt` win). Other members are skipped unread.
 
     Args:
-        path: a plain tar file.
+        shard: a plain tar file, or its path or URL.
         on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
             reported, its first sample stays. Keys without a picture are passed over.
+        copy: the shard's bytes, where they have been fetched; a seekable file, left open.
 
     Raises:
         MissingError: the shard is not there.
         DataError: the shard cannot be read, is no plain tar, holds no picture at all, or is cut or damaged; in
             this last case after the samples before the damage. Raised while iterating.
+        StoreError: the object store cannot be read, or no longer.
     """
-    path = Path(path)
+    shard = shard if isinstance(shard, ShardFile) else shard_file(shard)
     seen: set[str] = set()
     pictures = 0
-    for group in _groups(path):
+    for group in _groups(shard, copy):
         if group.key in seen:
             on_bad(group.key, "duplicate key: the shard holds it twice, or its members do not stand side by side")
             continue
@@ -206,12 +340,12 @@ def read_shard(path: str | Path, on_bad: OnBad) -> Iterator[Sample]:
         else:
             yield sample
     if not pictures:
-        raise DataError(f"{path} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"{shard} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
 
 
-def _groups(path: Path) -> Iterator[_Group]:
+def _groups(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[_Group]:
     group: _Group | None = None
-    for name, info, data in _members(path):
+    for name, info, data in _members(shard, copy):
         prefix, suffix = _split_name(name)
         if not prefix:
             continue
@@ -267,41 +401,51 @@ def _split_name(name: str) -> tuple[str, str]:
     return match[1], match[2].lower()
 
 
-def _members(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
+def _members(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
     """Name, header and bytes of each member; bytes are read only for suffixes that are of use."""
+    if copy is not None:
+        yield from _walk(shard, copy)
+        return
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise MissingError(f"shard {path} is not there") from None
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+        file = shard.open()
+    except MissingError as error:
+        raise MissingError(f"shard {error}") from None
+    except StoreError as error:
+        if shard.place.local is None:
+            raise
+        raise DataError(f"shard {error}") from error
     with file:
-        yield from _walk(path, file)
+        yield from _walk(shard, file)
 
 
-def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
-    size = path.stat().st_size
+def _walk(shard: ShardFile, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
     if size == 0:
-        raise DataError(f"shard {path} is an empty file")
+        raise DataError(f"shard {shard} is an empty file")
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
     except tarfile.TarError:
-        raise DataError(f"{path} is not a plain tar file (a compressed one must be unpacked first)") from None
+        raise DataError(f"{shard} is not a plain tar file (a compressed one must be unpacked first)") from None
+    except MilanError:
+        raise
     except Exception as error:
-        raise _damaged(path, 0) from error
+        raise _damaged(shard, 0) from error
     end = -1
     while True:
         try:
             info = tar.next()
+        except MilanError:
+            raise
         # tarfile lets ValueError, OverflowError and others through when a header is damaged.
         except Exception as error:
-            raise _damaged(path, max(end, 0)) from error
+            raise _damaged(shard, max(end, 0)) from error
         if info is None:
             break
         # The list would grow with the shard; and a header may claim a size that leads backwards or past the end.
         tar.members = []  # type: ignore[attr-defined]
         if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
-            raise _damaged(path, info.offset)
+            raise _damaged(shard, info.offset)
         end = tar.offset
         data = None
         wanted = _split_name(info.name)[1] in _WANTED
@@ -309,17 +453,17 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, by
             file.seek(info.offset_data)
             data = file.read(info.size)
             if len(data) != info.size:
-                raise _damaged(path, info.offset)
+                raise _damaged(shard, info.offset)
         if not info.isdir():
             yield info.name, info, data
     # tarfile takes a cut, or a damaged header, between two members for the end. The true end is a block of zeros.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
-        raise _damaged(path, tar.offset)
+        raise _damaged(shard, tar.offset)
 
 
-def _damaged(path: Path, offset: int) -> DataError:
-    return DataError(f"shard {path} is cut or damaged at byte {offset}; copy or prepare it again")
+def _damaged(shard: ShardFile, offset: int) -> DataError:
+    return DataError(f"shard {shard} is cut or damaged at byte {offset}; copy or prepare it again")
 
 
 def _sample(group: _Group) -> Sample:

@@ -168,7 +168,7 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
     return encoded
 
 
-def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
     """Decode a stored view: the fast way, equal to Pillow's pixels bit for bit.
 
     Args:

@@ -1,14 +1,29 @@
-"""One sample to its rendered views."""
+"""Image shards to blocks of rendered samples, made ahead of the teacher and across the borders of shards."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import queue
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from milan_pipe.data.images import Sample, decode_image
+from milan_pipe.data.ahead import decoded_ahead
+from milan_pipe.data.images import Sample, ShardFile, decode_image, read_shard
 from milan_pipe.data.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.errors import DataError, StoreError
+from milan_pipe.extract.clock import Clock
+from milan_pipe.targets.schema import BLOCK_SAMPLES
+
+_AHEAD_PER_THREAD = 32
+_COPY_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +43,154 @@ class RenderedSample:
     views: tuple[View, ...]
 
 
-def render_sample(sample: Sample, config: ViewConfig, size: int) -> RenderedSample:
+def render_sample(sample: Sample, config: ViewConfig, size: int, clock: Clock) -> RenderedSample:
     """Decode a picture once and render its K views at `size` pixels.
 
     Raises:
         DataError: the picture cannot be read.
     """
-    image = decode_image(sample.data)
-    views = tuple(draw_view(config, sample.key, index, image.height, image.width) for index in range(config.count))
-    jpegs = tuple(encode_jpeg(render_view(image, view, size), config.jpeg_quality) for view in views)
-    return RenderedSample(
-        key=sample.key,
-        label=sample.label,
-        jpegs=jpegs,
-        pixels_KHWC=np.stack([decode_jpeg(jpeg) for jpeg in jpegs]),
-        views=views,
-    )
+    with clock.of("decode"):
+        image = decode_image(sample.data)
+    with clock.of("crop"):
+        views = tuple(draw_view(config, sample.key, index, image.height, image.width) for index in range(config.count))
+        rendered = [render_view(image, view, size) for view in views]
+    with clock.of("jpeg"):
+        jpegs = tuple(encode_jpeg(pixels, config.jpeg_quality) for pixels in rendered)
+        pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])
+    return RenderedSample(key=sample.key, label=sample.label, jpegs=jpegs, pixels_KHWC=pixels_KHWC, views=views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """One shard to do: its name in the store, and its images."""
+
+    name: str
+    images: ShardFile
+
+
+@dataclass(kw_only=True)
+class SourceFile:
+    """What is known of a source shard while it is read: size and sha256 of the file, key and reason of bad samples."""
+
+    bytes: int = 0
+    sha256: str = ""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedBlock:
+    """Up to 128 samples of one shard; a shard ends with an empty one, which carries the error that ended it, if any."""
+
+    job: ShardJob
+    source: SourceFile
+    samples: list[RenderedSample]
+    error: Exception | None = None
+
+
+def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, str]:
+    """Bytes and sha256 of a shard; on the way its bytes are written to `copy_to`.
+
+    Raises:
+        MissingError, DataError, StoreError: the shard cannot be read.
+    """
+    hasher, size = hashlib.sha256(), 0
+    try:
+        opened = images.open()
+    except StoreError as error:
+        if images.place.local is None:
+            raise
+        # A source that cannot be read is no fault of the store that is written.
+        raise DataError(f"shard {error}") from error
+    with opened as file:
+        while data := file.read(_COPY_BYTES):
+            hasher.update(data)
+            size += len(data)
+            if copy_to is not None:
+                copy_to.write(data)
+    return size, hasher.hexdigest()
+
+
+class RenderAhead:
+    """Renders shards one after another on threads of its own, as far ahead as two blocks."""
+
+    def __init__(self, jobs: Iterable[ShardJob], views: ViewConfig, size: int, threads: int, clock: Clock) -> None:
+        self._jobs = jobs
+        self._views = views
+        self._size = size
+        self._threads = threads
+        self._clock = clock
+        self._queue: queue.Queue[RenderedBlock | BaseException | None] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="render", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[RenderedBlock]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop rendering."""
+        self._stop.set()
+        self._thread.join()
+
+    def _put(self, item: RenderedBlock | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _run(self) -> None:
+        try:
+            for job in self._jobs:
+                for block in self._blocks(job):
+                    if not self._put(block):
+                        return
+            self._put(None)
+        except BaseException as error:  # handed over whole: whoever reads must not wait for ever
+            self._put(error)
+
+    def _blocks(self, job: ShardJob) -> Iterator[RenderedBlock]:
+        source = SourceFile()
+        error: Exception | None = None
+        try:
+            for samples in self._samples(job, source):
+                yield RenderedBlock(job=job, source=source, samples=samples)
+        # A shard that fails must not take the others with it; what it was is told where the shard is committed.
+        except Exception as caught:
+            error = caught
+        yield RenderedBlock(job=job, source=source, samples=[], error=error)
+
+    def _samples(self, job: ShardJob, source: SourceFile) -> Iterator[list[RenderedSample]]:
+        def set_aside(key: str, reason: str) -> None:
+            source.bad.append((key, reason))
+
+        with ExitStack() as stack:
+            copy = None
+            if job.images.place.local is None:
+                # Fetched once and read here, from a file without a name: nothing of it outlives this process.
+                copy = stack.enter_context(tempfile.TemporaryFile())
+            with self._clock.of("read"):
+                source.bytes, source.sha256 = digest(job.images, copy)
+            samples = read_shard(job.images, set_aside, copy)
+            rendered = decoded_ahead(
+                self._timed(samples),
+                lambda sample: render_sample(sample, self._views, self._size, self._clock),
+                self._threads,
+                _AHEAD_PER_THREAD * self._threads,
+                set_aside,
+            )
+            while block := list(islice(rendered, BLOCK_SAMPLES)):
+                yield block
+
+    def _timed(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        while True:
+            with self._clock.of("read"):
+                sample = next(samples, None)
+            if sample is None:
+                return
+            yield sample

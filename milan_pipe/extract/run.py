@@ -1,50 +1,38 @@
-"""Many shards to a target store, in this process."""
+"""Stage 1 as a whole: what is to be done, who does it, and what it came to."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import Field
-
 from milan_pipe import __version__
-from milan_pipe.data.ahead import thread_count
-from milan_pipe.data.images import expand_shards
+from milan_pipe.data.images import ShardFile, expand_shards
 from milan_pipe.data.views import ViewConfig
-from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, MilanError, StoreError
-from milan_pipe.extract.shard import ShardTask, extract_shard
-from milan_pipe.settings import Settings
+from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
+from milan_pipe.extract.fit import sample_features
+from milan_pipe.extract.render import ShardJob, digest
+from milan_pipe.extract.settings import ExtractConfig, parse_share
+from milan_pipe.extract.shard import ShardResult
+from milan_pipe.extract.worker import Assignment, ShardWorker, load_assigned_teacher
+from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import CodecConfig, build_codec
-from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader, ViewInfo
-from milan_pipe.targets.zarr_store import ZarrTargetReader, ZarrTargetWriter
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
-
-
-class ExtractConfig(Settings):
-    """How stage 1 runs; nothing here but `batch_size` can change a byte of what it writes."""
-
-    batch_size: int = Field(
-        64, ge=1, description="views in one teacher forward pass; part of the last bit's arithmetic"
-    )
-    threads: int = Field(0, ge=0, description="threads that decode, crop and encode pictures; 0: one per processor")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of unreadable pictures above which the run stops"
-    )
+from milan_pipe.targets.schema import CodecInfo, ShardRecord, SourceInfo, StoreHeader, ViewInfo
+from milan_pipe.targets.store import TargetStoreWriter, read_header
+from milan_pipe.teacher.clip import Teacher, TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractProgress:
-    """Told while extraction goes on: totals of this run, and all shards of the store."""
+    """Told while extraction goes on: shards of the store, totals of this run, processes at work."""
 
     shards_done: int
     shards: int
     views: int
     bad: int
+    workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +40,18 @@ class ExtractReport:
     """What an extraction came to.
 
     Attributes:
-        shards, samples, bad: of the whole store, earlier runs included.
+        shards, samples, bad: committed in the store, earlier runs included.
+        complete: whether all shards are committed.
         skipped: shards that an earlier run had committed.
         views, seconds: of this run.
         views_per_second: of this run, all stages together; 0 where all was skipped.
         bytes, bytes_per_view: of the whole store.
         mean_cosine: codec fidelity over this run's views; None where all was skipped.
+        phases: seconds by phase, summed over threads and workers; see `milan_pipe.extract.clock`.
     """
 
     shards: int
+    complete: bool
     skipped: int
     samples: int
     bad: int
@@ -70,29 +61,153 @@ class ExtractReport:
     bytes: int
     bytes_per_view: float
     mean_cosine: float | None
+    phases: dict[str, float]
 
 
-def source_info(shards: Sequence[Path]) -> SourceInfo:
-    """Fingerprint over the names and sizes of the source shards, in order."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.name}\0{shard.stat().st_size}\n".encode())
-    return SourceInfo(shards=len(shards), fingerprint=digest.hexdigest())
+@dataclass
+class _Tally:
+    """What is known of the run so far."""
+
+    shards: int
+    on_progress: Callable[[ExtractProgress], None]
+    committed: dict[str, ShardRecord | ShardResult]
+    workers: int = 1
+    views: int = 0
+    bad: int = 0
+    done_views: int = 0
+    cosine: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    failed: list[ShardResult] = field(default_factory=list)
+
+    def tell(self, views: int = 0, bad: int = 0) -> None:
+        self.views += views
+        self.bad += bad
+        self.on_progress(
+            ExtractProgress(
+                shards_done=len(self.committed),
+                shards=self.shards,
+                views=self.views,
+                bad=self.bad,
+                workers=self.workers,
+            )
+        )
+
+    def set_workers(self, workers: int) -> None:
+        self.workers = workers
+
+    def add(self, result: ShardResult) -> None:
+        if result.source is None:
+            self.failed.append(result)
+        else:
+            self.committed[result.name] = result
+            self.done_views += result.views
+            self.cosine += result.cosine_sum
+            for phase, seconds in result.seconds.items():
+                self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+        self.tell()
+
+    def require_few_bad(self, limit: float) -> None:
+        """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
+        sources = [shard.source for shard in self.committed.values() if shard.source is not None]
+        bad = sum(len(source.bad) for source in sources)
+        good = sum(source.samples for source in sources)
+        if bad > limit * (bad + good):
+            first = next(f"{source.name}: {source.bad[0][0]}: {source.bad[0][1]}" for source in sources if source.bad)
+            raise DataError(
+                f"{bad} of {bad + good} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
+                f"({first}). Mend the source, or raise the limit"
+            )
 
 
-def _check_bad_share(shards: dict[str, SourceShard], limit: float) -> None:
-    """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
-    bad = sum(len(shard.bad) for shard in shards.values())
-    good = sum(shard.samples for shard in shards.values())
-    if bad > limit * (bad + good):
-        raise DataError(
-            f"{bad} of {bad + good} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
-            f"({_first_bad(shards)}). Mend the source, or raise the limit"
+def source_info(shards: Sequence[ShardFile]) -> SourceInfo:
+    """Fingerprint over the names of the source shards, in order."""
+    names = "".join(f"{shard.name}\n" for shard in shards)
+    return SourceInfo(shards=len(shards), fingerprint=hashlib.sha256(names.encode()).hexdigest())
+
+
+def shard_name(position: int) -> str:
+    """Name in the store of the source shard at a position."""
+    return f"{position:06d}"
+
+
+def _codec_info(
+    config: CodecConfig,
+    found: StoreHeader | None,
+    fit: Callable[[], CodecInfo],
+) -> CodecInfo:
+    """The codec of a store: the one that it has, if it was made for the same setting, else a new one."""
+    if found is not None:
+        asked = found.codec.model_copy(update=config.header_fields())
+        if asked == found.codec:
+            return found.codec
+    return fit()
+
+
+def _header(
+    teacher: Teacher,
+    shards: Sequence[ShardFile],
+    views: ViewConfig,
+    view_size: int,
+    codec: CodecConfig,
+    extract: ExtractConfig,
+    found: StoreHeader | None,
+) -> StoreHeader:
+    def fit() -> CodecInfo:
+        if codec.name != "klt":
+            return build_codec(codec).info
+        features = sample_features(teacher, shards, views, view_size, extract.batch_size, codec.fit_samples)
+        return build_codec(codec, features).info
+
+    return StoreHeader(
+        package_version=__version__,
+        format=extract.format,
+        teacher=teacher.info,
+        views=ViewInfo(size=view_size, **views.model_dump()),
+        codec=_codec_info(codec, found, fit),
+        source=source_info(shards),
+    )
+
+
+def _require_same_sources(shards: Sequence[ShardFile], records: Mapping[str, ShardRecord], with_digests: bool) -> None:
+    """Find source shards that are not what they were when their targets were made.
+
+    Raises:
+        MismatchError: names them, and what to run.
+    """
+    changed = []
+    for position, shard in enumerate(shards):
+        record = records.get(shard_name(position))
+        if record is None:
+            continue
+        then = record.source
+        size = shard.size()
+        if size != then.bytes:
+            changed.append((shard_name(position), f"{shard}: {size} bytes, {then.bytes} when it was extracted"))
+        elif with_digests and digest(shard)[1] != then.sha256:
+            changed.append((shard_name(position), f"{shard}: another sha256 than when it was extracted"))
+    if changed:
+        raise MismatchError(
+            f"{len(changed)} source shards have changed since their targets were made ({changed[0][1]}). Extract them "
+            f"again with --redo {','.join(name for name, _ in changed[:20])}"
         )
 
 
-def _first_bad(shards: dict[str, SourceShard]) -> str:
-    return next((f"{s.name}: {s.bad[0][0]}: {s.bad[0][1]}" for s in shards.values() if s.bad), "")
+def _in_process(
+    assignment: Assignment, teacher: Teacher, header: StoreHeader, jobs: Iterable[ShardJob], tally: _Tally
+) -> Iterator[ShardResult]:
+    return ShardWorker(assignment, teacher, header).run(jobs, tally.tell)
+
+
+def _on_cluster(assignment: Assignment, jobs: Sequence[ShardJob], tally: _Tally) -> Iterator[ShardResult]:
+    # Dask takes a second to import, and only a cluster needs it.
+    from milan_pipe.extract.cluster import extract_on_cluster
+
+    return extract_on_cluster(assignment, jobs, tally.tell, tally.set_workers)
+
+
+def _is_stores_fault(error: Exception) -> bool:
+    """Whether the next shard would fail in the same way: a full disk, no permission, a store out of reach."""
+    return isinstance(error, OSError) and not isinstance(error, LookupError)
 
 
 def extract_targets(
@@ -102,85 +217,116 @@ def extract_targets(
     teacher: TeacherConfig,
     views: ViewConfig,
     view_size: int,
+    grid: tuple[int, int] | None = None,
     codec: CodecConfig,
     extract: ExtractConfig,
+    shards: str | None = None,
+    redo: Sequence[str] = (),
+    verify_sources: bool = False,
     on_progress: Callable[[ExtractProgress], None] = lambda _: None,
 ) -> ExtractReport:
     """Write the targets of all image shards; goes on where an earlier run of the same configuration stopped.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs.
-        targets: folder of the target store.
+        images: folder of shards, or shard paths with braces or globs; local or a URL.
+        targets: folder of the target store; local or a URL.
         view_size: rendered side in pixels, the student's input size.
+        grid: the student's patches down and across, to which the teacher's input size is fitted.
+        shards: `i/n`: do only every n-th shard, beginning with number i.
+        redo: names of committed shards to do again, as `000123`.
+        verify_sources: compare the sha256 of source shards that are done, and not their sizes alone.
 
     Raises:
-        MissingError, DataError: images are not there or cannot be read, or too many are unreadable.
-        MismatchError: the store that is there has another configuration.
+        MissingError, DataError: images are not there or cannot be read, too many are unreadable, or shards failed; all
+            that could be done is committed first.
+        MismatchError: the store that is there has another configuration, or source shards have changed.
         StoreError: the store cannot be written.
     """
     began = time.monotonic()
-    shards = expand_shards(images)
-    model = load_teacher(teacher, resolve_device(extract.device))
-    shard_codec = build_codec(codec)
-    header = StoreHeader(
-        package_version=__version__,
-        teacher=model.info,
-        views=ViewInfo(size=view_size, **views.model_dump()),
-        codec=shard_codec.info,
-        source=source_info(shards),
-    )
-    writer = ZarrTargetWriter(Path(targets), header)
-    task = ShardTask(
-        teacher=model,
-        views=views,
-        size=view_size,
-        codec=shard_codec,
-        batch_size=extract.batch_size,
-        threads=thread_count(extract.threads),
-    )
+    share, shares = parse_share(shards) if shards is not None else (0, 1)
+    sources = expand_shards(images)
+    place = place_of(targets)
+    found = read_header(place)
+    assignment = Assignment(targets=str(targets), teacher=teacher, grid=grid, views=views, extract=extract)
+    model = load_assigned_teacher(assignment)
+    header = _header(model, sources, views, view_size, codec, extract, found)
+    writer = TargetStoreWriter(targets, header)
+    names = [shard_name(position) for position in range(len(sources))]
+    for name in redo:
+        if name not in names:
+            raise DataError(f"there is no shard {name!r} to do again; {place} has {names[0]} to {names[-1]}")
+        writer.forget(name)
     known = writer.committed()
-    skipped = len(known)
-    done_views = done_bad = 0
-    cosine = 0.0
-
-    def tell(more_views: int, more_bad: int) -> None:
-        nonlocal done_views, done_bad
-        done_views += more_views
-        done_bad += more_bad
-        on_progress(ExtractProgress(shards_done=len(known), shards=len(shards), views=done_views, bad=done_bad))
-
-    tell(0, 0)
-    _check_bad_share(known, extract.max_bad_fraction)
-    for position, shard in enumerate(shards):
-        name = f"{position:06d}"
-        if name in known:
-            continue
-        try:
-            result = extract_shard(task, shard, writer.open_shard(name), tell)
-        except OSError as error:
-            if isinstance(error, MilanError):
-                raise
-            raise StoreError(
-                f"{targets}, shard {name}: {error.strerror or error}. {len(known)} of {len(shards)} shards are whole; "
-                "the same command goes on from there"
-            ) from error
-        known[name] = result.source
-        cosine += result.cosine_sum
-        tell(0, 0)
-        _check_bad_share(known, extract.max_bad_fraction)
-    writer.finish()
+    _require_same_sources(sources, known, verify_sources)
+    jobs = [
+        ShardJob(name=name, images=source)
+        for position, (name, source) in enumerate(zip(names, sources, strict=True))
+        if name not in known and position % shares == share
+    ]
+    tally = _Tally(shards=len(sources), on_progress=on_progress, committed=dict(known))
+    tally.tell()
+    tally.require_few_bad(extract.max_bad_fraction)
+    clustered = jobs and (extract.scheduler is not None or extract.workers > 1)
+    results = (
+        _on_cluster(assignment, jobs, tally)
+        if clustered
+        else _in_process(assignment, model, writer.header, jobs, tally)
+    )
+    try:
+        for result in results:
+            tally.add(result)
+            if result.error is not None and _is_stores_fault(result.error):
+                raise result.error
+            tally.require_few_bad(extract.max_bad_fraction)
+    except OSError as error:
+        if isinstance(error, MilanError) and not isinstance(error, StoreError):
+            raise
+        reason = str(error) if isinstance(error, MilanError) else error.strerror or error
+        raise StoreError(
+            f"{targets}: {reason}. {len(tally.committed)} of {len(sources)} shards are whole; the same command goes on "
+            "from there"
+        ) from error
+    finally:
+        _close(results)
+    complete = len(tally.committed) == len(sources)
+    if complete:
+        writer.finish()
+    if tally.failed:
+        raise _failure(tally.failed, len(tally.committed), len(sources))
     seconds = time.monotonic() - began
-    samples = sum(shard.samples for shard in known.values())
-    size = ZarrTargetReader(targets).bytes_on_disk()
+    committed = [shard.source for shard in tally.committed.values() if shard.source is not None]
+    samples = sum(source.samples for source in committed)
+    size = sum(place.sizes().values())
     return ExtractReport(
-        shards=len(known),
-        skipped=skipped,
+        shards=len(committed),
+        complete=complete,
+        skipped=len(known),
         samples=samples,
-        bad=sum(len(shard.bad) for shard in known.values()),
-        views=done_views,
+        bad=sum(len(source.bad) for source in committed),
+        views=tally.done_views,
         seconds=seconds,
-        views_per_second=done_views / seconds if done_views else 0.0,
+        views_per_second=tally.done_views / seconds,
         bytes=size,
-        bytes_per_view=size / (samples * views.count),
-        mean_cosine=cosine / done_views if done_views else None,
+        bytes_per_view=size / (samples * views.count) if samples else 0.0,
+        mean_cosine=tally.cosine / tally.done_views if tally.done_views else None,
+        phases=dict(tally.phases),
+    )
+
+
+def _close(results: Iterator[ShardResult]) -> None:
+    """End the threads or processes behind an iterator that was left early."""
+    close = getattr(results, "close", None)
+    if close is not None:
+        close()
+
+
+def _failure(failed: Sequence[ShardResult], committed: int, shards: int) -> Exception:
+    first = failed[0].error
+    if len(failed) == 1 and shards == 1 and first is not None:
+        return first
+    told = "; ".join(f"{result.name}: {result.error}" for result in failed[:5])
+    more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
+    return DataError(
+        f"{len(failed)} of {shards} shards failed: {told}{more}. {committed} shards are committed; mend these and run "
+        "the same command again"
     )

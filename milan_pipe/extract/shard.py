@@ -1,40 +1,47 @@
-"""One source shard to the targets of one shard."""
+"""Shards of images to shards of targets: renderer, teacher, codec and writer side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from milan_pipe.data.ahead import decoded_ahead
-from milan_pipe.data.images import read_shard
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
-from milan_pipe.extract.render import RenderedSample, render_sample
+from milan_pipe.extract.clock import Clock
+from milan_pipe.extract.render import RenderAhead, RenderedSample, ShardJob, SourceFile
 from milan_pipe.targets.codec import Codec, mean_cosine
-from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardWriter, SourceShard, TargetBlock
+from milan_pipe.targets.schema import ShardWriter, SourceShard, TargetBlock
 from milan_pipe.teacher.clip import Teacher
-
-_AHEAD_PER_THREAD = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What the extraction of one shard came to; `cosine_sum` is over views, of each view's mean token cosine."""
+    """What one shard came to.
 
-    source: SourceShard
+    Attributes:
+        source: what was committed; None where the shard failed.
+        error: why it failed, or None.
+        views: rendered and encoded.
+        cosine_sum: codec fidelity: over views, the mean cosine of their tokens.
+        seconds: by phase; see `Clock`. Rendering ahead counts here what belongs to the next shard.
+    """
+
+    name: str
+    source: SourceShard | None
+    error: Exception | None
     views: int
     cosine_sum: float
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardTask:
+class Recipe:
     """How to extract a shard: teacher, view policy, rendered size, codec, teacher batch and decoding threads."""
 
     teacher: Teacher
@@ -45,7 +52,7 @@ class ShardTask:
     threads: int
 
 
-def _forward(task: ShardTask, pixels_NHWC: Tensor) -> tuple[Tensor, Tensor | None, Tensor, float]:
+def _forward(recipe: Recipe, pixels_NHWC: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None, Tensor, float]:
     """Codes, scale, attention and summed cosine of one view of a block.
 
     A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
@@ -53,21 +60,23 @@ def _forward(task: ShardTask, pixels_NHWC: Tensor) -> tuple[Tensor, Tensor | Non
     """
     codes, scales, rows = [], [], []
     cosine = 0.0
-    for batch in torch.split(pixels_NHWC, task.batch_size):
-        output = task.teacher(batch)
-        code, scale = task.codec.encode(output.features_BST)
-        cosine += mean_cosine(output.features_BST, task.codec.decode(code, scale)) * len(batch)
-        codes.append(code.cpu())
-        if scale is not None:
-            scales.append(scale.cpu())
-        row = output.importance_BL
-        rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16).cpu())
+    for batch in torch.split(pixels_NHWC, recipe.batch_size):
+        with clock.of("teacher"):
+            output = recipe.teacher(batch)
+        with clock.of("encode"):
+            code, scale = recipe.codec.encode(output.features_BST)
+            cosine += mean_cosine(output.features_BST, recipe.codec.decode(code, scale)) * len(batch)
+            codes.append(code.cpu())
+            if scale is not None:
+                scales.append(scale.cpu())
+            row = output.importance_BL
+            rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16).cpu())
     return torch.cat(codes), torch.cat(scales) if scales else None, torch.cat(rows), cosine
 
 
-def _block(task: ShardTask, samples: list[RenderedSample]) -> tuple[TargetBlock, float]:
+def _encode(recipe: Recipe, samples: list[RenderedSample], clock: Clock) -> tuple[TargetBlock, float]:
     pixels = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
-    outputs = [_forward(task, view) for view in pixels]
+    outputs = [_forward(recipe, view, clock) for view in pixels]
     views = [sample.views for sample in samples]
     crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
     scales = [scale for _, scale, _, _ in outputs if scale is not None]
@@ -79,69 +88,136 @@ def _block(task: ShardTask, samples: list[RenderedSample]) -> tuple[TargetBlock,
         attention_KNL=torch.stack([row for _, _, row, _ in outputs]).numpy(),
         crop_KN4=np.array(crops, np.int32).transpose(1, 0, 2),
         flip_KN=np.array([[v.flip for v in row] for row in views], np.bool_).T,
-        jpegs=[[sample.jpegs[k] for sample in samples] for k in range(task.views.count)],
+        jpegs=[[sample.jpegs[k] for sample in samples] for k in range(recipe.views.count)],
     )
     return block, sum(cosine for _, _, _, cosine in outputs)
 
 
-def _batched(rendered: Iterator[RenderedSample]) -> Iterator[list[RenderedSample]]:
-    while block := list(islice(rendered, BLOCK_SAMPLES)):
-        yield block
+class _Shard:
+    """One shard on its way through teacher and writer. Writing runs on a thread, one block behind the teacher."""
+
+    def __init__(self, job: ShardJob, recipe: Recipe, open_writer: Callable[[str], ShardWriter], clock: Clock) -> None:
+        self._job = job
+        self._recipe = recipe
+        self._open_writer = open_writer
+        self._clock = clock
+        self._writer: ShardWriter | None = None
+        self._writing: Future[None] | None = None
+        self._samples = 0
+        self._cosine = 0.0
+        self.error: Exception | None = None
+
+    def add(self, samples: list[RenderedSample], pool: ThreadPoolExecutor) -> None:
+        if self.error is not None:
+            return
+        try:
+            if self._writer is None:
+                self._writer = self._open_writer(self._job.name)
+            block, cosine = _encode(self._recipe, samples, self._clock)
+            self._await_writing()
+            self._writing = pool.submit(self._timed, self._writer.append, block)
+        except Exception as error:  # told with the shard's result
+            self.error = error
+            return
+        self._samples += len(samples)
+        self._cosine += cosine
+
+    def _timed(self, function: Callable[..., None], *arguments: object) -> None:
+        with self._clock.of("write"):
+            function(*arguments)
+
+    def _await_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def discard(self) -> None:
+        if self._writing is not None:
+            self._writing.exception()
+        if self._writer is not None:
+            self._writer.discard()
+
+    def end(self, source: SourceFile, error: Exception | None) -> ShardResult:
+        """Commit, or discard if anything went wrong; runs on the writer's thread."""
+        committed = None
+        self.error = self.error or error
+        try:
+            if self.error is None:
+                self._await_writing()
+                if self._writer is None:
+                    first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
+                    raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} set aside{first})")
+                committed = SourceShard(
+                    name=self._job.images.name,
+                    bytes=source.bytes,
+                    sha256=source.sha256,
+                    samples=self._samples,
+                    # Threads may tell of bad samples out of turn; sorted, the record is the same each time.
+                    bad=tuple(sorted(source.bad)),
+                )
+                self._timed(self._writer.commit, committed)
+        except Exception as caught:  # told with the shard's result
+            self.error = caught
+        if self.error is not None:
+            self.discard()
+            committed = None
+        return ShardResult(
+            name=self._job.name,
+            source=committed,
+            error=self.error,
+            views=self._samples * self._recipe.views.count,
+            cosine_sum=self._cosine,
+            seconds=self._clock.take(),
+        )
 
 
-def extract_shard(
-    task: ShardTask, path: Path, writer: ShardWriter, on_progress: Callable[[int, int], None]
-) -> ShardResult:
-    """Read, render, run the teacher, encode and write one shard; reading and writing run beside the teacher.
+def extract_shards(
+    recipe: Recipe,
+    jobs: Iterable[ShardJob],
+    open_writer: Callable[[str], ShardWriter],
+    on_progress: Callable[[int, int], None],
+) -> Iterator[ShardResult]:
+    """Do shards one after another; the next one is rendered while the last one is encoded and written.
 
     Args:
+        open_writer: called with a shard's name before its first block.
         on_progress: told views done and samples set aside since its last call.
 
-    Raises:
-        DataError: the shard has no readable image.
+    Yields:
+        One result per job, in order. A shard that fails is discarded and told of; the others go on.
     """
-    bad: list[tuple[str, str]] = []
-    samples = views = told_bad = 0
-    cosine = 0.0
-
-    def set_aside(key: str, reason: str) -> None:
-        bad.append((key, reason))
-
-    rendered = decoded_ahead(
-        read_shard(path, set_aside),
-        lambda sample: render_sample(sample, task.views, task.size),
-        task.threads,
-        _AHEAD_PER_THREAD * task.threads,
-        set_aside,
-    )
-    try:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool:
-            writing: Future[None] | None = None
-            for batch in _batched(rendered):
-                block, block_cosine = _block(task, batch)
-                if writing is not None:
-                    writing.result()
-                writing = pool.submit(writer.append, block)
-                samples += len(batch)
-                views += len(batch) * task.views.count
-                cosine += block_cosine
-                on_progress(len(batch) * task.views.count, len(bad) - told_bad)
-                told_bad = len(bad)
-            if writing is not None:
-                writing.result()
-        on_progress(0, len(bad) - told_bad)
-        if not samples:
-            first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
-            raise DataError(f"{path} has no readable image ({len(bad)} set aside{first})")
-        source = SourceShard(
-            name=path.name,
-            bytes=path.stat().st_size,
-            samples=samples,
-            # Threads may tell of bad samples out of turn; sorted, the record is the same each time.
-            bad=tuple(sorted(bad)),
-        )
-        writer.commit(source)
-    except BaseException:
-        writer.discard()
-        raise
-    return ShardResult(source=source, views=views, cosine_sum=cosine)
+    clock = Clock()
+    with (
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
+        closing(RenderAhead(jobs, recipe.views, recipe.size, recipe.threads, clock)) as blocks,
+    ):
+        shard: _Shard | None = None
+        ending: Future[ShardResult] | None = None
+        told_bad = 0
+        try:
+            for block in blocks:
+                if shard is None:
+                    shard = _Shard(block.job, recipe, open_writer, clock)
+                    told_bad = 0
+                if block.samples:
+                    shard.add(block.samples, pool)
+                bad = len(block.source.bad)
+                on_progress(len(block.samples) * recipe.views.count, bad - told_bad)
+                told_bad = bad
+                if not block.samples:
+                    if ending is not None:
+                        yield ending.result()
+                    # Digests and the commit are made beside the next shard's first block.
+                    ending = pool.submit(shard.end, block.source, block.error)
+                    shard = None
+                elif ending is not None and ending.done():
+                    yield ending.result()
+                    ending = None
+            if ending is not None:
+                yield ending.result()
+                ending = None
+        finally:
+            if ending is not None:
+                ending.exception()
+            if shard is not None:
+                shard.discard()

@@ -42,7 +42,7 @@ class _Window:
     """Several runs laid end to end."""
 
     keys: list[str]
-    jpegs: list[bytes]
+    jpegs: list[bytes | memoryview]
     code: Tensor
     scale: Tensor | None
     attention: Tensor

@@ -1,12 +1,16 @@
 """How features become stored codes and codes become features.
 
 Encoding and decoding are torch code, so that they run where the data is: encoding beside the teacher, decoding on the
-training device.
+training device. Entropy coding is the backends': they know how codes lie in their files.
+
+S tokens of a picture, T width of the teacher; C = T coefficients of codec `klt`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.settings import Settings
+from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
 
 _FLOAT16_MAX = 65504.0
@@ -23,9 +28,22 @@ _FLOAT16_MAX = 65504.0
 class CodecConfig(Settings):
     """How features are stored."""
 
-    name: Literal["int8", "float16"] = Field(
-        "int8", description="int8: one byte a dimension and a scale per token; float16: two bytes, nearly exact"
+    name: Literal["int8", "float16", "klt"] = Field(
+        "int8",
+        description="int8: one byte a dimension and a scale per token; float16: two bytes, nearly exact; klt: fitted "
+        "to the data, the smallest",
     )
+    quality: float = Field(0.999, gt=0, lt=1, description="klt: mean cosine to reach")
+    fit_samples: int = Field(512, ge=1, description="klt: pictures that it is fitted to")
+    zstd_level: int = Field(1, ge=0, le=19, description="entropy coder of the codes; 0 stores them as they are")
+
+    def header_fields(self) -> dict[str, Any]:
+        """What a store's header must say of the codec for a run with this setting to go on in it."""
+        return {
+            "name": self.name,
+            "zstd_level": self.zstd_level,
+            "quality": self.quality if self.name == "klt" else None,
+        }
 
 
 class Codec(Protocol):
@@ -38,6 +56,10 @@ class Codec(Protocol):
     @property
     def dtype(self) -> np.dtype[np.int8] | np.dtype[np.float16]:
         """Of the codes."""
+
+    @property
+    def coefficient_major(self) -> bool:
+        """Whether codes shrink further where those of one dimension, or of a few, lie together."""
 
     @property
     def has_scale(self) -> bool:
@@ -62,9 +84,12 @@ def _require_finite(feature_ST: Tensor) -> None:
 class Float16Codec:
     """Half precision, rounded to nearest."""
 
-    info = CodecInfo(name="float16")
     dtype = np.dtype(np.float16)
     has_scale = False
+    coefficient_major = False
+
+    def __init__(self, zstd_level: int = 1) -> None:
+        self.info = CodecInfo(name="float16", zstd_level=zstd_level)
 
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
         _require_finite(feature_ST)
@@ -86,10 +111,13 @@ class Int8Codec:
     by. A step below float16's smallest normal number would be coarse itself, hence the floor.
     """
 
-    info = CodecInfo(name="int8")
     dtype = np.dtype(np.int8)
     has_scale = True
+    coefficient_major = False
     _smallest_step = float(np.finfo(np.float16).tiny)
+
+    def __init__(self, zstd_level: int = 1) -> None:
+        self.info = CodecInfo(name="int8", zstd_level=zstd_level)
 
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
         _require_finite(feature_ST)
@@ -106,21 +134,42 @@ class Int8Codec:
         return code_ST.float() * scale_S.float()[..., None]
 
 
-def build_codec(config: CodecConfig) -> Codec:
-    """The codec that a configuration names."""
-    return Int8Codec() if config.name == "int8" else Float16Codec()
+def build_codec(config: CodecConfig, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
+    """The codec that a configuration names, for a store that begins; one that goes on has its codec in its header.
+
+    Args:
+        features: (P, S, T) of `config.fit_samples` pictures, or batches of them; codec `klt` is fitted to them, the
+            others need none.
+
+    Raises:
+        DataError: codec `klt` cannot be fitted.
+    """
+    if config.name == "int8":
+        return Int8Codec(config.zstd_level)
+    if config.name == "float16":
+        return Float16Codec(config.zstd_level)
+    if features is None:
+        raise DataError("codec klt is fitted to features, found none; give some, or use codec int8 or float16")
+    return fit_klt(features, config.quality, config.zstd_level)
+
+
+# Shards are opened one by one, and a large basis takes a while to be unpacked.
+_klt_of = lru_cache(maxsize=4)(KltCodec.of)
 
 
 def codec_of(info: CodecInfo) -> Codec:
-    """The codec that a store's header names.
+    """The codec that a store's header names, as it was when it wrote.
 
     Raises:
-        DataError: this version knows no such codec.
+        DataError: this version knows no such codec, or what the header says of it is damaged.
     """
-    for codec in (Int8Codec(), Float16Codec()):
-        if codec.info.name == info.name:
-            return codec
-    raise DataError(f"the store's codec is {info.name!r}, this version reads int8 and float16; update milan-pipe")
+    if info.name == "int8":
+        return Int8Codec(info.zstd_level)
+    if info.name == "float16":
+        return Float16Codec(info.zstd_level)
+    if info.name == "klt":
+        return _klt_of(info)
+    raise DataError(f"the store's codec is {info.name!r}, this version reads int8, float16 and klt; update milan-pipe")
 
 
 def mean_cosine(left_ST: Tensor, right_ST: Tensor) -> float:

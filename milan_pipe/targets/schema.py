@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,11 @@ from numpy.typing import NDArray
 from milan_pipe.errors import MismatchError
 from milan_pipe.settings import Settings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_MOST_SHOWN = 80
+
+StoreFormat = Literal["zarr", "webdataset"]
 
 
 class TeacherInfo(Settings):
@@ -24,6 +27,7 @@ class TeacherInfo(Settings):
         pretrained: open_clip tag, or file name of a local checkpoint, or `random`, or none for `demo`.
         weights_sha256: over names, shapes and bytes of the image tower's tensors; the identity of the teacher.
         normalization: `clip` or `imagenet`.
+        precision: of the forward pass, `float32` or `bfloat16`.
         image_size: input side in pixels.
         grid: patches down and across.
         width: T.
@@ -33,6 +37,7 @@ class TeacherInfo(Settings):
     pretrained: str | None
     weights_sha256: str
     normalization: str
+    precision: str
     image_size: int
     grid: tuple[int, int]
     width: int
@@ -51,13 +56,28 @@ class ViewInfo(Settings):
 
 
 class CodecInfo(Settings):
-    """How stored codes become features; see `milan_pipe.targets.codec`."""
+    """How stored codes become features; see `milan_pipe.targets.codec`.
+
+    Attributes:
+        zstd_level: of the entropy coder that the backends put after the codec; 0 stores codes as they are.
+        quality, step, mean, basis: of codec `klt` alone, none elsewhere. Mean cosine that it was fitted for, width of a
+            quantiser step on unit vectors, and base64 of little-endian arrays: the mean (T) float32, the basis (T, T)
+            float16.
+    """
 
     name: str
+    zstd_level: int = 1
+    quality: float | None = None
+    step: float | None = None
+    mean: str | None = None
+    basis: str | None = None
 
 
 class SourceInfo(Settings):
-    """Where the images came from: names of the source shards and a digest over their names and sizes."""
+    """Where the images came from: number of source shards and a digest over their names.
+
+    What is in a shard is told by its own record, so that one that changes does not condemn the others.
+    """
 
     shards: int
     fingerprint: str
@@ -67,6 +87,7 @@ class StoreHeader(Settings):
     """Root attributes of a store; everything that a reader must agree with before the first byte of data."""
 
     schema_version: int = SCHEMA_VERSION
+    format: StoreFormat = "zarr"
     package_version: str
     teacher: TeacherInfo
     views: ViewInfo
@@ -82,6 +103,11 @@ class StoreHeader(Settings):
     def tokens(self) -> int:
         """S."""
         return 1 + self.patches
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
 
 
 def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
@@ -100,11 +126,11 @@ def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
         for key, there in theirs.items():
             if there != ours[key]:
                 name = f"{section}.{key}" if key else section
-                differences.append(f"{name}: store has {there!r}, this run has {ours[key]!r}")
+                differences.append(f"{name}: store has {_short(there)}, this run has {_short(ours[key])}")
     return differences
 
 
-def require_same_header(found: StoreHeader, expected: StoreHeader, where: Path) -> None:
+def require_same_header(found: StoreHeader, expected: StoreHeader, where: object) -> None:
     """Refuse to go on in a store of another configuration.
 
     Raises:
@@ -118,7 +144,7 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: Path) 
         )
 
 
-def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]], where: Path) -> None:
+def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]], where: object) -> None:
     """Refuse a store that contradicts what a run's settings say of teacher and views.
 
     Args:
@@ -142,12 +168,44 @@ def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]],
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShard:
-    """A source shard as its targets remember it: file name, bytes, samples kept, samples set aside (key, reason)."""
+    """A source shard as its targets remember it.
+
+    Attributes:
+        name: file name.
+        bytes: size.
+        sha256: of the whole file.
+        samples: samples kept.
+        bad: key and reason of each sample set aside.
+    """
 
     name: str
     bytes: int
+    sha256: str
     samples: int
     bad: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size and digest of one file of a shard."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """What was committed of one shard.
+
+    Attributes:
+        source: the shard of images.
+        files: all files, by path below the shard's folder.
+        blocks: of each tar, offset and crc32c of its blocks of samples; nothing in zarr, which has its own index.
+    """
+
+    source: SourceShard
+    files: Mapping[str, FileRecord]
+    blocks: Mapping[str, Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +230,7 @@ class TargetBlock:
     attention_KNL: NDArray[np.float16]
     crop_KN4: NDArray[np.int32]
     flip_KN: NDArray[np.bool_]
-    jpegs: Sequence[Sequence[bytes]]
+    jpegs: Sequence[Sequence[bytes | memoryview]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +244,24 @@ class ViewRun:
     attention_NL: NDArray[np.float16]
     crop_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
-    jpegs: Sequence[bytes]
+    jpegs: Sequence[bytes | memoryview]
+
+
+class ShardFiles(Protocol):
+    """What a backend does to write one shard: files in a local folder of its own."""
+
+    def append(self, block: TargetBlock) -> None:
+        """Write the next samples. All blocks but the last hold `BLOCK_SAMPLES` samples."""
+
+    def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Write what is left; returns `ShardRecord.blocks`."""
+
+
+class OpenShard(Protocol):
+    """What a backend does to read one shard. Raises `DataError` naming shard and array where it is damaged."""
+
+    def read(self, view: int, start: int, stop: int) -> ViewRun:
+        """Samples `start` to `stop` of one view, all within the shard."""
 
 
 class ShardWriter(Protocol):
@@ -202,24 +277,16 @@ class ShardWriter(Protocol):
         """Remove what was written."""
 
 
-class TargetWriter(Protocol):
-    """A store that shards are added to."""
-
-    def committed(self) -> dict[str, SourceShard]:
-        """Shards that are whole, by name."""
-
-    def open_shard(self, name: str) -> ShardWriter:
-        """Begin a shard; what an interrupted attempt left is removed."""
-
-    def finish(self) -> None:
-        """Write `bad_samples.jsonl` for all committed shards."""
-
-
 class TargetReader(Protocol):
     """A store that is read."""
 
-    header: StoreHeader
-    shards: tuple[str, ...]
+    @property
+    def header(self) -> StoreHeader:
+        """What the targets depend on."""
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the committed shards, in order."""
 
     def samples(self, shard: str) -> int:
         """Number of samples of a shard."""

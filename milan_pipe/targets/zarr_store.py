@@ -1,51 +1,44 @@
-"""Target store on zarr v3: one group per source shard, view-major, checksums on every chunk.
+"""One shard of a target store on zarr v3: view-major arrays, sharded, checksums on every chunk.
 
-A shard is written into a hidden folder beside its place and renamed when it is whole, so a reader never sees half of
-one. zarr reads a missing chunk as zeros without a word, so the reader checks first that the files are there.
+zarr reads a missing chunk as zeros without a word, so whoever opens a shard checks first that all its files are there.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
-from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore, ObjectStore, StorePath
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.targets.codec import codec_of
-from milan_pipe.targets.schema import (
-    BLOCK_SAMPLES,
-    SCHEMA_VERSION,
-    SourceShard,
-    StoreHeader,
-    TargetBlock,
-    ViewRun,
-    require_same_header,
-)
+from milan_pipe.errors import DataError, StoreError
+from milan_pipe.storage import Place
+from milan_pipe.targets.codec import Codec, codec_of
+from milan_pipe.targets.ledger import sha256_of
+from milan_pipe.targets.mapped_array import MappedArray, read_column
+from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
-_HEADER = "milan_pipe"
-_PARTIAL = ".partial-"
-BAD_SAMPLES = "bad_samples.jsonl"
+HEADER_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
-_VIEW_CHUNK_BYTES = 256 * 1024
+# One block of zstd, which has statistics of its own.
+_BAND, _BAND_CHUNK_BYTES = 32, 128 * 1024
+_VIEW_CHUNK_BYTES = 64 * 1024
 _VIEW_SHARD_BYTES = 8 * 1024 * 1024
-# Blocks are read in random order over the shards: one open shard would be opened anew for nearly every block.
-_OPEN_SHARDS = 32
 # The checksum inside of zstd's frame is not one too many: where a read takes a part of a chunk, `zarrs` cuts the crc32c
-# off unread. Zstandard can only be decoded whole, and so is always checked. Hence also for JPEGs, which do not shrink.
-_COMPRESSORS = (ZstdCodec(level=1, checksum=True), Crc32cCodec())
-# `zarrs` on several threads lays the inner chunks of a shard down as they get ready: other bytes each time.
-_LARGE = {"threading.max_workers": 1}
-# `zarrs` leaves a chunk of zeros out; zarr's own pipeline writes it when told to, and what is small need not be fast.
-_SMALL = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+# off unread. Zstandard can only be decoded whole, and so is always checked.
+_CRC32C = Crc32cCodec()
+_COMPRESSORS = (ZstdCodec(level=1, checksum=True), _CRC32C)
+_SHARD_COLUMNS = ("scale", "attention", "crop", "flip", "view_offset", "view_length")
+_PARALLEL_READS = 8
 
 
 def use_fast_pipeline() -> bool:
@@ -55,25 +48,21 @@ def use_fast_pipeline() -> bool:
     except ImportError:
         warnings.warn("the zarrs codec pipeline is not installed: reading will be slower", RuntimeWarning, stacklevel=2)
         return False
+    # `zarrs` opens a store in an object store anew, and tells of it each time.
+    warnings.filterwarnings("ignore", message="Successfully reconstructed a store", category=RuntimeWarning)
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     return True
 
 
-def _blocks(samples: int) -> int:
+def _blocks_of(samples: int) -> int:
     return -(-samples // BLOCK_SAMPLES)
 
 
-def _create(group: zarr.Group, name: str, pipeline: dict[str, Any], **layout: Any) -> zarr.Array[Any]:
-    # An array keeps the pipeline that it was made with.
-    with zarr.config.set(pipeline):
-        return group.create_array(
-            name,
-            filters=None,
-            compressors=_COMPRESSORS,
-            # A chunk of zeros is written as well: then a chunk that is absent is a chunk that was lost.
-            config={"write_empty_chunks": True},
-            **layout,
-        )
+def _create(group: zarr.Group, name: str, **layout: Any) -> zarr.Array[Any]:
+    # An array keeps the setting that it was made with. `zarrs` on several threads lays the inner chunks of a shard down
+    # as they get ready: other bytes each time.
+    with zarr.config.set({"threading.max_workers": 1}):
+        return group.create_array(name, **{"filters": None, "compressors": _COMPRESSORS, **layout})
 
 
 def _put(array: zarr.Array[Any], selection: Any, values: NDArray[Any]) -> None:
@@ -84,12 +73,33 @@ def _put(array: zarr.Array[Any], selection: Any, values: NDArray[Any]) -> None:
         raise OSError(" ".join(str(error).split())) from error
 
 
-def _features_per_chunk(sample_bytes: int) -> int:
-    """Samples of one inner chunk: a power of two, so that it divides the block; near 64 KB, one at least."""
+def _most_samples(sample_bytes: int, chunk_bytes: int) -> int:
+    """Samples of one inner chunk: a power of two, so that it divides the block; one at least."""
     samples = 1
-    while samples < BLOCK_SAMPLES and 2 * samples * sample_bytes <= _FEATURE_CHUNK_BYTES:
+    while samples < BLOCK_SAMPLES and 2 * samples * sample_bytes <= chunk_bytes:
         samples *= 2
     return samples
+
+
+def _features_layout(codec: Codec, tokens: int, width: int) -> dict[str, Any]:
+    """Inner chunk and codecs of the features."""
+    level, item = codec.info.zstd_level, codec.dtype.itemsize
+    # Coefficients that are sorted by strength shrink best beside their like: a band of them is a chunk of its own.
+    band = min(_BAND, width) if codec.coefficient_major else width
+    if level == 0:
+        # Without zstd the crc32c stands alone, and is checked where whole chunks are read: one sample each.
+        samples, compressors = 1, list[Any]([_CRC32C])
+        band = width
+    else:
+        most = _BAND_CHUNK_BYTES if codec.coefficient_major else _FEATURE_CHUNK_BYTES
+        samples = _most_samples(tokens * band * item, most)
+        compressors = [ZstdCodec(level=level, checksum=True), _CRC32C]
+    return {
+        "dtype": codec.dtype,
+        "chunks": (1, samples, tokens, band),
+        "shards": (1, BLOCK_SAMPLES, tokens, -(-width // band) * band),
+        "compressors": compressors,
+    }
 
 
 @dataclass
@@ -106,44 +116,41 @@ class _Columns:
     view_length: list[NDArray[Any]] = field(default_factory=list)
 
 
-class ZarrShardWriter:
+class ZarrShardFiles:
     """Targets of one shard in the making: memory holds one block, 8 MB of views, and what is small."""
 
-    def __init__(self, root: Path, name: str, header: StoreHeader) -> None:
-        self._final = root / name
-        self._partial = root / f"{_PARTIAL}{name}"
+    def __init__(self, folder: Path, header: StoreHeader) -> None:
+        use_fast_pipeline()
+        self._where = folder
         self._samples = 0
         self._written_views = 0
         self._pending_views = bytearray()
         self._columns = _Columns()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._group = zarr.open_group(self._partial, mode="w-", zarr_format=3)
+        self._group = zarr.open_group(folder, mode="a", zarr_format=3)
         codec = codec_of(header.codec)
-        views, tokens, width = header.views.count, header.tokens, header.teacher.width
-        per_chunk = _features_per_chunk(tokens * width * codec.dtype.itemsize)
+        tokens, width = header.tokens, header.teacher.width
         self._features = _create(
             self._group,
             "features",
-            _LARGE,
-            shape=(views, 0, tokens, width),
-            dtype=codec.dtype,
-            chunks=(1, per_chunk, tokens, width),
-            shards=(1, BLOCK_SAMPLES, tokens, width),
+            shape=(header.views.count, 0, tokens, width),
+            **_features_layout(codec, tokens, width),
         )
         self._view_bytes = _create(
             self._group,
             "view_bytes",
-            _LARGE,
             shape=(0,),
             dtype=np.uint8,
             chunks=(_VIEW_CHUNK_BYTES,),
+            # JPEGs do not shrink. The crc32c alone is checked where whole chunks are read, as readers here do.
+            compressors=[_CRC32C],
             shards=(_VIEW_SHARD_BYTES,),
         )
 
     def append(self, block: TargetBlock) -> None:
+        """Write the next samples."""
         count = len(block.keys)
         if self._samples % BLOCK_SAMPLES or not 0 < count <= BLOCK_SAMPLES:
-            raise StoreError(f"{self._partial}: a block of {count} samples cannot follow {self._samples} samples")
+            raise StoreError(f"{self._where}: a block of {count} samples cannot follow {self._samples} samples")
         start, stop = self._samples, self._samples + count
         self._features.resize((self._features.shape[0], stop, *self._features.shape[2:]))
         _put(self._features, (slice(None), slice(start, stop)), block.code_KNST)
@@ -178,249 +185,170 @@ class ZarrShardWriter:
         array = _create(
             self._group,
             name,
-            _SMALL,
             shape=values.shape,
             dtype=values.dtype,
             chunks=(1, BLOCK_SAMPLES, *tail),
-            shards=(views, _blocks(samples) * BLOCK_SAMPLES, *tail),
+            shards=(views, _blocks_of(samples) * BLOCK_SAMPLES, *tail),
         )
         _put(array, ..., values)
 
-    def commit(self, source: SourceShard) -> None:
-        if not self._samples or source.samples != self._samples:
-            raise StoreError(f"{self._final}: {self._samples} samples written, {source.samples} announced")
+    def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Write what was kept; there are no blocks to tell of, zarr has its own index."""
         if self._pending_views:
+            # Whole chunks only: of one that reaches over the array's end, zarr reads a part and checks nothing.
+            self._pending_views += bytes(-len(self._pending_views) % _VIEW_CHUNK_BYTES)
             self._flush_views(len(self._pending_views))
         columns = self._columns
-        for name in ("scale", "attention", "crop", "flip", "view_offset", "view_length"):
+        for name in _SHARD_COLUMNS:
             parts = getattr(columns, name)
             if parts:
                 self._write_column(name, np.concatenate(parts, axis=1))
         whole = {"shape": (self._samples,), "chunks": (self._samples,)}
-        label = _create(self._group, "label", _SMALL, dtype=np.int64, **whole)
+        label = _create(self._group, "label", dtype=np.int64, **whole)
         _put(label, ..., np.concatenate(columns.label))
-        key = _create(self._group, "key", _SMALL, dtype=str, **whole)
+        key = _create(self._group, "key", dtype=str, **whole)
         _put(key, ..., np.array(columns.keys, dtype=object))
-        self._group.update_attributes(
-            {
-                "source": source.name,
-                "source_bytes": source.bytes,
-                "samples": source.samples,
-                "bad": [list(entry) for entry in source.bad],
-            }
-        )
-        self._partial.rename(self._final)
-
-    def discard(self) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
+        return {}
 
 
-def _read_header(root: Path) -> StoreHeader:
-    if not root.is_dir():
-        raise MissingError(f"{root} is not there; write targets with `milan-pipe extract-targets IMAGES {root}`")
-    try:
-        found = json.loads((root / "zarr.json").read_text())["attributes"][_HEADER]
-    except FileNotFoundError:
-        raise DataError(
-            f"{root} is not a target store: it has no zarr.json. Write targets with "
-            f"`milan-pipe extract-targets IMAGES {root}`"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, dict):
-        raise DataError(f"{root}/zarr.json is not the header of a target store; extract into another folder")
-    version = found.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise MismatchError(
-            f"{root} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
-            f"extract the targets again, or use the version that wrote them ({found.get('package_version')})"
-        )
-    header: StoreHeader = StoreHeader.parse(found, f"{root}/zarr.json")
-    return header
+class _Rows(Protocol):
+    """An array of a shard, read by rows of one view."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, n, ...), or (n,)."""
+
+    def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of a view; of an array (n,), of the only one."""
 
 
-def _read_source(root: Path, name: str) -> SourceShard:
-    try:
-        attributes = json.loads((root / name / "zarr.json").read_text())["attributes"]
-        return SourceShard(
-            name=attributes["source"],
-            bytes=attributes["source_bytes"],
-            samples=attributes["samples"],
-            bad=tuple((key, reason) for key, reason in attributes["bad"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{root / name}: the shard's zarr.json cannot be read ({type(error).__name__}); remove this folder and "
-            "run extract-targets again"
-        ) from error
+class _ZarrRows:
+    """An array read through zarr: from an object store, or where `MappedArray` does not serve."""
+
+    def __init__(self, where: StorePath, metadata: dict[str, Any], whole: bool) -> None:
+        """Open an array; `whole` reads it at once and keeps it, one request for all that follow."""
+        self._array: zarr.Array[Any] = zarr.Array.from_dict(where, metadata)
+        self._values = np.asarray(self._array[...]) if whole else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
+        rows = slice(start, stop)
+        if len(self.shape) == 1 and self._values is None:
+            # Whole chunks, as a checksum is not looked at where a part of one is read.
+            chunk = self._array.chunks[0]
+            first = start - start % chunk
+            return np.asarray(self._array[first : stop + -stop % chunk])[start - first : stop - first]
+        if len(self.shape) == 1:
+            return np.asarray(self._values)[rows]
+        if self._values is not None:
+            return np.asarray(self._values[view, rows])
+        # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
+        return np.asarray(self._array[view : view + 1, rows]).squeeze(0)
 
 
-def _shard_names(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))
+_DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError)
 
 
-class ZarrTargetWriter:
-    """A store that shards are added to; opens the one that is there if its configuration is the same."""
+class ZarrShard:
+    """Arrays of one shard; keys and labels are in memory."""
 
-    def __init__(self, root: Path, header: StoreHeader) -> None:
-        """Open or begin a store.
+    def __init__(
+        self, place: Place, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
+    ) -> None:
+        """Open the shard in the folder `place`, whose files are all there.
 
-        Raises:
-            MismatchError: the store that is there has another configuration.
-            DataError: the folder holds something else.
-            StoreError: the folder cannot be written.
+        Args:
+            fail: makes the error of what is found damaged.
         """
         use_fast_pipeline()
-        self.root = root
-        self.header = header
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{root} cannot be made: {error.strerror or error}; choose another folder") from error
-        # zarr writes the header beside its place; a run that was killed just then leaves this and nothing else.
-        for left_over in root.glob("zarr.*.partial"):
-            left_over.unlink(missing_ok=True)
-        # A store whose header was not written yet holds nothing; what else is in a folder is somebody's.
-        if (root / "zarr.json").exists() or any(root.iterdir()):
-            require_same_header(_read_header(root), header, root)
-        else:
-            try:
-                zarr.create_group(root, zarr_format=3, attributes={_HEADER: header.model_dump(mode="json")})
-            except OSError as error:
-                raise StoreError(f"{root} cannot be written: {error.strerror or error}") from error
-        for left_over in root.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-    def committed(self) -> dict[str, SourceShard]:
-        return {name: _read_source(self.root, name) for name in _shard_names(self.root)}
-
-    def open_shard(self, name: str) -> ZarrShardWriter:
-        return ZarrShardWriter(self.root, name, self.header)
-
-    def finish(self) -> None:
-        lines = [
-            json.dumps({"shard": name, "source": shard.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
-            for name, shard in self.committed().items()
-            for key, reason in shard.bad
-        ]
-        temporary = self.root / f"{_PARTIAL}{BAD_SAMPLES}"
-        try:
-            temporary.write_text("".join(lines), encoding="utf-8")
-            temporary.replace(self.root / BAD_SAMPLES)
-        except OSError as error:
-            raise StoreError(
-                f"{self.root / BAD_SAMPLES} cannot be written: {error.strerror or error}. All shards are whole; the "
-                "same command goes on from there"
-            ) from error
-
-
-class _OpenShard:
-    """Arrays of one shard, the small ones in memory."""
-
-    def __init__(self, root: Path, name: str, header: StoreHeader) -> None:
-        self.where = root / name
-        self.source = _read_source(root, name)
-        self._header = header
-        codec = codec_of(header.codec)
-        small = ["attention", "crop", "flip", "view_offset", "view_length", "label", "key"]
-        small += ["scale"] if codec.has_scale else []
-        n, views = self.source.samples, header.views.count
-        self._require_files("features", [f"{view}/{block}/0/0" for view in range(views) for block in range(_blocks(n))])
-        self.features = self._array("features", (views, n, header.tokens, header.teacher.width))
-        self.view_bytes = self._array("view_bytes", None)
-        self._require_files("view_bytes", [str(i) for i in range(-(-self.view_bytes.shape[0] // _VIEW_SHARD_BYTES))])
-        self.small: dict[str, NDArray[Any]] = {}
-        for column in small:
-            tail = {"attention": (header.patches,), "scale": (header.tokens,), "crop": (4,)}.get(column, ())
-            flat = column in ("label", "key")
-            array = self._array(column, (n,) if flat else (views, n, *tail))
-            self._require_files(column, ["/".join("0" * array.ndim)])
-            self.small[column] = np.asarray(self.checked(column, array, ...))
-        end = int((self.small["view_offset"] + self.small["view_length"]).max())
-        if self.view_bytes.shape != (end,):
-            raise self._damaged("view_bytes", f"its shape is {self.view_bytes.shape}, expected {(end,)}")
-
-    def _array(self, name: str, shape: tuple[int, ...] | None) -> zarr.Array[Any]:
-        try:
-            array = zarr.open_array(self.where / name, mode="r", zarr_format=3)
-        # zarr lets ZeroDivisionError and others through when its metadata is damaged.
-        except Exception as error:
-            raise self._damaged(name, f"its metadata cannot be read ({type(error).__name__})") from error
-        if shape is not None and array.shape != shape:
-            raise self._damaged(name, f"its shape is {array.shape}, expected {shape}")
-        return array
-
-    def _damaged(self, name: str, what: str) -> DataError:
-        return DataError(
-            f"{self.where}: array {name!r} is damaged: {what}. Remove this folder and run extract-targets again"
-        )
-
-    def _require_files(self, name: str, chunks: list[str]) -> None:
-        files = [self.where / name / "c" / chunk for chunk in chunks]
-        # An empty file reads as zeros, like one that is not there.
-        lost = [c for c, file in zip(chunks, files, strict=True) if not file.is_file() or not file.stat().st_size]
-        if lost:
-            raise self._damaged(
-                name, f"{len(lost)} of {len(chunks)} chunks are missing or empty, the first is c/{lost[0]}"
+        self._place = place
+        self._fail = fail
+        has_scale = codec_of(header.codec).has_scale
+        names = ["features", "view_bytes", *_SHARD_COLUMNS, "label", "key"]
+        names = [name for name in names if name != "scale" or has_scale]
+        with ThreadPoolExecutor(1 if place.local is not None else _PARALLEL_READS) as pool:
+            metadata = dict(zip(names, pool.map(lambda name: self._metadata(record, name), names), strict=True))
+            self._require_shapes(metadata, header, record.source.samples)
+            columns = pool.map(lambda name: self._column(name, metadata[name]), ("label", "key"))
+            self._label, self._key = columns
+            arrays = names[:-2]
+            self._arrays = dict(
+                zip(arrays, pool.map(lambda name: self._open(name, metadata[name]), arrays), strict=True)
             )
 
-    def checked(self, name: str, array: zarr.Array[Any], selection: Any) -> NDArray[Any]:
+    def _metadata(self, record: ShardRecord, name: str) -> dict[str, Any]:
+        path = f"{name}/zarr.json"
+        file = record.files.get(path)
+        data = self._place.read(path)
+        if file is None or sha256_of(data) != file.sha256:
+            raise self._fail(f"array {name!r}: {path} does not fit its digest")
+        values: dict[str, Any] = json.loads(data)
+        return values
+
+    def _require_shapes(self, metadata: Mapping[str, dict[str, Any]], header: StoreHeader, samples: int) -> None:
+        tails = {
+            "features": (header.tokens, header.teacher.width),
+            "scale": (header.tokens,),
+            "attention": (header.patches,),
+            "crop": (4,),
+        }
+        for name, values in metadata.items():
+            if name == "view_bytes":
+                continue
+            flat = name in ("label", "key")
+            expected = (samples,) if flat else (header.views.count, samples, *tails.get(name, ()))
+            if tuple(values["shape"]) != expected:
+                raise self._fail(f"array {name!r} has shape {tuple(values['shape'])}, expected {expected}")
+
+    def _open(self, name: str, metadata: dict[str, Any]) -> _Rows:
+        if self._place.local is not None:
+            mapped = MappedArray.of(self._place.local / name, metadata)
+            if mapped is not None:
+                return mapped
+        with self._damage(name):
+            return _ZarrRows(self._where(name), metadata, whole=name in _SHARD_COLUMNS)
+
+    def _where(self, name: str) -> StorePath:
+        local = self._place.local
+        return StorePath(LocalStore(local, read_only=True) if local is not None else ObjectStore(self._remote()), name)
+
+    def _remote(self) -> Any:
+        return cast(Any, self._place).store
+
+    def _column(self, name: str, metadata: dict[str, Any]) -> NDArray[Any]:
+        with self._damage(name):
+            if self._place.local is not None:
+                return read_column(self._place.local / name, metadata)
+            return _ZarrRows(self._where(name), metadata, whole=True).rows(0, 0, metadata["shape"][0])
+
+    @contextmanager
+    def _damage(self, name: str) -> Iterator[None]:
         try:
-            return np.asarray(array[selection])
-        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError) as error:
-            raise self._damaged(name, " ".join(str(error).split())) from error
+            yield
+        except _DAMAGE as error:
+            raise self._fail(f"array {name!r} is damaged ({' '.join(str(error).split())[:200]})") from error
 
+    def _rows(self, name: str, view: int, start: int, stop: int) -> NDArray[Any]:
+        with self._damage(name):
+            return self._arrays[name].rows(view, start, stop)
 
-class ZarrTargetReader:
-    """Reads a store; checks its header first."""
-
-    def __init__(self, root: str | Path) -> None:
-        """Open a store.
-
-        Raises:
-            MissingError: no such folder.
-            DataError: not a store, no shard committed, or damaged.
-            MismatchError: another schema version.
-        """
-        use_fast_pipeline()
-        self.root = Path(root)
-        self.header = _read_header(self.root)
-        self.shards = _shard_names(self.root)
-        if not self.shards:
-            raise DataError(f"{self.root} has no committed shard; run extract-targets again to finish it")
-        self._sources = {name: _read_source(self.root, name) for name in self.shards}
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
-
-    def samples(self, shard: str) -> int:
-        return self._sources[shard].samples
-
-    def _shard(self, name: str) -> _OpenShard:
-        if name not in self._open:
-            self._open[name] = _OpenShard(self.root, name, self.header)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        return self._open[name]
-
-    def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
-        opened = self._shard(shard)
-        rows = slice(start, stop)
-        small = opened.small
-        offset, length = small["view_offset"][view, rows], small["view_length"][view, rows]
+    def read(self, view: int, start: int, stop: int) -> ViewRun:
+        """Samples `start` to `stop` of one view."""
+        offset, length = self._rows("view_offset", view, start, stop), self._rows("view_length", view, start, stop)
         first, last = int(offset.min()), int((offset + length).max())
-        blob = opened.checked("view_bytes", opened.view_bytes, slice(first, last)).tobytes()
+        if not 0 <= first <= last <= self._arrays["view_bytes"].shape[0]:
+            raise self._fail(f"array 'view_offset' leads to bytes {first} to {last} of 'view_bytes'")
+        views = self._rows("view_bytes", 0, first, last).data
         return ViewRun(
-            keys=[str(key) for key in small["key"][rows]],
-            label_N=small["label"][rows],
-            # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
-            code_NST=opened.checked("features", opened.features, (slice(view, view + 1), rows))[0],
-            scale_NS=small["scale"][view, rows] if "scale" in small else None,
-            attention_NL=small["attention"][view, rows],
-            crop_N4=small["crop"][view, rows],
-            flip_N=small["flip"][view, rows],
-            jpegs=[blob[o - first : o - first + n] for o, n in zip(offset.tolist(), length.tolist(), strict=True)],
+            keys=[str(key) for key in self._key[start:stop]],
+            label_N=self._label[start:stop],
+            code_NST=self._rows("features", view, start, stop),
+            scale_NS=self._rows("scale", view, start, stop) if "scale" in self._arrays else None,
+            attention_NL=self._rows("attention", view, start, stop),
+            crop_N4=self._rows("crop", view, start, stop),
+            flip_N=self._rows("flip", view, start, stop),
+            jpegs=[views[o - first : o - first + n] for o, n in zip(offset.tolist(), length.tolist(), strict=True)],
         )
-
-    def bytes_on_disk(self) -> int:
-        """Size of all files of the store."""
-        return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())

@@ -1,51 +1,32 @@
-"""All token features and the CLS attention row of open_clip's own vision transformer, without any S x S map."""
+"""Image towers of every kind that can teach, behind the same few functions."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.errors import SettingError
+from milan_pipe.teacher.family import TowerFamily
+from milan_pipe.teacher.native import NativeFamily
+from milan_pipe.teacher.timm_tower import TimmFamily
+
+_FAMILIES: dict[type[nn.Module], TowerFamily] = {VisionTransformer: NativeFamily(), TimmModel: TimmFamily()}
 
 
 def check_tower(visual: nn.Module, name: str) -> None:
-    """Refuse a tower whose forward pass is not the one written here.
+    """Refuse a tower that has no patch tokens, or no one query whose attention says which patches matter.
 
     Raises:
-        SettingError: not a plain open_clip vision transformer with a CLS token.
+        SettingError: says what was found and what is expected.
     """
-    problem = None
-    if not isinstance(visual, VisionTransformer):
-        problem = f"its image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None or visual.pool_type != "tok":
-        problem = f"it pools by {'attention' if visual.attn_pool is not None else visual.pool_type}"
-    elif visual.proj is None:
-        problem = "its image tower has no output projection"
-    elif not all(type(block) is ResidualAttentionBlock for block in visual.transformer.resblocks):
-        problem = "its blocks are not open_clip's plain residual attention blocks"
+    family = _FAMILIES.get(type(visual))
+    problem = family.problem(visual) if family else f"its image tower is a {type(visual).__name__}"
     if problem:
         raise SettingError(
-            f"teacher {name!r} cannot be used: {problem}; expected a ViT of open_clip's own kind with a CLS token, "
-            "as ViT-B-32, ViT-B-16, ViT-L-14 or ViT-H-14"
+            f"teacher {name!r} cannot be used: {problem}; expected a ViT that pools by its CLS token, as ViT-B-16, "
+            "ViT-L-14 or EVA02-B-16, or by one attention query, as ViT-B-16-SigLIP"
         )
-
-
-def _attend(block: Any, x_BSD: Tensor, want_cls_row: bool) -> tuple[Tensor, Tensor | None]:
-    attention = block.attn
-    batch, tokens, width = x_BSD.shape
-    heads = attention.num_heads
-    qkv = F.linear(x_BSD, attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(query, key, value)
-    out = attention.out_proj(out.transpose(1, 2).reshape(batch, tokens, width))
-    if not want_cls_row:
-        return out, None
-    scores = (query[:, :, :1] * (width // heads) ** -0.5) @ key.transpose(-2, -1)
-    return out, scores.float().softmax(dim=-1).mean(dim=1)[:, 0]
 
 
 def tower_outputs(visual: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,29 +37,25 @@ def tower_outputs(visual: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tenso
         pixels_BCHW: normalised input at the tower's own size.
 
     Returns:
-        features (B, S, T): all tokens after `ln_post` and `proj`, CLS first, not unit length.
-        importance (B, L): the last block's CLS query over the patch keys: softmax over all S keys, mean over heads,
-        CLS column dropped, so that a row sums to less than 1.
+        features (B, S, T): CLS or pooled token first, then patches in raster order; not unit length. All tokens are
+        past the tower's final norm and its projection, where it has one.
+        importance (B, L) float32: the attention of the query that pools over the patch keys, softmax over all keys,
+        mean over heads, columns of CLS and register tokens dropped, so that a row sums to at most 1. The query is
+        the last block's CLS query, or the one of attention pooling.
 
     Source: arXiv 2208.06049, sections 3.1 and 3.3.
     """
-    tower: Any = visual
-    x = tower._embeds(pixels_BCHW)
-    row = None
-    blocks = tower.transformer.resblocks
-    for position, block in enumerate(blocks):
-        attended, row = _attend(block, block.ln_1(x), want_cls_row=position == len(blocks) - 1)
-        x = x + block.ls_1(attended)
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    if row is None:
-        raise SettingError("the image tower has no blocks, expected at least one")
-    return tower.ln_post(x) @ tower.proj, row[:, 1:]
+    return _FAMILIES[type(visual)].outputs(visual, pixels_BCHW)
 
 
 def grid_of(visual: nn.Module) -> tuple[int, int]:
     """Patches down and across."""
-    rows, columns = visual.grid_size  # type: ignore[misc]
-    return int(rows), int(columns)
+    return _FAMILIES[type(visual)].sizes(visual).grid
+
+
+def output_width_of(visual: nn.Module) -> int:
+    """T, the width of one feature."""
+    return _FAMILIES[type(visual)].sizes(visual).width
 
 
 def input_size_of(visual: nn.Module, name: str) -> int:
@@ -87,13 +64,61 @@ def input_size_of(visual: nn.Module, name: str) -> int:
     Raises:
         SettingError: the input is not square.
     """
-    height, width = visual.image_size  # type: ignore[misc]
+    height, width = _FAMILIES[type(visual)].sizes(visual).image_size
     if height != width:
         raise SettingError(f"teacher {name!r} reads {height} x {width} pixels, expected a square input")
-    return int(height)
+    return height
 
 
-@torch.no_grad()
-def output_width_of(visual: nn.Module) -> int:
-    """T, the width of one feature."""
-    return int(visual.proj.shape[1])  # type: ignore[index]
+def patch_side_of(visual: nn.Module, name: str) -> int:
+    """Side of the tower's square patches in pixels.
+
+    Raises:
+        SettingError: patches are not square.
+    """
+    height, width = _FAMILIES[type(visual)].sizes(visual).patch_size
+    if height != width:
+        raise SettingError(f"teacher {name!r} has patches of {height} x {width} pixels, expected square ones")
+    return height
+
+
+def choose_input_size(
+    visual: nn.Module, name: str, image_size: int | None = None, grid: tuple[int, int] | None = None
+) -> int:
+    """Side of the input in pixels that a tower is to be used at, always a whole number of patches.
+
+    Args:
+        image_size: the setting, which wins.
+        grid: patches of the student, down and across; the side at which the tower has as many.
+            With neither, the tower's own side, less what does not fill a patch.
+
+    Raises:
+        SettingError: `image_size` is no whole number of patches, or the student's grid is not square.
+    """
+    own, patch = input_size_of(visual, name), patch_side_of(visual, name)
+    if image_size is not None:
+        if image_size % patch:
+            below = image_size // patch * patch
+            near = f"{below} or {below + patch}" if below else str(patch)
+            raise SettingError(
+                f"teacher.image_size is {image_size}, expected a multiple of {patch}, the patch side of {name!r}, "
+                f"as {near}"
+            )
+        return image_size
+    if grid is None:
+        return own // patch * patch
+    if grid[0] != grid[1]:
+        raise SettingError(
+            f"the student has {grid[0]} x {grid[1]} patches, teacher {name!r} can only match a square grid; "
+            "name its input with teacher.image_size"
+        )
+    return grid[0] * patch
+
+
+def resize_tower(visual: nn.Module, side: int) -> None:
+    """Let the tower read `side` x `side` pixels, a whole number of patches.
+
+    Learned position embeddings are interpolated (bicubic, antialiased), rotary ones are computed for the new grid.
+    """
+    if _FAMILIES[type(visual)].sizes(visual).image_size != (side, side):
+        _FAMILIES[type(visual)].resize(visual, side)

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.data.ahead import decoded_ahead, thread_count
-from milan_pipe.data.images import MAX_PIXELS, OnBad, Sample, decode_image, expand_shards, read_shard
+from milan_pipe.data.images import MAX_PIXELS, OnBad, Sample, ShardFile, decode_image, expand_shards, read_shard
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.settings import Settings
 from milan_pipe.student.encoder import encode_all
@@ -167,7 +167,7 @@ def embed_shards(
     does not depend on `config.threads`.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs.
+        images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store.
         embedder: as `student_embedder` makes.
         size: height and width of the pixels that `embedder` takes.
         config: `pool` is the embedder's concern and not read here.
@@ -179,6 +179,7 @@ def embed_shards(
         DataError: a shard is damaged, a picture has no label, no picture can be read, or a feature is not finite.
         ShapeError: the embedder does not return (B, F).
         SettingError: `size` is below 1.
+        StoreError: the object store cannot be read.
     """
     if size < 1:
         raise SettingError(f"size is {size} pixels, expected 1 or more")
@@ -220,7 +221,7 @@ def embed_shards(
     return LabelledFeatures(features_NF=torch.cat(features), label_N=torch.tensor(labels))
 
 
-def _labelled(shards: Iterable[Path], on_bad: OnBad) -> Iterator[Sample]:
+def _labelled(shards: Iterable[ShardFile], on_bad: OnBad) -> Iterator[Sample]:
     for shard in shards:
         for sample in read_shard(shard, on_bad):
             if sample.label < 0:

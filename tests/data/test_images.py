@@ -9,17 +9,21 @@ import pickle
 import struct
 import tarfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.s3 import Proxy
 
+from milan_pipe import storage
 from milan_pipe.data import images
-from milan_pipe.data.images import Sample, decode_image, expand_shards, read_shard
+from milan_pipe.data.images import Sample, ShardFile, decode_image, expand_shards, read_shard
 from milan_pipe.data.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
-from milan_pipe.errors import DataError, MismatchError, MissingError
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.storage import place_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -44,7 +48,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def read_all(path: Path) -> tuple[list[Sample], list[tuple[str, str]]]:
+def read_all(path: ShardFile | str | Path) -> tuple[list[Sample], list[tuple[str, str]]]:
     bad: list[tuple[str, str]] = []
     return list(read_shard(path, lambda key, reason: bad.append((key, reason)))), bad
 
@@ -455,15 +459,29 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_expand_shards(folder: Path, spec: str, names: list[str]) -> None:
-    expected = [folder / name for name in names]
+    expected = [ShardFile(place_of(folder), name) for name in names]
     assert expand_shards(f"{folder}{spec}") == expected
     assert expand_shards(Path(f"{folder}{spec}")) == expected
+    assert [str(shard) for shard in expected] == [str(folder / name) for name in names]
+    assert [shard.size() for shard in expected] == [1] * len(names)
+
+
+def test_relative_paths_stay_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for spec in ("v-000000.tar", "v-*.tar", "v-{000000..000000}.tar"):
+        assert [str(shard) for shard in expand_shards(spec)] == ["v-000000.tar"]
+    (folder / "sub").mkdir()
+    shard = write_tar(folder / "sub" / "a.tar", [("a.png", PNG)])
+    (found,) = expand_shards("sub")
+    assert str(found) == "sub/a.tar"
+    assert found.size() == shard.stat().st_size
+    assert read_all(found) == read_all(shard) == read_all("sub/a.tar")
 
 
 def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
     odd = tmp_path / "a[1]{2}.tar"
     odd.write_bytes(b"x")
-    assert expand_shards(odd) == [odd]
+    assert [str(shard) for shard in expand_shards(odd)] == [str(odd)]
 
 
 @pytest.mark.parametrize(
@@ -482,9 +500,9 @@ def test_expand_shards_errors(folder: Path, spec: str, error: type[Exception], w
         expand_shards(f"{folder}{spec}")
 
 
-@pytest.mark.parametrize("spec", ["s3://bucket/a.tar", "pipe:rm -rf x", "https://x.org/{0..3}.tar", ""])
-def test_only_local_paths(spec: str) -> None:
-    with pytest.raises(DataError):
+@pytest.mark.parametrize("spec", ["pipe:rm -rf x", "", "ftp://host/a.tar", "s3://*/a.tar", "s3:///a.tar"])
+def test_what_is_no_address_of_shards(spec: str) -> None:
+    with pytest.raises((DataError, SettingError), match=r"expected|give|patterns"):
         expand_shards(spec)
 
 
@@ -503,6 +521,183 @@ def test_folders_without_shards_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / PREPARE_MARKER).write_text("")
     with pytest.raises(DataError, match="not complete"):
         expand_shards(tmp_path)
+
+
+# --- shards in object stores
+
+
+@pytest.fixture
+def remote(bucket: str) -> str:
+    place = place_of(bucket)
+    for name in ("t-000002.tar", "t-000000.tar", "t-000001.tar", "v-000000.tar", "notes.txt", ".t-000009.tar"):
+        place.write(f"set/{name}", b"x")
+    place.write("set/sub.tar/t-000000.tar", b"xx")
+    place.write("set/deep/er/t-000000.tar", b"xxx")
+    return bucket
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("/set", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
+        ("/set/", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
+        ("/set/t-{000000..000002}.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/set/{v,t,v}-00000{0..0}.tar", ["t-000000.tar", "v-000000.tar"]),
+        ("/{set,set/sub.tar}/t-000000.tar", ["sub.tar/t-000000.tar", "t-000000.tar"]),
+        ("/set/t-*.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/set/[vu]-00000?.tar", ["v-000000.tar"]),
+        ("/*/v-*.tar", ["v-000000.tar"]),
+        ("/set/*/t-*.tar", ["sub.tar/t-000000.tar"]),
+        ("/s*/**/t-*0.tar", ["deep/er/t-000000.tar", "sub.tar/t-000000.tar", "t-000000.tar"]),
+        ("/set/.t*", [".t-000009.tar"]),
+        ("/set/v-000000.tar", ["v-000000.tar"]),
+    ],
+)
+def test_expand_shards_of_a_bucket(remote: str, spec: str, names: list[str]) -> None:
+    shards = expand_shards(remote + spec)
+    assert [str(shard) for shard in shards] == [f"{remote}/set/{name}" for name in names]
+    assert [shard.size() for shard in shards] == [shard.place.size(shard.name) for shard in shards]
+    assert pickle.loads(pickle.dumps(shards)) == shards == sorted({*shards})
+
+
+def test_globs_are_those_of_a_shell(bucket: str, tmp_path: Path) -> None:
+    for path in ("a/b/1.tar", "a/b/c/2.tar", "a/3.tar", "a/.h/4.tar", "a/b/.5.tar", "ab/6.tar", "a/b.tar/7.tar"):
+        place_of(bucket).write(path, b"x")
+        place_of(tmp_path).write(path, b"x")
+    patterns = ("*/*.tar", "a/**/*.tar", "a/**", "**/*.tar", "a/*/[!2].tar", "?b/*", "a/.h/*.tar", "a/**/c/*.tar")
+    for pattern in patterns:
+        names = [str(shard).removeprefix(f"{tmp_path}/") for shard in expand_shards(f"{tmp_path}/{pattern}")]
+        assert [str(shard).removeprefix(f"{bucket}/") for shard in expand_shards(f"{bucket}/{pattern}")] == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("/set/t-{000000..000004}.tar", MissingError, r"set/t-000003\.tar is not there \(2 of the 5"),
+        ("/set/t-{000000..000099}.tar", MissingError, r"set/t-000003\.tar is not there \(97 of the 100"),
+        ("/set/t-{3..1}.tar", DataError, "upwards"),
+        ("/set/q-*.tar", MissingError, "no file matches"),
+        ("/gone", MissingError, "gone is not there; expected a folder"),
+        ("", DataError, "1 subfolders and no .tar shards"),
+    ],
+)
+def test_expand_shards_errors_of_a_bucket(remote: str, spec: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        expand_shards(remote + spec)
+    assert remote in str(caught.value)
+
+
+def test_remote_folders_without_shards_say_what_was_found(bucket: str) -> None:
+    place = place_of(bucket)
+    place.write("a/x.csv", b"")
+    with pytest.raises(DataError, match=r"holds no \.tar shards; found 1 other files, as x\.csv"):
+        expand_shards(f"{bucket}/a")
+    place.write("a/a.JPG", PNG)
+    with pytest.raises(DataError, match=r"1 pictures and no .tar shards; run `milan-pipe prepare`"):
+        expand_shards(f"{bucket}/a")
+    place.write(f"a/{PREPARE_MARKER}", b"")
+    place.write("a/a.tar", b"")
+    with pytest.raises(DataError, match="not complete"):
+        expand_shards(f"{bucket}/a")
+
+
+def test_many_shards_are_looked_for_by_one_listing(proxied_bucket: str, s3_proxy: Proxy) -> None:
+    for number in range(70):
+        place_of(proxied_bucket).write(f"a/{number:06d}.tar", b"x")
+    s3_proxy.requests.clear()
+    shards = expand_shards(f"{proxied_bucket}/a/{{000000..000069}}.tar")
+    assert sum(shard.size() for shard in shards) == 70
+    assert len(s3_proxy.requests) == 1
+
+
+@pytest.fixture
+def blocks_of_80_kb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milan_pipe.storage._READ_AHEAD_BYTES", 80_000)
+
+
+def pictures_of_many_sizes() -> list[tuple[str, bytes]]:
+    sizes = np.random.default_rng(0).integers(1, 12_000, 100)
+    members = [(f"{n:03d}.png", PNG + b"x" * int(size)) for n, size in enumerate(sizes)]
+    return [member for n, (name, data) in enumerate(members) for member in ((name, data), (f"{n:03d}.cls", b"7"))]
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+def test_a_remote_shard_is_read_as_the_local_one_and_its_bytes_come_once(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path
+) -> None:
+    local = write_tar(tmp_path / "a.tar", pictures_of_many_sizes())
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    (shard,) = expand_shards(proxied_bucket)
+    samples, bad = read_all(shard)
+    assert (samples, bad) == read_all(local)
+    assert len(samples) == 100
+    size = local.stat().st_size
+    # The zeros that fill up a tar's end need not come.
+    assert size - 80_000 <= s3_proxy.bytes_sent("/a.tar") <= size
+    assert read_all(f"{proxied_bucket}/a.tar") == (samples, bad)
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.npy", bytes(5_000_000)), ("b.png", PNG)])
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    assert [sample.key for sample in read_all(f"{proxied_bucket}/a.tar")[0]] == ["a", "b"]
+    assert s3_proxy.bytes_sent("/a.tar") < 500_000
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
+    local = write_tar(tmp_path / "a.tar", pictures_of_many_sizes())
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    reader = read_shard(f"{proxied_bucket}/a.tar", lambda *_: None)
+    assert next(reader).key == "000"
+    s3_proxy.fail_every = 1
+    with pytest.raises(StoreError, match=rf"{proxied_bucket}/a\.tar cannot be read: .* 500 ") as caught:
+        list(reader)
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_shards_of_no_use(bucket: str, tmp_path: Path) -> None:
+    place = place_of(bucket)
+    with pytest.raises(MissingError, match=rf"shard {bucket}/gone\.tar is not there"):
+        read_all(f"{bucket}/gone.tar")
+    place.write("c.tar", b"")
+    with pytest.raises(DataError, match=rf"shard {bucket}/c\.tar is an empty file"):
+        read_all(f"{bucket}/c.tar")
+    place.write("d.tar", PNG * 20)
+    with pytest.raises(DataError, match="not a plain tar"):
+        read_all(f"{bucket}/d.tar")
+    whole = write_tar(tmp_path / "e.tar", [("a.png", PNG), ("b.png", PNG)]).read_bytes()
+    place.write("e.tar", whole[:1400])
+    with pytest.raises(DataError, match="cut or damaged at byte"):
+        read_all(f"{bucket}/e.tar")
+
+
+@pytest.fixture
+def web(bucket: str, s3_proxy: Proxy) -> str:
+    s3_proxy.sign = True
+    return f"{s3_proxy.endpoint}/{bucket.removeprefix('s3://')}"
+
+
+def test_shards_of_a_web_server(bucket: str, web: str, tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.cls", b"3")])
+    for number in range(3):
+        place_of(bucket).write(f"set/t-{number:06d}.tar", local.read_bytes())
+    shards = expand_shards(f"{web}/set/t-{{000000..000002}}.tar")
+    assert [str(shard) for shard in shards] == [f"{web}/set/t-{number:06d}.tar" for number in range(3)]
+    assert [shard.size() for shard in shards] == [local.stat().st_size] * 3
+    assert read_all(shards[1]) == read_all(local)
+    assert expand_shards(f"{web}/set/t-000001.tar") == [shards[1]]
+    with pytest.raises(MissingError, match=r"t-000003\.tar is not there \(1 of the 4"):
+        expand_shards(f"{web}/set/t-{{000000..000003}}.tar")
+    with pytest.raises(MissingError, match=r"gone\.tar is not there; expected a shard or braces"):
+        expand_shards(f"{web}/set/gone.tar")
+    for spec in ("/set", "/set/", "/set/t-*.tar", "/set/t-00000?.tar"):
+        with pytest.raises(DataError, match=r"cannot be listed.*name its shards one by one or by braces"):
+            expand_shards(web + spec)
 
 
 # --- index.json

@@ -89,8 +89,23 @@ def test_found_again_by_its_header(name):
     assert codec.has_scale == (scale is not None)
 
 
+@pytest.mark.parametrize("name", ["int8", "float16"])
+def test_header_says_only_what_concerns_the_codec(name):
+    config = CodecConfig(name=name, quality=0.9, fit_samples=7, zstd_level=3)
+    info = build_codec(config).info
+    assert info == CodecInfo(name=name, zstd_level=3)
+    assert codec_of(info).info == info
+    assert info.model_copy(update=config.header_fields()) == info
+
+
+def test_header_fields_tell_settings_apart():
+    klt = CodecConfig(name="klt", quality=0.99).header_fields()
+    assert klt == {"name": "klt", "zstd_level": 1, "quality": 0.99}
+    assert CodecConfig(name="int8", quality=0.99).header_fields() == CodecConfig().header_fields()
+
+
 def test_refusals():
-    with pytest.raises(DataError, match=r"'int3'.*int8 and float16"):
+    with pytest.raises(DataError, match=r"'int3'.*int8, float16 and klt"):
         codec_of(CodecInfo(name="int3"))
     code, scale = Int8Codec().encode(features(5))
     with pytest.raises(ShapeError, match="found none"):

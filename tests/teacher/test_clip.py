@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from milan_pipe.data.demo import render_scene
-from milan_pipe.errors import MissingError, SettingError, ShapeError
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
 from milan_pipe.teacher.clip import TeacherConfig, demo_folder, load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
 
@@ -47,8 +47,13 @@ def scenes(count, seed=77):
         ({"model": "ViT-B-32"}, SettingError, r"needs `teacher.pretrained`.*openai"),
         ({"model": "ViT-B-32", "pretrained": "opnai"}, MissingError, r"no pretrained tag 'opnai'.*openai"),
         ({"pretrained": "openai"}, SettingError, r"'demo' brings its own weights, found pretrained 'openai'"),
-        ({"model": "RN50", "pretrained": "random"}, SettingError, "ModifiedResNet"),
-        ({"model": "vit_medium_patch16_gap_256", "pretrained": "random"}, SettingError, "TimmModel"),
+        ({"model": "RN50", "pretrained": "random"}, SettingError, r"is a ModifiedResNet; expected a ViT"),
+        ({"model": "convnext_tiny", "pretrained": "random"}, SettingError, r"is timm's ConvNeXt; expected a ViT"),
+        (
+            {"model": "vit_medium_patch16_gap_256", "pretrained": "random"},
+            SettingError,
+            r"pools by avg; expected a ViT",
+        ),
     ],
 )
 def test_refused(settings, kind, message):
@@ -79,12 +84,20 @@ def damaged(name, path):
 
 
 @pytest.mark.parametrize(
-    "name", ["other_model.pt", "list.pt", "empty.pt", "text.pt", "text.safetensors", "cut.safetensors"]
+    ("name", "kind", "message"),
+    [
+        ("other_model.pt", MismatchError, "does not fit the image tower"),
+        ("list.pt", DataError, "holds a list, expected safetensors, or tensors by name"),
+        ("empty.pt", DataError, "cannot be read"),
+        ("text.pt", DataError, "cannot be read"),
+        ("text.safetensors", DataError, "cannot be read"),
+        ("cut.safetensors", DataError, "cannot be read"),
+    ],
 )
-def test_unusable_checkpoint_is_one_line(name, tmp_path):
+def test_unusable_checkpoint_is_one_line(name, kind, message, tmp_path):
     path = tmp_path / name
     damaged(name, path)
-    with pytest.raises(SettingError, match="does not load as open_clip model") as caught:
+    with pytest.raises(kind, match=message) as caught:
         load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(path)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

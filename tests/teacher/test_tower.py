@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from safetensors import safe_open
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from milan_pipe.errors import SettingError
 from milan_pipe.teacher.tower import check_tower, grid_of, input_size_of, output_width_of, tower_outputs
@@ -111,6 +112,78 @@ def test_fast_path_is_the_plain_one_vit_b_32():
     assert_close(importance, plain_importance, **TOLERANCE)
 
 
+def custom_outputs(tower, pixels):
+    """By hand, for the one block of `tower`, of open_clip's own attention with all its norms."""
+    block = tower.transformer.resblocks[0]
+    attn = block.attn
+    x = tower._embeds(pixels)
+    query, key, value = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+    query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    maps = (attn.ln_q(query) @ attn.ln_k(key).transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    heads = maps @ value if attn.head_scale is None else maps @ value * attn.head_scale
+    x = x + block.ln_attn(attn.out_proj(attn.ln_inner(heads.transpose(1, 2).flatten(2))))
+    x = x + block.mlp(block.ln_2(x))
+    return tower.ln_post(x) @ tower.proj, maps.mean(dim=1)[:, 0, 1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block_type": "custom"},
+        {"qk_norm": True},
+        {"scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True},
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_custom_blocks(changes):
+    tower = small_tower(layers=1, **changes)
+    check_tower(tower, "custom")
+    pixels = torch.randn(3, 3, 24, 24)
+    features, importance = tower_outputs(tower, pixels)
+    plain_features, plain_importance = custom_outputs(tower, pixels)
+    assert_close(features, plain_features, **TOLERANCE)
+    assert_close(importance, plain_importance, **TOLERANCE)
+    assert_close(features[:, 0], tower(pixels), **TOLERANCE)
+    assert importance.std() > 1e-3
+
+
+@torch.inference_mode()
+def test_norm_after_pooling_is_the_same_norm():
+    before, after = small_tower(), small_tower(final_ln_after_pool=True)
+    check_tower(after, "after")
+    pixels = torch.randn(2, 3, 24, 24)
+    assert_close(tower_outputs(before, pixels)[0], tower_outputs(after, pixels)[0])
+    assert_close(tower_outputs(after, pixels)[0][:, 0], after(pixels), **TOLERANCE)
+
+
+class ShapesMade(TorchDispatchMode):
+    """Shapes of all tensors that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        del types
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=str)
+@torch.no_grad()
+def test_no_map_of_all_tokens_is_made(changes):
+    # 37 tokens: no other size of this tower.
+    tower = small_tower(image_size=48, **changes)
+    with ShapesMade() as made:
+        tower_outputs(tower, torch.randn(2, 3, 48, 48))
+    assert (2, 3, 1, 37) in made.shapes
+    assert not [shape for shape in made.shapes if shape[-2:] == (37, 37)]
+
+
 def test_sizes_are_read_from_the_tower():
     tower = small_tower(image_size=32, output_dim=12)
     assert grid_of(tower) == (4, 4)
@@ -126,6 +199,8 @@ def test_sizes_are_read_from_the_tower():
         ({"pool_type": "avg"}, "pools by avg"),
         ({"attentional_pool": True, "attn_pooler_heads": 4}, "pools by attention"),
         ({"output_dim": None}, "no output projection"),
+        ({"layers": 0}, "has no blocks"),
+        ({"scaled_cosine_attn": True}, "attend by scaled cosine"),
     ],
 )
 def test_refuses_other_pooling(changes, why):
@@ -134,6 +209,6 @@ def test_refuses_other_pooling(changes, why):
         tower = small_tower()
         tower.proj = None
     else:
-        tower = VisionTransformer(**sizes, output_dim=20, **changes)
+        tower = VisionTransformer(**{**sizes, "output_dim": 20, **changes})
     with pytest.raises(SettingError, match=rf"'thing'.*{why}.*ViT-B-16"):
         check_tower(tower, "thing")

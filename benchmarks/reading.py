@@ -1,0 +1,229 @@
+"""Samples read a second: a store in either format against np.memmap over the same bytes, in one run.
+
+    python -m benchmarks.reading WORK [--samples 4096] [--passes 3]
+
+A sample is what training reads of a ViT-B/16 view: codes of 197 x 512 int8, their scales, attention, and a JPEG of
+24 KB; values are drawn so that they shrink like real codes (7 bits a dimension). The memmap holds exactly these bytes,
+one record after another, and copies 64 records at a time into an array; the second row also takes the crc32c of each
+record, in order, as the stores do for all that they hand out. Every pass opens its store anew; the best pass
+counts. `shuffled` reads blocks of 128 in random order over shards and copies the samples of 16 blocks out in random
+order, as the loader does; the memmap copies records in the same random order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from milan_pipe import __version__
+from milan_pipe.loader.order import EpochOrder
+from milan_pipe.targets.codec import CodecConfig, build_codec
+from milan_pipe.targets.schema import (
+    BLOCK_SAMPLES,
+    SourceInfo,
+    SourceShard,
+    StoreFormat,
+    StoreHeader,
+    TargetBlock,
+    TeacherInfo,
+    ViewInfo,
+)
+from milan_pipe.targets.store import TargetStoreWriter, open_targets
+
+GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, WINDOW = 14, 512, 24_000, 1024, 64, 16
+RECORD = np.dtype(
+    [
+        ("code", np.int8, (1 + GRID**2, WIDTH)),
+        ("scale", np.float16, (1 + GRID**2,)),
+        ("attention", np.float16, (GRID**2,)),
+        ("jpeg", np.uint8, (JPEG_BYTES,)),
+    ]
+)
+CHECKED = "np.memmap, crc32c of each record"
+STORES: dict[str, tuple[StoreFormat, int]] = {
+    "zarr, zstd_level=0": ("zarr", 0),
+    "zarr, zstd_level=1": ("zarr", 1),
+    "webdataset, zstd_level=0": ("webdataset", 0),
+    "webdataset, zstd_level=1": ("webdataset", 1),
+}
+
+
+def _records(samples: int, start: int) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(start)
+    records = np.zeros(samples, RECORD)
+    codes = rng.standard_normal((samples, 1 + GRID**2, WIDTH), np.float32) * 30
+    records["code"] = np.clip(codes.round(), -127, 127)
+    records["scale"] = rng.random(records["scale"].shape)
+    records["attention"] = rng.random(records["attention"].shape)
+    records["jpeg"] = rng.integers(0, 256, records["jpeg"].shape, np.uint8)
+    return records
+
+
+def _header(store_format: StoreFormat, zstd_level: int, shards: int) -> StoreHeader:
+    return StoreHeader(
+        package_version=__version__,
+        format=store_format,
+        teacher=TeacherInfo(
+            model="drawn",
+            pretrained=None,
+            weights_sha256="",
+            normalization="clip",
+            precision="float32",
+            image_size=16 * GRID,
+            grid=(GRID, GRID),
+            width=WIDTH,
+        ),
+        views=ViewInfo(count=1, size=16 * GRID, scale=(0.2, 1), ratio=(1, 1), flip=0, seed=0, jpeg_quality=95),
+        codec=build_codec(CodecConfig(name="int8", zstd_level=zstd_level)).info,
+        source=SourceInfo(shards=shards, fingerprint=""),
+    )
+
+
+def _block(records: np.ndarray[Any, Any], start: int) -> TargetBlock:
+    count = len(records)
+    return TargetBlock(
+        keys=[f"{start + row:08d}" for row in range(count)],
+        label_N=np.zeros(count, np.int64),
+        code_KNST=records["code"][None],
+        scale_KNS=records["scale"][None],
+        attention_KNL=records["attention"][None],
+        crop_KN4=np.ones((1, count, 4), np.int32),
+        flip_KN=np.zeros((1, count), np.bool_),
+        jpegs=[[row.tobytes() for row in records["jpeg"]]],
+    )
+
+
+def make(work: Path, samples: int) -> None:
+    """Write the memmap and all stores, unless they are there."""
+    flat = work / f"records-{samples}.bin"
+    if flat.is_file():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    shards = -(-samples // SHARD_SAMPLES)
+    stores = {
+        name: TargetStoreWriter(work / f"{name.replace(', ', '-')}-{samples}", _header(*kind, shards))
+        for name, kind in STORES.items()
+    }
+    with flat.open("wb") as file:
+        for shard in range(shards):
+            count = min(SHARD_SAMPLES, samples - shard * SHARD_SAMPLES)
+            writers = [store.open_shard(f"{shard:06d}") for store in stores.values()]
+            for start in range(0, count, BLOCK_SAMPLES):
+                first = shard * SHARD_SAMPLES + start
+                records = _records(min(BLOCK_SAMPLES, count - start), first)
+                file.write(records.tobytes())
+                for writer in writers:
+                    writer.append(_block(records, first))
+            for writer in writers:
+                writer.commit(SourceShard(name=f"{shard:06d}.tar", bytes=0, sha256="", samples=count, bad=()))
+    for store in stores.values():
+        store.finish()
+
+
+def _order(samples: int) -> EpochOrder:
+    sizes = [min(SHARD_SAMPLES, samples - start) for start in range(0, samples, SHARD_SAMPLES)]
+    return EpochOrder(samples=tuple(sizes), views=1, block=BLOCK_SAMPLES, window=WINDOW, seed=0)
+
+
+def memmap_sequential(path: Path, samples: int) -> None:
+    records = np.memmap(path, mode="r", dtype=RECORD, shape=(samples,))
+    for start in range(0, samples, BATCH):
+        np.array(records[start : start + BATCH])
+
+
+def memmap_checked(path: Path, samples: int) -> None:
+    """What a memmap costs that finds a flipped byte as the stores do."""
+    records = np.memmap(path, mode="r", dtype=np.uint8, shape=(samples, RECORD.itemsize))
+    for start in range(0, samples, BATCH):
+        for record in np.array(records[start : start + BATCH]):
+            google_crc32c.value(record)
+
+
+def memmap_shuffled(path: Path, samples: int) -> None:
+    records = np.memmap(path, mode="r", dtype=RECORD, shape=(samples,))
+    for blocks, order in _order(samples).windows(0):
+        rows = np.concatenate([np.arange(b.start, b.stop) + b.shard * SHARD_SAMPLES for b in blocks])[order]
+        for start in range(0, len(rows), BATCH):
+            records[rows[start : start + BATCH]]
+
+
+def store_sequential(path: Path, samples: int) -> None:
+    store = open_targets(path)
+    seen = 0
+    for shard in store.shards:
+        for start in range(0, store.samples(shard), BLOCK_SAMPLES):
+            run = store.read(shard, 0, start, min(start + BLOCK_SAMPLES, store.samples(shard)))
+            seen += len(run.keys)
+    if seen != samples:
+        raise RuntimeError(f"{path}: {seen} samples read, expected {samples}")
+
+
+def store_shuffled(path: Path, samples: int) -> None:
+    store = open_targets(path)
+    for blocks, order in _order(samples).windows(0):
+        runs = [store.read(store.shards[b.shard], b.view, b.start, b.stop) for b in blocks]
+        ends = np.cumsum([len(run.keys) for run in runs])
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            code = np.empty((len(rows), 1 + GRID**2, WIDTH), np.int8)
+            for position, row in enumerate(rows):
+                part = int(np.searchsorted(ends, row, side="right"))
+                run = runs[part]
+                code[position] = run.code_NST[row - ends[part]]
+
+
+def _rates(readers: dict[str, Callable[[], None]], samples: int, passes: int) -> dict[str, float]:
+    """Best of several passes; all readers take turns, so that what else the machine does meets them alike."""
+    best = dict.fromkeys(readers, float("inf"))
+    for _ in range(passes + 1):
+        for name, read in readers.items():
+            began = time.perf_counter()
+            read()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return {name: samples / seconds for name, seconds in best.items()}
+
+
+def main() -> None:
+    """Write what is not there, measure, print a table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--passes", type=int, default=3)
+    arguments = parser.parse_args()
+    work, samples = arguments.work, arguments.samples
+    make(work, samples)
+    flat = work / f"records-{samples}.bin"
+    folders = {name: work / f"{name.replace(', ', '-')}-{samples}" for name in STORES}
+    results = {}
+    for kind, memmap, store in (
+        ("sequential", memmap_sequential, store_sequential),
+        ("shuffled", memmap_shuffled, store_shuffled),
+    ):
+        readers: dict[str, Callable[[], None]] = {
+            "np.memmap": lambda memmap=memmap: memmap(flat, samples),  # type: ignore[misc]
+            CHECKED: lambda: memmap_checked(flat, samples),
+        }
+        for name, folder in folders.items():
+            readers[name] = lambda store=store, folder=folder: store(folder, samples)  # type: ignore[misc]
+        results[kind] = _rates(readers, samples, arguments.passes)
+    sizes = {name: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for name, folder in folders.items()}
+    sizes |= dict.fromkeys(("np.memmap", CHECKED), flat.stat().st_size)
+    print("| | bytes a sample | sequential, samples/s | ÷ memmap | shuffled, samples/s | ÷ memmap |")
+    print("|---|---|---|---|---|---|")
+    for name in ("np.memmap", CHECKED, *STORES):
+        row = [f"{name}", f"{sizes[name] / samples:,.0f}"]
+        for kind in ("sequential", "shuffled"):
+            row += [f"{results[kind][name]:,.0f}", f"{results[kind][name] / results[kind]['np.memmap']:.2f}"]
+        print(f"| {' | '.join(row)} |")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

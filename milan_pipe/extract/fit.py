@@ -1,0 +1,51 @@
+"""Features of a sample of the data, for codecs that are fitted to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from milan_pipe.data.images import ShardFile, read_shard
+from milan_pipe.data.views import ViewConfig
+from milan_pipe.errors import DataError
+from milan_pipe.extract.clock import Clock
+from milan_pipe.extract.render import render_sample
+from milan_pipe.teacher.clip import Teacher
+
+_MOST_SHARDS = 16
+
+
+def sample_features(
+    teacher: Teacher, shards: Sequence[ShardFile], views: ViewConfig, size: int, batch_size: int, count: int
+) -> Tensor:
+    """Features (count, S, T), on the CPU, of the first view of pictures from up to 16 shards, spread evenly.
+
+    Raises:
+        DataError: no picture can be read.
+    """
+    used = [shards[i * len(shards) // min(_MOST_SHARDS, len(shards))] for i in range(min(_MOST_SHARDS, len(shards)))]
+    one = views.model_copy(update={"count": 1})
+    clock = Clock()
+    pixels = []
+    for position, shard in enumerate(used):
+        wanted = count * (position + 1) // len(used) - count * position // len(used)
+        readable = _rendered(shard, one, size, clock)
+        pixels += [torch.from_numpy(view) for view in islice(readable, wanted)]
+    if not pixels:
+        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable picture to fit the codec on")
+    batches = torch.split(torch.stack(pixels), batch_size)
+    return torch.cat([teacher(batch).features_BST.cpu() for batch in batches])
+
+
+def _rendered(shard: ShardFile, views: ViewConfig, size: int, clock: Clock) -> Iterator[NDArray[np.uint8]]:
+    for sample in read_shard(shard, lambda *_: None):
+        try:
+            yield render_sample(sample, views, size, clock).pixels_KHWC[0]
+        # Told when the shard is extracted.
+        except DataError:
+            continue

@@ -1,0 +1,139 @@
+"""How many pictures there are, without reading them: from an index, from tar headers, or from a few of the shards."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Literal, TypeVar
+
+from milan_pipe.data.images import IMAGE_SUFFIXES, ShardFile, read_shard
+from milan_pipe.errors import DataError
+from milan_pipe.extract.space import indexed_pictures
+
+_MOST_LOCAL_SHARDS = 16
+_MOST_REMOTE_SHARDS = 8
+# Of a remote shard only the beginning is fetched: one request a header would take longer than the whole file.
+_REMOTE_BYTES = 4 * 1024 * 1024
+_NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageCount:
+    """Number of pictures, those included that will turn out to be unreadable.
+
+    Attributes:
+        source: `index`, prepare's own count; `headers`, each shard's tar headers were read; `estimate`, those of some
+            shards, or of their beginnings, and the rest by its size in bytes.
+        shards, bytes: all of them.
+        looked_at: shards whose headers were read.
+    """
+
+    pictures: int
+    source: Literal["index", "headers", "estimate"]
+    shards: int
+    looked_at: int
+    bytes: int
+
+    def __str__(self) -> str:
+        how = {
+            "index": "index.json",
+            "headers": "tar headers",
+            "estimate": f"estimated from {self.looked_at} of {self.shards} shards",
+        }
+        return f"{self.pictures} in {self.shards} shards ({how[self.source]})"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Pictures that a shard's first `bytes` hold; `whole`: there are no more."""
+
+    pictures: int
+    bytes: int
+    whole: bool
+
+
+def spread_evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, at equal distances."""
+    count = min(most, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
+
+
+def count_pictures(shards: Sequence[ShardFile], on_progress: Callable[[int, int], None]) -> ImageCount:
+    """Count the pictures of shards.
+
+    Args:
+        on_progress: told how many shards were looked at, and how many will be.
+
+    Raises:
+        DataError: there are none, or a shard that was looked at is empty, damaged or no tar.
+        MissingError, StoreError: a shard cannot be read.
+    """
+    size = sum(shard.size() for shard in shards)
+    indexed = indexed_pictures(shards)
+    if indexed is not None:
+        return ImageCount(pictures=indexed, source="index", shards=len(shards), looked_at=0, bytes=size)
+    local = all(shard.place.local is not None for shard in shards)
+    chosen = spread_evenly(shards, _MOST_LOCAL_SHARDS if local else _MOST_REMOTE_SHARDS)
+    parts = []
+    with ThreadPoolExecutor(1 if local else len(chosen), thread_name_prefix="count") as pool:
+        for part in pool.map(_look_at, chosen):
+            parts.append(part)
+            on_progress(len(parts), len(chosen))
+    found = sum(part.pictures for part in parts)
+    if not found:
+        raise DataError(f"{chosen[0]} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+    exact = len(chosen) == len(shards) and all(part.whole for part in parts)
+    return ImageCount(
+        pictures=found if exact else round(found * size / sum(part.bytes for part in parts)),
+        source="headers" if exact else "estimate",
+        shards=len(shards),
+        looked_at=len(chosen),
+        bytes=size,
+    )
+
+
+def _look_at(shard: ShardFile) -> _Part:
+    size = shard.size()
+    if shard.place.local is not None:
+        with shard.open() as file:
+            part = _walk(file, size)
+    else:
+        data = shard.place.read_range(shard.name, 0, _REMOTE_BYTES)
+        part = _walk(io.BytesIO(data), size)
+    # What the headers do not make plain, the reader of shards decides: it says what is wrong with one.
+    return part or _Part(pictures=sum(1 for _ in read_shard(shard, lambda *_: None)), bytes=size, whole=True)
+
+
+def _walk(file: IO[bytes], size: int) -> _Part | None:
+    """What the headers of a tar of `size` bytes say, or of its beginning; None where they say nothing."""
+    keys: set[str] = set()
+    before, start = 0, 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            # The list would grow with the shard.
+            tar.members = []  # type: ignore[attr-defined]
+            key = _key_of_picture(info.name)
+            if key is not None and key not in keys:
+                before, start = len(keys), info.offset
+                keys.add(key)
+    # tarfile lets ValueError, OverflowError and others through when a header is damaged or cut.
+    except Exception:
+        cut = file.seek(0, io.SEEK_END) < size
+        return _Part(pictures=before, bytes=start, whole=False) if cut and before else None
+    file.seek(tar.offset)
+    if not keys or file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
+        return None
+    return _Part(pictures=len(keys), bytes=size, whole=True)
+
+
+def _key_of_picture(name: str) -> str | None:
+    """Key by webdataset's rule, cut at the first dot of the last part; None for members that are no picture."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}{slash}{stem}" if stem and suffix.lower() in IMAGE_SUFFIXES else None

@@ -1,0 +1,86 @@
+"""A store in the other backend's files: the same header, records and values, without the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from milan_pipe.errors import DataError
+from milan_pipe.targets import ledger
+from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreFormat, TargetBlock
+from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What a conversion came to: shards of the new store, those that were there, samples, and its bytes."""
+
+    shards: int
+    skipped: int
+    samples: int
+    bytes: int
+
+
+def _block(store: TargetStore, shard: str, start: int, stop: int) -> TargetBlock:
+    runs = [store.read(shard, view, start, stop) for view in range(store.header.views.count)]
+    scales = [run.scale_NS for run in runs if run.scale_NS is not None]
+    return TargetBlock(
+        keys=runs[0].keys,
+        label_N=runs[0].label_N,
+        code_KNST=np.stack([run.code_NST for run in runs]),
+        scale_KNS=np.stack(scales) if scales else None,
+        attention_KNL=np.stack([run.attention_NL for run in runs]),
+        crop_KN4=np.stack([run.crop_N4 for run in runs]),
+        flip_KN=np.stack([run.flip_N for run in runs]),
+        jpegs=[run.jpegs for run in runs],
+    )
+
+
+def convert_targets(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: StoreFormat,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> ConvertReport:
+    """Write a store again in another format; goes on where it was interrupted.
+
+    Args:
+        format: of the new store.
+        on_progress: told shards done and shards in all.
+
+    Raises:
+        MissingError, DataError, MismatchError, StoreError: the source cannot be read, is damaged or not complete, or
+            the destination holds something else.
+    """
+    store = open_targets(source)
+    if len(store.shards) != store.header.source.shards:
+        raise DataError(
+            f"{source} has {len(store.shards)} of {store.header.source.shards} shards; finish its extraction first"
+        )
+    writer = TargetStoreWriter(destination, store.header.model_copy(update={"format": format}))
+    there = writer.committed()
+    for done, shard in enumerate(store.shards):
+        on_progress(done, len(store.shards))
+        if shard in there:
+            continue
+        making = writer.open_shard(shard)
+        try:
+            count = store.samples(shard)
+            for start in range(0, count, BLOCK_SAMPLES):
+                making.append(_block(store, shard, start, min(start + BLOCK_SAMPLES, count)))
+            making.commit(ledger.read_record(store.place, shard).source)
+        except BaseException:
+            making.discard()
+            raise
+    writer.finish()
+    on_progress(len(store.shards), len(store.shards))
+    return ConvertReport(
+        shards=len(store.shards),
+        skipped=len(there),
+        samples=sum(store.samples(shard) for shard in store.shards),
+        bytes=sum(writer.place.sizes().values()),
+    )

@@ -1,0 +1,188 @@
+"""The ledger of a store: what was committed, with a digest of every file.
+
+`manifest/000123.json` is written after all files of shard 000123 and is what commits it. `manifest.json` is written
+when all shards are committed; it tells readers in one file what there is. Each record carries the name of its shard and
+the digest of the rest of itself, so that neither a damaged one nor that of another shard is ever believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from milan_pipe.errors import DataError, MissingError
+from milan_pipe.storage import Place
+from milan_pipe.targets.schema import FileRecord, ShardRecord, SourceShard
+
+FOLDER, SUMMARY, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
+_PARALLEL_READS = 16
+
+
+def sha256_of(data: bytes) -> str:
+    """Hexadecimal digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values and, under `sha256`, the digest of their canonical JSON: sorted keys, no spaces, UTF-8."""
+    return {**values, "sha256": sha256_of(_canonical(values))}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """Values without their digest; None where it does not fit."""
+    if not isinstance(found, dict) or "sha256" not in found:
+        return None
+    values = {key: value for key, value in found.items() if key != "sha256"}
+    return values if sha256_of(_canonical(values)) == found["sha256"] else None
+
+
+def to_file(values: Mapping[str, Any]) -> bytes:
+    """Sealed values as a file."""
+    return json.dumps(sealed(values), sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def _from_file(data: bytes) -> dict[str, Any] | None:
+    try:
+        return unsealed(json.loads(data))
+    except (ValueError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSummary:
+    """A committed shard in the summary: samples kept and set aside, bytes of its files, digest of its record."""
+
+    samples: int
+    bad: int
+    bytes: int
+    record_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """`manifest.json`: digests of header and `bad_samples.jsonl`, and all shards by name."""
+
+    header_sha256: str
+    bad_samples_sha256: str
+    shards: Mapping[str, ShardSummary]
+
+
+def _record_file(name: str, record: ShardRecord) -> bytes:
+    return to_file({"shard": name, **asdict(record)})
+
+
+def summary_of(name: str, record: ShardRecord) -> ShardSummary:
+    """What the summary says of a shard."""
+    return ShardSummary(
+        samples=record.source.samples,
+        bad=len(record.source.bad),
+        bytes=sum(file.bytes for file in record.files.values()),
+        record_sha256=sha256_of(_record_file(name, record)),
+    )
+
+
+def write_record(place: Place, name: str, record: ShardRecord) -> None:
+    """Commit a shard."""
+    place.write(f"{FOLDER}/{name}.json", _record_file(name, record))
+
+
+def read_record(place: Place, name: str, expected: ShardSummary | None = None) -> ShardRecord:
+    """The record of a committed shard.
+
+    Args:
+        expected: what the summary says of it; none where there is no summary.
+
+    Raises:
+        MissingError: the shard is not committed.
+        DataError: the record is damaged, or another one.
+    """
+    path = f"{FOLDER}/{name}.json"
+    data = place.read(path)
+    values = _from_file(data)
+    if values is None:
+        what = "is damaged: its content does not fit its digest"
+    elif values.get("shard") != name:
+        what = f"is the record of shard {values.get('shard')!r}"
+    elif expected is not None and sha256_of(data) != expected.record_sha256:
+        what = f"does not fit its digest in {SUMMARY}"
+    else:
+        return _parsed(values)
+    raise DataError(f"{place}/{path} {what}; write the shard again with `{redo_command(place, name)}`")
+
+
+def redo_command(place: Place, name: str) -> str:
+    """What a user runs to have one shard written again."""
+    return f"milan-pipe extract-targets IMAGES {place} --redo {name}"
+
+
+def _parsed(values: Mapping[str, Any]) -> ShardRecord:
+    source = dict(values["source"])
+    source["bad"] = tuple((key, reason) for key, reason in source["bad"])
+    return ShardRecord(
+        source=SourceShard(**source),
+        files={path: FileRecord(**file) for path, file in values["files"].items()},
+        blocks={path: [(offset, crc) for offset, crc in blocks] for path, blocks in values["blocks"].items()},
+    )
+
+
+def committed_names(place: Place) -> tuple[str, ...]:
+    """Names of all committed shards, in order."""
+    found = place.sizes(FOLDER)
+    return tuple(sorted(path.removesuffix(".json") for path in found if path.endswith(".json")))
+
+
+def read_records(place: Place, names: Iterable[str]) -> dict[str, ShardRecord]:
+    """Records of several shards, read side by side. Raises as `read_record`."""
+    listed = list(names)
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        return dict(zip(listed, pool.map(lambda name: read_record(place, name), listed), strict=True))
+
+
+def bad_samples_file(records: Mapping[str, ShardRecord]) -> bytes:
+    """`bad_samples.jsonl`: one line for each sample set aside."""
+    lines = [
+        json.dumps({"shard": name, "source": r.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
+        for name, r in sorted(records.items())
+        for key, reason in r.source.bad
+    ]
+    return "".join(lines).encode()
+
+
+def write_summary(place: Place, header: bytes, records: Mapping[str, ShardRecord]) -> None:
+    """Write `bad_samples.jsonl` and, after it, `manifest.json`."""
+    bad = bad_samples_file(records)
+    place.write(BAD_SAMPLES, bad)
+    summary = Summary(
+        header_sha256=sha256_of(header),
+        bad_samples_sha256=sha256_of(bad),
+        shards={name: summary_of(name, record) for name, record in sorted(records.items())},
+    )
+    place.write(SUMMARY, to_file(asdict(summary)))
+
+
+def read_summary(place: Place) -> Summary | None:
+    """The summary, or None where extraction has not come to its end.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        data = place.read(SUMMARY)
+    except MissingError:
+        return None
+    values = _from_file(data)
+    if values is None:
+        raise DataError(
+            f"{place}/{SUMMARY} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
+            "writes a new one"
+        )
+    values["shards"] = {name: ShardSummary(**shard) for name, shard in values["shards"].items()}
+    return Summary(**values)

@@ -1,0 +1,368 @@
+"""A target store as a whole: its header, its ledger, and the backend that its header names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
+from milan_pipe.storage import Place, place_of
+from milan_pipe.targets import ledger, tar_store, zarr_store
+from milan_pipe.targets.ledger import ShardSummary
+from milan_pipe.targets.schema import (
+    SCHEMA_VERSION,
+    FileRecord,
+    OpenShard,
+    ShardFiles,
+    ShardRecord,
+    SourceShard,
+    StoreHeader,
+    TargetBlock,
+    ViewRun,
+    require_same_header,
+)
+
+_HEADER = "milan_pipe"
+# Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
+_OPEN_SHARDS = 32
+_HASH_BYTES = 1024 * 1024
+
+
+# --- header -------------------------------------------------------------------------------------------------------
+
+
+def header_file(header: StoreHeader) -> tuple[str, bytes]:
+    """Name and content of the file that makes a folder a store."""
+    values = ledger.sealed(header.model_dump(mode="json"))
+    if header.format == "zarr":
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {_HEADER: values}}
+        return zarr_store.HEADER_FILE, json.dumps(group, indent=2).encode() + b"\n"
+    return tar_store.HEADER_FILE, json.dumps({_HEADER: values}, indent=2).encode() + b"\n"
+
+
+def _sealed_header(data: bytes) -> Any:
+    try:
+        content = json.loads(data)
+        return content.get("attributes", content)[_HEADER]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def read_header(place: Place) -> StoreHeader | None:
+    """The header of a store, or None where there is no store.
+
+    Raises:
+        DataError: the header is damaged, or the file is not one.
+        MismatchError: another schema version.
+    """
+    header, _ = _header_and_digest(place)
+    return header
+
+
+def _header_and_digest(place: Place) -> tuple[StoreHeader | None, str]:
+    for name in (zarr_store.HEADER_FILE, tar_store.HEADER_FILE):
+        try:
+            data = place.read(name)
+        except MissingError:
+            continue
+        found = _sealed_header(data)
+        if not isinstance(found, dict):
+            raise DataError(f"{place}/{name} is not the header of a target store; extract into another folder")
+        # The version goes first: the seal may change with it.
+        version = found.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise MismatchError(
+                f"{place} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
+                f"extract the targets again, or use the version that wrote them ({found.get('package_version')})"
+            )
+        values = ledger.unsealed(found)
+        if values is None:
+            raise DataError(
+                f"{place}/{name} is damaged: its content does not fit its digest. Remove it and run the same "
+                "`milan-pipe extract-targets` again: where all shards had been committed, it writes the header anew"
+            )
+        header: StoreHeader = StoreHeader.parse(values, f"{place}/{name}")
+        return header, ledger.sha256_of(data)
+    return None, ""
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while data := file.read(_HASH_BYTES):
+            digest.update(data)
+            size += len(data)
+    return FileRecord(bytes=size, sha256=digest.hexdigest())
+
+
+class StoreShardWriter:
+    """One shard in the making, in a scratch folder.
+
+    Several processes may make one shard at once, as a cluster does with a worker that it took for dead: whoever begins
+    last removes the scratch of the others, which then fail and leave what is committed alone.
+    """
+
+    def __init__(self, place: Place, name: str, header: StoreHeader) -> None:
+        self._place = place
+        self._name = name
+        self._scratch = place.scratch(name)
+        self._samples = 0
+        self._files: ShardFiles
+        if header.format == "zarr":
+            self._files = zarr_store.ZarrShardFiles(self._scratch, header)
+        else:
+            self._files = tar_store.TarShardFiles(self._scratch, header)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, MilanError):
+                raise
+            if not self._scratch.is_dir():
+                raise StoreError(
+                    f"{self._place}/{self._name}: {self._scratch} was removed while it was written; see that no other "
+                    "process does the same shard"
+                ) from error
+            raise StoreError(f"{self._scratch} cannot be written: {error.strerror or error}") from error
+
+    def append(self, block: TargetBlock) -> None:
+        """Write the next samples.
+
+        Raises:
+            StoreError: they cannot be written, or do not follow a whole block.
+        """
+        with self._errors():
+            self._files.append(block)
+        self._samples += len(block.keys)
+
+    def commit(self, source: SourceShard) -> None:
+        """Make the shard visible: all its files, and after them its record.
+
+        Raises:
+            StoreError: it cannot be written, or does not have the samples that `source` tells of.
+        """
+        if not self._samples or source.samples != self._samples:
+            raise StoreError(f"{self._place}/{self._name}: {self._samples} samples written, {source.samples} announced")
+        with self._errors():
+            blocks = self._files.close()
+            paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
+            files = {path.relative_to(self._scratch).as_posix(): _digest(path) for path in paths}
+        record = ShardRecord(source=source, files=files, blocks=blocks)
+        self._place.publish(self._scratch, self._name)
+        ledger.write_record(self._place, self._name, record)
+
+    def discard(self) -> None:
+        """Remove what was written; what another process makes of the same shard stays."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+class TargetStoreWriter:
+    """A store that shards are added to; opens the one that is there if its configuration is the same."""
+
+    def __init__(self, where: str | Path, header: StoreHeader) -> None:
+        """Open or begin a store.
+
+        Raises:
+            MismatchError: the store that is there has another configuration.
+            DataError: the folder holds something else.
+            StoreError: the folder cannot be written.
+        """
+        self.place = place_of(where)
+        self.header = header
+        name, content = header_file(header)
+        found = read_header(self.place)
+        if found is None:
+            self._require_free(content)
+            if not self.place.write(name, content, replace=False):
+                # Another process of the same job was first.
+                found = read_header(self.place)
+        if found is not None:
+            require_same_header(found, header, self.place)
+            # Its package version stays, and with it its bytes.
+            self.header = found
+
+    def _require_free(self, header: bytes) -> None:
+        """Refuse a folder that holds anything but a store that has lost this very header."""
+        there = self.place.sizes()
+        if not there:
+            return
+        summary = ledger.read_summary(self.place)
+        if summary is None or summary.header_sha256 != ledger.sha256_of(header):
+            raise DataError(
+                f"{self.place} is not a target store and not empty (it holds {min(there)}); name another folder"
+            )
+
+    def committed(self) -> dict[str, ShardRecord]:
+        """Records of the shards that are whole, by name."""
+        return ledger.read_records(self.place, ledger.committed_names(self.place))
+
+    def open_shard(self, name: str) -> StoreShardWriter:
+        """Begin a shard; what an interrupted attempt left is removed."""
+        self.place.clear_scratch(name)
+        self.place.child(ledger.FOLDER).clear_scratch(f"{name}.json")
+        return StoreShardWriter(self.place, name, self.header)
+
+    def forget(self, name: str) -> None:
+        """Take a shard back, so that it is done again."""
+        self.place.remove(ledger.SUMMARY)
+        self.place.remove(f"{ledger.FOLDER}/{name}.json")
+        self.place.remove(name)
+
+    def finish(self) -> None:
+        """Write `bad_samples.jsonl` and the summary; call it when all shards are committed."""
+        name, _ = header_file(self.header)
+        try:
+            ledger.write_summary(self.place, self.place.read(name), self.committed())
+        except StoreError as error:
+            raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
+        self.place.clear_scratch()
+        self.place.child(ledger.FOLDER).clear_scratch()
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class TargetStore:
+    """A store that is read, by one thread at a time; see `open_targets`."""
+
+    def __init__(self, place: Place, header: StoreHeader, shards: Mapping[str, ShardSummary]) -> None:
+        self.place = place
+        self.header = header
+        self.shards = tuple(shards)
+        self._summaries = dict(shards)
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+
+    def samples(self, shard: str) -> int:
+        """Number of samples of a shard.
+
+        Raises:
+            LookupError: no such shard.
+        """
+        return self._summaries[shard].samples
+
+    def record(self, shard: str) -> ShardRecord:
+        """What was committed of a shard.
+
+        Raises:
+            LookupError: no such shard.
+            DataError: its record is damaged, missing, or not the one that the store was opened with.
+        """
+        expected = self._summaries[shard]
+        try:
+            return ledger.read_record(self.place, shard, expected)
+        except MissingError as error:
+            raise damaged(self.place, shard, str(error)) from error
+
+    def _shard(self, name: str) -> OpenShard:
+        if name not in self._open:
+            self._open[name] = open_shard(self.place, name, self.header, self.record(name))
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+    def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
+        """Samples `start` to `stop` of one view of a shard.
+
+        Raises:
+            DataError: the shard is damaged; names it and the array.
+            IndexError: no such shard, view or samples.
+        """
+        count = self._summaries[shard].samples if shard in self._summaries else 0
+        if not (0 <= view < self.header.views.count and 0 <= start < stop <= count):
+            raise IndexError(
+                f"{self.place}: samples {start}:{stop} of view {view} of shard {shard!r} were asked for; "
+                f"it has {count} samples, {self.header.views.count} views"
+            )
+        try:
+            return self._shard(shard).read(view, start, stop)
+        except MissingError as error:
+            raise damaged(self.place, shard, str(error)) from error
+
+    def bytes(self) -> int:
+        """Size of all files of the store."""
+        return sum(self.place.sizes().values())
+
+
+def damaged(place: Place, shard: str, what: str) -> DataError:
+    """The error for a shard that cannot be read as it was written."""
+    return DataError(f"{place}, shard {shard}: {what}. Write it again with `{ledger.redo_command(place, shard)}`")
+
+
+def open_shard(place: Place, name: str, header: StoreHeader, record: ShardRecord) -> OpenShard:
+    """Open one shard for reading, after a look whether all its files are there in full length.
+
+    zarr reads a chunk that is missing, or an empty file, as zeros without a word.
+
+    Raises:
+        DataError: files are missing, cut, too long, or their metadata is damaged.
+    """
+    sizes = place.sizes(name, record.files)
+    for path, file in record.files.items():
+        found = sizes.get(path)
+        if found != file.bytes:
+            what = "is missing" if found is None else f"has {found} bytes, {file.bytes} were written"
+            raise damaged(place, name, f"{path} {what}")
+
+    def fail(what: str) -> DataError:
+        return damaged(place, name, what)
+
+    if header.format == "zarr":
+        return zarr_store.ZarrShard(place.child(name), header, record, fail)
+    return tar_store.TarShard(place.child(name), header, record, fail)
+
+
+def open_targets(where: str | Path) -> TargetStore:
+    """Open a store for reading.
+
+    Raises:
+        MissingError: no such folder.
+        DataError: not a store, no shard committed, or damaged.
+        MismatchError: another schema version.
+        StoreError: it cannot be reached.
+    """
+    place = place_of(where)
+    header, digest = _header_and_digest(place)
+    advice = f"write targets with `milan-pipe extract-targets IMAGES {place}`"
+    if header is None:
+        if place.local is not None and place.local.is_dir():
+            raise DataError(
+                f"{place} is not a target store: it has neither {zarr_store.HEADER_FILE} nor {tar_store.HEADER_FILE}; "
+                f"{advice}"
+            )
+        raise MissingError(f"{place} is not there; {advice}")
+    summary = ledger.read_summary(place)
+    if summary is None:
+        return TargetStore(place, header, _committed_so_far(place, header))
+    if digest != summary.header_sha256:
+        raise DataError(
+            f"{place}: the header does not fit its digest in {ledger.SUMMARY}: one of them is of another store; bring "
+            "back the true one, or extract the targets again into another folder"
+        )
+    return TargetStore(place, header, dict(sorted(summary.shards.items())))
+
+
+def _committed_so_far(place: Place, header: StoreHeader) -> dict[str, ShardSummary]:
+    records = ledger.read_records(place, ledger.committed_names(place))
+    if not records:
+        raise DataError(f"{place} has no committed shard; run extract-targets again to finish it")
+    warnings.warn(
+        f"{place} has no {ledger.SUMMARY}: {len(records)} of {header.source.shards} shards are read; run the same "
+        "extract-targets again to finish it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return {name: ledger.summary_of(name, record) for name, record in sorted(records.items())}

@@ -1,0 +1,243 @@
+"""One shard of a target store as webdataset tars, `view-0.tar` and on: one per view, each complete in itself.
+
+Members of a sample, in this order; any webdataset reader finds them:
+
+    KEY.jpg         rendered view
+    KEY.json        key, label (-1 where there is none), view, crop (top, left, height, width), flip
+    KEY.features    codes of S tokens: little-endian, bytes shuffled where a code has several, zstd unless level 0;
+                    coefficients first where the codec says so
+    KEY.scale       S float16, where the codec needs it
+    KEY.attention   L float16
+
+The tars are sequential and carry no index. The shard's record does: where each block of 128 samples begins, and the
+crc32c of all its bytes. A block is fetched with one read, checked, and only then taken apart.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+from numcodecs.shuffle import Shuffle
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from milan_pipe.errors import DataError, StoreError
+from milan_pipe.storage import Place
+from milan_pipe.targets.codec import Codec, codec_of
+from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
+
+HEADER_FILE = "header.json"
+
+
+class CodePacker:
+    """Codes of one sample (S, T) to bytes and back: order of axes, byte shuffle, zstd."""
+
+    def __init__(self, codec: Codec, tokens: int, width: int) -> None:
+        self._dtype = codec.dtype.newbyteorder("<")
+        self._shape = (width, tokens) if codec.coefficient_major else (tokens, width)
+        self._transposed = codec.coefficient_major
+        self._shuffle = Shuffle(elementsize=codec.dtype.itemsize) if codec.dtype.itemsize > 1 else None
+        level = codec.info.zstd_level
+        self._zstd = Zstd(level=level, checksum=True) if level else None
+
+    def pack(self, code_ST: NDArray[Any]) -> bytes:
+        """Bytes of one sample."""
+        ordered = np.ascontiguousarray(code_ST.T if self._transposed else code_ST, dtype=self._dtype)
+        data: Any = ordered
+        if self._shuffle is not None:
+            data = self._shuffle.encode(data)
+        if self._zstd is not None:
+            data = self._zstd.encode(data)
+        return memoryview(data).cast("B").tobytes()
+
+    def unpack(self, data: bytes | memoryview, into_ST: NDArray[Any]) -> None:
+        """Write the codes of one sample into an array.
+
+        Raises:
+            ValueError, RuntimeError: the bytes are not what `pack` gives.
+        """
+        raw: Any = data
+        if self._zstd is not None:
+            raw = self._zstd.decode(raw)
+        if self._shuffle is not None:
+            raw = self._shuffle.decode(raw)
+        code = np.frombuffer(memoryview(raw).cast("B"), self._dtype).reshape(self._shape)
+        into_ST[...] = code.T if self._transposed else code
+
+
+class _Tar:
+    """A tar that is written block by block, with the crc32c of each. It is open only while a block is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._end = 0
+        self._blocks: list[tuple[int, int]] = []
+
+    def write_block(self, members: Iterable[tuple[str, bytes]]) -> None:
+        """Append members, given by name and content."""
+        begin, crc = self._end, 0
+        with self._open() as file:
+            file.seek(begin)
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                info.mode = 0o644
+                header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+                for part in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
+                    file.write(part)
+                    crc = google_crc32c.extend(crc, part)
+            self._end = file.tell()
+        self._blocks.append((begin, crc))
+
+    def _open(self) -> BinaryIO:
+        # A file that was there and is gone must not be begun anew behind its first blocks.
+        return self._path.open("r+b" if self._end else "xb")
+
+    def close(self) -> list[tuple[int, int]]:
+        """Write the end. Returns offset and crc32c of each block, then the end of the last one with a 0."""
+        with self._open() as file:
+            file.seek(self._end)
+            file.write(bytes(-(self._end + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE))
+        return [*self._blocks, (self._end, 0)]
+
+
+class TarShardFiles:
+    """Tars of one shard in the making."""
+
+    def __init__(self, folder: Path, header: StoreHeader) -> None:
+        self._where = folder
+        self._samples = 0
+        codec = codec_of(header.codec)
+        self._packer = CodePacker(codec, header.tokens, header.teacher.width)
+        self._tars = [_Tar(folder / _tar_name(view)) for view in range(header.views.count)]
+
+    def append(self, block: TargetBlock) -> None:
+        """Write the next samples."""
+        count = len(block.keys)
+        if self._samples % BLOCK_SAMPLES or not 0 < count <= BLOCK_SAMPLES:
+            raise StoreError(f"{self._where}: a block of {count} samples cannot follow {self._samples} samples")
+        for view, tar in enumerate(self._tars):
+            tar.write_block(self._members(block, view))
+        self._samples += count
+
+    def _members(self, block: TargetBlock, view: int) -> Iterator[tuple[str, bytes]]:
+        for row, key in enumerate(block.keys):
+            record = {
+                "key": key,
+                "label": int(block.label_N[row]),
+                "view": view,
+                "crop": block.crop_KN4[view, row].tolist(),
+                "flip": bool(block.flip_KN[view, row]),
+            }
+            yield f"{key}.jpg", bytes(block.jpegs[view][row])
+            yield f"{key}.json", json.dumps(record, ensure_ascii=False).encode()
+            yield f"{key}.features", self._packer.pack(block.code_KNST[view, row])
+            if block.scale_KNS is not None:
+                yield f"{key}.scale", block.scale_KNS[view, row].astype("<f2").tobytes()
+            yield f"{key}.attention", block.attention_KNL[view, row].astype("<f2").tobytes()
+
+    def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """End the tars. Per tar, offset and crc32c of each block, then the end of the last block with a 0."""
+        return {_tar_name(view): tar.close() for view, tar in enumerate(self._tars)}
+
+
+def _tar_name(view: int) -> str:
+    return f"view-{view}.tar"
+
+
+@dataclass
+class _Member:
+    suffix: str
+    data: memoryview
+
+
+def _members(block: bytes) -> Iterator[_Member]:
+    """Members of a block whose checksum is right: regular files, and GNU's names of more than 100 bytes."""
+    view = memoryview(block)
+    position, long_name = 0, None
+    while position < len(block):
+        header = block[position : position + tarfile.BLOCKSIZE]
+        size = int(header[124:135], 8)
+        position += tarfile.BLOCKSIZE
+        data = view[position : position + size]
+        position += size + -size % tarfile.BLOCKSIZE
+        if header[156:157] == b"L":
+            long_name = bytes(data).rstrip(b"\0")
+            continue
+        name = long_name or header[:100].rstrip(b"\0")
+        long_name = None
+        yield _Member(suffix=name.rpartition(b".")[2].decode(), data=data)
+
+
+class TarShard:
+    """Tars of one shard."""
+
+    def __init__(
+        self, place: Place, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
+    ) -> None:
+        """Open the shard in the folder `place`, whose files are all there.
+
+        Args:
+            fail: makes the error of what is found damaged.
+        """
+        self._place = place
+        self._fail = fail
+        self._header = header
+        self._record = record
+        self._codec = codec_of(header.codec)
+        self._packer = CodePacker(self._codec, header.tokens, header.teacher.width)
+
+    def read(self, view: int, start: int, stop: int) -> ViewRun:
+        """Samples `start` to `stop` of one view."""
+        first, last = start // BLOCK_SAMPLES, (stop - 1) // BLOCK_SAMPLES + 1
+        samples = [sample for block in range(first, last) for sample in self._samples(view, block)]
+        chosen = samples[start - first * BLOCK_SAMPLES : stop - first * BLOCK_SAMPLES]
+        if len(chosen) != stop - start:
+            raise self._fail(f"{_tar_name(view)} holds {len(chosen)} of samples {start} to {stop}")
+        try:
+            return self._run(chosen)
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            raise self._fail(f"{_tar_name(view)}: {' '.join(str(error).split())[:200]}") from error
+
+    def _samples(self, view: int, block: int) -> list[dict[str, memoryview]]:
+        name = _tar_name(view)
+        table = self._record.blocks[name]
+        (start, crc), (stop, _) = table[block], table[block + 1]
+        data = self._place.read_range(name, start, stop)
+        if len(data) != stop - start or google_crc32c.value(data) != crc:
+            raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
+        samples: list[dict[str, memoryview]] = []
+        for member in _members(data):
+            if member.suffix == "jpg":
+                samples.append({})
+            samples[-1][member.suffix] = member.data
+        return samples
+
+    def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:
+        header, count = self._header, len(samples)
+        code = np.empty((count, header.tokens, header.teacher.width), self._codec.dtype)
+        for row, sample in enumerate(samples):
+            self._packer.unpack(sample["features"], code[row])
+        records = [json.loads(bytes(sample["json"])) for sample in samples]
+        return ViewRun(
+            keys=[record["key"] for record in records],
+            label_N=np.array([record["label"] for record in records], np.int64),
+            code_NST=code,
+            scale_NS=_stacked(samples, "scale", header.tokens) if self._codec.has_scale else None,
+            attention_NL=_stacked(samples, "attention", header.patches),
+            crop_N4=np.array([record["crop"] for record in records], np.int32),
+            flip_N=np.array([record["flip"] for record in records], np.bool_),
+            jpegs=[bytes(sample["jpg"]) for sample in samples],
+        )
+
+
+def _stacked(samples: list[dict[str, memoryview]], suffix: str, width: int) -> NDArray[np.float16]:
+    data = b"".join(sample[suffix] for sample in samples)
+    return np.frombuffer(data, "<f2").astype(np.float16).reshape(len(samples), width)

@@ -1,0 +1,128 @@
+"""Weights of an image tower: where they come from, how a file is read, and the digest that identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from open_clip.model import resize_pos_embed
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from milan_pipe.errors import DataError, MismatchError
+
+_TOWER = "visual."
+_EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
+_NAMED = 3
+
+
+def _tower_keys(keys: list[str]) -> dict[str, str]:
+    """The image tower's names, as the tower has them, of a whole CLIP model's or of a tower's own names."""
+    plain = {key.removeprefix("module."): key for key in keys}
+    tower = {name.removeprefix(_TOWER): key for name, key in plain.items() if name.startswith(_TOWER)}
+    return tower or plain
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(key) for name, key in _tower_keys(list(file.keys())).items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    # Asked first, as torch.load goes on to its loader of programs.
+    if _is_torchscript(path):
+        raise DataError(
+            f"checkpoint {path} is a TorchScript program, {_EXPECTED}; for OpenAI's weights set teacher.pretrained to "
+            "openai"
+        )
+    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise DataError(f"checkpoint {path} holds a {type(content).__name__}, {_EXPECTED}")
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return {name: tensors[key] for name, key in _tower_keys(list(tensors)).items()}
+
+
+def read_tower_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of the image tower in a checkpoint of a CLIP model, or of a tower alone.
+
+    Args:
+        path: a safetensors file, by its suffix, or a file of `torch.save`, of which tensors alone are read: Python
+            objects are refused and never unpickled.
+
+    Raises:
+        DataError: the file cannot be read, or holds no tensors.
+    """
+    try:
+        weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
+    # Readers of damaged files raise UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError and more. Their
+    # words are left out: torch advises to unpickle what it refused.
+    except Exception as error:
+        raise DataError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or holds other Python objects, "
+            f"which are never unpickled; {_EXPECTED}"
+        ) from error
+    if not weights:
+        raise DataError(f"checkpoint {path} holds no tensors; {_EXPECTED}")
+    return weights
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(sorted(names)[:_NAMED]) + more
+
+
+def load_tower_weights(visual: nn.Module, weights: dict[str, Tensor], name: str, where: str) -> None:
+    """Put weights into an image tower, all of them and no others.
+
+    A learned position embedding of another grid is interpolated, as open_clip does on loading.
+
+    Raises:
+        MismatchError: names what is missing, what is too many, and what has another shape.
+    """
+    # open_clip knows this tensor by the name that it has in a whole model.
+    whole = {_TOWER + key: value for key, value in weights.items()}
+    resize_pos_embed(whole, SimpleNamespace(visual=visual))
+    weights = {key.removeprefix(_TOWER): value for key, value in whole.items()}
+    tensors = visual.state_dict()
+    problems = []
+    if missing := [key for key in tensors if key not in weights]:
+        problems.append(f"it lacks {_some(missing)}")
+    if unknown := [key for key in weights if key not in tensors]:
+        problems.append(f"it has {_some(unknown)} that the tower has not")
+    problems += [
+        f"{key} is {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in tensors.items()
+        if key in weights and weights[key].shape != tensor.shape
+    ][:_NAMED]
+    if problems:
+        raise MismatchError(
+            f"checkpoint {where} does not fit the image tower of {name!r}: {'; '.join(problems)}. Set teacher.model to "
+            "the model that it was trained as"
+        )
+    visual.load_state_dict(weights)
+
+
+def weights_sha256(visual: nn.Module) -> str:
+    """Digest over names, shapes, types and bytes of all tensors of an image tower."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""timm's vision transformers inside open_clip: EVA02 and its kin by their CLS token, SigLIP by its attention pooling.
+
+The trunk runs its own forward pass with its own fused attention. Only the queries and keys of one attention module
+are looked at as they pass, so that fused or split projections, biases and norms are timm's own arithmetic.
+
+Shape suffixes: B views, P prefix tokens (CLS and registers), L patches, S = 1 + L, D trunk width, T feature width,
+N heads, E head width, K keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from milan_pipe.teacher.attention import Heads, attention_row, record_heads
+from milan_pipe.teacher.family import TowerSizes
+
+_TRUNKS = (VisionTransformer, Eva)
+_ATTENTIONS = (Attention, AttentionRope, EvaAttention)
+
+
+def _keys_as_attended(attention: Any, heads: Heads) -> Tensor:
+    """Keys after what the attention does between their norm and the scores.
+
+    Prefix tokens have no place in the picture and are not rotated; the CLS query, a prefix token, needs no rotation.
+    """
+    key_BNKE = heads.key_BNKE
+    if heads.rope is not None:
+        prefix = attention.num_prefix_tokens
+        rotated = apply_rot_embed_cat(key_BNKE[:, :, prefix:], heads.rope, half=attention.rotate_half)
+        key_BNKE = torch.cat([key_BNKE[:, :, :prefix], rotated], dim=2)
+    groups = heads.query_BNQE.shape[1] // key_BNKE.shape[1]
+    return key_BNKE.repeat_interleave(groups, dim=1) if groups > 1 else key_BNKE
+
+
+def _pooled_by_cls(trunk: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """CLS token (B, 1, D), all tokens (B, P + L, D) after the final norm, the last block's CLS row over them."""
+    attention = trunk.blocks[-1].attn
+    with record_heads(attention, attention.q_norm, attention.k_norm) as heads:
+        tokens = trunk.forward_features(pixels_BCHW)
+    row = attention_row(heads.query_BNQE[:, :, 0], _keys_as_attended(attention, heads))
+    return tokens[:, :1], tokens, row
+
+
+def _pooled_by_attention(trunk: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled token (B, 1, D), all tokens (B, P + L, D) after the final norm, the pooling query's row.
+
+    The row is over all tokens or over the patches alone, as the trunk pools.
+    """
+    pool = trunk.attn_pool
+    tokens = trunk.forward_features(pixels_BCHW)
+    with record_heads(pool, pool.q_norm, pool.k_norm) as heads:
+        pooled = trunk.pool(tokens)
+    return pooled[:, None], tokens, attention_row(heads.query_BNQE[:, :, 0], heads.key_BNKE)
+
+
+def _project(visual: Any, x_BSD: Tensor) -> Tensor:
+    """What follows pooling, which is pointwise, on every token: to the width and space of the image embedding."""
+    trunk = visual.trunk
+    projected: Tensor = visual.head(trunk.head(trunk.fc_norm(x_BSD)))
+    return projected
+
+
+class TimmFamily:
+    """`open_clip.timm_model.TimmModel` around a plain vision transformer, as in EVA02-B-16 and ViT-B-16-SigLIP."""
+
+    def problem(self, visual: Any) -> str | None:
+        """See `TowerFamily`."""
+        trunk = visual.trunk
+        if type(trunk) not in _TRUNKS:
+            return f"its image tower is timm's {type(trunk).__name__}"
+        if trunk.global_pool == "map":
+            pool = trunk.attn_pool
+            if type(pool) is not AttentionPoolLatent or pool.latent_len != 1 or pool.pos_embed is not None:
+                return f"it pools by {type(pool).__name__}, not by one query over the plain tokens"
+            return None
+        if trunk.global_pool != "token":
+            return f"its timm tower pools by {trunk.global_pool or 'nothing that timm has'}"
+        attention = getattr(trunk.blocks[-1], "attn", None)
+        if type(attention) not in _ATTENTIONS:
+            kind = type(attention if attention is not None else trunk.blocks[-1]).__name__
+            return f"its last block attends by timm's {kind}"
+        return None
+
+    @torch.no_grad()
+    def sizes(self, visual: Any) -> TowerSizes:
+        """See `TowerFamily`."""
+        embed = visual.trunk.patch_embed
+        weight = next(visual.trunk.parameters())
+        return TowerSizes(
+            image_size=tuple(embed.img_size),
+            patch_size=tuple(embed.feat_ratio(as_scalar=False)),
+            grid=tuple(embed.grid_size),
+            width=int(_project(visual, weight.new_zeros(1, 1, visual.trunk.embed_dim)).shape[-1]),
+        )
+
+    @torch.no_grad()
+    def resize(self, visual: Any, side: int) -> None:
+        """See `TowerFamily`. Rotary embeddings are computed anew, over the extent that the trunk was trained on."""
+        visual.set_input_size(side)
+
+    def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TowerFamily`."""
+        trunk = visual.trunk
+        pool = _pooled_by_cls if trunk.attn_pool is None else _pooled_by_attention
+        summary_B1D, tokens_BKD, row_BK = pool(trunk, pixels_BCHW)
+        patches_BLD = tokens_BKD[:, trunk.num_prefix_tokens :]
+        x_BSD = torch.cat([summary_B1D, patches_BLD], dim=1)
+        return _project(visual, x_BSD), row_BK[:, -patches_BLD.shape[1] :]

@@ -1,0 +1,65 @@
+"""Object stores for tests: a real S3 server in a process of its own, with or without a proxy that disturbs."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.s3 import Proxy, create_bucket, proxy_before, s3_server
+
+_FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an S3 server that lives as long as the session."""
+    pytest.importorskip("moto.server", reason="moto[s3,server] is not installed")
+    pytest.importorskip("flask", reason="moto[s3,server] is not installed")
+    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Credentials that the server takes, and none of this machine's own; also for processes that a test starts."""
+    for name in _FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, aws_environment: None, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: ARG001
+    """URL of a new, empty bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    create_bucket(s3_endpoint, name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def s3_proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    """A proxy before the S3 server, which counts; faults are set on it."""
+    with proxy_before(s3_endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied_bucket(bucket: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `bucket`, reached through `s3_proxy`."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+    return bucket
+
+
+@pytest.fixture
+def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
+    """As `proxied_bucket`; every third request is answered 500."""
+    s3_proxy.fail_every = 3
+    return proxied_bucket

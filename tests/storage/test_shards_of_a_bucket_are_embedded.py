@@ -1,0 +1,45 @@
+"""Frozen features of pictures in a bucket are those of the same pictures on the disk."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milan_pipe.errors import StoreError
+from milan_pipe.storage import place_of
+from milan_pipe.transfer.features import EmbedConfig, embed_shards
+
+
+def embed(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+    return pixels_BHWC.flatten(1).float()
+
+
+def write_shard(path: Path, first: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + 3):
+            picture = io.BytesIO()
+            pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(picture, "PNG")
+            for name, data in ((f"{number}.png", picture.getvalue()), (f"{number}.cls", str(number).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_features_of_a_bucket(bucket: str, tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / f"{number}.tar", 3 * number)
+        place_of(bucket).write(f"set/{number}.tar", (tmp_path / f"{number}.tar").read_bytes())
+    config = EmbedConfig(batch_size=4, threads=1)
+    local = embed_shards(tmp_path, embed, 8, config)
+    remote = embed_shards(f"{bucket}/set", embed, 8, config)
+    assert remote.label_N.tolist() == local.label_N.tolist() == list(range(6))
+    assert torch.equal(remote.features_NF, local.features_NF)
+    with pytest.raises(StoreError, match="there is no bucket"):
+        embed_shards("s3://no-such-bucket-at-all/set", embed, 8, config)
