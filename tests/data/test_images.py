@@ -441,7 +441,15 @@ def test_whole_shards_that_are_of_no_use(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("t-000002.tar", "t-000000.tar", "t-000001.tar", "v-000000.tar", "notes.txt", ".t-000009.tar"):
+    for name in (
+        "t-000002.tar",
+        "t-000000.tar",
+        "t-000001.tar",
+        "v-000000.tar",
+        "notes.txt",
+        "guitar",
+        ".t-000009.tar",
+    ):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "sub.tar").mkdir()
     return tmp_path
@@ -529,7 +537,15 @@ def test_folders_without_shards_say_what_was_found(tmp_path: Path) -> None:
 @pytest.fixture
 def remote(bucket: str) -> str:
     place = place_of(bucket)
-    for name in ("t-000002.tar", "t-000000.tar", "t-000001.tar", "v-000000.tar", "notes.txt", ".t-000009.tar"):
+    for name in (
+        "t-000002.tar",
+        "t-000000.tar",
+        "t-000001.tar",
+        "v-000000.tar",
+        "notes.txt",
+        "guitar",
+        ".t-000009.tar",
+    ):
         place.write(f"set/{name}", b"x")
     place.write("set/sub.tar/t-000000.tar", b"xx")
     place.write("set/deep/er/t-000000.tar", b"xxx")
@@ -646,11 +662,15 @@ def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: 
 
 
 @pytest.mark.usefixtures("blocks_of_80_kb")
+@pytest.mark.parametrize("rest", ["pictures", "headers"])
 def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
-    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
 ) -> None:
     monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
-    local = write_tar(tmp_path / "a.tar", pictures_of_many_sizes())
+    members = pictures_of_many_sizes()
+    if rest == "headers":
+        members[4:] = [(f"{n:03d}.npy", bytes(5000)) for n in range(100)]
+    local = write_tar(tmp_path / "a.tar", members)
     place_of(proxied_bucket).write("a.tar", local.read_bytes())
     reader = read_shard(f"{proxied_bucket}/a.tar", lambda *_: None)
     assert next(reader).key == "000"

@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -230,13 +231,18 @@ class TestFolder(PlaceContract):
             place.write("a", b"new")
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
-    def test_one_of_many_creates(self, tmp_path: Path) -> None:
+    def test_of_two_processes_one_creates(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        with context.Pool(2) as pool:
-            results = pool.starmap(_create, [(str(tmp_path), f"file-{n % 20}", str(n)) for n in range(80)], chunksize=1)
-        winners = [text for text, won in results if won]
-        assert sorted(winners) == sorted(path.read_text() for path in tmp_path.iterdir())
-        assert len(winners) == 20
+        barrier, created = context.Barrier(2), context.Queue()
+        creators = [context.Process(target=_create, args=(str(tmp_path), mark, barrier, created)) for mark in "ab"]
+        for creator in creators:
+            creator.start()
+        told = dict(created.get(timeout=60) for _ in creators)
+        for creator in creators:
+            creator.join(60)
+        found = {name: place_of(tmp_path).read(name).decode() for name in place_of(tmp_path).sizes()}
+        assert len(found) == _CREATED
+        assert {mark: [name for name in found if found[name] == mark] for mark in told} == told
 
     def test_two_processes_that_publish_one_folder_leave_one_whole_folder(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -254,28 +260,33 @@ class TestFolder(PlaceContract):
         assert [path.name for path in tmp_path.iterdir()] == ["shard"]
 
 
-def _create(folder: str, name: str, text: str) -> tuple[str, bool]:
-    return text, place_of(folder).write(name, text.encode(), replace=False)
+_CREATED = 1000
 
 
-def _publish(folder: str, mark: str, barrier: object, errors: object) -> None:
+def _create(folder: str, mark: str, barrier: Any, created: Any) -> None:
+    place = place_of(folder)
+    barrier.wait(60)
+    names = [f"{number:04d}" for number in range(_CREATED)]
+    created.put((mark, [name for name in names if place.write(name, mark.encode(), replace=False)]))
+
+
+def _publish(folder: str, mark: str, barrier: Any, errors: Any) -> None:
     place = place_of(folder)
     failed = None
     for attempt in range(60):
         scratch = fill(place.scratch("shard"), {f"{mark}-{n}": f"{mark}{attempt}".encode() for n in range(20)})
         if attempt == 0:
-            barrier.wait(60)  # type: ignore[attr-defined]
+            barrier.wait(60)
         try:
             place.publish(scratch, "shard")
         except Exception as error:
             failed = repr(error)
-    errors.put(failed)  # type: ignore[attr-defined]
+    errors.put(failed)
 
 
 class TestBucket(PlaceContract):
     @pytest.fixture
-    def place(self, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    def place(self, bucket: str) -> Place:
         return place_of(f"{bucket}/place")
 
     def test_a_store_for_other_libraries_begins_at_this_folder(self, bucket: str) -> None:
