@@ -91,6 +91,47 @@ def prepare(
     return report
 
 
+@app.command()
+def plan(
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="What extract-targets would be given: shards, local or a URL.")
+    ],
+    targets: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGETS", help="Where the targets are meant to lie: its free disk is looked at."),
+    ] = None,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=1, help="Pictures to measure with, spread over the shards.")
+    ] = 64,
+    as_json: JsonOption = False,
+) -> Any:
+    """Say what extraction and pretraining will take, before anything is spent.
+
+    Counts the pictures, runs teacher, codecs, store and student on a few of them, and extrapolates: size of the store,
+    hours, hours saved against a teacher in every step, and whether the disk has room. Nothing is left behind.
+
+    Example: milan-pipe plan 'shards/train-{000000..000127}.tar' /big/disk/targets --set pretrain.epochs=400
+    """
+    from milan_pipe import commands
+    from milan_pipe.planning.run import PlanProgress
+    from milan_pipe.planning.tables import rows, store_table
+
+    settings = _settings(params, overrides)
+    with progress("what") as update:
+
+        def tell(now: PlanProgress) -> None:
+            update(now.done, now.total, what=now.what)
+
+        report = commands.plan(images, targets, settings, sample=sample, on_progress=tell)
+    console.print(store_table(report))
+    show(f"{images} -> {report.space.folder}", rows(report), report, as_json)
+    for line in report.warnings:
+        console.print(Text.assemble(("warning:", "bold yellow"), " ", line), soft_wrap=True)
+    return report
+
+
 @app.command("extract-targets")
 def extract_targets(
     images: Annotated[

@@ -13,6 +13,9 @@ from milan_pipe.evaluate import embed_both, subject_of
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
+from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
+from milan_pipe.planning.run import plan as _plan
+from milan_pipe.planning.speed import Lesson
 from milan_pipe.pretraining import PretrainProgress, PretrainReport
 from milan_pipe.pretraining import pretrain as _pretrain
 from milan_pipe.targets import convert as conversion
@@ -39,6 +42,35 @@ def prepare(
 ) -> preparing.PrepareReport:
     """Write webdataset shards and an index from `demo` or a folder of pictures; see `milan_pipe.data.prepare`."""
     return preparing.prepare(source, Path(images), (params or Params()).prepare, on_progress)
+
+
+def plan(
+    images: str | Path,
+    targets: str | Path | None = None,
+    params: Params | None = None,
+    *,
+    sample: int = DEFAULT_SAMPLE,
+    on_progress: Callable[[PlanProgress], None] = _ignore,
+) -> PlanReport:
+    """Say what extraction and pretraining will take, from a few pictures; see `milan_pipe.planning.run`."""
+    settings = params or Params()
+    return _plan(
+        images,
+        targets,
+        teacher=settings.teacher,
+        views=settings.views,
+        codec=settings.codec,
+        extract=settings.extract,
+        lesson=Lesson(
+            student=settings.student,
+            decoder=settings.decoder,
+            masking=settings.masking,
+            target=settings.target,
+            config=settings.pretrain,
+        ),
+        sample=sample,
+        on_progress=on_progress,
+    )
 
 
 def extract_targets(

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from milan_pipe.errors import DataError
-from milan_pipe.targets import ledger
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreFormat, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
@@ -63,16 +62,22 @@ def convert_targets(
         )
     writer = TargetStoreWriter(destination, store.header.model_copy(update={"format": format}))
     there = writer.committed()
+    skipped = 0
     for done, shard in enumerate(store.shards):
         on_progress(done, len(store.shards))
-        if shard in there:
+        record = store.record(shard)
+        if shard in there and there[shard].source == record.source:
+            skipped += 1
             continue
+        if shard in there:
+            # The source has been extracted again since, from other pictures.
+            writer.forget(shard)
         making = writer.open_shard(shard)
         try:
             count = store.samples(shard)
             for start in range(0, count, BLOCK_SAMPLES):
                 making.append(_block(store, shard, start, min(start + BLOCK_SAMPLES, count)))
-            making.commit(ledger.read_record(store.place, shard).source)
+            making.commit(record.source)
         except BaseException:
             making.discard()
             raise
@@ -80,7 +85,7 @@ def convert_targets(
     on_progress(len(store.shards), len(store.shards))
     return ConvertReport(
         shards=len(store.shards),
-        skipped=len(there),
+        skipped=skipped,
         samples=sum(store.samples(shard) for shard in store.shards),
         bytes=sum(writer.place.sizes().values()),
     )

@@ -62,9 +62,14 @@ class _Check:
         self.problems: list[Problem] = []
         self.samples = self.views = self.files = self.bytes = 0
 
-    def blame(self, shard: str, array: str, what: str) -> None:
-        again = f"milan-pipe extract-targets IMAGES {self.place}"
-        mend = f"{again} --redo {shard}" if shard else f"rm {self.place}/{ledger.SUMMARY}; {again}"
+    def blame(self, shard: str, array: str, what: str, *, remove: str = "") -> None:
+        drop = "rm -f" if self.place.local is not None else "remove"
+        if remove:
+            mend = f"{drop} {self.place}/{remove}"
+        elif shard:
+            mend = ledger.redo_command(self.place, shard)
+        else:
+            mend = f"{drop} {self.place}/{array}; milan-pipe extract-targets IMAGES {self.place}"
         self.problems.append(Problem(shard=shard, array=array, what=what, mend=mend))
 
     def store(self) -> dict[str, int]:
@@ -119,7 +124,7 @@ class _Check:
         for path in self.place.sizes():
             top = path.partition("/")[0]
             if path not in own and top != ledger.FOLDER and top not in shards:
-                self.blame("", path, "is not part of the store; remove it")
+                self.blame("", path, "is not part of the store", remove=path)
 
     def shard(self, name: str, samples: int) -> None:
         try:
@@ -133,10 +138,7 @@ class _Check:
             self._content(name, record)
 
     def _files(self, name: str, record: ShardRecord) -> bool:
-        try:
-            sizes = self.place.sizes(name, record.files)
-        except MissingError:
-            sizes = {}
+        sizes = self.place.sizes(name, record.files)
         good = True
         for path, file in record.files.items():
             found = sizes.get(path)
@@ -153,7 +155,7 @@ class _Check:
             good = False
             self.blame(name, path.partition("/")[0], f"{path} {what}")
         for path in sorted(sizes.keys() - record.files.keys()):
-            self.blame(name, path.partition("/")[0], f"{path} is not part of the shard")
+            self.blame(name, path.partition("/")[0], f"{path} is not part of the shard", remove=f"{name}/{path}")
         return good
 
     def _sha256(self, path: str) -> str:
@@ -175,7 +177,7 @@ class _Check:
                     seen += run.keys
                     self._run(name, view, start, run)
                 keys.append(seen)
-        except DataError as error:
+        except (DataError, MissingError) as error:
             self.blame(name, "", str(error))
             return
         if len(set(keys[0])) != record.source.samples:

@@ -1,11 +1,16 @@
 """One shard of a target store on zarr v3: view-major arrays, sharded, checksums on every chunk.
 
 zarr reads a missing chunk as zeros without a word, so whoever opens a shard checks first that all its files are there.
+Nor does a checksum tell a chunk from one of another view or shard that is whole and of the same length. Hence a file is
+known again before its first use: a small one by its digest, a large one by the crc32c of its end, which covers its
+index and the checksum of its last inner chunk (`ShardRecord.blocks`).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -39,6 +45,9 @@ _CRC32C = Crc32cCodec()
 _COMPRESSORS = (ZstdCodec(level=1, checksum=True), _CRC32C)
 _SHARD_COLUMNS = ("scale", "attention", "crop", "flip", "view_offset", "view_length")
 _PARALLEL_READS = 8
+_LARGE = ("features", "view_bytes", "attention", "scale")
+_FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
+_INDEX_ENTRY_BYTES, _CRC32C_BYTES = 16, 4
 
 
 def use_fast_pipeline() -> bool:
@@ -48,9 +57,10 @@ def use_fast_pipeline() -> bool:
     except ImportError:
         warnings.warn("the zarrs codec pipeline is not installed: reading will be slower", RuntimeWarning, stacklevel=2)
         return False
-    # `zarrs` opens a store in an object store anew, and tells of it each time.
-    warnings.filterwarnings("ignore", message="Successfully reconstructed a store", category=RuntimeWarning)
-    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    if zarr.config.get("codec_pipeline.path") != _FAST_PIPELINE:
+        # `zarrs` opens a store in an object store anew, and tells of it each time.
+        warnings.filterwarnings("ignore", message="Successfully reconstructed a store", category=RuntimeWarning)
+        zarr.config.set({"codec_pipeline.path": _FAST_PIPELINE})
     return True
 
 
@@ -100,6 +110,15 @@ def _features_layout(codec: Codec, tokens: int, width: int) -> dict[str, Any]:
         "shards": (1, BLOCK_SAMPLES, tokens, -(-width // band) * band),
         "compressors": compressors,
     }
+
+
+def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
+    """Where a zarr-shard's index begins, with the checksum of the inner chunk before it; crc32c from there on."""
+    inner = math.prod(shard // chunk for shard, chunk in zip(array.shards or (), array.chunks, strict=True))
+    with file.open("rb") as opened:
+        offset = max(0, opened.seek(0, os.SEEK_END) - inner * _INDEX_ENTRY_BYTES - 2 * _CRC32C_BYTES)
+        opened.seek(offset)
+        return offset, google_crc32c.value(opened.read())
 
 
 @dataclass
@@ -193,7 +212,15 @@ class ZarrShardFiles:
         _put(array, ..., values)
 
     def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
-        """Write what was kept; there are no blocks to tell of, zarr has its own index."""
+        """Write what was kept. Per file of the large arrays, offset and crc32c of its end.
+
+        Raises:
+            StoreError: what was written before is gone.
+            OSError: it cannot be written.
+        """
+        # zarr makes a folder that was removed anew, and without what was in it.
+        if not (self._where / "zarr.json").exists():
+            raise StoreError(f"{self._where} was removed while it was written; see that no other process writes it")
         if self._pending_views:
             # Whole chunks only: of one that reaches over the array's end, zarr reads a part and checks nothing.
             self._pending_views += bytes(-len(self._pending_views) % _VIEW_CHUNK_BYTES)
@@ -208,7 +235,13 @@ class ZarrShardFiles:
         _put(label, ..., np.concatenate(columns.label))
         key = _create(self._group, "key", dtype=str, **whole)
         _put(key, ..., np.array(columns.keys, dtype=object))
-        return {}
+        arrays = {name: self._group[name] for name in _LARGE if name in self._group}
+        return {
+            path.relative_to(self._where).as_posix(): [_end_of(path, cast("zarr.Array[Any]", array))]
+            for name, array in arrays.items()
+            for path in sorted((self._where / name / "c").rglob("*"))
+            if path.is_file()
+        }
 
 
 class _Rows(Protocol):
@@ -265,12 +298,17 @@ class ZarrShard:
         """
         use_fast_pipeline()
         self._place = place
+        self._record = record
         self._fail = fail
+        self._known: set[str] = set()
         has_scale = codec_of(header.codec).has_scale
         names = ["features", "view_bytes", *_SHARD_COLUMNS, "label", "key"]
         names = [name for name in names if name != "scale" or has_scale]
         with ThreadPoolExecutor(1 if place.local is not None else _PARALLEL_READS) as pool:
-            metadata = dict(zip(names, pool.map(lambda name: self._metadata(record, name), names), strict=True))
+            metadata = dict(zip(names, pool.map(self._metadata, names), strict=True))
+            grids = {name: values["chunk_grid"]["configuration"]["chunk_shape"] for name, values in metadata.items()}
+            self._outer = {name: tuple(grid[:2]) for name, grid in grids.items()}
+            self._tails = {name: len(grid[2:]) for name, grid in grids.items()}
             self._require_shapes(metadata, header, record.source.samples)
             columns = pool.map(lambda name: self._column(name, metadata[name]), ("label", "key"))
             self._label, self._key = columns
@@ -279,14 +317,39 @@ class ZarrShard:
                 zip(arrays, pool.map(lambda name: self._open(name, metadata[name]), arrays), strict=True)
             )
 
-    def _metadata(self, record: ShardRecord, name: str) -> dict[str, Any]:
-        path = f"{name}/zarr.json"
-        file = record.files.get(path)
-        data = self._place.read(path)
-        if file is None or sha256_of(data) != file.sha256:
-            raise self._fail(f"array {name!r}: {path} does not fit its digest")
-        values: dict[str, Any] = json.loads(data)
+    def _metadata(self, name: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._whole_file(f"{name}/zarr.json"))
         return values
+
+    def _whole_file(self, path: str) -> bytes:
+        file, data = self._record.files.get(path), self._place.read(path)
+        if file is None or sha256_of(data) != file.sha256:
+            raise self._fail(f"array {path.partition('/')[0]!r}: {path} does not fit its digest")
+        return data
+
+    def _require_own(self, path: str) -> None:
+        """Whether a file is the one that was written here; looked at once."""
+        if path in self._known:
+            return
+        file = self._record.files.get(path)
+        if file is None:
+            # A file of zeros alone was not written; zarr would read any that is there all the same.
+            if self._place.present([path]):
+                raise self._fail(f"array {path.partition('/')[0]!r}: {path} is not part of the shard")
+        elif path in self._record.blocks:
+            ((offset, crc),) = self._record.blocks[path]
+            if google_crc32c.value(self._place.read_range(path, offset, file.bytes)) != crc:
+                raise self._fail(f"array {path.partition('/')[0]!r}: {path} is damaged, or belongs elsewhere")
+        else:
+            self._whole_file(path)
+        self._known.add(path)
+
+    def _require_own_files(self, name: str, view: int, start: int, stop: int) -> None:
+        *outer_views, outer_rows = self._outer[name]
+        before = [view // outer_views[0]] if outer_views else []
+        tail = self._tails[name] * ["0"]
+        for row in range(start // outer_rows, -(-stop // outer_rows)):
+            self._require_own("/".join([name, "c", *map(str, [*before, row]), *tail]))
 
     def _require_shapes(self, metadata: Mapping[str, dict[str, Any]], header: StoreHeader, samples: int) -> None:
         tails = {
@@ -319,6 +382,7 @@ class ZarrShard:
         return cast(Any, self._place).store
 
     def _column(self, name: str, metadata: dict[str, Any]) -> NDArray[Any]:
+        self._require_own(f"{name}/c/0")
         with self._damage(name):
             if self._place.local is not None:
                 return read_column(self._place.local / name, metadata)
@@ -332,6 +396,7 @@ class ZarrShard:
             raise self._fail(f"array {name!r} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def _rows(self, name: str, view: int, start: int, stop: int) -> NDArray[Any]:
+        self._require_own_files(name, view, start, stop)
         with self._damage(name):
             return self._arrays[name].rows(view, start, stop)
 

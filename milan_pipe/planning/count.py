@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Literal, TypeVar
 
@@ -15,8 +16,9 @@ from milan_pipe.extract.space import indexed_pictures
 
 _MOST_LOCAL_SHARDS = 16
 _MOST_REMOTE_SHARDS = 8
-# Of a remote shard only the beginning is fetched: one request a header would take longer than the whole file.
-_REMOTE_BYTES = 4 * 1024 * 1024
+# Of a remote shard only the beginning is fetched, a longer one where pictures are large: one request a header would
+# take longer than the whole file.
+_REMOTE_BYTES = (4 * 1024 * 1024, 64 * 1024 * 1024)
 _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
 
 T = TypeVar("T")
@@ -99,12 +101,13 @@ def count_pictures(shards: Sequence[ShardFile], on_progress: Callable[[int, int]
 
 def _look_at(shard: ShardFile) -> _Part:
     size = shard.size()
+    part = None
     if shard.place.local is not None:
         with shard.open() as file:
             part = _walk(file, size)
     else:
-        data = shard.place.read_range(shard.name, 0, _REMOTE_BYTES)
-        part = _walk(io.BytesIO(data), size)
+        for most in _REMOTE_BYTES:
+            part = part or _walk(io.BytesIO(shard.place.read_range(shard.name, 0, most)), size)
     # What the headers do not make plain, the reader of shards decides: it says what is wrong with one.
     return part or _Part(pictures=sum(1 for _ in read_shard(shard, lambda *_: None)), bytes=size, whole=True)
 
@@ -112,8 +115,9 @@ def _look_at(shard: ShardFile) -> _Part:
 def _walk(file: IO[bytes], size: int) -> _Part | None:
     """What the headers of a tar of `size` bytes say, or of its beginning; None where they say nothing."""
     keys: set[str] = set()
-    before, start = 0, 0
-    try:
+    before, start, end = 0, 0, 0
+    # tarfile lets ValueError, OverflowError and others through when a header is damaged or cut.
+    with suppress(Exception):
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         while (info := tar.next()) is not None:
             # The list would grow with the shard.
@@ -122,11 +126,11 @@ def _walk(file: IO[bytes], size: int) -> _Part | None:
             if key is not None and key not in keys:
                 before, start = len(keys), info.offset
                 keys.add(key)
-    # tarfile lets ValueError, OverflowError and others through when a header is damaged or cut.
-    except Exception:
-        cut = file.seek(0, io.SEEK_END) < size
-        return _Part(pictures=before, bytes=start, whole=False) if cut and before else None
-    file.seek(tar.offset)
+        end = tar.offset
+    if file.seek(0, io.SEEK_END) < size:
+        # How far the last picture's sample reaches is not known.
+        return _Part(pictures=before, bytes=start, whole=False) if before else None
+    file.seek(end)
     if not keys or file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
         return None
     return _Part(pictures=len(keys), bytes=size, whole=True)

@@ -1,0 +1,1 @@
+"""What extraction and pretraining will take, told before either is begun."""

@@ -1,0 +1,282 @@
+"""What extraction and pretraining will cost, before either is begun: counted, measured, extrapolated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_pipe.data.ahead import thread_count
+from milan_pipe.data.images import ShardFile, expand_shards
+from milan_pipe.data.views import ViewConfig
+from milan_pipe.errors import DataError
+from milan_pipe.extract.settings import ExtractConfig
+from milan_pipe.extract.space import FreeSpace, free_space, free_space_warning
+from milan_pipe.extract.worker import Assignment, load_assigned_teacher
+from milan_pipe.planning.count import ImageCount, count_pictures
+from milan_pipe.planning.speed import (
+    ExtractionHours,
+    Lesson,
+    PretrainingHours,
+    Speed,
+    extraction_hours,
+    pretraining_hours,
+    run_student,
+    run_teacher,
+    same_threads,
+)
+from milan_pipe.planning.store import (
+    CODECS,
+    FORMATS,
+    EncodedSample,
+    PictureSample,
+    StoreEstimate,
+    encode_sample,
+    estimate_store,
+    header_of,
+    sample_pictures,
+)
+from milan_pipe.pretraining import require_fit
+from milan_pipe.storage import place_of
+from milan_pipe.targets.codec import CodecConfig
+from milan_pipe.targets.schema import CodecInfo, TeacherInfo
+from milan_pipe.teacher.clip import Teacher, TeacherConfig, TeacherOutput
+
+DEFAULT_SAMPLE = 64
+DEFAULT_TARGETS = "targets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanProgress:
+    """Told while a plan is made: which of its steps goes on, and how far that is; `total` None: not known."""
+
+    what: str
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """A plan. What is measured and what is extrapolated is said where each part is defined.
+
+    Attributes:
+        sample, sample_bad: pictures measured with, and met that could not be read.
+        stores: of every codec that fits, in both formats.
+        chosen: the one of these that the settings name.
+        teacher: on batches of `extract.batch_size`.
+        teacher_online: on batches as large as the student's; None where the target needs no teacher.
+        render_views_per_second: of one thread.
+        render_threads: that will render.
+        warnings: lines that a user should read before going on.
+    """
+
+    images: ImageCount
+    views_per_picture: int
+    views: int
+    sample: int
+    sample_bad: int
+    stores: tuple[StoreEstimate, ...]
+    chosen: StoreEstimate
+    teacher_model: str
+    teacher_image_size: int
+    teacher: Speed
+    teacher_online: Speed | None
+    student: Speed
+    render_views_per_second: float
+    render_threads: int
+    extraction: ExtractionHours
+    pretraining: PretrainingHours
+    space: FreeSpace
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Stage 1, counted and measured; `refused` says which codecs do not fit, and why."""
+
+    images: ImageCount
+    sample: PictureSample
+    info: TeacherInfo
+    teacher: Speed
+    online: Speed | None
+    encoded: dict[str, EncodedSample]
+    refused: tuple[str, ...]
+
+
+def _measure(
+    shards: Sequence[ShardFile],
+    model: Teacher,
+    views: ViewConfig,
+    codec: CodecConfig,
+    extract: ExtractConfig,
+    lesson: Lesson,
+    sample: int,
+    on_progress: Callable[[PlanProgress], None],
+) -> _Measured:
+    def count_told(done: int, total: int) -> None:
+        on_progress(PlanProgress(what="count", done=done, total=total))
+
+    def render_told(done: int) -> None:
+        on_progress(PlanProgress(what="render", done=done, total=sample))
+
+    images = count_pictures(shards, count_told)
+    pictures = sample_pictures(shards, views, lesson.student.image_size, sample, render_told)
+    on_progress(PlanProgress(what="teacher"))
+    output, speed = run_teacher(model, pictures.pixels_NHWC, extract.batch_size)
+    encoded, refused = _encodings(output, codec, on_progress)
+    return _Measured(
+        images=images,
+        sample=pictures,
+        info=model.info,
+        teacher=speed,
+        online=_online(model, pictures, speed, lesson),
+        encoded=encoded,
+        refused=refused,
+    )
+
+
+def _encodings(
+    output: TeacherOutput, codec: CodecConfig, on_progress: Callable[[PlanProgress], None]
+) -> tuple[dict[str, EncodedSample], tuple[str, ...]]:
+    """The sample in every codec, and why another than the chosen one does not fit."""
+    encoded, refused = {}, []
+    for done, name in enumerate(CODECS):
+        on_progress(PlanProgress(what="codecs", done=done, total=len(CODECS)))
+        try:
+            encoded[name] = encode_sample(output, codec.model_copy(update={"name": name}))
+        except DataError as error:
+            if name == codec.name:
+                raise
+            refused.append(f"codec {name} is left out: {error}")
+    return encoded, tuple(refused)
+
+
+def _stores(
+    measured: _Measured, views: ViewConfig, size: int, on_progress: Callable[[PlanProgress], None]
+) -> tuple[StoreEstimate, ...]:
+    kinds = [(encoded, store_format) for encoded in measured.encoded.values() for store_format in FORMATS]
+    estimates = []
+    for done, (encoded, store_format) in enumerate(kinds):
+        on_progress(PlanProgress(what="stores", done=done, total=len(kinds)))
+        header = header_of(measured.info, views, size, encoded.info, store_format)
+        estimates.append(estimate_store(header, measured.sample, encoded, measured.images))
+    return tuple(estimates)
+
+
+def plan(
+    images: str | Path,
+    targets: str | Path | None = None,
+    *,
+    teacher: TeacherConfig,
+    views: ViewConfig,
+    codec: CodecConfig,
+    extract: ExtractConfig,
+    lesson: Lesson,
+    sample: int = DEFAULT_SAMPLE,
+    on_progress: Callable[[PlanProgress], None] = lambda _: None,
+) -> PlanReport:
+    """Count the pictures, measure teacher, codecs, store and student on a few of them, and extrapolate.
+
+    Nothing is left behind: what is written goes to the temporary folder and is removed.
+
+    Args:
+        images: folder of shards, or shard paths with braces or globs; local or a URL.
+        targets: where the store is meant to lie; none: a folder `targets` here. It need not be there, and a store that
+            is there is not looked at.
+        lesson: pretraining's settings; its student decides size and grid of the views.
+        sample: pictures to measure with, at least 1.
+
+    Raises:
+        MissingError, DataError: images are not there or cannot be read.
+        SettingError: unknown teacher, device or student.
+        MismatchError: student and teacher do not fit each other.
+        StoreError: the temporary folder cannot be written.
+    """
+    size = lesson.student.image_size
+    place = place_of(targets if targets is not None else DEFAULT_TARGETS)
+    shards = expand_shards(images)
+    on_progress(PlanProgress(what="load teacher"))
+    assignment = Assignment(targets=str(place), teacher=teacher, grid=lesson.student.grid, views=views, extract=extract)
+    with same_threads():
+        model = load_assigned_teacher(assignment)
+        require_fit(
+            header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), lesson.student, images
+        )
+        measured = _measure(shards, model, views, codec, extract, lesson, sample, on_progress)
+    stores = _stores(measured, views, size, on_progress)
+    on_progress(PlanProgress(what="student"))
+    encoded = measured.encoded[codec.name]
+    student = run_student(
+        lesson, header_of(model.info, views, size, encoded.info, extract.format), measured.sample, encoded
+    )
+    chosen = next(store for store in stores if (store.codec, store.format) == (codec.name, extract.format))
+    return _report(measured, stores, chosen, student, views, extract, lesson, free_space(place, chosen.bytes))
+
+
+def _report(
+    measured: _Measured,
+    stores: tuple[StoreEstimate, ...],
+    chosen: StoreEstimate,
+    student: Speed,
+    views: ViewConfig,
+    extract: ExtractConfig,
+    lesson: Lesson,
+    space: FreeSpace,
+) -> PlanReport:
+    pictures, rendering = measured.images.pictures, measured.sample.render_seconds
+    threads = thread_count(extract.threads)
+    extraction = extraction_hours(pictures * views.count, measured.teacher, rendering, threads, thread_count(0))
+    return PlanReport(
+        images=measured.images,
+        views_per_picture=views.count,
+        views=pictures * views.count,
+        sample=len(measured.sample.rendered),
+        sample_bad=measured.sample.bad,
+        stores=stores,
+        chosen=chosen,
+        teacher_model=measured.info.model,
+        teacher_image_size=measured.info.image_size,
+        teacher=measured.teacher,
+        teacher_online=measured.online,
+        student=student,
+        render_views_per_second=1 / rendering,
+        render_threads=threads,
+        extraction=extraction,
+        pretraining=pretraining_hours(pictures, lesson.config.epochs, student, measured.online, extraction.hours[1]),
+        space=space,
+        warnings=(*_warnings(measured.images, measured.sample, lesson, space), *measured.refused),
+    )
+
+
+def _online(model: Teacher, pictures: PictureSample, speed: Speed, lesson: Lesson) -> Speed | None:
+    """The teacher on batches of the student's size: as it would run beside the student in every step."""
+    if lesson.target == "pixels":
+        return None
+    batch_size = min(lesson.config.batch_size, len(pictures.rendered))
+    if batch_size == speed.batch_size:
+        return speed
+    return run_teacher(model, pictures.pixels_NHWC, batch_size)[1]
+
+
+def _warnings(images: ImageCount, pictures: PictureSample, lesson: Lesson, space: FreeSpace) -> list[str]:
+    told = []
+    short = free_space_warning(space)
+    if short is not None:
+        told.append(short)
+    batch_size = lesson.config.batch_size
+    if images.pictures < batch_size:
+        told.append(
+            f"pretrain cannot begin: {images.pictures} pictures are fewer than one batch of {batch_size}; lower "
+            "pretrain.batch_size"
+        )
+    elif len(pictures.rendered) < batch_size:
+        told.append(
+            f"the student was measured on a batch of {len(pictures.rendered)} and not of {batch_size}, which an "
+            f"accelerator does faster; take --sample {batch_size} to measure what will run"
+        )
+    if pictures.bad:
+        told.append(
+            f"{pictures.bad} of {pictures.bad + len(pictures.rendered)} pictures of the sample cannot be read; "
+            "extract-targets sets such aside, and they are counted here"
+        )
+    return told

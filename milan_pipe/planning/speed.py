@@ -1,0 +1,278 @@
+"""How fast teacher and student are on this machine, and what that comes to in hours.
+
+Shape suffixes: N pictures of the sample, one view of each; the others as in `milan_pipe.pretraining`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import floor
+
+import torch
+from torch import Tensor
+
+from milan_pipe.devices import resolve_device
+from milan_pipe.loader.stream import Batch
+from milan_pipe.planning.store import EncodedSample, PictureSample
+from milan_pipe.pretraining import Objective, PretrainConfig, Target
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.model import build_student
+from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.teacher.clip import Teacher, TeacherOutput
+from milan_pipe.training.loop import StepReport, train
+from milan_pipe.training.optim import build_adamw
+
+DEVICES = (1, 8, 64)
+"""Numbers of devices for which hours are told."""
+
+# A measurement ends after so many seconds, but not before the first batch behind the warm-up.
+_LONGEST_SECONDS = 8.0
+_MOST_BATCHES = 8
+_FEWEST_BATCHES = 3
+_HOUR = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A rate that was measured here, after a warm-up.
+
+    Attributes:
+        per_second: views of the teacher, or pictures of the student.
+        device: where it ran, with the accelerator's name.
+        precision: of the teacher's forward pass, or of the student's weights.
+        batch_size: of the measurement.
+        threads: of torch on a CPU; 0 elsewhere.
+        batches: that were timed.
+    """
+
+    per_second: float
+    device: str
+    precision: str
+    batch_size: int
+    threads: int
+    batches: int
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads > 1 else ", 1 thread" if self.threads else ""
+        how = f"{self.device}, {self.precision}, batch {self.batch_size}{threads}"
+        return f"{self.per_second:.4g} a second ({how})"
+
+
+@contextmanager
+def same_threads() -> Iterator[None]:
+    """Leave torch with the number of threads that it has now."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _name(device: torch.device) -> str:
+    return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def _threads(device: torch.device) -> int:
+    return torch.get_num_threads() if device.type == "cpu" else 0
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- teacher ------------------------------------------------------------------------------------------------------
+
+
+def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple[TeacherOutput, Speed]:
+    """Outputs for the sample, on the CPU, and the rate at which they came: forward pass and way to the device.
+
+    The sample is gone through again until there are enough batches, or for as long as a measurement may take.
+    """
+    batches = torch.split(pixels_NHWC, batch_size)
+    outputs: list[TeacherOutput] = []
+    device = teacher.mean.device
+    teacher(batches[0])
+    _finish(device)
+    views = timed = 0
+    began = time.perf_counter()
+    while timed < max(_FEWEST_BATCHES, len(batches)):
+        batch = batches[timed % len(batches)]
+        output = teacher(batch)
+        _finish(device)
+        views, timed = views + len(batch), timed + 1
+        if len(outputs) < len(batches):
+            outputs.append(output)
+        elif time.perf_counter() - began > _LONGEST_SECONDS:
+            break
+    seconds = time.perf_counter() - began
+    speed = Speed(
+        per_second=views / seconds,
+        device=_name(device),
+        precision=teacher.info.precision,
+        batch_size=len(batches[0]),
+        threads=_threads(device),
+        batches=timed,
+    )
+    features = torch.cat([output.features_BST.cpu() for output in outputs])
+    return TeacherOutput(features, torch.cat([output.importance_BL.cpu() for output in outputs])), speed
+
+
+# --- student ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What pretraining's settings say of its step."""
+
+    student: StudentConfig
+    decoder: DecoderConfig
+    masking: MaskConfig
+    target: Target
+    config: PretrainConfig
+
+
+def _batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
+    return Batch(
+        keys=tuple(rendered.key for rendered in sample.rendered[:size]),
+        pixels_BHWC=sample.pixels_NHWC[:size],
+        code_BST=encoded.code_NST[:size],
+        scale_BS=None if encoded.scale_NS is None else encoded.scale_NS[:size],
+        attention_BL=encoded.attention_NL[:size],
+    )
+
+
+def _objective(lesson: Lesson, header: StoreHeader, device: torch.device) -> Objective:
+    patch_size = lesson.student.image_size // lesson.student.grid[0]
+    width = 3 * patch_size**2 if lesson.target == "pixels" else header.teacher.width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lesson.config.seed)
+        model = build_student(lesson.student, lesson.decoder, width).to(device)
+    return Objective(model, header, lesson.masking, lesson.target, patch_size)
+
+
+def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Speed:
+    """Pictures a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
+
+    The batch has `pretrain.batch_size` pictures, or as many as the sample has where those are fewer.
+
+    Args:
+        header: of the store that it would learn from.
+
+    Raises:
+        SettingError: there is no such student or device.
+    """
+    device = resolve_device(lesson.config.device)
+    objective = _objective(lesson, header, device)
+    optimiser = build_adamw(
+        objective.student, lr=lesson.config.lr, betas=lesson.config.betas, weight_decay=lesson.config.weight_decay
+    )
+    batch = _batch_of(sample, encoded, min(lesson.config.batch_size, len(sample.rendered)))
+    ends: list[float] = []
+
+    def on_step(_: StepReport, __: Batch) -> None:
+        _finish(device)
+        ends.append(time.perf_counter())
+
+    def batches(_: int) -> Iterator[Batch]:
+        # One more: the first step warms up.
+        while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
+            yield batch
+
+    train(optimiser, epochs=1, batches_of=batches, loss_of=objective, lr_of=lambda _: 0.0, on_step=on_step)
+    steps = len(ends) - 1
+    return Speed(
+        per_second=steps * len(batch.keys) / (ends[-1] - ends[0]),
+        device=_name(device),
+        precision=str(next(objective.parameters()).dtype).removeprefix("torch."),
+        batch_size=len(batch.keys),
+        threads=_threads(device),
+        batches=steps,
+    )
+
+
+# --- hours --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionHours:
+    """How long stage 1 will take, extrapolated.
+
+    Attributes:
+        views_per_second: of one device, rendering beside it; writing is not counted.
+        limited_by: what decides the rate: `teacher`, `rendering`, or the `processors` that both share.
+        hours: by number of devices, each like this one with as many processors beside it.
+    """
+
+    views_per_second: float
+    limited_by: str
+    hours: dict[int, float]
+
+
+def extraction_hours(views: int, teacher: Speed, render_seconds: float, threads: int, cores: int) -> ExtractionHours:
+    """Hours of stage 1 with rendering and teacher side by side.
+
+    Args:
+        render_seconds: of one thread for one view.
+        threads: that render.
+        cores: processors that rendering, and a teacher on the CPU, share.
+    """
+    alone = 1 / teacher.per_second
+    rendering = render_seconds / min(threads, cores)
+    together = (alone * min(teacher.threads, cores) + render_seconds) / cores
+    limits = {"teacher": alone, "rendering": rendering, "processors": together}
+    limit = max(limits, key=lambda name: limits[name])
+    seconds = limits[limit]
+    return ExtractionHours(
+        views_per_second=1 / seconds,
+        limited_by=limit,
+        hours={devices: views * seconds / devices / _HOUR for devices in DEVICES},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingHours:
+    """Stage 2 with stored targets against the same with its teacher in every step; one device, extrapolated.
+
+    Neither counts how its pictures are read.
+
+    Attributes:
+        pretrain_hours: of the student's steps.
+        extraction_hours: what the targets cost once.
+        online_hours: of the same steps with the teacher's forward pass in each.
+        saved_hours: online less both of the others; negative where storing targets does not pay.
+        pays_from_epochs: fewest epochs at which it does; None where it never does, as with a target of pixels.
+    """
+
+    epochs: int
+    pretrain_hours: float
+    extraction_hours: float
+    online_hours: float
+    saved_hours: float
+    pays_from_epochs: int | None
+
+
+def pretraining_hours(
+    pictures: int, epochs: int, student: Speed, teacher: Speed | None, extraction: float
+) -> PretrainingHours:
+    """Compare the two ways.
+
+    Args:
+        teacher: on batches of the student's size; None where the target needs no teacher.
+        extraction: hours of one device.
+    """
+    steps = epochs * pictures / student.per_second / _HOUR
+    teaching = pictures / teacher.per_second / _HOUR if teacher is not None else 0.0
+    return PretrainingHours(
+        epochs=epochs,
+        pretrain_hours=steps,
+        extraction_hours=extraction,
+        online_hours=steps + epochs * teaching,
+        saved_hours=epochs * teaching - extraction,
+        pays_from_epochs=floor(extraction / teaching) + 1 if teaching else None,
+    )

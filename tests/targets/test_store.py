@@ -1,0 +1,471 @@
+"""The store, in both formats, local and on S3: what goes in comes out; unfinished work is unseen."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import tarfile
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+import zarr
+from support.targets import (
+    check_store,
+    commit,
+    differences,
+    header,
+    joined,
+    random_blocks,
+    source,
+    tree,
+    write_blocks,
+    write_store,
+)
+
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.storage import place_of
+from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.schema import StoreHeader, TargetBlock, header_differences, require_same_header
+from milan_pipe.targets.store import TargetStoreWriter, open_targets
+from milan_pipe.targets.tar_store import CodePacker
+
+CODECS = [(codec, level) for codec in ("int8", "float16", "klt") for level in (0, 1)]
+
+
+@pytest.fixture(params=["zarr", "webdataset"])
+def store_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["local", "s3"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store can be begun: a folder, or a prefix of a bucket."""
+    return str(tmp_path / "targets") if request.param == "local" else f"{request.getfixturevalue('bucket')}/targets"
+
+
+def header_name(head: StoreHeader) -> str:
+    return "zarr.json" if head.format == "zarr" else "header.json"
+
+
+def zeros(block: TargetBlock) -> TargetBlock:
+    names = ("label_N", "code_KNST", "scale_KNS", "attention_KNL", "crop_KN4", "flip_KN")
+    found: dict[str, Any] = {name: getattr(block, name) for name in names}
+    return dataclasses.replace(block, **{n: None if v is None else np.zeros_like(v) for n, v in found.items()})
+
+
+class TestContract:
+    """What every format promises wherever it lies."""
+
+    @pytest.mark.parametrize(("codec", "level"), CODECS)
+    def test_what_goes_in_comes_out(self, where: str, store_format: str, codec: str, level: int) -> None:
+        head = header(codec, format=store_format, zstd_level=level, shards=2)
+        written = write_store(where, head, [131, 1])
+        store = open_targets(where)
+        assert store.header == head
+        check_store(store, written)
+        runs = [joined(written["000000"], view) for view in range(2)]
+        for start, stop in ((0, 1), (127, 129), (65, 130), (128, 131), (130, 131), (5, 7), (0, 128)):
+            for view in (1, 0):
+                assert differences(store.read("000000", view, start, stop), runs[view], start, stop) == []
+
+    def test_many_blocks_and_one_view(self, where: str, store_format: str) -> None:
+        written = write_store(where, header(format=store_format, views=1), [385])
+        store, run = open_targets(where), joined(written["000000"], 0)
+        for start, stop in ((0, 385), (100, 300), (255, 257), (256, 384), (384, 385), (383, 385)):
+            assert differences(store.read("000000", 0, start, stop), run, start, stop) == []
+
+    def test_keys_of_any_kind(self, where: str, store_format: str) -> None:
+        keys = ["a/b/c", "\u6f22\u5b57/\U0001f600", "long/" + "x" * 240, "\u00e9" * 60, "plain", " space ", "q'\"\\"]
+        head = header(format=store_format)
+        written = write_blocks(where, head, [random_blocks(head, len(keys), keys=keys)])
+        check_store(open_targets(where), written)
+
+    @pytest.mark.parametrize("codec", ["int8", "float16"])
+    @pytest.mark.parametrize("level", [0, 1])
+    def test_zeros_are_not_taken_for_lost_chunks(self, where: str, store_format: str, codec: str, level: int) -> None:
+        head = header(codec, format=store_format, zstd_level=level)
+        written = write_blocks(where, head, [[zeros(block) for block in random_blocks(head, 130)]])
+        check_store(open_targets(where), written)
+
+    def test_the_same_bytes_each_time(self, where: str, store_format: str) -> None:
+        """Many inner chunks a block: threads that race for the place in a shard would show."""
+        head = header(format=store_format, width=1500)
+        trees = []
+        for number in range(3):
+            write_store(f"{where}/{number}", head, [130])
+            trees.append(tree(f"{where}/{number}"))
+        for other in trees[1:]:
+            assert other.keys() == trees[0].keys()
+            assert [path for path in other if other[path] != trees[0][path]] == []
+
+    def test_unfinished_work_is_unseen_and_cleared_away(self, where: str, store_format: str) -> None:
+        head = header(format=store_format, shards=2)
+        written = write_store(f"{where}/whole", head, [130, 5])
+        writer = TargetStoreWriter(f"{where}/t", head)
+        commit(writer, "000000", written["000000"])
+        half = writer.open_shard("000001")
+        half.append(random_blocks(head, 128, 9)[0])
+        assert list(writer.committed()) == ["000000"]
+        with pytest.warns(RuntimeWarning, match=r"no manifest.json: 1 of 2 shards are read"):
+            check_store(open_targets(f"{where}/t"), {"000000": written["000000"]})
+        again = TargetStoreWriter(f"{where}/t", head)
+        commit(again, "000001", written["000001"])
+        again.finish()
+        assert tree(f"{where}/t") == tree(f"{where}/whole")
+        assert not half._scratch.exists()
+
+    def test_a_shard_that_is_forgotten_is_done_again(self, where: str, store_format: str) -> None:
+        head = header(format=store_format, shards=2)
+        written = write_store(where, head, [130, 5])
+        before = tree(where)
+        writer = TargetStoreWriter(where, head)
+        writer.forget("000000")
+        assert list(writer.committed()) == ["000001"]
+        with pytest.warns(RuntimeWarning, match="1 of 2"):
+            assert open_targets(where).shards == ("000001",)
+        commit(writer, "000000", written["000000"])
+        writer.finish()
+        assert tree(where) == before
+
+    def test_records_and_summary(self, where: str, store_format: str) -> None:
+        head = header(format=store_format, shards=2)
+        write_store(where, head, [130, 5])
+        files, records = tree(where), TargetStoreWriter(where, head).committed()
+        for name, samples in (("000000", 130), ("000001", 5)):
+            assert records[name].source == source(samples, f"train-{name}.tar", [("worse", "damaged")])
+            own = {path.partition("/")[2]: len(data) for path, data in files.items() if path.startswith(f"{name}/")}
+            assert {path: file.bytes for path, file in records[name].files.items()} == own
+        told = {name: (s["samples"], s["bad"]) for name, s in json.loads(files["manifest.json"])["shards"].items()}
+        assert told == {"000000": (130, 1), "000001": (5, 1)}
+        assert [json.loads(line) for line in files["bad_samples.jsonl"].splitlines()] == [
+            {"shard": name, "source": f"train-{name}.tar", "key": "worse", "reason": "damaged"} for name in records
+        ]
+
+    @pytest.mark.parametrize(
+        ("shard", "view", "start", "stop"),
+        [("000000", 2, 0, 1), ("000000", -1, 0, 1), ("000000", 0, 3, 3), ("000000", 0, 0, 6), ("x", 0, 0, 1)],
+    )
+    def test_reads_of_what_is_not_there(
+        self, where: str, store_format: str, shard: str, view: int, start: int, stop: int
+    ) -> None:
+        write_store(where, header(format=store_format), [5])
+        with pytest.raises(IndexError, match=rf"samples {start}:{stop} of view {view} of shard '{shard}'"):
+            open_targets(where).read(shard, view, start, stop)
+
+    def test_another_configuration_is_refused(self, where: str, store_format: str) -> None:
+        write_store(where, header(format=store_format), [3])
+        before = tree(where)
+        other = header("float16", format=store_format, views=3, grid=(2, 3), precision="bfloat16")
+        with pytest.raises(MismatchError) as caught:
+            TargetStoreWriter(where, other)
+        for setting in ("teacher.grid", "teacher.precision", "views.count", "codec.name"):
+            assert f"{setting}: store has" in str(caught.value)
+        with pytest.raises(MismatchError, match=r"format: store has '\w+', this run has '\w+'"):
+            TargetStoreWriter(where, header(format="webdataset" if store_format == "zarr" else "zarr"))
+        assert tree(where) == before
+
+    def test_the_package_version_of_the_first_run_stays(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
+        before = tree(where)
+        TargetStoreWriter(where, head.model_copy(update={"package_version": "9"})).finish()
+        assert tree(where) == before
+
+    def test_another_schema_version(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
+        place, name = place_of(where), header_name(head)
+        content = json.loads(place.read(name))
+        content.get("attributes", content)["milan_pipe"]["schema_version"] = 99
+        place.write(name, json.dumps(content).encode())
+        for attempt in (open_targets, lambda root: TargetStoreWriter(root, head)):
+            with pytest.raises(MismatchError, match=r"schema version 99.* reads 2.*0\.test"):
+                attempt(where)
+
+    def test_a_lost_header_comes_back_and_no_other(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
+        before = tree(where)
+        place_of(where).remove(header_name(head))
+        with pytest.raises(DataError, match="not empty"):
+            TargetStoreWriter(where, header(format=store_format, views=3))
+        with pytest.raises((DataError, MissingError), match="extract-targets"):
+            open_targets(where)
+        TargetStoreWriter(where, head)
+        assert tree(where) == before
+
+    def test_a_header_of_another_store_is_refused(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
+        TargetStoreWriter(f"{where}-other", header(format=store_format, weights_sha256="ef" * 32))
+        place_of(where).write(header_name(head), tree(f"{where}-other")[header_name(head)])
+        with pytest.raises(DataError, match="header does not fit its digest"):
+            open_targets(where)
+
+    @pytest.mark.parametrize("samples", [0, 4, 6])
+    def test_commit_of_another_count_is_refused(self, where: str, store_format: str, samples: int) -> None:
+        head = header(format=store_format)
+        writer = TargetStoreWriter(where, head)
+        shard = writer.open_shard("000000")
+        if samples:
+            shard.append(random_blocks(head, 5)[0])
+        with pytest.raises(StoreError, match=f"{5 if samples else 0} samples written, {samples} announced"):
+            shard.commit(source(samples))
+        shard.discard()
+        assert writer.committed() == {}
+
+    def test_no_block_after_a_short_one(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        shard = TargetStoreWriter(where, head).open_shard("000000")
+        shard.append(random_blocks(head, 5)[0])
+        with pytest.raises(StoreError, match="cannot follow 5"):
+            shard.append(random_blocks(head, 5)[0])
+        shard.discard()
+
+    def test_discard_leaves_nothing(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        shard = TargetStoreWriter(where, head).open_shard("000000")
+        shard.append(random_blocks(head, 5)[0])
+        assert any(shard._scratch.iterdir())
+        shard.discard()
+        assert not shard._scratch.exists()
+        assert list(tree(where)) == [header_name(head)]
+
+    def test_who_is_overtaken_fails_and_harms_nothing(self, where: str, store_format: str) -> None:
+        """A worker that was taken for dead goes on writing while another does its shard."""
+        head = header(format=store_format)
+        blocks = random_blocks(head, 130)
+        slow = TargetStoreWriter(where, head).open_shard("000000")
+        slow.append(blocks[0])
+        quick = TargetStoreWriter(where, head).open_shard("000000")
+        quick.append(blocks[0])
+        with pytest.raises(StoreError, match=r"removed while it was written.*no other process"):  # noqa: PT012
+            slow.append(blocks[1])
+            slow.commit(source(130))
+        slow.discard()
+        quick.append(blocks[1])
+        quick.commit(source(130))
+        TargetStoreWriter(where, head).finish()
+        check_store(open_targets(where), {"000000": blocks})
+
+    def test_two_commit_one_shard_at_once(self, where: str, store_format: str) -> None:
+        head = header(format=store_format)
+        blocks = random_blocks(head, 130)
+        writer = TargetStoreWriter(where, head)
+        first = writer.open_shard("000000")
+        for block in blocks:
+            first.append(block)
+        # Beginning the second would clear the first away; here both have come to the commit.
+        kept = first._scratch.with_name("kept")
+        first._scratch.rename(kept)
+        second = writer.open_shard("000000")
+        kept.rename(first._scratch)
+        for block in blocks:
+            second.append(block)
+        threads = [threading.Thread(target=shard.commit, args=(source(130),)) for shard in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        writer.finish()
+        check_store(open_targets(where), {"000000": blocks})
+
+    def test_a_file_that_vanishes_while_the_store_is_open(self, where: str, store_format: str) -> None:
+        write_store(where, header(format=store_format), [130])
+        store = open_targets(where)
+        store.read("000000", 0, 0, 128)
+        place_of(where).child("000000").remove("features/c/1" if store_format == "zarr" else "view-1.tar")
+        with pytest.raises(DataError, match=r"shard 000000: .*--redo 000000"):
+            store.read("000000", 1, 0, 128)
+
+    def test_begun_and_not_there(self, where: str, store_format: str) -> None:
+        with pytest.raises(MissingError, match="extract-targets"):
+            open_targets(where)
+        TargetStoreWriter(where, header(format=store_format))
+        with pytest.raises(DataError, match="no committed shard"):
+            open_targets(where)
+
+    def test_only_so_many_shards_stay_open(
+        self, where: str, store_format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("milan_pipe.targets.store._OPEN_SHARDS", 2)
+        written = write_store(where, header(format=store_format, shards=3), [3] * 3)
+        store = open_targets(where)
+        check_store(store, written)
+        check_store(store, written)
+        assert list(store._open) == ["000001", "000002"]
+
+
+# --- other readers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "level"), CODECS)
+def test_zarr_alone_reads_a_zarr_store(tmp_path: Path, codec: str, level: int) -> None:
+    blocks = write_store(tmp_path / "t", header(codec, zstd_level=level, width=70), [130])["000000"]
+    fields = {
+        "features": "code_NST",
+        "scale": "scale_NS",
+        "attention": "attention_NL",
+        "crop": "crop_N4",
+        "flip": "flip_N",
+    }
+    with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+        group: Any = zarr.open_group(tmp_path / "t" / "000000", mode="r")
+        for view in range(2):
+            run = joined(blocks, view)
+            for name, field in fields.items():
+                assert (name in group) == (getattr(run, field) is not None)
+                if name in group:
+                    np.testing.assert_array_equal(np.asarray(group[name][view]), getattr(run, field))
+            np.testing.assert_array_equal(np.asarray(group["label"][...]), run.label_N)
+            assert list(group["key"][...]) == run.keys
+            offset, length = group["view_offset"][view, 129], group["view_length"][view, 129]
+            assert bytes(group["view_bytes"][offset : offset + length]) == run.jpegs[129]
+
+
+@pytest.mark.parametrize(("codec", "level"), CODECS)
+def test_webdataset_alone_reads_each_tar(tmp_path: Path, codec: str, level: int) -> None:
+    head = header(codec, format="webdataset", zstd_level=level)
+    blocks = write_store(tmp_path / "t", head, [130])["000000"]
+    packer = CodePacker(codec_of(head.codec), head.tokens, head.teacher.width)
+    for view in range(2):
+        run = joined(blocks, view)
+        path = tmp_path / "t" / "000000" / f"view-{view}.tar"
+        samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+        assert [sample["__key__"] for sample in samples] == run.keys
+        for row, sample in enumerate(samples):
+            assert sample["jpg"] == run.jpegs[row]
+            assert json.loads(sample["json"]) == {
+                "key": run.keys[row],
+                "label": run.label_N[row],
+                "view": view,
+                "crop": run.crop_N4[row].tolist(),
+                "flip": run.flip_N[row],
+            }
+            np.testing.assert_array_equal(np.frombuffer(sample["attention"], "<f2"), run.attention_NL[row])
+            assert ("scale" in sample) == (run.scale_NS is not None)
+            if run.scale_NS is not None:
+                np.testing.assert_array_equal(np.frombuffer(sample["scale"], "<f2"), run.scale_NS[row])
+            code = np.empty_like(run.code_NST[0])
+            packer.unpack(sample["features"], code)
+            np.testing.assert_array_equal(code, run.code_NST[row])
+
+
+def test_members_of_a_tar_are_plain_files_in_a_fixed_order(tmp_path: Path) -> None:
+    head = header(format="webdataset")
+    keys = ["k", "long/" + "x" * 200]
+    write_blocks(tmp_path / "t", head, [random_blocks(head, 2, keys=keys)])
+    path = tmp_path / "t" / "000000" / "view-0.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    assert [m.name for m in members] == [
+        f"{key}.{part}" for key in keys for part in ("jpg", "json", "features", "scale", "attention")
+    ]
+    assert {(m.isreg(), m.mode, m.mtime, m.uid, m.uname) for m in members} == {(True, 0o644, 0, 0, "")}
+    assert path.stat().st_size % tarfile.RECORDSIZE == 0
+
+
+@pytest.mark.parametrize(("codec", "level"), CODECS)
+def test_without_zarrs_the_values_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, level: int
+) -> None:
+    head = header(codec, zstd_level=level)
+    fast = write_store(tmp_path / "fast", head, [130])
+    true_import = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "zarrs":
+            raise ImportError(name)
+        return true_import(name, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", without)
+        # Through zarr itself, so that each is seen to read what the other wrote.
+        patch.setattr("milan_pipe.targets.mapped_array.MappedArray.of", lambda *_: None)
+        with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+            with pytest.warns(RuntimeWarning, match="zarrs codec pipeline is not installed"):
+                slow = write_store(tmp_path / "slow", head, [130])
+            with pytest.warns(RuntimeWarning, match="reading will be slower"):
+                check_store(open_targets(tmp_path / "fast"), fast)
+    check_store(open_targets(tmp_path / "slow"), slow)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_differences_name_both_values_and_cut_long_ones(tmp_path: Path) -> None:
+    found, expected = header("klt", width=12), header(views=3, weights_sha256="ef" * 32, width=12)
+    assert header_differences(found, found.model_copy(update={"package_version": "9"})) == []
+    told = header_differences(found, expected)
+    assert told[:3] == [
+        f"teacher.weights_sha256: store has {'ab' * 32!r}, this run has {'ef' * 32!r}",
+        "views.count: store has 2, this run has 3",
+        "codec.name: store has 'klt', this run has 'int8'",
+    ]
+    assert any("codec.basis" in line and "characters" in line and len(line) < 250 for line in told)
+    with pytest.raises(MismatchError) as caught:
+        require_same_header(found, expected, tmp_path)
+    assert all(line in str(caught.value) for line in [str(tmp_path), *told])
+
+
+@pytest.mark.parametrize("value", [None, [1], "text", 7])
+def test_header_of_another_kind(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "zarr.json").write_text(json.dumps({"attributes": {"milan_pipe": value}}))
+    with pytest.raises(DataError, match="not the header of a target store"):
+        open_targets(tmp_path)
+
+
+def test_foreign_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a target store"):
+        open_targets(tmp_path)
+    zarr.create_group(tmp_path / "other", zarr_format=3, attributes={"x": 1})
+    with pytest.raises(DataError, match="not the header"):
+        open_targets(tmp_path / "other")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"not empty \(it holds thesis.txt\)"):
+        TargetStoreWriter(tmp_path / "mine", header())
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for root in (tmp_path / "file" / "targets", tmp_path / "file"):
+        with pytest.raises(StoreError, match="file"):
+            TargetStoreWriter(root, header())
+
+
+@pytest.mark.parametrize("name", ["zarr", "webdataset"])
+def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    head = header(format=name)
+    shard = TargetStoreWriter(tmp_path / "t", head).open_shard("000000")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard._files, "append", full)
+    with pytest.raises(StoreError, match="cannot be written: No space left on device"):
+        shard.append(random_blocks(head, 3)[0])
+
+
+def test_an_unfinished_header_is_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    root.mkdir()
+    (root / (".partial-zarr.json-" + "0" * 32)).write_text('{"half')
+    written = write_store(root, header(), [3])
+    check_store(open_targets(root), written)
+    found = sorted(path.name for path in root.iterdir())
+    assert found == ["000000", "bad_samples.jsonl", "manifest", "manifest.json", "zarr.json"]
+
+
+def test_a_finished_store_opens_without_a_warning(tmp_path: Path) -> None:
+    written = write_store(tmp_path / "t", header(), [3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_store(open_targets(tmp_path / "t"), written)
