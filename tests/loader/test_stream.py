@@ -30,6 +30,7 @@ class MemoryReader:
                 pretrained=None,
                 weights_sha256="0",
                 normalization="clip",
+                precision="float32",
                 image_size=SIZE,
                 grid=(2, 2),
                 width=WIDTH,

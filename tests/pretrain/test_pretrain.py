@@ -30,7 +30,7 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     ViewInfo,
 )
-from milan_pipe.targets.zarr_store import ZarrTargetWriter
+from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
@@ -48,6 +48,7 @@ def header() -> StoreHeader:
             pretrained=None,
             weights_sha256="0",
             normalization="clip",
+            precision="float32",
             image_size=SIZE,
             grid=(GRID, GRID),
             width=WIDTH,
@@ -62,7 +63,7 @@ def header() -> StoreHeader:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 noise pictures; their features share a direction, which is soon learnt."""
     root = tmp_path_factory.mktemp("store") / "targets"
-    writer = ZarrTargetWriter(root, header())
+    writer = TargetStoreWriter(root, header())
     rng = np.random.default_rng(0)
     for number, count in enumerate(SHARDS):
         attention = rng.random((VIEWS, count, GRID**2)) + 0.01
@@ -82,7 +83,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ],
             )
         )
-        shard.commit(SourceShard(name=f"{number}.tar", bytes=1, samples=count, bad=()))
+        shard.commit(SourceShard(name=f"{number}.tar", bytes=1, sha256="0", samples=count, bad=()))
     writer.finish()
     return root
 
@@ -227,7 +228,7 @@ def test_another_schema_is_refused_with_both_versions(store: Path, tmp_path: Pat
     found = json.loads((store / "zarr.json").read_text())
     found["attributes"]["milan_pipe"]["schema_version"] = 99
     (other / "zarr.json").write_text(json.dumps(found))
-    with pytest.raises(MismatchError, match=r"schema version 99.*reads 1"):
+    with pytest.raises(MismatchError, match=r"schema version 99.*reads 2"):
         go(other, tmp_path / "run")
 
 
@@ -309,7 +310,7 @@ def test_neither_images_nor_teacher_are_touched(store: Path, tmp_path: Path, mon
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("stage 2 asked for the teacher or for images")
 
-    for name in ("load_teacher", "_create"):
+    for name in ("load_teacher", "Teacher"):
         monkeypatch.setattr(clip, name, refuse)
     monkeypatch.setattr("milan_pipe.data.images.read_shard", refuse)
     assert go(store, tmp_path / "run").steps == 6
