@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from milan_pipe import __version__
 from milan_pipe.loader.order import EpochOrder
+from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import CodecConfig, build_codec
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
@@ -143,7 +143,7 @@ def memmap_checked(path: Path, samples: int) -> None:
     records = np.memmap(path, mode="r", dtype=np.uint8, shape=(samples, RECORD.itemsize))
     for start in range(0, samples, BATCH):
         for record in np.array(records[start : start + BATCH]):
-            google_crc32c.value(record)
+            crc32c(record)
 
 
 def memmap_shuffled(path: Path, samples: int) -> None:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+
+from milan_pipe.targets.checksum import crc32c
 
 _CRC_BYTES = 4
 _ABSENT = 2**64 - 1
@@ -201,5 +202,5 @@ def _checked(chunk: NDArray[np.uint8], what: str) -> NDArray[np.uint8]:
 
 
 def _require_checksum(values: NDArray[np.uint8], stored: NDArray[np.uint8], what: str) -> None:
-    if google_crc32c.value(values) != int.from_bytes(stored.tobytes(), "little"):
+    if crc32c(values) != int.from_bytes(stored.tobytes(), "little"):
         raise ValueError(f"the checksum of {what} does not fit")

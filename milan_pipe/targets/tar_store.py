@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 from numcodecs.shuffle import Shuffle
 from numcodecs.zstd import Zstd
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from milan_pipe.errors import DataError, StoreError
 from milan_pipe.storage import Place
+from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
@@ -92,7 +92,7 @@ class _Tar:
                 header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
                 for part in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
                     file.write(part)
-                    crc = google_crc32c.extend(crc, part)
+                    crc = crc32c(part, crc)
             self._end = file.tell()
         self._blocks.append((begin, crc))
 
@@ -211,7 +211,7 @@ class TarShard:
         table = self._record.blocks[name]
         (start, crc), (stop, _) = table[block], table[block + 1]
         data = self._place.read_range(name, start, stop)
-        if len(data) != stop - start or google_crc32c.value(data) != crc:
+        if len(data) != stop - start or crc32c(data) != crc:
             raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
         samples: list[dict[str, memoryview]] = []
         for member in _members(data):

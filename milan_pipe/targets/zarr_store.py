@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from milan_pipe.errors import DataError, StoreError
 from milan_pipe.storage import Place
+from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.ledger import sha256_of
 from milan_pipe.targets.mapped_array import MappedArray, read_column
@@ -118,7 +118,7 @@ def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
     with file.open("rb") as opened:
         offset = max(0, opened.seek(0, os.SEEK_END) - inner * _INDEX_ENTRY_BYTES - 2 * _CRC32C_BYTES)
         opened.seek(offset)
-        return offset, google_crc32c.value(opened.read())
+        return offset, crc32c(opened.read())
 
 
 @dataclass
@@ -338,7 +338,7 @@ class ZarrShard:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is not part of the shard")
         elif path in self._record.blocks:
             ((offset, crc),) = self._record.blocks[path]
-            if google_crc32c.value(self._place.read_range(path, offset, file.bytes)) != crc:
+            if crc32c(self._place.read_range(path, offset, file.bytes)) != crc:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is damaged, or belongs elsewhere")
         else:
             self._whole_file(path)

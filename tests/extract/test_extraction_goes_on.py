@@ -201,7 +201,7 @@ def test_cut_shard_is_not_committed(images, extract, tmp_path):
 
 def test_unwritable_store(images, extract, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="file/t.*Not a directory"):
+    with pytest.raises(StoreError, match=r"file/t.*Not a directory"):
         extract(images, tmp_path / "file" / "t")
 
 
