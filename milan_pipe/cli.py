@@ -67,7 +67,7 @@ def _settings(params: Path | None, overrides: list[str] | None) -> Params:
 @app.command()
 def prepare(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of pictures.")],
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder for the shards.")],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Local folder for the shards.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -305,7 +305,7 @@ def convert_targets(
 @app.command()
 def pretrain(
     targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for checkpoints and metrics.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,

@@ -41,7 +41,7 @@ def prepare(
     on_progress: Callable[[int, int], None] = _ignore,
 ) -> preparing.PrepareReport:
     """Write webdataset shards and an index from `demo` or a folder of pictures; see `milan_pipe.data.prepare`."""
-    return preparing.prepare(source, Path(images), (params or Params()).prepare, on_progress)
+    return preparing.prepare(source, images, (params or Params()).prepare, on_progress)
 
 
 def plan(

@@ -24,6 +24,7 @@ from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.loader.order import EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
 from milan_pipe.settings import Settings
+from milan_pipe.storage import local_folder
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
@@ -267,9 +268,10 @@ def pretrain(
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student or the settings.
-        SettingError: the store has fewer samples than a batch, or RUN holds a finished run.
+        SettingError: the store has fewer samples than a batch, or RUN is a URL or holds a finished run.
         StoreError: RUN cannot be written.
     """
+    run = local_folder(run, "checkpoints and metrics")
     reader = open_targets(targets)
     require_stated(reader.header, stated or {}, targets)
     require_fit(reader.header, student, targets)
@@ -291,9 +293,9 @@ def pretrain(
     peak = config.lr * config.batch_size / 256
     optimiser = build_adamw(model, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
     steps = steps_per_epoch * config.epochs
-    _open_run(Path(run))
+    _open_run(run)
     with (
-        Live(str(Path(run) / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live,
+        Live(str(run / "metrics"), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False) as live,
         ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode") as pool,
     ):
         recorder = _Recorder(
@@ -324,7 +326,7 @@ def pretrain(
     if last is None:
         raise DataError(f"{targets}: no step was taken")
     path = save_checkpoint(
-        Path(run),
+        run,
         last.step,
         {"student": model.encoder.state_dict(), "decoder": model.decoder.state_dict()},
         {

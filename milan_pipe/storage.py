@@ -79,7 +79,44 @@ def place_of(where: str | Path) -> Place:
     Raises:
         SettingError: the URL's scheme is not known, or what the environment says of its store makes no sense.
     """
+    _require_whole(where)
     return _Bucket(str(where)) if is_url(where) else _Folder(Path(where))
+
+
+def local_folder(where: str | Path, what: str) -> Path:
+    """The path of a folder that must be on a disk.
+
+    Args:
+        what: what is written there, for the message.
+
+    Raises:
+        SettingError: it is a URL, from which `Path` would make a folder named `s3:`.
+    """
+    _require_whole(where)
+    if is_url(where):
+        raise SettingError(
+            f"{where} is a URL, and {what} are written to a local folder only; name a folder, and copy it there "
+            "when it is done"
+        )
+    return Path(where)
+
+
+def _require_whole(where: str | Path) -> None:
+    # `Path` drops a slash of a URL, and what is left would be made as a folder here.
+    lost = re.match(rf"({'|'.join(_SCHEMES)}):/[^/]", str(where))
+    if lost is not None:
+        scheme, rest = str(where).split(":/", 1)
+        raise SettingError(f"{where} has lost a slash of its URL, as Path does; give it as text, as {scheme}://{rest}")
+
+
+def require_writable(place: Place) -> None:
+    """Refuse a place that can only be read, before any work is done for it.
+
+    Raises:
+        SettingError: it is on a web server.
+    """
+    if not place.listable:
+        raise SettingError(f"{place} can only be read, as any web server; write to a local folder, s3://, gs:// or az://")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,10 @@ from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Suffixes, in lower case and without the dot, of the pictures that are read."""
 
-OTHER_PICTURE_SUFFIXES = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "ppm", "tif", "tiff")
+OTHER_PICTURE_SUFFIXES = (
+    *("apng", "avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe"),
+    *("jxl", "pbm", "pgm", "pnm", "ppm", "tif", "tiff"),
+)
 """Suffixes that show a picture which is not read: they are reported, never passed over in silence."""
 
 MAX_PIXELS = 89_478_485
@@ -292,10 +295,14 @@ def _suffix(name: str) -> str:
 
 @dataclass(kw_only=True)
 class _Group:
-    """Members of one key, in the order of the tar. `fault` is the first reason to set the sample aside."""
+    """Members of one key, in the order of the tar. `fault` is the first reason to set the sample aside.
+
+    `dotted` are names as `a.v2.jpg`: of one more file of a sample, or of a picture with a dot in its name.
+    """
 
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
+    dotted: list[str] = field(default_factory=list)
     image: bytes | None = None
     fault: str | None = None
 
@@ -313,7 +320,8 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
     Args:
         shard: a plain tar file, or its path or URL.
         on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
-            reported, its first sample stays. Keys without a picture are passed over.
+            reported, its first sample stays. Keys without a picture are passed over, but not where its name has a
+            second dot: `a.v2.jpg` is file `v2.jpg` of sample `a`.
         copy: the shard's bytes, where they have been fetched; a seekable file, left open.
 
     Raises:
@@ -331,6 +339,10 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
             continue
         seen.add(group.key)
         if group.image is None and group.fault is None:
+            # One by one, as each may be a picture of its own and counts as lost.
+            for name in group.dotted:
+                on_bad(name, _DOTTED)
+            pictures += len(group.dotted)
             continue
         pictures += 1
         try:
@@ -349,7 +361,7 @@ def _groups(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[_Group]:
         prefix, suffix = _split_name(name)
         if not prefix:
             continue
-        key = prefix.encode("utf-8", "backslashreplace").decode()
+        key = _utf8(prefix)
         if group is None or group.key != key:
             if group is not None:
                 yield group
@@ -359,11 +371,18 @@ def _groups(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[_Group]:
         yield group
 
 
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | None) -> None:
     if suffix in OTHER_PICTURE_SUFFIXES:
         group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
         return
     if suffix not in _WANTED:
+        # With no name before the first dot it is a hidden file.
+        if "." in suffix and _suffix(suffix) in _PICTURES and not prefix.endswith("/"):
+            group.dotted.append(_utf8(info.name))
         return
     is_image = suffix in IMAGE_SUFFIXES
     if data is None:
@@ -390,6 +409,8 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         group.parts[suffix] = data
 
 
+_PICTURES = frozenset((*IMAGE_SUFFIXES, *OTHER_PICTURE_SUFFIXES))
+_DOTTED = "its sample has no picture: a key ends at the first dot of a name; rename, or use `milan-pipe prepare`"
 _WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
 

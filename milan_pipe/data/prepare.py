@@ -31,6 +31,7 @@ from milan_pipe.data.images import IMAGE_SUFFIXES, MAX_ENCODED_BYTES, OTHER_PICT
 from milan_pipe.data.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.settings import Settings
+from milan_pipe.storage import is_url, local_folder
 
 DEMO = "demo"
 """The source that is rendered and not read."""
@@ -133,7 +134,7 @@ class _Plan:
 
 def prepare(
     source: str | Path,
-    images: Path,
+    images: str | Path,
     config: PrepareConfig,
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -162,8 +163,9 @@ def prepare(
         DataError: the source is a file, empty, holds no picture that can be read, or mixes splits with other folders.
         MismatchError: `images` holds shards that were not prepared from this source.
         StoreError: `images` cannot be written.
+        SettingError: `images` is a URL.
     """
-    images = Path(images)
+    images = local_folder(images, "shards")
     plan = _plan_demo(config) if source == DEMO else _plan_folder(source, images, config)
     try:
         _claim(images, plan.source)
@@ -233,6 +235,11 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareConfig) -> _Pl
 
 
 def _check_source(source: str | Path, root: Path, images: Path) -> None:
+    if is_url(source):
+        raise DataError(
+            f"source {source} is a URL, expected a local folder of pictures; copy the pictures to a disk. Shards in a "
+            "bucket are used as images without `prepare`"
+        )
     if not root.exists():
         near = isinstance(source, str) and get_close_matches(source.lower(), [DEMO], n=1, cutoff=0.6)
         hint = f"did you mean {DEMO!r}?" if near else f"give a folder of pictures, or the word {DEMO!r}"

@@ -17,7 +17,7 @@ from milan_pipe.extract.render import ShardJob, digest
 from milan_pipe.extract.settings import ExtractConfig, parse_share
 from milan_pipe.extract.shard import ShardResult
 from milan_pipe.extract.worker import Assignment, ShardWorker, load_assigned_teacher
-from milan_pipe.storage import place_of
+from milan_pipe.storage import place_of, require_writable
 from milan_pipe.targets.codec import CodecConfig, build_codec
 from milan_pipe.targets.schema import CodecInfo, ShardRecord, SourceInfo, StoreHeader, ViewInfo
 from milan_pipe.targets.store import TargetStoreWriter, read_header
@@ -246,6 +246,7 @@ def extract_targets(
     share, shares = parse_share(shards) if shards is not None else (0, 1)
     sources = expand_shards(images)
     place = place_of(targets)
+    require_writable(place)
     found = read_header(place)
     assignment = Assignment(targets=str(targets), teacher=teacher, grid=grid, views=views, extract=extract)
     model = load_assigned_teacher(assignment)

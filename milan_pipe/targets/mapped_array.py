@@ -12,7 +12,7 @@ Source: Zarr version 3 specification, codecs sharding_indexed, zstd, crc32c and 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,33 @@ class MappedArray:
                 raise ValueError(f"a chunk holds {values.size} bytes, expected {self._rows * self._row_bytes}")
             out_bytes[begin - start : end - start] = values.reshape(self._rows, -1)[begin - first : end - first]
         return out
+
+    def pieces(self, starts: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        """Runs of an array (n,) of bytes that is not shrunk; what lies within one chunk is not copied.
+
+        Raises:
+            ValueError, RuntimeError, OSError: as `rows`.
+        """
+        chunks: dict[int, NDArray[np.uint8]] = {}
+
+        def chunk(first: int) -> NDArray[np.uint8]:
+            # Each is checked once, however many runs it holds.
+            if first not in chunks:
+                payload = self._payload(0, first)
+                chunks[first] = np.zeros(self._rows, np.uint8) if payload is None else payload
+                if chunks[first].size != self._rows:
+                    raise ValueError(f"a chunk holds {chunks[first].size} bytes, expected {self._rows}")
+            return chunks[first]
+
+        found = []
+        for start, size in zip(starts, sizes, strict=True):
+            stop = start + size
+            parts = [
+                chunk(first)[max(start - first, 0) : stop - first].data
+                for first in range(start - start % self._rows, stop, self._rows)
+            ]
+            found.append(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
+        return found
 
     def _locate(self, view: int, row: int) -> tuple[_Shard | None, int]:
         """The zarr-shard that holds a row, and the number of its chunk there."""

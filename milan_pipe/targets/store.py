@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
-from milan_pipe.storage import Place, place_of
+from milan_pipe.storage import Place, place_of, require_writable
 from milan_pipe.targets import ledger, tar_store, zarr_store
 from milan_pipe.targets.ledger import ShardSummary
 from milan_pipe.targets.schema import (
@@ -181,6 +181,7 @@ class TargetStoreWriter:
             StoreError: the folder cannot be written.
         """
         self.place = place_of(where)
+        require_writable(self.place)
         self.header = header
         name, content = header_file(header)
         found = read_header(self.place)

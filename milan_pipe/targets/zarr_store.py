@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -254,6 +254,9 @@ class _Rows(Protocol):
     def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of a view; of an array (n,), of the only one."""
 
+    def pieces(self, starts: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        """Runs of an array (n,) of bytes, close to each other."""
+
 
 class _ZarrRows:
     """An array read through zarr: from an object store, or where `MappedArray` does not serve."""
@@ -281,8 +284,24 @@ class _ZarrRows:
         # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
         return np.asarray(self._array[view : view + 1, rows]).squeeze(0)
 
+    def pieces(self, starts: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        first = min(starts)
+        found = self.rows(0, first, max(ends)).data
+        return [found[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
+
 
 _DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError)
+
+
+@contextmanager
+def _reads_of(place: Place) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` for small reads: side by side where each is a request, one after another on a disk."""
+    if place.local is not None:
+        yield map
+        return
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        yield pool.map
 
 
 class ZarrShard:
@@ -304,17 +323,19 @@ class ZarrShard:
         has_scale = codec_of(header.codec).has_scale
         names = ["features", "view_bytes", *_SHARD_COLUMNS, "label", "key"]
         names = [name for name in names if name != "scale" or has_scale]
-        with ThreadPoolExecutor(1 if place.local is not None else _PARALLEL_READS) as pool:
-            metadata = dict(zip(names, pool.map(self._metadata, names), strict=True))
+        with _reads_of(place) as together:
+            metadata = dict(zip(names, together(self._metadata, names), strict=True))
             grids = {name: values["chunk_grid"]["configuration"]["chunk_shape"] for name, values in metadata.items()}
             self._outer = {name: tuple(grid[:2]) for name, grid in grids.items()}
             self._tails = {name: len(grid[2:]) for name, grid in grids.items()}
             self._require_shapes(metadata, header, record.source.samples)
-            columns = pool.map(lambda name: self._column(name, metadata[name]), ("label", "key"))
+            columns: Iterable[NDArray[Any]] = together(
+                lambda name: self._column(name, metadata[name]), ("label", "key")
+            )
             self._label, self._key = columns
             arrays = names[:-2]
-            self._arrays = dict(
-                zip(arrays, pool.map(lambda name: self._open(name, metadata[name]), arrays), strict=True)
+            self._arrays: dict[str, _Rows] = dict(
+                zip(arrays, together(lambda name: self._open(name, metadata[name]), arrays), strict=True)
             )
 
     def _metadata(self, name: str) -> dict[str, Any]:
@@ -397,16 +418,19 @@ class ZarrShard:
 
     def _rows(self, name: str, view: int, start: int, stop: int) -> NDArray[Any]:
         self._require_own_files(name, view, start, stop)
+        array: _Rows = self._arrays[name]
         with self._damage(name):
-            return self._arrays[name].rows(view, start, stop)
+            return array.rows(view, start, stop)
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         offset, length = self._rows("view_offset", view, start, stop), self._rows("view_length", view, start, stop)
         first, last = int(offset.min()), int((offset + length).max())
-        if not 0 <= first <= last <= self._arrays["view_bytes"].shape[0]:
+        if first < 0 or length.min() < 0 or last > self._arrays["view_bytes"].shape[0]:
             raise self._fail(f"array 'view_offset' leads to bytes {first} to {last} of 'view_bytes'")
-        views = self._rows("view_bytes", 0, first, last).data
+        self._require_own_files("view_bytes", 0, first, max(last, first + 1))
+        with self._damage("view_bytes"):
+            jpegs = self._arrays["view_bytes"].pieces(offset.tolist(), length.tolist())
         return ViewRun(
             keys=[str(key) for key in self._key[start:stop]],
             label_N=self._label[start:stop],
@@ -415,5 +439,5 @@ class ZarrShard:
             attention_NL=self._rows("attention", view, start, stop),
             crop_N4=self._rows("crop", view, start, stop),
             flip_N=self._rows("flip", view, start, stop),
-            jpegs=[views[o - first : o - first + n] for o, n in zip(offset.tolist(), length.tolist(), strict=True)],
+            jpegs=jpegs,
         )

@@ -236,11 +236,14 @@ def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
             ("d.txt", b"yes"),
             ("d.cls", b"-1"),
             ("e v.1.png", b"extension is 1.png"),
+            ("e v.2.PNG", b"so it is no picture of its own"),
+            ("x/.hidden.png", b"is passed over"),
             ("ünï côde.png", PNG),
         ],
     )
     samples, bad = read_all(shard)
-    assert bad == []
+    assert [key for key, reason in bad if "first dot" in reason] == ["e v.1.png", "e v.2.png"]
+    assert len(bad) == 2
     assert [(s.key, s.label, s.caption) for s in samples] == [
         ("cat/001", 3, "eine Katze, größer"),
         ("./b", -1, None),

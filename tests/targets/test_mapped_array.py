@@ -112,3 +112,18 @@ def test_columns(tmp_path_factory, keys):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     with pytest.raises(ValueError, match="checksum"):
         read_column(folder / "key", json.loads((folder / "key" / "zarr.json").read_text()))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_pieces_are_runs_of_bytes(tmp_path_factory, data):
+    size, chunk = 40, data.draw(st.sampled_from([1, 3, 8]))
+    folder = tmp_path_factory.mktemp("bytes")
+    layout = {"shape": (size,), "chunks": (chunk,), "shards": (3 * chunk,)}
+    values, mapped = make(folder, layout, "uint8", compressors=(CRC,))
+    starts = data.draw(st.lists(st.integers(0, size), min_size=1, max_size=6))
+    sizes = [data.draw(st.integers(0, size - start)) for start in starts]
+    found = mapped.pieces(starts, sizes)
+    assert [bytes(piece) for piece in found] == [
+        values[start : start + count].tobytes() for start, count in zip(starts, sizes, strict=True)
+    ]

@@ -1,0 +1,284 @@
+"""Pictures as they are found in the wild, tars that are packed as no tool should, and the command line in-process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from milan_pipe import cli
+
+# `cjpeg -arithmetic -quality 40` of `scene()`; Pillow reads such files and does not write them.
+_ARITHMETIC = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVtVkVGZIhlbXd7gYKBTmCNl4x9"
+    "lnN+gXz/2wBDARUXFx4aHjshITt8U0ZTfHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHz/yQARCABAAGAD"
+    "ASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD+UndxMwpXooNeQ2wmeIkWvGhy2T3NY/OW4pcfyITxfJ9XLn+J0P/Z"
+)
+# For each EXIF orientation, how a camera that was held so stores what a viewer shows (EXIF 2.3, tag 0x0112).
+_STORED = {
+    1: lambda seen: seen,
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    4: lambda seen: seen[::-1],
+    5: lambda seen: seen.transpose(1, 0, 2),
+    6: lambda seen: np.rot90(seen, 1),
+    7: lambda seen: seen[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda seen: np.rot90(seen, -1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WildPicture:
+    """A file, and what becomes of it.
+
+    Attributes:
+        name: of the file, with its suffix.
+        data: its bytes.
+        shown: (height, width, 3) uint8, what a viewer shows; None where there is nothing to show or read.
+        reason: part of the reason that it is set aside with; empty where it is read.
+    """
+
+    name: str
+    data: bytes
+    shown: NDArray[np.uint8] | None = None
+    reason: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return self.name.rpartition(".")[0]
+
+
+def scene() -> NDArray[np.uint8]:
+    """(64, 96, 3): four colours that tell every turn and mirroring apart."""
+    pixels = np.empty((64, 96, 3), np.uint8)
+    pixels[:32, :48], pixels[:32, 48:] = (230, 30, 30), (30, 200, 30)
+    pixels[32:, :48], pixels[32:, 48:] = (40, 40, 220), (240, 240, 60)
+    return pixels
+
+
+def encoded(pixels: NDArray[Any] | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """A picture's file."""
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb(side: int = 30_000) -> bytes:
+    """A 1-bit PNG of `side` x `side` pixels in a hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(9), bytes(1 + (side + 7) // 8)
+    packed = b"".join([*(packer.compress(row * 1000) for _ in range(side // 1000)), packer.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, axis=2)
+
+
+def _modes() -> list[WildPicture]:
+    seen = scene()
+    image = Image.fromarray(seen)
+    on_white = seen.copy()
+    on_white[:32, :48] = 255
+    clear = np.full((64, 96), 255, np.uint8)
+    clear[:32, :48] = 0
+    alpha = Image.fromarray(np.dstack([seen, clear]))
+    grey = np.asarray(image.convert("L"))
+    grey_on_white = _grey(seen)
+    grey_on_white[:32, :48] = 255
+    palette = image.quantize(8)
+    hidden = palette.getpixel((0, 0))
+    return [
+        WildPicture(name="cmyk.jpg", data=encoded(image.convert("CMYK"), "JPEG", quality=95), shown=seen),
+        WildPicture(name="grey.jpg", data=encoded(image.convert("L"), "JPEG", quality=95), shown=_grey(seen)),
+        WildPicture(name="grey 16 bit.png", data=encoded(grey.astype(np.uint16) * 257), shown=_grey(seen)),
+        WildPicture(name="one bit.png", data=encoded(Image.fromarray(seen[..., 0] > 128)), shown=_one_bit(seen)),
+        WildPicture(name="palette.png", data=encoded(palette), shown=seen),
+        WildPicture(name="palette clear.png", data=encoded(palette, transparency=hidden), shown=on_white),
+        WildPicture(name="rgba.png", data=encoded(alpha), shown=on_white),
+        WildPicture(name="rgba.webp", data=encoded(alpha, "WEBP", lossless=True), shown=on_white),
+        WildPicture(name="la.png", data=encoded(alpha.convert("LA")), shown=grey_on_white),
+        WildPicture(name="float.tiff", data=encoded(image.convert("F"), "TIFF"), reason=".tiff are not read"),
+    ]
+
+
+def _one_bit(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(np.where(pixels[..., :1] > 128, 255, 0), 3, axis=2).astype(np.uint8)
+
+
+def _moving() -> list[WildPicture]:
+    seen = scene()
+    image = Image.fromarray(seen)
+    more: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(255 - seen)], "duration": 100}
+    gif = encoded(image, "GIF", **more)
+    return [
+        WildPicture(name="moving.gif", data=gif, reason=".gif are not read"),
+        WildPicture(name="a gif that is called.jpg", data=gif, shown=seen),
+        WildPicture(name="moving.webp", data=encoded(image, "WEBP", lossless=True, **more), shown=seen),
+        WildPicture(name="moving.png", data=encoded(image, "PNG", **more), shown=seen),
+        WildPicture(name="two shots.jpg", data=encoded(image, "MPO", quality=95, **more), shown=seen),
+    ]
+
+
+def _turned() -> list[WildPicture]:
+    found = []
+    for orientation, stored in _STORED.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(np.ascontiguousarray(stored(scene())), "JPEG", quality=95, exif=exif)
+        found.append(WildPicture(name=f"turned {orientation}.jpg", data=data, shown=scene()))
+    return found
+
+
+def _sizes() -> list[WildPicture]:
+    long = np.full((10, 20_000, 3), (200, 40, 90), np.uint8)
+    return [
+        WildPicture(name="one pixel.png", data=encoded(long[:1, :1]), shown=long[:1, :1]),
+        WildPicture(name="long.jpg", data=encoded(long, "JPEG", quality=95), shown=long),
+        WildPicture(name="high.png", data=encoded(long.transpose(1, 0, 2).copy()), shown=long.transpose(1, 0, 2)),
+        WildPicture(name="bomb.png", data=bomb(), reason="more than the 89478485"),
+    ]
+
+
+def _damaged() -> list[WildPicture]:
+    seen = scene()
+    jpeg = encoded(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "JPEG", quality=95)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 2_000_000, zip=True)
+    return [
+        WildPicture(name="cut.jpg", data=jpeg[: len(jpeg) // 2], reason="truncated or damaged"),
+        WildPicture(name="header only.jpg", data=jpeg[:100], reason="damaged"),
+        WildPicture(name="cut.png", data=encoded(seen)[:-30], reason="truncated or damaged"),
+        WildPicture(name="empty.jpg", data=b"", reason="empty file"),
+        WildPicture(name="text.jpg", data=b"not a picture\n", reason="not a JPEG, PNG"),
+        WildPicture(name="page.png", data=b"<!DOCTYPE html><html></html>", reason="not a JPEG, PNG"),
+        WildPicture(name="pickle.jpg", data=pickle.dumps({}), reason="not a JPEG, PNG"),
+        WildPicture(name="with a long text.png", data=encoded(seen, pnginfo=text), reason="damaged: Decompressed data"),
+        WildPicture(name="garbage behind.jpg", data=encoded(seen, "JPEG", quality=95) + b"\0garbage" * 99, shown=seen),
+    ]
+
+
+def _kinds() -> list[WildPicture]:
+    seen = scene()
+    tiff = encoded(seen, "TIFF")
+    return [
+        WildPicture(name="plain.jpg", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildPicture(name="SHOUTED.JPEG", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildPicture(name="waves.jpg", data=encoded(seen, "JPEG", quality=95, progressive=True), shown=seen),
+        WildPicture(name="arithmetic.jpg", data=_ARITHMETIC, shown=seen),
+        WildPicture(name="a png that is called.jpg", data=encoded(seen), shown=seen),
+        WildPicture(name="a jpeg that is called.png", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildPicture(name="a bmp that is called.png", data=encoded(seen, "BMP"), shown=seen),
+        WildPicture(name="a tiff that is called.jpg", data=tiff, reason="not a JPEG, PNG"),
+        WildPicture(name="plain.tif", data=tiff, reason=".tif are not read"),
+        WildPicture(name="plain.BMP", data=encoded(seen, "BMP"), reason=".bmp are not read"),
+        WildPicture(name="from the web.jfif", data=encoded(seen, "JPEG"), reason=".jfif are not read"),
+    ]
+
+
+def _names() -> list[WildPicture]:
+    seen, png = scene(), encoded(scene())
+    names = ["  spaces  ", "Stra\u00dfe \u20ac \U0001f600", "caf\u00e9", "cafe\u0301", "-rf", "%41%2f", "$(touch x)"]
+    return [WildPicture(name=f"{name}.png", data=png, shown=seen) for name in (*names, "a'b", "\u0440" * 120)]
+
+
+def wild_pictures() -> list[WildPicture]:
+    """All of them, each with a name and a stem of its own, but for `plain`, `cut`, `moving` and `rgba`."""
+    return [*_modes(), *_moving(), *_turned(), *_sizes(), *_damaged(), *_kinds(), *_names()]
+
+
+class Marker:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A member of a tar; `kind` and `link` as the tar format has them."""
+
+    name: str
+    data: bytes = b""
+    kind: bytes = tarfile.REGTYPE
+    link: str = ""
+
+
+def pack(path: Path, members: Iterable[Member]) -> Path:
+    """Write a tar with just these members, whatever they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            info = tarfile.TarInfo()
+            # Set here, as the constructor would mend it.
+            info.name, info.type, info.linkname, info.size = member.name, member.kind, member.link, len(member.data)
+            tar.addfile(info, io.BytesIO(member.data))
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `--json` printed."""
+        found = json.loads(self.out.splitlines()[-1])
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def error(self) -> str:
+        """The one line of a mistake of the user."""
+        assert self.code == 2, (self.code, self.err)
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        line = self.err.splitlines()[-1]
+        assert line.startswith("error: ")
+        return line
+
+
+class Command:
+    """`milan-pipe` in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+        self._capsys = capsys
+        self._monkeypatch = monkeypatch
+        self._always = words
+
+    def __call__(self, *words: object) -> Ended:
+        """Run it with these words and those that are always given."""
+        self._monkeypatch.setattr(sys, "argv", ["milan-pipe", *map(str, words), *self._always])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return Ended(code=int(ended.value.code or 0), out=out, err=err)
