@@ -116,7 +116,9 @@ def require_writable(place: Place) -> None:
         SettingError: it is on a web server.
     """
     if not place.listable:
-        raise SettingError(f"{place} can only be read, as any web server; write to a local folder, s3://, gs:// or az://")
+        raise SettingError(
+            f"{place} can only be read, as any web server; write to a local folder, s3://, gs:// or az://"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,17 +334,17 @@ class _Folder(Place):
         return Listing(files=files, folders=tuple(folders))
 
     def sizes(self, folder: str = "", expected: Iterable[str] = ()) -> dict[str, int]:  # noqa: ARG002
-        root = self.local / folder
+        root = str(self.local / folder)
         found = {}
         with self._errors(folder, "listed"):
             for here, folders, files in os.walk(root, onerror=_unless_missing):
                 folders[:] = sorted(name for name in folders if not name.startswith(SCRATCH))
-                base = Path(here)
-                for name in sorted(files):
+                below = here[len(root) :].replace(os.sep, "/").strip("/")
+                for name in files:
                     # Another process may remove what has just been listed.
                     with suppress(FileNotFoundError):
                         if not name.startswith(SCRATCH):
-                            found[(base / name).relative_to(root).as_posix()] = (base / name).stat().st_size
+                            found[f"{below}/{name}" if below else name] = Path(here, name).stat().st_size
         return {path: found[path] for path in sorted(found)}
 
     def write(self, path: str, data: bytes, *, replace: bool = True) -> bool:

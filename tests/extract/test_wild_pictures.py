@@ -75,7 +75,7 @@ def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
     root, images = tmp_path / "wild f\u00f6lder", tmp_path / "images"
     expected: dict[tuple[str, ...], WildPicture] = {}
     for number, picture in enumerate(pictures):
-        folder = ("Caf\u00e9 v1.2",) if number % 3 == 0 else ()
+        folder = ("Caf\u00e9 v1.2",) if number % 3 == 0 and picture.name != "plain.jpg" else ()
         expected[*folder, picture.name] = picture
         path = root.joinpath(*folder, picture.name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,6 @@ def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
     (root / "link.png").symlink_to(root / "plain.jpg")
     (root / "broken link.png").symlink_to(root / "gone.png")
     expected["link.png",] = next(picture for picture in pictures if picture.name == "plain.jpg")
-    if ("plain.jpg",) not in expected:
-        (root / "link.png").unlink()
-        (root / "link.png").symlink_to(root / "Caf\u00e9 v1.2" / "plain.jpg")
     expected["broken link.png",] = WildPicture(name="broken link.png", data=b"", reason="cannot be read")
     ordered = [expected[parts] for parts in sorted(expected)]
     good = [picture for picture in ordered if not picture.reason]
@@ -203,7 +200,7 @@ def test_tars_by_hand(milan: Command, tmp_path: Path, monkeypatch: pytest.Monkey
     pictures, keys, aside = wild_tars(images, outside)
     before = everything_below(tmp_path)
 
-    # Each a first run, and then one that finds shards of the first: neither may pass for a good one.
+    # A first run, and one that finds shards of the first: neither may pass for a good one.
     for _ in range(2):
         strict = milan("extract-targets", images, tmp_path / "zarr", *WORDS, "--set", "extract.max_bad_fraction=0.05")
         assert re.search(r"\d+ of \d+ pictures are unreadable, more than extract\.max_bad_fraction 0\.05", strict.error)
@@ -220,9 +217,8 @@ def test_tars_by_hand(milan: Command, tmp_path: Path, monkeypatch: pytest.Monkey
         lines = bad_lines(targets)
         assert sorted(line["key"] for line in lines) == sorted(aside)
         assert [line for line in lines if aside[line["key"]] not in line["reason"]] == []
-        assert [(line["shard"], line["key"]) for line in lines] == sorted(
-            (line["shard"], line["key"]) for line in lines
-        )
+        order = [(line["shard"], line["key"]) for line in lines]
+        assert order == sorted(order)
         assert all("\n" not in line["reason"] and len(line["reason"]) < 200 for line in lines)
         assert {line["source"] for line in lines} == {"wild-000000.tar", "wild-000001.tar"}
         trees[store_format] = tree(targets)
@@ -253,14 +249,12 @@ def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_
     reasons = {
         "1": (b"", "is an empty file"),
         "2": (pack(tmp_path / "none.tar", []).read_bytes(), "holds no pictures"),
-        "3": (gzip.compress(data), "not a plain tar file (a compressed one must be unpacked first)"),
+        "3": (gzip.compress(data), "is not a plain tar file (a compressed one must be unpacked first)"),
         "4": (data[: data.index(b"1.png") + 700], "is cut or damaged at byte"),
         "5": (bytes(spoilt), "is cut or damaged at byte"),
     }
     for name, (content, _) in reasons.items():
         (images / f"{name}.tar").write_bytes(content)
-    (images / "6.tar").write_bytes(data.replace(b"1.png", b"1.PNG"))
-    # The name is part of the header's checksum.
     pack(images / "6.tar", [Member(name=f"{n}.PNG", data=PNG) for n in range(3, 6)])
     failed = milan("extract-targets", images, targets, *WORDS)
     assert "5 of 7 shards failed" in failed.error
