@@ -67,7 +67,8 @@ def evaluate(checkpoint: str, images: Path, params: Params) -> dict[str, float]:
     return results
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, in words."""
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
@@ -102,7 +103,7 @@ def _table(work: Path) -> str:
     for row, title in titles.items():
         found = [json.loads(path.read_text()) for path in sorted((work / "results").glob(f"{row}-[0-9]*.json"))]
         if found:
-            cells = [_spread([values[key] for values in found]) for key in keys]
+            cells = [spread([values[key] for values in found]) for key in keys]
             lines.append(f"| {title} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -242,7 +242,7 @@ def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
         ],
     )
     samples, bad = read_all(shard)
-    assert [key for key, reason in bad if "first dot" in reason] == ["e v.1.png", "e v.2.png"]
+    assert [key for key, reason in bad if "first dot" in reason] == ["e v.1.png", "e v.2.PNG"]
     assert len(bad) == 2
     assert [(s.key, s.label, s.caption) for s in samples] == [
         ("cat/001", 3, "eine Katze, größer"),

@@ -263,9 +263,9 @@ def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_
         assert re.search(rf"00000{name}: [^;]*{name}\.tar {re.escape(reason)}", failed.error), (name, failed.error)
     assert open_targets_names(targets) == ("000000", "000006")
     assert not list(targets.glob(".*"))
-    unfinished = milan("verify-targets", targets)
+    unfinished = milan("verify-targets", targets, "--json")
     assert unfinished.code == 1
-    assert "extraction has not come to its end" in " ".join(unfinished.err.split())
+    assert ["extraction has not come to its end" in found["what"] for found in unfinished.report["problems"]] == [True]
 
     for name in reasons:
         pack(images / f"{name}.tar", [Member(name=f"{name}-{n}.png", data=PNG) for n in range(2)])
@@ -284,7 +284,7 @@ def open_targets_names(targets: Path) -> tuple[str, ...]:
 def test_only_unreadable_pictures(milan: Command, tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", [Member(name="a.jpg", data=b"text"), Member(name="b.v2.jpg", data=PNG)])
     told = milan("extract-targets", tmp_path / "a.tar", tmp_path / "t", *WORDS).error
-    assert re.search(r"a\.tar has no readable image \(2 set aside; the first: a: not a JPEG", told)
+    assert re.search(r"a\.tar has no readable image \(2 set aside; the first: ", told)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"text")
     told = milan("prepare", tmp_path / "in", tmp_path / "out").error
