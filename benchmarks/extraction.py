@@ -7,8 +7,9 @@
 PHOTOS is a folder of photographs; they are repeated, each time under another key and so with other crops, until there
 are `--images` of them, in shards of 250. The teacher is ViT-B-16 at 224 with random weights, codec int8.
 
-Bare is the teacher's forward pass on batches of rendered views that lie in memory, of the same size; half of its batches
-run before the extraction and half after it, so that both meet the same machine. End to end is all of `extract_targets`:
+Bare is the teacher's forward pass on batches of rendered views that lie in memory, of the same size; half of its
+batches run before the extraction and half after it, so that both meet the same machine. End to end is all of
+`extract_targets`:
 loading the teacher, reading, decoding, cropping, JPEG, forward pass, codec, checksums, writing and committing.
 
 The last part has shards of one tiny picture and the small bundled teacher, so that a shard is little more than its own

@@ -819,6 +819,9 @@ def _said(what: str) -> str:
 
 def _cause(debug: str) -> str:
     """The innermost words of a chain of errors, as "Connection refused"."""
+    certificate = re.search(r"InvalidCertificate\((?:\s*\w+\()*\s*(\w+)", debug)
+    if certificate is not None:
+        return f": its certificate is not accepted ({certificate[1]}); set SSL_CERT_FILE to that of its issuer"
     kind = re.search(r"kind: (Connect|Timeout|Interrupted)", debug)
     words = re.findall(r'(?:message|error): "([^"]+)"', debug)
     if not words and kind is not None:

@@ -200,7 +200,8 @@ class ShardRecord:
     Attributes:
         source: the shard of images.
         files: all files, by path below the shard's folder.
-        blocks: of each tar, offset and crc32c of its blocks of samples; nothing in zarr, which has its own index.
+        blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
+            large file of zarr its end.
     """
 
     source: SourceShard

