@@ -50,10 +50,12 @@ def to_file(values: Mapping[str, Any]) -> bytes:
 
 
 def _from_file(data: bytes) -> dict[str, Any] | None:
+    """Values of a file that is to the byte as `to_file` wrote it, else None."""
     try:
-        return unsealed(json.loads(data))
+        values = unsealed(json.loads(data))
     except (ValueError, RecursionError):
         return None
+    return values if values is not None and to_file(values) == data else None
 
 
 @dataclass(frozen=True, kw_only=True)

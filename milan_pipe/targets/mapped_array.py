@@ -1,10 +1,11 @@
-"""Rows of a local zarr array, straight from the mapped file: every chunk is checked, and copied only where it must be.
+"""Rows of a zarr array straight from its files, mapped or fetched: all that is handed out was checked.
 
 A zarr-shard is its inner chunks and, behind them, an index: offset and length of each chunk as little-endian uint64,
 then the crc32c of the index. A chunk here is its values, shrunk by zstd or not, and the crc32c of that.
 
 This reads what `milan_pipe.targets.zarr_store` writes, and leaves all else to zarr: a store's arrays are opened by the
-thousand, and what zarr spends on one is more than these take to be read.
+thousand, and what zarr spends on one is more than these take to be read. Nor may the checksum be left to the `zarrs`
+pipeline where it is the only one: it cuts it off unread where a part of an array is read.
 
 Source: Zarr version 3 specification, codecs sharding_indexed, zstd, crc32c and vlen-utf8.
 """
@@ -12,10 +13,10 @@ Source: Zarr version 3 specification, codecs sharding_indexed, zstd, crc32c and 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numcodecs.zstd import Zstd
@@ -29,12 +30,61 @@ _ZSTD = Zstd()
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
+class ChunkFile(Protocol):
+    """A file of an array."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes `start` to `stop`; not to be written to."""
+
+
+class _MappedFile:
+    """A local file."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self.size = len(self._data)
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self._data[start:stop]
+
+
+def mapped_file(path: Path) -> ChunkFile | None:
+    """A local file, mapped; None where there is none."""
+    try:
+        return _MappedFile(path)
+    except FileNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class _Shard:
-    """A mapped zarr-shard: all its bytes, and offset and length of its chunks, (chunks, 2)."""
+    """A zarr-shard: its file, and offset and length of its chunks, (chunks, 2)."""
 
-    data: NDArray[np.uint8]
+    file: ChunkFile
     table: NDArray[np.uint64]
+
+    def window(self, first: int, last: int) -> Callable[[int], NDArray[np.uint8] | None]:
+        """Read chunks `first` to `last` - 1 at once; gives the checked content of each by number, None for zeros."""
+        offsets, sizes = (self.table[first:last, column].astype(object) for column in (0, 1))
+        there = offsets != _ABSENT
+        begin = min(offsets[there], default=0)
+        end = max(offsets[there] + sizes[there], default=0)
+        if not 0 <= begin <= end <= self.file.size:
+            raise ValueError(f"its index leads to bytes {begin} to {end} of {self.file.size}")
+        data = self.file.read(begin, end)
+
+        def chunk(number: int) -> NDArray[np.uint8] | None:
+            offset = offsets[number - first]
+            if offset == _ABSENT:
+                return None
+            return _checked(data[offset - begin : offset - begin + sizes[number - first]], f"chunk {number}")
+
+        return chunk
 
 
 class MappedArray:
@@ -42,7 +92,7 @@ class MappedArray:
 
     def __init__(
         self,
-        folder: Path,
+        open_file: Callable[[str], ChunkFile | None],
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         outer: tuple[int, ...],
@@ -50,7 +100,7 @@ class MappedArray:
         compressed: bool,
     ) -> None:
         """See `of`."""
-        self._folder = folder
+        self._open_file = open_file
         self._flat = len(shape) == 1
         self.shape = shape
         self._dtype = dtype
@@ -62,8 +112,12 @@ class MappedArray:
         self._shards: dict[tuple[int, int], _Shard | None] = {}
 
     @staticmethod
-    def of(folder: Path, metadata: Mapping[str, Any]) -> MappedArray | None:
-        """The array in a folder, or None where it is of a kind that zarr must read."""
+    def of(open_file: Callable[[str], ChunkFile | None], metadata: Mapping[str, Any]) -> MappedArray | None:
+        """An array by its metadata, or None where it is of a kind that zarr must read.
+
+        Args:
+            open_file: opens a file by its path in the array's folder; None: not there, which means zeros.
+        """
         try:
             shape = tuple(metadata["shape"])
             outer = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
@@ -87,7 +141,7 @@ class MappedArray:
         whole = len(shape) == 1 or (inner[0] == 1 and inner[2:] == tail and outer[2:] == tail)
         if not known or not whole:
             return None
-        return MappedArray(folder, shape, dtype, outer, inner, compressed="zstd" in names)
+        return MappedArray(open_file, shape, dtype, outer, inner, compressed="zstd" in names)
 
     def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of a view (0 for an array without views).
@@ -104,8 +158,7 @@ class MappedArray:
             return in_place
         out = np.zeros((stop - start, *self._tail), self._dtype)
         out_bytes = out.reshape(stop - start, -1).view(np.uint8) if out.size else out
-        for first in range(start - start % self._rows, stop, self._rows):
-            payload = self._payload(view, first)
+        for first, payload in self._payloads(view, start, stop):
             if payload is None:
                 continue
             begin, end = max(start, first), min(stop, first + self._rows)
@@ -125,22 +178,17 @@ class MappedArray:
         Raises:
             ValueError, RuntimeError, OSError: as `rows`.
         """
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
         chunks: dict[int, NDArray[np.uint8]] = {}
-
-        def chunk(first: int) -> NDArray[np.uint8]:
-            # Each is checked once, however many runs it holds.
-            if first not in chunks:
-                payload = self._payload(0, first)
-                chunks[first] = np.zeros(self._rows, np.uint8) if payload is None else payload
-                if chunks[first].size != self._rows:
-                    raise ValueError(f"a chunk holds {chunks[first].size} bytes, expected {self._rows}")
-            return chunks[first]
-
+        # Each chunk is checked once, however many runs it holds.
+        for first, payload in self._payloads(0, min(starts), max(ends)):
+            chunks[first] = np.zeros(self._rows, np.uint8) if payload is None else payload
+            if chunks[first].size != self._rows:
+                raise ValueError(f"a chunk holds {chunks[first].size} bytes, expected {self._rows}")
         found = []
-        for start, size in zip(starts, sizes, strict=True):
-            stop = start + size
+        for start, stop in zip(starts, ends, strict=True):
             parts = [
-                chunk(first)[max(start - first, 0) : stop - first].data
+                chunks[first][max(start - first, 0) : stop - first].data
                 for first in range(start - start % self._rows, stop, self._rows)
             ]
             found.append(parts[0] if len(parts) == 1 else memoryview(b"".join(parts)))
@@ -156,27 +204,29 @@ class MappedArray:
 
     def _map(self, key: tuple[int, int]) -> _Shard | None:
         parts = [key[1]] if self._flat else [*key, *(0 for _ in self._tail)]
-        path = self._folder.joinpath("c", *map(str, parts))
-        try:
-            with path.open("rb") as file:
-                data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except FileNotFoundError:
+        path = "/".join(["c", *map(str, parts)])
+        file = self._open_file(path)
+        if file is None:
             return None  # chunks of zeros are not written
         chunks = self._outer_views * (self._outer_rows // self._rows)
-        end = len(data) - _CRC_BYTES
+        end = file.size - _CRC_BYTES
         if end < chunks * 16:
-            raise ValueError(f"{path.name} has {len(data)} bytes, its index alone needs {chunks * 16 + _CRC_BYTES}")
-        index = data[end - chunks * 16 : end]
-        _require_checksum(index, data[end:], "the index")
-        return _Shard(data, index.view("<u8").reshape(chunks, 2))
+            raise ValueError(f"{path} has {file.size} bytes, its index alone needs {chunks * 16 + _CRC_BYTES}")
+        index = file.read(end - chunks * 16, file.size)
+        _require_checksum(index[:-_CRC_BYTES], index[-_CRC_BYTES:], "the index")
+        return _Shard(file, index[:-_CRC_BYTES].view("<u8").reshape(chunks, 2))
 
-    def _payload(self, view: int, row: int) -> NDArray[np.uint8] | None:
-        """The bytes of the chunk that begins with a row, without their checksum; None where it is all zeros."""
-        shard, number = self._locate(view, row)
-        if shard is None or int(shard.table[number, 0]) == _ABSENT:
-            return None
-        offset, size = int(shard.table[number, 0]), int(shard.table[number, 1])
-        return _checked(shard.data[offset : offset + size], f"chunk {number}")
+    def _payloads(self, view: int, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint8] | None]]:
+        """First row and checked bytes of each chunk that rows `start` to `stop` lie in; None where it is all zeros."""
+        row = start - start % self._rows
+        while row < stop:
+            shard, number = self._locate(view, row)
+            end = min(stop, row - row % self._outer_rows + self._outer_rows)
+            last = number + -(-(end - row) // self._rows)
+            chunk = shard.window(number, last) if shard is not None else None
+            for position in range(number, last):
+                yield row, chunk(position) if chunk is not None else None
+                row += self._rows
 
     def _in_place(self, view: int, start: int, stop: int) -> NDArray[Any] | None:
         """Uncompressed chunks of one row each that lie one behind the other, as they lie."""
@@ -190,25 +240,28 @@ class MappedArray:
         steps = first + stride * np.arange(len(table), dtype=np.uint64)
         if not ((table[:, 1] == stride).all() and (table[:, 0] == steps).all()):
             return None
+        data = shard.file.read(first, first + stride * len(table))
+        if len(data) != stride * len(table):
+            raise ValueError(f"its index leads to byte {first + stride * len(table)} of {shard.file.size}")
         for row in range(len(table)):
-            _checked(shard.data[first + row * stride : first + (row + 1) * stride], f"chunk {number + row}")
-        flat = np.lib.stride_tricks.as_strided(
-            shard.data[first:], (len(table), self._row_bytes), (stride, 1), writeable=False
-        )
+            _checked(data[row * stride : (row + 1) * stride], f"chunk {number + row}")
+        flat = np.lib.stride_tricks.as_strided(data, (len(table), self._row_bytes), (stride, 1), writeable=False)
         return flat.view(self._dtype).reshape(len(table), *self._tail)
 
 
-def read_column(folder: Path, metadata: Mapping[str, Any]) -> NDArray[Any]:
+def decode_column(chunk: bytes | None, metadata: Mapping[str, Any]) -> NDArray[Any]:
     """All values of an array (n,) that is one chunk without sharding: numbers, or strings as objects.
 
+    Args:
+        chunk: the file; None where there is none, which means zeros.
+
     Raises:
-        ValueError, RuntimeError, OSError: it cannot be read, or a checksum does not fit.
+        ValueError, RuntimeError: a checksum does not fit.
     """
-    path = folder / "c" / "0"
-    if not path.exists():  # a chunk of zeros is not written
+    if chunk is None:
         strings = metadata["data_type"] == "string"
         return np.full(metadata["shape"], "" if strings else 0, object if strings else metadata["data_type"])
-    data = np.fromfile(path, np.uint8)
+    data = np.frombuffer(chunk, np.uint8)
     values = np.frombuffer(_ZSTD.decode(_checked(data, "the chunk")), np.uint8)
     if metadata["data_type"] != "string":
         return values.view(np.dtype(metadata["data_type"]).newbyteorder("<"))

@@ -30,7 +30,7 @@ from milan_pipe.storage import Place
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.ledger import sha256_of
-from milan_pipe.targets.mapped_array import MappedArray, read_column
+from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, mapped_file
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
 HEADER_FILE = "zarr.json"
@@ -45,6 +45,7 @@ _CRC32C = Crc32cCodec()
 _COMPRESSORS = (ZstdCodec(level=1, checksum=True), _CRC32C)
 _SHARD_COLUMNS = ("scale", "attention", "crop", "flip", "view_offset", "view_length")
 _PARALLEL_READS = 8
+_WHOLE_BYTES = 1024 * 1024
 _LARGE = ("features", "view_bytes", "attention", "scale")
 _FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
 _INDEX_ENTRY_BYTES, _CRC32C_BYTES = 16, 4
@@ -254,41 +255,38 @@ class _Rows(Protocol):
     def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of a view; of an array (n,), of the only one."""
 
-    def pieces(self, starts: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        """Runs of an array (n,) of bytes, close to each other."""
-
 
 class _ZarrRows:
-    """An array read through zarr: from an object store, or where `MappedArray` does not serve."""
+    """An array read through zarr, where `MappedArray` does not serve: chunks that hold a part of a row, under zstd."""
 
-    def __init__(self, where: StorePath, metadata: dict[str, Any], whole: bool) -> None:
-        """Open an array; `whole` reads it at once and keeps it, one request for all that follow."""
+    def __init__(self, where: StorePath, metadata: dict[str, Any]) -> None:
         self._array: zarr.Array[Any] = zarr.Array.from_dict(where, metadata)
-        self._values = np.asarray(self._array[...]) if whole else None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self._array.shape
 
     def rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
-        rows = slice(start, stop)
-        if len(self.shape) == 1 and self._values is None:
-            # Whole chunks, as a checksum is not looked at where a part of one is read.
-            chunk = self._array.chunks[0]
-            first = start - start % chunk
-            return np.asarray(self._array[first : stop + -stop % chunk])[start - first : stop - first]
-        if len(self.shape) == 1:
-            return np.asarray(self._values)[rows]
-        if self._values is not None:
-            return np.asarray(self._values[view, rows])
         # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
-        return np.asarray(self._array[view : view + 1, rows]).squeeze(0)
+        return np.asarray(self._array[view : view + 1, start:stop]).squeeze(0)
 
-    def pieces(self, starts: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
-        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-        first = min(starts)
-        found = self.rows(0, first, max(ends)).data
-        return [found[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
+
+class _FetchedFile:
+    """A file in an object store. Small ones are fetched whole; of others the end, which has the index, is kept."""
+
+    def __init__(self, place: Place, path: str, size: int, end: tuple[int, bytes]) -> None:
+        self.size = size
+        self._place, self._path = place, path
+        self._kept_from, self._kept = end if size > _WHOLE_BYTES else (0, place.read(path))
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        if start >= self._kept_from:
+            data = self._kept[start - self._kept_from : stop - self._kept_from]
+        else:
+            data = self._place.read_range(self._path, start, stop)
+        if len(data) != stop - start:
+            raise ValueError(f"{self._path} ends at byte {start + len(data)}, expected {stop} and more")
+        return np.frombuffer(data, np.uint8)
 
 
 _DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError)
@@ -320,8 +318,9 @@ class ZarrShard:
         self._record = record
         self._fail = fail
         self._known: set[str] = set()
+        self._ends: dict[str, tuple[int, bytes]] = {}
         has_scale = codec_of(header.codec).has_scale
-        names = ["features", "view_bytes", *_SHARD_COLUMNS, "label", "key"]
+        names = ["features", *_SHARD_COLUMNS, "view_bytes", "label", "key"]
         names = [name for name in names if name != "scale" or has_scale]
         with _reads_of(place) as together:
             metadata = dict(zip(names, together(self._metadata, names), strict=True))
@@ -333,10 +332,11 @@ class ZarrShard:
                 lambda name: self._column(name, metadata[name]), ("label", "key")
             )
             self._label, self._key = columns
-            arrays = names[:-2]
-            self._arrays: dict[str, _Rows] = dict(
-                zip(arrays, together(lambda name: self._open(name, metadata[name]), arrays), strict=True)
-            )
+            self._arrays = {name: self._open(name, metadata[name]) for name in names[:-3]}
+            views = self._mapped("view_bytes", metadata["view_bytes"])
+            if views is None:
+                raise self._fail("array 'view_bytes' has a layout that this version does not read")
+            self._views = views
 
     def _metadata(self, name: str) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(self._whole_file(f"{name}/zarr.json"))
@@ -359,8 +359,11 @@ class ZarrShard:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is not part of the shard")
         elif path in self._record.blocks:
             ((offset, crc),) = self._record.blocks[path]
-            if crc32c(self._place.read_range(path, offset, file.bytes)) != crc:
+            end = self._place.read_range(path, offset, file.bytes)
+            if crc32c(end) != crc:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is damaged, or belongs elsewhere")
+            if self._place.local is None:
+                self._ends[path] = (offset, end)
         else:
             self._whole_file(path)
         self._known.add(path)
@@ -388,12 +391,25 @@ class ZarrShard:
                 raise self._fail(f"array {name!r} has shape {tuple(values['shape'])}, expected {expected}")
 
     def _open(self, name: str, metadata: dict[str, Any]) -> _Rows:
-        if self._place.local is not None:
-            mapped = MappedArray.of(self._place.local / name, metadata)
-            if mapped is not None:
-                return mapped
+        mapped = self._mapped(name, metadata)
+        if mapped is not None:
+            return mapped
         with self._damage(name):
-            return _ZarrRows(self._where(name), metadata, whole=name in _SHARD_COLUMNS)
+            return _ZarrRows(self._where(name), metadata)
+
+    def _mapped(self, name: str, metadata: dict[str, Any]) -> MappedArray | None:
+        local = self._place.local
+
+        def open_file(path: str) -> ChunkFile | None:
+            return mapped_file(local / name / path) if local is not None else self._fetched(f"{name}/{path}")
+
+        return MappedArray.of(open_file, metadata)
+
+    def _fetched(self, path: str) -> ChunkFile | None:
+        file = self._record.files.get(path)
+        if file is None:
+            return None
+        return _FetchedFile(self._place, path, file.bytes, self._ends.pop(path, (file.bytes, b"")))
 
     def _where(self, name: str) -> StorePath:
         local = self._place.local
@@ -403,11 +419,12 @@ class ZarrShard:
         return cast(Any, self._place).store
 
     def _column(self, name: str, metadata: dict[str, Any]) -> NDArray[Any]:
-        self._require_own(f"{name}/c/0")
+        path = f"{name}/c/0"
+        there = path in self._record.files
+        if not there:
+            self._require_own(path)
         with self._damage(name):
-            if self._place.local is not None:
-                return read_column(self._place.local / name, metadata)
-            return _ZarrRows(self._where(name), metadata, whole=True).rows(0, 0, metadata["shape"][0])
+            return decode_column(self._whole_file(path) if there else None, metadata)
 
     @contextmanager
     def _damage(self, name: str) -> Iterator[None]:
@@ -426,11 +443,11 @@ class ZarrShard:
         """Samples `start` to `stop` of one view."""
         offset, length = self._rows("view_offset", view, start, stop), self._rows("view_length", view, start, stop)
         first, last = int(offset.min()), int((offset + length).max())
-        if first < 0 or length.min() < 0 or last > self._arrays["view_bytes"].shape[0]:
+        if first < 0 or length.min() < 0 or last > self._views.shape[0]:
             raise self._fail(f"array 'view_offset' leads to bytes {first} to {last} of 'view_bytes'")
         self._require_own_files("view_bytes", 0, first, max(last, first + 1))
         with self._damage("view_bytes"):
-            jpegs = self._arrays["view_bytes"].pieces(offset.tolist(), length.tolist())
+            jpegs = self._views.pieces(offset.tolist(), length.tolist())
         return ViewRun(
             keys=[str(key) for key in self._key[start:stop]],
             label_N=self._label[start:stop],

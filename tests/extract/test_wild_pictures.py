@@ -231,8 +231,17 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     for path, data in tree(images).items():
         place_of(f"{bucket}/images").write(path, data)
     process = subprocess.run(
-        [sys.executable, "-m", "milan_pipe", "extract-targets", f"{bucket}/images", f"{bucket}/t"]
-        + [*WORDS, "--workers", "2"],
+        [
+            sys.executable,
+            "-m",
+            "milan_pipe",
+            "extract-targets",
+            f"{bucket}/images",
+            f"{bucket}/t",
+            *WORDS,
+            "--workers",
+            "2",
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -83,8 +83,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """`milan-pipe` in this process, in an empty folder."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
     return Command(capsys, monkeypatch)
 
 
@@ -350,7 +350,7 @@ def test_nobody_at_the_endpoint(
         assert bucket in told
         assert f"no answer from {endpoint}: " in told, told
         assert len(told) < 400
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd"]
     assert list(Path(os.environ["TMPDIR"]).iterdir()) == []
 
 

@@ -1,0 +1,230 @@
+"""Whatever happens to a file of a store, `verify-targets` finds it, and a reader refuses or gives what was written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.targets import check_store, header, joined, tree, write_store, wrong_values
+
+from milan_pipe.errors import MilanError
+from milan_pipe.storage import place_of
+from milan_pipe.targets.schema import ViewRun
+from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.verify import Problem, verify_targets
+
+SIZES = (130, 5)
+KINDS = [
+    (store_format, codec, level)
+    for store_format in ("zarr", "webdataset")
+    for codec, level in (("int8", 1), ("int8", 0), ("float16", 1), ("klt", 1))
+]
+
+
+@dataclass(frozen=True, repr=False)
+class Store:
+    """A store, what was written into it, and its files by kind: paths that differ in numbers alone."""
+
+    root: Path
+    files: Mapping[str, bytes]
+    truth: Mapping[str, Sequence[ViewRun]]
+
+    @property
+    def kinds(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.files:
+            found.setdefault(re.sub(r"\d+", "N", path), []).append(path)
+        return found
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Store]:
+    made = {}
+    for store_format, codec, level in KINDS:
+        root = tmp_path_factory.mktemp(f"{store_format}-{codec}-{level}") / "t"
+        head = header(codec, format=store_format, zstd_level=level, shards=len(SIZES), width=8)
+        written = write_store(root, head, SIZES)
+        truth = {name: [joined(blocks, view) for view in range(2)] for name, blocks in written.items()}
+        made[store_format, codec, level] = Store(root, tree(root), truth)
+    return made
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def flipped(data: bytes, draw: st.DataObject) -> bytes:
+    position = draw.draw(st.integers(0, len(data) - 1), "position")
+    changed = bytearray(data)
+    changed[position] ^= draw.draw(st.integers(1, 255), "bits")
+    return bytes(changed)
+
+
+def cut(data: bytes, draw: st.DataObject) -> bytes:
+    return data[: draw.draw(st.integers(0, len(data) - 1), "size")]
+
+
+def lengthened(data: bytes, draw: st.DataObject) -> bytes:
+    return data + draw.draw(st.sampled_from([b"\0", b"\n", b" ", data]), "more")
+
+
+def zeroed(data: bytes, draw: st.DataObject) -> bytes:
+    start = draw.draw(st.integers(0, len(data) - 1), "start")
+    stop = draw.draw(st.integers(start + 1, len(data)), "stop")
+    return data[:start] + bytes(stop - start) + data[stop:]
+
+
+def without_middle(data: bytes, draw: st.DataObject) -> bytes:
+    start = draw.draw(st.integers(0, len(data) - 1), "start")
+    stop = draw.draw(st.integers(start + 1, len(data)), "stop")
+    return data[:start] + data[stop:]
+
+
+CHANGES: list[Callable[[bytes, st.DataObject], bytes]] = [flipped, cut, lengthened, zeroed, without_middle]
+
+
+def problems_of(root: str | Path) -> list[Problem] | None:
+    """What `verify-targets` finds; None where the store cannot even be opened for it."""
+    try:
+        return list(verify_targets(root).problems)
+    except MilanError:
+        return None
+
+
+def read_all(store: Store) -> None:
+    """A reader opened afresh raises what it should, or gives what was written."""
+    try:
+        wrong = list(wrong_values(store.root, store.truth))
+    except MilanError:
+        return
+    assert wrong == []
+
+
+def check_found(store: Store, path: str) -> None:
+    problems = problems_of(store.root)
+    if problems is None:
+        assert path in ("zarr.json", "header.json"), "only a damaged header may keep a store from being checked"
+        return
+    shard, _, inside = path.partition("/")
+    if shard == "manifest":
+        shard = inside.removesuffix(".json")
+    if shard in store.truth:
+        told = [problem for problem in problems if problem.shard == shard]
+        assert told
+        assert any(problem.mend.endswith(f"--redo {shard}") for problem in told)
+        if not path.startswith("manifest"):
+            assert any(problem.array in (inside, inside.partition("/")[0]) for problem in told)
+    else:
+        assert any(problem.array == path for problem in problems)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=240,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+def test_any_damage_to_any_file_is_found_and_never_read(
+    stores: dict[tuple[str, str, int], Store], data: st.DataObject
+) -> None:
+    store = stores[data.draw(st.sampled_from(KINDS), "store")]
+    # By kind and not by file: features would be most of them.
+    kind = data.draw(st.sampled_from(sorted(store.kinds)), "kind")
+    path = data.draw(st.sampled_from(store.kinds[kind]), "path")
+    before = store.files[path]
+    file = store.root / path
+    others = [other for other in store.kinds[kind] if store.files[other] != before]
+    how = data.draw(st.sampled_from(["change", "remove", *(["exchange"] if others else [])]), "how")
+    if how == "change":
+        change = data.draw(st.sampled_from(CHANGES if before else [lengthened]), "change")
+        damaged = change(before, data) if before or change is not lengthened else b"{}\n"
+        if damaged == before:
+            damaged = before + b"\n"
+        file.write_bytes(damaged)
+    elif how == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(store.files[data.draw(st.sampled_from(others), "other")])
+    try:
+        check_found(store, path)
+        read_all(store)
+    finally:
+        file.write_bytes(before)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["-".join(map(str, kind)) for kind in KINDS])
+def test_the_stores_are_whole_to_begin_with(
+    stores: dict[tuple[str, str, int], Store], kind: tuple[str, str, int]
+) -> None:
+    report = verify_targets(stores[kind].root)
+    assert report.problems == ()
+    assert (report.shards, report.samples, report.views) == (2, sum(SIZES), 2 * sum(SIZES))
+    assert list(wrong_values(stores[kind].root, stores[kind].truth)) == []
+
+
+def folders_of(store: Store) -> Iterator[str]:
+    yield from sorted({path.rpartition("/")[0] for path in store.files if "/" in path})
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_any_folder_that_is_lost_is_found(
+    stores: dict[tuple[str, str, int], Store], tmp_path: Path, store_format: str
+) -> None:
+    store = stores[store_format, "int8", 1]
+    for folder in folders_of(store):
+        shutil.move(store.root / folder, tmp_path / "kept")
+        try:
+            assert problems_of(store.root) != []
+            read_all(store)
+        finally:
+            shutil.move(tmp_path / "kept", store.root / folder)
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_damage_between_two_reads_is_found(stores: dict[tuple[str, str, int], Store], store_format: str) -> None:
+    """A disk does not wait until the store is opened again."""
+    store = stores[store_format, "int8", 1]
+    reader = open_targets(store.root)
+    reader.read("000000", 0, 0, 128)
+    path = "000000/features/c/0/0/0/0" if store_format == "zarr" else "000000/view-0.tar"
+    before = store.files[path]
+    with (store.root / path).open("r+b") as file:
+        file.seek(len(before) // 3)
+        file.write(bytes([before[len(before) // 3] ^ 1]))
+    try:
+        with pytest.raises(MilanError, match="000000"):
+            reader.read("000000", 0, 0, 128)
+    finally:
+        (store.root / path).write_bytes(before)
+    check_store_again = open_targets(store.root)
+    assert check_store_again.read("000000", 0, 0, 128).keys == store.truth["000000"][0].keys[:128]
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_damage_in_a_bucket_is_found(bucket: str, store_format: str) -> None:
+    head = header("int8", format=store_format, width=8)
+    where = f"{bucket}/t"
+    written = write_store(where, head, [130])
+    place = place_of(where)
+    truth = {name: [joined(blocks, view) for view in range(2)] for name, blocks in written.items()}
+    for path, before in tree(where).items():
+        damaged = bytes([before[0] ^ 1]) + before[1:] if before else b"{}\n"
+        for replacement in (damaged, before[: len(before) // 2] if before else b" ", None):
+            if replacement is None:
+                place.remove(path)
+            else:
+                place.write(path, replacement)
+            assert problems_of(where) != [], path
+            try:
+                wrong = list(wrong_values(where, truth))
+            except MilanError:
+                wrong = []
+            assert wrong == [], path
+        place.write(path, before)
+    assert problems_of(where) == []
+    check_store(open_targets(where), written)
