@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +23,18 @@ from milan_pipe.terminal import console, errors_as_one_line, progress, show, sho
 if TYPE_CHECKING:
     from milan_pipe.config import Params
 
+
+class _Commands(typer.core.TyperGroup):
+    """Commands whose errors are one line; outside of them typer turns Ctrl-C into silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_one_line():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="milan-pipe",
+    cls=_Commands,
     help="Pretrain vision transformers on stored CLIP features.\n\n"
     "Stage 1 (extract-targets) runs a CLIP image tower over your pictures once and stores patch features, attention "
     "and rendered views. Stage 2 (pretrain) trains a masked student on them, with no teacher in memory.",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import obstore
@@ -48,8 +50,10 @@ STUDENT = {
     "pretrain.log_every": 1,
     "pretrain.device": "cpu",
 }
-SHARDS, SAMPLES = 5, 30
+SHARDS, SAMPLES = 4, 24
 FORMATS = ("zarr", "webdataset")
+# Of many small objects, for which each request takes its time.
+SLOW_ZARR = (pytest.param("zarr", marks=pytest.mark.slow), "webdataset")
 
 
 def words(settings: dict[str, object]) -> list[str]:
@@ -170,9 +174,9 @@ def test_killed_while_it_writes_to_a_bucket(local: Path, proxied_bucket: str, s3
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store_format", FORMATS)
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", (1, 2))
 def test_killed_many_times(local: Path, proxied_bucket: str, s3_proxy: Proxy, store_format: str, seed: int) -> None:
-    kill_and_go_on(local, proxied_bucket, s3_proxy, store_format, 4, seed)
+    kill_and_go_on(local, proxied_bucket, s3_proxy, store_format, 3, seed)
 
 
 @pytest.mark.slow
@@ -199,10 +203,10 @@ def test_from_pictures_in_a_bucket_to_a_student(
     images, targets = upload(local / "images", f"{bucket}/images"), f"{bucket}/targets"
     extract = ("extract-targets", images, targets, "--format", store_format, *words(SETTINGS))
     first = milan(*extract, "--shards", "0/2", "--json")
-    assert (first.code, first.report["complete"], first.report["shards"]) == (0, False, 3)
+    assert (first.code, first.report["complete"], first.report["shards"]) == (0, False, 2)
     # Everything up to here was another's: the rest is done on the disk's own copy of the same pictures.
     second = milan("extract-targets", local / "images", *extract[2:], "--shards", "1/2", "--json")
-    assert (second.code, second.report["complete"], second.report["skipped"]) == (0, True, 3)
+    assert (second.code, second.report["complete"], second.report["skipped"]) == (0, True, 2)
     assert second.report["bytes"] == sum(place_of(targets).sizes().values())
     expected = tree(local / store_format)
     assert tree(targets) == expected
@@ -216,16 +220,16 @@ def test_from_pictures_in_a_bucket_to_a_student(
 
     # A byte of one object, a part of another, and a third one that is gone.
     place = place_of(targets)
-    paths = {shard: max(name for name in expected if name.startswith(f"{shard}/")) for shard in ("000001", "000003")}
+    paths = {shard: max(name for name in expected if name.startswith(f"{shard}/")) for shard in ("000001", "000002")}
     spoilt = bytearray(expected[paths["000001"]])
     spoilt[len(spoilt) // 2] ^= 1
     place.write(paths["000001"], bytes(spoilt))
-    place.write(paths["000003"], expected[paths["000003"]][:-9])
-    gone = min(name for name in expected if name.startswith("000004/"))
+    place.write(paths["000002"], expected[paths["000002"]][:-9])
+    gone = min(name for name in expected if name.startswith("000003/"))
     place.remove(gone)
     told = milan("verify-targets", targets, "--json")
     assert told.code == 1
-    assert [found["shard"] for found in told.report["problems"]] == ["000001", "000003", "000004"]
+    assert [found["shard"] for found in told.report["problems"]] == ["000001", "000002", "000003"]
     assert [
         name.partition("/")[2] in found["what"]
         for name, found in zip((*paths.values(), gone), told.report["problems"], strict=True)
@@ -234,8 +238,8 @@ def test_from_pictures_in_a_bucket_to_a_student(
     assert mend == f"milan-pipe extract-targets IMAGES {targets} --redo 000001"
     refused = milan("pretrain", targets, tmp_path / "refused", *words(SETTINGS | STUDENT))
     assert "--redo 00000" in refused.error
-    mended = milan(*extract, "--redo", "000001,000003,000004", "--json")
-    assert (mended.code, mended.report["skipped"]) == (0, 2)
+    mended = milan(*extract, "--redo", "000001,000002,000003", "--json")
+    assert (mended.code, mended.report["skipped"]) == (0, 1)
     assert tree(targets) == expected
     assert milan("verify-targets", targets).code == 0
 
@@ -246,7 +250,10 @@ def test_from_pictures_in_a_bucket_to_a_student(
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_requests(local: Path, proxied_bucket: str, s3_proxy: Proxy, milan: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store_format", SLOW_ZARR)
+def test_requests(
+    local: Path, proxied_bucket: str, s3_proxy: Proxy, milan: Command, tmp_path: Path, store_format: str
+) -> None:
     images = upload(local / "images", f"{proxied_bucket}/images")
     counts = {}
 
@@ -257,22 +264,20 @@ def test_requests(local: Path, proxied_bucket: str, s3_proxy: Proxy, milan: Comm
         methods = [request.method for request in s3_proxy.requests]
         counts[name] = {method: methods.count(method) for method in sorted(set(methods))}
 
-    for store_format in FORMATS:
-        targets = f"{proxied_bucket}/{store_format}"
-        extract = ("extract-targets", images, targets, "--format", store_format, *words(SETTINGS))
-        files = len(tree(local / store_format))
-        counted("extract", *extract)
-        assert counts["extract"]["PUT"] == files
-        # Of a shard: its images' size and bytes, then a look for strays; of the store: header, records, its size.
-        assert sum(counts["extract"].values()) - files < 6 * SHARDS + 20
-        counted("again", *extract)
-        assert "PUT" not in counts["again"] or counts["again"]["PUT"] <= 2
-        assert sum(counts["again"].values()) < SHARDS * 2 + 15
-        counted("verify", "verify-targets", targets)
-        assert counts["verify"].keys() == {"GET", "HEAD"}
-        counted("pretrain", "pretrain", targets, tmp_path / store_format, *words(SETTINGS | STUDENT))
-        assert sum(counts["pretrain"].values()) < 2 * 2 * 20 * SHARDS
-        print(store_format, files, json.dumps(counts))
+    targets = f"{proxied_bucket}/{store_format}"
+    extract = ("extract-targets", images, targets, "--format", store_format, *words(SETTINGS))
+    files = len(tree(local / store_format))
+    counted("extract", *extract)
+    assert counts["extract"]["PUT"] == files
+    # Of a shard: its images' size and bytes, then a look for strays; of the store: header, records, its size.
+    assert sum(counts["extract"].values()) - files < 6 * SHARDS + 20
+    counted("again", *extract)
+    assert "PUT" not in counts["again"] or counts["again"]["PUT"] <= 2
+    assert sum(counts["again"].values()) < SHARDS * 2 + 15
+    counted("verify", "verify-targets", targets)
+    assert counts["verify"].keys() == {"GET", "HEAD"}
+    counted("pretrain", "pretrain", targets, tmp_path / store_format, *words(SETTINGS | STUDENT))
+    assert sum(counts["pretrain"].values()) < 2 * 2 * 20 * SHARDS
 
 
 # --- stores that fail ---------------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def test_a_store_that_is_lost_in_mid_run(
     over.set()
     thread.join()
     assert "answered 500" in lost.error
-    assert "of 5 shards are whole; the same command goes on from there" in lost.error
+    assert "of 4 shards are whole; the same command goes on from there" in lost.error
     s3_proxy.fail_every = 0
     committed = {path for path in place_of(targets).sizes() if path.startswith("manifest/")}
     done = milan(*extract, "--json")
@@ -368,17 +373,45 @@ def test_a_bucket_that_is_not_there(local: Path, bucket: str, milan: Command) ->
 
 
 @contextmanager
-def plain_server(folder: Path) -> Iterator[str]:
+def plain_server(folder: Path, certificate: Path | None = None) -> Iterator[str]:
     """The standard library's server of a folder, which sends files as a whole only."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def own_certificate(folder: Path) -> tuple[Path, Path]:
+    """Files of an issuer that nobody knows, and of key and certificate that it gave to 127.0.0.1."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def signed(name: str, key: Any, issuer: str, issuer_key: Any, extension: Any) -> Any:
+        now = datetime.now(UTC)
+        subject, by = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (name, issuer))
+        builder = x509.CertificateBuilder(by, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        return builder.add_extension(extension, critical=False).sign(issuer_key, hashes.SHA256())
+
+    root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    root = signed("root", root_key, "root", root_key, x509.BasicConstraints(ca=True, path_length=None))
+    host = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    leaf = signed("leaf", key, "root", root_key, host)
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "root.pem").write_bytes(root.public_bytes(pem))
+    (folder / "leaf.pem").write_bytes(key.private_bytes(pem, *plain) + leaf.public_bytes(pem))
+    return folder / "root.pem", folder / "leaf.pem"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -386,8 +419,9 @@ class _Quiet(SimpleHTTPRequestHandler):
         """Nothing is printed."""
 
 
+@pytest.mark.parametrize("store_format", SLOW_ZARR)
 def test_a_web_server_is_read_and_not_written_to(
-    local: Path, bucket: str, s3_proxy: Proxy, milan: Command, tmp_path: Path
+    local: Path, bucket: str, s3_proxy: Proxy, milan: Command, tmp_path: Path, store_format: str
 ) -> None:
     s3_proxy.sign = True
     web = f"{s3_proxy.endpoint}/{bucket.removeprefix('s3://')}"
@@ -397,24 +431,24 @@ def test_a_web_server_is_read_and_not_written_to(
     assert "name its shards one by one or by braces" in told
     assert milan("extract-targets", shards, tmp_path / "t", *words(SETTINGS)).code == 0
     assert tree(tmp_path / "t") == tree(local / "zarr")
-    for store_format in FORMATS:
-        targets = f"{web}/{store_format}"
-        upload(local / store_format, f"{bucket}/{store_format}")
-        assert milan("verify-targets", targets).code == 0
-        for where, run in ((local / store_format, "here"), (targets, "there")):
-            done = milan("pretrain", where, tmp_path / store_format / run, *words(SETTINGS | STUDENT))
-            assert done.code == 0, done.err
-        assert losses(tmp_path / store_format / "there") == losses(tmp_path / store_format / "here")
+    targets = f"{web}/{store_format}"
+    upload(local / store_format, f"{bucket}/{store_format}")
+    assert milan("verify-targets", targets).code == 0
+    for where, run in ((local / store_format, "here"), (targets, "there")):
+        done = milan("pretrain", where, tmp_path / store_format / run, *words(SETTINGS | STUDENT))
+        assert done.code == 0, done.err
+    assert losses(tmp_path / store_format / "there") == losses(tmp_path / store_format / "here")
     for command in (
         ("extract-targets", local / "images", f"{web}/new", *words(SETTINGS)),
-        ("extract-targets", local / "images", f"{web}/zarr", *words(SETTINGS)),
+        ("extract-targets", local / "images", f"{web}/{store_format}", *words(SETTINGS)),
         ("convert-targets", local / "zarr", f"{web}/new", "--format", "webdataset"),
     ):
         told = milan(*command).error
         assert "can only be read, as any web server; write to a local folder, s3://" in told
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
-    place_of(f"{bucket}/zarr").remove("000002/key")
-    told = milan("verify-targets", f"{web}/zarr", "--json")
+    place = place_of(f"{bucket}/{store_format}")
+    place.remove(max(path for path in place.sizes() if path.startswith("000002/")))
+    told = milan("verify-targets", targets, "--json")
     assert (told.code, {found["shard"] for found in told.report["problems"]}) == (1, {"000002"})
     assert list(Path.cwd().iterdir()) == []
     assert list(Path(os.environ["TMPDIR"]).iterdir()) == []
@@ -424,6 +458,22 @@ def test_a_web_server_that_sends_whole_files_only(local: Path, milan: Command, t
     with plain_server(local / "images") as web:
         told = milan("extract-targets", f"{web}/train-000000.tar", tmp_path / "t", *words(SETTINGS)).error
     assert "its server does not send parts of files; copy it to a disk" in told
+
+
+def test_https_with_an_issuer_of_ones_own(
+    local: Path,
+    milan: Command,
+    soon: None,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, leaf = own_certificate(tmp_path)
+    with plain_server(local / "zarr", leaf) as web:
+        told = milan("verify-targets", web).error
+        assert "its certificate is not accepted (UnknownIssuer); set SSL_CERT_FILE" in told
+        monkeypatch.setenv("SSL_CERT_FILE", str(root))
+        assert place_of(web).read("zarr.json") == (local / "zarr" / "zarr.json").read_bytes()
+        assert place_of(web).present(["zarr.json", "gone"]).keys() == {"zarr.json"}
 
 
 def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: Path) -> None:
