@@ -275,11 +275,18 @@ def verify_targets(
         "problems": str(len(report.problems)) if report.problems else "none",
     }
     if report.problems:
-        table = Table("shard", "array", "found", "mend with")
+        table = Table("shard", "array", "found")
         for problem in report.problems[:_MOST_PROBLEMS]:
-            table.add_row(*(Text(part) for part in (problem.shard, problem.array, problem.what, problem.mend)))
+            table.add_row(*(Text(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
         console.print(table)
+        if len(report.problems) > _MOST_PROBLEMS:
+            console.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
     show(str(targets), rows, report, as_json)
+    if report.problems:
+        # One line each, however long, so that they can be copied.
+        console.print(Text("mend with, IMAGES and settings as they were:", style="bold"))
+        for command in report.mend:
+            console.print(Text(f"  {command}"), soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
     return report

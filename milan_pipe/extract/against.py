@@ -13,6 +13,7 @@ from milan_pipe.data.views import decode_jpeg
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import place_of
+from milan_pipe.targets import ledger
 from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.schema import CodecInfo, ViewRun, require_same_header
 from milan_pipe.targets.store import read_header
@@ -24,8 +25,12 @@ _ATTENTION_TOLERANCE = 0.02
 
 
 def _least_cosine(codec: CodecInfo) -> float:
-    """Below this a token's picture is not what was encoded; twice the loss that `klt` was fitted for, on the mean."""
+    """Below this a view's tokens are not what was encoded; of `klt`, four times the loss that it was fitted for."""
     return _LEAST_COSINE.get(codec.name, 1 - 4 * (1 - (codec.quality or 0.0)))
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 class TeacherCheck:
@@ -61,19 +66,19 @@ class TeacherCheck:
         self._least = _least_cosine(header.codec)
         self._views = header.views.count
         self._per_shard = views_per_shard
-        self._targets = str(targets)
-        self._done: dict[str, int] = {}
+        self._place = place
 
-    def __call__(self, shard: str, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
-        """Compare up to `views_per_shard` views of a shard, spread over its views, chosen by shard and view alone."""
-        left = self._per_shard - self._done.get(shard, 0)
-        fair = -(-self._per_shard // self._views)
-        wanted = min(left, fair, len(run.keys)) if start == 0 else 0
-        if wanted <= 0:
+    def _rows(self, shard: str, samples: int, view: int) -> list[int]:
+        """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
+        first = _seed(shard) % self._views
+        wanted = (self._per_shard + self._views - 1 - (view - first) % self._views) // self._views
+        return sorted(np.random.default_rng(_seed(f"{shard}/{view}")).permutation(samples)[:wanted].tolist())
+
+    def __call__(self, shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
+        """Compare what a run has of the `views_per_shard` views of its shard."""
+        rows = [row - start for row in self._rows(shard, samples, view) if start <= row < start + len(run.keys)]
+        if not rows:
             return
-        self._done[shard] = self._done.get(shard, 0) + wanted
-        seed = int.from_bytes(hashlib.sha256(f"{shard}/{view}".encode()).digest()[:8], "big")
-        rows = sorted(np.random.default_rng(seed).permutation(len(run.keys))[:wanted].tolist())
         try:
             pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
         except DataError:
@@ -99,5 +104,4 @@ class TeacherCheck:
                 )
 
     def _problem(self, shard: str, array: str, what: str) -> Problem:
-        mend = f"milan-pipe extract-targets IMAGES {self._targets} --redo {shard}"
-        return Problem(shard=shard, array=array, what=what, mend=mend)
+        return Problem(shard=shard, array=array, what=what, mend=ledger.redo_command(self._place, shard))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, SettingError
+from milan_pipe.storage import Place, place_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreFormat, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
@@ -38,6 +39,16 @@ def _block(store: TargetStore, shard: str, start: int, stop: int) -> TargetBlock
     )
 
 
+def _require_apart(source: Place, destination: Place) -> None:
+    if source.local is not None and destination.local is not None:
+        one, other = source.local.resolve().parts, destination.local.resolve().parts
+    else:
+        one, other = tuple(source.name.rstrip("/").split("/")), tuple(destination.name.rstrip("/").split("/"))
+    if one[: len(other)] == other[: len(one)]:
+        what = "is the store that is to be converted" if one == other else f"and {source} lie one within the other"
+        raise SettingError(f"{destination} {what}; name another folder for the new store")
+
+
 def convert_targets(
     source: str | Path,
     destination: str | Path,
@@ -54,7 +65,9 @@ def convert_targets(
     Raises:
         MissingError, DataError, MismatchError, StoreError: the source cannot be read, is damaged or not complete, or
             the destination holds something else.
+        SettingError: one lies within the other.
     """
+    _require_apart(place_of(source), place_of(destination))
     store = open_targets(source)
     if len(store.shards) != store.header.source.shards:
         raise DataError(

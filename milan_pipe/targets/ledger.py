@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -121,8 +122,13 @@ def read_record(place: Place, name: str, expected: ShardSummary | None = None) -
 
 
 def redo_command(place: Place, name: str) -> str:
-    """What a user runs to have one shard written again."""
-    return f"milan-pipe extract-targets IMAGES {place} --redo {name}"
+    """What a user runs to have one shard written again, or several with commas between their names."""
+    return f"{extract_command(place)} --redo {shlex.quote(name)}"
+
+
+def extract_command(place: Place) -> str:
+    """What a user runs to have the store finished."""
+    return f"milan-pipe extract-targets IMAGES {shlex.quote(str(place))}"
 
 
 def _parsed(values: Mapping[str, Any]) -> ShardRecord:

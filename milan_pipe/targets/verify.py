@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from milan_pipe.data.views import decode_jpeg
 from milan_pipe.errors import DataError, MilanError, MissingError
@@ -20,9 +25,12 @@ from milan_pipe.targets.store import header_file, open_shard, read_header
 _HASH_BYTES = 4 * 1024 * 1024
 # A row of L float16 values that were rounded one by one.
 _SUM_TOLERANCE = 4e-3
+# Codes of one byte; -128 is never written.
+_MOST_CODE = 127
+_PARALLEL_READS = 8
 
-ShardCheck = Callable[[str, int, int, ViewRun], Iterator["Problem"]]
-"""Takes shard, view, first sample and a run; see `milan_pipe.verification` for the teacher's."""
+ShardCheck = Callable[[str, int, int, int, ViewRun], Iterator["Problem"]]
+"""Takes shard, its samples, view, first sample and a run; see `milan_pipe.extract.against` for the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,13 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What a check came to: what was looked at, and all problems; none means that the store is whole."""
+    """What a check came to.
+
+    Attributes:
+        shards, samples, views, files, bytes: what was looked at.
+        problems: all of them; none means that the store is whole.
+        mend: what to run, one after another, to be rid of all of them.
+    """
 
     shards: int
     samples: int
@@ -52,6 +66,7 @@ class VerifyReport:
     files: int
     bytes: int
     problems: tuple[Problem, ...]
+    mend: tuple[str, ...]
 
 
 class _Check:
@@ -61,23 +76,43 @@ class _Check:
         self.on_run = on_run
         self.problems: list[Problem] = []
         self.samples = self.views = self.files = self.bytes = 0
+        self.finished = False
+        self._removals: list[str] = []
+        self._keys: dict[str, NDArray[np.uint64]] = {}
 
-    def blame(self, shard: str, array: str, what: str, *, remove: str = "") -> None:
-        drop = "rm -f" if self.place.local is not None else "remove"
-        if remove:
-            mend = f"{drop} {self.place}/{remove}"
-        elif shard:
-            mend = ledger.redo_command(self.place, shard)
-        else:
-            mend = f"{drop} {self.place}/{array}; milan-pipe extract-targets IMAGES {self.place}"
+    def blame(self, shard: str, array: str, what: str) -> None:
+        mend = ledger.redo_command(self.place, shard) if shard else ledger.extract_command(self.place)
         self.problems.append(Problem(shard=shard, array=array, what=what, mend=mend))
+
+    def blame_header(self, name: str, what: str) -> None:
+        mend = f"{self._removal(name)}; {ledger.extract_command(self.place)}"
+        self.problems.append(Problem(shard="", array=name, what=what, mend=mend))
+
+    def blame_stray(self, shard: str, path: str, what: str) -> None:
+        mend = self._removal(f"{shard}/{path}" if shard else path)
+        self.problems.append(Problem(shard=shard, array=path, what=what, mend=mend))
+
+    def _removal(self, path: str) -> str:
+        drop = "rm -rf" if self.place.local is not None else "remove"
+        self._removals.append(f"{drop} {shlex.quote(f'{self.place}/{path}')}")
+        return self._removals[-1]
+
+    def mend(self) -> tuple[str, ...]:
+        """What mends all problems: one extraction, after what is too much is gone."""
+        rest = [problem for problem in self.problems if problem.mend not in self._removals]
+        shards = sorted({problem.shard for problem in rest} - {""})
+        if shards:
+            last = [ledger.redo_command(self.place, ",".join(shards))]
+        else:
+            last = [ledger.extract_command(self.place)] if rest else []
+        return (*dict.fromkeys(self._removals), *last)
 
     def store(self) -> dict[str, int]:
         """Check header, summary and bad samples. Returns samples by shard."""
         name, content = header_file(self.header)
         data = self.place.read(name)
         if data != content:
-            self.blame("", name, "differs from what was written")
+            self.blame_header(name, "differs from what was written")
         try:
             summary = ledger.read_summary(self.place)
         except DataError as error:
@@ -86,11 +121,12 @@ class _Check:
         else:
             if summary is None:
                 self.blame("", ledger.SUMMARY, "is missing: extraction has not come to its end")
+        self.finished = summary is not None
         committed = self._committed()
         if summary is None:
             return dict.fromkeys(committed, -1)
         if ledger.sha256_of(data) != summary.header_sha256:
-            self.blame("", name, "does not fit the digest in the summary")
+            self.blame_header(name, "does not fit the digest in the summary")
         try:
             bad = ledger.sha256_of(self.place.read(ledger.BAD_SAMPLES))
         except MissingError:
@@ -105,8 +141,6 @@ class _Check:
             record = ledger.sha256_of(self.place.read(f"{ledger.FOLDER}/{shard}.json"))
             if record != summary.shards[shard].record_sha256:
                 self.blame(shard, f"{ledger.FOLDER}/{shard}.json", "does not fit its digest in the summary")
-        for shard in sorted(set(committed) - summary.shards.keys()):
-            self.blame(shard, f"{ledger.FOLDER}/{shard}.json", "is not in the summary")
         return {shard: summary.shards[shard].samples for shard in summary.shards if shard in committed}
 
     def _committed(self) -> tuple[str, ...]:
@@ -118,13 +152,20 @@ class _Check:
         return names
 
     def strays(self, shards: set[str]) -> None:
-        """Files of a store that nothing refers to."""
+        """Files of a store that nothing refers to; a folder of them counts as one."""
         name, _ = header_file(self.header)
-        own = {name, ledger.SUMMARY, ledger.BAD_SAMPLES}
+        own = {name, ledger.SUMMARY, ledger.BAD_SAMPLES, *(f"{ledger.FOLDER}/{shard}.json" for shard in shards)}
+        strays: dict[str, int] = {}
         for path in self.place.sizes():
-            top = path.partition("/")[0]
-            if path not in own and top != ledger.FOLDER and top not in shards:
-                self.blame("", path, "is not part of the store", remove=path)
+            top, _, inside = path.partition("/")
+            # The next shard of a store that is not finished may lie there before it is committed.
+            begun = inside and top.isdigit() and not self.finished
+            if path not in own and top not in shards and not begun:
+                entry = path if top == ledger.FOLDER else top
+                strays[entry] = strays.get(entry, 0) + 1
+        for entry, files in strays.items():
+            what = "is not part of the store"
+            self.blame_stray("", entry, what if files == 1 else f"{what}, with {files} files")
 
     def shard(self, name: str, samples: int) -> None:
         try:
@@ -139,6 +180,10 @@ class _Check:
 
     def _files(self, name: str, record: ShardRecord) -> bool:
         sizes = self.place.sizes(name, record.files)
+        readable = [path for path, file in record.files.items() if sizes.get(path) == file.bytes]
+        # Far away each file takes a while to answer.
+        with ThreadPoolExecutor(1 if self.place.local is not None else _PARALLEL_READS) as pool:
+            digests = dict(zip(readable, pool.map(self._sha256, (f"{name}/{path}" for path in readable)), strict=True))
         good = True
         for path, file in record.files.items():
             found = sizes.get(path)
@@ -146,7 +191,7 @@ class _Check:
                 what = "is missing"
             elif found != file.bytes:
                 what = f"has {found} bytes, {file.bytes} were written"
-            elif self._sha256(f"{name}/{path}") != file.sha256:
+            elif digests[path] != file.sha256:
                 what = "has other bytes than were written"
             else:
                 self.files += 1
@@ -155,7 +200,7 @@ class _Check:
             good = False
             self.blame(name, path.partition("/")[0], f"{path} {what}")
         for path in sorted(sizes.keys() - record.files.keys()):
-            self.blame(name, path.partition("/")[0], f"{path} is not part of the shard", remove=f"{name}/{path}")
+            self.blame_stray(name, path, "is not part of the shard")
         return good
 
     def _sha256(self, path: str) -> str:
@@ -175,30 +220,62 @@ class _Check:
                 for start in range(0, record.source.samples, BLOCK_SAMPLES):
                     run = opened.read(view, start, min(start + BLOCK_SAMPLES, record.source.samples))
                     seen += run.keys
-                    self._run(name, view, start, run)
+                    self._run(name, record.source.samples, view, start, run)
                 keys.append(seen)
         except (DataError, MissingError) as error:
-            self.blame(name, "", str(error))
+            array = re.search(r"array '(\w+)'|(view-\d+\.tar)", str(error))
+            self.blame(name, (array[1] or array[2]) if array is not None else "", str(error))
             return
-        if len(set(keys[0])) != record.source.samples:
-            self.blame(name, "key", f"{record.source.samples - len(set(keys[0]))} keys occur twice")
+        repeated = sorted(key for key, count in Counter(keys[0]).items() if count > 1)
+        if repeated:
+            self.blame(name, "key", f"{_named(repeated)} more than once in the shard; rename in IMAGES first")
         if any(seen != keys[0] for seen in keys):
             self.blame(name, "key", "the views do not have the same keys")
+        self._keys[name] = np.unique(_digests(keys[0]))
         self.samples += record.source.samples
 
-    def _run(self, name: str, view: int, start: int, run: ViewRun) -> None:
+    def keys_of_all_shards(self) -> None:
+        """Find keys that are in several shards, by eight bytes of memory each."""
+        if not self._keys:
+            return
+        owners = np.repeat(np.arange(len(self._keys)), [len(digests) for digests in self._keys.values()])
+        digests = np.concatenate(list(self._keys.values()))
+        order = np.argsort(digests, kind="stable")
+        digests, owners = digests[order], owners[order]
+        again = np.flatnonzero(digests[1:] == digests[:-1]) + 1
+        names = list(self._keys)
+        for owner in np.unique(owners[again]):
+            here = again[owners[again] == owner]
+            name, other = names[owner], names[owners[here[0] - 1]]
+            record = ledger.read_record(self.place, name)
+            opened, samples = open_shard(self.place, name, self.header, record), record.source.samples
+            keys = [
+                key
+                for start in range(0, samples, BLOCK_SAMPLES)
+                for key in opened.read(0, start, min(start + BLOCK_SAMPLES, samples)).keys
+            ]
+            wanted = set(digests[here].tolist())
+            told = sorted({key for key, digest in zip(keys, _digests(keys).tolist(), strict=True) if digest in wanted})
+            self.blame(name, "key", f"{_named(told)} in another shard too, as {other}; rename in IMAGES first")
+
+    def _run(self, name: str, samples: int, view: int, start: int, run: ViewRun) -> None:
         where = f"view {view}, samples from {start}"
         codec = codec_of(self.header.codec)
         if codec.dtype.kind == "f" and not np.isfinite(run.code_NST).all():
             self.blame(name, "features", f"{where}: values that are not finite")
+        if codec.dtype.kind == "i" and run.code_NST.min() < -_MOST_CODE:
+            self.blame(name, "features", f"{where}: codes out of their range, -{_MOST_CODE} to {_MOST_CODE}")
         if run.scale_NS is not None and not (np.isfinite(run.scale_NS).all() and (run.scale_NS >= 0).all()):
             self.blame(name, "scale", f"{where}: values that are not finite, or negative")
         attention = run.attention_NL.astype(np.float64)
-        off = np.abs(attention.sum(axis=1) - 1).max()
-        if not (off <= _SUM_TOLERANCE and attention.min() >= 0):
-            self.blame(name, "attention", f"{where}: a row sums to {1 + off:g}, or has a negative value")
+        sums = attention.sum(axis=1)
+        worst = sums[np.abs(sums - 1).argmax()]
+        if not abs(worst - 1) <= _SUM_TOLERANCE:
+            self.blame(name, "attention", f"{where}: a row sums to {worst:g}, expected 1")
+        elif attention.min() < 0:
+            self.blame(name, "attention", f"{where}: a row has a negative value, {attention.min():g}")
         if (run.crop_N4[:, 2:] < 1).any() or (run.crop_N4[:, :2] < 0).any():
-            self.blame(name, "crop", f"{where}: a box outside of its picture")
+            self.blame(name, "crop", f"{where}: a box that is empty, or outside of its picture")
         size = self.header.views.size
         for key, jpeg in zip(run.keys, run.jpegs, strict=True):
             try:
@@ -209,7 +286,18 @@ class _Check:
             if shape != (size, size, 3):
                 self.blame(name, "view_bytes", f"{where}: {key} is {shape}, expected {(size, size, 3)}")
         self.views += len(run.keys)
-        self.problems += self.on_run(name, view, start, run)
+        self.problems += self.on_run(name, samples, view, start, run)
+
+
+def _named(keys: Sequence[str]) -> str:
+    """A few keys as the subject of a sentence."""
+    first = repr(keys[0])
+    return f"key {first} is" if len(keys) == 1 else f"key {first} and {len(keys) - 1} more are"
+
+
+def _digests(keys: Sequence[str]) -> NDArray[np.uint64]:
+    data = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest() for key in keys)
+    return np.frombuffer(data, np.uint64)
 
 
 def verify_targets(
@@ -239,6 +327,7 @@ def verify_targets(
     for done, (name, samples) in enumerate(shards.items()):
         on_progress(done, len(shards))
         check.shard(name, samples)
+    check.keys_of_all_shards()
     on_progress(len(shards), len(shards))
     return VerifyReport(
         shards=len(shards),
@@ -247,4 +336,5 @@ def verify_targets(
         files=check.files,
         bytes=check.bytes,
         problems=tuple(check.problems),
+        mend=check.mend(),
     )

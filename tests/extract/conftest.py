@@ -24,9 +24,10 @@ def images(tmp_path_factory):
 def extract():
     """`extract_targets` with this folder's settings; keywords replace them."""
 
-    def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, on_progress=None, **changes):
+    def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, **changes):
+        arguments = ("on_progress", "shards", "redo", "verify_sources")
+        more = {name: changes.pop(name) for name in arguments if name in changes}
         settings = ExtractConfig(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
-        more = {"on_progress": on_progress} if on_progress else {}
         return extract_targets(
             images,
             targets,

@@ -174,7 +174,7 @@ def test_killed_while_it_writes_to_a_bucket(local: Path, proxied_bucket: str, s3
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store_format", FORMATS)
-@pytest.mark.parametrize("seed", (1, 2))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_killed_many_times(local: Path, proxied_bucket: str, s3_proxy: Proxy, store_format: str, seed: int) -> None:
     kill_and_go_on(local, proxied_bucket, s3_proxy, store_format, 3, seed)
 
