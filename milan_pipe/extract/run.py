@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from milan_pipe.extract.fit import sample_features
 from milan_pipe.extract.render import ShardJob, digest
 from milan_pipe.extract.settings import ExtractConfig, parse_share
 from milan_pipe.extract.shard import ShardResult
+from milan_pipe.extract.space import extraction_space_warning
 from milan_pipe.extract.worker import Assignment, ShardWorker, load_assigned_teacher
 from milan_pipe.storage import place_of, require_writable
 from milan_pipe.targets.codec import CodecConfig, build_codec
@@ -264,6 +266,9 @@ def extract_targets(
         for position, (name, source) in enumerate(zip(names, sources, strict=True))
         if name not in known and position % shares == share
     ]
+    space = extraction_space_warning(header, [job.images for job in jobs], place)
+    if space is not None:
+        warnings.warn(space, UserWarning, stacklevel=2)
     tally = _Tally(shards=len(sources), on_progress=on_progress, committed=dict(known))
     tally.tell()
     tally.require_few_bad(extract.max_bad_fraction)

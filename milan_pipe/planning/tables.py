@@ -17,15 +17,18 @@ def store_table(report: PlanReport) -> Table:
     table = Table(
         "codec",
         "format",
-        *(f"{name}\n({how})" for name, how in (("a view", "measured"), ("mean cosine", "measured"))),
-        *(f"{name}\n(extrapolated)" for name in ("in all", "files")),
+        "a view",
+        "mean cosine",
+        "in all",
+        "files",
+        caption="a view and its cosine: measured; in all, files: extrapolated; * as the settings say",
     )
     for store in report.stores:
         table.add_row(
             store.codec,
             f"{store.format} *" if store == report.chosen else store.format,
             size(store.bytes_per_view),
-            f"{store.mean_cosine:.6f}",
+            f"{store.mean_cosine:.8f}",
             size(store.bytes),
             str(store.files),
         )
@@ -50,8 +53,8 @@ def _stage1(report: PlanReport) -> dict[str, str]:
         "teacher": f"{report.teacher_model} at {report.teacher_image_size} pixels: {report.teacher} (measured)",
         "rendering": f"{report.render_views_per_second:.4g} views a second and thread (measured), "
         f"{report.render_threads} threads",
-        "extraction": f"{hours} (extrapolated from {extraction.views_per_second:.4g} views a second, which the "
-        f"{extraction.limited_by} decides; writing not counted)",
+        "extraction": f"{hours} (extrapolated from {extraction.views_per_second:.4g} views a second, limited by "
+        f"{extraction.limited_by}; writing not counted)",
     }
 
 

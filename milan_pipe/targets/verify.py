@@ -122,7 +122,7 @@ class _Check:
             if summary is None:
                 self.blame("", ledger.SUMMARY, "is missing: extraction has not come to its end")
         self.finished = summary is not None
-        committed = self._committed()
+        committed = self._committed(summary)
         if summary is None:
             return dict.fromkeys(committed, -1)
         if ledger.sha256_of(data) != summary.header_sha256:
@@ -143,13 +143,13 @@ class _Check:
                 self.blame(shard, f"{ledger.FOLDER}/{shard}.json", "does not fit its digest in the summary")
         return {shard: summary.shards[shard].samples for shard in summary.shards if shard in committed}
 
-    def _committed(self) -> tuple[str, ...]:
-        names = ledger.committed_names(self.place)
-        if self.place.local is None and not names:
-            # A place that cannot be listed (https) has its summary alone to tell.
-            summary = ledger.read_summary(self.place)
-            names = tuple(summary.shards) if summary is not None else ()
-        return names
+    def _committed(self, summary: ledger.Summary | None) -> tuple[str, ...]:
+        if self.place.listable:
+            return ledger.committed_names(self.place)
+        # A web server has what its summary names, as far as it is there.
+        shards = summary.shards if summary is not None else ()
+        there = self.place.sizes(ledger.FOLDER, [f"{shard}.json" for shard in shards])
+        return tuple(path.removesuffix(".json") for path in there)
 
     def strays(self, shards: set[str]) -> None:
         """Files of a store that nothing refers to; a folder of them counts as one."""

@@ -1,0 +1,278 @@
+"""`milan-pipe plan`: what it counts is right, what it estimates is near what extraction then writes, nothing stays."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milan_pipe import cli, commands
+from milan_pipe.config import Params, load_params
+from milan_pipe.data.images import expand_shards
+from milan_pipe.data.prepare import PrepareConfig, prepare
+from milan_pipe.errors import DataError
+from milan_pipe.extract import space
+from milan_pipe.planning.count import ImageCount, count_pictures
+from milan_pipe.planning.run import PlanProgress, PlanReport
+from milan_pipe.planning.speed import Speed, extraction_hours, pretraining_hours
+from milan_pipe.storage import place_of
+
+SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
+CHOICES = [(codec, store) for codec in ("float16", "int8", "klt") for store in ("zarr", "webdataset")]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned") / "images"
+    prepare("demo", folder, PrepareConfig(train_scenes=160, test_scenes=0, samples_per_shard=70), workers=1)
+    return folder
+
+
+def params(*more: str) -> Params:
+    return load_params(None, [*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def report(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
+    return commands.plan(scenes, tmp_path_factory.mktemp("t") / "targets", params(), sample=48)
+
+
+def nothing(*_: object) -> None:
+    """For who does not listen."""
+
+
+def counted(where: str | Path) -> ImageCount:
+    return count_pictures(expand_shards(where), nothing)
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_an_index_tells_without_a_look(scenes: Path) -> None:
+    assert counted(scenes) == ImageCount(
+        pictures=160, source="index", shards=3, looked_at=0, bytes=sum(p.stat().st_size for p in scenes.glob("*.tar"))
+    )
+
+
+def test_without_an_index_the_headers_tell(scenes: Path, tmp_path: Path) -> None:
+    for path in scenes.glob("*.tar"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    found = counted(tmp_path)
+    assert (found.pictures, found.source, found.looked_at) == (160, "headers", 3)
+
+
+def test_an_index_that_no_longer_fits_is_not_believed(scenes: Path, tmp_path: Path) -> None:
+    for path in scenes.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = min(tmp_path.glob("*.tar"))
+    pack(first, [("a.jpg", b"x"), ("b.jpg", b"y")])
+    assert (counted(tmp_path).pictures, counted(tmp_path).source) == (92, "headers")
+
+
+def test_only_pictures_count_and_each_once(tmp_path: Path) -> None:
+    names = ["a.jpg", "a.json", "b.PNG", "b.txt", "c.json", "dir/a.webp"]
+    members = [(name, b"1") for name in names]
+    pack(tmp_path / "x.tar", members)
+    assert counted(tmp_path / "x.tar").pictures == 3
+
+
+def test_many_shards_are_estimated_by_their_size(tmp_path: Path) -> None:
+    for number in range(40):
+        pack(tmp_path / f"{number:03d}.tar", [(f"{number}-{row}.jpg", bytes(3000)) for row in range(20 + number % 5)])
+    found = counted(tmp_path)
+    truth = sum(20 + number % 5 for number in range(40))
+    assert (found.source, found.looked_at, found.shards) == ("estimate", 16, 40)
+    assert found.pictures == pytest.approx(truth, rel=0.05)
+
+
+def test_a_bucket_is_counted_from_the_beginnings_of_its_shards(bucket: str, scenes: Path) -> None:
+    place = place_of(f"{bucket}/images")
+    for path in sorted(scenes.glob("*.tar")):
+        place.write(path.name, path.read_bytes())
+    found = counted(f"{bucket}/images")
+    assert found.shards == found.looked_at == 3
+    assert found.pictures == pytest.approx(160, rel=0.05)
+
+
+def test_shards_that_cannot_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.tar"):
+        counted(tmp_path / "a.tar")
+    pack(tmp_path / "b.tar", [("a.json", b"1")])
+    with pytest.raises(DataError, match="no pictures"):
+        counted(tmp_path / "b.tar")
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "store_format"), CHOICES)
+def test_a_store_takes_what_was_told(
+    scenes: Path, report: PlanReport, tmp_path: Path, codec: str, store_format: str
+) -> None:
+    told = next(store for store in report.stores if (store.codec, store.format) == (codec, store_format))
+    written = commands.extract_targets(
+        scenes, tmp_path / "t", params(f"codec.name={codec}", f"extract.format={store_format}")
+    )
+    assert told.bytes == pytest.approx(written.bytes, rel=0.07)
+    assert told.files == len([path for path in (tmp_path / "t").rglob("*") if path.is_file()])
+    assert 1 - told.mean_cosine == pytest.approx(1 - (written.mean_cosine or 0), rel=0.2)
+
+
+def test_the_report_adds_up(report: PlanReport) -> None:
+    assert (report.images.pictures, report.views, report.sample, report.sample_bad) == (160, 320, 48, 0)
+    assert (report.chosen.codec, report.chosen.format) == ("int8", "zarr")
+    assert len(report.stores) == 6
+    assert report.teacher.per_second > 0
+    assert report.student.per_second > 0
+    assert report.space.needed_bytes == report.chosen.bytes
+    assert report.space.free_bytes is not None
+    hours = report.extraction.hours
+    assert hours[1] == pytest.approx(8 * hours[8]) == pytest.approx(64 * hours[64])
+    assert hours[1] * 3600 * report.extraction.views_per_second == pytest.approx(320)
+
+
+def test_nothing_stays(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    told: list[PlanProgress] = []
+    commands.plan(scenes, tmp_path / "targets", params(), sample=8, on_progress=told.append)
+    assert {now.what for now in told} >= {"render", "teacher", "codecs", "stores", "student"}
+    assert [path.name for path in tmp_path.rglob("*")] == ["scratch"]
+
+
+# --- hours --------------------------------------------------------------------------------------------------------
+
+
+def speed(rate: float, threads: int = 0) -> Speed:
+    device = "cpu" if threads else "cuda"
+    return Speed(per_second=rate, device=device, precision="float32", batch_size=64, threads=threads, batches=8)
+
+
+def test_what_limits_an_extraction() -> None:
+    assert extraction_hours(3600, speed(10), 0.01, threads=8, cores=8).limited_by == "teacher"
+    slow = extraction_hours(3600, speed(1000), 0.1, threads=4, cores=8)
+    assert (slow.limited_by, slow.views_per_second) == ("rendering", pytest.approx(40))
+    shared = extraction_hours(3600, speed(10, threads=2), 0.1, threads=2, cores=2)
+    assert (shared.limited_by, shared.views_per_second) == ("processors", pytest.approx(1 / 0.15))
+
+
+@given(
+    epochs=st.integers(1, 1000),
+    student=st.floats(1, 1e4),
+    teacher=st.floats(1, 1e4),
+    extraction=st.floats(0.001, 1e4),
+)
+def test_hours_saved(epochs: int, student: float, teacher: float, extraction: float) -> None:
+    plan = pretraining_hours(10**6, epochs, speed(student), speed(teacher), extraction)
+    assert plan.saved_hours == pytest.approx(plan.online_hours - plan.pretrain_hours - extraction, rel=1e-6, abs=1e-6)
+    assert plan.pays_from_epochs is not None
+    pays = pretraining_hours(10**6, plan.pays_from_epochs, speed(student), speed(teacher), extraction)
+    assert pays.saved_hours > 0
+    if plan.pays_from_epochs > 1:
+        before = pretraining_hours(10**6, plan.pays_from_epochs - 1, speed(student), speed(teacher), extraction)
+        assert before.saved_hours <= 1e-9
+
+
+def test_pixels_need_no_teacher() -> None:
+    plan = pretraining_hours(1000, 5, speed(10), None, 1.0)
+    assert (plan.saved_hours, plan.pays_from_epochs) == (-1.0, None)
+
+
+# --- free disk ----------------------------------------------------------------------------------------------------
+
+
+def short_of_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_a_disk_without_room_is_told(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_of_disk(monkeypatch, 100_000)
+    report = commands.plan(scenes, tmp_path / "t", params(), sample=8)
+    assert report.space.short
+    (line,) = [line for line in report.warnings if "free at" in line]
+    assert "will need about" in line
+    assert "100.00 KB are free" in line
+
+
+def test_extraction_warns_before_the_first_view(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    short_of_disk(monkeypatch, 100_000)
+    commands.extract_targets(scenes, tmp_path / "t", params())
+    told = [str(warning.message) for warning in recwarn if "free at" in str(warning.message)]
+    assert len(told) == 1
+    assert "may need up to" in told[0]
+    # Nothing is left to be done, so nothing more is needed.
+    recwarn.clear()
+    commands.extract_targets(scenes, tmp_path / "t", params())
+    assert [warning for warning in recwarn if "free at" in str(warning.message)] == []
+
+
+def test_a_disk_with_room_and_a_bucket_are_not_told_of(scenes: Path, bucket: str) -> None:
+    shards = expand_shards(scenes)
+    assert space.free_space_warning(space.free_space(place_of("somewhere/new"), 1)) is None
+    assert space.free_space(place_of(f"{bucket}/t"), 10**18).free_bytes is None
+    assert space.indexed_pictures(shards) == 160
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["milan-pipe", "plan", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_the_command(scenes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milan_pipe.terminal.console.width", 80)
+    words = [part for text in SETTINGS for part in ("--set", text)]
+    code, out, err = run(capsys, monkeypatch, scenes, "--sample", 8, "--json", *words)
+    assert code == 0
+    values: dict[str, Any] = json.loads(out)
+    assert values["images"]["pictures"] == 160
+    assert [store["codec"] for store in values["stores"]] == ["float16", "float16", "int8", "int8", "klt", "klt"]
+    assert max(len(line) for line in err.splitlines() if "warning:" not in line) <= 80
+    assert "…" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "nowhere"),
+        (["SCENES", "--set", "teacher.model=no-such"], "no-such"),
+        (["SCENES", "--set", "student.image_size=60"], "60"),
+        (["SCENES", "--set", "codec.name=best"], "codec.name"),
+    ],
+)
+def test_mistakes_are_one_line(
+    scenes: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    code, out, err = run(capsys, monkeypatch, *[str(scenes) if word == "SCENES" else word for word in words])
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert told in errors[0]

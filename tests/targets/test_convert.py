@@ -1,0 +1,255 @@
+"""A store in the other backend's files: nothing lost, gone on with, and never written over something else."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.targets import check_store, commit, header, random_blocks, tree, write_store
+
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
+from milan_pipe.targets.convert import convert_targets
+from milan_pipe.targets.schema import StoreFormat
+from milan_pipe.targets.store import StoreShardWriter, TargetStoreWriter, open_targets
+from milan_pipe.targets.verify import verify_targets
+
+FORMATS: tuple[StoreFormat, StoreFormat] = ("zarr", "webdataset")
+CODECS = [("int8", 1), ("int8", 0), ("float16", 1), ("float16", 0), ("klt", 1), ("klt", 0)]
+
+
+def other(store_format: StoreFormat) -> StoreFormat:
+    return FORMATS[1 - FORMATS.index(store_format)]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# --- nothing lost -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codec", "level"), CODECS)
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_the_other_format_and_back(tmp_path: Path, store_format: StoreFormat, codec: str, level: int) -> None:
+    sizes = (300, 128, 1)
+    head = header(codec, format=store_format, zstd_level=level, shards=3, views=3)
+    written = write_store(tmp_path / "there", head, sizes)
+    # What the same samples give that are written in that format at once.
+    into = other(store_format)
+    write_store(tmp_path / "at once", head.model_copy(update={"format": into}), sizes)
+    report = convert_targets(tmp_path / "there", tmp_path / "converted", format=into)
+    assert (report.shards, report.skipped, report.samples) == (3, 0, sum(sizes))
+    assert report.bytes == sum(len(data) for data in tree(tmp_path / "converted").values())
+    assert tree(tmp_path / "converted") == tree(tmp_path / "at once")
+    check_store(open_targets(tmp_path / "converted"), written)
+    assert verify_targets(tmp_path / "converted").problems == ()
+    convert_targets(tmp_path / "converted", tmp_path / "back", format=store_format)
+    assert tree(tmp_path / "back") == tree(tmp_path / "there")
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_the_same_format_is_a_copy(tmp_path: Path, store_format: StoreFormat) -> None:
+    write_store(tmp_path / "t", header(format=store_format, shards=2), [130, 5])
+    convert_targets(tmp_path / "t", tmp_path / "copy", format=store_format)
+    assert tree(tmp_path / "copy") == tree(tmp_path / "t")
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_to_a_bucket_and_back(bucket: str, tmp_path: Path, store_format: StoreFormat) -> None:
+    write_store(tmp_path / "t", header(format=store_format, shards=2), [130, 5])
+    convert_targets(tmp_path / "t", f"{bucket}/t", format=other(store_format))
+    assert verify_targets(f"{bucket}/t").problems == ()
+    convert_targets(f"{bucket}/t", tmp_path / "back", format=store_format)
+    assert tree(tmp_path / "back") == tree(tmp_path / "t")
+    convert_targets(f"{bucket}/t", f"{bucket}/copy", format=other(store_format))
+    assert tree(f"{bucket}/copy") == tree(f"{bucket}/t")
+
+
+def test_no_teacher_is_loaded(tmp_path: Path) -> None:
+    """Of a store whose teacher is on no machine, in a process that could not even build one."""
+    write_store(tmp_path / "t", header("klt", model="of-nobody", pretrained="gone.pt"), [5])
+    code = (
+        "import sys\n"
+        "sys.modules['open_clip'] = sys.modules['timm'] = None\n"
+        "from milan_pipe.targets.convert import convert_targets\n"
+        f"convert_targets({str(tmp_path / 't')!r}, {str(tmp_path / 'o')!r}, format='webdataset')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert verify_targets(tmp_path / "o").problems == ()
+
+
+# --- gone on with -------------------------------------------------------------------------------------------------
+
+
+def test_again_does_nothing(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(shards=2), [5, 3])
+    convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("0*/*")}
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    assert (report.shards, report.skipped) == (2, 2)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("0*/*")} == before
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+@pytest.mark.parametrize("blocks", [0, 1, 3, 4])
+def test_interrupted_after_any_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_format: StoreFormat, blocks: int
+) -> None:
+    write_store(tmp_path / "t", header(format=store_format, shards=3), [130, 130, 5])
+    convert_targets(tmp_path / "t", tmp_path / "unbroken", format=other(store_format))
+    append, left = StoreShardWriter.append, [blocks]
+
+    def interrupted(self: StoreShardWriter, block: object) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        append(self, block)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreShardWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert_targets(tmp_path / "t", tmp_path / "o", format=other(store_format))
+    assert not list((tmp_path / "o").rglob(".partial-*")), "nothing unfinished is left"
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format=other(store_format))
+    assert report.skipped == blocks // 2
+    assert tree(tmp_path / "o") == tree(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_killed_and_gone_on_with(tmp_path: Path, store_format: StoreFormat) -> None:
+    shards = 12
+    write_store(tmp_path / "t", header(format=store_format, shards=shards, width=64), [130] * shards)
+    into = other(store_format)
+    convert_targets(tmp_path / "t", tmp_path / "unbroken", format=into)
+    command = [sys.executable, "-m", "milan_pipe", "convert-targets", "t", "o", "--format", into]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    stop = time.monotonic() + 120
+    committed = tmp_path / "o" / "manifest" / "000002.json"
+    while not committed.exists() and time.monotonic() < stop and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL, "it had come to its end"
+    assert committed.exists()
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format=into)
+    assert 3 <= report.skipped < shards
+    found = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    whole = tree(tmp_path / "unbroken")
+    assert found == whole.keys()
+    assert tree(tmp_path / "o") == whole
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_a_source_shard_done_again_is_converted_again(tmp_path: Path, store_format: StoreFormat) -> None:
+    head = header(format=store_format, shards=2)
+    write_store(tmp_path / "t", head, [5, 5])
+    into = other(store_format)
+    convert_targets(tmp_path / "t", tmp_path / "o", format=into)
+    writer = TargetStoreWriter(tmp_path / "t", head)
+    writer.forget("000001")
+    commit(writer, "000001", random_blocks(head, 7, seed=9))
+    writer.finish()
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format=into)
+    assert (report.skipped, report.samples) == (1, 12)
+    convert_targets(tmp_path / "t", tmp_path / "fresh", format=into)
+    assert tree(tmp_path / "o") == tree(tmp_path / "fresh")
+    assert verify_targets(tmp_path / "o").problems == ()
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+def refusal(source: object, destination: object, store_format: StoreFormat) -> str:
+    with pytest.raises(MilanError) as told:
+        convert_targets(str(source), str(destination), format=store_format)
+    message = str(told.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_destination_of_another_configuration(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(shards=2), [5, 5])
+    write_store(tmp_path / "o", header(format="webdataset", shards=2, model="other"), [5, 5])
+    before = tree(tmp_path / "o")
+    with pytest.raises(MismatchError, match=r"teacher\.model: store has 'other', this run has 'demo'"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    with pytest.raises(MismatchError, match="format: store has 'webdataset', this run has 'zarr'"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="zarr")
+    assert tree(tmp_path / "o") == before
+
+
+def test_a_destination_that_holds_something_else(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(), [5])
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.tex").write_bytes(b"x")
+    with pytest.raises(DataError, match="is not a target store and not empty"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_a_store_into_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_format: StoreFormat) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_store(tmp_path / "t", header(), [5])
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    before = tree(tmp_path / "t")
+    for destination in ("t", "t/", "./t", "../" + tmp_path.name + "/t", tmp_path / "t", "link"):
+        assert "is the store that is to be converted; name another folder" in refusal("t", destination, store_format)
+    assert "lie one within the other" in refusal("t", "t/inside", store_format)
+    assert "lie one within the other" in refusal("t", ".", store_format)
+    assert tree(tmp_path / "t") == before
+
+
+def test_a_store_of_a_bucket_into_itself(bucket: str) -> None:
+    write_store(f"{bucket}/t", header(), [5])
+    before = tree(bucket)
+    for store_format in FORMATS:
+        assert "is the store that is to be converted" in refusal(f"{bucket}/t", f"{bucket}/t/", store_format)
+        assert "lie one within the other" in refusal(f"{bucket}/t", f"{bucket}/t/inside", store_format)
+    assert tree(bucket) == before
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_a_damaged_source_shard_is_one_clear_error(tmp_path: Path, store_format: StoreFormat) -> None:
+    write_store(tmp_path / "t", header(format=store_format, shards=3), [130, 130, 5])
+    whole = tree(tmp_path / "t")
+    convert_targets(tmp_path / "t", tmp_path / "unbroken", format=other(store_format))
+    inside = [path for path in whole if path.startswith("000001/") and whole[path]]
+    for path in [*inside[:: max(1, len(inside) // 6)], "manifest/000001.json"]:
+        damage(tmp_path / "t" / path)
+        told = refusal(tmp_path / "t", tmp_path / "o", other(store_format))
+        assert "000001" in told
+        assert f"`milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001`" in told
+        (tmp_path / "t" / path).write_bytes(whole[path])
+        assert list((tmp_path / "o" / "manifest").iterdir()) == [tmp_path / "o" / "manifest" / "000000.json"]
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format=other(store_format))
+    assert report.skipped == 1
+    assert tree(tmp_path / "o") == tree(tmp_path / "unbroken")
+
+
+def test_a_source_that_is_not_finished(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(shards=3), [5, 5])
+    with pytest.raises(DataError, match=r"has 2 of 3 shards; finish its extraction first"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_source(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="is not there"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    (tmp_path / "t").mkdir()
+    with pytest.raises(DataError, match="is not a target store"):
+        convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_destination_that_cannot_be_written(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(), [5])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot be"):
+        convert_targets(tmp_path / "t", tmp_path / "file" / "o", format="webdataset")
