@@ -46,6 +46,7 @@ SCRATCH = ".partial-"
 
 _SCHEMES = ("s3", "gs", "az", "https", "http")
 _PARALLEL_REQUESTS = 16
+_WRITE_ATTEMPTS = 3
 _PARTS_IN_FLIGHT = 4
 # Below this number of files, asking for each is sooner done than listing a folder of unknown length.
 _FEW_FILES = 64
@@ -349,22 +350,27 @@ class _Folder(Place):
 
     def write(self, path: str, data: bytes, *, replace: bool = True) -> bool:
         final = self.local / path
-        beside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(data)
-            if replace:
-                beside.replace(final)
-            else:
-                # Unlike a rename, a link fails where the name is taken, in one step.
-                os.link(beside, final)
-        except OSError as error:
-            if isinstance(error, FileExistsError) and not replace and final.exists():
-                return False
-            raise StoreError(f"{final} cannot be written: {error.strerror or error}") from error
-        finally:
-            with suppress(OSError):
-                beside.unlink()
+        for attempt in range(_WRITE_ATTEMPTS):
+            beside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
+            try:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                beside.write_bytes(data)
+                if replace:
+                    beside.replace(final)
+                else:
+                    # Unlike a rename, a link fails where the name is taken, in one step.
+                    os.link(beside, final)
+                break
+            except OSError as error:
+                if isinstance(error, FileExistsError) and not replace and final.exists():
+                    return False
+                # Another process that has finished the store may just have cleared all scratch away.
+                if isinstance(error, FileNotFoundError) and attempt + 1 < _WRITE_ATTEMPTS:
+                    continue
+                raise StoreError(f"{final} cannot be written: {error.strerror or error}") from error
+            finally:
+                with suppress(OSError):
+                    beside.unlink()
         return True
 
     def remove(self, path: str) -> None:

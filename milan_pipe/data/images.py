@@ -358,7 +358,7 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
 def _groups(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[_Group]:
     group: _Group | None = None
     for name, info, data in _members(shard, copy):
-        prefix, suffix = _split_name(name)
+        prefix, suffix = split_member_name(name)
         if not prefix:
             continue
         key = _utf8(prefix)
@@ -414,7 +414,7 @@ _DOTTED = "its sample has no picture: a key ends at the first dot of a name; ren
 _WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_member_name(name: str) -> tuple[str, str]:
     """Key and lower-case suffix by webdataset's rule: cut at the first dot of the last part; ("", "") if none."""
     match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
     if match is None or re.match(r"__[^/]*__($|/)", name):
@@ -469,7 +469,7 @@ def _walk(shard: ShardFile, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarI
             raise _damaged(shard, info.offset)
         end = tar.offset
         data = None
-        wanted = _split_name(info.name)[1] in _WANTED
+        wanted = split_member_name(info.name)[1] in _WANTED
         if wanted and info.isreg() and not info.issparse() and info.size <= MAX_ENCODED_BYTES:
             file.seek(info.offset_data)
             data = file.read(info.size)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +25,54 @@ from milan_pipe.extract.render import ShardJob
 from milan_pipe.extract.shard import ShardResult
 from milan_pipe.extract.worker import Assignment, do_shard
 
-_TOPIC = "milan-pipe"
 _FOLDER = "milan-pipe-dask"
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
+_START_SECONDS = 300
 
 
-def _task(assignment: Assignment, job: ShardJob) -> ShardResult:
+def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
     worker = get_worker()
+    run = uuid.uuid4().hex
 
     def tell(views: int, bad: int) -> None:
-        worker.log_event(_TOPIC, {"views": views, "bad": bad})
+        worker.log_event(topic, (job.name, run, views, bad))
 
-    result = do_shard(assignment, job, tell)
+    # Shared out here, as the processors are this machine's.
+    result = do_shard(assignment.with_share(sharing), job, tell)
     if result.error is not None:
         raise result.error
     return result
+
+
+class _Counts:
+    """Views and bad samples of each shard: of that attempt at it which came farthest, so that none counts twice."""
+
+    def __init__(self, on_progress: Callable[[int, int], None]) -> None:
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._runs: dict[str, dict[str, tuple[int, int]]] = {}
+        self._most: dict[str, tuple[int, int]] = {}
+
+    def add(self, shard: str, run: str, views: int, bad: int) -> None:
+        """So much more was done by an attempt."""
+        with self._lock:
+            runs = self._runs.setdefault(shard, {})
+            before = runs.get(run, (0, 0))
+            runs[run] = (before[0] + views, before[1] + bad)
+            self._raise_to(shard, *runs[run])
+
+    def end(self, shard: str, views: int, bad: int) -> None:
+        """A shard is committed; what was told of it may still be on its way."""
+        with self._lock:
+            self._raise_to(shard, views, bad)
+
+    def _raise_to(self, shard: str, views: int, bad: int) -> None:
+        then = self._most.get(shard, (0, 0))
+        now = (max(views, then[0]), max(bad, then[1]))
+        if now != then:
+            self._most[shard] = now
+            self._on_progress(now[0] - then[0], now[1] - then[1])
 
 
 @contextmanager
@@ -53,8 +88,15 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
                 "with `dask scheduler` and name the address that it prints"
             ) from error
         with client:
-            hosts = Counter(worker["host"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
-            yield client, max(hosts.values(), default=1)
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if not workers:
+                _warn(f"no worker has joined {extract.scheduler}; waiting for `dask worker {extract.scheduler}`")
+            if any(worker["nthreads"] > 1 for worker in workers):
+                _warn(
+                    "a worker does one shard at a time and holds as many as it has threads, so that others may wait; "
+                    "start each as `dask worker --nthreads 1`"
+                )
+            yield client, max(Counter(worker["host"] for worker in workers).values(), default=1)
         return
     share = str(max(1, thread_count(0) // extract.workers))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
@@ -62,18 +104,42 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
     with (
         _own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
-        LocalCluster(
-            n_workers=extract.workers,
+        _local_cluster(folder) as cluster,
+        Client(cluster) as client,
+    ):
+        cluster.scale(extract.workers)
+        client.wait_for_workers(extract.workers, timeout=_START_SECONDS)
+        yield client, extract.workers
+
+
+def _local_cluster(folder: str) -> LocalCluster:
+    """A cluster without workers yet."""
+    # A terminal sends Ctrl-C to all processes, and only this one is to answer. The thread that will start workers takes
+    # its signal mask from here, and they take theirs from it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return LocalCluster(
+            n_workers=0,
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
             dashboard_address=None,
             local_directory=folder,
-            preload=["milan_pipe.extract.local_worker"],
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client, extract.workers
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _silence_dask() -> None:
+    # It tells of each worker that comes, goes or hangs at length; what matters of it is told here, in a line. Some of
+    # its loggers have levels and handlers of their own, which those above them do not rule.
+    for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 @contextmanager
@@ -103,30 +169,26 @@ def extract_on_cluster(
         One result per job, as they come. A shard that failed three times comes with its error.
 
     Raises:
-        StoreError: no scheduler answers.
+        StoreError: no scheduler answers, or it was lost.
     """
-    # Dask tells of each worker that comes, goes or hangs at length; what matters of it is told below, in a line.
-    for name in ("distributed", "tornado"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence_dask()
     with _client(assignment) as (client, sharing):
-        assignment = assignment.with_share(sharing)
-        client.subscribe_topic(_TOPIC, lambda event: on_progress(event[1]["views"], event[1]["bad"]))
+        # A scheduler may have other extractions at the same time, of shards of the same names.
+        topic = f"milan-pipe-{uuid.uuid4().hex}"
+        counts = _Counts(on_progress)
+        client.subscribe_topic(topic, lambda event: counts.add(*event[1]))
 
         def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
-            key = f"extract-{job.name}-{attempt}"
+            key = f"{topic}-{job.name}-{attempt}"
             # First come, first served, so that what is left at the end is the tail and not holes.
-            return client.submit(_task, assignment, job, key=key, pure=False, priority=-int(job.name))
+            return client.submit(_task, assignment, sharing, job, topic, key=key, priority=-int(job.name))
 
         known: set[str] = set()
 
         def look_at_workers() -> None:
             there = set(client.scheduler_info(n_workers=-1)["workers"])
             if known - there:
-                warnings.warn(
-                    f"lost {len(known - there)} of {len(known)} workers; what they had is done again by others",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                _warn(f"lost {len(known - there)} of {len(known)} workers; what they had is done again by others")
             known.clear()
             known.update(there)
             on_workers(len(there))
@@ -136,10 +198,14 @@ def extract_on_cluster(
         finished = as_completed(list(waiting))
         for future in finished:
             job, attempt = waiting.pop(future)
+            if future.status in ("cancelled", "lost"):
+                raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost")
             look_at_workers()
-            error = future.exception() if future.status != "cancelled" else StoreError("the scheduler was lost")
+            error = future.exception()
             if error is None:
-                yield future.result()
+                result = future.result()
+                counts.end(job.name, result.views, len(result.source.bad))
+                yield result
             elif attempt < _ATTEMPTS and not isinstance(error, KilledWorker):
                 again = submit(job, attempt + 1)
                 waiting[again] = (job, attempt + 1)

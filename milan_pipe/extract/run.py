@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,19 +81,21 @@ class _Tally:
     cosine: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     failed: list[ShardResult] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, views: int = 0, bad: int = 0) -> None:
-        self.views += views
-        self.bad += bad
-        self.on_progress(
-            ExtractProgress(
-                shards_done=len(self.committed),
-                shards=self.shards,
-                views=self.views,
-                bad=self.bad,
-                workers=self.workers,
+        with self.lock:  # a cluster's client tells from a thread of its own
+            self.views += views
+            self.bad += bad
+            self.on_progress(
+                ExtractProgress(
+                    shards_done=len(self.committed),
+                    shards=self.shards,
+                    views=self.views,
+                    bad=self.bad,
+                    workers=self.workers,
+                )
             )
-        )
 
     def set_workers(self, workers: int) -> None:
         self.workers = workers
@@ -294,6 +297,9 @@ def extract_targets(
         ) from error
     finally:
         _close(results)
+    if shares > 1:
+        # Other shares may have come to their end meanwhile; the last one finishes the store.
+        tally.committed.update({name: record for name, record in writer.committed().items() if name in names})
     complete = len(tally.committed) == len(sources)
     if complete:
         writer.finish()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milan_pipe.data.count import glance_at_pictures
 from milan_pipe.data.images import ShardFile
-from milan_pipe.data.index import INDEX_NAME, ImageIndex, read_index
-from milan_pipe.errors import MilanError
 from milan_pipe.storage import Place
 from milan_pipe.targets.schema import StoreFormat, StoreHeader
 from milan_pipe.terminal import size as in_words
@@ -87,41 +85,13 @@ def most_bytes_per_view(header: StoreHeader) -> int:
 
 
 def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], place: Place) -> str | None:
-    """One line where the targets of these shards may not fit at `place`; costs a look at their index.
+    """One line where the targets of these shards may not fit at `place`; costs a look at their index or a few of them.
 
     Returns:
         None where they fit, and where it cannot be told: in a bucket, or where the number of pictures is not known.
     """
-    pictures = indexed_pictures(shards) if place.local is not None else None
+    pictures = glance_at_pictures(shards) if place.local is not None and shards else None
     if pictures is None:
         return None
     bound = pictures * header.views.count * most_bytes_per_view(header)
     return free_space_warning(free_space(place, bound), at_most=True)
-
-
-def indexed_pictures(shards: Sequence[ShardFile]) -> int | None:
-    """Number of pictures of shards by the `index.json` beside them; None where it does not name each in its size."""
-    indexes: dict[Place, dict[str, tuple[int, int]]] = {}
-    pictures = 0
-    for shard in shards:
-        if shard.place not in indexes:
-            index = _index_of(shard.place)
-            records = index.shards if index is not None else ()
-            indexes[shard.place] = {record.name: (record.samples, record.bytes) for record in records}
-        samples, size = indexes[shard.place].get(shard.name, (0, -1))
-        if size != shard.size():
-            return None
-        pictures += samples
-    return pictures
-
-
-def _index_of(place: Place) -> ImageIndex | None:
-    try:
-        if place.local is not None:
-            return read_index(place.local)
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / INDEX_NAME).write_bytes(place.read(INDEX_NAME))
-            return read_index(folder)
-    # An index is a help and no duty: most shards were never made by `prepare`.
-    except MilanError:
-        return None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.data.ahead import thread_count
+from milan_pipe.data.count import ImageCount, count_pictures
 from milan_pipe.data.images import ShardFile, expand_shards
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
 from milan_pipe.extract.settings import ExtractConfig
 from milan_pipe.extract.space import FreeSpace, free_space, free_space_warning
 from milan_pipe.extract.worker import Assignment, load_assigned_teacher
-from milan_pipe.planning.count import ImageCount, count_pictures
 from milan_pipe.planning.speed import (
     ExtractionHours,
     Lesson,
@@ -225,7 +225,9 @@ def _report(
 ) -> PlanReport:
     pictures, rendering = measured.images.pictures, measured.sample.render_seconds
     threads = thread_count(extract.threads)
-    extraction = extraction_hours(pictures * views.count, measured.teacher, rendering, threads, thread_count(0))
+    extraction = extraction_hours(
+        pictures * views.count, measured.images.shards, measured.teacher, rendering, threads, thread_count(0)
+    )
     return PlanReport(
         images=measured.images,
         views_per_picture=views.count,

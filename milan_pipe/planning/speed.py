@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ class Speed:
 
     def __str__(self) -> str:
         threads = f", {self.threads} threads" if self.threads > 1 else ", 1 thread" if self.threads else ""
-        how = f"{self.device}, {self.precision}, batch {self.batch_size}{threads}"
-        return f"{self.per_second:.4g} a second ({how})"
+        return f"{self.device}, {self.precision}, batch {self.batch_size}{threads}"
 
 
 @contextmanager
@@ -206,7 +205,8 @@ class ExtractionHours:
     Attributes:
         views_per_second: of one device, rendering beside it; writing is not counted.
         limited_by: what decides the rate: `teacher`, `rendering`, or the `processors` that both share.
-        hours: by number of devices, each like this one with as many processors beside it.
+        hours: by number of devices, each like this one with as many processors beside it. A shard is done by one of
+            them: more devices than shards gain nothing.
     """
 
     views_per_second: float
@@ -214,10 +214,13 @@ class ExtractionHours:
     hours: dict[int, float]
 
 
-def extraction_hours(views: int, teacher: Speed, render_seconds: float, threads: int, cores: int) -> ExtractionHours:
+def extraction_hours(
+    views: int, shards: int, teacher: Speed, render_seconds: float, threads: int, cores: int
+) -> ExtractionHours:
     """Hours of stage 1 with rendering and teacher side by side.
 
     Args:
+        shards: that the views are spread over.
         render_seconds: of one thread for one view.
         threads: that render.
         cores: processors that rendering, and a teacher on the CPU, share.
@@ -228,10 +231,11 @@ def extraction_hours(views: int, teacher: Speed, render_seconds: float, threads:
     limits = {"teacher": alone, "rendering": rendering, "processors": together}
     limit = max(limits, key=lambda name: limits[name])
     seconds = limits[limit]
+    shard_hours = views / shards * seconds / _HOUR
     return ExtractionHours(
         views_per_second=1 / seconds,
         limited_by=limit,
-        hours={devices: views * seconds / devices / _HOUR for devices in DEVICES},
+        hours={devices: ceil(shards / devices) * shard_hours for devices in DEVICES},
     )
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
+from milan_pipe.data.count import ImageCount, spread_evenly
 from milan_pipe.data.images import OnBad, ShardFile, read_shard
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
 from milan_pipe.extract.clock import Clock
 from milan_pipe.extract.render import RenderedSample, render_sample
-from milan_pipe.planning.count import ImageCount, spread_evenly
 from milan_pipe.targets.codec import Codec, CodecConfig, build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,

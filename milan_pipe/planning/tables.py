@@ -21,7 +21,8 @@ def store_table(report: PlanReport) -> Table:
         "mean cosine",
         "in all",
         "files",
-        caption="a view and its cosine: measured; in all, files: extrapolated; * as the settings say",
+        caption="measured: a view, mean cosine; extrapolated: the rest; *: as set",
+        caption_justify="left",
     )
     for store in report.stores:
         table.add_row(
@@ -41,35 +42,41 @@ def rows(report: PlanReport) -> dict[str, str]:
 
 
 def _stage1(report: PlanReport) -> dict[str, str]:
-    extraction = report.extraction
-    hours = "; ".join(
-        f"{count} device{'s' if count > 1 else ''}: {duration(hours)}" for count, hours in extraction.hours.items()
+    extraction, images = report.extraction, report.images
+    first, *more = (
+        f"{duration(hours)} on {count}{' device' if count == 1 else ''}" for count, hours in extraction.hours.items()
     )
+    sample = f"{report.sample} pictures, one view of each"
+    speed = f"{extraction.views_per_second:.4g} views a second, limited by the {extraction.limited_by}"
+    few = f"; of {images.shards} shards each is done by one device" if images.shards < max(extraction.hours) else ""
     return {
-        "pictures": str(report.images),
-        "views": f"{report.views}, {report.views_per_picture} a picture",
-        "measured on": f"{report.sample} pictures ({report.sample_bad} more cannot be read), one view of each",
-        "store": f"{report.chosen.codec}, {report.chosen.format}: about {size(report.chosen.bytes)} (extrapolated)",
-        "teacher": f"{report.teacher_model} at {report.teacher_image_size} pixels: {report.teacher} (measured)",
+        "pictures": str(images),
+        "views": f"{report.views}, {report.views_per_picture} of each picture",
+        "measured on": f"{sample}; {report.sample_bad} more cannot be read" if report.sample_bad else sample,
+        "store": f"about {size(report.chosen.bytes)}, {report.chosen.codec} in {report.chosen.format} (extrapolated)",
+        "teacher": f"{report.teacher.per_second:.4g} views a second (measured: {report.teacher_model} at "
+        f"{report.teacher_image_size} pixels, {report.teacher})",
         "rendering": f"{report.render_views_per_second:.4g} views a second and thread (measured), "
         f"{report.render_threads} threads",
-        "extraction": f"{hours} (extrapolated from {extraction.views_per_second:.4g} views a second, limited by "
-        f"{extraction.limited_by}; writing not counted)",
+        "extraction": f"{', '.join([first, *more])} (extrapolated from {speed}; writing is not counted{few})",
     }
 
 
 def _stage2(report: PlanReport) -> dict[str, str]:
     plan, online = report.pretraining, report.teacher_online
     offline = plan.pretrain_hours + plan.extraction_hours
-    teacher = (
-        "no teacher, the target is pixels" if online is None else f"teacher on the same batch: {online} (measured)"
-    )
+    if online is None:
+        beside = "no teacher: the target is pixels"
+    elif online == report.teacher:
+        beside = "the teacher, as above, in every step"
+    else:
+        beside = f"the teacher in every step, {online.per_second:.4g} views a second (measured: {online})"
     return {
-        "student": f"{report.student} (measured)",
-        "online step": f"student and {teacher}",
-        "stored targets": f"{plan.epochs} epochs: {duration(plan.pretrain_hours)} of pretraining + "
-        f"{duration(plan.extraction_hours)} of extraction = {duration(offline)} of one device (extrapolated)",
-        "teacher online": f"{plan.epochs} epochs: {duration(plan.online_hours)} of one device (extrapolated)",
+        "student": f"{report.student.per_second:.4g} pictures a second (measured: {report.student})",
+        "stored targets": f"{duration(plan.pretrain_hours)} for {plan.epochs} epochs + "
+        f"{duration(plan.extraction_hours)} of extraction = {duration(offline)} on one device (extrapolated)",
+        "online teacher": f"{duration(plan.online_hours)} for {plan.epochs} epochs on one device (extrapolated; "
+        f"{beside})",
         "saved": _saved(report),
     }
 
@@ -83,7 +90,7 @@ def _saved(report: PlanReport) -> str:
     )
     if plan.saved_hours >= 0:
         return f"{duration(plan.saved_hours)} of {duration(plan.online_hours)}; {since}"
-    return f"nothing: stored targets take {duration(-plan.saved_hours)} more than a teacher online; {since}"
+    return f"nothing: stored targets take {duration(-plan.saved_hours)} more than an online teacher; {since}"
 
 
 def _space(report: PlanReport) -> str:
@@ -98,4 +105,5 @@ def duration(hours: float) -> str:
     """Hours, or minutes or seconds where it is less than one of them."""
     if hours >= 1:
         return f"{hours:.1f} h" if hours < 1000 else f"{hours:.0f} h"
-    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"
+    minutes, seconds = hours * 60, hours * 3600
+    return f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.1g} s"

@@ -140,9 +140,9 @@ def test_problems_are_a_table_and_json(milan: Command, tmp_path: Path) -> None:
 
 def test_of_many_problems_some_are_shown_and_all_are_mended(milan: Command, tmp_path: Path) -> None:
     targets = tmp_path / "t"
-    write_store(targets, header(shards=60), [1] * 60)
+    write_store(targets, header(format="webdataset", shards=60), [1] * 60)
     for shard in range(60):
-        (targets / f"{shard:06d}" / "key" / "c" / "0").unlink()
+        (targets / f"{shard:06d}" / "view-1.tar").unlink()
     done = milan("verify-targets", targets, "--json")
     assert done.code == 1
     assert "and 10 more: see --json" in done.err

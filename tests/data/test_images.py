@@ -271,7 +271,7 @@ def test_keys_are_those_of_webdataset() -> None:
     for name in names:
         prefix, suffix = base_plus_ext(name)
         expected = (prefix or "", (suffix or "").lower())
-        assert images._split_name(name) == expected
+        assert images.split_member_name(name) == expected
 
 
 def test_key_stays_with_its_neighbours_only(tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from milan_pipe import cli, commands
 from milan_pipe.config import Params, load_params
+from milan_pipe.data.count import ImageCount, count_pictures, indexed_pictures
 from milan_pipe.data.images import expand_shards
 from milan_pipe.data.prepare import PrepareConfig, prepare
 from milan_pipe.errors import DataError
 from milan_pipe.extract import space
-from milan_pipe.planning.count import ImageCount, count_pictures
 from milan_pipe.planning.run import PlanProgress, PlanReport
 from milan_pipe.planning.speed import Speed, extraction_hours, pretraining_hours
+from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
@@ -144,8 +145,45 @@ def test_the_report_adds_up(report: PlanReport) -> None:
     assert report.space.needed_bytes == report.chosen.bytes
     assert report.space.free_bytes is not None
     hours = report.extraction.hours
-    assert hours[1] == pytest.approx(8 * hours[8]) == pytest.approx(64 * hours[64])
+    # Three shards are done by three devices at most.
+    assert hours[1] == pytest.approx(3 * hours[8]) == pytest.approx(3 * hours[64])
     assert hours[1] * 3600 * report.extraction.views_per_second == pytest.approx(320)
+
+
+def test_every_line_says_where_it_comes_from(report: PlanReport) -> None:
+    told = rows(report)
+    assert told["pictures"] == "160 in 3 shards (index.json)"
+    assert told["measured on"] == "48 pictures, one view of each"
+    assert "of 3 shards each is done by one device" in told["extraction"]
+    for line in ("teacher", "rendering", "student"):
+        assert "measured" in told[line]
+    for line in ("store", "extraction", "stored targets", "online teacher"):
+        assert "extrapolated" in told[line]
+
+
+def test_pictures_that_cannot_be_read_are_told_of(scenes: Path, tmp_path: Path) -> None:
+    with tarfile.open(min(scenes.glob("*.tar"))) as tar:
+        found = [(name, tar.extractfile(name)) for name in tar.getnames() if name.endswith(".png")]
+        good = [(name, file.read()) for name, file in found if file is not None]
+    (tmp_path / "images").mkdir()
+    pack(tmp_path / "images" / "x.tar", [("0.jpg", b"no picture"), *good[:30], ("z.jpg", b"nor this")])
+    report = commands.plan(tmp_path / "images", tmp_path / "t", params(), sample=64)
+    assert (report.images.pictures, report.sample, report.sample_bad) == (32, 30, 2)
+    assert any("2 of 32 pictures of the sample cannot be read" in line for line in report.warnings)
+    assert rows(report)["measured on"] == "30 pictures, one view of each; 2 more cannot be read"
+
+
+def test_an_images_bucket_is_planned_for(scenes: Path, report: PlanReport, bucket: str) -> None:
+    place = place_of(f"{bucket}/images")
+    for path in scenes.iterdir():
+        place.write(path.name, path.read_bytes())
+    told = commands.plan(f"{bucket}/images", f"{bucket}/targets", params(), sample=48)
+    assert told.images == report.images
+    # Of a bucket's shards other pictures may be taken.
+    assert told.chosen.bytes == pytest.approx(report.chosen.bytes, rel=0.03)
+    assert (told.space.free_bytes, told.space.short) == (None, False)
+    assert "not checked" in rows(told)["free disk"]
+    assert place_of(bucket).listing().folders == ("images",)
 
 
 def test_nothing_stays(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +205,25 @@ def speed(rate: float, threads: int = 0) -> Speed:
 
 
 def test_what_limits_an_extraction() -> None:
-    assert extraction_hours(3600, speed(10), 0.01, threads=8, cores=8).limited_by == "teacher"
-    slow = extraction_hours(3600, speed(1000), 0.1, threads=4, cores=8)
+    assert extraction_hours(3600, 1, speed(10), 0.01, threads=8, cores=8).limited_by == "teacher"
+    slow = extraction_hours(3600, 1, speed(1000), 0.1, threads=4, cores=8)
     assert (slow.limited_by, slow.views_per_second) == ("rendering", pytest.approx(40))
-    shared = extraction_hours(3600, speed(10, threads=2), 0.1, threads=2, cores=2)
+    shared = extraction_hours(3600, 1, speed(10, threads=2), 0.1, threads=2, cores=2)
     assert (shared.limited_by, shared.views_per_second) == ("processors", pytest.approx(1 / 0.15))
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"), [(1, (10, 10, 10)), (8, (10, 1.25, 1.25)), (10, (10, 2, 1)), (640, (10, 1.25, 0.15625))]
+)
+def test_a_shard_keeps_one_device_busy(shards: int, expected: tuple[float, ...]) -> None:
+    told = extraction_hours(36000, shards, speed(1), 0.0, threads=1, cores=1)
+    assert tuple(told.hours) == (1, 8, 64)
+    assert tuple(told.hours.values()) == pytest.approx(expected)
+
+
+def test_short_times_are_not_told_as_nothing() -> None:
+    told = [duration(hours) for hours in (12345, 26.04, 1, 0.5, 0.004, 0.0002, 0.000001)]
+    assert told == ["12345 h", "26.0 h", "1.0 h", "30.0 min", "14.4 s", "0.7 s", "0.004 s"]
 
 
 @given(
@@ -230,7 +282,7 @@ def test_a_disk_with_room_and_a_bucket_are_not_told_of(scenes: Path, bucket: str
     shards = expand_shards(scenes)
     assert space.free_space_warning(space.free_space(place_of("somewhere/new"), 1)) is None
     assert space.free_space(place_of(f"{bucket}/t"), 10**18).free_bytes is None
-    assert space.indexed_pictures(shards) == 160
+    assert indexed_pictures(shards) == 160
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -37,14 +37,14 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(("codec", "level"), CODECS)
 @pytest.mark.parametrize("store_format", FORMATS)
 def test_the_other_format_and_back(tmp_path: Path, store_format: StoreFormat, codec: str, level: int) -> None:
-    sizes = (300, 128, 1)
-    head = header(codec, format=store_format, zstd_level=level, shards=3, views=3)
+    sizes = (130, 1)
+    head = header(codec, format=store_format, zstd_level=level, shards=2)
     written = write_store(tmp_path / "there", head, sizes)
     # What the same samples give that are written in that format at once.
     into = other(store_format)
     write_store(tmp_path / "at once", head.model_copy(update={"format": into}), sizes)
     report = convert_targets(tmp_path / "there", tmp_path / "converted", format=into)
-    assert (report.shards, report.skipped, report.samples) == (3, 0, sum(sizes))
+    assert (report.shards, report.skipped, report.samples) == (2, 0, sum(sizes))
     assert report.bytes == sum(len(data) for data in tree(tmp_path / "converted").values())
     assert tree(tmp_path / "converted") == tree(tmp_path / "at once")
     check_store(open_targets(tmp_path / "converted"), written)
@@ -121,9 +121,9 @@ def test_interrupted_after_any_block(
     assert tree(tmp_path / "o") == tree(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("store_format", FORMATS)
+@pytest.mark.parametrize("store_format", ["zarr", pytest.param("webdataset", marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with(tmp_path: Path, store_format: StoreFormat) -> None:
-    shards = 12
+    shards = 10
     write_store(tmp_path / "t", header(format=store_format, shards=shards, width=64), [130] * shards)
     into = other(store_format)
     convert_targets(tmp_path / "t", tmp_path / "unbroken", format=into)

@@ -217,6 +217,24 @@ def test_any_folder_that_is_lost_is_found(
 
 
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+@pytest.mark.parametrize("parts", [["manifest/{}.json"], ["{}"]])
+def test_shards_that_changed_places_are_told_before_there_is_a_summary(
+    stores: dict[tuple[str, str, int], Store], tmp_path: Path, store_format: str, parts: list[str]
+) -> None:
+    store = stores[store_format, "int8", 1]
+    root = shutil.copytree(store.root, tmp_path / "t")
+    (root / "manifest.json").unlink()
+    for part in parts:
+        one, other = (root / part.format(name) for name in store.truth)
+        one.rename(tmp_path / "kept")
+        other.rename(one)
+        (tmp_path / "kept").rename(other)
+    told = verify_targets(root).problems
+    assert {problem.shard for problem in told} == {"", *store.truth}
+    read_all(Store(root, store.files, store.truth))
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
 def test_damage_between_two_reads_is_found(stores: dict[tuple[str, str, int], Store], store_format: str) -> None:
     """A disk does not wait until the store is opened again."""
     store = stores[store_format, "int8", 1]

@@ -307,7 +307,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    config = PrepareConfig(train_scenes=150, test_scenes=0, samples_per_shard=140)
+    config = PrepareConfig(train_scenes=136, test_scenes=0, samples_per_shard=132)
     prepare("demo", folder, config, workers=1)
     return folder
 
@@ -353,7 +353,7 @@ def test_a_true_store_agrees_with_the_teacher(extracted: Path) -> None:
     for count in (1, 3, 1000):
         report = verify_targets(extracted, settings(), against_teacher=count)
         assert report.problems == ()
-        assert (report.shards, report.samples, report.views) == (2, 150, 300)
+        assert (report.shards, report.samples, report.views) == (2, 136, 272)
 
 
 def other_row(block: TargetBlock) -> TargetBlock:
@@ -416,9 +416,9 @@ def test_views_to_compare_are_spread_over_the_whole_shard(extracted: Path, tmp_p
         return block if len(block.keys) == 128 else other_row(block)
 
     false = changed(extracted, tmp_path / "t", late)
-    report = verify_targets(false, settings(), against_teacher=280)
-    keys = set(open_targets(false).read("000000", 0, 128, 140).keys)
-    assert len(report.problems) == 24
+    report = verify_targets(false, settings(), against_teacher=264)
+    keys = set(open_targets(false).read("000000", 0, 128, 132).keys)
+    assert len(report.problems) == 8
     assert {problem.what.split()[3].rstrip(":") for problem in report.problems} == keys
 
 

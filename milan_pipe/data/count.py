@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Literal, TypeVar
 
-from milan_pipe.data.images import IMAGE_SUFFIXES, ShardFile, read_shard
-from milan_pipe.errors import DataError
-from milan_pipe.extract.space import indexed_pictures
+from milan_pipe.data.images import IMAGE_SUFFIXES, ShardFile, read_shard, split_member_name
+from milan_pipe.data.index import INDEX_NAME, ImageIndex, read_index
+from milan_pipe.errors import DataError, MilanError
+from milan_pipe.storage import Place
 
 _MOST_LOCAL_SHARDS = 16
 _MOST_REMOTE_SHARDS = 8
+_MOST_AT_A_GLANCE = 4
 # Of a remote shard only the beginning is fetched, a longer one where pictures are large: one request a header would
 # take longer than the whole file.
 _REMOTE_BYTES = (4 * 1024 * 1024, 64 * 1024 * 1024)
@@ -99,17 +103,37 @@ def count_pictures(shards: Sequence[ShardFile], on_progress: Callable[[int, int]
     )
 
 
+def glance_at_pictures(shards: Sequence[ShardFile]) -> int | None:
+    """About how many pictures there are, from the index or a few headers; None where neither tells, for any reason."""
+    with suppress(MilanError):
+        indexed = indexed_pictures(shards)
+        if indexed is not None:
+            return indexed
+        parts = [part for shard in spread_evenly(shards, _MOST_AT_A_GLANCE) if (part := _peek(shard, _REMOTE_BYTES[0]))]
+        if parts:
+            size = sum(shard.size() for shard in shards)
+            return round(sum(part.pictures for part in parts) * size / sum(part.bytes for part in parts))
+    return None
+
+
 def _look_at(shard: ShardFile) -> _Part:
+    # What the headers do not make plain, the reader of shards decides: it says what is wrong with one.
+    return _peek(shard, *_REMOTE_BYTES) or _Part(
+        pictures=sum(1 for _ in read_shard(shard, lambda *_: None)), bytes=shard.size(), whole=True
+    )
+
+
+def _peek(shard: ShardFile, *remote_bytes: int) -> _Part | None:
+    """What a shard's headers say; of a remote one, those in the first of these numbers of bytes that say something."""
     size = shard.size()
-    part = None
     if shard.place.local is not None:
         with shard.open() as file:
-            part = _walk(file, size)
-    else:
-        for most in _REMOTE_BYTES:
-            part = part or _walk(io.BytesIO(shard.place.read_range(shard.name, 0, most)), size)
-    # What the headers do not make plain, the reader of shards decides: it says what is wrong with one.
-    return part or _Part(pictures=sum(1 for _ in read_shard(shard, lambda *_: None)), bytes=size, whole=True)
+            return _walk(file, size)
+    for most in remote_bytes:
+        part = _walk(io.BytesIO(shard.place.read_range(shard.name, 0, min(most, size))), size)
+        if part is not None:
+            return part
+    return None
 
 
 def _walk(file: IO[bytes], size: int) -> _Part | None:
@@ -137,7 +161,34 @@ def _walk(file: IO[bytes], size: int) -> _Part | None:
 
 
 def _key_of_picture(name: str) -> str | None:
-    """Key by webdataset's rule, cut at the first dot of the last part; None for members that are no picture."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return f"{folder}{slash}{stem}" if stem and suffix.lower() in IMAGE_SUFFIXES else None
+    """Key of a sample; None for members that are no picture."""
+    key, suffix = split_member_name(name)
+    return key if suffix in IMAGE_SUFFIXES else None
+
+
+def indexed_pictures(shards: Sequence[ShardFile]) -> int | None:
+    """Number of pictures of shards by the `index.json` beside them; None where it does not name each in its size."""
+    indexes: dict[Place, dict[str, tuple[int, int]]] = {}
+    pictures = 0
+    for shard in shards:
+        if shard.place not in indexes:
+            index = _index_of(shard.place)
+            records = index.shards if index is not None else ()
+            indexes[shard.place] = {record.name: (record.samples, record.bytes) for record in records}
+        samples, size = indexes[shard.place].get(shard.name, (0, -1))
+        if size != shard.size():
+            return None
+        pictures += samples
+    return pictures
+
+
+def _index_of(place: Place) -> ImageIndex | None:
+    try:
+        if place.local is not None:
+            return read_index(place.local)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / INDEX_NAME).write_bytes(place.read(INDEX_NAME))
+            return read_index(folder)
+    # An index is a help and no duty: most shards were never made by `prepare`.
+    except MilanError:
+        return None
