@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import dask
@@ -115,7 +116,8 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
 def _local_cluster(folder: str) -> LocalCluster:
     """A cluster without workers yet."""
     # A terminal sends Ctrl-C to all processes, and only this one is to answer. The thread that will start workers takes
-    # its signal mask from here, and they take theirs from it.
+    # its signal mask from here, and they take theirs from it. Were the tracker not there yet, its start would unmask.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return LocalCluster(
