@@ -118,11 +118,14 @@ class StoreShardWriter:
         self._name = name
         self._scratch = place.scratch(name)
         self._samples = 0
-        self._files: ShardFiles
-        if header.format == "zarr":
-            self._files = zarr_store.ZarrShardFiles(self._scratch, header)
-        else:
-            self._files = tar_store.TarShardFiles(self._scratch, header)
+        make = zarr_store.ZarrShardFiles if header.format == "zarr" else tar_store.TarShardFiles
+        try:
+            with self._errors():
+                self._files: ShardFiles = make(self._scratch, header)
+        except BaseException:
+            # Who gets no writer has nothing to discard it with.
+            self.discard()
+            raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

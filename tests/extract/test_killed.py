@@ -59,7 +59,8 @@ def start(job: Job, targets: Path, scratch: Path, *more: str) -> subprocess.Pope
     return subprocess.Popen(
         command(job.images, targets, *more),
         cwd=scratch.parent,
-        env={**os.environ, "TMPDIR": str(scratch)},
+        # torchvision's import makes an empty folder for torch's compiler where temporary files go, if none is named.
+        env={**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch.parent / "torch")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -140,6 +141,7 @@ def kills(job: Job, tmp_path: Path, scratch: Path, count: int, more: list[str]) 
 def goes_on(job: Job, tmp_path: Path, scratch: Path, count: int, *more: str) -> None:
     committed = list(kills(job, tmp_path, scratch, count, list(more)))
     assert len(committed) == count
+    print("shards committed at each kill:", *committed)
     assert len(set(committed)) > 1, "all kills fell on the same shard"
     targets = tmp_path / "targets"
     process = start(job, targets, scratch, *more)
