@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import signal
-import tempfile
 import threading
 import uuid
 import warnings
@@ -14,19 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from pathlib import Path
 
 import dask
-import psutil
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
 from milan_pipe.data.ahead import thread_count
 from milan_pipe.errors import StoreError
 from milan_pipe.extract.render import ShardJob
+from milan_pipe.extract.scratch import own_folder
 from milan_pipe.extract.shard import ShardResult
 from milan_pipe.extract.worker import Assignment, do_shard
 
-_FOLDER = "milan-pipe-dask"
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
@@ -103,7 +98,7 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
     environment["DASK_LOGGING__DISTRIBUTED"] = "critical"
     with (
-        _own_folder() as folder,
+        own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
         _local_cluster(folder) as cluster,
         Client(cluster) as client,
@@ -142,17 +137,6 @@ def _silence_dask() -> None:
 
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
-@contextmanager
-def _own_folder() -> Iterator[str]:
-    """A temporary folder for Dask, named by this process; those of runs that were killed are removed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*-*"):
-        process = path.name.split("-")[-2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
-        yield folder
 
 
 def extract_on_cluster(

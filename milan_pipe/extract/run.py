@@ -16,6 +16,7 @@ from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extract.fit import sample_features
 from milan_pipe.extract.render import ShardJob, digest
+from milan_pipe.extract.scratch import remove_abandoned
 from milan_pipe.extract.settings import ExtractConfig, parse_share
 from milan_pipe.extract.shard import ShardResult
 from milan_pipe.extract.space import extraction_space_warning
@@ -275,6 +276,7 @@ def extract_targets(
     tally = _Tally(shards=len(sources), on_progress=on_progress, committed=dict(known))
     tally.tell()
     tally.require_few_bad(extract.max_bad_fraction)
+    remove_abandoned()
     clustered = jobs and (extract.scheduler is not None or extract.workers > 1)
     results = (
         _on_cluster(assignment, jobs, tally)
