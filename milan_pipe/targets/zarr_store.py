@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ _WHOLE_BYTES = 1024 * 1024
 _LARGE = ("features", "view_bytes", "attention", "scale")
 _FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
 _INDEX_ENTRY_BYTES, _CRC32C_BYTES = 16, 4
+_creating = threading.Lock()
 
 
 def use_fast_pipeline() -> bool:
@@ -71,8 +73,9 @@ def _blocks_of(samples: int) -> int:
 
 def _create(group: zarr.Group, name: str, **layout: Any) -> zarr.Array[Any]:
     # An array keeps the setting that it was made with. `zarrs` on several threads lays the inner chunks of a shard down
-    # as they get ready: other bytes each time.
-    with zarr.config.set({"threading.max_workers": 1}):
+    # as they get ready: other bytes each time. The setting is the process's: a shard that is begun while another one is
+    # closed must not take it back too early.
+    with _creating, zarr.config.set({"threading.max_workers": 1}):
         return group.create_array(name, **{"filters": None, "compressors": _COMPRESSORS, **layout})
 
 
