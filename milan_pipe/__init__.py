@@ -8,15 +8,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from milan_pipe.commands import extract_targets, knn, linear_probe, plan, prepare, pretrain
+    from milan_pipe.commands import (
+        export,
+        extract_targets,
+        import_published,
+        knn,
+        linear_probe,
+        plan,
+        prepare,
+        pretrain,
+    )
     from milan_pipe.config import Params, load_params
 
-__all__ = ["Params", "extract_targets", "knn", "linear_probe", "load_params", "plan", "prepare", "pretrain"]
+__all__ = [
+    "Params",
+    "export",
+    "extract_targets",
+    "import_published",
+    "knn",
+    "linear_probe",
+    "load_params",
+    "plan",
+    "prepare",
+    "pretrain",
+]
 
 _HOMES = {
     "Params": "milan_pipe.config",
     "load_params": "milan_pipe.config",
+    "export": "milan_pipe.commands",
     "extract_targets": "milan_pipe.commands",
+    "import_published": "milan_pipe.commands",
     "knn": "milan_pipe.commands",
     "linear_probe": "milan_pipe.commands",
     "plan": "milan_pipe.commands",

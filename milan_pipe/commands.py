@@ -10,6 +10,9 @@ from typing import Any
 from milan_pipe.config import Params
 from milan_pipe.data import prepare as preparing
 from milan_pipe.evaluate import embed_both, subject_of
+from milan_pipe.exchange.published_file import ImportReport
+from milan_pipe.exchange.published_file import import_published as _import_published
+from milan_pipe.exchange.timm_layout import ExportReport, export_student
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
@@ -256,6 +259,23 @@ def linear_probe(
         test=len(second.label_N),
         bad=bad,
     )
+
+
+def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
+    """Write the student of a checkpoint in timm's layout; see `milan_pipe.exchange.timm_layout`."""
+    return export_student(checkpoint, out)
+
+
+def import_published(
+    file: str | Path,
+    run: str | Path,
+    *,
+    encoder_heads: int | None = None,
+    decoder_heads: int | None = None,
+    prefix: str = "",
+) -> ImportReport:
+    """Make a checkpoint of a file with the published key names; see `milan_pipe.exchange.published_file`."""
+    return _import_published(file, run, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
 
 
 def train_demo_teacher(out_dir: str | Path, params: Params | None = None) -> dict[str, float]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError
+from milan_pipe.exchange.timm_layout import student_of
 from milan_pipe.student.encoder import StudentConfig, build_encoder
-from milan_pipe.student.weights import load_weights
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.transfer.features import EmbedConfig, Embedder, LabelledFeatures, embed_shards, student_embedder
@@ -69,12 +68,7 @@ def subject_of(
             encoder = build_encoder(student)
         return Subject(name=RANDOM, size=student.image_size, embed=student_embedder(encoder, embed.pool, place))
     opened = open_checkpoint(checkpoint)
-    sizes = opened.record.get("student")
-    if not isinstance(sizes, dict):
-        raise DataError(f"{opened.path} does not say which student it holds; name one that `milan-pipe pretrain` wrote")
-    saved: StudentConfig = StudentConfig.parse(sizes, f"{opened.path}, student")
-    encoder = build_encoder(saved)
-    load_weights(encoder, opened.weights("student"), str(opened.path))
+    saved, encoder = student_of(opened)
     return Subject(name=str(opened.path), size=saved.image_size, embed=student_embedder(encoder, embed.pool, place))
 
 

@@ -36,6 +36,10 @@ def _plain(report: Any) -> dict[str, Any]:
     return {str(key): value for key, value in dataclasses.asdict(report).items()}
 
 
+def _settings_as_dict(value: Any) -> Any:
+    return value.model_dump(mode="json")
+
+
 def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
     """Print a report as a table, and as one line of JSON where that is asked for."""
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
@@ -47,7 +51,7 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     if as_json:
-        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False, default=_settings_as_dict) + "\n")
 
 
 @contextmanager

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import torch
 from open_clip.model import resize_pos_embed
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from milan_pipe.errors import DataError, MismatchError
+from milan_pipe.weights_file import is_torchscript, read_weights
 
 _TOWER = "visual."
-_EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
 _NAMED = 3
 
 
@@ -27,60 +23,19 @@ def _tower_keys(keys: list[str]) -> dict[str, str]:
     return tower or plain
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(key) for name, key in _tower_keys(list(file.keys())).items()}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    # Asked first, as torch.load goes on to its loader of programs.
-    if _is_torchscript(path):
-        raise DataError(
-            f"checkpoint {path} is a TorchScript program, {_EXPECTED}; for OpenAI's weights set teacher.pretrained to "
-            "openai"
-        )
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise DataError(f"checkpoint {path} holds a {type(content).__name__}, {_EXPECTED}")
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    return {name: tensors[key] for name, key in _tower_keys(list(tensors)).items()}
-
-
 def read_tower_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of the image tower in a checkpoint of a CLIP model, or of a tower alone.
-
-    Args:
-        path: a safetensors file, by its suffix, or a file of `torch.save`, of which tensors alone are read: Python
-            objects are refused and never unpickled.
+    """Tensors of the image tower in a checkpoint of a CLIP model, or of a tower alone; see `read_weights`.
 
     Raises:
-        DataError: the file cannot be read, or holds no tensors.
+        MissingError, DataError: the file is not there, cannot be read, or holds no tensors.
     """
     try:
-        weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except DataError:
+        weights = read_weights(path, nested=("state_dict",))
+    except DataError as error:
+        if is_torchscript(path):
+            raise DataError(f"{error}; for OpenAI's weights set teacher.pretrained to openai") from error
         raise
-    except OSError as error:
-        raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
-    # Readers of damaged files raise UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError and more. Their
-    # words are left out: torch advises to unpickle what it refused.
-    except Exception as error:
-        raise DataError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or holds other Python objects, "
-            f"which are never unpickled; {_EXPECTED}"
-        ) from error
-    if not weights:
-        raise DataError(f"checkpoint {path} holds no tensors; {_EXPECTED}")
-    return weights
+    return {name: weights[key] for name, key in _tower_keys(list(weights)).items()}
 
 
 def _some(names: list[str]) -> str:

@@ -177,7 +177,7 @@ def test_python_objects_are_never_unpickled(name, tmp_path):
     trap = Trap()
     trap.path = str(tmp_path / "sprung")
     torch.save({**trained(name), "extra": trap}, tmp_path / "trap.pt")
-    with pytest.raises(DataError, match=r"trap.pt cannot be read.*never unpickled") as caught:
+    with pytest.raises(DataError, match=r"trap.pt holds Python objects.*never unpickled") as caught:
         loaded(name, tmp_path / "trap.pt")
     assert not (tmp_path / "sprung").exists()
     assert "\n" not in str(caught.value)

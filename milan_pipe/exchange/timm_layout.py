@@ -1,0 +1,134 @@
+"""A pretrained student in the layout that timm reads from a folder and from its hub."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+
+from milan_pipe.errors import DataError, StoreError
+from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
+from milan_pipe.student.weights import load_weights
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+
+WEIGHTS_FILE = "model.safetensors"
+# The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
+_CROP = 0.875
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was exported: where to, and how timm is asked for it."""
+
+    folder: str
+    weights: str
+    model: str
+    model_args: dict[str, Any]
+    parameters: int
+    step: int
+
+
+def student_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
+    """Settings and encoder of a checkpoint.
+
+    Raises:
+        DataError: the checkpoint does not say which student it holds, or is damaged.
+        MismatchError: its tensors are not those of that student.
+    """
+    sizes = checkpoint.record.get("student")
+    if not isinstance(sizes, dict):
+        raise DataError(
+            f"{checkpoint.path} does not say which student it holds; name one that `milan-pipe pretrain` wrote"
+        )
+    config: StudentConfig = StudentConfig.parse(sizes, f"{checkpoint.path}, student")
+    encoder = build_encoder(config)
+    load_weights(encoder, checkpoint.weights("student"), str(checkpoint.path))
+    return config, encoder
+
+
+def timm_arguments(config: StudentConfig) -> dict[str, Any]:
+    """What `timm.create_model` must be given beside the name, as the settings say it."""
+    sizes = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    teacher = checkpoint.record.get("teacher")
+    return {
+        "step": checkpoint.record["step"],
+        "epochs": checkpoint.record.get("epochs"),
+        "package_version": checkpoint.record.get("package_version"),
+        "teacher": teacher if isinstance(teacher, dict) else None,
+    }
+
+
+def _input_of(config: StudentConfig) -> dict[str, Any]:
+    return {
+        "input_size": (3, config.image_size, config.image_size),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "interpolation": "bicubic",
+        "crop_pct": _CROP,
+    }
+
+
+def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
+    """Write the encoder of a checkpoint as FOLDER/model.safetensors and FOLDER/config.json.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads it, as does the hub's `hf-hub:` where the
+    folder was uploaded. The weights have timm's own names; there is no classifier.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder (its last checkpoint).
+        folder: must not be there yet, or be empty.
+
+    Raises:
+        MissingError, DataError, MismatchError: the checkpoint cannot be used.
+        StoreError: the folder is taken or cannot be written.
+    """
+    opened = open_checkpoint(checkpoint)
+    config, encoder = student_of(opened)
+    arguments = timm_arguments(config)
+    # Absolute: a bare name such as `out` has no parent to make a sibling in.
+    target = Path(folder).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StoreError(f"{target} is there and not empty; name another folder, or remove this one first")
+    partial = target.with_name(f".partial-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        described: Any = encoder
+        described.pretrained_cfg = {**described.pretrained_cfg, **_input_of(config)}
+        save_for_hf(
+            encoder,
+            str(partial),
+            model_config={"milan_pipe": _origin(opened)},
+            model_args=arguments,
+            safe_serialization=True,
+        )
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StoreError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return ExportReport(
+        folder=str(target),
+        weights=str(target / WEIGHTS_FILE),
+        model=config.model,
+        model_args=arguments,
+        parameters=sum(tensor.numel() for tensor in encoder.parameters()),
+        step=int(opened.record["step"]),
+    )
