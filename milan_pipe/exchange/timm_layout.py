@@ -75,7 +75,13 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _input_of(config: StudentConfig) -> dict[str, Any]:
+    # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
     return {
+        "architecture": config.model,
+        "num_classes": 0,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "fixed_input_size": True,
         "input_size": (3, config.image_size, config.image_size),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -110,7 +116,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         described: Any = encoder
-        described.pretrained_cfg = {**described.pretrained_cfg, **_input_of(config)}
+        described.pretrained_cfg = _input_of(config)
         save_for_hf(
             encoder,
             str(partial),

@@ -66,6 +66,7 @@ def test_the_config_says_how_pictures_are_fed_and_where_the_weights_come_from(tm
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == SMALL.model
     assert config["num_classes"] == 0
+    assert not {"tag", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
     assert config["milan_pipe"] == {"step": 7, "epochs": 3, "package_version": None, "teacher": {"model": "demo"}}
     data = resolve_model_data_config(timm.create_model(f"local-dir:{report.folder}", pretrained=True))
     assert tuple(data["input_size"]) == (3, 32, 32)
