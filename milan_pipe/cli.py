@@ -330,6 +330,10 @@ def pretrain(
 ) -> Any:
     """Train the student on stored targets.
 
+    The same command goes on after an interruption, from the last checkpoint: they are written every
+    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, and on SIGTERM and Ctrl-C. A run of another
+    configuration is refused, with a list of what differs.
+
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels.
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=100
@@ -352,7 +356,9 @@ def pretrain(
 
         report = commands.pretrain(targets, run, settings, on_progress=tell)
     rows = {
-        "steps": f"{report.steps} in {report.epochs} epochs, {report.seconds:.0f} s",
+        "steps": f"{report.steps} in {report.epochs} epochs"
+        + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
+        + (f", gone on from step {report.resumed_from}" if report.resumed_from and report.steps_now else ""),
         "loss": f"{report.loss:.4f}, mean of the last epoch",
         "speed": f"{report.images_per_second:.0f} images a second",
         "data wait": f"{100 * report.data_wait:.1f} % of the time",

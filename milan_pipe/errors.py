@@ -33,3 +33,11 @@ class StoreError(MilanError, OSError):
 
 class MismatchError(MilanError, ValueError):
     """Two things that must agree do not: store and configuration, checkpoint and model."""
+
+
+class StoppedError(MilanError):
+    """Work was stopped by a signal after its state was saved; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

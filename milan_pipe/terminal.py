@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from milan_pipe.errors import MilanError
+from milan_pipe.errors import MilanError, StoppedError
 
 console = Console(stderr=True)
 
@@ -93,9 +93,12 @@ def _fail(message: str) -> NoReturn:
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """End the process with one line and exit code 2 on a mistake of the user, 130 on Ctrl-C."""
+    """End the process with one line and exit code 2 on a mistake of the user, 128 + the signal's number on a signal."""
     try:
         yield
+    except StoppedError as stopped:
+        console.print(Text.assemble(("stopped:", "bold yellow"), " ", str(stopped)), soft_wrap=True)
+        sys.exit(128 + stopped.signal)
     except MilanError as error:
         _fail(str(error))
     except OSError as error:

@@ -88,21 +88,32 @@ def _join(parts: list[Batch]) -> Batch:
 
 
 def epoch_batches(
-    reader: TargetReader, order: EpochOrder, epoch: int, batch_size: int, pool: ThreadPoolExecutor, with_targets: bool
+    reader: TargetReader,
+    order: EpochOrder,
+    epoch: int,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    with_targets: bool,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """All whole batches of one epoch, in order.
 
     Args:
         with_targets: whether codes and scales are handed out; a pixel target needs none.
+        skip: batches to leave out at the beginning; windows that lie in them whole are not read.
 
     Raises:
         DataError: the store is damaged.
     """
     parts: list[Batch] = []
     missing = batch_size
+    unwanted = skip * batch_size
     for blocks, sample_order in order.windows(epoch):
+        if unwanted >= len(sample_order):
+            unwanted -= len(sample_order)
+            continue
         window = _Window.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
-        position = 0
+        position, unwanted = unwanted, 0
         rows = sample_order.tolist()
         while position < len(rows):
             taken = rows[position : position + missing]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ class Checkpoint:
             raise DataError(f"{file} cannot be read: {error}") from error
 
 
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk: a rename may outlive a crash that the data does not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Path:
     """Write RUN/checkpoints/step-NNNNNNNN; a checkpoint of the same step is replaced.
 
@@ -69,8 +79,11 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
             )
         content = {"version": CHECKPOINT_VERSION, "step": step, **record}
         (partial / _RECORD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        _flush(final.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"checkpoint {final} cannot be written: {reason}") from error
@@ -80,6 +93,18 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
 def checkpoints_of(run: str | Path) -> list[Path]:
     """Checkpoint folders of a run, the last one last; what an interrupted write left is not among them."""
     return sorted(path for path in (Path(run) / _FOLDER).glob("step-*") if path.is_dir())
+
+
+def keep_last(run: str | Path, count: int) -> None:
+    """Remove all checkpoints of a run but the last `count`, and what an interrupted write left."""
+    folder = Path(run) / _FOLDER
+    for path in [*checkpoints_of(run)[:-count], *folder.glob(".partial-step-*")]:
+        # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
+        going = path.with_name(f".partial-{path.name.removeprefix('.partial-')}")
+        if going != path:
+            shutil.rmtree(going, ignore_errors=True)
+            path.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -42,22 +42,25 @@ def train(
     loss_of: Callable[[B, int], Tensor],
     lr_of: Callable[[int], float],
     on_step: Callable[[StepReport, B], None],
+    first_epoch: int = 0,
+    first_step: int = 0,
 ) -> int:
-    """Run `epochs` epochs.
+    """Run epochs `first_epoch` to `epochs` - 1.
 
     Args:
-        batches_of: batches of an epoch.
+        batches_of: batches of an epoch; of the first one, those that are left.
         loss_of: scalar loss of a batch in an epoch.
         lr_of: learning rate of step 0, 1, ...
         on_step: told after each step; may raise to stop.
+        first_step: steps that were done before.
 
     Returns:
-        Steps done.
+        Steps done, those before included.
     """
     began = time.monotonic()
     waited = 0.0
-    step = 0
-    for epoch in range(epochs):
+    step = first_step
+    for epoch in range(first_epoch, epochs):
         batches = batches_of(epoch)
         while True:
             asked = time.monotonic()

@@ -277,14 +277,6 @@ def test_a_huge_rate_stops_the_run(store: Path, tmp_path: Path) -> None:
     assert checkpoints_of(tmp_path / "run") == []
 
 
-def test_a_finished_run_is_neither_overwritten_nor_mixed(store: Path, tmp_path: Path) -> None:
-    go(store, tmp_path / "run")
-    before = (tmp_path / "run" / "metrics" / "metrics.json").read_bytes()
-    with pytest.raises(SettingError, match="step-00000006"):
-        go(store, tmp_path / "run", epochs=1)
-    assert (tmp_path / "run" / "metrics" / "metrics.json").read_bytes() == before
-
-
 def test_a_run_folder_that_cannot_be_made_is_one_error(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):

@@ -1,0 +1,67 @@
+"""Whether a run may go on: what it was begun with, where it stands, and what it has measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milan_pipe.errors import MismatchError
+from milan_pipe.training.checkpoint import Checkpoint, checkpoints_of, open_checkpoint
+
+
+def last_checkpoint(run: Path) -> Checkpoint | None:
+    """The checkpoint to go on from; None in a run that has none.
+
+    Raises:
+        DataError, MismatchError: it is damaged, or of another version.
+    """
+    there = checkpoints_of(run)
+    return open_checkpoint(there[-1]) if there else None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[str, Any], run: Path) -> None:
+    """Refuse to go on in a run that was begun with something else.
+
+    Raises:
+        MismatchError: names every setting that differs, with both values.
+    """
+    found = checkpoint.record.get("configuration")
+    if not isinstance(found, dict):
+        raise MismatchError(
+            f"{run} holds {checkpoint.path.name}, which does not say what it was trained with; name another folder"
+        )
+    # Through JSON, as the other side went: tuples are lists there.
+    theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))
+    differences = [
+        f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}. Use the "
+            "same settings to go on, or name another folder"
+        )
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Take back what was measured after a step: those steps will be done again."""
+    for file in folder.rglob("*.tsv"):
+        content = file.read_text()
+        if not content:
+            continue
+        header, *lines = content.splitlines(keepends=True)
+        position = header.rstrip("\n").split("\t").index("step")
+        # The last line may have been cut by the interruption.
+        kept = [line for line in lines if line.endswith("\n") and int(line.split("\t")[position]) <= step]
+        file.write_text("".join([header, *kept]))

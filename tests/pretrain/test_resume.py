@@ -1,0 +1,332 @@
+"""Runs that are interrupted go on as if nothing had happened: the same losses and the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.targets import header, write_store
+
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
+from milan_pipe.pretraining import PretrainConfig, PretrainProgress, PretrainReport, pretrain
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.masking import MaskConfig
+from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
+
+SAMPLES, BATCH = [150, 90], 16
+STEPS_AN_EPOCH = 240 // BATCH
+
+
+@pytest.fixture(scope="module")
+def head() -> StoreHeader:
+    return header(format="zarr", shards=len(SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, head: StoreHeader) -> Path:
+    root = tmp_path_factory.mktemp("store") / "targets"
+    write_store(root, head, SAMPLES)
+    return root
+
+
+def student_of(head: StoreHeader) -> StudentConfig:
+    side = head.views.size // head.teacher.grid[0]
+    return StudentConfig(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
+
+
+def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainReport:
+    recipe: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": BATCH,
+        "warmup_epochs": 0.5,
+        "log_every": 4,
+        "window": 1,
+        "device": "cpu",
+        "checkpoint_minutes": None,
+    }
+    told = change.pop("on_progress", lambda _: None)
+    decoder = change.pop("decoder", DecoderConfig(width=16, depth=1, heads=2))
+    masking = change.pop("masking", MaskConfig())
+    return pretrain(
+        store,
+        run,
+        student=student_of(head),
+        decoder=decoder,
+        masking=masking,
+        target="clip",
+        config=PretrainConfig(**{**recipe, **change}),
+        on_progress=told,
+    )
+
+
+def curve(run: Path) -> list[str]:
+    lines = (run / "metrics" / "plots" / "metrics" / "train" / "loss.tsv").read_text().splitlines()
+    at = [lines[0].split("\t").index(name) for name in ("step", "loss")]
+    return [" ".join(line.split("\t")[column] for column in at) for line in lines[1:]]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    opened = open_checkpoint(run)
+    return {**opened.weights("student"), **opened.weights("decoder")}
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert curve(run) == curve(whole)
+    left, right = weights(run), weights(whole)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, head: StoreHeader, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    go(store, head, run)
+    return run
+
+
+class StopAtError(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def told(now: PretrainProgress) -> None:
+        if now.step >= step:
+            raise StopAtError
+
+    return told
+
+
+# Steps of an epoch: 15. On and off a point of the metrics (4), in the first and in later epochs, at their borders.
+@pytest.mark.parametrize("every", [1, 7, 15, 16])
+def test_a_broken_run_goes_on_to_the_same_end(
+    store: Path, head: StoreHeader, whole: Path, tmp_path: Path, every: int
+) -> None:
+    run = tmp_path / "run"
+    for step in (20, 36):
+        with pytest.raises(StopAtError):
+            go(store, head, run, checkpoint_every=every, on_progress=stop_at(step))
+    report = go(store, head, run, checkpoint_every=every)
+    assert report.resumed_from == (35 if every == 1 else 36 // every * every if 36 % every else 36 - every)
+    assert report.steps_now == 45 - report.resumed_from
+    assert_same(run, whole)
+    assert report.loss == json.loads((whole / "report.json").read_text())["loss"]
+
+
+def test_a_run_without_a_checkpoint_begins_again(store: Path, head: StoreHeader, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(StopAtError):
+        go(store, head, tmp_path / "run", on_progress=stop_at(20))
+    assert go(store, head, tmp_path / "run").resumed_from == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def test_speed_and_bookkeeping_may_change_on_the_way(
+    store: Path, head: StoreHeader, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StopAtError):
+        go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
+    go(store, head, tmp_path / "run", threads=3, keep_checkpoints=1, checkpoint_minutes=60)
+    assert_same(tmp_path / "run", whole)
+    assert len(checkpoints_of(tmp_path / "run")) == 1
+
+
+def test_a_finished_run_is_told_and_not_touched(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    first = go(store, head, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = go(store, head, tmp_path / "run")
+    assert (again.steps_now, again.loss, again.checkpoint) == (0, first.loss, first.checkpoint)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    (tmp_path / "run" / "report.json").write_text("{")
+    with pytest.raises(DataError, match=r"report\.json cannot be read"):
+        go(store, head, tmp_path / "run")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_is_refused_and_says_what_differs(
+    store: Path, head: StoreHeader, tmp_path: Path, finished: bool
+) -> None:
+    if finished:
+        go(store, head, tmp_path / "run")
+    else:
+        with pytest.raises(StopAtError):
+            go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(MismatchError) as caught:
+        go(store, head, tmp_path / "run", lr=0.25, masking=MaskConfig(kind="random"), epochs=4)
+    for words in (
+        "masking.kind: the run has 'semantic', the settings say 'random'",
+        "pretrain.epochs: the run has 3, the settings say 4",
+        "pretrain.lr: the run has 0.005, the settings say 0.25",
+    ):
+        assert words in str(caught.value)
+    assert "batch_size" not in str(caught.value)
+    other = tmp_path / "other"
+    write_store(other, head, [150, 91])
+    with pytest.raises(MismatchError, match=r"targets\.samples"):
+        go(other, head, tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_converted_store_may_take_over(store: Path, head: StoreHeader, whole: Path, tmp_path: Path) -> None:
+    from milan_pipe.targets.convert import convert_targets
+
+    convert_targets(store, tmp_path / "tars", format="webdataset")
+    with pytest.raises(StopAtError):
+        go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
+    assert go(tmp_path / "tars", head, tmp_path / "run").resumed_from == 15
+    assert_same(tmp_path / "run", whole)
+
+
+def test_the_last_ones_are_kept_and_what_was_half_written_goes(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    half = run / "checkpoints" / ".partial-step-00000004"
+    half.mkdir(parents=True)
+    (half / "student.safetensors").write_text("half")
+    with pytest.raises(StopAtError):
+        go(store, head, run, checkpoint_every=2, keep_checkpoints=3, on_progress=stop_at(20))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000014", "step-00000016", "step-00000018"]
+    go(store, head, run, keep_checkpoints=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000045"]
+    assert not (run / "checkpoints" / "step-00000045" / "optimizer.safetensors").exists()
+
+
+def test_a_checkpoint_that_is_damaged_is_one_error(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(StopAtError):
+        go(store, head, run, checkpoint_every=5, on_progress=stop_at(20))
+    file = checkpoints_of(run)[-1] / "optimizer.safetensors"
+    state = load_file(file)
+    name = "encoder.norm.weight/exp_avg"
+    save_file({key: value for key, value in state.items() if not key.startswith("encoder.norm.weight/")}, file)
+    assert name in state
+    with pytest.raises(MismatchError, match=r"lacks 'encoder\.norm\.weight'"):
+        go(store, head, run)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"optimizer\.safetensors cannot be read"):
+        go(store, head, run)
+    file.unlink()
+    with pytest.raises(MissingError, match=r"has no optimizer\.safetensors"):
+        go(store, head, run)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    store: Path, head: StoreHeader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_step = torch.optim.AdamW.step
+    calls = 0
+
+    def poisoned(self: Any, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = true_step(self, *given)
+        if calls == 7:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(DataError, match=r"after step 7 the weights.*last good checkpoint is .*step-00000006"):
+        go(store, head, tmp_path / "run", checkpoint_every=1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_obeyed_after_the_step(
+    store: Path, head: StoreHeader, whole: Path, tmp_path: Path, name: str
+) -> None:
+    number = signal.Signals[name]
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+    def told(now: PretrainProgress) -> None:
+        if now.step == 20:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    with pytest.raises(StoppedError, match=rf"{name} after step 20 of 45; .*step-00000020.*same command") as caught:
+        go(store, head, tmp_path / "run", on_progress=told)
+    assert caught.value.signal == number
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert go(store, head, tmp_path / "run").resumed_from == 20
+    assert_same(tmp_path / "run", whole)
+
+
+def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]:
+    student = student_of(head)
+    settings = {
+        "student.image_size": student.image_size,
+        "student.patch_size": student.patch_size,
+        "student.width": 16,
+        "student.depth": 2,
+        "student.heads": 2,
+        "decoder.width": 16,
+        "decoder.heads": 2,
+        "pretrain.batch_size": BATCH,
+        "pretrain.window": 1,
+        "pretrain.epochs": epochs,
+        "pretrain.device": "cpu",
+        "pretrain.checkpoint_every": 11,
+    }
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    return [sys.executable, "-m", "milan_pipe", "pretrain", str(store), str(run), *flags]
+
+
+def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
+    epochs = 30 * kills
+    draw = random.Random(kills)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = command(store, head, folder / "run", epochs)
+    done = 0
+    for _ in range(kills):
+        before = checkpoints_of(folder / "run")[-1:]
+        with subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and checkpoints_of(folder / "run")[-1:] == before:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+            done += process.poll() is None
+            process.kill()
+    assert done == kills, "a run was finished before it could be killed"
+    finished = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "gone on from step" in finished.stderr
+    subprocess.run(
+        command(store, head, folder / "whole", epochs), cwd=folder, env=environment, check=True, capture_output=True
+    )
+    assert_same(folder / "run", folder / "whole")
+    assert not list((folder / "run" / "checkpoints").glob(".*"))
+
+
+def test_killed_twice(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    killed_again_and_again(store, head, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_killed_ten_times(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    killed_again_and_again(store, head, tmp_path, 10)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_the_command_with_one_line(
+    store: Path, head: StoreHeader, tmp_path: Path, name: str, code: int
+) -> None:
+    words = command(store, head, tmp_path / "run", 2000)
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not checkpoints_of(tmp_path / "run"):
+            time.sleep(0.01)
+        process.send_signal(signal.Signals[name])
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    assert f"stopped: by {name} after step" in told
+    assert "Traceback" not in told
+    step = open_checkpoint(tmp_path / "run").record["step"]
+    assert f"after step {step} of" in told

@@ -1,0 +1,49 @@
+"""Signals are noted once; again, they do what they always did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from milan_pipe.training.stopping import StopRequest, stop_requests
+
+
+def test_the_first_ctrl_c_is_noted_and_the_second_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_requests() as request:  # noqa: PT012
+        assert request.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_of_others_come_back() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with stop_requests() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal is signal.SIGTERM
+        assert seen == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_thread_of_a_program_changes_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[StopRequest] = []
+
+    def work() -> None:
+        with stop_requests() as request:
+            assert signal.getsignal(signal.SIGTERM) is before
+            found.append(request)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [request.signal for request in found] == [None]
