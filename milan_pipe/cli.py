@@ -339,19 +339,21 @@ def pretrain(
     Example: milan-pipe pretrain targets run --set pretrain.epochs=100
     """
     from milan_pipe import commands
-    from milan_pipe.pretraining import PretrainProgress
+    from milan_pipe.pretraining.recorder import PretrainProgress
 
     settings = _settings(params, overrides)
-    with progress("epoch", "loss", "rate", "wait") as update:
+    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
 
         def tell(now: PretrainProgress) -> None:
             update(
                 now.step,
                 now.steps,
-                epoch=f"epoch {now.epoch + 1}",
-                loss=f"loss {now.loss:.4f}",
-                rate=f"{now.images_per_second:.0f} img/s",
-                wait=f"wait {100 * now.data_wait:.1f} %",
+                epoch=f"ep {now.epoch + 1}",
+                loss=f"loss {now.loss:.3f}",
+                lr=f"lr {now.lr:.0e}".replace("e-0", "e-"),
+                rate=f"{now.images_per_second:.0f}/s",
+                wait=f"wait {100 * now.data_wait:.0f} %",
+                memory=size(now.memory),
             )
 
         report = commands.pretrain(targets, run, settings, on_progress=tell)

@@ -19,8 +19,9 @@ from milan_pipe.extract.run import ExtractProgress, ExtractReport
 from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
 from milan_pipe.planning.speed import Lesson
-from milan_pipe.pretraining import PretrainProgress, PretrainReport
-from milan_pipe.pretraining import pretrain as _pretrain
+from milan_pipe.pretraining.recorder import PretrainProgress
+from milan_pipe.pretraining.run import PretrainReport
+from milan_pipe.pretraining.run import pretrain as _pretrain
 from milan_pipe.targets import convert as conversion
 from milan_pipe.targets import verify as verification
 from milan_pipe.targets.convert import ConvertReport
@@ -138,7 +139,7 @@ def pretrain(
     *,
     on_progress: Callable[[PretrainProgress], None] = _ignore,
 ) -> PretrainReport:
-    """Train a student on a target store; see `milan_pipe.pretraining`."""
+    """Train a student on a target store; see `milan_pipe.pretraining.run`."""
     settings = params or Params()
     return _pretrain(
         targets,

@@ -13,7 +13,7 @@ from milan_pipe.data.prepare import PrepareConfig
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import MissingError, SettingError
 from milan_pipe.extract.settings import ExtractConfig
-from milan_pipe.pretraining import PretrainConfig, Target
+from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.settings import Settings, unknown_key_message
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig

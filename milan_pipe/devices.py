@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from milan_pipe.errors import SettingError
@@ -22,3 +23,10 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise SettingError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda") from error
     return device
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of a CUDA device, the most that tensors took so far; else what this process has resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -35,6 +36,24 @@ class Batch:
     code_BST: Tensor
     scale_BS: Tensor | None
     attention_BL: Tensor
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Samples `start` to `stop`; no copy."""
+        return Batch(
+            keys=self.keys[start:stop],
+            pixels_BHWC=self.pixels_BHWC[start:stop],
+            code_BST=self.code_BST[start:stop],
+            scale_BS=None if self.scale_BS is None else self.scale_BS[start:stop],
+            attention_BL=self.attention_BL[start:stop],
+        )
+
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """Cut into `count` parts of nearly one size, fewer where there are fewer samples, each with its share."""
+        size = len(self.keys)
+        if count == 1:
+            return [(self, 1.0)]
+        borders = [size * number // count for number in range(count + 1)]
+        return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
 
 
 @dataclass(frozen=True, kw_only=True)

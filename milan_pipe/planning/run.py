@@ -36,7 +36,7 @@ from milan_pipe.planning.store import (
     header_of,
     sample_pictures,
 )
-from milan_pipe.pretraining import require_fit
+from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import CodecConfig
 from milan_pipe.targets.schema import CodecInfo, TeacherInfo

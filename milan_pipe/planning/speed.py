@@ -17,15 +17,16 @@ from torch import Tensor
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.planning.store import EncodedSample, PictureSample
-from milan_pipe.pretraining import Objective, PretrainConfig, Target
+from milan_pipe.pretraining.objective import build_objective
+from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
-from milan_pipe.student.model import build_student
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.step import Stepper, resolve_precision
 
 DEVICES = (1, 8, 64)
 """Numbers of devices for which hours are told."""
@@ -146,15 +147,6 @@ def _batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch
     )
 
 
-def _objective(lesson: Lesson, header: StoreHeader, device: torch.device) -> Objective:
-    patch_size = lesson.student.image_size // lesson.student.grid[0]
-    width = 3 * patch_size**2 if lesson.target == "pixels" else header.teacher.width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lesson.config.seed)
-        model = build_student(lesson.student, lesson.decoder, width).to(device)
-    return Objective(model, header, lesson.masking, lesson.target, patch_size)
-
-
 def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Speed:
     """Pictures a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
 
@@ -167,7 +159,16 @@ def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, enco
         SettingError: there is no such student or device.
     """
     device = resolve_device(lesson.config.device)
-    objective = _objective(lesson, header, device)
+    objective = build_objective(
+        header,
+        student=lesson.student,
+        decoder=lesson.decoder,
+        masking=lesson.masking,
+        target=lesson.target,
+        config=lesson.config,
+        device=device,
+    )
+    precision = resolve_precision(lesson.config.precision, device)
     optimiser = build_adamw(
         objective.student, lr=lesson.config.lr, betas=lesson.config.betas, weight_decay=lesson.config.weight_decay
     )
@@ -183,12 +184,20 @@ def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, enco
         while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
             yield batch
 
-    train(optimiser, epochs=1, batches_of=batches, loss_of=objective, lr_of=lambda _: 0.0, on_step=on_step)
+    step_of = Stepper(
+        optimiser,
+        objective,
+        split=lambda whole: whole.parts(lesson.config.accumulate),
+        device=device,
+        precision=precision,
+        clip_grad=lesson.config.clip_grad,
+    )
+    train(step_of, epochs=1, batches_of=batches, lr_of=lambda _: 0.0, on_step=on_step)
     steps = len(ends) - 1
     return Speed(
         per_second=steps * len(batch.keys) / (ends[-1] - ends[0]),
         device=_name(device),
-        precision=str(next(objective.parameters()).dtype).removeprefix("torch."),
+        precision=precision,
         batch_size=len(batch.keys),
         threads=_threads(device),
         batches=steps,

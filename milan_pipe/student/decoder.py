@@ -15,6 +15,7 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from milan_pipe.errors import SettingError, ShapeError
 from milan_pipe.settings import Settings
@@ -58,6 +59,7 @@ class Decoder(nn.Module):
     def __init__(self, *, encoder_width: int, width: int, grid: Grid, output_width: int, blocks: list[nn.Module]):
         super().__init__()
         self.grid = grid
+        self.checkpoint_activations = False
         self.decoder_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(width, *grid), requires_grad=False)
@@ -89,6 +91,13 @@ class Decoder(nn.Module):
         prompt_BSD = self.decoder_embed(latent_BSD) + prompt_position_BSD
         masked_BMD = self.mask_token + gather_tokens(position_BLD, split.masked_BM)
         return prompt_BSD, masked_BMD
+
+    def _run(self, block: nn.Module, *tokens_BSD: Tensor) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            updated_BSD: Tensor = checkpoint(block, *tokens_BSD, use_reentrant=False)
+        else:
+            updated_BSD = block(*tokens_BSD)
+        return updated_BSD
 
     def _predict(self, tokens_BSD: Tensor, split: MaskSplit) -> Tensor:
         """(B, L + 1, T) in raster order, from tokens ordered CLS, visible, masked."""
@@ -188,7 +197,7 @@ class PromptingDecoder(Decoder):
         """
         prompt_BSD, masked_BMD = self._embed(latent_BSD, split)
         for block in self.decoder_blocks:
-            masked_BMD = block(masked_BMD, prompt_BSD)
+            masked_BMD = self._run(block, masked_BMD, prompt_BSD)
         return self._predict(torch.cat([prompt_BSD.to(masked_BMD.dtype), masked_BMD], dim=1), split)
 
 
@@ -226,7 +235,7 @@ class PlainDecoder(Decoder):
         prompt_BSD, masked_BMD = self._embed(latent_BSD, split)
         tokens_BSD = torch.cat([prompt_BSD, masked_BMD.to(prompt_BSD.dtype)], dim=1)
         for block in self.decoder_blocks:
-            tokens_BSD = block(tokens_BSD)
+            tokens_BSD = self._run(block, tokens_BSD)
         return self._predict(tokens_BSD, split)
 
 

@@ -31,6 +31,11 @@ class MaskedStudent(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
 
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Compute the blocks' activations again in the backward pass, or keep them: memory against time."""
+        self.encoder.set_grad_checkpointing(wanted)
+        self.decoder.checkpoint_activations = wanted
+
     def forward(self, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
         """Predict the target at every position from the visible patches.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 B = TypeVar("B")
@@ -35,11 +34,10 @@ class StepReport:
 
 
 def train(
-    optimiser: torch.optim.Optimizer,
+    step_of: Callable[[B, int, float], Tensor],
     *,
     epochs: int,
     batches_of: Callable[[int], Iterator[B]],
-    loss_of: Callable[[B, int], Tensor],
     lr_of: Callable[[int], float],
     on_step: Callable[[StepReport, B], None],
     first_epoch: int = 0,
@@ -48,8 +46,8 @@ def train(
     """Run epochs `first_epoch` to `epochs` - 1.
 
     Args:
+        step_of: does one step with a batch, its epoch and a learning rate; returns the loss, detached.
         batches_of: batches of an epoch; of the first one, those that are left.
-        loss_of: scalar loss of a batch in an epoch.
         lr_of: learning rate of step 0, 1, ...
         on_step: told after each step; may raise to stop.
         first_step: steps that were done before.
@@ -69,18 +67,13 @@ def train(
             if batch is None:
                 break
             lr = lr_of(step)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            loss = loss_of(batch, epoch)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            loss = step_of(batch, epoch, lr)
             step += 1
             on_step(
                 StepReport(
                     step=step,
                     epoch=epoch,
-                    loss=loss.detach(),
+                    loss=loss,
                     lr=lr,
                     seconds=time.monotonic() - began,
                     data_wait_seconds=waited,

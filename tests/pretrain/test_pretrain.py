@@ -16,7 +16,10 @@ import torch
 from milan_pipe.data.views import encode_jpeg
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.stream import Batch
-from milan_pipe.pretraining import Objective, PretrainConfig, PretrainProgress, PretrainReport, pretrain
+from milan_pipe.pretraining.objective import Objective
+from milan_pipe.pretraining.recorder import PretrainProgress
+from milan_pipe.pretraining.run import PretrainReport, pretrain
+from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
@@ -34,7 +37,7 @@ from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
-module = import_module("milan_pipe.pretraining")
+module = import_module("milan_pipe.pretraining.objective")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)
 STUDENT = StudentConfig(image_size=SIZE, patch_size=8, width=16, depth=1, heads=2)
 DECODER = DecoderConfig(width=16, depth=2, heads=2)
@@ -289,7 +292,7 @@ def test_metrics_hold_what_was_told_at_its_own_step(store: Path, tmp_path: Path)
     go(store, tmp_path / "run", epochs=3, log_every=4, on_progress=told.append)
     assert [p.step for p in told] == [4, 8, 9]
     folder = tmp_path / "run" / "metrics"
-    for name in ("loss", "lr", "images_per_second", "data_wait"):
+    for name in ("loss", "lr", "images_per_second", "data_wait", "memory"):
         lines = (folder / "plots" / "metrics" / "train" / f"{name}.tsv").read_text().split("\n")[1:-1]
         points = [(int(step), float(value)) for step, value in (line.split("\t")[-2:] for line in lines)]
         assert points == [(p.step, pytest.approx(getattr(p, name))) for p in told]

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
-from milan_pipe.pretraining import PretrainConfig, PretrainProgress, PretrainReport, pretrain
+from milan_pipe.pretraining.recorder import PretrainProgress
+from milan_pipe.pretraining.run import PretrainReport, pretrain
+from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
@@ -122,6 +124,16 @@ def test_a_broken_run_goes_on_to_the_same_end(
     assert report.steps_now == 45 - report.resumed_from
     assert_same(run, whole)
     assert report.loss == json.loads((whole / "report.json").read_text())["loss"]
+
+
+def test_the_loss_scale_of_half_precision_goes_on(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    go(store, head, tmp_path / "whole", precision="float16", lr=0.05)
+    with pytest.raises(StopAtError):
+        go(store, head, tmp_path / "run", precision="float16", lr=0.05, checkpoint_every=7, on_progress=stop_at(36))
+    scaler = open_checkpoint(tmp_path / "run").record["scaler"]
+    assert scaler["_growth_tracker"] > 0 or scaler["scale"] != 65536
+    go(store, head, tmp_path / "run", precision="float16", lr=0.05)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_without_a_checkpoint_begins_again(store: Path, head: StoreHeader, whole: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from milan_pipe.student.model import build_student
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw, decays
 from milan_pipe.training.schedule import cosine_lr
+from milan_pipe.training.step import Stepper
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,24 @@ class Weight(nn.Module):
         return self.w * (batch + epoch)
 
 
+def step_of(optimiser: torch.optim.Optimizer, loss_of: Any) -> Stepper[float]:
+    return Stepper(
+        optimiser,
+        loss_of,
+        split=lambda batch: [(batch, 1.0)],
+        device=torch.device("cpu"),
+        precision="float32",
+        clip_grad=None,
+    )
+
+
 def test_the_loop_counts_steps_and_uses_the_rate_of_each() -> None:
     model = Weight()
     seen: list[tuple[StepReport, float, float]] = []
     done = train(
-        torch.optim.SGD(model.parameters(), lr=99.0),
+        step_of(torch.optim.SGD(model.parameters(), lr=99.0), model),
         epochs=2,
         batches_of=lambda epoch: iter([1.0, 2.0] if epoch == 0 else [3.0]),
-        loss_of=model,
         lr_of=lambda step: 10.0**step,
         on_step=lambda report, batch: seen.append((report, batch, model.w.item())),
     )
@@ -130,10 +142,9 @@ def test_waiting_for_data_is_told_apart_from_work() -> None:
         return model(batch, epoch)  # type: ignore[no-any-return]
 
     train(
-        torch.optim.SGD(model.parameters()),
+        step_of(torch.optim.SGD(model.parameters()), busy),
         epochs=1,
         batches_of=lambda _: slow(),
-        loss_of=busy,
         lr_of=lambda _: 0.1,
         on_step=lambda report, _: reports.append(report),
     )
@@ -152,13 +163,13 @@ def test_no_batches_no_steps_and_a_listener_may_stop() -> None:
     def none(_: int) -> Iterator[float]:
         return iter([])
 
-    assert train(optimiser, epochs=3, batches_of=none, loss_of=model, lr_of=lambda _: 1.0, on_step=stop) == 0
+    step = step_of(optimiser, model)
+    assert train(step, epochs=3, batches_of=none, lr_of=lambda _: 1.0, on_step=stop) == 0
     with pytest.raises(RuntimeError, match="enough"):
         train(
-            optimiser,
+            step,
             epochs=9,
             batches_of=lambda _: iter([1.0]),
-            loss_of=model,
             lr_of=lambda _: 1.0,
             on_step=stop,
         )

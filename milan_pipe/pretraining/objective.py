@@ -1,0 +1,96 @@
+"""A batch as it is stored becomes a loss. Shape suffixes are explained in `milan_pipe.pretraining`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from milan_pipe.errors import MismatchError
+from milan_pipe.loader.stream import Batch
+from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
+from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
+from milan_pipe.student.model import MaskedStudent, build_student
+from milan_pipe.student.pixels import normalise
+from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.schema import StoreHeader
+
+
+class Objective(nn.Module):
+    """Student, masking and loss: a batch as it is stored becomes a scalar, all of it on the training device."""
+
+    def __init__(
+        self, student: MaskedStudent, header: StoreHeader, masking: MaskConfig, target: Target, patch_size: int
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.codec = codec_of(header.codec)
+        self.masking = masking
+        self.target = target
+        self.patch_size = patch_size
+        self.patches = header.patches
+        self.visible = visible_count(header.patches, masking.ratio)
+
+    def forward(self, batch: Batch, epoch: int) -> Tensor:
+        """Loss of one batch.
+
+        Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
+        """
+        device = next(self.student.parameters()).device
+        images_BCHW = normalise(batch.pixels_BHWC.to(device, non_blocking=True))
+        noise_BL = mask_noise(self.masking.seed, epoch, batch.keys, self.patches).to(device)
+        importance_BL = batch.attention_BL.to(device).float() if self.masking.kind == "semantic" else None
+        split = draw_split(importance_BL, noise_BL, self.visible)
+        prediction_BST = self.student(images_BCHW, split)
+        if self.target == "pixels":
+            return pixel_loss(prediction_BST, pixel_target(images_BCHW, self.patch_size), split)
+        scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
+        return feature_loss(prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+
+
+def require_fit(header: StoreHeader, student: StudentConfig, where: object) -> None:
+    """Refuse targets that this student cannot learn from.
+
+    Raises:
+        MismatchError: view size or grid differ; says both.
+    """
+    if header.views.size != student.image_size:
+        raise MismatchError(
+            f"{where} has views of {header.views.size} pixels, the student reads {student.image_size}; set "
+            f"student.image_size={header.views.size}, or extract with student.image_size={student.image_size}"
+        )
+    if tuple(header.teacher.grid) != tuple(student.grid):
+        theirs, ours = header.teacher.grid, student.grid
+        raise MismatchError(
+            f"{where} has a grid of {theirs[0]} x {theirs[1]} patches (teacher {header.teacher.model!r} at "
+            f"{header.teacher.image_size} pixels), the student has {ours[0]} x {ours[1]}; change student.patch_size, "
+            "or extract with another teacher.image_size"
+        )
+
+
+def build_objective(
+    header: StoreHeader,
+    *,
+    student: StudentConfig,
+    decoder: DecoderConfig,
+    masking: MaskConfig,
+    target: Target,
+    config: PretrainConfig,
+    device: torch.device,
+) -> Objective:
+    """A fresh student with its loss, on its device, as the settings say.
+
+    Raises:
+        SettingError: there is no such student or decoder.
+    """
+    patch_size = student.image_size // student.grid[0]
+    width = 3 * patch_size**2 if target == "pixels" else header.teacher.width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_student(student, decoder, width).to(device)
+    model.checkpoint_activations(config.checkpoint_activations)
+    if config.compile:
+        model.compile(dynamic=False)
+    return Objective(model, header, masking, target, patch_size)
