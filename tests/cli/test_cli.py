@@ -100,10 +100,21 @@ def test_from_pictures_to_scores(
     assert code == 0, err
     trained = last_json(out)
     assert len(out.splitlines()) == 1
-    assert trained.keys() == {"steps", "epochs", "loss", "images_per_second", "data_wait", "seconds", "checkpoint"}
+    assert trained.keys() == {
+        "steps", "epochs", "loss", "images_per_second", "data_wait", "seconds", "checkpoint", "resumed_from",
+        "steps_now",
+    }  # fmt: skip
+    assert (trained["resumed_from"], trained["steps_now"]) == (0, 10)
     assert (trained["steps"], trained["checkpoint"]) == (10, "run/checkpoints/step-00000010")
     assert Path(trained["checkpoint"]).is_dir()
     assert max(len(line) for line in err.splitlines()) <= 80
+
+    code, out, err = run(capsys, monkeypatch, "pretrain", "targets", "run", *SETTINGS, "--json")
+    assert (code, last_json(out)["steps_now"], last_json(out)["loss"]) == (0, 0, trained["loss"]), err
+    assert "finished before" in err
+    code, out, err = run(capsys, monkeypatch, "pretrain", "targets", "run", *SETTINGS, "--set", "pretrain.lr=0.5")
+    assert (code, out) == (2, "")
+    assert "pretrain.lr: the run has 0.005, the settings say 0.5" in " ".join(err.split())
 
     shards = ["images/train-*.tar", "images/test-*.tar"]
     for subject, name in (("run", trained["checkpoint"]), ("random", "random"), ("teacher", "teacher")):
