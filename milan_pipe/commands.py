@@ -16,6 +16,7 @@ from milan_pipe.exchange.timm_layout import ExportReport, export_student
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
+from milan_pipe.online import teacher_of
 from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
 from milan_pipe.planning.speed import Lesson
@@ -149,6 +150,9 @@ def pretrain(
         masking=settings.masking,
         target=settings.target,
         config=settings.pretrain,
+        teacher_for=lambda header, device: teacher_of(
+            settings.teacher if settings.teacher.model_fields_set else None, header, device, targets
+        ),
         stated=_stated(settings),
         record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
         on_progress=on_progress,

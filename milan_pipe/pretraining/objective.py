@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +19,28 @@ from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 
+Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From pixels (B, H, W, 3) uint8 to features (B, S, T) and importance (B, L), float16 as in a store."""
+
 
 class Objective(nn.Module):
-    """Student, masking and loss: a batch as it is stored becomes a scalar, all of it on the training device."""
+    """Student, masking and loss: a batch as it is stored becomes a scalar, all of it on the training device.
+
+    Args:
+        teach: labels the pixels in place of what is stored; none takes the stored targets.
+    """
 
     def __init__(
-        self, student: MaskedStudent, header: StoreHeader, masking: MaskConfig, target: Target, patch_size: int
+        self,
+        student: MaskedStudent,
+        header: StoreHeader,
+        masking: MaskConfig,
+        target: Target,
+        patch_size: int,
+        teach: Teach | None = None,
     ) -> None:
         super().__init__()
+        self.teach = teach
         self.student = student
         self.codec = codec_of(header.codec)
         self.masking = masking
@@ -39,13 +55,18 @@ class Objective(nn.Module):
         Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
         """
         device = next(self.student.parameters()).device
-        images_BCHW = normalise(batch.pixels_BHWC.to(device, non_blocking=True))
+        pixels_BHWC = batch.pixels_BHWC.to(device, non_blocking=True)
+        images_BCHW = normalise(pixels_BHWC)
+        taught = self.teach(pixels_BHWC) if self.teach is not None else None
+        attention_BL = batch.attention_BL if taught is None else taught[1]
         noise_BL = mask_noise(self.masking.seed, epoch, batch.keys, self.patches).to(device)
-        importance_BL = batch.attention_BL.to(device).float() if self.masking.kind == "semantic" else None
+        importance_BL = attention_BL.to(device).float() if self.masking.kind == "semantic" else None
         split = draw_split(importance_BL, noise_BL, self.visible)
         prediction_BST = self.student(images_BCHW, split)
         if self.target == "pixels":
             return pixel_loss(prediction_BST, pixel_target(images_BCHW, self.patch_size), split)
+        if taught is not None:
+            return feature_loss(prediction_BST, taught[0])
         scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
         return feature_loss(prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
 
@@ -79,6 +100,7 @@ def build_objective(
     target: Target,
     config: PretrainConfig,
     device: torch.device,
+    teach: Teach | None = None,
 ) -> Objective:
     """A fresh student with its loss, on its device, as the settings say.
 
@@ -93,4 +115,4 @@ def build_objective(
     model.checkpoint_activations(config.checkpoint_activations)
     if config.compile:
         model.compile(dynamic=False)
-    return Objective(model, header, masking, target, patch_size)
+    return Objective(model, header, masking, target, patch_size, teach)

@@ -12,14 +12,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from dvclive.live import Live
 
 from milan_pipe import __version__
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, StoppedError, StoreError
+from milan_pipe.errors import DataError, SettingError, StoppedError, StoreError
 from milan_pipe.loader.order import EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
-from milan_pipe.pretraining.objective import build_objective, require_fit
+from milan_pipe.pretraining.objective import Teach, build_objective, require_fit
 from milan_pipe.pretraining.recorder import LossWatch, PretrainProgress, Recorder
 from milan_pipe.pretraining.saver import Saver
 from milan_pipe.pretraining.settings import FREE, PretrainConfig, Target
@@ -112,6 +113,7 @@ def pretrain(
     masking: MaskConfig,
     target: Target,
     config: PretrainConfig,
+    teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
     stated: Mapping[str, Mapping[str, Any]] | None = None,
     record: dict[str, Any] | None = None,
     on_progress: Callable[[PretrainProgress], None] = lambda _: None,
@@ -125,13 +127,14 @@ def pretrain(
         targets: folder or URL of the target store, of either format.
         run: folder of the run.
         target: `clip`, the stored features, or `pixels`, each patch's own normalised pixels.
+        teacher_for: gives the teacher of a store on a device, where `config.targets` is `online`.
         stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
         record: settings to keep in the checkpoint beside what it needs itself.
 
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student or the settings, or RUN holds a run of another configuration.
-        SettingError: the store has fewer samples than a batch, or RUN is a URL.
+        SettingError: the store has fewer samples than a batch, RUN is a URL, or online targets are not to be had.
         StoreError: RUN cannot be written.
         StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
     """
@@ -157,6 +160,14 @@ def pretrain(
         window=config.window,
         seed=config.seed,
     )
+    teach = None
+    if config.targets == "online":
+        if teacher_for is None or target != "clip":
+            raise SettingError(
+                f"pretrain.targets is 'online' with target {target!r}; it needs target 'clip' and, from Python, "
+                "teacher_for"
+            )
+        teach = teacher_for(reader.header, device)
     objective = build_objective(
         reader.header,
         student=student,
@@ -165,6 +176,7 @@ def pretrain(
         target=target,
         config=config,
         device=device,
+        teach=teach,
     )
     model = objective.student
     peak = config.lr * config.batch_size / 256
@@ -241,7 +253,7 @@ def pretrain(
                         epoch,
                         config.batch_size,
                         pool,
-                        with_targets=target == "clip",
+                        with_targets=target == "clip" and teach is None,
                         skip=skip if epoch == first_epoch else 0,
                     )
                     for epoch in range(first_epoch, config.epochs)

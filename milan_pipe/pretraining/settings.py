@@ -27,6 +27,9 @@ class PretrainConfig(Settings):
     window: int = Field(16, ge=1, description=f"blocks of {BLOCK_SAMPLES} samples that are shuffled together")
     threads: int = Field(1, ge=1, description="threads that decode stored views")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    targets: Literal["stored", "online"] = Field(
+        "stored", description="online: the teacher runs in every step, on the stored views; the baseline"
+    )
     precision: Precision = Field("auto", description="of the forward pass; auto is bfloat16 on GPUs, else float32")
     accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, for its memory")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; none does not clip")
