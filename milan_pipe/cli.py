@@ -330,6 +330,9 @@ def pretrain(
 ) -> Any:
     """Train the student on stored targets.
 
+    On several devices or machines: torchrun --nproc-per-node 8 -m milan_pipe pretrain targets run. The batch and the
+    learning rate are those of pretrain.batch_size, whatever the number of ranks.
+
     The same command goes on after an interruption, from the last checkpoint: they are written every
     pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, and on SIGTERM and Ctrl-C. A run of another
     configuration is refused, with a list of what differs.
@@ -341,8 +344,11 @@ def pretrain(
     """
     from milan_pipe import commands
     from milan_pipe.pretraining.recorder import PretrainProgress
+    from milan_pipe.training.distributed import rank_of_environment
 
     settings = _settings(params, overrides)
+    if rank_of_environment():
+        return commands.pretrain(targets, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
 
         def tell(now: PretrainProgress) -> None:

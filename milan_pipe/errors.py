@@ -41,3 +41,15 @@ class StoppedError(MilanError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+class RankLostError(MilanError, RuntimeError):
+    """One of several ranks has died; the others cannot go on."""
+
+
+class ToldElsewhereError(MilanError):
+    """Another rank says, or has said, what `cause` is; this one ends in silence."""
+
+    def __init__(self, cause: MilanError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause

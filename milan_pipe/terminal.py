@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from milan_pipe.errors import MilanError, StoppedError
+from milan_pipe.errors import MilanError, StoppedError, ToldElsewhereError
 
 console = Console(stderr=True)
 
@@ -99,6 +99,8 @@ def errors_as_one_line() -> Iterator[None]:
     except StoppedError as stopped:
         console.print(Text.assemble(("stopped:", "bold yellow"), " ", str(stopped)), soft_wrap=True)
         sys.exit(128 + stopped.signal)
+    except ToldElsewhereError as told:
+        sys.exit(128 + told.cause.signal if isinstance(told.cause, StoppedError) else 2)
     except MilanError as error:
         _fail(str(error))
     except OSError as error:

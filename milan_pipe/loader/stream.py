@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from milan_pipe.data.views import decode_jpeg
 from milan_pipe.errors import DataError
-from milan_pipe.loader.order import EpochOrder
+from milan_pipe.loader.order import BatchPlan, Block, Piece
 from milan_pipe.targets.schema import TargetReader, ViewRun
 
 
@@ -77,71 +77,109 @@ class _Window:
             attention=torch.from_numpy(np.concatenate([run.attention_NL for run in runs])),
         )
 
-    def take(self, rows: list[int], pool: ThreadPoolExecutor, with_targets: bool) -> Batch:
-        index = torch.tensor(rows)
-        keys = tuple(self.keys[row] for row in rows)
+
+_Fragment = tuple[_Window, list[int]]
+"""Rows of a window, in the order in which they are handed out."""
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Loader:
+    """Reads and decodes what one rank takes of every batch.
+
+    Windows are read by `READERS` threads, each lane's next one while the one before is handed out: two windows are in
+    memory. Use it as a context manager: its threads end with it.
+
+    Args:
+        threads: threads that decode views.
+        with_targets: whether codes and scales are handed out; a pixel target needs none.
+    """
+
+    READERS = 2
+
+    def __init__(self, reader: TargetReader, plan: BatchPlan, *, threads: int, with_targets: bool) -> None:
+        self.plan = plan
+        self._reader = reader
+        self._with_targets = with_targets
+        self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+        self._readers = ThreadPoolExecutor(max_workers=self.READERS, thread_name_prefix="read")
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._readers, self._decoders):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """All whole batches of one epoch, in order.
+
+        Args:
+            skip: batches to leave out at the beginning; windows that lie in them whole are not read.
+
+        Raises:
+            DataError: the store is damaged.
+        """
+        lanes = [self._lane(epoch, piece, skip) for piece in self.plan.pieces()]
+        for _ in range(skip, self.plan.steps):
+            yield self._batch([fragment for lane in lanes for fragment in next(lane)])
+
+    def _read(self, blocks: Sequence[Block]) -> _Window:
+        reader = self._reader
+        return _Window.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
+
+    def _windows(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[_Fragment]:
+        """What is left of a lane after its first `unwanted` samples, window after window, the next one under way."""
+        pending: tuple[Future[_Window], list[int]] | None = None
+        for blocks, order in self.plan.order.windows(epoch, self.plan.lane(piece.lane)):
+            rows = order[unwanted:].tolist()
+            unwanted -= len(order) - len(rows)
+            if not rows:
+                continue
+            following = self._readers.submit(self._read, blocks), rows
+            if pending is not None:
+                yield pending[0].result(), pending[1]
+            pending = following
+        if pending is not None:
+            yield pending[0].result(), pending[1]
+
+    def _lane(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Fragment]]:
+        """This rank's rows of each batch, from one lane."""
+        size = self.plan.lane_size(piece.lane)
+        fragments: list[_Fragment] = []
+        position = 0  # within the lane's part of a batch
+        for window, rows in self._windows(epoch, piece, skip * size):
+            used = 0
+            while used < len(rows):
+                stop = min(size, position + len(rows) - used)
+                first, last = max(position, piece.start), min(stop, piece.stop)
+                if first < last:
+                    fragments.append((window, rows[used + first - position : used + last - position]))
+                used += stop - position
+                position = stop % size
+                if not position:
+                    yield fragments
+                    fragments = []
+
+    def _batch(self, fragments: list[_Fragment]) -> Batch:
+        keys = tuple(window.keys[row] for window, rows in fragments for row in rows)
+        jpegs = [window.jpegs[row] for window, rows in fragments for row in rows]
         try:
-            pixels = np.stack(list(pool.map(decode_jpeg, [self.jpegs[row] for row in rows])))
+            pixels = np.stack(list(self._decoders.map(decode_jpeg, jpegs)))
         except DataError as error:
             raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
+        taken = [(window, torch.tensor(rows)) for window, rows in fragments]
+        coded = taken if self._with_targets else []
+        scales = [window.scale[index] for window, index in coded if window.scale is not None]
         return Batch(
             keys=keys,
             pixels_BHWC=torch.from_numpy(pixels),
-            code_BST=self.code[index] if with_targets else self.code[:0],
-            scale_BS=self.scale[index] if with_targets and self.scale is not None else None,
-            attention_BL=self.attention[index],
+            code_BST=_cat([window.code[index] for window, index in coded]) if coded else taken[0][0].code[:0],
+            scale_BS=_cat(scales) if scales else None,
+            attention_BL=_cat([window.attention[index] for window, index in taken]),
         )
-
-
-def _join(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    scales = [part.scale_BS for part in parts if part.scale_BS is not None]
-    return Batch(
-        keys=tuple(key for part in parts for key in part.keys),
-        pixels_BHWC=torch.cat([part.pixels_BHWC for part in parts]),
-        code_BST=torch.cat([part.code_BST for part in parts]),
-        scale_BS=torch.cat(scales) if scales else None,
-        attention_BL=torch.cat([part.attention_BL for part in parts]),
-    )
-
-
-def epoch_batches(
-    reader: TargetReader,
-    order: EpochOrder,
-    epoch: int,
-    batch_size: int,
-    pool: ThreadPoolExecutor,
-    with_targets: bool,
-    skip: int = 0,
-) -> Iterator[Batch]:
-    """All whole batches of one epoch, in order.
-
-    Args:
-        with_targets: whether codes and scales are handed out; a pixel target needs none.
-        skip: batches to leave out at the beginning; windows that lie in them whole are not read.
-
-    Raises:
-        DataError: the store is damaged.
-    """
-    parts: list[Batch] = []
-    missing = batch_size
-    unwanted = skip * batch_size
-    for blocks, sample_order in order.windows(epoch):
-        if unwanted >= len(sample_order):
-            unwanted -= len(sample_order)
-            continue
-        window = _Window.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
-        position, unwanted = unwanted, 0
-        rows = sample_order.tolist()
-        while position < len(rows):
-            taken = rows[position : position + missing]
-            parts.append(window.take(taken, pool, with_targets))
-            position += len(taken)
-            missing -= len(taken)
-            if not missing:
-                yield _join(parts)
-                parts, missing = [], batch_size
 
 
 class Prefetcher:

@@ -114,5 +114,7 @@ def build_objective(
         model = build_student(student, decoder, width).to(device)
     model.checkpoint_activations(config.checkpoint_activations)
     if config.compile:
-        model.compile(dynamic=False)
+        # What FSDP gathers one at a time is compiled one at a time.
+        for module in model.units() if config.parallel == "fsdp" else [model]:
+            module.compile(dynamic=False)
     return Objective(model, header, masking, target, patch_size, teach)

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from dvclive.live import Live
 
 from milan_pipe import __version__
-from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, SettingError, StoppedError, StoreError
-from milan_pipe.loader.order import EpochOrder, batches_per_epoch
-from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
-from milan_pipe.pretraining.objective import Teach, build_objective, require_fit
-from milan_pipe.pretraining.recorder import LossWatch, PretrainProgress, Recorder
-from milan_pipe.pretraining.saver import Saver
-from milan_pipe.pretraining.settings import FREE, PretrainConfig, Target
+from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
+from milan_pipe.loader.stream import Batch, Loader, Prefetcher
+from milan_pipe.pretraining.bad_batch import write_bad_batch
+from milan_pipe.pretraining.configuration import configuration_of
+from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
+from milan_pipe.pretraining.recorder import LossWatch, NotFiniteError, PretrainProgress, Recorder
+from milan_pipe.pretraining.saver import Saver, restore_weights
+from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.pretraining.sinks import Sink, open_sinks
 from milan_pipe.storage import local_folder
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
-from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
+from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.resume import cut_metrics, last_checkpoint, require_same_configuration
+from milan_pipe.training.resume import (
+    cut_metrics,
+    last_checkpoint,
+    require_same_configuration,
+    tell_last_checkpoint,
+)
 from milan_pipe.training.schedule import cosine_lr
 from milan_pipe.training.step import Stepper, resolve_precision
-from milan_pipe.training.stopping import stop_requests
+from milan_pipe.training.stopping import StopRequest, stop_requests
 
 _REPORT = "report.json"
 
@@ -67,32 +74,6 @@ def _make_folder(run: Path) -> None:
         raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
 
 
-def _configuration(
-    header: StoreHeader,
-    samples: tuple[int, ...],
-    student: StudentConfig,
-    decoder: DecoderConfig,
-    masking: MaskConfig,
-    target: Target,
-    config: PretrainConfig,
-) -> dict[str, Any]:
-    """All that the weights of a run depend on."""
-    # Neither where the store came from nor its format change what is read from it.
-    stored = header.model_dump(mode="json", exclude={"package_version", "format", "source"})
-    return {
-        "student": student.model_dump(mode="json"),
-        "decoder": decoder.model_dump(mode="json"),
-        "masking": masking.model_dump(mode="json"),
-        "target": target,
-        "pretrain": config.model_dump(mode="json", exclude=FREE),
-        "targets": {
-            **{name: stored[name] for name in ("teacher", "views")},
-            "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),
-            "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
-        },
-    }
-
-
 def _finished_report(run: Path, checkpoint: Checkpoint) -> PretrainReport:
     try:
         values = json.loads((run / _REPORT).read_text())
@@ -102,6 +83,196 @@ def _finished_report(run: Path, checkpoint: Checkpoint) -> PretrainReport:
             f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read ({type(error).__name__}); "
             "its checkpoint can be used"
         ) from error
+
+
+class _Run:
+    """The parts of one run, put together."""
+
+    def __init__(
+        self,
+        run: Path,
+        reader: TargetStore,
+        objective: Objective,
+        plan: BatchPlan,
+        config: PretrainConfig,
+        ranks: Ranks,
+        configuration: Mapping[str, Any],
+        record: Mapping[str, Any],
+    ) -> None:
+        self.run = run
+        self.reader = reader
+        self.plan = plan
+        self.config = config
+        self.ranks = ranks
+        self.configuration = configuration
+        self.record = record
+        self.steps_per_epoch = plan.steps
+        self.steps = plan.steps * config.epochs
+        self.peak = config.lr * config.batch_size / 256
+        self.first_step = 0
+        student = objective.student
+        loss_of, exchange = ranks.spread(objective, config.parallel, student.units(), student)
+        optimiser = build_adamw(student, lr=self.peak, betas=config.betas, weight_decay=config.weight_decay)
+        # Gradients and losses are averaged over ranks as if their parts were of one size.
+        weight = plan.size * plan.ranks / plan.batch_size
+        self.stepper = Stepper[Batch](
+            optimiser,
+            loss_of,
+            split=lambda batch: [(part, share * weight) for part, share in batch.parts(config.accumulate)],
+            device=ranks.device,
+            precision=config.precision,
+            clip_grad=config.clip_grad,
+            exchange=exchange,
+        )
+        self.saver = Saver(run, student, optimiser, self.stepper.scaler, config, ranks, record)
+        self.losses = LossWatch(ranks.mean, norm_must_be_finite=not self.stepper.scaler.is_enabled())
+
+    def resume(self, there: Checkpoint) -> None:
+        """Take over all but the weights, which were there before they were sharded."""
+        self.first_step = self.saver.restore(there)
+        self.losses.restore(there.record["losses"])
+
+    def _batches(self, loader: Loader) -> Iterator[Batch]:
+        epoch, skip = divmod(self.first_step, self.steps_per_epoch)
+        return chain.from_iterable(
+            loader.batches(number, skip if number == epoch else 0) for number in range(epoch, self.config.epochs)
+        )
+
+    def _after_step(self, report: StepReport, stop: StopRequest) -> None:
+        """Stop or save where that is due, which the ranks have to agree on."""
+        if report.step == self.steps:
+            return
+        number, due = self.ranks.largest(
+            [stop.signal or 0, self.ranks.first and self.saver.due(report.step)],
+        )
+        if number:
+            path = self.saver.save(report.step, self.losses.state(), finished=False)
+            raise StoppedError(
+                f"by {signal.Signals(number).name} after step {report.step} of {self.steps}; {path} was written, and "
+                "the same command goes on from it",
+                number,
+            )
+        if due:
+            self.saver.save(report.step, self.losses.state(), finished=False)
+
+    def train(self, recorder: Recorder, loader: Loader, stop: StopRequest) -> None:
+        """All steps that are left."""
+        epoch, skip = divmod(self.first_step, self.steps_per_epoch)
+        warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
+
+        def on_step(report: StepReport, batch: Batch) -> None:
+            recorder(report, batch)
+            self._after_step(report, stop)
+
+        # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
+        with closing(Prefetcher(self._batches(loader), ahead=8)) as prefetcher:
+            batches = iter(prefetcher)
+            train(
+                self.stepper,
+                epochs=self.config.epochs,
+                batches_of=lambda now: islice(batches, self.steps_per_epoch - (skip if now == epoch else 0)),
+                lr_of=lambda step: cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self.peak),
+                on_step=on_step,
+                first_epoch=epoch,
+                first_step=self.first_step,
+            )
+
+    def write_bad_batch(self, error: NotFiniteError) -> Path | None:
+        """Read the batch of a step again, all of it, and write it with the weights; None on ranks that do not write."""
+        weights = self.saver.weights()
+        if not self.ranks.first:
+            return None
+        with Loader(self.reader, self.plan.of_rank(0, 1), threads=self.config.threads, with_targets=True) as loader:
+            batch = next(loader.batches(error.epoch, (error.step - 1) % self.steps_per_epoch))
+        return write_bad_batch(
+            self.run,
+            batch,
+            weights,
+            step=error.step,
+            epoch=error.epoch,
+            header=self.reader.header,
+            configuration=self.configuration,
+        )
+
+    def finish(self, last: PretrainProgress) -> PretrainReport:
+        """Write report and last checkpoint."""
+        report = PretrainReport(
+            steps=last.step,
+            epochs=self.config.epochs,
+            loss=self.losses.epoch_mean(),
+            images_per_second=last.images_per_second,
+            data_wait=last.data_wait,
+            seconds=last.seconds,
+            checkpoint="",
+            resumed_from=self.first_step,
+            steps_now=last.step - self.first_step,
+        )
+        if self.ranks.first:
+            # The checkpoint goes last: it is what says that the run is finished.
+            (self.run / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
+        return replace(report, checkpoint=str(self.saver.save(last.step, self.losses.state(), finished=True)))
+
+
+def _go(run: _Run, with_targets: bool, on_progress: Callable[[PretrainProgress], None]) -> PretrainReport:
+    config = run.config
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        sinks: Sequence[Sink] = ()
+        if run.ranks.first:
+            sinks = stack.enter_context(
+                open_sinks(run.run / "metrics", config.sinks, goes_on=run.first_step, configuration=run.configuration)
+            )
+        loader = stack.enter_context(Loader(run.reader, run.plan, threads=config.threads, with_targets=with_targets))
+        recorder = Recorder(
+            sinks,
+            run.losses,
+            first_step=run.first_step,
+            steps=run.steps,
+            batch_size=config.batch_size,
+            log_every=config.log_every,
+            device=run.ranks.device,
+            on_progress=on_progress if run.ranks.first else lambda _: None,
+        )
+        try:
+            run.train(recorder, loader, stop)
+        except NotFiniteError as error:
+            file = run.write_bad_batch(error)
+            raise DataError(
+                f"{error}. {tell_last_checkpoint(run.run)}. `milan-pipe replay {file}` computes the batch again, with "
+                "the weights that met it"
+            ) from error
+        if recorder.progress is None:
+            raise DataError(f"{run.reader.place}: no step was taken")
+        return run.finish(recorder.progress)
+
+
+def _plan_of(reader: TargetStore, config: PretrainConfig, ranks: Ranks) -> BatchPlan:
+    """What this rank takes of the store's samples.
+
+    Raises:
+        SettingError: there are too few of them, or too few for each rank.
+    """
+    if ranks.count > 1 and config.batch_size // ranks.count < config.accumulate:
+        raise SettingError(
+            f"pretrain.batch_size is {config.batch_size}: {ranks.count} ranks with pretrain.accumulate="
+            f"{config.accumulate} need at least {ranks.count * config.accumulate}"
+        )
+    if ranks.first and config.lanes < ranks.count:
+        warnings.warn(
+            f"pretrain.lanes is {config.lanes} for {ranks.count} ranks: some read what others use; set it to a "
+            f"multiple of {ranks.count} for a new run",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    order = EpochOrder(
+        samples=tuple(reader.samples(shard) for shard in reader.shards),
+        views=reader.header.views.count,
+        block=BLOCK_SAMPLES,
+        window=config.window,
+        seed=config.seed,
+    )
+    batches_per_epoch(sum(order.samples), config.batch_size)
+    return BatchPlan(order=order, batch_size=config.batch_size, lanes=config.lanes, rank=ranks.rank, ranks=ranks.count)
 
 
 def pretrain(
@@ -120,6 +291,9 @@ def pretrain(
 ) -> PretrainReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
 
+    Under torchrun all ranks call it: each takes its part of every batch, the first
+    one writes, and all return the report.
+
     A run that was interrupted goes on from its last checkpoint; on a CPU its losses and weights are then those of an
     unbroken run, to the bit. One that is finished is not done again.
 
@@ -137,156 +311,60 @@ def pretrain(
         SettingError: the store has fewer samples than a batch, RUN is a URL, or online targets are not to be had.
         StoreError: RUN cannot be written.
         StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
+        RankLostError: another rank has died.
+        ToldElsewhereError: another rank raised the error that ends all of them.
     """
     run = local_folder(run, "checkpoints and metrics")
-    reader = open_targets(targets)
-    require_stated(reader.header, stated or {}, targets)
-    require_fit(reader.header, student, targets)
-    samples = tuple(reader.samples(shard) for shard in reader.shards)
-    steps_per_epoch = batches_per_epoch(sum(samples), config.batch_size)
-    steps = steps_per_epoch * config.epochs
-    device = resolve_device(config.device)
-    config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
-    configuration = _configuration(reader.header, samples, student, decoder, masking, target, config)
-    there = last_checkpoint(run)
-    if there is not None:
-        require_same_configuration(there, configuration, run)
-        if there.record["finished"]:
-            return _finished_report(run, there)
-    order = EpochOrder(
-        samples=samples,
-        views=reader.header.views.count,
-        block=BLOCK_SAMPLES,
-        window=config.window,
-        seed=config.seed,
-    )
-    teach = None
-    if config.targets == "online":
-        if teacher_for is None or target != "clip":
-            raise SettingError(
-                f"pretrain.targets is 'online' with target {target!r}; it needs target 'clip' and, from Python, "
-                "teacher_for"
-            )
-        teach = teacher_for(reader.header, device)
-    objective = build_objective(
-        reader.header,
-        student=student,
-        decoder=decoder,
-        masking=masking,
-        target=target,
-        config=config,
-        device=device,
-        teach=teach,
-    )
-    model = objective.student
-    peak = config.lr * config.batch_size / 256
-    optimiser = build_adamw(model, lr=peak, betas=config.betas, weight_decay=config.weight_decay)
-    step_of = Stepper(
-        optimiser,
-        objective,
-        split=lambda batch: batch.parts(config.accumulate),
-        device=device,
-        precision=config.precision,
-        clip_grad=config.clip_grad,
-    )
-    saver = Saver(run, model, optimiser, step_of.scaler, config)
-    saver.record = {
-        "package_version": __version__,
-        "epochs": config.epochs,
-        "student": student.model_dump(mode="json"),
-        "teacher": reader.header.teacher.model_dump(mode="json"),
-        "settings": record or {},
-        "configuration": configuration,
-    }
-    losses = LossWatch(saver.told)
-    first_step = 0
-    _make_folder(run)
-    if there is not None:
-        first_step = saver.restore(there)
-        losses.restore(there.record["losses"])
-        cut_metrics(run / "metrics", first_step)
-    first_epoch, skip = divmod(first_step, steps_per_epoch)
-    with (
-        stop_requests() as stop,
-        Live(
-            str(run / "metrics"),
-            resume=there is not None,
-            save_dvc_exp=False,
-            dvcyaml=None,
-            report=None,
-            monitor_system=False,
-        ) as live,
-        ThreadPoolExecutor(max_workers=config.threads, thread_name_prefix="decode") as pool,
-    ):
-        recorder = Recorder(
-            live,
-            losses,
-            first_step=first_step,
-            steps=steps,
-            batch_size=config.batch_size,
-            log_every=config.log_every,
-            device=device,
-            on_progress=on_progress,
-        )
-
-        def on_step(report: StepReport, batch: Batch) -> None:
-            recorder(report, batch)
-            if report.step == steps:
-                return
-            if stop.signal is not None:
-                path = saver.save(report.step, losses.state(), finished=False)
-                raise StoppedError(
-                    f"by {stop.signal.name} after step {report.step} of {steps}; {path} was written, and the same "
-                    "command goes on from it",
-                    stop.signal,
+    with joined(config.device, lambda: tell_last_checkpoint(run)) as ranks:
+        reader = open_targets(targets)
+        header = reader.header
+        require_stated(header, stated or {}, targets)
+        require_fit(header, student, targets)
+        config = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
+        if config.parallel == "fsdp" and config.precision == "float16":
+            raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
+        plan = _plan_of(reader, config, ranks)
+        configuration = configuration_of(header, plan.order.samples, student, decoder, masking, target, config)
+        there = last_checkpoint(run)
+        shared = f"the run's folder {run} must be one that all ranks share"
+        ranks.require_same(there and there.path.name, "last checkpoints", shared)
+        ranks.require_same(configuration, "settings or targets", "start all of them with the same")
+        if there is not None:
+            require_same_configuration(there, configuration, run)
+            if there.record["finished"]:
+                return _finished_report(run, there)
+        teach = None
+        if config.targets == "online":
+            if teacher_for is None or target != "clip":
+                raise SettingError(
+                    f"pretrain.targets is 'online' with target {target!r}; it needs target 'clip' and, from Python, "
+                    "teacher_for"
                 )
-            if saver.due(report.step):
-                saver.save(report.step, losses.state(), finished=False)
-
-        # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
-        with closing(
-            Prefetcher(
-                chain.from_iterable(
-                    epoch_batches(
-                        reader,
-                        order,
-                        epoch,
-                        config.batch_size,
-                        pool,
-                        with_targets=target == "clip" and teach is None,
-                        skip=skip if epoch == first_epoch else 0,
-                    )
-                    for epoch in range(first_epoch, config.epochs)
-                ),
-                ahead=8,
-            )
-        ) as prefetcher:
-            batches = iter(prefetcher)
-            train(
-                step_of,
-                epochs=config.epochs,
-                batches_of=lambda epoch: islice(batches, steps_per_epoch - (skip if epoch == first_epoch else 0)),
-                lr_of=lambda step: cosine_lr(
-                    step, steps=steps, warmup_steps=round(config.warmup_epochs * steps_per_epoch), peak=peak
-                ),
-                on_step=on_step,
-                first_epoch=first_epoch,
-                first_step=first_step,
-            )
-    last = recorder.progress
-    if last is None:
-        raise DataError(f"{targets}: no step was taken")
-    report = PretrainReport(
-        steps=last.step,
-        epochs=config.epochs,
-        loss=losses.epoch_mean(),
-        images_per_second=last.images_per_second,
-        data_wait=last.data_wait,
-        seconds=last.seconds,
-        checkpoint="",
-        resumed_from=first_step,
-        steps_now=last.step - first_step,
-    )
-    # The checkpoint goes last: it is what says that the run is finished.
-    (run / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
-    return replace(report, checkpoint=str(saver.save(last.step, losses.state(), finished=True)))
+            teach = teacher_for(header, ranks.device)
+        objective = build_objective(
+            header,
+            student=student,
+            decoder=decoder,
+            masking=masking,
+            target=target,
+            config=config,
+            device=ranks.device,
+            teach=teach,
+        )
+        if there is not None:
+            restore_weights(objective.student, there)
+        kept = {
+            "package_version": __version__,
+            "epochs": config.epochs,
+            "student": student.model_dump(mode="json"),
+            "teacher": header.teacher.model_dump(mode="json"),
+            "settings": record or {},
+            "configuration": configuration,
+        }
+        going = _Run(run, reader, objective, plan, config, ranks, configuration, kept)
+        _make_folder(run)
+        if there is not None:
+            going.resume(there)
+            if ranks.first:
+                cut_metrics(run / "metrics", going.first_step)
+        return _go(going, target == "clip" and teach is None, on_progress)

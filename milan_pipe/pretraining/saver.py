@@ -14,8 +14,10 @@ from milan_pipe.errors import DataError
 from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.weights import load_weights
-from milan_pipe.training.checkpoint import Checkpoint, keep_last, save_checkpoint
-from milan_pipe.training.state import first_not_finite, load_optimiser, optimiser_tensors
+from milan_pipe.training.checkpoint import Checkpoint, checkpoint_path, keep_last, save_checkpoint
+from milan_pipe.training.distributed import Ranks
+from milan_pipe.training.resume import tell_last_checkpoint
+from milan_pipe.training.state import first_not_finite, gathered, load_optimiser, optimiser_tensors
 
 
 class Saver:
@@ -28,21 +30,17 @@ class Saver:
         optimiser: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         config: PretrainConfig,
+        ranks: Ranks,
+        record: Mapping[str, Any],
     ) -> None:
         self._run = run
         self._model = model
         self._optimiser = optimiser
         self._scaler = scaler
         self._config = config
+        self._ranks = ranks
+        self._record = record
         self._saved_at = time.monotonic()
-        self.path: Path | None = None
-        self.record: dict[str, Any] = {}
-
-    def told(self) -> str:
-        """What to say of the last checkpoint when a run ends early."""
-        if self.path is None:
-            return "No checkpoint was written"
-        return f"The last good checkpoint is {self.path}"
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this step."""
@@ -51,37 +49,48 @@ class Saver:
         return late or (every is not None and step % every == 0)
 
     def save(self, step: int, losses: Mapping[str, Any], *, finished: bool) -> Path:
-        """Write the checkpoint of a step and remove those that are too many.
+        """Write the checkpoint of a step and remove those that are too many. Every rank calls it, the first one writes.
 
         Raises:
             DataError: a weight is not finite.
             StoreError: it cannot be written.
         """
-        broken = first_not_finite(self._model)
-        if broken is not None:
-            raise DataError(
-                f"after step {step} the weights {broken!r} are not finite; lower pretrain.lr, or check the targets. "
-                f"{self.told()}"
-            )
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "student": self._model.encoder.state_dict(),
-            "decoder": self._model.decoder.state_dict(),
-        }
+        parts = self.weights()
         if not finished:
-            parts["optimizer"] = optimiser_tensors(self._model, self._optimiser)
-        record = {**self.record, "finished": finished, "losses": losses, "scaler": self._scaler.state_dict()}
-        self.path = save_checkpoint(self._run, step, parts, record)
-        keep_last(self._run, self._config.keep_checkpoints)
+            state = optimiser_tensors(self._model, self._optimiser)
+            parts["optimizer"] = gathered(state, keep=self._ranks.first)
+        if self._ranks.first:
+            for name, tensors in parts.items():
+                broken = first_not_finite(tensors)
+                if broken is not None:
+                    raise DataError(
+                        f"after step {step} {broken!r} of the {name} is not finite; lower pretrain.lr, or check the "
+                        f"targets. {tell_last_checkpoint(self._run)}"
+                    )
+            record = {**self._record, "finished": finished, "losses": losses, "scaler": self._scaler.state_dict()}
+            save_checkpoint(self._run, step, parts, record)
+            keep_last(self._run, self._config.keep_checkpoints)
+        self._ranks.wait()
         self._saved_at = time.monotonic()
-        return self.path
+        return checkpoint_path(self._run, step)
+
+    def weights(self) -> dict[str, Mapping[str, Tensor]]:
+        """Student and decoder, whole and on the CPU, on the first rank; every rank must call it."""
+        return {
+            "student": gathered(self._model.encoder.state_dict(), keep=self._ranks.first),
+            "decoder": gathered(self._model.decoder.state_dict(), keep=self._ranks.first),
+        }
 
     def restore(self, checkpoint: Checkpoint) -> int:
-        """Take weights and optimiser over; returns the steps that were done."""
-        where = str(checkpoint.path)
-        load_weights(self._model.encoder, checkpoint.weights("student"), where)
-        load_weights(self._model.decoder, checkpoint.weights("decoder"), where)
-        load_optimiser(self._model, self._optimiser, checkpoint.weights("optimizer"), where)
+        """Take the optimiser's state over; returns the steps that were done."""
+        load_optimiser(self._model, self._optimiser, checkpoint.weights("optimizer"), str(checkpoint.path))
         if checkpoint.record["scaler"]:
             self._scaler.load_state_dict(dict(checkpoint.record["scaler"]))
-        self.path = checkpoint.path
         return int(checkpoint.record["step"])
+
+
+def restore_weights(model: MaskedStudent, checkpoint: Checkpoint) -> None:
+    """Take the weights over, into a model that is not sharded yet."""
+    where = str(checkpoint.path)
+    load_weights(model.encoder, checkpoint.weights("student"), where)
+    load_weights(model.decoder, checkpoint.weights("decoder"), where)

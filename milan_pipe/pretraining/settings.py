@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from milan_pipe.pretraining.sinks import SinkName
 from milan_pipe.settings import Settings
 from milan_pipe.targets.schema import BLOCK_SAMPLES
+from milan_pipe.training.distributed import Parallel
 from milan_pipe.training.step import Precision
 
 Target = Literal["clip", "pixels"]
@@ -19,14 +21,18 @@ class PretrainConfig(Settings):
 
     epochs: int = Field(16, ge=1)
     warmup_epochs: float = Field(1, ge=0)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="over all ranks")
     lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of samples")
     window: int = Field(16, ge=1, description=f"blocks of {BLOCK_SAMPLES} samples that are shuffled together")
+    lanes: int = Field(
+        1, ge=1, description="parts of the data that are read side by side; as many as ranks, or a multiple of them"
+    )
     threads: int = Field(1, ge=1, description="threads that decode stored views")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    parallel: Parallel = Field("ddp", description="how ranks share the student: ddp copies it, fsdp shards it")
     targets: Literal["stored", "online"] = Field(
         "stored", description="online: the teacher runs in every step, on the stored views; the baseline"
     )
@@ -36,6 +42,8 @@ class PretrainConfig(Settings):
     compile: bool = Field(False, description="compile the student with torch.compile; takes a minute or more")
     checkpoint_activations: bool = Field(False, description="compute the blocks again going back, for less memory")
     log_every: int = Field(10, ge=1, description="steps between two points of the metrics")
+    sinks: tuple[SinkName, ...] = Field((), description="where metrics go beside dvclive: tensorboard, wandb")
+    picture_every: int | None = Field(None, ge=1, description="epochs between two pictures of masks and predictions")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between two checkpoints")
     checkpoint_minutes: float | None = Field(15, gt=0, description="minutes between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="the last ones are kept")
@@ -48,6 +56,9 @@ FREE = {
     "checkpoint_activations",
     "threads",
     "device",
+    "parallel",
+    "sinks",
+    "picture_every",
     "log_every",
     "checkpoint_every",
     "checkpoint_minutes",

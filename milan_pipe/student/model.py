@@ -36,6 +36,10 @@ class MaskedStudent(nn.Module):
         self.encoder.set_grad_checkpointing(wanted)
         self.decoder.checkpoint_activations = wanted
 
+    def units(self) -> list[nn.Module]:
+        """Blocks of encoder and decoder, each alike: what is sharded and compiled one at a time."""
+        return [*self.encoder.blocks.children(), *self.decoder.decoder_blocks]
+
     def forward(self, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
         """Predict the target at every position from the visible patches.
 

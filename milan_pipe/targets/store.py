@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -240,7 +241,7 @@ class TargetStoreWriter:
 
 
 class TargetStore:
-    """A store that is read, by one thread at a time; see `open_targets`."""
+    """A store that is read, by any number of threads; see `open_targets`."""
 
     def __init__(self, place: Place, header: StoreHeader, shards: Mapping[str, ShardSummary]) -> None:
         self.place = place
@@ -248,6 +249,7 @@ class TargetStore:
         self.shards = tuple(shards)
         self._summaries = dict(shards)
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._opening = threading.Lock()
 
     def samples(self, shard: str) -> int:
         """Number of samples of a shard.
@@ -271,12 +273,13 @@ class TargetStore:
             raise damaged(self.place, shard, str(error)) from error
 
     def _shard(self, name: str) -> OpenShard:
-        if name not in self._open:
-            self._open[name] = open_shard(self.place, name, self.header, self.record(name))
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(name)
-        return self._open[name]
+        with self._opening:
+            if name not in self._open:
+                self._open[name] = open_shard(self.place, name, self.header, self.record(name))
+                if len(self._open) > _OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(name)
+            return self._open[name]
 
     def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view of a shard.

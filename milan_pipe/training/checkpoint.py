@@ -57,8 +57,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies: RUN/checkpoints/step-NNNNNNNN."""
+    return run / _FOLDER / f"step-{step:08d}"
+
+
 def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Path:
-    """Write RUN/checkpoints/step-NNNNNNNN; a checkpoint of the same step is replaced.
+    """Write the folder `checkpoint_path`; a checkpoint of the same step is replaced.
 
     Args:
         parts: tensors by file name, as {"student": state_dict}.
@@ -67,7 +72,7 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
     Raises:
         StoreError: the folder cannot be written.
     """
-    final = run / _FOLDER / f"step-{step:08d}"
+    final = checkpoint_path(run, step)
     partial = final.with_name(f".partial-{final.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+from milan_pipe.training.step import StepResult
 
 B = TypeVar("B")
 
@@ -19,7 +19,7 @@ class StepReport:
     Attributes:
         step: steps done, 1 for the first.
         epoch: counted from 0.
-        loss: the loss of this step's batch; read it only when needed, it makes an accelerator wait.
+        result: loss and gradient norm of this step's batch; read them only when needed, it makes an accelerator wait.
         lr: used in this step.
         seconds: since the loop began.
         data_wait_seconds: of these, spent waiting for batches.
@@ -27,14 +27,14 @@ class StepReport:
 
     step: int
     epoch: int
-    loss: Tensor
+    result: StepResult
     lr: float
     seconds: float
     data_wait_seconds: float
 
 
 def train(
-    step_of: Callable[[B, int, float], Tensor],
+    step_of: Callable[[B, int, float], StepResult],
     *,
     epochs: int,
     batches_of: Callable[[int], Iterator[B]],
@@ -46,7 +46,7 @@ def train(
     """Run epochs `first_epoch` to `epochs` - 1.
 
     Args:
-        step_of: does one step with a batch, its epoch and a learning rate; returns the loss, detached.
+        step_of: does one step with a batch, its epoch and a learning rate.
         batches_of: batches of an epoch; of the first one, those that are left.
         lr_of: learning rate of step 0, 1, ...
         on_step: told after each step; may raise to stop.
@@ -67,13 +67,13 @@ def train(
             if batch is None:
                 break
             lr = lr_of(step)
-            loss = step_of(batch, epoch, lr)
+            result = step_of(batch, epoch, lr)
             step += 1
             on_step(
                 StepReport(
                     step=step,
                     epoch=epoch,
-                    loss=loss,
+                    result=result,
                     lr=lr,
                     seconds=time.monotonic() - began,
                     data_wait_seconds=waited,

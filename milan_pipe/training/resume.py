@@ -21,6 +21,12 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     return open_checkpoint(there[-1]) if there else None
 
 
+def tell_last_checkpoint(run: Path) -> str:
+    """What to say of a run's last checkpoint when the run ends early."""
+    there = checkpoints_of(run)
+    return f"The last good checkpoint is {there[-1]}" if there else "No checkpoint was written"
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from milan_pipe.errors import MismatchError
 
@@ -44,7 +45,7 @@ def load_optimiser(
         name, _, key = full.rpartition(_SEPARATOR)
         if name not in parameters:
             raise MismatchError(f"{where}: the optimiser's state has {full!r}, which the model has not")
-        found.setdefault(name, {})[key] = tensor.to(parameters[name].device)
+        found.setdefault(name, {})[key] = _placed(tensor, parameters[name])
     for name, parameter in parameters.items():
         if parameter not in trained:
             continue
@@ -53,9 +54,31 @@ def load_optimiser(
         optimiser.state[parameter] = found[name]
 
 
-def first_not_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter with a value that is not finite; None where all are."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole state tensor as its parameter lies: on its device, and cut as it is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, put together from all ranks where they are sharded; every rank must call it.
+
+    Args:
+        keep: False returns nothing, for ranks that only give their shards.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = full.detach().cpu()
+    return whole
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a value that is not finite; None where all are."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
             return name
     return None

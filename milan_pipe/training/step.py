@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 B = TypeVar("B")
@@ -19,8 +22,20 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """Loss of a batch and L2 norm of its gradient before clipping, both detached and still on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
 class Stepper(Generic[B]):
     """Does optimiser steps. Weights and their updates stay in float32 whatever the precision of the forward pass.
+
+    From the first gradient on that is not finite no weight is changed any more: whoever reads the loss or the norm some
+    steps later, which spares an accelerator from waiting, still finds the weights that brought it about. With float16
+    the loss scale sees to such gradients, and steps go on. It takes a fused optimiser.
 
     Attributes:
         scaler: of the loss, in use with float16 alone; its state belongs into checkpoints.
@@ -35,6 +50,7 @@ class Stepper(Generic[B]):
         device: torch.device,
         precision: Precision,
         clip_grad: float | None,
+        exchange: Callable[[bool], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> None:
         """Bind a loss to an optimiser.
 
@@ -42,7 +58,9 @@ class Stepper(Generic[B]):
             loss_of: scalar loss of a batch in an epoch.
             split: a batch's parts with their shares of it, for gradient accumulation.
             clip_grad: largest L2 norm of the gradient over all parameters.
+            exchange: context of each part's passes, told whether gradients are exchanged between ranks in it.
         """
+        self._exchange = exchange
         self._optimiser = optimiser
         self._loss_of = loss_of
         self._split = split
@@ -50,27 +68,43 @@ class Stepper(Generic[B]):
         self._precision = resolve_precision(precision, device)
         self._clip_grad = clip_grad
         self._parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        self._broken = torch.zeros((), device=device)
+        # Fused optimisers alone can be told on the device to leave a step out.
+        self._skips = bool(optimiser.defaults.get("fused")) and self._precision != "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "float16")
 
-    def _forward(self, part: B, epoch: int) -> Tensor:
+    def loss(self, part: B, epoch: int) -> Tensor:
+        """Loss of one part, computed in the chosen precision."""
         if self._precision == "float32":
             return self._loss_of(part, epoch)
         with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
             return self._loss_of(part, epoch)
 
-    def __call__(self, batch: B, epoch: int, lr: float) -> Tensor:
-        """Do one step; returns the batch's loss, detached and still on the device."""
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, which is cut to the largest norm that is allowed."""
+        if self._clip_grad is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_grad)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def __call__(self, batch: B, epoch: int, lr: float) -> StepResult:
+        """Do one step."""
         for group in self._optimiser.param_groups:
             group["lr"] = lr
         self._optimiser.zero_grad(set_to_none=True)
         losses = []
-        for part, share in self._split(batch):
-            loss = self._forward(part, epoch) * share
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        parts = self._split(batch)
+        for number, (part, share) in enumerate(parts, 1):
+            with self._exchange(number == len(parts)):
+                loss = self.loss(part, epoch) * share
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        if self._clip_grad is not None:
-            self.scaler.unscale_(self._optimiser)
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_grad)
+        self.scaler.unscale_(self._optimiser)
+        norm = self._norm()
+        if self._skips:
+            self._broken = torch.maximum(self._broken, (~torch.isfinite(norm)).float())
+            self._optimiser.found_inf = self._broken  # type: ignore[attr-defined]
         self.scaler.step(self._optimiser)
         self.scaler.update()
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), norm)

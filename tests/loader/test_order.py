@@ -6,11 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from milan_pipe.errors import SettingError
-from milan_pipe.loader.order import EpochOrder, batches_per_epoch
+from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
 
 orders = st.builds(
     EpochOrder,
@@ -126,3 +126,75 @@ def test_whole_batches_are_counted_and_a_batch_above_the_data_is_refused() -> No
     assert [batches_per_epoch(samples, 16) for samples in (16, 31, 32)] == [1, 1, 2]
     with pytest.raises(SettingError, match=r"15 samples.*batch of 16"):
         batches_per_epoch(15, 16)
+
+
+def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
+    """(shard, row) of each sample of each batch, put together from the lanes as the plan says."""
+    pieces = plan.pieces()
+    lanes = {}
+    for piece in pieces:
+        lanes[piece.lane] = [
+            end_to_end[i]
+            for blocks, sample_order in plan.order.windows(epoch, plan.lane(piece.lane))
+            for end_to_end in [[(b.shard, row) for b in blocks for row in range(b.start, b.stop)]]
+            for i in sample_order
+        ]
+    batches = []
+    for step in range(plan.steps):
+        batch = []
+        for piece in pieces:
+            first = step * plan.lane_size(piece.lane)
+            batch += lanes[piece.lane][first + piece.start : first + piece.stop]
+        batches.append(batch)
+    return batches
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    order=orders,
+    epoch=st.integers(0, 100),
+    batch_size=st.integers(1, 30),
+    lanes=st.integers(1, 9),
+    ranks=st.integers(1, 9),
+)
+def test_ranks_and_lanes_share_an_epoch_whole(
+    order: EpochOrder, epoch: int, batch_size: int, lanes: int, ranks: int
+) -> None:
+    assume(ranks <= batch_size <= sum(order.samples))
+    plan = BatchPlan(order=order, batch_size=batch_size, lanes=lanes)
+    whole = taken(plan, epoch)
+    assert len(whole) == sum(order.samples) // batch_size
+    assert {len(batch) for batch in whole} == {batch_size}
+    shown = [sample for batch in whole for sample in batch]
+    assert len(set(shown)) == len(shown)
+    shares = [plan.of_rank(rank, ranks) for rank in range(ranks)]
+    sizes = [share.size for share in shares]
+    assert sum(sizes) == batch_size
+    assert max(sizes) - min(sizes) <= 1
+    parts = [taken(share, epoch) for share in shares]
+    assert [[sample for part in parts for sample in part[step]] for step in range(plan.steps)] == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(order=orders, epoch=st.integers(0, 100), batch_size=st.integers(1, 30))
+def test_one_lane_is_the_order_itself(order: EpochOrder, epoch: int, batch_size: int) -> None:
+    assume(batch_size <= sum(order.samples))
+    plan = BatchPlan(order=order, batch_size=batch_size)
+    expected = [(shard, row) for shard, _, row in sequence(order, epoch)]
+    assert [sample for batch in taken(plan, epoch) for sample in batch] == expected[: plan.steps * batch_size]
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8])
+def test_lanes_mix_as_far_as_one_does(lanes: int) -> None:
+    order = EpochOrder(samples=(1000,) * 16, views=1, block=50, window=16, seed=0)
+    batches = taken(BatchPlan(order=order, batch_size=64, lanes=lanes), 0)
+    shards = [len({shard for shard, _ in batch}) for batch in batches]
+    # 16 blocks of 320 in the air: of 16 shards, drawn 16 times, 1 - (15/16)^16 = 64 % are met, 10.3.
+    assert 9 < sum(shards) / len(shards) < 12
+
+
+@pytest.mark.parametrize("change", [{"ranks": 5}, {"rank": 2}, {"rank": -1}, {"lanes": 0}])
+def test_a_plan_that_cannot_be_shared_is_refused(change: dict[str, int]) -> None:
+    order = EpochOrder(samples=(9,), views=1, block=4, window=1, seed=0)
+    with pytest.raises(SettingError, match="over all ranks"):
+        BatchPlan(**{"order": order, "batch_size": 4, "ranks": 2, **change})  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ import torch
 
 from milan_pipe.data.views import decode_jpeg, encode_jpeg
 from milan_pipe.errors import DataError
-from milan_pipe.loader.order import EpochOrder
-from milan_pipe.loader.stream import Batch, Prefetcher, epoch_batches
+from milan_pipe.loader.order import BatchPlan, EpochOrder
+from milan_pipe.loader.stream import Batch, Loader, Prefetcher
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, StoreHeader, TeacherInfo, ViewInfo, ViewRun
 
 PATCHES, WIDTH, VIEWS, SIZE = 4, 3, 2, 16
@@ -74,11 +73,18 @@ def order_of(reader: MemoryReader, window: int = 2, block: int = 4) -> EpochOrde
     return EpochOrder(samples=samples, views=VIEWS, block=block, window=window, seed=7)
 
 
+def read(
+    reader: MemoryReader, plan: BatchPlan, epoch: int = 0, skip: int = 0, threads: int = 1, with_targets: bool = True
+) -> list[Batch]:
+    with Loader(reader, plan, threads=threads, with_targets=with_targets) as loader:
+        return list(loader.batches(epoch, skip))
+
+
 def batches(
     reader: MemoryReader, epoch: int = 0, size: int = 5, *, threads: int = 1, window: int = 2, with_targets: bool = True
 ) -> list[Batch]:
-    with ThreadPoolExecutor(threads) as pool:
-        return list(epoch_batches(reader, order_of(reader, window), epoch, size, pool, with_targets))
+    plan = BatchPlan(order=order_of(reader, window), batch_size=size)
+    return read(reader, plan, epoch, threads=threads, with_targets=with_targets)
 
 
 @pytest.mark.parametrize("with_scale", [True, False], ids=["scale", "no scale"])
@@ -100,7 +106,7 @@ def test_each_key_comes_with_its_own_values(epoch: int, window: int, with_scale:
                 assert np.array_equal(batch.scale_BS[row].numpy(), run.scale_NS[0])
 
 
-@pytest.mark.parametrize("size", [1, 3, 5, 16, 17])
+@pytest.mark.parametrize("size", [1, 3, 5, 16])
 def test_batches_are_whole_and_follow_the_order(size: int) -> None:
     reader = MemoryReader((9, 6, 1))
     expected = []
@@ -143,6 +149,62 @@ def test_a_damaged_view_stops_the_epoch_and_names_its_batch() -> None:
     reader.damaged.add(key)
     with pytest.raises(DataError, match="does not decode"):
         batches(reader)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("skip", [0, 1, 4])
+def test_ranks_share_the_same_batches(lanes: int, ranks: int, skip: int) -> None:
+    reader = MemoryReader((9, 6, 1, 13))
+    plan = BatchPlan(order=order_of(reader), batch_size=5, lanes=lanes)
+    whole = read(reader, plan)
+    parts = [read(reader, plan.of_rank(rank, ranks), skip=skip) for rank in range(ranks)]
+    assert len(whole) == 5
+    for number, batch in enumerate(whole[skip:]):
+        shares = [part[number] for part in parts]
+        assert [key for share in shares for key in share.keys] == list(batch.keys)
+        for name in ("pixels_BHWC", "code_BST", "scale_BS", "attention_BL"):
+            assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(batch, name))
+
+
+def test_a_rank_with_lanes_of_its_own_reads_what_it_uses_and_no_more() -> None:
+    class CountingReader(MemoryReader):
+        read_samples = 0
+
+        def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
+            self.read_samples += stop - start
+            return super().read(shard, view, start, stop)
+
+    reader = CountingReader((40, 40, 48))
+    plan = BatchPlan(order=order_of(reader), batch_size=16, lanes=4)
+    for rank in range(4):
+        reader.read_samples = 0
+        read(reader, plan.of_rank(rank, 4))
+        assert reader.read_samples == 32
+    reader.read_samples = 0
+    read(reader, plan.of_rank(3, 4), skip=7)
+    assert reader.read_samples <= 8  # the last window
+
+
+def test_the_next_window_is_read_while_one_is_handed_out() -> None:
+    class SlowReader(MemoryReader):
+        def __init__(self) -> None:
+            super().__init__((8, 8))
+            self.begun: list[str] = []
+
+        def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
+            self.begun.append(threading.current_thread().name)
+            return super().read(shard, view, start, stop)
+
+    reader = SlowReader()
+    with Loader(
+        reader, BatchPlan(order=order_of(reader, window=1), batch_size=4), threads=1, with_targets=True
+    ) as loader:
+        found = loader.batches(0)
+        next(found)
+        loader._readers.shutdown(wait=True)
+        assert len(reader.begun) == 2
+        assert all(name.startswith("read") for name in reader.begun)
 
 
 class BoomError(Exception):

@@ -249,7 +249,10 @@ def test_weights_that_are_not_finite_are_not_saved(
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
-    with pytest.raises(DataError, match=r"after step 7 the weights.*last good checkpoint is .*step-00000006"):
+    with pytest.raises(
+        DataError,
+        match=r"after step 7 'patch_embed\.proj.* is not finite.*last good .*step-00000006",
+    ):
         go(store, head, tmp_path / "run", checkpoint_every=1)
 
 

@@ -124,8 +124,8 @@ def test_the_loop_counts_steps_and_uses_the_rate_of_each() -> None:
     ]
     # Gradients do not pile up: -1, then -1 - 20, then -21 - 100 * (3 + 1).
     assert [w for _, _, w in seen] == [-1.0, -21.0, -421.0]
-    assert [r.loss.item() for r, _, _ in seen] == [0.0, -2.0, -84.0]
-    assert not seen[0][0].loss.requires_grad
+    assert [r.result.loss.item() for r, _, _ in seen] == [0.0, -2.0, -84.0]
+    assert not seen[0][0].result.loss.requires_grad
 
 
 def test_waiting_for_data_is_told_apart_from_work() -> None:

@@ -1,0 +1,96 @@
+"""Where the points of a run's metrics go: dvclive always, TensorBoard and Weights & Biases where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from dvclive.live import Live
+
+from milan_pipe.errors import SettingError
+
+SinkName = Literal["tensorboard", "wandb"]
+
+
+class Sink(Protocol):
+    """Takes one point of all metrics."""
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        """Values by name, measured after `step` steps."""
+
+
+class _Dvclive:
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        self._live.step = step
+        for name, value in values.items():
+            self._live.log_metric(name, value)
+        self._live.sync()  # type: ignore[no-untyped-call]
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+class _Wandb:
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise SettingError(f"pretrain.sinks has {package!r}, which is not installed; pip install {package}") from error
+
+
+@contextmanager
+def open_sinks(
+    folder: Path, names: Sequence[SinkName], *, goes_on: int, configuration: Mapping[str, Any]
+) -> Iterator[list[Sink]]:
+    """Open FOLDER for dvclive and the sinks that are named; they are closed with the context.
+
+    Args:
+        goes_on: steps that were done and recorded before; 0 in a fresh run.
+        configuration: told to Weights & Biases.
+
+    Raises:
+        SettingError: a sink's package is not installed.
+    """
+    with ExitStack() as stack:
+        live = Live(
+            str(folder),
+            resume=goes_on > 0,
+            save_dvc_exp=False,
+            dvcyaml=None,
+            report=None,
+            monitor_system=False,
+        )
+        sinks: list[Sink] = [_Dvclive(stack.enter_context(live))]
+        if "tensorboard" in names:
+            module = _module("torch.utils.tensorboard", "tensorboard")
+            # Purged: points after the checkpoint that a run goes on from are measured again.
+            writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=goes_on + 1 if goes_on else None)
+            stack.callback(writer.close)
+            sinks.append(_TensorBoard(writer))
+        if "wandb" in names:
+            run = _module("wandb", "wandb").init(
+                project="milan-pipe", dir=str(folder), name=folder.parent.name, config=dict(configuration)
+            )
+            stack.callback(run.finish)
+            sinks.append(_Wandb(run))
+        yield sinks
