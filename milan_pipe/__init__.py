@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         plan,
         prepare,
         pretrain,
+        replay,
     )
     from milan_pipe.config import Params, load_params
 
@@ -31,6 +32,7 @@ __all__ = [
     "plan",
     "prepare",
     "pretrain",
+    "replay",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "plan": "milan_pipe.commands",
     "prepare": "milan_pipe.commands",
     "pretrain": "milan_pipe.commands",
+    "replay": "milan_pipe.commands",
 }
 
 

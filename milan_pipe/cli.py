@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 
 _MOST_PROBLEMS = 50
+_WORST = 8
 
 ParamsOption = Annotated[
     Path | None,
@@ -374,6 +376,53 @@ def pretrain(
         "checkpoint": report.checkpoint,
     }
     show(f"{targets} -> {run}", rows, report, as_json)
+    return report
+
+
+class PrecisionChoice(StrEnum):
+    """Precisions of a forward pass."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="RUN/not-finite/step-NNNNNNNN.safetensors.")],
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    precision: Annotated[
+        PrecisionChoice | None, typer.Option("--precision", help="Of the forward pass. Default: the run's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Compute the batch again that stopped a run.
+
+    When a loss or a gradient is not finite, pretrain writes the batch and the weights that met it to a file. This says
+    which samples, stored values and gradients are not finite; another --precision tells whether that was the cause.
+
+    Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
+    """
+    from milan_pipe import commands
+
+    with progress() as update:
+        report = commands.replay(
+            file,
+            device=device,
+            precision=precision.value if precision else None,
+            on_progress=lambda done, total: update(done, total),
+        )
+    worst = [f"{key}: {loss:.4g}" for key, loss in list(report.loss_by_key.items())[:_WORST]]
+    broken = [f"{count} in {name}" for name, count in report.stored.items() if count]
+    first = ", ".join(report.gradient[:_WORST]) + (" ..." if len(report.gradient) > _WORST else "")
+    rows = {
+        "step": f"{report.step}, epoch {report.epoch + 1}, {report.precision}",
+        "loss": f"{report.loss:.6g}",
+        "gradient": f"norm {report.grad_norm:.6g}" + (f"; not finite in {first}" if first else ""),
+        "not finite": ", ".join(broken) or "nothing in the batch or the weights",
+        "largest losses": ", ".join(worst),
+    }
+    show(str(file), rows, report, as_json)
     return report
 
 

@@ -20,6 +20,8 @@ from milan_pipe.online import teacher_of
 from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
 from milan_pipe.planning.speed import Lesson
+from milan_pipe.pretraining.bad_batch import ReplayReport
+from milan_pipe.pretraining.bad_batch import replay as _replay
 from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import PretrainReport
 from milan_pipe.pretraining.run import pretrain as _pretrain
@@ -29,6 +31,7 @@ from milan_pipe.targets.convert import ConvertReport
 from milan_pipe.targets.schema import StoreFormat
 from milan_pipe.targets.verify import VerifyReport
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
+from milan_pipe.training.step import Precision
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.knn import knn_accuracy
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
@@ -157,6 +160,17 @@ def pretrain(
         record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
         on_progress=on_progress,
     )
+
+
+def replay(
+    file: str | Path,
+    *,
+    device: str = "auto",
+    precision: Precision | None = None,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> ReplayReport:
+    """Compute the batch that stopped a run again; see `milan_pipe.pretraining.bad_batch`."""
+    return _replay(file, device=device, precision=precision, on_progress=on_progress)
 
 
 def _stated(settings: Params) -> dict[str, dict[str, Any]]:

@@ -182,6 +182,22 @@ class Loader:
         )
 
 
+def read_batch(reader: TargetReader, block: Block) -> Batch:
+    """All samples of one block, in their order.
+
+    Raises:
+        DataError: the store is damaged.
+    """
+    run = reader.read(reader.shards[block.shard], block.view, block.start, block.stop)
+    return Batch(
+        keys=tuple(run.keys),
+        pixels_BHWC=torch.from_numpy(np.stack([decode_jpeg(jpeg) for jpeg in run.jpegs])),
+        code_BST=torch.from_numpy(run.code_NST),
+        scale_BS=None if run.scale_NS is None else torch.from_numpy(run.scale_NS),
+        attention_BL=torch.from_numpy(run.attention_NL),
+    )
+
+
 class Prefetcher:
     """Runs an iterator of batches on a thread, a few batches ahead. An error there is raised here."""
 

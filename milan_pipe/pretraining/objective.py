@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from milan_pipe.errors import MismatchError
 from milan_pipe.loader.stream import Batch
@@ -13,7 +15,7 @@ from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
-from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import MaskConfig, MaskSplit, draw_split, mask_noise, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
@@ -21,6 +23,15 @@ from milan_pipe.targets.schema import StoreHeader
 
 Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From pixels (B, H, W, 3) uint8 to features (B, S, T) and importance (B, L), float16 as in a store."""
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What was predicted and what should have been; the target is (B, S, T), of pixels (B, L, T)."""
+
+    split: MaskSplit
+    prediction_BST: Tensor
+    target: Tensor
 
 
 class Objective(nn.Module):
@@ -49,11 +60,7 @@ class Objective(nn.Module):
         self.patches = header.patches
         self.visible = visible_count(header.patches, masking.ratio)
 
-    def forward(self, batch: Batch, epoch: int) -> Tensor:
-        """Loss of one batch.
-
-        Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
-        """
+    def _lesson(self, batch: Batch, epoch: int) -> _Lesson:
         device = next(self.student.parameters()).device
         pixels_BHWC = batch.pixels_BHWC.to(device, non_blocking=True)
         images_BCHW = normalise(pixels_BHWC)
@@ -64,11 +71,28 @@ class Objective(nn.Module):
         split = draw_split(importance_BL, noise_BL, self.visible)
         prediction_BST = self.student(images_BCHW, split)
         if self.target == "pixels":
-            return pixel_loss(prediction_BST, pixel_target(images_BCHW, self.patch_size), split)
+            return _Lesson(split, prediction_BST, pixel_target(images_BCHW, self.patch_size))
         if taught is not None:
-            return feature_loss(prediction_BST, taught[0])
+            return _Lesson(split, prediction_BST, taught[0])
         scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
-        return feature_loss(prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+        return _Lesson(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+
+    def forward(self, batch: Batch, epoch: int) -> Tensor:
+        """Loss of one batch.
+
+        Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
+        """
+        lesson = self._lesson(batch, epoch)
+        if self.target == "pixels":
+            return pixel_loss(lesson.prediction_BST, lesson.target, lesson.split)
+        return feature_loss(lesson.prediction_BST, lesson.target)
+
+    @torch.no_grad()
+    def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
+        """The masks of a batch, and the cosine (B, L) between prediction and target of each patch."""
+        lesson = self._lesson(batch, epoch)
+        target_BLT = lesson.target if self.target == "pixels" else lesson.target[:, 1:]
+        return lesson.split, F.cosine_similarity(lesson.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
 
 
 def require_fit(header: StoreHeader, student: StudentConfig, where: object) -> None:

@@ -21,6 +21,7 @@ from milan_pipe.loader.stream import Batch, Loader, Prefetcher
 from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
+from milan_pipe.pretraining.pictures import PictureBook
 from milan_pipe.pretraining.recorder import LossWatch, NotFiniteError, PretrainProgress, Recorder
 from milan_pipe.pretraining.saver import Saver, restore_weights
 from milan_pipe.pretraining.settings import PretrainConfig, Target
@@ -124,6 +125,9 @@ class _Run:
             clip_grad=config.clip_grad,
             exchange=exchange,
         )
+        self.pictures = (
+            PictureBook(run, reader, objective, config.picture_every, ranks.first) if config.picture_every else None
+        )
         self.saver = Saver(run, student, optimiser, self.stepper.scaler, config, ranks, record)
         self.losses = LossWatch(ranks.mean, norm_must_be_finite=not self.stepper.scaler.is_enabled())
 
@@ -155,13 +159,22 @@ class _Run:
         if due:
             self.saver.save(report.step, self.losses.state(), finished=False)
 
-    def train(self, recorder: Recorder, loader: Loader, stop: StopRequest) -> None:
+    def _draw(self, report: StepReport, sinks: Sequence[Sink]) -> None:
+        if self.pictures is None or report.step % self.steps_per_epoch:
+            return
+        file = self.pictures.after_epoch(report.epoch)
+        if file is not None:
+            for sink in sinks:
+                sink.picture(report.step, file)
+
+    def train(self, recorder: Recorder, loader: Loader, sinks: Sequence[Sink], stop: StopRequest) -> None:
         """All steps that are left."""
         epoch, skip = divmod(self.first_step, self.steps_per_epoch)
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
 
         def on_step(report: StepReport, batch: Batch) -> None:
             recorder(report, batch)
+            self._draw(report, sinks)
             self._after_step(report, stop)
 
         # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
@@ -234,7 +247,7 @@ def _go(run: _Run, with_targets: bool, on_progress: Callable[[PretrainProgress],
             on_progress=on_progress if run.ranks.first else lambda _: None,
         )
         try:
-            run.train(recorder, loader, stop)
+            run.train(recorder, loader, sinks, stop)
         except NotFiniteError as error:
             file = run.write_bad_batch(error)
             raise DataError(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from dvclive.live import Live
+from PIL import Image
 
 from milan_pipe.errors import SettingError
 
@@ -16,10 +19,13 @@ SinkName = Literal["tensorboard", "wandb"]
 
 
 class Sink(Protocol):
-    """Takes one point of all metrics."""
+    """Takes points of the metrics and pictures."""
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
         """Values by name, measured after `step` steps."""
+
+    def picture(self, step: int, file: Path) -> None:
+        """A PNG that was drawn after `step` steps."""
 
 
 class _Dvclive:
@@ -32,6 +38,9 @@ class _Dvclive:
             self._live.log_metric(name, value)
         self._live.sync()  # type: ignore[no-untyped-call]
 
+    def picture(self, step: int, file: Path) -> None:
+        """It lies in the run's folder already."""
+
 
 class _TensorBoard:
     def __init__(self, writer: Any) -> None:
@@ -42,13 +51,21 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def picture(self, step: int, file: Path) -> None:
+        with Image.open(file) as opened:
+            self._writer.add_image("masks", np.asarray(opened), step, dataformats="HWC")
+
 
 class _Wandb:
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, module: Any) -> None:
         self._run = run
+        self._module = module
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, file: Path) -> None:
+        self._run.log({"masks": self._module.Image(str(file))}, step=step)
 
 
 def _module(name: str, package: str) -> Any:
@@ -88,9 +105,17 @@ def open_sinks(
             stack.callback(writer.close)
             sinks.append(_TensorBoard(writer))
         if "wandb" in names:
-            run = _module("wandb", "wandb").init(
-                project="milan-pipe", dir=str(folder), name=folder.parent.name, config=dict(configuration)
+            wandb = _module("wandb", "wandb")
+            # One name for all parts of a run that was interrupted.
+            identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            run = wandb.init(
+                project="milan-pipe",
+                dir=str(folder),
+                id=identity,
+                name=folder.parent.name,
+                config=dict(configuration),
+                resume="allow",
             )
             stack.callback(run.finish)
-            sinks.append(_Wandb(run))
+            sinks.append(_Wandb(run, wandb))
         yield sinks

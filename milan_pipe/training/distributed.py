@@ -156,7 +156,7 @@ def _device_of(local: int, name: str, count: int) -> torch.device:
         return device
     if local >= torch.cuda.device_count():
         raise SettingError(
-            f"local rank {local} has no CUDA device ({torch.cuda.device_count()} here); start at most one rank a device, "
+            f"local rank {local} has no CUDA device ({torch.cuda.device_count()} here); start one rank a device, "
             "with --nproc-per-node"
         )
     device = torch.device("cuda", local)

@@ -297,7 +297,7 @@ def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]
 
 
 def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
-    epochs = 30 * kills
+    epochs = 15 * kills
     draw = random.Random(kills)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = command(store, head, folder / "run", epochs)

@@ -1,0 +1,57 @@
+"""Every few epochs, the same few samples: what the student saw of them and how well it predicted each patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from milan_pipe.loader.order import Block
+from milan_pipe.loader.stream import Batch, read_batch
+from milan_pipe.pretraining.objective import Objective
+from milan_pipe.report.masks import draw_masks
+from milan_pipe.targets.schema import TargetReader
+
+_SAMPLES = 8
+
+
+class PictureBook:
+    """Draws RUN/pictures/epoch-NNNN.png.
+
+    Args:
+        draws: False only computes, for ranks that hold shards of the student and do not write.
+    """
+
+    def __init__(self, run: Path, reader: TargetReader, objective: Objective, every: int, draws: bool) -> None:
+        self._run = run
+        self._objective = objective
+        self._every = every
+        self._draws = draws
+        shard = reader.shards[0]
+        self._grid = reader.header.teacher.grid
+        self._batch: Batch = read_batch(reader, Block(0, 0, 0, min(_SAMPLES, reader.samples(shard))))
+
+    def after_epoch(self, epoch: int) -> Path | None:
+        """Draw the picture of an epoch, counted from 0, if it is due; returns its file.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if (epoch + 1) % self._every:
+            return None
+        split, cosine_BL = self._objective.cosine(self._batch, epoch)
+        if not self._draws:
+            return None
+        visible_BL = torch.zeros(cosine_BL.shape, dtype=torch.bool)
+        visible_BL.scatter_(1, split.keep_BV.cpu(), True)
+        file = self._run / "pictures" / f"epoch-{epoch + 1:04d}.png"
+        draw_masks(
+            file,
+            self._batch.keys,
+            self._batch.pixels_BHWC.numpy(),
+            visible_BL.numpy(),
+            cosine_BL.float().cpu().numpy(),
+            self._grid,
+            f"after epoch {epoch + 1}",
+        )
+        return file
