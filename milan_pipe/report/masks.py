@@ -21,7 +21,8 @@ def heat(share: NDArray[np.floating]) -> NDArray[np.uint8]:
     position = np.clip(np.nan_to_num(share.astype(np.float64)), 0, 1) * (len(_HEAT) - 1)
     low = np.minimum(position.astype(np.int64), len(_HEAT) - 2)
     part = (position - low)[..., None]
-    return (255 * (_HEAT[low] * (1 - part) + _HEAT[low + 1] * part)).round().astype(np.uint8)
+    colours: NDArray[np.uint8] = (255 * (_HEAT[low] * (1 - part) + _HEAT[low + 1] * part)).round().astype(np.uint8)
+    return colours
 
 
 def _enlarged(cells: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
