@@ -50,7 +50,11 @@ _WORST = 8
 
 ParamsOption = Annotated[
     Path | None,
-    typer.Option("--params", metavar="FILE", help="Settings in YAML. Default: ./params.yaml if there, else built in."),
+    typer.Option(
+        "--params",
+        metavar="FILE",
+        help="Settings in YAML, or a recipe's name. Default: ./params.yaml if there, else built in.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -105,6 +109,30 @@ def prepare(
 
 
 @app.command()
+def recipes(as_json: JsonOption = False) -> Any:
+    """List the recipes that ship with the package: what each is for, on what, how long, and what comes out.
+
+    A recipe is a params file: any command takes its name, as in --params imagenet1k-vit-b-16, and --set changes it.
+    """
+    from milan_pipe.config import load_params
+    from milan_pipe.recipes import recipe_names
+
+    found = {name: about for name in recipe_names() if (about := load_params(name).about) is not None}
+    for name, about in found.items():
+        rows = {
+            "what": about.summary,
+            "commands": "\n".join(about.commands),
+            "hardware": about.hardware,
+            "time": f"{about.time} ({about.time_source})",
+            "score": f"{about.score} ({about.score_source})" if about.score_source != "none" else about.score,
+        }
+        show(name, rows, None, False)
+    if as_json:
+        sys.stdout.write(json.dumps({name: about.model_dump(mode="json") for name, about in found.items()}) + "\n")
+    return found
+
+
+@app.command()
 def plan(
     images: Annotated[
         str, typer.Argument(metavar="IMAGES", help="What extract-targets would be given: shards, local or a URL.")
@@ -125,11 +153,11 @@ def plan(
     Counts the pictures, runs teacher, codecs, store and student on a few of them, and extrapolates: size of the store,
     hours, hours saved against a teacher in every step, and whether the disk has room. Nothing is left behind.
 
-    Example: milan-pipe plan 'shards/train-{000000..000127}.tar' /big/disk/targets --set pretrain.epochs=400
+    Example: milan-pipe plan 'shards/train-{000000..000127}.tar' /big/disk/targets --params imagenet1k-vit-b-16
     """
     from milan_pipe import commands
     from milan_pipe.planning.run import PlanProgress
-    from milan_pipe.planning.tables import rows, store_table
+    from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
     settings = _settings(params, overrides)
     with progress("what") as update:
@@ -139,7 +167,7 @@ def plan(
 
         report = commands.plan(images, targets, settings, sample=sample, on_progress=tell)
     console.print(store_table(report))
-    show(f"{images} -> {report.space.folder}", rows(report), report, as_json)
+    show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
     for line in report.warnings:
         console.print(Text.assemble(("warning:", "bold yellow"), " ", line), soft_wrap=True)
     return report

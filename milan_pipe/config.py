@@ -14,6 +14,7 @@ from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import MissingError, SettingError
 from milan_pipe.extract.settings import ExtractConfig
 from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.recipes import About, recipe_file, recipe_names
 from milan_pipe.settings import Settings, unknown_key_message
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
@@ -34,6 +35,7 @@ _SHORTHAND = {"masking": "kind", "decoder": "kind", "codec": "name", "teacher": 
 class Params(Settings):
     """Every setting there is; defaults are those of the built-in scenes and teacher."""
 
+    about: About | None = Field(None, description="What a recipe says of itself; it changes nothing.")
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     views: ViewConfig = Field(default_factory=ViewConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -103,18 +105,31 @@ def _build(values: Mapping[str, Any], where: str) -> Params:
     return params
 
 
+def _file_of(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_file() or file.name != str(path) or file.suffix:
+        return file
+    recipe = recipe_file(str(path))
+    if recipe is None:
+        raise MissingError(
+            f"params file {path} is not there, and no recipe has that name; recipes are {', '.join(recipe_names())}"
+        )
+    return recipe
+
+
 def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Params:
     """Read settings.
 
     Args:
-        path: a params file; none reads `./params.yaml` where it is, else takes the built-in defaults.
+        path: a params file, or the name of a recipe that ships with the package; none reads `./params.yaml` where it
+            is, else takes the built-in defaults.
         overrides: `section.key=value` each, the value in YAML; later ones win.
 
     Raises:
-        MissingError: the named file is not there.
+        MissingError: the named file is not there, nor a recipe of that name.
         SettingError: an unknown key (names the nearest known one), or a value of the wrong kind or range.
     """
-    file = Path(path) if path is not None else DEFAULT_FILE
+    file = _file_of(path) if path is not None else DEFAULT_FILE
     values = _read_yaml(file) if path is not None or file.is_file() else {}
     where = str(file) if values else "the settings"
     for override in overrides:

@@ -10,6 +10,7 @@ from milan_pipe.terminal import size
 
 if TYPE_CHECKING:
     from milan_pipe.planning.run import PlanReport
+    from milan_pipe.recipes import About
 
 
 def store_table(report: PlanReport) -> Table:
@@ -34,6 +35,18 @@ def store_table(report: PlanReport) -> Table:
             str(store.files),
         )
     return table
+
+
+def recipe_rows(about: About | None) -> dict[str, str]:
+    """What a recipe says of itself, beside what is measured here."""
+    if about is None:
+        return {}
+    return {
+        "recipe": about.summary,
+        "its hardware": about.hardware,
+        "its time": f"{about.time} ({about.time_source})",
+        "its score": f"{about.score} ({about.score_source})" if about.score_source != "none" else about.score,
+    }
 
 
 def rows(report: PlanReport) -> dict[str, str]:

@@ -107,7 +107,7 @@ def test_tensorboard_has_the_same_points(store: Path, tmp_path: Path) -> None:
 
 
 def test_wandb_takes_a_run_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    pytest.importorskip("wandb", reason="wandb is not installed; timm imports it into every process where it is")
     monkeypatch.setitem(os.environ, "WANDB_MODE", "offline")
     monkeypatch.setitem(os.environ, "WANDB_SILENT", "true")
     go(store, tmp_path / "run", sinks=("wandb",))

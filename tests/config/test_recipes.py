@@ -1,0 +1,72 @@
+"""Recipes ship with the package, load as they stand, and say what they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from milan_pipe.config import Params, load_params
+from milan_pipe.errors import MissingError
+from milan_pipe.recipes import recipe_names
+
+NAMES = recipe_names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_and_names_itself_in_its_commands(name: str) -> None:
+    params = load_params(name)
+    assert params.about is not None
+    assert all(f"--params {name}" in command for command in params.about.commands)
+    steps = ("extract-targets", "pretrain")
+    assert [step for step in steps if any(step in command for command in params.about.commands)] == list(steps)
+    ranks = [int(command.split()[2]) for command in params.about.commands if command.startswith("torchrun")]
+    for count in ranks:
+        assert params.pretrain.lanes % count == 0
+        assert params.pretrain.batch_size % count == 0
+
+
+def test_the_published_recipe_is_the_papers() -> None:
+    params = load_params("imagenet1k-vit-b-16")
+    recipe = params.pretrain
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.batch_size) == (400, 40, 4096)
+    assert (recipe.lr, recipe.betas, recipe.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
+    assert (params.decoder.width, params.decoder.depth, params.decoder.heads) == (512, 8, 16)
+    assert (params.masking.kind, params.masking.ratio) == ("semantic", 0.75)
+    assert params.views.scale == (0.2, 1.0)
+
+
+def test_every_imagenet_student_fits_its_teachers_grid() -> None:
+    for name in NAMES:
+        params = load_params(name)
+        patch = {"ViT-B-16": 16, "ViT-L-14": 14, "demo": 8}[params.teacher.model]
+        side = params.teacher.image_size or params.student.image_size
+        assert params.student.grid == (side // patch, side // patch)
+
+
+def test_the_scenes_are_the_defaults() -> None:
+    assert load_params("scenes").model_copy(update={"about": None}) == Params()
+
+
+def test_set_changes_a_recipe_and_a_file_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_params("imagenet1k-vit-b-16", ["pretrain.epochs=7"]).pretrain.epochs == 7
+    (tmp_path / "scenes").write_text("pretrain: {epochs: 3}")
+    assert load_params("scenes").pretrain.epochs == 3
+    with pytest.raises(MissingError, match=r"recipes are .*imagenet1k-vit-b-16"):
+        load_params("imagenet")
+    with pytest.raises(MissingError, match=r"params file other/scenes is not there"):
+        load_params("other/scenes")
+
+
+def test_the_command_lists_them_all() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "milan_pipe", "recipes", "--json"], capture_output=True, text=True, check=True
+    )
+    assert sorted(json.loads(done.stdout)) == NAMES
+    assert "85.4 % fine-tuned" in " ".join(done.stderr.split())
