@@ -308,7 +308,8 @@ def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
             decoder=SMALL_DECODER,
             masking=MaskConfig(),
             target="clip",
-            config=PretrainConfig(epochs=epochs, batch_size=32, device="cpu", log_every=50),
+            # Windows of 400 samples, so that the smaller store has more than one of them too.
+            config=PretrainConfig(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
             on_progress=told.append,
         )
         print(json.dumps({now.step: now.memory for now in told}))

@@ -26,7 +26,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of a CUDA device, the most that tensors took so far; else what this process has resident now."""
+    """Bytes: of a CUDA device, the most that tensors took so far; else what this process alone has resident now.
+
+    Pages of mapped files are not counted: they are the page cache's, which gives them back when memory is short.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from milan_pipe import __version__
 from milan_pipe.errors import DataError, SettingError, StoppedError, StoreError
@@ -190,11 +191,13 @@ class _Run:
                 first_step=self.first_step,
             )
 
-    def write_bad_batch(self, error: NotFiniteError) -> Path | None:
-        """Read the batch of a step again, all of it, and write it with the weights; None on ranks that do not write."""
+    def keep_bad_batch(self, error: NotFiniteError) -> Path:
+        """Have the first rank write the batch of a step, all ranks' parts of it, with the weights that met it."""
         weights = self.saver.weights()
-        if not self.ranks.first:
-            return None
+        file = self._write_bad_batch(error, weights) if self.ranks.first else None
+        return self.ranks.of_first(file or self.run)
+
+    def _write_bad_batch(self, error: NotFiniteError, weights: Mapping[str, Mapping[str, Tensor]]) -> Path:
         with Loader(self.reader, self.plan.of_rank(0, 1), threads=self.config.threads, with_targets=True) as loader:
             batch = next(loader.batches(error.epoch, (error.step - 1) % self.steps_per_epoch))
         return write_bad_batch(
@@ -249,7 +252,7 @@ def _go(run: _Run, with_targets: bool, on_progress: Callable[[PretrainProgress],
         try:
             run.train(recorder, loader, sinks, stop)
         except NotFiniteError as error:
-            file = run.write_bad_batch(error)
+            file = run.keep_bad_batch(error)
             raise DataError(
                 f"{error}. {tell_last_checkpoint(run.run)}. `milan-pipe replay {file}` computes the batch again, with "
                 "the weights that met it"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -32,7 +33,7 @@ from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.ledger import sha256_of
 from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, mapped_file
-from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
+from milan_pipe.targets.schema import BLOCK_SAMPLES, FileRecord, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
 HEADER_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
@@ -292,6 +293,20 @@ class _FetchedFile:
         return np.frombuffer(data, np.uint8)
 
 
+def _mapped_of(array: Path, path: str) -> ChunkFile | None:
+    return mapped_file(array / path)
+
+
+def _fetched_of(
+    place: Place, name: str, files: Mapping[str, FileRecord], ends: dict[str, tuple[int, bytes]], path: str
+) -> ChunkFile | None:
+    path = f"{name}/{path}"
+    file = files.get(path)
+    if file is None:
+        return None
+    return _FetchedFile(place, path, file.bytes, ends.pop(path, (file.bytes, b"")))
+
+
 _DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError)
 
 
@@ -401,18 +416,12 @@ class ZarrShard:
             return _ZarrRows(self._where(name), metadata)
 
     def _mapped(self, name: str, metadata: dict[str, Any]) -> MappedArray | None:
+        # Neither function knows this object: arrays that led back to it would keep their files until the garbage
+        # collector comes, long after the shard was put away.
         local = self._place.local
-
-        def open_file(path: str) -> ChunkFile | None:
-            return mapped_file(local / name / path) if local is not None else self._fetched(f"{name}/{path}")
-
-        return MappedArray.of(open_file, metadata)
-
-    def _fetched(self, path: str) -> ChunkFile | None:
-        file = self._record.files.get(path)
-        if file is None:
-            return None
-        return _FetchedFile(self._place, path, file.bytes, self._ends.pop(path, (file.bytes, b"")))
+        if local is not None:
+            return MappedArray.of(partial(_mapped_of, local / name), metadata)
+        return MappedArray.of(partial(_fetched_of, self._place, name, self._record.files, self._ends), metadata)
 
     def _where(self, name: str) -> StorePath:
         local = self._place.local

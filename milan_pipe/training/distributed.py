@@ -95,8 +95,8 @@ class Ranks:
 
     def wait(self) -> None:
         """Return when every rank is here."""
-        if self.count > 1:
-            dist.barrier()
+        # Not a barrier, which would take the accelerators' backend where there is one.
+        self.largest([0])
 
     def spread(
         self, module: nn.Module, parallel: Parallel, units: Iterable[nn.Module], root: nn.Module
@@ -205,7 +205,7 @@ def joined(device: str, told: Callable[[], str]) -> Iterator[Ranks]:
             ranks.speaks()  # this one's traceback says more than the others could
             raise
         lost = RankLostError(
-            f"one of {count} ranks was lost. {told()}, and the same command goes on from there, on any number of ranks"
+            f"one of {count} ranks was lost. {told()}; the same command goes on with the run, on any number of ranks"
         )
         if not ranks.speaks():
             raise ToldElsewhereError(lost) from error

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.targets import header, write_store
+from support.targets import header, random_blocks, write_blocks, write_store
 
+from milan_pipe.commands import replay
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
 SAMPLES, BATCH = [150, 90, 41], 17  # of two ranks one has a sample more
@@ -154,7 +155,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_and_another_number_goes_on(
     assert process.returncode != 0
     lines = [line for line in told.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, told
-    assert re.search(r"one of 2 ranks was lost\. The last good checkpoint is .*step-\d{8}, and the same", lines[0])
+    assert re.search(r"one of 2 ranks was lost\. The last good checkpoint is .*step-\d{8}; the same", lines[0])
     go(store, run, 1 + victim)
     if victim:
         assert_same(run, pair)
@@ -175,6 +176,37 @@ def test_sigterm_to_torchrun_saves_and_a_pair_goes_on_to_the_bit(store: Path, pa
     assert f"{checkpoints_of(run)[-1]} was written" in lines[0]
     go(store, run, 2)
     assert_same(run, pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_sharded_run_goes_on_sharded_and_copied(store: Path, alone: Path, tmp_path: Path, parallel: str) -> None:
+    run = tmp_path / "run"
+    process = start(command(store, run, 2, checkpoint_every=4, parallel="fsdp"), tmp_path)
+    wait_for_checkpoint(process, run, [])
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert "gone on from step" in go(store, run, 2, parallel=parallel)
+    assert_close(run, alone)
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Path) -> None:
+    blocks = [random_blocks(HEAD, count, number) for number, count in enumerate(SAMPLES)]
+    scale = blocks[1][0].scale_KNS
+    assert scale is not None
+    scale[:, 7, 0] = float("nan")
+    write_blocks(tmp_path / "targets", HEAD, blocks)
+    process = start(command(tmp_path / "targets", tmp_path / "run", 2), tmp_path)
+    told = process.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, told
+    files = list((tmp_path / "run" / "not-finite").iterdir())
+    assert len(files) == 1
+    assert f"milan-pipe replay {files[0]}" in lines[0]
+    report = replay(files[0])
+    assert len(report.loss_by_key) == BATCH
+    assert next(iter(report.loss_by_key)).endswith("-1-7")
 
 
 @pytest.mark.parametrize(

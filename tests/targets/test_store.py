@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import gc
 import json
 import tarfile
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +305,20 @@ class TestContract:
 
 
 # --- other readers ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_shard_has_mapped_goes_with_it(store_format: str, where: str) -> None:
+    write_store(where, header(format=store_format, shards=2), [3, 3])
+    reader = open_targets(where)
+    gc.disable()
+    try:
+        reader.read("000000", 0, 0, 3)
+        shard = weakref.ref(reader._open["000000"])
+        assert shard() is not None
+        reader._open.clear()
+        assert shard() is None, "something leads back to it: its files stay until the garbage collector comes"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("codec", "level"), CODECS)
