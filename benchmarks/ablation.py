@@ -24,6 +24,7 @@ from milan_pipe.transfer.knn import knn_accuracy
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
 
 ROWS = {
+    "hog": ("HOG + plain + random (MaskFeat's target)", ("target=hog", "decoder.kind=plain", "masking.kind=random")),
     "mae": ("pixels + plain + random (MAE)", ("target=pixels", "decoder.kind=plain", "masking.kind=random")),
     "clip-plain": ("CLIP + plain + random", ("target=clip", "decoder.kind=plain", "masking.kind=random")),
     "clip-prompting": ("CLIP + prompting + random", ("target=clip", "decoder.kind=prompting", "masking.kind=random")),

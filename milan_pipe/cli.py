@@ -367,7 +367,7 @@ def pretrain(
     pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, and on SIGTERM and Ctrl-C. A run of another
     configuration is refused, with a list of what differs.
 
-    The ablations of the method are settings: masking=random, decoder=plain, target=pixels. With
+    The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=100

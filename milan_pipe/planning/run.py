@@ -252,7 +252,7 @@ def _report(
 
 def _online(model: Teacher, pictures: PictureSample, speed: Speed, lesson: Lesson) -> Speed | None:
     """The teacher on batches of the student's size: as it would run beside the student in every step."""
-    if lesson.target == "pixels":
+    if lesson.target != "clip":
         return None
     batch_size = min(lesson.config.batch_size, len(pictures.rendered))
     if batch_size == speed.batch_size:

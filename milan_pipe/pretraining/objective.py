@@ -14,7 +14,8 @@ from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
+from milan_pipe.student.hog import hog_target, hog_width
+from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
 from milan_pipe.student.masking import MaskConfig, MaskSplit, draw_split, mask_noise, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
@@ -27,7 +28,7 @@ Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What was predicted and what should have been; the target is (B, S, T), of pixels (B, L, T)."""
+    """What was predicted and what should have been; the target is (B, S, T), of pixels and HOG (B, L, T)."""
 
     split: MaskSplit
     prediction_BST: Tensor
@@ -70,8 +71,9 @@ class Objective(nn.Module):
         importance_BL = attention_BL.to(device).float() if self.masking.kind == "semantic" else None
         split = draw_split(importance_BL, noise_BL, self.visible)
         prediction_BST = self.student(images_BCHW, split)
-        if self.target == "pixels":
-            return _Lesson(split, prediction_BST, pixel_target(images_BCHW, self.patch_size))
+        if self.target != "clip":
+            own_target = pixel_target if self.target == "pixels" else hog_target
+            return _Lesson(split, prediction_BST, own_target(images_BCHW, self.patch_size))
         if taught is not None:
             return _Lesson(split, prediction_BST, taught[0])
         scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
@@ -83,15 +85,15 @@ class Objective(nn.Module):
         Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
         """
         lesson = self._lesson(batch, epoch)
-        if self.target == "pixels":
-            return pixel_loss(lesson.prediction_BST, lesson.target, lesson.split)
+        if self.target != "clip":
+            return masked_loss(lesson.prediction_BST, lesson.target, lesson.split)
         return feature_loss(lesson.prediction_BST, lesson.target)
 
     @torch.no_grad()
     def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
         """The masks of a batch, and the cosine (B, L) between prediction and target of each patch."""
         lesson = self._lesson(batch, epoch)
-        target_BLT = lesson.target if self.target == "pixels" else lesson.target[:, 1:]
+        target_BLT = lesson.target[:, 1:] if self.target == "clip" else lesson.target
         return lesson.split, F.cosine_similarity(lesson.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
 
 
@@ -132,10 +134,10 @@ def build_objective(
         SettingError: there is no such student or decoder.
     """
     patch_size = student.image_size // student.grid[0]
-    width = 3 * patch_size**2 if target == "pixels" else header.teacher.width
+    widths = {"clip": header.teacher.width, "pixels": 3 * patch_size**2, "hog": hog_width(patch_size)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_student(student, decoder, width).to(device)
+        model = build_student(student, decoder, widths[target]).to(device)
     model.checkpoint_activations(config.checkpoint_activations)
     if config.compile:
         # What FSDP gathers one at a time is compiled one at a time.

@@ -316,7 +316,8 @@ def pretrain(
     Args:
         targets: folder or URL of the target store, of either format.
         run: folder of the run.
-        target: `clip`, the stored features, or `pixels`, each patch's own normalised pixels.
+        target: `clip`, the stored features, or of each patch itself: `pixels`, normalised, or `hog`, the
+            histograms of its gradients.
         teacher_for: gives the teacher of a store on a device, where `config.targets` is `online`.
         stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
         record: settings to keep in the checkpoint beside what it needs itself.

@@ -12,7 +12,7 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES
 from milan_pipe.training.distributed import Parallel
 from milan_pipe.training.step import Precision
 
-Target = Literal["clip", "pixels"]
+Target = Literal["clip", "pixels", "hog"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

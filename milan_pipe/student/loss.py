@@ -65,12 +65,12 @@ def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
     return centred_BLP / (pixels_BLP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
-def pixel_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> Tensor:
+def masked_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> Tensor:
     """Mean squared error on the masked patches only.
 
     Args:
         prediction_BST: S = L + 1 tokens, CLS first, raster order; T is the number of a patch's values.
-        target_BLP: from `pixel_target`, or another target without CLS.
+        target_BLP: from `pixel_target` or `hog_target`: a target without CLS.
         split: which patches were masked.
 
     Returns:
@@ -79,7 +79,7 @@ def pixel_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> 
     Raises:
         ShapeError: prediction, target and split do not fit each other, or nothing is masked.
 
-    Source: arXiv 2111.06377, section 3.
+    Source: arXiv 2111.06377, section 3; arXiv 2112.09133, section 3.1.
     """
     batch, patches, values = target_BLP.shape
     if tuple(prediction_BST.shape) != (batch, patches + 1, values) or (split.batch, split.patches) != (batch, patches):

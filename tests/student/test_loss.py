@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from milan_pipe.errors import ShapeError
-from milan_pipe.student.loss import feature_loss, pixel_loss, pixel_target
+from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
 from milan_pipe.student.masking import MaskSplit
 
 
@@ -66,12 +66,12 @@ def test_pixel_target_refuses_other_shapes(shape):
         pixel_target(torch.zeros(shape), 4)
 
 
-def test_pixel_loss_counts_masked_patches_only():
+def test_masked_loss_counts_masked_patches_only():
     order = torch.stack([torch.randperm(6) for _ in range(2)])
     split = MaskSplit.from_order(order, 2)
     prediction = torch.randn(2, 7, 12, requires_grad=True)
     target = torch.randn(2, 6, 12)
-    loss = pixel_loss(prediction, target, split)
+    loss = masked_loss(prediction, target, split)
     mask = split.masked_map().float()
     per_patch = ((prediction[:, 1:] - target) ** 2).mean(dim=-1)
     assert_close(loss, (per_patch * mask).sum() / mask.sum())
@@ -81,11 +81,11 @@ def test_pixel_loss_counts_masked_patches_only():
     assert not bool(touched[:, 0].any())
 
 
-def test_pixel_loss_refuses_what_does_not_fit():
+def test_masked_loss_refuses_what_does_not_fit():
     split = MaskSplit.from_order(torch.arange(6).expand(2, 6), 2)
     with pytest.raises(ShapeError, match="CLS in the prediction only"):
-        pixel_loss(torch.zeros(2, 6, 12), torch.zeros(2, 6, 12), split)
+        masked_loss(torch.zeros(2, 6, 12), torch.zeros(2, 6, 12), split)
     with pytest.raises(ShapeError, match="CLS in the prediction only"):
-        pixel_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit(split.keep_BV[:1], split.masked_BM[:1]))
+        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit(split.keep_BV[:1], split.masked_BM[:1]))
     with pytest.raises(ShapeError, match="all 6 patches are visible"):
-        pixel_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit.from_order(torch.arange(6).expand(2, 6), 6))
+        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit.from_order(torch.arange(6).expand(2, 6), 6))

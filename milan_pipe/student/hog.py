@@ -1,0 +1,65 @@
+"""The low-level target: histograms of oriented gradients of each patch. Shape suffixes are in `milan_pipe.student`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milan_pipe.errors import ShapeError
+
+BINS, CELL = 9, 8
+
+
+def cell_side(patch: int) -> int:
+    """Pixels of a cell's side: 8, or the largest number below it that divides the patch."""
+    return next(side for side in range(min(CELL, patch), 0, -1) if patch % side == 0)
+
+
+def hog_width(patch: int, channels: int = 3) -> int:
+    """Values of one patch: its cells times channels times 9 bins."""
+    return (patch // cell_side(patch)) ** 2 * channels * BINS
+
+
+@torch.no_grad()
+def hog_target(images_BCHW: Tensor, patch: int) -> Tensor:
+    """Histograms of the gradient's direction in each cell of each patch.
+
+    Gradients are central differences of each channel, zero at the image's border. Directions are unsigned, in 9 bins of
+    20 degrees; each pixel adds the length of its gradient to its bin. A cell's histogram is scaled to unit length, one
+    channel at a time.
+
+    Args:
+        images_BCHW: floats; a scale common to a channel cancels out.
+        patch: height and width of a patch in pixels.
+
+    Returns:
+        (B, L, cells * C * 9) float32: patches in raster order, in each cells in raster order, then channel, then bin.
+
+    Raises:
+        ShapeError: not four dimensions, or the patch does not divide the image.
+
+    Source: arXiv 2112.09133, section 3.2; Dalal and Triggs, CVPR 2005, with blocks of one cell.
+    """
+    if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
+        raise ShapeError(
+            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
+        )
+    batch, channels, height, width = images_BCHW.shape
+    image = images_BCHW.float()
+    across, down = torch.zeros_like(image), torch.zeros_like(image)
+    across[..., 1:-1] = image[..., 2:] - image[..., :-2]
+    down[..., 1:-1, :] = image[..., 2:, :] - image[..., :-2, :]
+    length = torch.hypot(across, down)
+    angle = torch.atan2(down, across).remainder(math.pi)  # a direction and its opposite are one
+    number = (angle * (BINS / math.pi)).long().clamp_(max=BINS - 1)
+    side = cell_side(patch)
+    votes = torch.zeros(batch, channels, BINS, height, width, device=image.device)
+    votes.scatter_(2, number.unsqueeze(2), length.unsqueeze(2))
+    sums = F.avg_pool2d(votes.flatten(0, 1), side).unflatten(0, (batch, channels))
+    unit = F.normalize(sums, dim=2, eps=1e-6)
+    rows, columns, inside = height // patch, width // patch, patch // side
+    cells = unit.reshape(batch, channels, BINS, rows, inside, columns, inside)
+    return cells.permute(0, 3, 5, 4, 6, 1, 2).reshape(batch, rows * columns, -1)
