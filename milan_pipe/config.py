@@ -44,7 +44,10 @@ class Params(Settings):
     student: StudentConfig = Field(default_factory=StudentConfig)
     masking: MaskConfig = Field(default_factory=MaskConfig)
     decoder: DecoderConfig = Field(default_factory=DecoderConfig)
-    target: Target = Field("clip", description="clip: the stored features; pixels: MAE's normalised pixels; hog: MaskFeat's histograms of gradients")
+    target: Target = Field(
+        "clip",
+        description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients",
+    )
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     knn: KnnConfig = Field(default_factory=KnnConfig)

@@ -58,7 +58,7 @@ def hog_target(images_BCHW: Tensor, patch: int) -> Tensor:
     side = cell_side(patch)
     votes = torch.zeros(batch, channels, BINS, height, width, device=image.device)
     votes.scatter_(2, number.unsqueeze(2), length.unsqueeze(2))
-    sums = F.avg_pool2d(votes.flatten(0, 1), side).unflatten(0, (batch, channels))
+    sums = F.avg_pool2d(votes.flatten(0, 1), side).reshape(batch, channels, BINS, height // side, width // side)
     unit = F.normalize(sums, dim=2, eps=1e-6)
     rows, columns, inside = height // patch, width // patch, patch // side
     cells = unit.reshape(batch, channels, BINS, rows, inside, columns, inside)

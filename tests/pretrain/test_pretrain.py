@@ -183,10 +183,11 @@ def test_the_mask_follows_the_attention_only_when_it_is_semantic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "decoder", "masking"), list(product(["clip", "pixels"], ["prompting", "plain"], ["semantic", "random"]))
+    ("target", "decoder", "masking"),
+    list(product(["clip", "pixels", "hog"], ["prompting", "plain"], ["semantic", "random"])),
 )
 def test_every_combination_trains_every_parameter(target: Any, decoder: Any, masking: Any) -> None:
-    width = WIDTH if target == "clip" else 3 * 8**2
+    width = {"clip": WIDTH, "pixels": 3 * 8**2, "hog": 3 * 9}[target]
     model = build_student(STUDENT, DECODER.model_copy(update={"kind": decoder}), width)
     with torch.no_grad():
         for parameter in model.parameters():  # zeros at the start hide what hangs together
@@ -200,11 +201,11 @@ def test_every_combination_trains_every_parameter(target: Any, decoder: Any, mas
             assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize(("target", "decoder"), [("pixels", "plain"), ("pixels", "prompting"), ("clip", "plain")])
+@pytest.mark.parametrize(("target", "decoder"), [("pixels", "plain"), ("hog", "prompting"), ("clip", "plain")])
 def test_the_ablations_run_to_their_end(store: Path, tmp_path: Path, target: str, decoder: str) -> None:
     kind = DECODER.model_copy(update={"kind": decoder})
     report = go(store, tmp_path / "run", target=target, decoder=kind, masking=MaskConfig(kind="random"))
-    width = WIDTH if target == "clip" else 192
+    width = {"clip": WIDTH, "pixels": 3 * 8**2, "hog": 3 * 9}[target]
     assert open_checkpoint(tmp_path / "run").weights("decoder")["decoder_pred.bias"].shape == (width,)
     assert np.isfinite(report.loss)
 

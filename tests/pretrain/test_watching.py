@@ -54,7 +54,7 @@ def losses(run: Path) -> list[str]:
     return [line.split("\t")[-1] for line in loss_curve(run).splitlines()]
 
 
-@pytest.mark.parametrize("target", ["clip", "pixels"])
+@pytest.mark.parametrize("target", ["clip", "pixels", "hog"])
 def test_pictures_come_when_they_are_due_and_change_nothing(store: Path, tmp_path: Path, target: Target) -> None:
     go(store, tmp_path / "with", target, picture_every=2)
     go(store, tmp_path / "without", target)

@@ -18,7 +18,9 @@ def sample(height: int, width: int, channels: int = 3) -> torch.Tensor:
     return torch.from_numpy(rng.normal(size=(2, channels, height, width)))
 
 
-@pytest.mark.parametrize(("patch", "height", "width"), [(8, 32, 32), (16, 32, 64), (14, 56, 28), (4, 16, 8), (12, 24, 36)])
+@pytest.mark.parametrize(
+    ("patch", "height", "width"), [(8, 32, 32), (16, 32, 64), (14, 56, 28), (4, 16, 8), (12, 24, 36)]
+)
 def test_it_is_scikit_images(patch: int, height: int, width: int) -> None:
     images = sample(height, width)
     side = cell_side(patch)
