@@ -25,6 +25,7 @@ from milan_pipe.extract.worker import Assignment, do_shard
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
+_ABOVE_CRITICAL = logging.CRITICAL + 1
 
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
@@ -129,10 +130,11 @@ def _local_cluster(folder: str) -> LocalCluster:
 
 def _silence_dask() -> None:
     # It tells of each worker that comes, goes or hangs at length; what matters of it is told here, in a line. Some of
-    # its loggers have levels and handlers of their own, which those above them do not rule.
+    # its loggers have levels and handlers of their own, which those above them do not rule. A client that leaves while
+    # its tasks still report is, to the scheduler, critical.
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+            logging.getLogger(name).setLevel(_ABOVE_CRITICAL)
 
 
 def _warn(text: str) -> None:

@@ -300,3 +300,14 @@ def test_views_are_the_same_whatever_the_views_of_others(images: Path, extract, 
         left, right = (store.read("000001", view, 0, 25) for store in (two, three))
         assert left.crop_N4.tolist() == right.crop_N4.tolist()
         assert [bytes(jpeg) for jpeg in left.jpegs] == [bytes(jpeg) for jpeg in right.jpegs]
+
+
+def test_nothing_that_dask_logs_is_shown() -> None:
+    words = """
+import logging, distributed
+from milan_pipe.extract.cluster import _silence_dask
+_silence_dask()
+logging.getLogger("distributed.scheduler").critical("a client left while its tasks report")
+"""
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
