@@ -41,7 +41,6 @@ from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.online import teacher_of
 from milan_pipe.pretraining.objective import Objective, build_objective
-from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.decoder import DecoderConfig
@@ -51,6 +50,7 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision
 
 SIZE, WINDOW = 224, 16
@@ -297,7 +297,7 @@ def bench_wait(work: Path, photos: Path, options: argparse.Namespace) -> None:
 
 def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
     if options.pinned:
-        told: list[PretrainProgress] = []
+        told: list[TrainProgress] = []
         shards = options.shards
         store = make_store(work, photos, shards, 100)
         epochs = -(-2_000 // (shards * 100 // 32))

@@ -68,6 +68,13 @@ CheckpointArgument = Annotated[
         help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student), or `teacher`.",
     ),
 ]
+StudentArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student).",
+    ),
+]
 TrainArgument = Annotated[
     str, typer.Argument(metavar="TRAIN", help="Labelled shards to learn from: folder, braces or glob.")
 ]
@@ -373,27 +380,13 @@ def pretrain(
     Example: milan-pipe pretrain targets run --set pretrain.epochs=100
     """
     from milan_pipe import commands
-    from milan_pipe.pretraining.recorder import PretrainProgress
     from milan_pipe.training.distributed import rank_of_environment
 
     settings = _settings(params, overrides)
     if rank_of_environment():
         return commands.pretrain(targets, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-
-        def tell(now: PretrainProgress) -> None:
-            update(
-                now.step,
-                now.steps,
-                epoch=f"ep {now.epoch + 1}",
-                loss=f"loss {now.loss:.3f}",
-                lr=f"lr {now.lr:.0e}".replace("e-0", "e-"),
-                rate=f"{now.images_per_second:.0f}/s",
-                wait=f"wait {100 * now.data_wait:.0f} %",
-                memory=size(now.memory),
-            )
-
-        report = commands.pretrain(targets, run, settings, on_progress=tell)
+        report = commands.pretrain(targets, run, settings, on_progress=_tell_training(update))
     rows = {
         "steps": f"{report.steps} in {report.epochs} epochs"
         + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
@@ -478,6 +471,78 @@ def knn(
     return report
 
 
+def _tell_training(update: Any) -> Any:
+    from milan_pipe.training.recorder import TrainProgress
+
+    def tell(now: TrainProgress) -> None:
+        update(
+            now.step,
+            now.steps,
+            epoch=f"ep {now.epoch + 1}",
+            loss=f"loss {now.loss:.3f}",
+            lr=f"lr {now.lr:.0e}".replace("e-0", "e-"),
+            rate=f"{now.images_per_second:.0f}/s",
+            wait=f"wait {100 * now.data_wait:.0f} %",
+            memory=size(now.memory),
+        )
+
+    return tell
+
+
+def _training_rows(report: Any) -> dict[str, str]:
+    return {
+        "steps": str(report.steps)
+        + (f" in {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
+        + (f", gone on from step {report.resumed_from}" if report.resumed_from and report.steps_now else ""),
+        "loss": f"{report.loss:.4f}, mean of the last epoch",
+        "speed": f"{report.images_per_second:.0f} images a second, {100 * report.data_wait:.1f} % waiting for data",
+        "set aside": f"{report.bad} pictures",
+        "checkpoint": report.checkpoint,
+        "best": f"{report.best_checkpoint}, of step {report.best_step}",
+    }
+
+
+@app.command()
+def finetune(
+    checkpoint: StudentArgument,
+    train: Annotated[
+        str, typer.Argument(metavar="TRAIN", help="Labelled shards, or a folder with one subfolder per class.")
+    ],
+    val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Train the whole student to classify, and report top-1 and top-5 accuracy.
+
+    The recipe is in sections finetune (rates, layer decay, drop path, mean of the weights) and augment (RandAugment,
+    mixup, cutmix, erasing, smoothing). ImageNet's own folders are taken as they are: TRAIN=imagenet/train
+    VAL=imagenet/val. RUN/best holds the best weights, RUN/checkpoints the last; `milan-pipe export RUN/best OUT` gives
+    them to timm, classifier included.
+
+    The same command goes on after an interruption. On several devices: torchrun --nproc-per-node 8 -m milan_pipe
+    finetune run imagenet/train imagenet/val tuned --params imagenet1k-vit-b-16
+
+    Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
+    """
+    from milan_pipe import commands
+    from milan_pipe.training.distributed import rank_of_environment
+
+    settings = _settings(params, overrides)
+    if rank_of_environment():
+        return commands.finetune(checkpoint, train, val, run, settings)
+    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
+        report = commands.finetune(checkpoint, train, val, run, settings, on_progress=_tell_training(update))
+    rows = {
+        "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
+        "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
+        **_training_rows(report),
+    }
+    show(f"{checkpoint} -> {run}", rows, report, as_json)
+    return report
+
+
 @app.command("linear-probe")
 def linear_probe(
     checkpoint: CheckpointArgument,
@@ -519,18 +584,20 @@ def export(
     """Write the student as timm reads it, from a folder or from its hub.
 
     The weights have timm's own names, so that any tool that builds on timm can fine-tune them. The decoder is left out.
+    Of a run of finetune the classifier is part of it; RUN/best names the best weights.
 
     Example: milan-pipe export run vit-milan
     """
     from milan_pipe import commands
 
     report = commands.export(checkpoint, out)
-    sizes = "".join(f", {name}={value}" for name, value in report.model_args.items())
+    sizes = "".join(f", {name}={value!r}" for name, value in report.model_args.items())
     rows = {
         "parameters": f"{report.parameters:,}",
         "step": str(report.step),
         "by folder": f"timm.create_model('local-dir:{report.folder}', pretrained=True)",
-        "by name": f"timm.create_model('{report.model}'{sizes}, num_classes=0, checkpoint_path='{report.weights}')",
+        "by name": f"timm.create_model('{report.model}'{sizes}, num_classes={report.classes}, "
+        f"checkpoint_path='{report.weights}')",
     }
     show(f"{checkpoint} -> {out}", rows, report, as_json)
     return report

@@ -22,7 +22,6 @@ from milan_pipe.planning.run import plan as _plan
 from milan_pipe.planning.speed import Lesson
 from milan_pipe.pretraining.bad_batch import ReplayReport
 from milan_pipe.pretraining.bad_batch import replay as _replay
-from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import PretrainReport
 from milan_pipe.pretraining.run import pretrain as _pretrain
 from milan_pipe.targets import convert as conversion
@@ -31,10 +30,13 @@ from milan_pipe.targets.convert import ConvertReport
 from milan_pipe.targets.schema import StoreFormat
 from milan_pipe.targets.verify import VerifyReport
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
+from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Precision
 from milan_pipe.transfer.features import LabelledFeatures
+from milan_pipe.transfer.finetune import finetune as _finetune
 from milan_pipe.transfer.knn import knn_accuracy
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
+from milan_pipe.transfer.supervised import SupervisedReport
 
 
 def _ignore(*_: object) -> None:
@@ -141,7 +143,7 @@ def pretrain(
     run: str | Path,
     params: Params | None = None,
     *,
-    on_progress: Callable[[PretrainProgress], None] = _ignore,
+    on_progress: Callable[[TrainProgress], None] = _ignore,
 ) -> PretrainReport:
     """Train a student on a target store; see `milan_pipe.pretraining.run`."""
     settings = params or Params()
@@ -277,6 +279,30 @@ def linear_probe(
         train=len(first.label_N),
         test=len(second.label_N),
         bad=bad,
+    )
+
+
+def finetune(
+    checkpoint: str | Path,
+    train: str | Path,
+    val: str | Path,
+    run: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[TrainProgress], None] = _ignore,
+) -> SupervisedReport:
+    """Train student and classifier on labelled pictures; see `milan_pipe.transfer.finetune`."""
+    settings = params or Params()
+    return _finetune(
+        checkpoint,
+        train,
+        val,
+        run,
+        student=settings.student,
+        augment=settings.augment,
+        config=settings.finetune,
+        record=settings.model_dump(mode="json", include={"finetune", "augment"}),
+        on_progress=on_progress,
     )
 
 

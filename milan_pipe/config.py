@@ -22,7 +22,9 @@ from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.codec import CodecConfig
 from milan_pipe.teacher.clip import TeacherConfig
 from milan_pipe.teacher.demo_training import DemoTeacherConfig
+from milan_pipe.transfer.augment import AugmentConfig
 from milan_pipe.transfer.features import EmbedConfig
+from milan_pipe.transfer.finetune import FinetuneConfig
 from milan_pipe.transfer.knn import KnnConfig
 from milan_pipe.transfer.linear_probe import LinearProbeConfig
 
@@ -51,6 +53,8 @@ class Params(Settings):
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     knn: KnnConfig = Field(default_factory=KnnConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
     linear_probe: LinearProbeConfig = Field(default_factory=LinearProbeConfig)
     demo_teacher: DemoTeacherConfig = Field(default_factory=DemoTeacherConfig)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from milan_pipe.devices import resolve_device
-from milan_pipe.exchange.timm_layout import student_of
 from milan_pipe.student.encoder import StudentConfig, build_encoder
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.transfer.backbone import RANDOM, student_of
 from milan_pipe.transfer.features import EmbedConfig, Embedder, LabelledFeatures, embed_shards, student_embedder
 
-RANDOM, TEACHER = "random", "teacher"
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)

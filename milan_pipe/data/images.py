@@ -34,6 +34,9 @@ OTHER_PICTURE_SUFFIXES = (
 )
 """Suffixes that show a picture which is not read: they are reported, never passed over in silence."""
 
+MASK_SUFFIX = "mask.png"
+"""Suffix of a sample's segmentation: a picture of class indices."""
+
 MAX_PIXELS = 89_478_485
 """Height x width above which a picture is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
 
@@ -63,6 +66,33 @@ class Sample:
     data: bytes
     label: int
     caption: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes `start` to `stop` - 1 of a shard's file."""
+
+    start: int
+    stop: int
+
+    def __bool__(self) -> bool:
+        return self.stop > self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Where one picture of a shard lies, and what is said of it.
+
+    Attributes:
+        key, label: as of a `Sample`.
+        picture: of the encoded picture, at least one byte.
+        mask: of the sample's `MASK_SUFFIX` member; None where there is none.
+    """
+
+    key: str
+    label: int
+    picture: Span
+    mask: Span | None
 
 
 # --- which shards there are ---------------------------------------------------------------------------------------
@@ -303,7 +333,8 @@ class _Group:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     dotted: list[str] = field(default_factory=list)
-    image: bytes | None = None
+    image: bytes | Span | None = None
+    mask: Span | None = None
     fault: str | None = None
 
     def spoil(self, reason: str) -> None:
@@ -330,10 +361,26 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
             this last case after the samples before the damage. Raised while iterating.
         StoreError: the object store cannot be read, or no longer.
     """
+    for group, label, caption in _whole_groups(shard, on_bad, copy, locate=False):
+        assert isinstance(group.image, bytes)
+        yield Sample(key=group.key, data=group.image, label=label, caption=caption)
+
+
+def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
+    """Find a shard's samples by its headers, without reading a picture; else as `read_shard`."""
+    for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
+        assert isinstance(group.image, Span)
+        yield Located(key=group.key, label=label, picture=group.image, mask=group.mask)
+
+
+def _whole_groups(
+    shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None, *, locate: bool
+) -> Iterator[tuple[_Group, int, str | None]]:
+    """Groups with a picture and no fault, with label (-1: none) and caption."""
     shard = shard if isinstance(shard, ShardFile) else shard_file(shard)
     seen: set[str] = set()
     pictures = 0
-    for group in _groups(shard, copy):
+    for group in _groups(shard, copy, locate=locate):
         if group.key in seen:
             on_bad(group.key, "duplicate key: the shard holds it twice, or its members do not stand side by side")
             continue
@@ -346,18 +393,18 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
             continue
         pictures += 1
         try:
-            sample = _sample(group)
+            label, caption = _told_of(group)
         except DataError as error:
             on_bad(group.key, str(error))
         else:
-            yield sample
+            yield group, label, caption
     if not pictures:
         raise DataError(f"{shard} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
 
 
-def _groups(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[_Group]:
+def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Group]:
     group: _Group | None = None
-    for name, info, data in _members(shard, copy):
+    for name, info, data in _members(shard, copy, locate=locate):
         prefix, suffix = split_member_name(name)
         if not prefix:
             continue
@@ -375,7 +422,9 @@ def _utf8(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | None) -> None:
+def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
+    if suffix == MASK_SUFFIX and _is_plain(info):
+        group.mask = Span(start=info.offset_data, stop=info.offset_data + info.size)
     if suffix in OTHER_PICTURE_SUFFIXES:
         group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
         return
@@ -386,9 +435,7 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         return
     is_image = suffix in IMAGE_SUFFIXES
     if data is None:
-        kind = (
-            "larger than 256 MiB" if info.isreg() and not info.issparse() else "a link or special file, no plain file"
-        )
+        kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
         if is_image:
             group.spoil(f"the .{suffix} member is {kind}")
         else:
@@ -406,7 +453,12 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         if group.key != prefix:
             group.spoil("member name is not UTF-8")
     else:
+        assert isinstance(data, bytes)
         group.parts[suffix] = data
+
+
+def _is_plain(info: tarfile.TarInfo) -> bool:
+    return info.isreg() and not info.issparse()
 
 
 _PICTURES = frozenset((*IMAGE_SUFFIXES, *OTHER_PICTURE_SUFFIXES))
@@ -422,10 +474,17 @@ def split_member_name(name: str) -> tuple[str, str]:
     return match[1], match[2].lower()
 
 
-def _members(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
-    """Name, header and bytes of each member; bytes are read only for suffixes that are of use."""
+_Member = tuple[str, tarfile.TarInfo, bytes | Span | None]
+
+
+def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Member]:
+    """Name, header and bytes of each member; bytes are read only for suffixes that are of use.
+
+    Args:
+        locate: say of pictures where their bytes lie, and leave them unread.
+    """
     if copy is not None:
-        yield from _walk(shard, copy)
+        yield from _walk(shard, copy, locate=locate)
         return
     try:
         file = shard.open()
@@ -436,10 +495,10 @@ def _members(shard: ShardFile, copy: IO[bytes] | None) -> Iterator[tuple[str, ta
             raise
         raise DataError(f"shard {error}") from error
     with file:
-        yield from _walk(shard, file)
+        yield from _walk(shard, file, locate=locate)
 
 
-def _walk(shard: ShardFile, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo, bytes | None]]:
+def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Member]:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if size == 0:
@@ -468,9 +527,12 @@ def _walk(shard: ShardFile, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarI
         if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
             raise _damaged(shard, info.offset)
         end = tar.offset
-        data = None
-        wanted = split_member_name(info.name)[1] in _WANTED
-        if wanted and info.isreg() and not info.issparse() and info.size <= MAX_ENCODED_BYTES:
+        data: bytes | Span | None = None
+        suffix = split_member_name(info.name)[1]
+        usable = suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES
+        if usable and locate and suffix in IMAGE_SUFFIXES:
+            data = Span(start=info.offset_data, stop=info.offset_data + info.size)
+        elif usable:
             file.seek(info.offset_data)
             data = file.read(info.size)
             if len(data) != info.size:
@@ -487,7 +549,8 @@ def _damaged(shard: ShardFile, offset: int) -> DataError:
     return DataError(f"shard {shard} is cut or damaged at byte {offset}; copy or prepare it again")
 
 
-def _sample(group: _Group) -> Sample:
+def _told_of(group: _Group) -> tuple[int, str | None]:
+    """Label, -1 for none, and caption; raises where the sample is to be set aside."""
     if group.fault is not None:
         raise DataError(group.fault)
     if not group.image:
@@ -506,7 +569,7 @@ def _sample(group: _Group) -> Sample:
             caption = group.parts["txt"].decode("utf-8")
         except UnicodeDecodeError:
             raise DataError("txt is not UTF-8") from None
-    return Sample(key=group.key, data=group.image, label=-1 if label is None else label, caption=caption)
+    return -1 if label is None else label, caption
 
 
 def _from_json(data: bytes) -> tuple[int | None, str | None]:

@@ -1,4 +1,4 @@
-"""A pretrained student in the layout that timm reads from a folder and from its hub."""
+"""A pretrained student, or one that was fine-tuned, in the layout that timm reads from a folder and from its hub."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
 
-from milan_pipe.errors import DataError, StoreError
-from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.errors import StoreError
+from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
-from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.transfer.backbone import student_of
+from milan_pipe.transfer.classifier import classifier_of, timm_sizes
 
 WEIGHTS_FILE = "model.safetensors"
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
@@ -32,36 +32,7 @@ class ExportReport:
     model_args: dict[str, Any]
     parameters: int
     step: int
-
-
-def student_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
-    """Settings and encoder of a checkpoint.
-
-    Raises:
-        DataError: the checkpoint does not say which student it holds, or is damaged.
-        MismatchError: its tensors are not those of that student.
-    """
-    sizes = checkpoint.record.get("student")
-    if not isinstance(sizes, dict):
-        raise DataError(
-            f"{checkpoint.path} does not say which student it holds; name one that `milan-pipe pretrain` wrote"
-        )
-    config: StudentConfig = StudentConfig.parse(sizes, f"{checkpoint.path}, student")
-    encoder = build_encoder(config)
-    load_weights(encoder, checkpoint.weights("student"), str(checkpoint.path))
-    return config, encoder
-
-
-def timm_arguments(config: StudentConfig) -> dict[str, Any]:
-    """What `timm.create_model` must be given beside the name, as the settings say it."""
-    sizes = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.heads,
-    }
-    return {name: value for name, value in sizes.items() if value is not None}
+    classes: int
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -74,11 +45,11 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _input_of(config: StudentConfig) -> dict[str, Any]:
+def _input_of(config: StudentConfig, classes: int, crop: float) -> dict[str, Any]:
     # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
     return {
         "architecture": config.model,
-        "num_classes": 0,
+        "num_classes": classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "fixed_input_size": True,
@@ -86,15 +57,15 @@ def _input_of(config: StudentConfig) -> dict[str, Any]:
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "interpolation": "bicubic",
-        "crop_pct": _CROP,
+        "crop_pct": crop,
     }
 
 
 def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
-    """Write the encoder of a checkpoint as FOLDER/model.safetensors and FOLDER/config.json.
+    """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, as FOLDER/model.safetensors.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads it, as does the hub's `hf-hub:` where the
-    folder was uploaded. The weights have timm's own names; there is no classifier.
+    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads it, as does the hub's `hf-hub:` where the
+    folder was uploaded. The weights have timm's own names.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its last checkpoint).
@@ -105,8 +76,11 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         StoreError: the folder is taken or cannot be written.
     """
     opened = open_checkpoint(checkpoint)
-    config, encoder = student_of(opened)
-    arguments = timm_arguments(config)
+    tuned = opened.record.get("task") == "finetune"
+    config, encoder = classifier_of(opened) if tuned else student_of(opened)
+    arguments = timm_sizes(config) | ({"global_pool": "avg"} if tuned else {})
+    names = opened.record.get("classes") if tuned else None
+    labels = {"label_names": names} if isinstance(names, list) else {}
     # Absolute: a bare name such as `out` has no parent to make a sibling in.
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -116,11 +90,11 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         described: Any = encoder
-        described.pretrained_cfg = _input_of(config)
+        described.pretrained_cfg = _input_of(config, encoder.num_classes, opened.record["crop"] if tuned else _CROP)
         save_for_hf(
             encoder,
             str(partial),
-            model_config={"milan_pipe": _origin(opened)},
+            model_config={"milan_pipe": _origin(opened), **labels},
             model_args=arguments,
             safe_serialization=True,
         )
@@ -137,4 +111,5 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         model_args=arguments,
         parameters=sum(tensor.numel() for tensor in encoder.parameters()),
         step=int(opened.record["step"]),
+        classes=encoder.num_classes,
     )

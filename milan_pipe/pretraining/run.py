@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,42 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
-from milan_pipe.errors import DataError, SettingError, StoppedError, StoreError
+from milan_pipe.errors import DataError, SettingError, StoreError
 from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, Prefetcher
 from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
 from milan_pipe.pretraining.pictures import PictureBook
-from milan_pipe.pretraining.recorder import LossWatch, NotFiniteError, PretrainProgress, Recorder
-from milan_pipe.pretraining.saver import Saver, restore_weights
 from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.pretraining.sinks import Sink, open_sinks
 from milan_pipe.storage import local_folder
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.model import MaskedStudent
+from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.training.distributed import Ranks, joined
-from milan_pipe.training.loop import StepReport, train
+from milan_pipe.training.loop import StepReport
 from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.recorder import LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
     cut_metrics,
     last_checkpoint,
     require_same_configuration,
     tell_last_checkpoint,
 )
+from milan_pipe.training.runner import run_steps
+from milan_pipe.training.saver import SavePolicy, Saver
 from milan_pipe.training.schedule import cosine_lr
+from milan_pipe.training.sinks import Sink, open_sinks
 from milan_pipe.training.step import Stepper, resolve_precision
 from milan_pipe.training.stopping import StopRequest, stop_requests
 
 _REPORT = "report.json"
+_ADVICE = "lower pretrain.lr, or check the targets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +132,20 @@ class _Run:
         self.pictures = (
             PictureBook(run, reader, objective, config.picture_every, ranks.first) if config.picture_every else None
         )
-        self.saver = Saver(run, student, optimiser, self.stepper.scaler, config, ranks, record)
-        self.losses = LossWatch(ranks.mean, norm_must_be_finite=not self.stepper.scaler.is_enabled())
+        self.saver = Saver(
+            run,
+            {"student": student.encoder, "decoder": student.decoder},
+            student,
+            optimiser,
+            self.stepper.scaler,
+            policy=SavePolicy(
+                every=config.checkpoint_every, minutes=config.checkpoint_minutes, keep=config.keep_checkpoints
+            ),
+            ranks=ranks,
+            record=record,
+            advice=_ADVICE,
+        )
+        self.losses = LossWatch(ranks.mean, norm_must_be_finite=not self.stepper.scaler.is_enabled(), advice=_ADVICE)
 
     def resume(self, there: Checkpoint) -> None:
         """Take over all but the weights, which were there before they were sharded."""
@@ -143,22 +158,8 @@ class _Run:
             loader.batches(number, skip if number == epoch else 0) for number in range(epoch, self.config.epochs)
         )
 
-    def _after_step(self, report: StepReport, stop: StopRequest) -> None:
-        """Stop or save where that is due, which the ranks have to agree on."""
-        if report.step == self.steps:
-            return
-        number, due = self.ranks.largest(
-            [stop.signal or 0, self.ranks.first and self.saver.due(report.step)],
-        )
-        if number:
-            path = self.saver.save(report.step, self.losses.state(), finished=False)
-            raise StoppedError(
-                f"by {signal.Signals(number).name} after step {report.step} of {self.steps}; {path} was written, and "
-                "the same command goes on from it",
-                number,
-            )
-        if due:
-            self.saver.save(report.step, self.losses.state(), finished=False)
+    def _state(self) -> dict[str, Any]:
+        return {"losses": self.losses.state()}
 
     def _draw(self, report: StepReport, sinks: Sequence[Sink]) -> None:
         if self.pictures is None or report.step % self.steps_per_epoch:
@@ -170,25 +171,26 @@ class _Run:
 
     def train(self, recorder: Recorder, loader: Loader, sinks: Sequence[Sink], stop: StopRequest) -> None:
         """All steps that are left."""
-        epoch, skip = divmod(self.first_step, self.steps_per_epoch)
         warmup = round(self.config.warmup_epochs * self.steps_per_epoch)
 
         def on_step(report: StepReport, batch: Batch) -> None:
             recorder(report, batch)
             self._draw(report, sinks)
-            self._after_step(report, stop)
 
         # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
         with closing(Prefetcher(self._batches(loader), ahead=8)) as prefetcher:
-            batches = iter(prefetcher)
-            train(
+            run_steps(
                 self.stepper,
-                epochs=self.config.epochs,
-                batches_of=lambda now: islice(batches, self.steps_per_epoch - (skip if now == epoch else 0)),
+                iter(prefetcher),
+                steps=self.steps,
+                steps_per_epoch=self.steps_per_epoch,
+                first_step=self.first_step,
                 lr_of=lambda step: cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self.peak),
                 on_step=on_step,
-                first_epoch=epoch,
-                first_step=self.first_step,
+                saver=self.saver,
+                state=self._state,
+                ranks=self.ranks,
+                stop=stop,
             )
 
     def keep_bad_batch(self, error: NotFiniteError) -> Path:
@@ -210,7 +212,7 @@ class _Run:
             configuration=self.configuration,
         )
 
-    def finish(self, last: PretrainProgress) -> PretrainReport:
+    def finish(self, last: TrainProgress) -> PretrainReport:
         """Write report and last checkpoint."""
         report = PretrainReport(
             steps=last.step,
@@ -226,10 +228,17 @@ class _Run:
         if self.ranks.first:
             # The checkpoint goes last: it is what says that the run is finished.
             (self.run / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
-        return replace(report, checkpoint=str(self.saver.save(last.step, self.losses.state(), finished=True)))
+        return replace(report, checkpoint=str(self.saver.save(last.step, self._state(), finished=True)))
 
 
-def _go(run: _Run, with_targets: bool, on_progress: Callable[[PretrainProgress], None]) -> PretrainReport:
+def _restore_weights(student: MaskedStudent, checkpoint: Checkpoint) -> None:
+    """Take the weights over, into a model that is not sharded yet."""
+    where = str(checkpoint.path)
+    load_weights(student.encoder, checkpoint.weights("student"), where)
+    load_weights(student.decoder, checkpoint.weights("decoder"), where)
+
+
+def _go(run: _Run, with_targets: bool, on_progress: Callable[[TrainProgress], None]) -> PretrainReport:
     config = run.config
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
@@ -303,7 +312,7 @@ def pretrain(
     teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
     stated: Mapping[str, Mapping[str, Any]] | None = None,
     record: dict[str, Any] | None = None,
-    on_progress: Callable[[PretrainProgress], None] = lambda _: None,
+    on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> PretrainReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
 
@@ -369,7 +378,7 @@ def pretrain(
             teach=teach,
         )
         if there is not None:
-            restore_weights(objective.student, there)
+            _restore_weights(objective.student, there)
         kept = {
             "package_version": __version__,
             "epochs": config.epochs,

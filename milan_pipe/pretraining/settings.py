@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from milan_pipe.pretraining.sinks import SinkName
 from milan_pipe.settings import Settings
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 from milan_pipe.training.distributed import Parallel
+from milan_pipe.training.sinks import SinkName
 from milan_pipe.training.step import Precision
 
 Target = Literal["clip", "pixels", "hog"]

@@ -1,11 +1,16 @@
-"""AdamW with the parameter groups of masked pretraining."""
+"""Parameter groups: with and without weight decay, and with a learning rate that falls from the head to the input."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 _NO_DECAY = ("pos_embed", "cls_token", "mask_token")
+_FIRST = ("cls_token", "pos_embed", "patch_embed")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -13,11 +18,43 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
 
 
-def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters in two groups, with and without weight decay."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+def layer_scale(name: str, depth: int, decay: float) -> float:
+    """Share of the learning rate that a ViT's parameter gets: decay ** (depth + 1 - layer).
+
+    Layer 0 holds tokens, positions and patch embedding, layer 1 to `depth` the blocks, layer `depth` + 1 the rest.
+
+    Args:
+        name: of the parameter, as timm's ViT has it.
+
+    Source: arXiv 2106.08254 (BEiT), as arXiv 2111.06377 takes it over.
+    """
+    block = re.match(r"blocks\.(\d+)\.", name)
+    layer = int(block[1]) + 1 if block is not None else 0 if name.startswith(_FIRST) else depth + 1
+    return float(decay ** (depth + 1 - layer))
+
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    scale_of: Callable[[str], float] = lambda _: 1.0,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in groups of one weight decay and one `lr_scale`.
+
+    Args:
+        scale_of: factor on the learning rate, by the parameter's name.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if decays(name, parameter) else 0.0
+            scale = scale_of(name)
+            group = groups.setdefault(
+                (decay, scale), {"params": [], "weight_decay": decay, "lr": lr * scale, "lr_scale": scale}
+            )
+            group["params"].append(parameter)
+    # Those with weight decay first, as the groups of a model without scales have always been.
+    ordered = sorted(groups.values(), key=lambda group: (group["weight_decay"] == 0.0, group["lr_scale"]))
+    return torch.optim.AdamW(ordered, lr=lr, betas=betas, fused=True)

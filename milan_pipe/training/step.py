@@ -91,7 +91,7 @@ class Stepper(Generic[B]):
     def __call__(self, batch: B, epoch: int, lr: float) -> StepResult:
         """Do one step."""
         for group in self._optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._optimiser.zero_grad(set_to_none=True)
         losses = []
         parts = self._split(batch)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.exchange.published_file import import_published
-from milan_pipe.exchange.timm_layout import export_student, student_of
+from milan_pipe.exchange.timm_layout import export_student
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskSplit
@@ -22,6 +22,7 @@ from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.published import published_state_dict
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.transfer.backbone import student_of
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "milan_oracle_a.safetensors"
 STUDENT = StudentConfig(image_size=32, patch_size=8, width=64, depth=2, heads=1)

@@ -10,8 +10,8 @@ import pytest
 from milan_pipe import commands
 from milan_pipe.config import Params, load_params
 from milan_pipe.errors import MismatchError, SettingError
-from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import pretrain
+from milan_pipe.training.recorder import TrainProgress
 
 SETTINGS = [
     "prepare.train_scenes=160",
@@ -42,7 +42,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def curve(targets: Path, run: Path, *more: str) -> list[float]:
     losses: list[float] = []
 
-    def told(now: PretrainProgress) -> None:
+    def told(now: TrainProgress) -> None:
         losses.append(now.loss)
 
     commands.pretrain(targets, run, params(*more), on_progress=told)

@@ -17,7 +17,6 @@ from milan_pipe.data.views import encode_jpeg
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective
-from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import PretrainReport, pretrain
 from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.decoder import DecoderConfig
@@ -36,6 +35,7 @@ from milan_pipe.targets.schema import (
 from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
+from milan_pipe.training.recorder import TrainProgress
 
 module = import_module("milan_pipe.pretraining.objective")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)
@@ -106,7 +106,7 @@ def go(store: Path, run: Path, **change: Any) -> PretrainReport:
 
 
 def test_the_loss_falls_and_the_report_adds_up(store: Path, tmp_path: Path) -> None:
-    told: list[PretrainProgress] = []
+    told: list[TrainProgress] = []
     report = go(store, tmp_path / "run", epochs=8, on_progress=told.append)
     assert report.steps == 24 == len(told)
     assert [p.step for p in told] == list(range(1, 25))
@@ -289,7 +289,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_error(store: Path, tmp_path: Pa
 
 
 def test_metrics_hold_what_was_told_at_its_own_step(store: Path, tmp_path: Path) -> None:
-    told: list[PretrainProgress] = []
+    told: list[TrainProgress] = []
     go(store, tmp_path / "run", epochs=3, log_every=4, on_progress=told.append)
     assert [p.step for p in told] == [4, 8, 9]
     folder = tmp_path / "run" / "metrics"

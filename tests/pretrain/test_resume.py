@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
-from milan_pipe.pretraining.recorder import PretrainProgress
 from milan_pipe.pretraining.run import PretrainReport, pretrain
 from milan_pipe.pretraining.settings import PretrainConfig
 from milan_pipe.student.decoder import DecoderConfig
@@ -26,6 +25,7 @@ from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
+from milan_pipe.training.recorder import TrainProgress
 
 SAMPLES, BATCH = [150, 90], 16
 STEPS_AN_EPOCH = 240 // BATCH
@@ -103,7 +103,7 @@ class StopAtError(Exception):
 
 
 def stop_at(step: int) -> Any:
-    def told(now: PretrainProgress) -> None:
+    def told(now: TrainProgress) -> None:
         if now.step >= step:
             raise StopAtError
 
@@ -263,7 +263,7 @@ def test_a_signal_is_obeyed_after_the_step(
     number = signal.Signals[name]
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 
-    def told(now: PretrainProgress) -> None:
+    def told(now: TrainProgress) -> None:
         if now.step == 20:
             os.kill(os.getpid(), number)
             time.sleep(0.05)

@@ -53,7 +53,7 @@ class _TensorBoard:
 
     def picture(self, step: int, file: Path) -> None:
         with Image.open(file) as opened:
-            self._writer.add_image("masks", np.asarray(opened), step, dataformats="HWC")
+            self._writer.add_image("pictures", np.asarray(opened), step, dataformats="HWC")
 
 
 class _Wandb:
@@ -65,14 +65,14 @@ class _Wandb:
         self._run.log(dict(values), step=step)
 
     def picture(self, step: int, file: Path) -> None:
-        self._run.log({"masks": self._module.Image(str(file))}, step=step)
+        self._run.log({"pictures": self._module.Image(str(file))}, step=step)
 
 
 def _module(name: str, package: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise SettingError(f"pretrain.sinks has {package!r}, which is not installed; pip install {package}") from error
+        raise SettingError(f"`sinks` has {package!r}, which is not installed; pip install {package}") from error
 
 
 @contextmanager

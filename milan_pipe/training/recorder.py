@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from milan_pipe.devices import memory_in_use
 from milan_pipe.errors import DataError
-from milan_pipe.loader.stream import Batch
-from milan_pipe.pretraining.sinks import Sink
 from milan_pipe.training.loop import StepReport
+from milan_pipe.training.sinks import Sink
 
 _METRICS = ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory")
 
 
+class Keyed(Protocol):
+    """A batch that knows the keys of its samples."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of this rank's part of the batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class PretrainProgress:
+class TrainProgress:
     """Told every few steps; `memory` in bytes, see `milan_pipe.devices.memory_in_use`.
 
     `loss` is the mean since the last time, `grad_norm` that of the last step, before clipping.
@@ -56,10 +63,12 @@ class LossWatch:
     Args:
         mean: of a tensor over ranks.
         norm_must_be_finite: False where a loss scale takes care of gradients that are not.
+        advice: what to do about a loss that is not finite.
     """
 
-    def __init__(self, mean: Callable[[Tensor], Tensor], *, norm_must_be_finite: bool) -> None:
+    def __init__(self, mean: Callable[[Tensor], Tensor], *, norm_must_be_finite: bool, advice: str) -> None:
         self._mean = mean
+        self._advice = advice
         self._norm_must_be_finite = norm_must_be_finite
         self._unread: list[tuple[StepReport, tuple[str, ...]]] = []
         self._epoch = -1
@@ -86,7 +95,7 @@ class LossWatch:
                 if not math.isfinite(value) and (name == "loss" or self._norm_must_be_finite):
                     raise NotFiniteError(
                         f"the {name} is {value:g} at step {report.step} (batch of {len(keys)}: {keys[0]} ... "
-                        f"{keys[-1]}); lower pretrain.lr, or check the targets",
+                        f"{keys[-1]}); {self._advice}",
                         report.step,
                         report.epoch,
                     )
@@ -136,7 +145,7 @@ class Recorder:
         batch_size: int,
         log_every: int,
         device: torch.device,
-        on_progress: Callable[[PretrainProgress], None],
+        on_progress: Callable[[TrainProgress], None],
     ) -> None:
         self._sinks = sinks
         self._first_step = first_step
@@ -146,9 +155,9 @@ class Recorder:
         self._device = device
         self._on_progress = on_progress
         self.losses = losses
-        self.progress: PretrainProgress | None = None
+        self.progress: TrainProgress | None = None
 
-    def __call__(self, report: StepReport, batch: Batch) -> None:
+    def __call__(self, report: StepReport, batch: Keyed) -> None:
         """Take one step in.
 
         Raises:
@@ -157,7 +166,7 @@ class Recorder:
         self.losses.add(report, batch.keys)
         if report.step % self._log_every and report.step != self._steps:
             return
-        self.progress = PretrainProgress(
+        self.progress = TrainProgress(
             step=report.step,
             steps=self._steps,
             epoch=report.epoch,

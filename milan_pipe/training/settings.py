@@ -1,0 +1,42 @@
+"""What every supervised run can be told of where and how it runs. The recipe of each task is beside its owner."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from milan_pipe.settings import Settings
+from milan_pipe.training.sinks import SinkName
+from milan_pipe.training.step import Precision
+
+# What may change between two parts of a run: where and how fast it runs, and what is written down.
+FREE = {
+    "accumulate",
+    "compile",
+    "checkpoint_activations",
+    "workers",
+    "device",
+    "sinks",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+}
+
+
+class RunSettings(Settings):
+    """Where and how a supervised run goes; not what it learns."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of fresh weights, the order of pictures and augmentation")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
+    workers: int = Field(0, ge=0, description="processes that decode and augment; 0: this one does it between steps")
+    precision: Precision = Field("auto", description="of the forward pass; auto is bfloat16 on GPUs, else float32")
+    accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, for its memory")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; none does not clip")
+    compile: bool = Field(False, description="compile the model with torch.compile; takes a minute or more")
+    checkpoint_activations: bool = Field(False, description="compute the blocks again going back, for less memory")
+    log_every: int = Field(10, ge=1, description="steps between two points of the metrics")
+    sinks: tuple[SinkName, ...] = Field((), description="where metrics go beside dvclive: tensorboard, wandb")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between two checkpoints")
+    checkpoint_minutes: float | None = Field(15, gt=0, description="minutes between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="the last ones are kept, beside the best one")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable pictures that stops a run")

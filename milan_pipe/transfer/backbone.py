@@ -1,0 +1,90 @@
+"""The pretrained student that transfer begins with: its weights, its sizes, and its positions on another grid."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from milan_pipe.errors import DataError
+from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.weights import load_weights
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+
+RANDOM = "random"
+"""The CHECKPOINT argument that means a student with fresh weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A student's weights and where they come from.
+
+    Attributes:
+        name: path of the checkpoint, or `random`.
+        config: sizes that the weights have.
+        weights: by timm's names, no classifier among them.
+    """
+
+    name: str
+    config: StudentConfig
+    weights: Mapping[str, Tensor]
+
+    def digest(self) -> str:
+        """sha256 over names and values."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def student_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
+    """Settings and encoder of a checkpoint.
+
+    Raises:
+        DataError: the checkpoint does not say which student it holds, or is damaged.
+        MismatchError: its tensors are not those of that student.
+    """
+    sizes = checkpoint.record.get("student")
+    if not isinstance(sizes, dict) or checkpoint.record.get("task") is not None:
+        what = checkpoint.record.get("task")
+        found = f"holds what `milan-pipe {what}` trained" if what else "does not say which student it holds"
+        raise DataError(f"{checkpoint.path} {found}; name one that `milan-pipe pretrain` wrote")
+    config: StudentConfig = StudentConfig.parse(sizes, f"{checkpoint.path}, student")
+    encoder = build_encoder(config)
+    load_weights(encoder, checkpoint.weights("student"), str(checkpoint.path))
+    return config, encoder
+
+
+def backbone_of(checkpoint: str | Path, student: StudentConfig, seed: int) -> Backbone:
+    """What a CHECKPOINT argument names: a checkpoint folder, a run folder (its last one), or `random`.
+
+    Args:
+        student: sizes of the student with fresh weights; a checkpoint has its own.
+
+    Raises:
+        MissingError, DataError, MismatchError: see `open_checkpoint` and `student_of`.
+        SettingError: no such student can be built.
+    """
+    if str(checkpoint) == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Backbone(name=RANDOM, config=student, weights=build_encoder(student).state_dict())
+    opened = open_checkpoint(checkpoint)
+    config, encoder = student_of(opened)
+    return Backbone(name=str(opened.path), config=config, weights=encoder.state_dict())
+
+
+def positions_on(backbone: Backbone, grid: tuple[int, int]) -> Tensor:
+    """The position embedding (1, 1 + L, D) on another grid of patches: bicubic, as timm does; the same one stays."""
+    position_1SD = backbone.weights["pos_embed"]
+    if grid == backbone.config.grid:
+        return position_1SD
+    resampled: Tensor = resample_abs_pos_embed(position_1SD, list(grid), list(backbone.config.grid))
+    return resampled
