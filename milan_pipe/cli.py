@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +49,7 @@ app = typer.Typer(
 
 _MOST_PROBLEMS = 50
 _WORST = 8
+_MOST_CLASSES = 30
 
 ParamsOption = Annotated[
     Path | None,
@@ -543,21 +546,126 @@ def finetune(
     return report
 
 
+@app.command()
+def segment(
+    checkpoint: StudentArgument,
+    train: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRAIN",
+            help="Shards with mask.png, ADE20K's folder, a folder with images/ and masks/, or IMAGES,MASKS.",
+        ),
+    ],
+    val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints, metrics and pictures.")],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Train UperNet on the student, and report mIoU, pixel and class accuracy.
+
+    Pictures are tested by sliding windows; with segment.scales also over scales and mirrors, at the end. Masks hold
+    class indices, segment.ignore_index for none; in ADE20K's own layout 0 is no class. Given ADE20K's folder twice,
+    training/ and validation/ are taken. The class list is segment.classes, or a classes.txt beside the folders.
+
+    The same command goes on after an interruption. RUN/per_class.json is the table of all classes.
+
+    Example: milan-pipe segment run ADEChallengeData2016 ADEChallengeData2016 segmented --params imagenet1k-vit-b-16
+    """
+    from milan_pipe import commands
+    from milan_pipe.training.distributed import rank_of_environment
+    from milan_pipe.transfer.segment import PER_CLASS_FILE
+
+    settings = _settings(params, overrides)
+    if rank_of_environment():
+        return commands.segment(checkpoint, train, val, run, settings)
+    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
+        report = commands.segment(checkpoint, train, val, run, settings, on_progress=_tell_training(update))
+    classes = json.loads((Path(run) / PER_CLASS_FILE).read_text(encoding="utf-8"))
+    console.print(_class_table(classes))
+    if len(classes) > _MOST_CLASSES:
+        console.print(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {run}/{PER_CLASS_FILE}")
+    names = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
+    rows = {
+        title: f"{100 * report.scores[name]:.2f} %, best {100 * report.best[name]:.2f} %"
+        for name, title in names.items()
+    }
+    if "ms_miou" in report.scores:
+        rows["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
+    show(f"{checkpoint} -> {run}", {**rows, **_training_rows(report)}, report, as_json)
+    return report
+
+
+def _class_table(classes: list[dict[str, Any]]) -> Table:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    table = Table("class", title="Per class, in percent", title_justify="left", title_style="bold")
+    for name in ("IoU", "accuracy", "pixels"):
+        table.add_column(name, justify="right")
+    for row in classes[:_MOST_CLASSES]:
+        table.add_row(Text(row["name"]), percent(row["iou"]), percent(row["acc"]), str(row["pixels"]))
+    return table
+
+
 @app.command("linear-probe")
 def linear_probe(
     checkpoint: CheckpointArgument,
     train: TrainArgument,
     test: TestArgument,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Folder for checkpoints and metrics, to go on in; none: nothing is kept."),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: minutes in place of hours."),
+    ] = False,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> Any:
     """Accuracy of a linear classifier on frozen features.
 
-    Features are standardised; the strength of the regularisation is chosen on a held-out part of TRAIN.
+    By protocol (section lars_probe): LARS, BatchNorm without affine part, every epoch with other crops. TRAIN and TEST
+    may also be folders of one subfolder per class, and torchrun spreads it over devices.
 
-    Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar'
+    With --quick (sections embed, linear_probe) features are computed once and standardised, and the strength of the
+    regularisation is chosen on a held-out part of TRAIN. The teacher can be judged this way alone.
+
+    Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
+    if quick:
+        return _quick_probe(checkpoint, train, test, params, overrides, as_json)
+    from milan_pipe import commands
+    from milan_pipe.errors import SettingError
+    from milan_pipe.training.distributed import rank_of_environment
+
+    settings = _settings(params, overrides)
+    if checkpoint == "teacher":
+        raise SettingError("the teacher has no linear probe by protocol; add --quick")
+    with ExitStack() as stack:
+        folder = run
+        if folder is None:
+            folder = stack.enter_context(TemporaryDirectory(prefix="milan-pipe-probe-"))
+        if rank_of_environment():
+            return commands.lars_probe(checkpoint, train, test, folder, settings)
+        with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
+            report = commands.lars_probe(checkpoint, train, test, folder, settings, on_progress=_tell_training(update))
+    rows = {
+        "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
+        "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
+        **_training_rows(report),
+    }
+    if run is None:
+        del rows["checkpoint"], rows["best"]
+    show(f"linear probe of {checkpoint}", rows, report, as_json)
+    return report
+
+
+def _quick_probe(
+    checkpoint: str, train: str, test: str, params: Path | None, overrides: list[str] | None, as_json: bool
+) -> Any:
     from milan_pipe import commands
 
     settings = _settings(params, overrides)

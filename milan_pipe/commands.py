@@ -35,7 +35,9 @@ from milan_pipe.training.step import Precision
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.finetune import finetune as _finetune
 from milan_pipe.transfer.knn import knn_accuracy
+from milan_pipe.transfer.lars_probe import lars_probe as _lars_probe
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
+from milan_pipe.transfer.segment import segment as _segment
 from milan_pipe.transfer.supervised import SupervisedReport
 
 
@@ -303,6 +305,45 @@ def finetune(
         config=settings.finetune,
         record=settings.model_dump(mode="json", include={"finetune", "augment"}),
         on_progress=on_progress,
+    )
+
+
+def segment(
+    checkpoint: str | Path,
+    train: str | Path,
+    val: str | Path,
+    run: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[TrainProgress], None] = _ignore,
+) -> SupervisedReport:
+    """Train UperNet on the student; see `milan_pipe.transfer.segment`."""
+    settings = params or Params()
+    return _segment(
+        checkpoint,
+        train,
+        val,
+        run,
+        student=settings.student,
+        config=settings.segment,
+        record=settings.model_dump(mode="json", include={"segment"}),
+        on_progress=on_progress,
+    )
+
+
+def lars_probe(
+    checkpoint: str | Path,
+    train: str | Path,
+    val: str | Path,
+    run: str | Path,
+    params: Params | None = None,
+    *,
+    on_progress: Callable[[TrainProgress], None] = _ignore,
+) -> SupervisedReport:
+    """Linear probe by protocol, with LARS; see `milan_pipe.transfer.lars_probe`."""
+    settings = params or Params()
+    return _lars_probe(
+        checkpoint, train, val, run, student=settings.student, config=settings.lars_probe, on_progress=on_progress
     )
 
 

@@ -26,7 +26,9 @@ from milan_pipe.transfer.augment import AugmentConfig
 from milan_pipe.transfer.features import EmbedConfig
 from milan_pipe.transfer.finetune import FinetuneConfig
 from milan_pipe.transfer.knn import KnnConfig
+from milan_pipe.transfer.lars_probe import LarsProbeConfig
 from milan_pipe.transfer.linear_probe import LinearProbeConfig
+from milan_pipe.transfer.segment import SegmentConfig
 
 DEFAULT_FILE = Path("params.yaml")
 
@@ -55,6 +57,8 @@ class Params(Settings):
     knn: KnnConfig = Field(default_factory=KnnConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    lars_probe: LarsProbeConfig = Field(default_factory=LarsProbeConfig)
+    segment: SegmentConfig = Field(default_factory=SegmentConfig)
     linear_probe: LinearProbeConfig = Field(default_factory=LinearProbeConfig)
     demo_teacher: DemoTeacherConfig = Field(default_factory=DemoTeacherConfig)
 

@@ -23,6 +23,10 @@ class DataError(MilanError, ValueError):
     """Input data is there and cannot be used: no images, unreadable, damaged."""
 
 
+class LabelError(DataError):
+    """What is to be learnt of a sample is wrong; it is never passed over, as an unreadable picture may be."""
+
+
 class MissingError(MilanError, LookupError, FileNotFoundError):
     """A file, folder, shard, model or array that was named is not there."""
 

@@ -116,6 +116,10 @@ SHAPES = tuple(_OUTLINES)
 """Class names; a scene's label is an index into them."""
 
 
+MASK_CLASSES = ("background", *SHAPES)
+"""Names of the values of a scene's segmentation."""
+
+
 def _signed_area(outline: _Outline) -> float:
     x, y = outline[:, 0], outline[:, 1]
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)

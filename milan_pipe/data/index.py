@@ -45,11 +45,13 @@ class ImageIndex:
         shards: in name order within each split.
         classes: class names, a sample's label is an index into them; None where there are no labels.
         source: plain data that says where the pictures came from.
+        mask_classes: names of the classes in the samples' masks; None where there are no masks.
     """
 
     shards: tuple[ShardRecord, ...]
     classes: tuple[str, ...] | None
     source: Mapping[str, Any]
+    mask_classes: tuple[str, ...] | None = None
 
 
 def write_index(folder: Path, index: ImageIndex) -> None:
@@ -62,6 +64,7 @@ def write_index(folder: Path, index: ImageIndex) -> None:
         "version": INDEX_VERSION,
         "source": dict(index.source),
         "classes": None if index.classes is None else list(index.classes),
+        **({} if index.mask_classes is None else {"mask_classes": list(index.mask_classes)}),
         "shards": [asdict(shard) for shard in index.shards],
     }
     target = folder / INDEX_NAME
@@ -116,9 +119,17 @@ def _checked(plain: Mapping[str, Any]) -> ImageIndex:
         if not numbers_fit or Path(shard.name).name != shard.name:
             raise ValueError(entry)
         shards.append(shard)
-    classes = plain["classes"]
-    if classes is not None:
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(classes)
-        classes = tuple(classes)
-    return ImageIndex(shards=tuple(shards), classes=classes, source=dict(plain["source"]))
+    return ImageIndex(
+        shards=tuple(shards),
+        classes=_names(plain["classes"]),
+        source=dict(plain["source"]),
+        mask_classes=_names(plain.get("mask_classes")),
+    )
+
+
+def _names(values: Any) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
+        raise ValueError(values)
+    return tuple(values)

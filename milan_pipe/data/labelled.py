@@ -62,15 +62,19 @@ class LabelledPictures:
             StoreError: the object store cannot be read.
         """
         if self._files:
-            path = self._files[number]
-            try:
-                if path.stat().st_size > MAX_ENCODED_BYTES:
-                    raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
-                return path.read_bytes()
-            except OSError as error:
-                raise DataError(f"cannot be read: {error.strerror or error}") from error
+            return read_file(self._files[number])
         shard, at = self._located[number]
         return shard.place.read_range(shard.name, at.picture.start, at.picture.stop)
+
+
+def read_file(path: Path) -> bytes:
+    """Bytes of an encoded picture; raises DataError as `LabelledPictures.read`."""
+    try:
+        if path.stat().st_size > MAX_ENCODED_BYTES:
+            raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
 def labelled_pictures(where: str | Path, on_bad: OnBad) -> LabelledPictures:
@@ -105,7 +109,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        for path in _files_under(root / name):
+        for path in files_under(root / name):
             if path.suffix[1:].lower() in IMAGE_SUFFIXES:
                 files.append(path)
                 labels.append(label)
@@ -133,7 +137,8 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
     )
 
 
-def _files_under(folder: Path) -> list[Path]:
+def files_under(folder: Path) -> list[Path]:
+    """All files below a folder, sorted; links to folders followed, hidden names left out."""
     found: list[Path] = []
     for inside, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

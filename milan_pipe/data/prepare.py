@@ -23,11 +23,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from milan_pipe.data.demo import SHAPES, render_scene
-from milan_pipe.data.images import IMAGE_SUFFIXES, MAX_ENCODED_BYTES, OTHER_PICTURE_SUFFIXES, decode_image
+from milan_pipe.data.demo import MASK_CLASSES, SHAPES, render_scene
+from milan_pipe.data.images import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIX,
+    MAX_ENCODED_BYTES,
+    OTHER_PICTURE_SUFFIXES,
+    decode_image,
+)
 from milan_pipe.data.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.settings import Settings
@@ -172,7 +180,15 @@ def prepare(
         shards, bad = _pack_all(images, plan, progress, workers)
         _write_bad(images, bad)
         if shards:
-            write_index(images, ImageIndex(shards=tuple(shards), classes=plan.classes, source=plan.source))
+            write_index(
+                images,
+                ImageIndex(
+                    shards=tuple(shards),
+                    classes=plan.classes,
+                    source=plan.source,
+                    mask_classes=MASK_CLASSES if source == DEMO else None,
+                ),
+            )
         (images / PREPARE_MARKER).unlink()
     except MilanError:
         raise
@@ -477,10 +493,19 @@ def _set_aside(bad: list[tuple[str, str, str]], picture: _Picture, reason: str) 
 def _scene_members(scenes: _Scenes) -> Iterator[tuple[str, dict[str, bytes]]]:
     for number in range(scenes.start, scenes.stop):
         scene = render_scene(scenes.seed, number)
-        png = io.BytesIO()
-        Image.fromarray(scene.image).save(png, "PNG")
-        parts = {"png": png.getvalue(), "cls": str(scene.label).encode(), "txt": scene.caption.encode()}
+        parts = {
+            "png": _png(scene.image),
+            "cls": str(scene.label).encode(),
+            "txt": scene.caption.encode(),
+            MASK_SUFFIX: _png(scene.segmentation),
+        }
         yield f"scene-{number:010d}", parts
+
+
+def _png(values: NDArray[np.uint8]) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(values).save(png, "PNG")
+    return png.getvalue()
 
 
 def _picture_members(

@@ -64,8 +64,8 @@ def _input_of(config: StudentConfig, classes: int, crop: float) -> dict[str, Any
 def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, as FOLDER/model.safetensors.
 
-    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads it, as does the hub's `hf-hub:` where the
-    folder was uploaded. The weights have timm's own names.
+    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads both,
+    as does the hub's `hf-hub:` where the folder was uploaded. The weights have timm's own names.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its last checkpoint).

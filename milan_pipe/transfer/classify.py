@@ -6,8 +6,7 @@ Shape suffixes are explained in `milan_pipe.transfer`.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from milan_pipe.transfer.augment import (
     build_mixup,
     require_labels,
 )
+from milan_pipe.transfer.badfile import bad_file
 from milan_pipe.transfer.feed import BadPictures, StepPlan, feed, in_turn, share_of_classes
 from milan_pipe.transfer.randomness import seed_of, seeded
 from milan_pipe.transfer.supervised import Task
@@ -164,7 +164,7 @@ class ClassifyTask(Task[PictureBatch]):
         self.modules = {"model": model} | ({"ema": self._ema.module} if self._ema is not None else {})
         self._ema_decay = ema
         listed = len(pictures.train) + len(pictures.val) + len(bad)
-        self._bad = BadPictures(listed, settings.max_bad_fraction, _bad_file(run) if ranks.first else _ignore)
+        self._bad = BadPictures(listed, settings.max_bad_fraction, bad_file(run) if ranks.first else _ignore)
         for key, reason in bad:
             self._bad.add(key, reason)
         self.configuration = {
@@ -222,8 +222,9 @@ class ClassifyTask(Task[PictureBatch]):
             self._ema.update(self.model, step)
 
     @torch.inference_mode()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, *, last: bool) -> dict[str, float]:
         """Shares of VAL's pictures whose class is the first, or among the first five; of the mean weights, if any."""
+        del last
         ranks = self._ranks
         model = self.model if self._ema is None else self._ema.module
         batch = max(1, self.batch_size // ranks.count)
@@ -264,24 +265,6 @@ class ClassifyTask(Task[PictureBatch]):
 
 def _ignore(*_: object) -> None:
     """For ranks that do not write."""
-
-
-def _bad_file(run: Path) -> Callable[[str, str], None]:
-    """Adds a line to RUN/bad_samples.jsonl, once per key."""
-    file = run / "bad_samples.jsonl"
-    told: set[str] = set()
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            told.add(str(json.loads(line)["key"]))
-
-    def add(key: str, reason: str) -> None:
-        if key not in told:
-            told.add(key)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-
-    return add
 
 
 def head_seed(seed: int) -> int:

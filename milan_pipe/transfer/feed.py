@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.data.images import OnBad
-from milan_pipe.errors import DataError, MilanError
+from milan_pipe.errors import DataError, LabelError, MilanError
 from milan_pipe.transfer.randomness import permutation
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class _Samples(Dataset[Any], Generic[T]):
             try:
                 return Taken(self._take(Ask(ask.epoch, number)), self._keys[number], tuple(bad))
             except DataError as error:
-                if getattr(error, "fatal", False):
+                if isinstance(error, LabelError):
                     return error
                 bad.append((self._keys[number], str(error)))
             except MilanError as error:

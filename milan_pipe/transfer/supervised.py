@@ -113,8 +113,8 @@ class Task(ABC, Generic[B]):
         """Whether to evaluate after this step; the last one always is."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Scores on VAL; every rank calls it, and all get the same."""
+    def evaluate(self, *, last: bool) -> dict[str, float]:
+        """Scores on VAL; every rank calls it, and all get the same. `last` says that training is over."""
 
     def after_step(self, step: int) -> None:
         """Told when the weights have changed."""
@@ -219,7 +219,7 @@ class _Run(Generic[B]):
         was_training = self.task.model.training
         self.task.model.eval()
         try:
-            self.scores = self.task.evaluate()
+            self.scores = self.task.evaluate(last=step == self.task.steps)
         finally:
             self.task.model.train(was_training)
         main = self.task.main_score
