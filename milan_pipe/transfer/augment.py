@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
@@ -63,6 +63,10 @@ def training_view(config: AugmentConfig, size: int) -> Callable[[Image.Image], T
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
         )
+        for step in getattr(view, "transforms", ()):
+            for op in getattr(step, "ops", ()):
+                if str(getattr(op, "name", "")).startswith("Posterize"):
+                    op.aug_fn = _posterize
         with seeded("trial"):
             view(Image.new("RGB", (size, size)))
     # timm checks these words by assertions and look-ups.
@@ -72,6 +76,11 @@ def training_view(config: AugmentConfig, size: int) -> Callable[[Image.Image], T
             "rand-m9-mstd0.5-inc1"
         ) from error
     return view
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # timm asks for 0 bits at the strongest level, which newer versions of Pillow refuse and older ones painted black.
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 class TrainingPictures:
