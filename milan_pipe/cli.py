@@ -553,7 +553,7 @@ def segment(
         str,
         typer.Argument(
             metavar="TRAIN",
-            help="Shards with mask.png, ADE20K's folder, a folder with images/ and masks/, or IMAGES,MASKS.",
+            help="Shards with masks, ADE20K's folder, one with images/ and masks/, or IMAGES,MASKS.",
         ),
     ],
     val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
@@ -586,10 +586,8 @@ def segment(
     if len(classes) > _MOST_CLASSES:
         console.print(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {run}/{PER_CLASS_FILE}")
     names = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
-    rows = {
-        title: f"{100 * report.scores[name]:.2f} %, best {100 * report.best[name]:.2f} %"
-        for name, title in names.items()
-    }
+    last, best = report.scores, report.best
+    rows = {title: f"{100 * last[name]:.2f} %, best {100 * best[name]:.2f} %" for name, title in names.items()}
     if "ms_miou" in report.scores:
         rows["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
     show(f"{checkpoint} -> {run}", {**rows, **_training_rows(report)}, report, as_json)
@@ -619,7 +617,7 @@ def linear_probe(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: minutes in place of hours."),
+        typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: a matter of minutes."),
     ] = False,
     params: ParamsOption = None,
     overrides: SetOption = None,

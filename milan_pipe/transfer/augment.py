@@ -26,18 +26,20 @@ from milan_pipe.transfer.randomness import seeded
 
 
 class AugmentConfig(Settings):
-    """Augmentation of training pictures; defaults are those of ImageNet fine-tuning."""
+    """Augmentation of training pictures; defaults are those of the scenes, the recipes have ImageNet's."""
 
-    scale: tuple[float, float] = Field((0.08, 1.0), description="least and greatest share of the area that is cropped")
+    scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored picture")
-    auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's RandAugment by its own words; or none")
-    erasing: float = Field(0.25, ge=0, le=1, description="probability that a rectangle is replaced by noise")
-    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0: none")
-    cutmix: float = Field(1.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
+    auto_augment: str | None = Field(
+        None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
+    )
+    erasing: float = Field(0.0, ge=0, le=1, description="probability that a rectangle is replaced by noise")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
     smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels")
 
 
-PLAIN = AugmentConfig(scale=(0.08, 1.0), auto_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
+PLAIN = AugmentConfig(smoothing=0.0)
 """Crop and flip alone, as a linear probe takes them."""
 
 

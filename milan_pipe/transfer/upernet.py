@@ -76,10 +76,12 @@ class UperNet(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, G, H, W) at the input's size, and in training the auxiliary head's as well."""
         size = pixels_BCHW.shape[-2:]
+        # A shallow encoder gives one block to several levels.
+        taken = sorted(set(self.blocks))
         found: Any = self.encoder.forward_intermediates(
-            pixels_BCHW, indices=list(self.blocks), norm=False, output_fmt="NCHW", intermediates_only=True
+            pixels_BCHW, indices=taken, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        levels = self.pyramid(list(found))
+        levels = self.pyramid([found[taken.index(block)] for block in self.blocks])
         unused = levels[0].new_zeros(())
         logits = self.classify(self.decoder([unused, unused, *levels]))
         whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -103,7 +105,7 @@ def build_upernet(
 
     Args:
         crop: side of the input; None: the backbone's. Positions are interpolated.
-        blocks: four blocks, rising, counted from 0; None: `default_blocks`. Those after the last one are left out.
+        blocks: four blocks, not falling, counted from 0; None: `default_blocks`. Those after the last one are left out.
         seed: of the heads' weights.
 
     Raises:
@@ -119,7 +121,7 @@ def build_upernet(
     chosen = default_blocks(depth) if blocks is None else blocks
     if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:
         raise SettingError(
-            f"segment.blocks is {list(chosen)}, expected four rising block numbers from 0 to {depth - 1}, as "
+            f"segment.blocks is {list(chosen)}, expected four block numbers, not falling, from 0 to {depth - 1}, as "
             f"{list(default_blocks(depth))}"
         )
     encoder.load_state_dict({**backbone.weights, "pos_embed": positions_on(backbone, grid)})
