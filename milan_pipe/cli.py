@@ -64,6 +64,10 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given several times."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with the results as the last line.")]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option("--features", metavar="FOLDER", help="Keep features there; the next knn or --quick probe reads them."),
+]
 CheckpointArgument = Annotated[
     str,
     typer.Argument(
@@ -79,9 +83,12 @@ StudentArgument = Annotated[
     ),
 ]
 TrainArgument = Annotated[
-    str, typer.Argument(metavar="TRAIN", help="Labelled shards to learn from: folder, braces or glob.")
+    str,
+    typer.Argument(
+        metavar="TRAIN", help="Labelled shards (folder, braces or glob), or a folder with one subfolder per class."
+    ),
 ]
-TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="Labelled shards to be judged on.")]
+TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="The same, to be judged on.")]
 
 
 def _settings(params: Path | None, overrides: list[str] | None) -> Params:
@@ -455,6 +462,7 @@ def knn(
     checkpoint: CheckpointArgument,
     train: TrainArgument,
     test: TestArgument,
+    features: FeaturesOption = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -467,7 +475,7 @@ def knn(
 
     settings = _settings(params, overrides)
     with progress() as update:
-        report = commands.knn(checkpoint, train, test, settings, on_progress=update)
+        report = commands.knn(checkpoint, train, test, settings, features=features, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
     rows["pictures"] = f"{report.train} train, {report.test} test ({report.bad} set aside)"
     show(f"k-NN of {report.subject}", rows, report, as_json)
@@ -619,6 +627,7 @@ def linear_probe(
         bool,
         typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: a matter of minutes."),
     ] = False,
+    features: FeaturesOption = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -634,7 +643,7 @@ def linear_probe(
     Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
     if quick:
-        return _quick_probe(checkpoint, train, test, params, overrides, as_json)
+        return _quick_probe(checkpoint, train, test, features, params, overrides, as_json)
     from milan_pipe import commands
     from milan_pipe.errors import SettingError
     from milan_pipe.training.distributed import rank_of_environment
@@ -662,13 +671,19 @@ def linear_probe(
 
 
 def _quick_probe(
-    checkpoint: str, train: str, test: str, params: Path | None, overrides: list[str] | None, as_json: bool
+    checkpoint: str,
+    train: str,
+    test: str,
+    features: str | None,
+    params: Path | None,
+    overrides: list[str] | None,
+    as_json: bool,
 ) -> Any:
     from milan_pipe import commands
 
     settings = _settings(params, overrides)
     with progress() as update:
-        report = commands.linear_probe(checkpoint, train, test, settings, on_progress=update)
+        report = commands.linear_probe(checkpoint, train, test, settings, features=features, on_progress=update)
     rows = {
         "accuracy": f"{100 * report.accuracy:.2f} %",
         "on train": f"{100 * report.train_accuracy:.2f} %",

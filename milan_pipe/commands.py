@@ -221,6 +221,7 @@ def _features(
     train: str | Path,
     test: str | Path,
     settings: Params,
+    features: str | Path | None,
     on_progress: Callable[[int], None],
 ) -> tuple[str, LabelledFeatures, LabelledFeatures, int]:
     subject = subject_of(
@@ -233,7 +234,7 @@ def _features(
     )
     bad: list[tuple[str, str]] = []
     first, second = embed_both(
-        subject, train, test, settings.embed, lambda key, reason: bad.append((key, reason)), on_progress
+        subject, train, test, settings.embed, lambda key, reason: bad.append((key, reason)), on_progress, features
     )
     return subject.name, first, second, len(bad)
 
@@ -244,11 +245,12 @@ def knn(
     test: str | Path,
     params: Params | None = None,
     *,
+    features: str | Path | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> KnnReport:
-    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`, on labelled shards."""
+    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`; `features` keeps what is embedded."""
     settings = params or Params()
-    name, first, second, bad = _features(checkpoint, train, test, settings, on_progress)
+    name, first, second, bad = _features(checkpoint, train, test, settings, features, on_progress)
     accuracy = knn_accuracy(first, second, settings.knn)
     return KnnReport(
         subject=name,
@@ -266,11 +268,12 @@ def linear_probe(
     test: str | Path,
     params: Params | None = None,
     *,
+    features: str | Path | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> LinearProbeReport:
-    """Linear-probe accuracy of a checkpoint, a run, `random` or `teacher`, on labelled shards."""
+    """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` keeps what is embedded."""
     settings = params or Params()
-    name, first, second, bad = _features(checkpoint, train, test, settings, on_progress)
+    name, first, second, bad = _features(checkpoint, train, test, settings, features, on_progress)
     result = linear_probe_accuracy(first, second, settings.linear_probe)
     return LinearProbeReport(
         subject=name,

@@ -1,10 +1,13 @@
-"""Stage `linear-probe`: linear classifier on untrained student, trained student and teacher."""
+"""Stage `linear-probe`: linear classifier on untrained and trained students and the teacher."""
 
 from milan_pipe import cli
-from stages.layout import METRICS, SUBJECTS, TEST, TRAIN
+from stages.layout import FEATURES, METRICS, SUBJECTS, TEST, TRAIN
 from stages.report import write_metrics
 
 if __name__ == "__main__":
     with cli.errors_as_one_line():
-        reports = {name: cli.linear_probe(checkpoint, TRAIN, TEST) for checkpoint, name in SUBJECTS.items()}
+        reports = {
+            name: cli.linear_probe(checkpoint, TRAIN, TEST, quick=True, features=str(FEATURES))
+            for checkpoint, name in SUBJECTS.items()
+        }
         write_metrics(METRICS / "linear_probe.json", {name: report.accuracy for name, report in reports.items()})

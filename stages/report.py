@@ -16,15 +16,23 @@ def write_metrics(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+_COLUMNS = {
+    "k-NN": "knn.json",
+    "linear probe": "linear_probe.json",
+    "fine-tuned": "finetune.json",
+    "mIoU": "segment.json",
+}
+
+
 def _table() -> Table:
-    knn = json.loads((METRICS / "knn.json").read_text())
-    probe = json.loads((METRICS / "linear_probe.json").read_text())
-    table = Table(title="Accuracy on unseen scenes", title_justify="left", title_style="bold")
+    table = Table(title="On unseen scenes", title_justify="left", title_style="bold")
     table.add_column("features")
-    table.add_column("k-NN", justify="right")
-    table.add_column("linear probe", justify="right")
+    values = {title: json.loads((METRICS / file).read_text()) for title, file in _COLUMNS.items()}
+    for title in values:
+        table.add_column(title, justify="right")
     for name in SUBJECTS.values():
-        table.add_row(name, f"{100 * knn[name]:.1f} %", f"{100 * probe[name]:.1f} %")
+        # The teacher is neither fine-tuned nor segmented with.
+        table.add_row(name, *(f"{100 * found[name]:.1f} %" if name in found else "-" for found in values.values()))
     return table
 
 

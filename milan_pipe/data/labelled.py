@@ -24,7 +24,7 @@ from milan_pipe.data.images import (
     expand_shards,
     locate_samples,
 )
-from milan_pipe.data.index import INDEX_NAME, read_index
+from milan_pipe.data.index import INDEX_NAME, PREPARE_MARKER, read_index
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import is_url
 
@@ -90,10 +90,17 @@ def labelled_pictures(where: str | Path, on_bad: OnBad) -> LabelledPictures:
         DataError: there are no pictures, one has no label, or a shard is damaged.
         StoreError: the object store cannot be read.
     """
-    folder = Path(where)
-    if not is_url(where) and folder.is_dir() and not any(folder.glob("*.tar")):
-        return _class_folders(folder, on_bad)
+    if is_class_folder(where):
+        return _class_folders(Path(where), on_bad)
     return _in_shards(where, on_bad)
+
+
+def is_class_folder(where: str | Path) -> bool:
+    """Whether this is a local folder with subfolders and without shards."""
+    folder = Path(where)
+    if is_url(where) or not folder.is_dir() or any(folder.glob("*.tar")):
+        return False
+    return not (folder / PREPARE_MARKER).exists()
 
 
 def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:

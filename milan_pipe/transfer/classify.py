@@ -131,6 +131,7 @@ class ClassifyTask(Task[PictureBatch]):
         bad: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
+        section = "lars_probe" if name == "linear-probe" else name
         self.settings = settings
         self.model = model
         self.objective = ClassifierObjective(model, augment.smoothing)
@@ -143,12 +144,12 @@ class ClassifyTask(Task[PictureBatch]):
         number_N = share_of_classes(pictures.train.label_N, plan.train_fraction, settings.seed)
         if len(number_N) < plan.batch_size:
             raise SettingError(
-                f"{name}.batch_size is {plan.batch_size}, there are {len(number_N)} pictures to train on in "
+                f"{section}.batch_size is {plan.batch_size}, there are {len(number_N)} pictures to train on in "
                 f"{pictures.train.where}; set a smaller batch_size"
             )
         if plan.batch_size // ranks.count < settings.accumulate:
             raise SettingError(
-                f"{name}.batch_size is {plan.batch_size}: {ranks.count} ranks with accumulate={settings.accumulate} "
+                f"{section}.batch_size is {plan.batch_size}: {ranks.count} ranks with accumulate={settings.accumulate} "
                 f"need at least {ranks.count * settings.accumulate}"
             )
         self._steps = StepPlan(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.data.ahead import decoded_ahead, thread_count
-from milan_pipe.data.images import MAX_PIXELS, OnBad, Sample, ShardFile, decode_image, expand_shards, read_shard
-from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.data.images import MAX_PIXELS, OnBad, Sample, decode_image, expand_shards, read_shard
+from milan_pipe.data.labelled import is_class_folder, labelled_pictures
+from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError
 from milan_pipe.settings import Settings
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.pixels import normalise
@@ -132,6 +138,43 @@ def student_embedder(encoder: VisionTransformer, pool: Pool, device: torch.devic
     return embed
 
 
+def kept_features(
+    folder: str | Path | None, identity: Mapping[str, object], compute: Callable[[], LabelledFeatures]
+) -> LabelledFeatures:
+    """Features that were computed before, or compute and keep them.
+
+    Args:
+        folder: where they are kept, one file for each identity; None keeps nothing.
+        identity: JSON data, all that the features depend on.
+
+    Raises:
+        DataError: a kept file is damaged.
+        StoreError: FOLDER cannot be written.
+    """
+    if folder is None:
+        return compute()
+    name = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:32]
+    file = Path(folder) / f"{name}.safetensors"
+    if file.is_file():
+        try:
+            kept = load_file(file)
+            return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
+        except (SafetensorError, KeyError, OSError) as error:
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}); remove it, features are then made anew"
+            ) from None
+    found = compute()
+    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": found.features_NF.contiguous(), "labels": found.label_N}, partial)
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return found
+
+
 def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:
     """The picture's centre square, (size, size, 3), as pictures are shown at test time.
 
@@ -167,7 +210,8 @@ def embed_shards(
     does not depend on `config.threads`.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store.
+        images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store. Or a folder
+            with one subfolder of pictures per class.
         embedder: as `student_embedder` makes.
         size: height and width of the pixels that `embedder` takes.
         config: `pool` is the embedder's concern and not read here.
@@ -191,11 +235,10 @@ def embed_shards(
         if on_bad is not None:
             on_bad(key, reason)
 
-    shards = expand_shards(images)
     threads = thread_count(config.threads)
     ahead = max(config.batch_size, 32 * threads)
     views = decoded_ahead(
-        _labelled(shards, set_aside),
+        _labelled(images, set_aside),
         lambda sample: _view(sample, size, config.crop),
         threads,
         ahead,
@@ -221,8 +264,18 @@ def embed_shards(
     return LabelledFeatures(features_NF=torch.cat(features), label_N=torch.tensor(labels))
 
 
-def _labelled(shards: Iterable[ShardFile], on_bad: OnBad) -> Iterator[Sample]:
-    for shard in shards:
+def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
+    if is_class_folder(images):
+        pictures = labelled_pictures(images, on_bad)
+        for number, key in enumerate(pictures.keys):
+            try:
+                data = pictures.read(number)
+            except DataError as error:
+                on_bad(key, str(error))
+            else:
+                yield Sample(key=key, data=data, label=int(pictures.label_N[number]), caption=None)
+        return
+    for shard in expand_shards(images):
         for sample in read_shard(shard, on_bad):
             if sample.label < 0:
                 raise DataError(

@@ -24,12 +24,12 @@ from milan_pipe.transfer.supervised import SupervisedReport, run_supervised
 
 
 class LarsProbeConfig(RunSettings):
-    """The protocol of the linear probe; defaults are those of ImageNet but for the length and the batch."""
+    """The protocol of the linear probe; defaults are those of the scenes."""
 
     epochs: int = Field(20, ge=1)
     warmup_epochs: float = Field(2, ge=0)
     batch_size: int = Field(512, ge=1, description="over all ranks")
-    lr: float = Field(0.05, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    lr: float = Field(5.0, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     momentum: float = Field(0.9, ge=0, lt=1)
     scale: tuple[float, float] = Field((0.08, 1.0), description="least and greatest share of the area that is cropped")
     pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")

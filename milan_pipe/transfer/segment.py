@@ -48,8 +48,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class SegmentConfig(RunSettings):
     """The recipe of segmentation; defaults are those of the scenes."""
 
-    steps: int = Field(400, ge=1)
-    warmup_steps: int = Field(40, ge=0)
+    steps: int = Field(200, ge=1)
+    warmup_steps: int = Field(20, ge=0)
     batch_size: int = Field(16, ge=1, description="over all ranks")
     lr: float = Field(1e-3, gt=0, description="as it is used, whatever the batch")
     power: float = Field(1.0, gt=0, description="of the polynomial decay")
@@ -65,7 +65,7 @@ class SegmentConfig(RunSettings):
         (), description="of pictures in a second evaluation at the end, each with its mirror; none: no such"
     )
     blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
-    channels: int = Field(64, ge=1, description="of UperNet's decoder")
+    channels: int = Field(32, ge=1, description="of UperNet's decoder")
     auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
     classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
     ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")

@@ -37,6 +37,8 @@ COMMANDS = {
     "pretrain": ["TARGETS", "RUN"],
     "knn": ["CHECKPOINT", "TRAIN", "TEST"],
     "linear-probe": ["CHECKPOINT", "TRAIN", "TEST"],
+    "finetune": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
+    "segment": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
     "train-demo-teacher": ["OUT"],
 }
 
@@ -124,7 +126,7 @@ def test_from_pictures_to_scores(
         assert (found["subject"], found["train"], found["test"], found["bad"]) == (name, 80, 40, 0)
         assert found["accuracy"].keys() == {"1", "5"}
         assert found["best"] == max(found["accuracy"].values())
-    code, out, err = run(capsys, monkeypatch, "linear-probe", "run", *shards, *SETTINGS, "--json")
+    code, out, err = run(capsys, monkeypatch, "linear-probe", "run", *shards, "--quick", *SETTINGS, "--json")
     assert code == 0, err
     assert last_json(out).keys() == {
         "subject", "accuracy", "train_accuracy", "l2", "converged", "train", "test", "bad",

@@ -1,0 +1,13 @@
+"""Stage `segment`: every student under UperNet, on the masks of the scenes."""
+
+from milan_pipe import cli
+from stages.layout import METRICS, SEGMENTED, STUDENTS, TEST, TRAIN
+from stages.report import write_metrics
+
+if __name__ == "__main__":
+    with cli.errors_as_one_line():
+        reports = {
+            name: cli.segment(checkpoint, TRAIN, TEST, str(SEGMENTED / checkpoint.rpartition("/")[2]))
+            for checkpoint, name in STUDENTS.items()
+        }
+        write_metrics(METRICS / "segment.json", {name: report.scores["miou"] for name, report in reports.items()})
