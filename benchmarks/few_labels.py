@@ -28,13 +28,9 @@ def _run(work: Path, row: str, fraction: float, seed: int, overrides: list[str])
     if result.is_file():
         return
     epochs = EPOCHS[fraction]
-    settings = [
-        f"epochs={epochs}",
-        f"eval_every={epochs}",
-        f"warmup_epochs={epochs / 10}",
-        f"train_fraction={fraction}",
-    ]
-    params = load_params(None, [*(f"finetune.{setting}" for setting in settings), f"finetune.seed={seed}", *overrides])
+    recipe = {"epochs": epochs, "eval_every": epochs, "warmup_epochs": epochs / 10, "train_fraction": fraction}
+    settings = [f"finetune.{name}={value}" for name, value in {**recipe, "seed": seed}.items()]
+    params = load_params(None, [*settings, *overrides])
     checkpoint = row if row == RANDOM else str(work / "runs" / f"{row}-{seed}")
     images = work / "images"
     report = commands.finetune(

@@ -131,7 +131,7 @@ class ClassifyTask(Task[PictureBatch]):
         bad: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name = name
-        section = "lars_probe" if name == "linear-probe" else name
+        self.section = section = "lars_probe" if name == "linear-probe" else name
         self.settings = settings
         self.model = model
         self.objective = ClassifierObjective(model, augment.smoothing)

@@ -141,7 +141,7 @@ def _told(classes: tuple[str, ...] | int) -> str:
 class SegmentTask(Task[MaskBatch]):
     """Training of UperNet, and its scores by sliding windows."""
 
-    name = "segment"
+    name = section = "segment"
     main_score = "miou"
 
     def __init__(

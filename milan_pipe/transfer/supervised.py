@@ -72,6 +72,7 @@ class Task(ABC, Generic[B]):
 
     Attributes:
         name: of the command, kept in checkpoints.
+        section: of its settings.
         settings: where and how the run goes.
         objective: a batch to its scalar loss, called as (part, epoch); holds `model`.
         model: what is trained and evaluated.
@@ -84,6 +85,7 @@ class Task(ABC, Generic[B]):
     """
 
     name: str
+    section: str
     settings: RunSettings
     objective: nn.Module
     model: nn.Module
@@ -145,7 +147,7 @@ class _Run(Generic[B]):
         self.task = task
         self.ranks = ranks
         settings = task.settings
-        advice = f"lower {task.name}.lr, or look at the pictures"
+        advice = f"lower {task.section}.lr, or look at the pictures"
         if there is not None:
             for name, module in task.modules.items():
                 load_weights(module, there.weights(name), str(there.path))

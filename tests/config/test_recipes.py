@@ -25,6 +25,10 @@ def test_a_recipe_loads_and_names_itself_in_its_commands(name: str) -> None:
     assert [step for step in steps if any(step in command for command in params.about.commands)] == list(steps)
     ranks = [int(command.split()[2]) for command in params.about.commands if command.startswith("torchrun")]
     for count in ranks:
+        # Mixup pairs a rank's pictures, and UperNet's batch norms need two.
+        assert params.finetune.batch_size % (2 * count) == 0
+        assert params.segment.batch_size // count >= 2
+        assert params.lars_probe.batch_size % count == 0
         assert params.pretrain.lanes % count == 0
         assert params.pretrain.batch_size % count == 0
 
@@ -70,3 +74,21 @@ def test_the_command_lists_them_all() -> None:
     )
     assert sorted(json.loads(done.stdout)) == NAMES
     assert "85.4 % fine-tuned" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("imagenet1k")])
+def test_the_published_recipes_of_transfer(name: str) -> None:
+    params = load_params(name)
+    large = "vit-l" in name
+    tuned, augment, probe, segment = params.finetune, params.augment, params.lars_probe, params.segment
+    assert (tuned.epochs, tuned.warmup_epochs, tuned.batch_size, tuned.lr, tuned.min_lr) == (100, 5, 1024, 1e-4, 1e-6)
+    assert (tuned.betas, tuned.weight_decay) == ((0.9, 0.999), 0.05)
+    assert (tuned.layer_decay, tuned.drop_path) == ((0.75, 0.2) if large else (0.65, 0.1))
+    assert (augment.auto_augment, augment.mixup, augment.cutmix) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+    assert (augment.erasing, augment.smoothing) == (0.25, 0.1)
+    assert (probe.epochs, probe.warmup_epochs, probe.batch_size, probe.momentum) == (100, 10, 16384, 0.9)
+    assert probe.lr == (0.02 if large else 0.05)
+    assert probe.pool == "cls"
+    assert (segment.steps, segment.warmup_steps, segment.batch_size, segment.lr) == (160_000, 1500, 16, 1e-4)
+    assert (segment.power, segment.weight_decay, segment.layer_decay, segment.drop_path) == (1.0, 0.05, 0.65, 0.1)
+    assert (segment.crop, segment.stride, segment.auxiliary) == (512, 341, 0.4)
