@@ -35,7 +35,10 @@ OTHER_PICTURE_SUFFIXES = (
 """Suffixes that show a picture which is not read: they are reported, never passed over in silence."""
 
 MASK_SUFFIX = "mask.png"
-"""Suffix of a sample's segmentation: a picture of class indices."""
+"""Suffix of a sample's segmentation, a picture of class indices, as it is written."""
+
+MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
+"""Suffixes that are read as such."""
 
 MAX_PIXELS = 89_478_485
 """Height x width above which a picture is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
@@ -423,7 +426,7 @@ def _utf8(name: str) -> str:
 
 
 def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
-    if suffix == MASK_SUFFIX and _is_plain(info):
+    if suffix in MASK_SUFFIXES and _is_plain(info):
         group.mask = Span(start=info.offset_data, stop=info.offset_data + info.size)
     if suffix in OTHER_PICTURE_SUFFIXES:
         group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from milan_pipe.storage import is_url
 
 ADE20K_CLASSES = 150
 _MASK_FOLDERS = ("annotations", "masks", "labels")
-_SPLITS = {"train": "training", "val": "validation"}
+_SPLITS = {"train": ("training", "train"), "val": ("validation", "val", "valid", "test")}
 _MASK_SUFFIXES = ("png", "bmp", "tif", "tiff")
 
 
@@ -64,7 +65,7 @@ def masked_pictures(where: str | Path, split: str, on_bad: OnBad) -> MaskedPictu
 
     Args:
         where: shards whose samples have a `mask.png`; or ADE20K's folder, with `images/` and `annotations/` that hold
-            `training/` and `validation/`; or a folder with `images/` and `masks/` (or `annotations/`, `labels/`); or a
+            `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or `annotations/`, `labels/`); or a
             folder inside of `images/`, with the masks in the folder of the same name inside of `masks/`; or two
             folders as `IMAGES,MASKS`. A picture and its mask have the same name but for the suffix.
         split: "train" or "val": which half of ADE20K's folder.
@@ -94,8 +95,10 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
     inside = [name for name in _MASK_FOLDERS if (folder / name).is_dir()]
     if (folder / "images").is_dir() and inside:
         images, masks = folder / "images", folder / inside[0]
-        part = _SPLITS[split]
-        return (images / part, masks / part) if (images / part).is_dir() else (images, masks)
+        for part in _SPLITS[split]:
+            if (images / part).is_dir() and (masks / part).is_dir():
+                return images / part, masks / part
+        return images, masks
     if folder.parent.name == "images":
         for name in _MASK_FOLDERS:
             masks = folder.parent.parent / name / folder.name
@@ -139,24 +142,28 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedPictu
 
 def _class_list(images: Path, *, ade: bool) -> tuple[str, ...] | int | None:
     for folder in (images.parent, images.parent.parent):
-        for name in ("objectInfo150.txt", "classes.txt"):
+        for name in ("objectInfo150.txt", "classes.txt", "classes.json"):
             if (folder / name).is_file():
                 return read_classes(folder / name)
     return ADE20K_CLASSES if ade else None
 
 
 def read_classes(file: str | Path) -> tuple[str, ...]:
-    """Names of classes, one a line; or ADE20K's table, where they stand in its last column.
+    """Names of classes, one a line; or a list in a .json; or ADE20K's table, where they stand in its last column.
 
     Raises:
         MissingError: the file is not there.
         DataError: it is empty or no text.
     """
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(file).read_text(encoding="utf-8")
+        named = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise ValueError("expected a list of names")
+        lines = [name.strip() for name in named if name.strip()]
     except FileNotFoundError:
         raise MissingError(f"class list {file} is not there; expected a text file with one name a line") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"class list {file} cannot be read: {error}") from error
     if lines and lines[0].split("\t")[0] == "Idx":
         lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]

@@ -243,6 +243,15 @@ def test_every_layout_is_found(tmp_path: Path) -> None:
     assert masked_pictures(tmp_path / "own", "train", lambda *_: None).classes == ("left", "right")
 
 
+def test_splits_by_their_short_names(tmp_path: Path) -> None:
+    for part, numbers in (("train", range(3)), ("val", range(5, 7))):
+        mask_folders(tmp_path / "images" / part, tmp_path / "masks" / part, numbers)
+    assert list(masked_pictures(tmp_path, "train", lambda *_: None).keys) == ["0000", "0001", "0002"]
+    val = masked_pictures(tmp_path, "val", lambda *_: None)
+    assert list(val.keys) == ["0005", "0006"]
+    assert not val.zero_is_ignored
+
+
 def test_a_picture_without_a_mask(tmp_path: Path) -> None:
     mask_folders(tmp_path / "images", tmp_path / "masks", range(3))
     (tmp_path / "masks" / "0001.png").unlink()
@@ -264,6 +273,11 @@ def test_class_lists(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         read_classes(tmp_path / "empty.txt")
+    (tmp_path / "names.json").write_text('["left", "right"]')
+    assert read_classes(tmp_path / "names.json") == ("left", "right")
+    (tmp_path / "names.json").write_text('{"left": 0}')
+    with pytest.raises(DataError, match="expected a list of names"):
+        read_classes(tmp_path / "names.json")
     with pytest.raises(MissingError, match="one name a line"):
         read_classes(tmp_path / "missing.txt")
 
