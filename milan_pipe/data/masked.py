@@ -65,9 +65,10 @@ def masked_pictures(where: str | Path, split: str, on_bad: OnBad) -> MaskedPictu
 
     Args:
         where: shards whose samples have a `mask.png`; or ADE20K's folder, with `images/` and `annotations/` that hold
-            `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or `annotations/`, `labels/`); or a
-            folder inside of `images/`, with the masks in the folder of the same name inside of `masks/`; or two
-            folders as `IMAGES,MASKS`. A picture and its mask have the same name but for the suffix.
+            `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or
+            `annotations/`, `labels/`); or a folder inside of `images/`, with the masks in the folder of the same name
+            inside of `masks/`; or two folders as `IMAGES,MASKS`. A picture and its mask have the same name but for the
+            suffix.
         split: "train" or "val": which half of ADE20K's folder.
         on_bad: told key and reason of each picture that is left out.
 
