@@ -24,7 +24,7 @@ from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, keep_last, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.loop import StepReport
-from milan_pipe.training.recorder import Keyed, LossWatch, Recorder, TrainProgress
+from milan_pipe.training.recorder import Keyed, LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
     cut_metrics,
     last_checkpoint,
@@ -384,7 +384,10 @@ def run_supervised(
                         configuration=task.configuration,
                     )
                 )
-            going.go(on_progress, stop, sinks)
+            try:
+                going.go(on_progress, stop, sinks)
+            except NotFiniteError as error:
+                raise DataError(f"{error}. {tell_last_checkpoint(folder)}") from error
             return going.finish()
 
 

@@ -473,6 +473,14 @@ def test_folders_that_are_no_classes(shards: Path, tmp_path: Path) -> None:
         go(shards, tmp_path / "run", train=half)
 
 
+def test_a_loss_that_is_not_finite(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is nan at step .*; lower finetune.lr.*last good checkpoint is .*step-"):
+        go(shards, tmp_path / "run", lr=1e12, warmup_epochs=0, epochs=8, checkpoint_every=1)
+    last = open_checkpoint(tmp_path / "run")
+    assert last.record["finished"] is False
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights("model").values())
+
+
 def test_unknown_augmentation(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="not understood by timm"):
         go(shards, tmp_path / "run", augment=FULL.model_copy(update={"auto_augment": "random-nonsense"}))
