@@ -19,7 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class PretrainConfig(Settings):
     """The recipe of pretraining; defaults are those of the scenes."""
 
-    epochs: int = Field(16, ge=1)
+    epochs: int = Field(10, ge=1)
     warmup_epochs: float = Field(1, ge=0)
     batch_size: int = Field(64, ge=1, description="over all ranks")
     lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")

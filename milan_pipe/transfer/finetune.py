@@ -26,8 +26,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class FinetuneConfig(RunSettings):
     """The recipe of fine-tuning; defaults are those of the scenes."""
 
-    epochs: int = Field(2, ge=1)
-    warmup_epochs: float = Field(0.5, ge=0)
+    epochs: int = Field(1, ge=1)
+    warmup_epochs: float = Field(0.2, ge=0)
     batch_size: int = Field(64, ge=1, description="over all ranks")
     lr: float = Field(4e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     min_lr: float = Field(1e-6, ge=0, description="at the end of the cosine")

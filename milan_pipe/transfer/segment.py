@@ -48,10 +48,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class SegmentConfig(RunSettings):
     """The recipe of segmentation; defaults are those of the scenes."""
 
-    steps: int = Field(200, ge=1)
-    warmup_steps: int = Field(20, ge=0)
-    batch_size: int = Field(16, ge=1, description="over all ranks")
-    lr: float = Field(1e-3, gt=0, description="as it is used, whatever the batch")
+    steps: int = Field(400, ge=1)
+    warmup_steps: int = Field(40, ge=0)
+    batch_size: int = Field(8, ge=1, description="over all ranks")
+    lr: float = Field(2e-3, gt=0, description="as it is used, whatever the batch")
     power: float = Field(1.0, gt=0, description="of the polynomial decay")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.05, ge=0)
@@ -59,7 +59,7 @@ class SegmentConfig(RunSettings):
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
     crop: int | None = Field(None, ge=1, description="side of training crops and of windows; none: the student's input")
     short_side: int | None = Field(None, ge=1, description="of pictures, at ratio 1 and when tested; none: the crop")
-    ratio: tuple[float, float] = Field((0.5, 2.0), description="least and greatest resizing of training pictures")
+    ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training pictures")
     stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="of pictures in a second evaluation at the end, each with its mirror; none: no such"
@@ -72,7 +72,7 @@ class SegmentConfig(RunSettings):
     reduce_zero_label: bool | None = Field(
         None, description="0 stands for no class, k for class k - 1; none: in ADE20K's layout alone"
     )
-    eval_every: int = Field(200, ge=1, description="steps between two evaluations")
+    eval_every: int = Field(400, ge=1, description="steps between two evaluations")
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the pictures that is trained on")
 
 

@@ -91,4 +91,4 @@ def test_the_published_recipes_of_transfer(name: str) -> None:
     assert probe.pool == "cls"
     assert (segment.steps, segment.warmup_steps, segment.batch_size, segment.lr) == (160_000, 1500, 16, 1e-4)
     assert (segment.power, segment.weight_decay, segment.layer_decay, segment.drop_path) == (1.0, 0.05, 0.65, 0.1)
-    assert (segment.crop, segment.stride, segment.auxiliary) == (512, 341, 0.4)
+    assert (segment.crop, segment.stride, segment.ratio, segment.auxiliary) == (512, 341, (0.5, 2.0), 0.4)
