@@ -18,7 +18,8 @@ from torch import Tensor
 
 from milan_pipe import commands
 from milan_pipe.config import Params, load_params
-from milan_pipe.evaluate import RANDOM, TEACHER, Subject, subject_of
+from milan_pipe.evaluate import TEACHER, Subject, subject_of
+from milan_pipe.transfer.backbone import RANDOM
 from milan_pipe.transfer.features import LabelledFeatures, embed_shards
 from milan_pipe.transfer.knn import knn_accuracy
 from milan_pipe.transfer.linear_probe import linear_probe_accuracy
