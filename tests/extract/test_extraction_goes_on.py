@@ -136,8 +136,9 @@ def shards_with_bad(images, folder, bad_in):
             row = -1
             for member in source:
                 file = source.extractfile(member)
-                row += member.name.endswith(".png")
-                if member.name.endswith(".png") and row in bad_in.get(number, ()):
+                picture = member.name.endswith(".png") and not member.name.endswith(".mask.png")
+                row += picture
+                if picture and row in bad_in.get(number, ()):
                     keys.append(member.name.removesuffix(".png"))
                     member.size //= 2
                 target.addfile(member, file)

@@ -172,12 +172,16 @@ def other_pictures(images: Path, number: int) -> None:
     path = sorted(images.glob("*.tar"))[number]
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar if member.isfile()]  # type: ignore[union-attr]
-    pictures = [data for member, data in members if member.name.endswith(".png")]
+
+    def is_picture(name: str) -> bool:
+        return name.endswith(".png") and not name.endswith(".mask.png")
+
+    pictures = [data for member, data in members if is_picture(member.name)]
     pictures = [*pictures[1:], pictures[0]]
     size = path.stat().st_size
     with tarfile.open(path, "w") as tar:
         for member, data in members:
-            content = pictures.pop(0) if member.name.endswith(".png") else data
+            content = pictures.pop(0) if is_picture(member.name) else data
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     assert path.stat().st_size == size

@@ -103,7 +103,7 @@ def test_tensorboard_has_the_same_points(store: Path, tmp_path: Path) -> None:
     at = [lines[0].split("\t").index(name) for name in ("step", "loss")]
     points = [tuple(line.split("\t")[column] for column in at) for line in lines[1:]]
     assert [(int(step), float(value)) for step, value in points] == found
-    assert [image.step for image in events.Images("masks")] == [16]
+    assert [image.step for image in events.Images("pictures")] == [16]
 
 
 def test_wandb_takes_a_run_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,10 +372,18 @@ def test_a_bucket_that_is_not_there(local: Path, bucket: str, milan: Command) ->
 # --- web servers, and what stays on a disk ------------------------------------------------------------------------
 
 
+class _Server(ThreadingHTTPServer):
+    """Silent about readers that hang up before a file's end, as those do that wanted a part of it."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def plain_server(folder: Path, certificate: Path | None = None) -> Iterator[str]:
     """The standard library's server of a folder, which sends files as a whole only."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    server = _Server(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)

@@ -31,6 +31,14 @@ def picture(number: int, label: int) -> NDArray[np.uint8]:
     return values
 
 
+def halves(number: int) -> NDArray[np.uint8]:
+    """A picture that is brighter where `mask` has class 1."""
+    values = picture(number, 0)
+    values[..., 0] -= 120
+    values[:, values.shape[1] // 2 :] += 130
+    return values
+
+
 def mask(number: int) -> NDArray[np.uint8]:
     """Two classes, left and right, and a row of no class."""
     height, width = picture(number, 0).shape[:2]
@@ -53,7 +61,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def labelled_shard(path: Path, numbers: range, *, masks: bool = False) -> Path:
     members: dict[str, bytes] = {}
     for number in numbers:
-        members[f"{number:04d}.png"] = png(picture(number, number % 3))
+        members[f"{number:04d}.png"] = png(halves(number) if masks else picture(number, number % 3))
         members[f"{number:04d}.cls"] = str(number % 3).encode()
         if masks:
             members[f"{number:04d}.mask.png"] = png(mask(number))
@@ -73,7 +81,7 @@ def mask_folders(images: Path, masks: Path, numbers: range, *, shift: int = 0) -
     for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        (images / f"{number:04d}.jpg").write_bytes(_jpeg(picture(number, 0)))
+        (images / f"{number:04d}.jpg").write_bytes(_jpeg(halves(number)))
         values = mask(number)
         values[values != 255] += shift
         (masks / f"{number:04d}.png").write_bytes(png(values))
