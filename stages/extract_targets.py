@@ -1,11 +1,12 @@
 """Stage `extract-targets`: teacher features, attention and views of the train shards."""
 
 from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
 from stages.layout import METRICS, TARGETS, TRAIN
 from stages.report import write_metrics
 
 if __name__ == "__main__":
-    with cli.errors_as_one_line():
+    with errors_as_one_line():
         report = cli.extract_targets(TRAIN, TARGETS)
         write_metrics(
             METRICS / "extract_targets.json",

@@ -1,11 +1,12 @@
 """Stage `finetune`: every student is trained to classify the scenes."""
 
 from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
 from stages.layout import METRICS, STUDENTS, TEST, TRAIN, TUNED
 from stages.report import write_metrics
 
 if __name__ == "__main__":
-    with cli.errors_as_one_line():
+    with errors_as_one_line():
         reports = {
             name: cli.finetune(checkpoint, TRAIN, TEST, str(TUNED / checkpoint.rpartition("/")[2]))
             for checkpoint, name in STUDENTS.items()

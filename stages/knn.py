@@ -1,11 +1,12 @@
 """Stage `knn`: nearest neighbours of untrained and trained students and of the teacher."""
 
 from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
 from stages.layout import FEATURES, METRICS, SUBJECTS, TEST, TRAIN
 from stages.report import write_metrics
 
 if __name__ == "__main__":
-    with cli.errors_as_one_line():
+    with errors_as_one_line():
         reports = {
             name: cli.knn(checkpoint, TRAIN, TEST, features=str(FEATURES)) for checkpoint, name in SUBJECTS.items()
         }

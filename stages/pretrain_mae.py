@@ -1,8 +1,9 @@
 """Stage `pretrain-mae`: the same student on its own pixels, as MAE has it; what MILAN is measured by."""
 
 from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
 from stages.layout import MAE_RUN, TARGETS
 
 if __name__ == "__main__":
-    with cli.errors_as_one_line():
+    with errors_as_one_line():
         cli.pretrain(TARGETS, MAE_RUN, overrides=["target=pixels", "decoder=plain", "masking=random"])

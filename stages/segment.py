@@ -1,11 +1,12 @@
 """Stage `segment`: every student under UperNet, on the masks of the scenes."""
 
 from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
 from stages.layout import METRICS, SEGMENTED, STUDENTS, TEST, TRAIN
 from stages.report import write_metrics
 
 if __name__ == "__main__":
-    with cli.errors_as_one_line():
+    with errors_as_one_line():
         reports = {
             name: cli.segment(checkpoint, TRAIN, TEST, str(SEGMENTED / checkpoint.rpartition("/")[2]))
             for checkpoint, name in STUDENTS.items()

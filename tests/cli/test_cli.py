@@ -218,7 +218,7 @@ def test_faults_of_data_and_disk_are_told_plainly(
     def fail() -> None:
         raise fault
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("milan_pipe.cli.base.app", fail)
     code, _, err = run(capsys, monkeypatch)
     assert (code, len(err.splitlines())) == (2, 1)
     assert expected in err
@@ -228,7 +228,7 @@ def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypa
     def fail() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("milan_pipe.cli.base.app", fail)
     assert run(capsys, monkeypatch)[0] == 130
 
 

@@ -1,0 +1,36 @@
+"""The command line: reads settings, shows progress, prints what a function of the same name returns.
+
+Each command returns its report as well, for the scripts in `stages/`. It is annotated as `Any`, because typer evaluates
+annotations and the report classes live behind imports that take seconds.
+"""
+
+from __future__ import annotations
+
+# In the order in which `--help` lists their commands.
+from milan_pipe.cli.base import app, main
+
+from milan_pipe.cli.images import plan, prepare, recipes  # isort: skip
+from milan_pipe.cli.targets import convert_targets, extract_targets, verify_targets  # isort: skip
+from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
+from milan_pipe.cli.transfer import finetune, knn, linear_probe, segment  # isort: skip
+from milan_pipe.cli.exchange import export, import_published, train_demo_teacher  # isort: skip
+
+__all__ = [
+    "app",
+    "convert_targets",
+    "export",
+    "extract_targets",
+    "finetune",
+    "import_published",
+    "knn",
+    "linear_probe",
+    "main",
+    "plan",
+    "prepare",
+    "pretrain",
+    "recipes",
+    "replay",
+    "segment",
+    "train_demo_teacher",
+    "verify_targets",
+]

@@ -1,0 +1,107 @@
+"""The application that commands are added to, the options that they share, and how settings are read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from milan_pipe import __version__
+from milan_pipe.terminal import errors_as_one_line, show_warnings_as_lines
+
+if TYPE_CHECKING:
+    from milan_pipe.config import Params
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands whose errors are one line; outside of them typer turns Ctrl-C into silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_one_line():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="milan-pipe",
+    cls=_Commands,
+    help="Pretrain vision transformers on stored CLIP features.\n\n"
+    "Stage 1 (extract-targets) runs a CLIP image tower over your pictures once and stores patch features, attention "
+    "and rendered views. Stage 2 (pretrain) trains a masked student on them, with no teacher in memory.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+ParamsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--params",
+        metavar="FILE",
+        help="Settings in YAML, or a recipe's name. Default: ./params.yaml if there, else built in.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given several times."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with the results as the last line.")]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option("--features", metavar="FOLDER", help="Keep features there; the next knn or --quick probe reads them."),
+]
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student), or `teacher`.",
+    ),
+]
+StudentArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student).",
+    ),
+]
+TrainArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRAIN", help="Labelled shards (folder, braces or glob), or a folder with one subfolder per class."
+    ),
+]
+TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="The same, to be judged on.")]
+
+
+def read_settings(params: Path | None, overrides: list[str] | None) -> Params:
+    """Settings of --params and --set; raises `SettingError`."""
+    # Imported late: torch and open_clip take seconds, and --help should not.
+    from milan_pipe.config import load_params
+
+    return load_params(params, overrides or [])
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"milan-pipe {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Entry point of `milan-pipe`."""
+    show_warnings_as_lines()
+    with errors_as_one_line():
+        app()

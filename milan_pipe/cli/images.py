@@ -1,0 +1,105 @@
+"""Commands that come before any work: pictures into shards, recipes, a plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.terminal import console, progress, show, size
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of pictures.")],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Local folder for the shards.")],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Pack pictures into webdataset shards with an index.
+
+    SOURCE `demo` renders the built-in captioned scenes (splits train and test). A folder may be flat, hold one
+    subfolder per class, or hold train/ val/ test/ folders of either kind. Pictures are stored as they are.
+
+    Example: milan-pipe prepare ~/pictures data/images
+    """
+    from milan_pipe import commands
+
+    settings = read_settings(params, overrides)
+    with progress() as update:
+        report = commands.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
+    rows = {"shards": str(report.shards), "pictures": str(report.samples), "size": size(report.bytes)}
+    rows["classes"] = str(len(report.classes)) if report.classes else "none"
+    rows["set aside"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
+    show(f"{source} -> {images}", rows, report, as_json)
+    return report
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> Any:
+    """List the recipes that ship with the package: what each is for, on what, how long, and what comes out.
+
+    A recipe is a params file: any command takes its name, as in --params imagenet1k-vit-b-16, and --set changes it.
+    """
+    from milan_pipe.config import load_params
+    from milan_pipe.recipes import recipe_names
+
+    found = {name: about for name in recipe_names() if (about := load_params(name).about) is not None}
+    for name, about in found.items():
+        rows = {
+            "what": about.summary,
+            "commands": "\n".join(about.commands),
+            "hardware": about.hardware,
+            "time": f"{about.time} ({about.time_source})",
+            "score": f"{about.score} ({about.score_source})" if about.score_source != "none" else about.score,
+        }
+        show(name, rows, None, False)
+    if as_json:
+        sys.stdout.write(json.dumps({name: about.model_dump(mode="json") for name, about in found.items()}) + "\n")
+    return found
+
+
+@app.command()
+def plan(
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="What extract-targets would be given: shards, local or a URL.")
+    ],
+    targets: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGETS", help="Where the targets are meant to lie: its free disk is looked at."),
+    ] = None,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=1, help="Pictures to measure with, spread over the shards.")
+    ] = 64,
+    as_json: JsonOption = False,
+) -> Any:
+    """Say what extraction and pretraining will take, before anything is spent.
+
+    Counts the pictures, runs teacher, codecs, store and student on a few of them, and extrapolates: size of the store,
+    hours, hours saved against a teacher in every step, and whether the disk has room. Nothing is left behind.
+
+    Example: milan-pipe plan 'shards/train-{000000..000127}.tar' /big/disk/targets --params imagenet1k-vit-b-16
+    """
+    from milan_pipe import commands
+    from milan_pipe.planning.run import PlanProgress
+    from milan_pipe.planning.tables import recipe_rows, rows, store_table
+
+    settings = read_settings(params, overrides)
+    with progress("what") as update:
+
+        def tell(now: PlanProgress) -> None:
+            update(now.done, now.total, what=now.what)
+
+        report = commands.plan(images, targets, settings, sample=sample, on_progress=tell)
+    console.print(store_table(report))
+    show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
+    for line in report.warnings:
+        console.print(Text.assemble(("warning:", "bold yellow"), " ", line), soft_wrap=True)
+    return report

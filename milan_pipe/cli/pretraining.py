@@ -1,0 +1,105 @@
+"""Commands that pretrain, and look at what went wrong in it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.steps import tell_training
+from milan_pipe.terminal import progress, show
+
+_WORST = 8
+
+
+@app.command()
+def pretrain(
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Train the student on stored targets.
+
+    On several devices or machines: torchrun --nproc-per-node 8 -m milan_pipe pretrain targets run. The batch and the
+    learning rate are those of pretrain.batch_size, whatever the number of ranks.
+
+    The same command goes on after an interruption, from the last checkpoint: they are written every
+    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, and on SIGTERM and Ctrl-C. A run of another
+    configuration is refused, with a list of what differs.
+
+    The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
+    pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
+
+    Example: milan-pipe pretrain targets run --set pretrain.epochs=100
+    """
+    from milan_pipe import commands
+    from milan_pipe.training.distributed import rank_of_environment
+
+    settings = read_settings(params, overrides)
+    if rank_of_environment():
+        return commands.pretrain(targets, run, settings)
+    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
+        report = commands.pretrain(targets, run, settings, on_progress=tell_training(update))
+    rows = {
+        "steps": f"{report.steps} in {report.epochs} epochs"
+        + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
+        + (f", gone on from step {report.resumed_from}" if report.resumed_from and report.steps_now else ""),
+        "loss": f"{report.loss:.4f}, mean of the last epoch",
+        "speed": f"{report.images_per_second:.0f} images a second",
+        "data wait": f"{100 * report.data_wait:.1f} % of the time",
+        "checkpoint": report.checkpoint,
+    }
+    show(f"{targets} -> {run}", rows, report, as_json)
+    return report
+
+
+class PrecisionChoice(StrEnum):
+    """Precisions of a forward pass."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="RUN/not-finite/step-NNNNNNNN.safetensors.")],
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    precision: Annotated[
+        PrecisionChoice | None, typer.Option("--precision", help="Of the forward pass. Default: the run's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Compute the batch again that stopped a run.
+
+    When a loss or a gradient is not finite, pretrain writes the batch and the weights that met it to a file. This says
+    which samples, stored values and gradients are not finite; another --precision tells whether that was the cause.
+
+    Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
+    """
+    from milan_pipe import commands
+
+    with progress() as update:
+        report = commands.replay(
+            file,
+            device=device,
+            precision=precision.value if precision else None,
+            on_progress=lambda done, total: update(done, total),
+        )
+    worst = [f"{key}: {loss:.4g}" for key, loss in list(report.loss_by_key.items())[:_WORST]]
+    broken = [f"{count} in {name}" for name, count in report.stored.items() if count]
+    first = ", ".join(report.gradient[:_WORST]) + (" ..." if len(report.gradient) > _WORST else "")
+    rows = {
+        "step": f"{report.step}, epoch {report.epoch + 1}, {report.precision}",
+        "loss": f"{report.loss:.6g}",
+        "gradient": f"norm {report.grad_norm:.6g}" + (f"; not finite in {first}" if first else ""),
+        "not finite": ", ".join(broken) or "nothing in the batch or the weights",
+        "largest losses": ", ".join(worst),
+    }
+    show(str(file), rows, report, as_json)
+    return report

@@ -1,0 +1,192 @@
+"""Commands that write, check and convert targets."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.terminal import console, progress, show, size
+
+_MOST_PROBLEMS = 50
+
+
+@app.command("extract-targets")
+def extract_targets(
+    images: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or s3://, gs://, https://.",
+        ),
+    ],
+    targets: Annotated[
+        str, typer.Argument(metavar="TARGETS", help="Folder of the target store; local, s3:// or gs://.")
+    ],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    store_format: Annotated[
+        str | None, typer.Option("--format", metavar="zarr|webdataset", help="Format of the store (extract.format).")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", help="Processes of a Dask cluster on this machine (extract.workers)."),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", metavar="ADDRESS", help="A Dask scheduler that runs already (extract.scheduler)."),
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option("--shards", metavar="i/n", help="Do only every n-th shard, from number i on: for a batch queue."),
+    ] = None,
+    redo: Annotated[
+        str | None, typer.Option("--redo", metavar="NAME,...", help="Do these committed shards again, as 000123.")
+    ] = None,
+    verify_sources: Annotated[
+        bool,
+        typer.Option("--verify-sources", help="Compare the sha256 of shards that are done, not their sizes alone."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> Any:
+    """Run the teacher once over all pictures and store its targets.
+
+    Each picture gets views.count views (crop and flip). A view is rendered once, stored as JPEG, and the stored JPEG
+    is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped. A shard
+    that cannot be done is told of at the end, when all others are committed, and the exit code is not 0.
+
+    Example: milan-pipe extract-targets 'shards/train-{000000..000127}.tar' targets --workers 4
+    --set teacher.model=ViT-B-16 --set teacher.pretrained=openai --set student.image_size=224
+    """
+    from milan_pipe import commands
+    from milan_pipe.extract.run import ExtractProgress
+
+    flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
+    given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
+    settings = read_settings(params, [*(overrides or []), *given])
+    with progress("shards", "rate", "bad", "workers") as update:
+        began: float | None = None
+
+        def tell(now: ExtractProgress) -> None:
+            nonlocal began
+            if began is None:  # told first when the teacher is loaded
+                began = time.monotonic()
+            rate = now.views / max(time.monotonic() - began, 1e-9)
+            update(
+                now.shards_done,
+                now.shards,
+                shards="shards",
+                rate=f"{now.views} views, {rate:.0f}/s",
+                bad=f"{now.bad} set aside",
+                workers=f"{now.workers} workers" if now.workers > 1 else "",
+            )
+
+        report = commands.extract_targets(
+            images,
+            targets,
+            settings,
+            shards=shards,
+            redo=redo.split(",") if redo else (),
+            verify_sources=verify_sources,
+            on_progress=tell,
+        )
+    rows = {
+        "shards": f"{report.shards} ({report.skipped} were there)" + ("" if report.complete else ", not all yet"),
+        "pictures": f"{report.samples} ({report.bad} set aside"
+        + (f", see {targets}/bad_samples.jsonl)" if report.bad and report.complete else ")"),
+        "views": f"{report.views} in {report.seconds:.1f} s, {report.views_per_second:.1f} a second",
+        "size": f"{size(report.bytes)}, {size(report.bytes_per_view)} a view",
+        "codec": f"{settings.codec.name}, mean cosine "
+        + (f"{report.mean_cosine:.7f}" if report.mean_cosine is not None else "not measured: nothing was done"),
+    }
+    show(f"{images} -> {targets}", rows, report, as_json)
+    return report
+
+
+@app.command("verify-targets")
+def verify_targets(
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    against_teacher: Annotated[
+        int,
+        typer.Option(
+            "--against-teacher",
+            metavar="N",
+            min=0,
+            help="Also run the teacher live on N views of each shard and compare.",
+        ),
+    ] = 0,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Check every file and every promise of a store.
+
+    Presence, size and sha256 of each file; shapes; values finite; attention rows that sum to 1; views that decode; keys
+    that occur once; counts. Exit code 1 and a table of what is wrong, with the command that mends it, else 0.
+
+    Example: milan-pipe verify-targets targets --against-teacher 8
+    """
+    from milan_pipe import commands
+
+    settings = read_settings(params, overrides)
+    with progress("what") as update:
+        report = commands.verify_targets(
+            targets,
+            settings,
+            against_teacher=against_teacher,
+            on_progress=lambda done, total: update(done, total, what="shards"),
+        )
+    rows = {
+        "shards": str(report.shards),
+        "views": f"{report.views} of {report.samples} pictures",
+        "files": f"{report.files}, {size(report.bytes)}",
+        "problems": str(len(report.problems)) if report.problems else "none",
+    }
+    if report.problems:
+        table = Table("shard", "array", "found")
+        for problem in report.problems[:_MOST_PROBLEMS]:
+            table.add_row(*(Text(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
+        console.print(table)
+        if len(report.problems) > _MOST_PROBLEMS:
+            console.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
+    show(str(targets), rows, report, as_json)
+    if report.problems:
+        # One line each, however long, so that they can be copied.
+        console.print(Text("mend with, IMAGES and settings as they were:", style="bold"))
+        for command in report.mend:
+            console.print(Text(f"  {command}"), soft_wrap=True)
+    if report.problems:
+        raise typer.Exit(1)
+    return report
+
+
+@app.command("convert-targets")
+def convert_targets(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or URL of the store that is there.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL of the new store.")],
+    store_format: Annotated[str, typer.Option("--format", metavar="zarr|webdataset", help="Format of the new store.")],
+    as_json: JsonOption = False,
+) -> Any:
+    """Write a store again in the other format, without the teacher and without loss.
+
+    Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
+    """
+    from milan_pipe import commands
+    from milan_pipe.extract.settings import ExtractConfig
+
+    wanted = ExtractConfig.parse({"format": store_format}, "--format").format
+    with progress("what") as update:
+        report = commands.convert_targets(
+            source, destination, format=wanted, on_progress=lambda done, total: update(done, total, what="shards")
+        )
+    rows = {
+        "shards": f"{report.shards} ({report.skipped} were there)",
+        "pictures": str(report.samples),
+        "size": size(report.bytes),
+    }
+    show(f"{source} -> {destination}", rows, report, as_json)
+    return report
