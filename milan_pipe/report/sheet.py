@@ -45,10 +45,12 @@ class Sheet:
 
 def _enlargement(panel: Panel) -> int:
     """Whole pixels only, so that a patch's border stays a border."""
-    return max(1, -(-_LEAST_SIDE // max(panel.pixels.shape[:2])))
+    return max(1, -(-_LEAST_SIDE // int(max(panel.pixels.shape[:2]))))
 
 
-def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont) -> str:
+def _fitting(
+    text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> str:
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(f"...{text}", font) > width:

@@ -261,6 +261,9 @@ class ShardFiles(Protocol):
 class OpenShard(Protocol):
     """What a backend does to read one shard. Raises `DataError` naming shard and array where it is damaged."""
 
+    def keys(self) -> Sequence[str]:
+        """Keys of all samples, in order."""
+
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view, all within the shard."""
 
@@ -291,6 +294,9 @@ class TargetReader(Protocol):
 
     def samples(self, shard: str) -> int:
         """Number of samples of a shard."""
+
+    def keys(self, shard: str) -> Sequence[str]:
+        """Keys of a shard's samples, in order; of a tar, its first view is read for them."""
 
     def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view of a shard."""

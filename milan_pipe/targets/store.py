@@ -8,7 +8,7 @@ import shutil
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -280,6 +280,18 @@ class TargetStore:
                     self._open.popitem(last=False)
             self._open.move_to_end(name)
             return self._open[name]
+
+    def keys(self, shard: str) -> Sequence[str]:
+        """Keys of a shard's samples, in order; of a tar, its first view is read for them.
+
+        Raises:
+            LookupError: no such shard.
+            DataError: the shard is damaged.
+        """
+        try:
+            return self._shard(shard).keys()
+        except MissingError as error:
+            raise damaged(self.place, shard, str(error)) from error
 
     def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view of a shard.

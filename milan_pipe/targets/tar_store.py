@@ -194,6 +194,15 @@ class TarShard:
         self._codec = codec_of(header.codec)
         self._packer = CodePacker(self._codec, header.tokens, header.teacher.width)
 
+    def keys(self) -> Sequence[str]:
+        """Keys of all samples, in order."""
+        blocks = range(len(self._record.blocks[_tar_name(0)]) - 1)
+        samples = (sample for block in blocks for sample in self._samples(0, block))
+        try:
+            return [json.loads(bytes(sample["json"]))["key"] for sample in samples]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._fail(f"{_tar_name(0)}: {' '.join(str(error).split())[:200]}") from error
+
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         first, last = start // BLOCK_SAMPLES, (stop - 1) // BLOCK_SAMPLES + 1

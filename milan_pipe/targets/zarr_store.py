@@ -451,6 +451,10 @@ class ZarrShard:
         with self._damage(name):
             return array.rows(view, start, stop)
 
+    def keys(self) -> Sequence[str]:
+        """Keys of all samples, in order."""
+        return [str(key) for key in self._key]
+
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         offset, length = self._rows("view_offset", view, start, stop), self._rows("view_length", view, start, stop)
