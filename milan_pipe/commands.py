@@ -16,6 +16,10 @@ from milan_pipe.exchange.timm_layout import ExportReport, export_student
 from milan_pipe.extract import run as extraction
 from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
+from milan_pipe.inspection import student as inspecting_student
+from milan_pipe.inspection import targets as inspecting_targets
+from milan_pipe.inspection.student import InspectStudentReport
+from milan_pipe.inspection.targets import InspectTargetsReport
 from milan_pipe.online import teacher_of
 from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
@@ -163,6 +167,41 @@ def pretrain(
         stated=_stated(settings),
         record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
         on_progress=on_progress,
+    )
+
+
+def inspect_targets(
+    targets: str | Path,
+    out: str | Path,
+    params: Params | None = None,
+    *,
+    keys: Sequence[str] = (),
+    count: int = inspecting_targets.DEFAULT_COUNT,
+    epoch: int = 0,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> InspectTargetsReport:
+    """Draw what is stored of a few samples; see `milan_pipe.inspection.targets`."""
+    masking = (params or Params()).masking
+    return inspecting_targets.inspect_targets(
+        targets, out, masking=masking, keys=keys, count=count, epoch=epoch, on_progress=on_progress
+    )
+
+
+def inspect_student(
+    checkpoint: str | Path,
+    targets: str | Path,
+    out: str | Path,
+    *,
+    keys: Sequence[str] = (),
+    count: int = inspecting_student.DEFAULT_COUNT,
+    epoch: int = 0,
+    view: int = 0,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> InspectStudentReport:
+    """Draw what a student predicts of a few samples; see `milan_pipe.inspection.student`."""
+    return inspecting_student.inspect_student(
+        checkpoint, targets, out, keys=keys, count=count, epoch=epoch, view=view, device=device, on_progress=on_progress
     )
 
 

@@ -13,6 +13,7 @@ from milan_pipe.cli.images import plan, prepare, recipes  # isort: skip
 from milan_pipe.cli.targets import convert_targets, extract_targets, verify_targets  # isort: skip
 from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
 from milan_pipe.cli.transfer import finetune, knn, linear_probe, segment  # isort: skip
+from milan_pipe.cli.inspection import inspect_student, inspect_targets  # isort: skip
 from milan_pipe.cli.exchange import export, import_published, train_demo_teacher  # isort: skip
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "extract_targets",
     "finetune",
     "import_published",
+    "inspect_student",
+    "inspect_targets",
     "knn",
     "linear_probe",
     "main",

@@ -155,7 +155,9 @@ class _Shard:
                     # Threads may tell of bad samples out of turn; sorted, the record is the same each time.
                     bad=tuple(sorted(source.bad)),
                 )
-                self._timed(self._writer.commit, committed)
+                views = self._samples * self._recipe.views.count
+                # Six digits: what is below them may depend on the order of a sum.
+                self._timed(self._writer.commit, committed, round(self._cosine / views, 6))
         except Exception as caught:  # told with the shard's result
             self.error = caught
         if self.error is not None:

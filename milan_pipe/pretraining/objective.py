@@ -27,7 +27,7 @@ Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class Lesson:
     """What was predicted and what should have been; the target is (B, S, T), of pixels and HOG (B, L, T)."""
 
     split: MaskSplit
@@ -61,7 +61,8 @@ class Objective(nn.Module):
         self.patches = header.patches
         self.visible = visible_count(header.patches, masking.ratio)
 
-    def _lesson(self, batch: Batch, epoch: int) -> _Lesson:
+    def lesson(self, batch: Batch, epoch: int) -> Lesson:
+        """Prediction and target of one batch, with the masks of an epoch."""
         device = next(self.student.parameters()).device
         pixels_BHWC = batch.pixels_BHWC.to(device, non_blocking=True)
         images_BCHW = normalise(pixels_BHWC)
@@ -73,18 +74,18 @@ class Objective(nn.Module):
         prediction_BST = self.student(images_BCHW, split)
         if self.target != "clip":
             own_target = pixel_target if self.target == "pixels" else hog_target
-            return _Lesson(split, prediction_BST, own_target(images_BCHW, self.patch_size))
+            return Lesson(split, prediction_BST, own_target(images_BCHW, self.patch_size))
         if taught is not None:
-            return _Lesson(split, prediction_BST, taught[0])
+            return Lesson(split, prediction_BST, taught[0])
         scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
-        return _Lesson(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+        return Lesson(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
         """Loss of one batch.
 
         Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
         """
-        lesson = self._lesson(batch, epoch)
+        lesson = self.lesson(batch, epoch)
         if self.target != "clip":
             return masked_loss(lesson.prediction_BST, lesson.target, lesson.split)
         return feature_loss(lesson.prediction_BST, lesson.target)
@@ -92,7 +93,7 @@ class Objective(nn.Module):
     @torch.no_grad()
     def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
         """The masks of a batch, and the cosine (B, L) between prediction and target of each patch."""
-        lesson = self._lesson(batch, epoch)
+        lesson = self.lesson(batch, epoch)
         target_BLT = lesson.target[:, 1:] if self.target == "clip" else lesson.target
         return lesson.split, F.cosine_similarity(lesson.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
 

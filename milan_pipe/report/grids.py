@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 _HEAT = np.array([[0.27, 0.0, 0.33], [0.23, 0.32, 0.55], [0.13, 0.57, 0.55], [0.37, 0.79, 0.38], [0.99, 0.91, 0.14]])
 _HIDDEN = np.array([112, 112, 112], np.uint8)
 _OVERLAY = 0.6
+_Cell = TypeVar("_Cell", bound=np.generic)
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -26,10 +29,11 @@ def _cell_of(pixels: int, cells: int) -> NDArray[np.int64]:
     return (2 * np.arange(pixels) + 1) * cells // (2 * pixels)
 
 
-def on_pixels(cells_GG: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
+def on_pixels(cells_GG: NDArray[_Cell], height: int, width: int) -> NDArray[_Cell]:
     """Each pixel gets the value of its cell; (height, width, ...) from (grid down, grid across, ...)."""
     down, across = cells_GG.shape[:2]
-    return cells_GG[_cell_of(height, down)][:, _cell_of(width, across)]
+    large: NDArray[_Cell] = cells_GG[_cell_of(height, down)][:, _cell_of(width, across)]
+    return large
 
 
 def only_visible(image_HWC: NDArray[np.uint8], visible_GG: NDArray[np.bool_]) -> NDArray[np.uint8]:

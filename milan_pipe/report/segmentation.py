@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from milan_pipe.errors import StoreError
+from milan_pipe.report.sheet import write_png
 
 _SIDE, _GAP, _CAPTION = 224, 8, 18
 _NONE = np.array([255, 255, 255], np.uint8)
@@ -74,8 +74,4 @@ def draw_segmentations(
             left = _GAP + place * column
             draw.text((left, top + 4), caption[-34:], fill="black")
             sheet.paste(_panel(panel), (left, top + _CAPTION))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(file)
-    except OSError as error:
-        raise StoreError(f"{file} cannot be written: {error.strerror or error}") from error
+    write_png(file, sheet)

@@ -90,7 +90,7 @@ def convert_targets(
             count = store.samples(shard)
             for start in range(0, count, BLOCK_SAMPLES):
                 making.append(_block(store, shard, start, min(start + BLOCK_SAMPLES, count)))
-            making.commit(record.source)
+            making.commit(record.source, record.mean_cosine)
         except BaseException:
             making.discard()
             raise

@@ -79,7 +79,10 @@ class Summary:
 
 
 def _record_file(name: str, record: ShardRecord) -> bytes:
-    return to_file({"shard": name, **asdict(record)})
+    values = asdict(record)
+    if record.mean_cosine is None:
+        del values["mean_cosine"]
+    return to_file({"shard": name, **values})
 
 
 def summary_of(name: str, record: ShardRecord) -> ShardSummary:
@@ -138,6 +141,7 @@ def _parsed(values: Mapping[str, Any]) -> ShardRecord:
         source=SourceShard(**source),
         files={path: FileRecord(**file) for path, file in values["files"].items()},
         blocks={path: [(offset, crc) for offset, crc in blocks] for path, blocks in values["blocks"].items()},
+        mean_cosine=values.get("mean_cosine"),
     )
 
 

@@ -202,11 +202,13 @@ class ShardRecord:
         files: all files, by path below the shard's folder.
         blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
             large file of zarr its end.
+        mean_cosine: of the stored tokens with those that the teacher gave, over all views; None where it was not told.
     """
 
     source: SourceShard
     files: Mapping[str, FileRecord]
     blocks: Mapping[str, Sequence[tuple[int, int]]]
+    mean_cosine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +276,7 @@ class ShardWriter(Protocol):
     def append(self, block: TargetBlock) -> None:
         """Write the next samples. All blocks but the last hold `BLOCK_SAMPLES` samples."""
 
-    def commit(self, source: SourceShard) -> None:
+    def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
         """Make the shard visible, whole."""
 
     def discard(self) -> None:

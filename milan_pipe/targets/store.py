@@ -152,8 +152,11 @@ class StoreShardWriter:
             self._files.append(block)
         self._samples += len(block.keys)
 
-    def commit(self, source: SourceShard) -> None:
+    def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
         """Make the shard visible: all its files, and after them its record.
+
+        Args:
+            mean_cosine: see `ShardRecord`.
 
         Raises:
             StoreError: it cannot be written, or does not have the samples that `source` tells of.
@@ -164,7 +167,7 @@ class StoreShardWriter:
             blocks = self._files.close()
             paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
             files = {path.relative_to(self._scratch).as_posix(): _digest(path) for path in paths}
-        record = ShardRecord(source=source, files=files, blocks=blocks)
+        record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
         self._place.publish(self._scratch, self._name)
         ledger.write_record(self._place, self._name, record)
 
