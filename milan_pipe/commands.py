@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milan_pipe.command_line import command_of
 from milan_pipe.config import Params
 from milan_pipe.data import prepare as preparing
-from milan_pipe.evaluate import embed_both, subject_of
+from milan_pipe.errors import StoreError
+from milan_pipe.evaluate import TEACHER, Subject, embed_both, subject_of
 from milan_pipe.exchange.published_file import ImportReport
 from milan_pipe.exchange.published_file import import_published as _import_published
 from milan_pipe.exchange.timm_layout import ExportReport, export_student
@@ -28,14 +31,18 @@ from milan_pipe.pretraining.bad_batch import ReplayReport
 from milan_pipe.pretraining.bad_batch import replay as _replay
 from milan_pipe.pretraining.run import PretrainReport
 from milan_pipe.pretraining.run import pretrain as _pretrain
+from milan_pipe.report.evaluations import FOLDER, Evaluation, keep_evaluation, make_folder
+from milan_pipe.storage import local_folder
 from milan_pipe.targets import convert as conversion
 from milan_pipe.targets import verify as verification
 from milan_pipe.targets.convert import ConvertReport
 from milan_pipe.targets.schema import StoreFormat
 from milan_pipe.targets.verify import VerifyReport
 from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_teacher
+from milan_pipe.training.checkpoint import run_of
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Precision
+from milan_pipe.transfer.backbone import RANDOM
 from milan_pipe.transfer.features import LabelledFeatures
 from milan_pipe.transfer.finetune import finetune as _finetune
 from milan_pipe.transfer.knn import knn_accuracy
@@ -165,7 +172,11 @@ def pretrain(
             settings.teacher if settings.teacher.model_fields_set else None, header, device, targets
         ),
         stated=_stated(settings),
-        record=settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
+        record={
+            "settings": settings.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
+            "targets": str(targets),
+            "command": command_of("pretrain", [targets, run], settings, _PRETRAIN_SECTIONS),
+        },
         on_progress=on_progress,
     )
 
@@ -231,7 +242,10 @@ def _stated(settings: Params) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnReport:
-    """k-NN accuracy by number of neighbours; `best` is the highest of them; counts of pictures used and set aside."""
+    """k-NN accuracy by number of neighbours; `best` is the highest of them; counts of pictures used and set aside.
+
+    `kept` is the file that a report reads, if there is one.
+    """
 
     subject: str
     accuracy: dict[int, float]
@@ -239,11 +253,12 @@ class KnnReport:
     train: int
     test: int
     bad: int
+    kept: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeReport:
-    """Accuracy of a linear classifier on frozen features; counts of pictures used and set aside."""
+    """Accuracy of a linear classifier on frozen features; counts of pictures used and set aside; `kept` as of k-NN."""
 
     subject: str
     accuracy: float
@@ -253,6 +268,16 @@ class LinearProbeReport:
     train: int
     test: int
     bad: int
+    kept: str | None
+
+
+_PRETRAIN_SECTIONS = ("student", "masking", "decoder", "target", "pretrain")
+
+
+def _student_sections(checkpoint: str | Path, *sections: str) -> tuple[str, ...]:
+    """A checkpoint has its student's sizes; those of an untrained one are settings, and the teacher is."""
+    of = {RANDOM: ("student",), TEACHER: ("student.image_size", "student.patch_size", "teacher")}
+    return (*of.get(str(checkpoint), ()), *sections)
 
 
 def _features(
@@ -261,8 +286,12 @@ def _features(
     test: str | Path,
     settings: Params,
     features: str | Path | None,
+    keep: str | Path | None,
     on_progress: Callable[[int], None],
-) -> tuple[str, LabelledFeatures, LabelledFeatures, int]:
+) -> tuple[Subject, LabelledFeatures, LabelledFeatures, int]:
+    if keep is not None:
+        # Before the work, not after it.
+        make_folder(local_folder(keep, "results"))
     subject = subject_of(
         checkpoint,
         student=settings.student,
@@ -275,7 +304,22 @@ def _features(
     first, second = embed_both(
         subject, train, test, settings.embed, lambda key, reason: bad.append((key, reason)), on_progress, features
     )
-    return subject.name, first, second, len(bad)
+    return subject, first, second, len(bad)
+
+
+def _kept(evaluation: Evaluation, keep: str | Path | None) -> str | None:
+    """Keep a result in `keep`, or in the run that the checkpoint is of; the file, or None where there is neither."""
+    if keep is not None:
+        return str(keep_evaluation(Path(keep), evaluation))
+    run = run_of(evaluation.subject)
+    if run is None:
+        return None
+    try:
+        return str(keep_evaluation(run / FOLDER, evaluation))
+    except StoreError as error:
+        # The result is there, and nobody asked for a file.
+        warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+        return None
 
 
 def knn(
@@ -285,19 +329,36 @@ def knn(
     params: Params | None = None,
     *,
     features: str | Path | None = None,
+    keep: str | Path | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> KnnReport:
-    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`; `features` keeps what is embedded."""
+    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`.
+
+    Args:
+        features: folder that keeps what is embedded.
+        keep: folder for the result, which `report` reads; none: `evaluations` in the run of the checkpoint.
+    """
     settings = params or Params()
-    name, first, second, bad = _features(checkpoint, train, test, settings, features, on_progress)
+    subject, first, second, bad = _features(checkpoint, train, test, settings, features, keep, on_progress)
     accuracy = knn_accuracy(first, second, settings.knn)
+    sections = _student_sections(checkpoint, "embed", "knn", "pretrain.seed")
+    evaluation = Evaluation(
+        task="knn",
+        subject=subject.name,
+        identity=subject.identity,
+        scores={"best": max(accuracy.values()), **{f"k{k}": value for k, value in accuracy.items()}},
+        train=len(first.label_N),
+        test=len(second.label_N),
+        command=command_of("knn", [checkpoint, train, test], settings, sections),
+    )
     return KnnReport(
-        subject=name,
+        subject=subject.name,
         accuracy=accuracy,
         best=max(accuracy.values()),
         train=len(first.label_N),
         test=len(second.label_N),
         bad=bad,
+        kept=_kept(evaluation, keep),
     )
 
 
@@ -308,14 +369,25 @@ def linear_probe(
     params: Params | None = None,
     *,
     features: str | Path | None = None,
+    keep: str | Path | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> LinearProbeReport:
-    """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` keeps what is embedded."""
+    """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` and `keep` as of `knn`."""
     settings = params or Params()
-    name, first, second, bad = _features(checkpoint, train, test, settings, features, on_progress)
+    subject, first, second, bad = _features(checkpoint, train, test, settings, features, keep, on_progress)
     result = linear_probe_accuracy(first, second, settings.linear_probe)
+    sections = _student_sections(checkpoint, "embed", "linear_probe", "pretrain.seed")
+    evaluation = Evaluation(
+        task="linear-probe",
+        subject=subject.name,
+        identity=subject.identity,
+        scores={"accuracy": result.accuracy, "train": result.train_accuracy},
+        train=len(first.label_N),
+        test=len(second.label_N),
+        command=command_of("linear-probe", [checkpoint, train, test, "--quick"], settings, sections),
+    )
     return LinearProbeReport(
-        subject=name,
+        subject=subject.name,
         accuracy=result.accuracy,
         train_accuracy=result.train_accuracy,
         l2=result.l2,
@@ -323,6 +395,7 @@ def linear_probe(
         train=len(first.label_N),
         test=len(second.label_N),
         bad=bad,
+        kept=_kept(evaluation, keep),
     )
 
 
@@ -345,7 +418,15 @@ def finetune(
         student=settings.student,
         augment=settings.augment,
         config=settings.finetune,
-        record=settings.model_dump(mode="json", include={"finetune", "augment"}),
+        record={
+            "settings": settings.model_dump(mode="json", include={"finetune", "augment"}),
+            "command": command_of(
+                "finetune",
+                [checkpoint, train, val, run],
+                settings,
+                _student_sections(checkpoint, "augment", "finetune"),
+            ),
+        },
         on_progress=on_progress,
     )
 
@@ -368,7 +449,12 @@ def segment(
         run,
         student=settings.student,
         config=settings.segment,
-        record=settings.model_dump(mode="json", include={"segment"}),
+        record={
+            "settings": settings.model_dump(mode="json", include={"segment"}),
+            "command": command_of(
+                "segment", [checkpoint, train, val, run], settings, _student_sections(checkpoint, "segment")
+            ),
+        },
         on_progress=on_progress,
     )
 
@@ -385,7 +471,19 @@ def lars_probe(
     """Linear probe by protocol, with LARS; see `milan_pipe.transfer.lars_probe`."""
     settings = params or Params()
     return _lars_probe(
-        checkpoint, train, val, run, student=settings.student, config=settings.lars_probe, on_progress=on_progress
+        checkpoint,
+        train,
+        val,
+        run,
+        student=settings.student,
+        config=settings.lars_probe,
+        record={
+            "settings": settings.model_dump(mode="json", include={"lars_probe"}),
+            "command": command_of(
+                "linear-probe", [checkpoint, train, val, run], settings, _student_sections(checkpoint, "lars_probe")
+            ),
+        },
+        on_progress=on_progress,
     )
 
 

@@ -54,6 +54,14 @@ FeaturesOption = Annotated[
     str | None,
     typer.Option("--features", metavar="FOLDER", help="Keep features there; the next knn or --quick probe reads them."),
 ]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="FOLDER",
+        help="Keep the result there, for report; default: evaluations/ in the run, if it is one.",
+    ),
+]
 CheckpointArgument = Annotated[
     str,
     typer.Argument(

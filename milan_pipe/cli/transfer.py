@@ -16,6 +16,7 @@ from milan_pipe.cli.base import (
     CheckpointArgument,
     FeaturesOption,
     JsonOption,
+    KeepOption,
     ParamsOption,
     SetOption,
     StudentArgument,
@@ -36,6 +37,7 @@ def knn(
     train: TrainArgument,
     test: TestArgument,
     features: FeaturesOption = None,
+    keep: KeepOption = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -48,9 +50,11 @@ def knn(
 
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = commands.knn(checkpoint, train, test, settings, features=features, on_progress=update)
+        report = commands.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
     rows["pictures"] = f"{report.train} train, {report.test} test ({report.bad} set aside)"
+    if report.kept is not None:
+        rows["kept in"] = report.kept
     show(f"k-NN of {report.subject}", rows, report, as_json)
     return report
 
@@ -170,6 +174,7 @@ def linear_probe(
         typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: a matter of minutes."),
     ] = False,
     features: FeaturesOption = None,
+    keep: KeepOption = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -185,7 +190,7 @@ def linear_probe(
     Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
     if quick:
-        return _quick_probe(checkpoint, train, test, features, params, overrides, as_json)
+        return _quick_probe(checkpoint, train, test, features, keep, params, overrides, as_json)
     from milan_pipe import commands
     from milan_pipe.errors import SettingError
     from milan_pipe.training.distributed import rank_of_environment
@@ -217,6 +222,7 @@ def _quick_probe(
     train: str,
     test: str,
     features: str | None,
+    keep: str | None,
     params: Path | None,
     overrides: list[str] | None,
     as_json: bool,
@@ -225,12 +231,16 @@ def _quick_probe(
 
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = commands.linear_probe(checkpoint, train, test, settings, features=features, on_progress=update)
+        report = commands.linear_probe(
+            checkpoint, train, test, settings, features=features, keep=keep, on_progress=update
+        )
     rows = {
         "accuracy": f"{100 * report.accuracy:.2f} %",
         "on train": f"{100 * report.train_accuracy:.2f} %",
         "l2": f"{report.l2:g}" + ("" if report.converged else " (not converged: raise linear_probe.max_iterations)"),
         "pictures": f"{report.train} train, {report.test} test ({report.bad} set aside)",
     }
+    if report.kept is not None:
+        rows["kept in"] = report.kept
     show(f"linear probe of {report.subject}", rows, report, as_json)
     return report

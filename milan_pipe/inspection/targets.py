@@ -64,10 +64,10 @@ def sheet_of(
     rows = (
         Row("stored view", [Panel(view.pixels_HWC, _crop(view, n)) for n, view in enumerate(views)]),
         Row(
-            "CLS attention, brightest patch = largest weight",
+            "CLS attention, its square root, brightest at the largest weight",
             [
                 Panel(
-                    overlaid(view.pixels_HWC, weight / max(float(weight.max()), 1e-12)),
+                    overlaid(view.pixels_HWC, np.sqrt(weight / max(float(weight.max()), 1e-12))),
                     f"largest {float(weight.max()) * patches:.1f} times the mean",
                 )
                 for view, weight in zip(views, attention, strict=True)

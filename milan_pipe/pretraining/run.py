@@ -311,7 +311,7 @@ def pretrain(
     config: PretrainConfig,
     teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
     stated: Mapping[str, Mapping[str, Any]] | None = None,
-    record: dict[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> PretrainReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
@@ -329,7 +329,7 @@ def pretrain(
             histograms of its gradients.
         teacher_for: gives the teacher of a store on a device, where `config.targets` is `online`.
         stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
-        record: settings to keep in the checkpoint beside what it needs itself.
+        record: what to keep in the checkpoint beside what it needs itself; `settings` above all.
 
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
@@ -384,7 +384,8 @@ def pretrain(
             "epochs": config.epochs,
             "student": student.model_dump(mode="json"),
             "teacher": header.teacher.model_dump(mode="json"),
-            "settings": record or {},
+            "settings": {},
+            **(record or {}),
             "configuration": configuration,
         }
         going = _Run(run, reader, objective, plan, config, ranks, configuration, kept)

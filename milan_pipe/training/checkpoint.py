@@ -100,6 +100,12 @@ def checkpoints_of(run: str | Path) -> list[Path]:
     return sorted(path for path in (Path(run) / _FOLDER).glob("step-*") if path.is_dir())
 
 
+def run_of(checkpoint: str | Path) -> Path | None:
+    """The run that a checkpoint folder belongs to, if it lies in one."""
+    path = Path(checkpoint)
+    return path.parents[1] if path.parent.name == _FOLDER and path.is_dir() else None
+
+
 def keep_last(run: str | Path, count: int) -> None:
     """Remove all checkpoints of a run but the last `count`, and what an interrupted write left."""
     folder = Path(run) / _FOLDER

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,7 @@ def finetune(
     student: StudentConfig,
     augment: AugmentConfig,
     config: FinetuneConfig,
-    record: dict[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train student and classifier; writes RUN/checkpoints, RUN/best and RUN/metrics.
@@ -121,7 +121,9 @@ def finetune(
                 "student": sizes.model_dump(mode="json"),
                 "classes": pictures.names or pictures.classes,
                 "crop": config.crop,
-                "settings": record or {},
+                "backbone": backbone.name,
+                "settings": {},
+                **(record or {}),
             },
             ema=config.ema,
             bad=bad,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def lars_probe(
     *,
     student: StudentConfig,
     config: LarsProbeConfig,
+    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train a linear classifier on the frozen student, pictures cropped and mirrored anew in every epoch.
@@ -98,7 +99,12 @@ def lars_probe(
                 "lars_probe": settings.model_dump(mode="json", exclude=FREE),
                 "student": {**sizes, "weights": backbone.digest()},
             },
-            record={"student": sizes, "classes": pictures.names or pictures.classes},
+            record={
+                "student": sizes,
+                "classes": pictures.names or pictures.classes,
+                "backbone": backbone.name,
+                **(record or {}),
+            },
             bad=bad,
         )
 

@@ -6,7 +6,7 @@ Shape suffixes are explained in `milan_pipe.transfer`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -341,7 +341,7 @@ def segment(
     *,
     student: StudentConfig,
     config: SegmentConfig,
-    record: dict[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/pictures and RUN/per_class.json.
@@ -394,7 +394,9 @@ def segment(
             record={
                 "student": sizes.model_dump(mode="json"),
                 "classes": list(names),
-                "settings": record or {},
+                "backbone": backbone.name,
+                "settings": {},
+                **(record or {}),
             },
             bad=bad,
         )

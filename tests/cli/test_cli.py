@@ -129,7 +129,7 @@ def test_from_pictures_to_scores(
     code, out, err = run(capsys, monkeypatch, "linear-probe", "run", *shards, "--quick", *SETTINGS, "--json")
     assert code == 0, err
     assert last_json(out).keys() == {
-        "subject", "accuracy", "train_accuracy", "l2", "converged", "train", "test", "bad",
+        "subject", "accuracy", "train_accuracy", "l2", "converged", "train", "test", "bad", "kept",
     }  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""Results of probes, kept as files, so that a report finds them with the command that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from milan_pipe.errors import DataError, StoreError
+
+FOLDER = "evaluations"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One result.
+
+    Attributes:
+        task: `knn` or `linear-probe`.
+        subject: what was evaluated: path of a checkpoint, `random` or `teacher`.
+        identity: digest of its weights; the same for the same weights, wherever they lie.
+        scores: shares between 0 and 1, by name; the first is what the task is known by.
+        train, test: numbers of pictures.
+        command: what makes it again.
+    """
+
+    task: str
+    subject: str
+    identity: str
+    scores: Mapping[str, float]
+    train: int
+    test: int
+    command: str
+
+
+_ADVICE = "name another folder with --keep, which `milan-pipe report` is then told with --evaluations"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, if it is not there.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made: {error.strerror or error}; {_ADVICE}") from error
+
+
+def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
+    """Write FOLDER/TASK-DIGEST.json; the same task of the same weights with the same command is replaced.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
+    file = folder / f"{evaluation.task}-{name}.json"
+    make_folder(folder)
+    try:
+        partial = file.with_name(f".partial-{file.name}")
+        partial.write_text(json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be written: {error.strerror or error}; {_ADVICE}") from error
+    return file
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """All results in a folder, by file name.
+
+    Raises:
+        DataError: a file is damaged or of another version.
+    """
+    found = []
+    for file in sorted(folder.glob("[!.]*.json")):
+        try:
+            values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if values.pop("version") != _VERSION:
+                raise ValueError("another version")
+            found.append(Evaluation(**values))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file} is no result that `milan-pipe knn` or `linear-probe` kept ({error}); remove it, and run them "
+                "again"
+            ) from error
+    return found
