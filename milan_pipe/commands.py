@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from milan_pipe.extract.against import TeacherCheck
 from milan_pipe.extract.run import ExtractProgress, ExtractReport
 from milan_pipe.inspection import student as inspecting_student
 from milan_pipe.inspection import targets as inspecting_targets
+from milan_pipe.inspection.report import ReportReport, write_report
 from milan_pipe.inspection.student import InspectStudentReport
 from milan_pipe.inspection.targets import InspectTargetsReport
 from milan_pipe.online import teacher_of
@@ -216,6 +217,21 @@ def inspect_student(
     )
 
 
+def report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    targets: str | Path | None = None,
+    evaluations: Sequence[str | Path] = (),
+    extraction: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = _ignore,
+) -> ReportReport:
+    """Write one HTML page about runs; see `milan_pipe.inspection.report`."""
+    return write_report(
+        runs, out, targets=targets, evaluations=evaluations, extraction=extraction, on_progress=on_progress
+    )
+
+
 def replay(
     file: str | Path,
     *,
@@ -347,6 +363,7 @@ def knn(
         subject=subject.name,
         identity=subject.identity,
         scores={"best": max(accuracy.values()), **{f"k{k}": value for k, value in accuracy.items()}},
+        data=f"{train} -> {test}",
         train=len(first.label_N),
         test=len(second.label_N),
         command=command_of("knn", [checkpoint, train, test], settings, sections),
@@ -382,6 +399,7 @@ def linear_probe(
         subject=subject.name,
         identity=subject.identity,
         scores={"accuracy": result.accuracy, "train": result.train_accuracy},
+        data=f"{train} -> {test}",
         train=len(first.label_N),
         test=len(second.label_N),
         command=command_of("linear-probe", [checkpoint, train, test, "--quick"], settings, sections),
@@ -420,6 +438,7 @@ def finetune(
         config=settings.finetune,
         record={
             "settings": settings.model_dump(mode="json", include={"finetune", "augment"}),
+            "data": f"{train} -> {val}",
             "command": command_of(
                 "finetune",
                 [checkpoint, train, val, run],
@@ -451,6 +470,7 @@ def segment(
         config=settings.segment,
         record={
             "settings": settings.model_dump(mode="json", include={"segment"}),
+            "data": f"{train} -> {val}",
             "command": command_of(
                 "segment", [checkpoint, train, val, run], settings, _student_sections(checkpoint, "segment")
             ),
@@ -479,6 +499,7 @@ def lars_probe(
         config=settings.lars_probe,
         record={
             "settings": settings.model_dump(mode="json", include={"lars_probe"}),
+            "data": f"{train} -> {val}",
             "command": command_of(
                 "linear-probe", [checkpoint, train, val, run], settings, _student_sections(checkpoint, "lars_probe")
             ),

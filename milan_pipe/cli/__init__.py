@@ -13,7 +13,7 @@ from milan_pipe.cli.images import plan, prepare, recipes  # isort: skip
 from milan_pipe.cli.targets import convert_targets, extract_targets, verify_targets  # isort: skip
 from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
 from milan_pipe.cli.transfer import finetune, knn, linear_probe, segment  # isort: skip
-from milan_pipe.cli.inspection import inspect_student, inspect_targets  # isort: skip
+from milan_pipe.cli.inspection import inspect_student, inspect_targets, report  # isort: skip
 from milan_pipe.cli.exchange import export, import_published, train_demo_teacher  # isort: skip
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "pretrain",
     "recipes",
     "replay",
+    "report",
     "segment",
     "train_demo_teacher",
     "verify_targets",

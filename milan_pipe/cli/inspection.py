@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import progress, show
+from milan_pipe.errors import DataError, MissingError
+from milan_pipe.terminal import progress, show, size
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Local folder for index.html and the PNGs.")]
 KeysOption = Annotated[
@@ -106,3 +109,63 @@ def inspect_student(
     }
     show(f"{checkpoint}, {targets} -> {out}", rows, report, as_json)
     return report
+
+
+def _extraction(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"--extraction {file} is not there") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"--extraction {file} cannot be read: {' '.join(str(error).split())}") from error
+    return values
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs: pretrain, finetune, segment, linear-probe."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    targets: Annotated[
+        str | None, typer.Option("--targets", metavar="TARGETS", help="Default: those that each run was trained on.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None,
+        typer.Option("--evaluations", metavar="FOLDER", help="What --keep was given; may be named several times."),
+    ] = None,
+    extraction: Annotated[
+        Path | None,
+        typer.Option("--extraction", metavar="FILE", help="What extract-targets --json printed: where time went."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Write one page about one run, or several side by side.
+
+    Settings and where they differ, loss curves together, speed, the store (bytes, fidelity of the codec, pictures set
+    aside), every score with the command that makes it again, pictures of targets, predictions and segmentations. The
+    page holds all of it: it can be mailed, and asks no network.
+
+    Scores of knn and linear-probe are found in the runs that they were told of; runs of finetune, segment and
+    linear-probe are named beside those that they began with.
+
+    Example: milan-pipe report runs/milan runs/mae tuned segmented --out report.html
+    """
+    from milan_pipe import commands
+
+    told = _extraction(extraction)
+    with progress("what") as update:
+        written = commands.report(
+            runs,
+            out,
+            targets=targets,
+            evaluations=evaluations or (),
+            extraction=told,
+            on_progress=lambda done, total: update(done, total, what="runs"),
+        )
+    rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}
+    show("report", rows, written, as_json)
+    return written

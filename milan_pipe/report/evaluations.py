@@ -24,6 +24,7 @@ class Evaluation:
         subject: what was evaluated: path of a checkpoint, `random` or `teacher`.
         identity: digest of its weights; the same for the same weights, wherever they lie.
         scores: shares between 0 and 1, by name; the first is what the task is known by.
+        data: what it was trained on and judged by, as they were named.
         train, test: numbers of pictures.
         command: what makes it again.
     """
@@ -32,6 +33,7 @@ class Evaluation:
     subject: str
     identity: str
     scores: Mapping[str, float]
+    data: str
     train: int
     test: int
     command: str

@@ -1,0 +1,64 @@
+"""What a store says of itself: size, fidelity, and what was set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from milan_pipe.targets.store import TargetStore
+from milan_pipe.terminal import size
+
+_MOST_BAD = 20
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """Lines to print, and the first samples that were set aside: key and reason."""
+
+    rows: Mapping[str, str]
+    bad: Sequence[tuple[str, str]]
+
+
+def store_facts(store: TargetStore) -> StoreFacts:
+    """Read all records of a store.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    header = store.header
+    records = [store.record(shard) for shard in store.shards]
+    samples = sum(record.source.samples for record in records)
+    views = samples * header.views.count
+    taken = sum(file.bytes for record in records for file in record.files.values())
+    features = sum(
+        file.bytes
+        for record in records
+        for path, file in record.files.items()
+        if path.split("/")[0] in ("features", "scale")
+    )
+    bad = [pair for record in records for pair in record.source.bad]
+    values = header.tokens * header.teacher.width
+    cosines = [(record.mean_cosine, record.source.samples) for record in records]
+    known = [(cosine, count) for cosine, count in cosines if cosine is not None]
+    fidelity = "not recorded in this store"
+    if known:
+        mean = sum(cosine * count for cosine, count in known) / sum(count for _, count in known)
+        fidelity = f"mean cosine {mean:.6f} of decoded and teacher's tokens, over all views"
+    teacher = header.teacher
+    rows = {
+        "store": str(store.place),
+        "format": f"{header.format}, schema {header.schema_version}, written by milan-pipe {header.package_version}",
+        "teacher": f"{teacher.model}{f' ({teacher.pretrained})' if teacher.pretrained else ''}, {teacher.image_size} "
+        f"pixels, {teacher.precision}, {teacher.normalization} normalisation, weights {teacher.weights_sha256[:12]}",
+        "patches": f"{teacher.grid[0]} x {teacher.grid[1]}, features of {teacher.width}",
+        "pictures": f"{samples:,} in {len(records)} of {header.source.shards} shards, {len(bad)} set aside",
+        "views": f"{header.views.count} of each, {header.views.size} pixels, scale {header.views.scale[0]:g} to "
+        f"{header.views.scale[1]:g}, mirrored with probability {header.views.flip:g}, seed {header.views.seed}",
+        "size": f"{size(taken)} in {sum(len(record.files) for record in records):,} files, "
+        f"{size(taken / views)} a view",
+        "codec": f"{header.codec.name}"
+        + (f", fitted for {header.codec.quality:g}" if header.codec.quality is not None else "")
+        + (f", {8 * features / views / values:.2f} bits a dimension" if header.format == "zarr" else ""),
+        "fidelity": fidelity,
+    }
+    return StoreFacts(rows, bad[:_MOST_BAD])

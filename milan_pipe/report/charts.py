@@ -1,0 +1,76 @@
+"""Curves as SVG, drawn by matplotlib without a display; the same numbers give the same bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind can tell apart; black last.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":", "-.")
+_STYLE: Any = {
+    "svg.hashsalt": "milan-pipe",
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e8eb",
+    "axes.edgecolor": "#8c959f",
+    "text.parse_math": False,
+}
+_MOST_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a curve, as many x as y, and the number of its colour: the same for one run in all charts."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+
+
+def _thinned(curve: Curve) -> Curve:
+    """Means of runs of neighbours, so that a page does not grow with the length of a run."""
+    size = -(-len(curve.x) // _MOST_POINTS)
+    if size <= 1:
+        return curve
+    starts = range(0, len(curve.x), size)
+
+    def means(values: Sequence[float]) -> list[float]:
+        parts = [values[start : start + size] for start in starts]
+        return [sum(part) / len(part) for part in parts]
+
+    return replace(curve, x=means(curve.x), y=means(curve.y))
+
+
+def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve], *, log_y: bool = False) -> str:
+    """An SVG picture, as part of a page, with a curve for each name."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        axes = figure.add_subplot()
+        for name, curve in curves.items():
+            drawn = _thinned(curve)
+            dash = _DASHES[curve.colour // len(_COLOURS) % len(_DASHES)]
+            marker = "o" if len(drawn.x) == 1 else None
+            # A name that begins with an underscore is no legend entry for matplotlib.
+            label = f" {name}" if name.startswith("_") else name
+            colour = _COLOURS[curve.colour % len(_COLOURS)]
+            axes.plot(drawn.x, drawn.y, dash, color=colour, label=label, linewidth=1.4, marker=marker, markersize=4)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if log_y:
+            axes.set_yscale("log")
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue().encode()).decode('ascii')}"
