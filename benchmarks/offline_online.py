@@ -1,0 +1,106 @@
+"""Stored targets against a teacher in every step, on the built-in scenes: same student, same number of steps.
+
+    python -m benchmarks.offline_online WORK [--rows 1 4 online ...] [--seeds 0 1 2] [--set section.key=value ...]
+
+Rows are numbers of stored views, codecs (with CODEC_VIEWS views), and `online`: a teacher in every step on crops of which
+none is seen twice. For that row a store with as many views as epochs serves as the source of crops; its features are not
+read. WORK gets scenes, stores, runs and one file of results per row and seed; what is there is not done again, so that
+several processes may share rows and seeds. The table of all results is printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.ablation import evaluate, spread
+from milan_pipe import commands
+from milan_pipe.config import Params, load_params
+
+SCENES, EPOCHS, CODEC_VIEWS = 2000, 30, 4
+VIEWS = ("1", "2", "4", "8", "16")
+CODECS = ("float16", "klt")
+ONLINE = "online"
+BASE = (f"prepare.train_scenes={SCENES}", f"pretrain.epochs={EPOCHS}", "pretrain.warmup_epochs=3")
+
+
+def _settings(row: str, overrides: list[str]) -> list[str]:
+    if row == ONLINE:
+        own = [f"views.count={EPOCHS}", "pretrain.targets=online"]
+    elif row in CODECS:
+        own = [f"views.count={CODEC_VIEWS}", f"codec.name={row}"]
+    else:
+        own = [f"views.count={row}"]
+    return [*BASE, *own, *overrides]
+
+
+def _extract(work: Path, row: str, params: Params) -> Path:
+    """The row's store; the time that it took is kept the first time."""
+    targets = work / f"targets-{row}"
+    told = work / "results" / f"extraction-{row}.json"
+    if not told.is_file():
+        report = commands.extract_targets(str(work / "images" / "train-*.tar"), targets, params)
+        told.parent.mkdir(parents=True, exist_ok=True)
+        values = {"seconds": report.seconds, "bytes": report.bytes, "mean_cosine": report.mean_cosine}
+        told.write_text(json.dumps(values, indent=2) + "\n")
+    return targets
+
+
+def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
+    result = work / "results" / f"{row}-{seed}.json"
+    if result.is_file():
+        return
+    params = load_params(None, [*_settings(row, overrides), f"pretrain.seed={seed}", f"masking.seed={seed}"])
+    targets = _extract(work, row, params)
+    run = work / "runs" / f"{row}-{seed}"
+    report = commands.pretrain(targets, run, params)
+    values = {"loss": report.loss, "seconds": report.seconds, **evaluate(str(run), work / "images", params)}
+    result.write_text(json.dumps(values, indent=2) + "\n")
+    print(row, seed, values, flush=True)
+
+
+def _table(work: Path) -> str:
+    lines = [
+        "| targets | seeds | linear probe, CLS | linear probe, patches | k-NN, CLS | loss | store, MB | extraction, s "
+        "| pretraining, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    titles = {
+        **{row: f"{row} stored view{'s' if row != '1' else ''}, int8" for row in VIEWS},
+        **{codec: f"{CODEC_VIEWS} stored views, {codec}" for codec in CODECS},
+        ONLINE: "teacher in every step, fresh crops",
+    }
+    for row, title in titles.items():
+        found = [json.loads(path.read_text()) for path in sorted((work / "results").glob(f"{row}-[0-9]*.json"))]
+        if not found:
+            continue
+        extraction = json.loads((work / "results" / f"extraction-{row}.json").read_text())
+        scores = [spread([values[key] for values in found]) for key in ("probe_cls", "probe_mean", "knn_cls")]
+        loss = f"{sum(values['loss'] for values in found) / len(found):.4f}"
+        stored = ("-", "-") if row == ONLINE else (f"{extraction['bytes'] / 1e6:.0f}", f"{extraction['seconds']:.0f}")
+        seconds = spread([values["seconds"] for values in found])
+        lines.append(f"| {title} | {len(found)} | {' | '.join(scores)} | {loss} | {' | '.join(stored)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Do what is not there yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    rows = [*VIEWS, *CODECS, ONLINE]
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    if not (work / "images" / "index.json").is_file():
+        commands.prepare("demo", work / "images", load_params(None, [*BASE, *arguments.overrides]))
+    for row in arguments.rows:
+        for seed in arguments.seeds:
+            _run(work, row, seed, arguments.overrides)
+    print(_table(work))
+
+
+if __name__ == "__main__":
+    main()
