@@ -2,10 +2,10 @@
 
     python -m benchmarks.offline_online WORK [--rows 1 4 online ...] [--seeds 0 1 2] [--set section.key=value ...]
 
-Rows are numbers of stored views, codecs (with CODEC_VIEWS views), and `online`: a teacher in every step on crops of which
-none is seen twice. For that row a store with as many views as epochs serves as the source of crops; its features are not
-read. WORK gets scenes, stores, runs and one file of results per row and seed; what is there is not done again, so that
-several processes may share rows and seeds. The table of all results is printed at the end.
+Rows are numbers of stored views, codecs (with CODEC_VIEWS views), and `online`: a teacher in every step on crops of
+which none is seen twice. For that row a store with as many views as epochs serves as the source of crops; its features
+are not read. WORK gets scenes, stores, runs and one file of results per row and seed; what is there is not done again,
+so that several processes may share rows and seeds. The table of all results is printed at the end.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 from milan_pipe import cli
 from milan_pipe.terminal import errors_as_one_line
-from stages.layout import METRICS, STUDENTS, TEST, TRAIN, TUNED
-from stages.report import write_metrics
+from stages.layout import METRICS, STUDENTS, TEST, TRAIN, TUNED, write_metrics
 
 if __name__ == "__main__":
     with errors_as_one_line():

@@ -2,12 +2,12 @@
 
 from milan_pipe import cli
 from milan_pipe.terminal import errors_as_one_line
-from stages.layout import FEATURES, METRICS, SUBJECTS, TEST, TRAIN
-from stages.report import write_metrics
+from stages.layout import EVALUATIONS, FEATURES, METRICS, SUBJECTS, TEST, TRAIN, write_metrics
 
 if __name__ == "__main__":
     with errors_as_one_line():
         reports = {
-            name: cli.knn(checkpoint, TRAIN, TEST, features=str(FEATURES)) for checkpoint, name in SUBJECTS.items()
+            name: cli.knn(checkpoint, TRAIN, TEST, features=str(FEATURES), keep=str(EVALUATIONS / "knn"))
+            for checkpoint, name in SUBJECTS.items()
         }
         write_metrics(METRICS / "knn.json", {name: report.best for name, report in reports.items()})

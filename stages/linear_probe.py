@@ -2,13 +2,14 @@
 
 from milan_pipe import cli
 from milan_pipe.terminal import errors_as_one_line
-from stages.layout import FEATURES, METRICS, SUBJECTS, TEST, TRAIN
-from stages.report import write_metrics
+from stages.layout import EVALUATIONS, FEATURES, METRICS, SUBJECTS, TEST, TRAIN, write_metrics
 
 if __name__ == "__main__":
     with errors_as_one_line():
         reports = {
-            name: cli.linear_probe(checkpoint, TRAIN, TEST, quick=True, features=str(FEATURES))
+            name: cli.linear_probe(
+                checkpoint, TRAIN, TEST, quick=True, features=str(FEATURES), keep=str(EVALUATIONS / "linear-probe")
+            )
             for checkpoint, name in SUBJECTS.items()
         }
         write_metrics(METRICS / "linear_probe.json", {name: report.accuracy for name, report in reports.items()})

@@ -1,20 +1,13 @@
-"""Metrics files of the stages, and the table at the end."""
+"""Stage `report`: the page of all results, and their table."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from stages.layout import METRICS, SUBJECTS
-
-
-def write_metrics(path: Path, values: dict[str, Any]) -> None:
-    """Write a metrics file for DVC."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
+from milan_pipe import cli
+from milan_pipe.terminal import errors_as_one_line
+from stages.layout import EVALUATIONS, MAE_RUN, METRICS, REPORT, RUN, SEGMENTED, SUBJECTS, TUNED
 
 _COLUMNS = {
     "k-NN": "knn.json",
@@ -37,4 +30,15 @@ def _table() -> Table:
 
 
 if __name__ == "__main__":
-    Console().print(_table())
+    with errors_as_one_line():
+        students = [str(folder) for folder in (RUN, MAE_RUN)]
+        transferred = [str(folder) for root in (TUNED, SEGMENTED) for folder in sorted(root.iterdir())]
+        extraction = METRICS / "extract_targets.json"
+        did_something = json.loads(extraction.read_text())["phases"]
+        cli.report(
+            [*students, *transferred],
+            REPORT,
+            evaluations=[str(EVALUATIONS / name) for name in ("knn", "linear-probe")],
+            extraction=extraction if did_something else None,
+        )
+        Console().print(_table())

@@ -1,0 +1,38 @@
+"""A small project of scenes: its settings and where its parts lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_pipe.config import Params
+
+SETTINGS = [
+    "prepare.train_scenes=48",
+    "prepare.test_scenes=16",
+    "prepare.samples_per_shard=24",
+    "views.count=2",
+    "student.width=32",
+    "student.depth=2",
+    "student.heads=2",
+    "decoder.width=16",
+    "decoder.depth=1",
+    "pretrain.batch_size=16",
+    "pretrain.epochs=2",
+    "pretrain.log_every=1",
+    "knn.neighbours=[1, 5]",
+    "finetune.batch_size=16",
+    "segment.steps=4",
+    "segment.batch_size=4",
+    "segment.eval_every=4",
+    "segment.channels=8",
+]
+
+
+@dataclass(frozen=True)
+class Project:
+    root: Path
+    params: Params
+    images: tuple[str, str]
+    targets: Path
+    runs: tuple[Path, ...]
