@@ -1,4 +1,7 @@
-"""Pretrain vision transformers on stored CLIP features: MILAN as a two-stage offline pipeline."""
+"""Pretrain vision transformers on stored CLIP features: MILAN as a two-stage offline pipeline.
+
+Every command is a function of the same name; `open_targets` and `load_student` give what they wrote to other code.
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,72 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from milan_pipe.commands import (
+        convert_targets,
         export,
         extract_targets,
+        finetune,
         import_published,
+        inspect_student,
+        inspect_targets,
         knn,
+        lars_probe,
         linear_probe,
         plan,
         prepare,
         pretrain,
         replay,
+        report,
+        segment,
+        verify_targets,
     )
     from milan_pipe.config import Params, load_params
+    from milan_pipe.dataset import Target, TargetDataset, Targets, open_targets
+    from milan_pipe.exchange.loading import load_student
 
 __all__ = [
     "Params",
+    "Target",
+    "TargetDataset",
+    "Targets",
+    "convert_targets",
     "export",
     "extract_targets",
+    "finetune",
     "import_published",
+    "inspect_student",
+    "inspect_targets",
     "knn",
+    "lars_probe",
     "linear_probe",
     "load_params",
+    "load_student",
+    "open_targets",
     "plan",
     "prepare",
     "pretrain",
     "replay",
+    "report",
+    "segment",
+    "verify_targets",
 ]
 
-_HOMES = {
+_ELSEWHERE = {
     "Params": "milan_pipe.config",
+    "Target": "milan_pipe.dataset",
+    "TargetDataset": "milan_pipe.dataset",
+    "Targets": "milan_pipe.dataset",
     "load_params": "milan_pipe.config",
-    "export": "milan_pipe.commands",
-    "extract_targets": "milan_pipe.commands",
-    "import_published": "milan_pipe.commands",
-    "knn": "milan_pipe.commands",
-    "linear_probe": "milan_pipe.commands",
-    "plan": "milan_pipe.commands",
-    "prepare": "milan_pipe.commands",
-    "pretrain": "milan_pipe.commands",
-    "replay": "milan_pipe.commands",
+    "load_student": "milan_pipe.exchange.loading",
+    "open_targets": "milan_pipe.dataset",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `milan-pipe --help` does not wait for torch.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module(_ELSEWHERE.get(name, "milan_pipe.commands")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -32,7 +32,7 @@ from milan_pipe.pretraining.bad_batch import ReplayReport
 from milan_pipe.pretraining.bad_batch import replay as _replay
 from milan_pipe.pretraining.run import PretrainReport
 from milan_pipe.pretraining.run import pretrain as _pretrain
-from milan_pipe.report.evaluations import FOLDER, Evaluation, keep_evaluation, make_folder
+from milan_pipe.reporting.evaluations import FOLDER, Evaluation, keep_evaluation, make_folder
 from milan_pipe.storage import local_folder
 from milan_pipe.targets import convert as conversion
 from milan_pipe.targets import verify as verification

@@ -1,4 +1,4 @@
-"""Object stores for tests: a real S3 server in a process of its own, with or without a proxy that disturbs."""
+"""Object stores for tests (a real S3 server in a process of its own, or a proxy that disturbs), and a small project."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
@@ -69,3 +70,31 @@ def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
     """As `proxied_bucket`; every third request is answered 500."""
     s3_proxy.fail_every = 3
     return proxied_bucket
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Scenes, targets, runs of every kind, results of probes; made once, and not to be changed."""
+    from milan_pipe import commands
+    from milan_pipe.config import load_params
+
+    root = tmp_path_factory.mktemp("project")
+    params = load_params(None, SETTINGS)
+    commands.prepare("demo", root / "images", params)
+    images = str(root / "images" / "train-*.tar"), str(root / "images" / "test-*.tar")
+    targets = root / "targets"
+    commands.extract_targets(images[0], targets, params)
+    milan, mae = root / "runs" / "milan", root / "runs" / "mae"
+    commands.pretrain(targets, milan, params)
+    commands.pretrain(
+        targets, mae, load_params(None, [*SETTINGS, "target=pixels", "decoder.kind=plain", "masking.kind=random"])
+    )
+    commands.finetune(milan, *images, root / "tuned" / "milan", params)
+    commands.finetune("random", *images, root / "tuned" / "random", params)
+    commands.segment(milan, *images, root / "segmented", params)
+    commands.knn(milan, *images, params)
+    commands.knn("random", *images, params, keep=root / "bounds")
+    commands.knn("teacher", *images, params, keep=root / "bounds")
+    commands.linear_probe(mae, *images, params)
+    runs = milan, mae, root / "tuned" / "milan", root / "tuned" / "random", root / "segmented"
+    return Project(root, params, images, targets, runs)

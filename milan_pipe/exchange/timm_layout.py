@@ -17,9 +17,9 @@ from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.transfer.backbone import student_of
 from milan_pipe.transfer.classifier import classifier_of, timm_sizes
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
-_CROP = 0.875
+CROP = 0.875
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _input_of(config: StudentConfig, classes: int, crop: float) -> dict[str, Any]:
+def input_of(config: StudentConfig, classes: int, crop: float) -> dict[str, Any]:
+    """What timm is told of the input: its `resolve_data_config` reads it."""
     # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
     return {
         "architecture": config.model,
@@ -90,7 +91,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         described: Any = encoder
-        described.pretrained_cfg = _input_of(config, encoder.num_classes, opened.record["crop"] if tuned else _CROP)
+        described.pretrained_cfg = input_of(config, encoder.num_classes, opened.record["crop"] if tuned else CROP)
         save_for_hf(
             encoder,
             str(partial),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from milan_pipe.report.page import render, write_page
-from milan_pipe.report.sheet import Sheet, data_url, draw_sheet, write_png
+from milan_pipe.reporting.page import render, write_page
+from milan_pipe.reporting.sheet import Sheet, data_url, draw_sheet, write_png
 
 PAGE = "index.html"
 _LONGEST = 160

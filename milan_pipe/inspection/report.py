@@ -19,10 +19,10 @@ from milan_pipe.inspection.store_facts import StoreFacts, store_facts
 from milan_pipe.inspection.student import pretrained_objective, student_sheets
 from milan_pipe.inspection.targets import target_sheets
 from milan_pipe.inspection.transfer_table import Cell, transfer_table
-from milan_pipe.report.charts import Curve, line_chart
-from milan_pipe.report.evaluations import read_evaluations
-from milan_pipe.report.page import render, write_page
-from milan_pipe.report.sheet import file_url
+from milan_pipe.reporting.charts import Curve, line_chart
+from milan_pipe.reporting.evaluations import read_evaluations
+from milan_pipe.reporting.page import render, write_page
+from milan_pipe.reporting.sheet import file_url
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.store import TargetStore, open_targets

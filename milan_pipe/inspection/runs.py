@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from milan_pipe.errors import DataError, MissingError
-from milan_pipe.report.charts import Curve
-from milan_pipe.report.evaluations import FOLDER, Evaluation, read_evaluations
+from milan_pipe.reporting.charts import Curve
+from milan_pipe.reporting.evaluations import FOLDER, Evaluation, read_evaluations
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.transfer.backbone import Backbone, student_of
 
@@ -143,10 +143,12 @@ def _unique_names(folders: list[Path]) -> list[str]:
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Runs of one report, each named once; a run that is named twice is taken once. Raises as `read_run`."""
-    runs = [read_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    runs = [read_run(folder) for folder in once.values()]
     named: dict[Path, str] = {}
     for task in {run.task for run in runs}:
         of_task = [run.folder for run in runs if run.task == task]
         named.update(zip(of_task, _unique_names(of_task), strict=True))
-    shown = {folder.resolve(): folder for folder in folders}
-    return [replace(run, name=named[run.folder], folder=shown[run.folder]) for run in runs]
+    return [replace(run, name=named[run.folder]) for run in runs]

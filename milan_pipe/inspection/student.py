@@ -18,9 +18,9 @@ from milan_pipe.inspection.samples import Sample, choose_samples
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
 from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.report.grids import heat, on_pixels, only_visible
-from milan_pipe.report.pca import FeatureColours
-from milan_pipe.report.sheet import Panel, Row, Sheet
+from milan_pipe.reporting.grids import heat, on_pixels, only_visible
+from milan_pipe.reporting.pca import FeatureColours
+from milan_pipe.reporting.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from milan_pipe.inspection.gallery import Gallery, write_gallery
 from milan_pipe.inspection.samples import Sample, StoredView, choose_samples, read_view
-from milan_pipe.report.grids import on_pixels, only_visible, overlaid
-from milan_pipe.report.pca import FeatureColours
-from milan_pipe.report.sheet import Panel, Row, Sheet
+from milan_pipe.reporting.grids import on_pixels, only_visible, overlaid
+from milan_pipe.reporting.pca import FeatureColours
+from milan_pipe.reporting.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
 from milan_pipe.targets.store import TargetStore, open_targets

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from milan_pipe.inspection.runs import PRETRAIN, RunRecord
-from milan_pipe.report.evaluations import Evaluation
+from milan_pipe.reporting.evaluations import Evaluation
 
 _TITLES = {
     "knn": "k-NN",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import open_clip
@@ -174,9 +175,9 @@ def _weights_file(name: str, pretrained: str) -> Path:
         try:
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained)))
         except (OSError, RuntimeError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())[:240] or type(error).__name__
+            reason = shorten(str(error), 240, placeholder=" ...") or type(error).__name__
             raise MissingError(
-                f"weights {pretrained!r} of teacher {name!r} cannot be had: {reason}. Connect to the model hub once, "
+                f"weights {pretrained!r} of teacher {name!r} cannot be had ({reason}). Connect to the model hub once, "
                 "or name a local checkpoint with --set teacher.pretrained=PATH"
             ) from error
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from milan_pipe.data.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
 from milan_pipe.errors import DataError, MismatchError, SettingError
-from milan_pipe.report.segmentation import draw_segmentations
+from milan_pipe.reporting.segmentation import draw_segmentations
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale

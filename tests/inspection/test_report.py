@@ -16,8 +16,8 @@ from milan_pipe.config import load_params
 from milan_pipe.errors import DataError, MissingError, SettingError, StoreError
 from milan_pipe.inspection.runs import read_runs
 from milan_pipe.inspection.transfer_table import transfer_table
-from milan_pipe.report.evaluations import read_evaluations
-from milan_pipe.report.page import render
+from milan_pipe.reporting.evaluations import read_evaluations
+from milan_pipe.reporting.page import render
 from milan_pipe.targets.store import open_targets
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

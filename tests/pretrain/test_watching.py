@@ -15,7 +15,7 @@ from support.targets import header, write_store
 from milan_pipe.errors import SettingError, StoreError
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.report.masks import draw_masks, heat
+from milan_pipe.reporting.masks import draw_masks, heat
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from milan_pipe.report.grids import heat, on_pixels, only_visible
-from milan_pipe.report.sheet import write_png
+from milan_pipe.reporting.grids import heat, on_pixels, only_visible
+from milan_pipe.reporting.sheet import write_png
 
 _SIDE, _GAP, _CAPTION = 192, 8, 18
 

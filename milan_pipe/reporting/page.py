@@ -14,7 +14,7 @@ from milan_pipe.errors import StoreError
 
 
 def _template(name: str) -> str:
-    return (files("milan_pipe.report") / "templates" / name).read_text(encoding="utf-8")
+    return (files("milan_pipe.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
@@ -29,7 +29,7 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template in `report/templates`; what is put in is escaped."""
+    """The page of a template in `reporting/templates`; what is put in is escaped."""
     return _environment().get_template(template).render(version=__version__, **values)
 
 

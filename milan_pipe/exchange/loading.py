@@ -1,0 +1,45 @@
+"""A student for other code: the timm model, with its weights and what timm wants to know of its input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+
+from milan_pipe.errors import DataError
+from milan_pipe.exchange.timm_layout import CONFIG_FILE, CROP, WEIGHTS_FILE, input_of
+from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.transfer.backbone import student_of
+from milan_pipe.transfer.classifier import classifier_of
+
+
+def load_student(path: str | Path) -> VisionTransformer:
+    """The student of a checkpoint, a run, or a folder that `export` wrote, in evaluation mode on the CPU.
+
+    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` gives the
+    logits. Pictures are RGB, normalised with ImageNet's mean and deviation:
+    `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does all of it.
+
+    Raises:
+        MissingError: nothing is there.
+        DataError: it is damaged, or holds no student.
+        MismatchError: its tensors are not those of its student.
+    """
+    folder = Path(path)
+    model: Any
+    if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+        try:
+            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{folder} is no model that timm can load ({reason}); export it again") from error
+        return model.eval()  # type: ignore[no-any-return]
+    opened = open_checkpoint(folder)
+    tuned = opened.record.get("task") == "finetune"
+    config, model = classifier_of(opened) if tuned else student_of(opened)
+    model.pretrained_cfg = input_of(config, model.num_classes, opened.record["crop"] if tuned else CROP)
+    model.default_cfg = model.pretrained_cfg
+    return model.eval()  # type: ignore[no-any-return]
