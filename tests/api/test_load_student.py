@@ -25,8 +25,8 @@ def test_run_checkpoint_and_export_give_one_model(project: Project, tmp_path: Pa
     for model in models:
         assert not model.training
         config = timm.data.resolve_model_data_config(model)
-        assert config["input_size"] == (3, 64, 64)
-        assert config["mean"] == (0.485, 0.456, 0.406)
+        assert tuple(config["input_size"]) == (3, 64, 64)
+        assert tuple(config["mean"]) == (0.485, 0.456, 0.406)
         assert config["crop_pct"] == 0.875
 
 
