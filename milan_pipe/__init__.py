@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from milan_pipe.commands import (
         convert_targets,
+        doctor,
         export,
         extract_targets,
         finetune,
@@ -40,6 +41,7 @@ __all__ = [
     "TargetDataset",
     "Targets",
     "convert_targets",
+    "doctor",
     "export",
     "extract_targets",
     "finetune",

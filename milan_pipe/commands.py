@@ -24,6 +24,8 @@ from milan_pipe.inspection import targets as inspecting_targets
 from milan_pipe.inspection.report import ReportReport, write_report
 from milan_pipe.inspection.student import InspectStudentReport
 from milan_pipe.inspection.targets import InspectTargetsReport
+from milan_pipe.machine import DoctorReport
+from milan_pipe.machine import doctor as _doctor
 from milan_pipe.online import teacher_of
 from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
@@ -230,6 +232,11 @@ def report(
     return write_report(
         runs, out, targets=targets, evaluations=evaluations, extraction=extraction, on_progress=on_progress
     )
+
+
+def doctor(places: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
+    """What this machine has to work with, and whether places can be reached; see `milan_pipe.machine`."""
+    return _doctor(places, write=write)
 
 
 def replay(

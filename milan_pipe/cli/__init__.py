@@ -14,11 +14,15 @@ from milan_pipe.cli.targets import convert_targets, extract_targets, verify_targ
 from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
 from milan_pipe.cli.transfer import finetune, knn, linear_probe, segment  # isort: skip
 from milan_pipe.cli.inspection import inspect_student, inspect_targets, report  # isort: skip
+from milan_pipe.cli.demo import demo  # isort: skip
+from milan_pipe.cli.doctor import doctor  # isort: skip
 from milan_pipe.cli.exchange import export, import_published, train_demo_teacher  # isort: skip
 
 __all__ = [
     "app",
     "convert_targets",
+    "demo",
+    "doctor",
     "export",
     "extract_targets",
     "finetune",

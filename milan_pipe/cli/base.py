@@ -37,11 +37,19 @@ app = typer.Typer(
 )
 
 
+def _complete_params(incomplete: str) -> list[str]:
+    from milan_pipe.recipes import recipe_names
+
+    files = [str(path) for path in Path().glob("*.yaml")]
+    return [name for name in [*recipe_names(), *files] if name.startswith(incomplete)]
+
+
 ParamsOption = Annotated[
     Path | None,
     typer.Option(
         "--params",
         metavar="FILE",
+        autocompletion=_complete_params,
         help="Settings in YAML, or a recipe's name. Default: ./params.yaml if there, else built in.",
     ),
 ]

@@ -1,0 +1,61 @@
+"""What the machine has to work with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from milan_pipe.cli.base import JsonOption, app
+from milan_pipe.terminal import console, show, size
+
+
+@app.command()
+def doctor(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PLACE...]", help="Folders or URLs, to see whether they can be used."),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Also write a small file to each place, and remove it.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> Any:
+    """Say what this machine has to work with, and whether places can be reached.
+
+    Versions, devices with their memory, the codec pipeline, the params file that is in force here, and for each PLACE
+    what lies there, free disk, and what is wrong with it. Exit code 1 where something is.
+
+    Example: milan-pipe doctor data/targets s3://bucket/targets --write
+    """
+    from milan_pipe import commands
+
+    report = commands.doctor(places or (), write=write)
+    rows = {
+        "python": report.python,
+        "system": report.system,
+        "packages": ", ".join(f"{name} {found or 'NOT INSTALLED'}" for name, found in report.versions.items()),
+        "threads": str(report.threads),
+        "memory": size(report.memory),
+        **{
+            device.name: f"{device.what}, {size(device.memory)}"
+            + ("" if device.bfloat16 is None else f", bfloat16 {'yes' if device.bfloat16 else 'no'}")
+            for device in report.devices
+        },
+        "zarr codecs": report.pipeline,
+        "params": report.params or "built in: no params.yaml here",
+    }
+    if report.places:
+        table = Table("place", "found", "free")
+        for check in report.places:
+            free = size(check.free_bytes) if check.free_bytes is not None else "-"
+            table.add_row(*(Text(text, overflow="fold") for text in (check.place, check.found, free)))
+        console.print(table)
+    show("doctor", rows, report, as_json)
+    for problem in report.problems:
+        console.print(Text.assemble(("problem:", "bold red"), " ", problem), soft_wrap=True)
+    if report.problems:
+        raise typer.Exit(1)
+    return report
