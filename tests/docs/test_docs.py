@@ -1,0 +1,179 @@
+"""The pages build, are up to date, and say only commands that the command line takes."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+import yaml
+from support.project import SETTINGS
+
+from milan_pipe.cli import app
+from milan_pipe.config import load_params
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    return [text for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+
+
+def shell_lines(text: str) -> list[str]:
+    joined = re.sub(r"\\\n\s*", " ", text)
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def milan_commands(page: Path) -> list[list[str]]:
+    """Words after `milan-pipe`, of every such command in a page's shell blocks."""
+    found = []
+    for line in [line for text in blocks(page, "console", "bash") for line in shell_lines(text)]:
+        for part in re.split(r"&&|\|(?!\|)|;", line):
+            words = shlex.split(part, comments=True)
+            for start, end in (("milan-pipe", 1), ("-m", 2)):
+                if start in words and words[words.index(start) :][:end][-1] in ("milan-pipe", "milan_pipe"):
+                    found.append(words[words.index(start) + end :])
+                    break
+    return found
+
+
+def shown(value: object) -> str:
+    return " ".join(value)[:60] if isinstance(value, list) else str(value)
+
+
+ALL = [(page.name, words) for page in PAGES for words in milan_commands(page)]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(ALL) > 80
+    assert {"demo", "doctor", "report", "extract-targets", "pretrain", "segment"} <= {
+        words[0] for _, words in ALL if words
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), ALL, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value
+)
+def test_the_command_line_takes_every_command_of_the_docs(page: str, words: list[str]) -> None:
+    """Command, options, number of arguments and every setting are known; nothing is run."""
+    del page
+    words = words[: words.index(">")] if ">" in words else words
+    group: Any = typer.main.get_command(app)
+    try:
+        context = group.make_context("milan-pipe", list(words), resilient_parsing=False)
+    except click.exceptions.Exit:
+        return
+    rest = [*context._protected_args, *context.args]
+    if not rest:
+        return
+    name, command, arguments = group.resolve_command(context, rest)
+    try:
+        found = command.make_context(name, arguments, parent=context)
+    except click.exceptions.Exit:
+        return
+    params, overrides = found.params.get("params"), found.params.get("overrides")
+    if params is not None and Path(params).suffix:
+        params = None
+    load_params(params, overrides or [])
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))["commands_page"]()
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == page, "run python docs/generate_commands.py"
+
+
+def test_every_command_is_in_the_reference_with_an_example() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        assert f"## {name}\n" in text
+        assert command.help, name
+
+
+def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {"NO_MKDOCS_2_WARNING": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) >= len(PAGES) - 1
+    scripts = r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//'
+    styles = r'<link[^>]+rel="?(?:stylesheet|preconnect)[^>]+href="(?:https?:)?//'
+    fetched = re.compile(f"{scripts}|{styles}")
+    for page in pages:
+        assert not fetched.search(page.read_text(encoding="utf-8")), page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def names(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [name for part in (entry.values() if isinstance(entry, dict) else entry) for name in names(part)]
+
+    assert sorted(names(config["nav"])) == sorted(page.name for page in PAGES[1:])
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder but for small settings, and a few pictures in folders."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        name, _, value = setting.partition("=")
+        section, _, key = name.partition(".")
+        values.setdefault(section, {})[key] = yaml.safe_load(value)
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def run(line: str) -> None:
+    """Run one line as the shell would, in this process."""
+    words = shlex.split(line)
+    assert words[0] == "milan-pipe", line
+    group: Any = typer.main.get_command(app)
+    group(words[1:], standalone_mode=False)
+
+
+def test_the_five_steps_run_as_they_stand(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sandbox)
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (sandbox / "pictures").mkdir()
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 256, (40 + number, 60, 3), np.uint8)).save(sandbox / f"pictures/{number}.jpg")
+    for line in [line for text in blocks(ROOT / "docs" / "own-images.md", "console") for line in shell_lines(text)]:
+        run(line.replace("plan images", "plan --sample 4 images"))
+    for made in ("targets/manifest.json", "looks/index.html", "guesses/index.html", "vit/config.json", "report.html"):
+        assert (sandbox / made).is_file(), made
+
+
+def test_the_python_page_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = load_params
+    monkeypatch.setattr(
+        "milan_pipe.config.load_params", lambda path=None, overrides=(): small(path, [*SETTINGS, *overrides])
+    )
+    scope: dict[str, Any] = {}
+    for text in blocks(ROOT / "docs" / "python.md", "python"):
+        exec(compile(text.replace("pretrain.epochs=5", "pretrain.epochs=2"), "python.md", "exec"), scope)
+    told = capsys.readouterr().out
+    assert "% by k-NN" in told
+    assert "48 2 (8, 8) 128" in told
+    assert "torch.Size([1, 65, 32])" in told
+    assert (tmp_path / "report.html").is_file()
