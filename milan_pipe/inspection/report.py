@@ -308,7 +308,7 @@ def write_report(
         segmentations=_segment_pictures(others),
         differences=_differences(pretrained),
         commands=[(run.name, run.task, str(run.record.get("command", "not recorded"))) for run in found],
-        settings=[(run.name, yaml.safe_dump(_settings(run), sort_keys=False)) for run in found],
+        settings=[(f"{run.name}: {run.task}", yaml.safe_dump(_settings(run), sort_keys=False)) for run in found],
         left_out=left_out,
     )
     write_page(file, text)
