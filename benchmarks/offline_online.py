@@ -5,14 +5,19 @@
 Rows are numbers of stored views, codecs (with CODEC_VIEWS views), and `online`: a teacher in every step on crops of
 which none is seen twice. For that row a store with as many views as epochs serves as the source of crops; its features
 are not read. WORK gets scenes, stores, runs and one file of results per row and seed; what is there is not done again,
-so that several processes may share rows and seeds. The table of all results is printed at the end.
+so that several processes may share rows and seeds. At the end the table of all results is printed, and drawn as
+WORK/offline-online.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from benchmarks.ablation import evaluate, spread
 from milan_pipe import commands
@@ -84,6 +89,37 @@ def _table(work: Path) -> str:
     return "\n".join(lines)
 
 
+def _draw(work: Path) -> None:
+    """The linear probe over the number of stored views, and the online teacher's as a band."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, colour in (("probe_cls", "CLS token", "#0072B2"), ("probe_mean", "mean of patches", "#D55E00")):
+        values = {
+            row: [json.loads(path.read_text())[key] for path in sorted((work / "results").glob(f"{row}-[0-9]*.json"))]
+            for row in (*VIEWS, ONLINE)
+        }
+        if any(len(found) < 2 for found in values.values()):
+            continue
+        means = {row: statistics.mean(found) for row, found in values.items()}
+        errors = {row: statistics.stdev(found) for row, found in values.items()}
+        axes.errorbar(
+            [int(row) for row in VIEWS],
+            [means[row] for row in VIEWS],
+            [errors[row] for row in VIEWS],
+            marker="o", capsize=3, color=colour, label=f"stored views, {label}",
+        )  # fmt: skip
+        low, high = means[ONLINE] - errors[ONLINE], means[ONLINE] + errors[ONLINE]
+        axes.axhspan(low, high, color=colour, alpha=0.15, label=f"teacher in every step, {label}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(row) for row in VIEWS], VIEWS)
+    axes.set_xlabel("stored views of each picture")
+    axes.set_ylabel("linear probe, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    with mpl.rc_context({"svg.hashsalt": "milan-pipe"}):
+        figure.savefig(work / "offline-online.svg", metadata={"Date": None, "Creator": None})
+
+
 def main() -> None:
     """Do what is not there yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,6 +136,7 @@ def main() -> None:
         for seed in arguments.seeds:
             _run(work, row, seed, arguments.overrides)
     print(_table(work))
+    _draw(work)
 
 
 if __name__ == "__main__":
