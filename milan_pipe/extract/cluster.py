@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
@@ -141,6 +142,23 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
+def _outcome(future: Future) -> tuple[Exception | None, ShardResult | None]:  # type: ignore[type-arg]
+    """Error or result of a task that has ended.
+
+    Raises:
+        CancelledError, OSError: the scheduler does not know it any more, or does not answer.
+    """
+    if future.status in ("cancelled", "lost"):
+        raise CancelledError(future.status)
+    error: Exception | None = future.exception()
+    if isinstance(error, CancelledError):
+        raise error
+    if error is not None:
+        return error, None
+    result: ShardResult = future.result()
+    return None, result
+
+
 def extract_on_cluster(
     assignment: Assignment,
     jobs: Sequence[ShardJob],
@@ -186,13 +204,14 @@ def extract_on_cluster(
         finished = as_completed(list(waiting))
         for future in finished:
             job, attempt = waiting.pop(future)
-            if future.status in ("cancelled", "lost"):
-                raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost")
-            look_at_workers()
-            error = future.exception()
-            if error is None:
-                result = future.result()
-                counts.end(job.name, result.views, len(result.source.bad))
+            try:
+                look_at_workers()
+                error, result = _outcome(future)
+            # The connection may go at any moment, also between two questions to it.
+            except (CancelledError, OSError) as gone:
+                raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost") from gone
+            if result is not None:
+                counts.end(job.name, result.views, len(result.source.bad) if result.source is not None else 0)
                 yield result
             elif attempt < _ATTEMPTS and not isinstance(error, KilledWorker):
                 again = submit(job, attempt + 1)

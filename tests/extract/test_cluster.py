@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import psutil
 import pytest
+from distributed.client import FutureCancelledError
 
 from milan_pipe.data.prepare import PrepareConfig, prepare
 from milan_pipe.errors import DataError
+from milan_pipe.extract.cluster import _outcome
 from milan_pipe.extract.run import ExtractProgress
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
@@ -160,6 +163,25 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(eight: tuple[
     assert "the same command goes on" in errors[0]
     subprocess.run(command(eight[0], targets), check=True, capture_output=True, cwd=tmp_path)
     assert files(targets) == eight[1]
+
+
+@pytest.mark.parametrize("question", ["exception", "result"])
+def test_a_scheduler_that_goes_between_two_questions_is_lost_all_the_same(question: str) -> None:
+    """A killed scheduler meets this moment by chance alone, so that here the future says what it says then."""
+
+    class Gone:
+        status = "finished"
+
+        def exception(self) -> BaseException | None:
+            if question == "exception":
+                return FutureCancelledError("key", "scheduler-connection-lost")
+            return None
+
+        def result(self) -> None:
+            raise FutureCancelledError("key", "scheduler-connection-lost")
+
+    with pytest.raises(CancelledError):
+        _outcome(Gone())  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
