@@ -177,7 +177,7 @@ def dask_overhead(work: Path, shards: int) -> None:
     result = {"in this process": run() / shards}
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0
+            n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0
         ) as cluster,
         Client(cluster) as client,
     ):

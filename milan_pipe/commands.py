@@ -27,7 +27,7 @@ from milan_pipe.inspection.targets import InspectTargetsReport
 from milan_pipe.machine import DoctorReport
 from milan_pipe.machine import doctor as _doctor
 from milan_pipe.online import teacher_of
-from milan_pipe.planning.run import DEFAULT_SAMPLE, PlanProgress, PlanReport
+from milan_pipe.planning.run import DEFAULT_DEVICES, DEFAULT_SAMPLE, Elsewhere, PlanProgress, PlanReport
 from milan_pipe.planning.run import plan as _plan
 from milan_pipe.planning.speed import Lesson
 from milan_pipe.pretraining.bad_batch import ReplayReport
@@ -76,9 +76,18 @@ def plan(
     params: Params | None = None,
     *,
     sample: int = DEFAULT_SAMPLE,
+    pictures: int | None = None,
+    devices: int = DEFAULT_DEVICES,
+    tflops: float | None = None,
     on_progress: Callable[[PlanProgress], None] = _ignore,
 ) -> PlanReport:
-    """Say what extraction and pretraining will take, from a few pictures; see `milan_pipe.planning.run`."""
+    """Say what extraction and pretraining will take, from a few pictures; see `milan_pipe.planning.run`.
+
+    Args:
+        pictures: plan for so many, of which IMAGES are a sample, in shards of `prepare.samples_per_shard`.
+        devices: that both stages will have.
+        tflops: TFLOP/s that each sustains, in place of measuring teacher and student here.
+    """
     settings = params or Params()
     return _plan(
         images,
@@ -95,6 +104,9 @@ def plan(
             config=settings.pretrain,
         ),
         sample=sample,
+        elsewhere=Elsewhere(
+            pictures=pictures, per_shard=settings.prepare.samples_per_shard, devices=devices, tflops=tflops
+        ),
         on_progress=on_progress,
     )
 

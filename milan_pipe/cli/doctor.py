@@ -28,7 +28,7 @@ def doctor(
     Versions, devices with their memory, the codec pipeline, the params file that is in force here, and for each PLACE
     what lies there, free disk, and what is wrong with it. Exit code 1 where something is.
 
-    Example: milan-pipe doctor data/targets s3://bucket/targets --write
+    Example: milan-pipe doctor . s3://bucket/targets --write
     """
     from milan_pipe import commands
 

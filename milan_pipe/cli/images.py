@@ -78,14 +78,37 @@ def plan(
     sample: Annotated[
         int, typer.Option("--sample", metavar="N", min=1, help="Pictures to measure with, spread over the shards.")
     ] = 64,
+    pictures: Annotated[
+        int | None,
+        typer.Option(
+            "--pictures",
+            metavar="N",
+            min=1,
+            help="Plan for N pictures like these, in shards of prepare.samples_per_shard; IMAGES are then a sample.",
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Devices for both stages.")] = 8,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops",
+            metavar="X",
+            min=0.001,
+            help="TFLOP/s that a device sustains: hours come from counted arithmetic and not from this machine's "
+            "speed; extract.threads is then the processors beside a device.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> Any:
     """Say what extraction and pretraining will take, before anything is spent.
 
-    Counts the pictures, runs teacher, codecs, store and student on a few of them, and extrapolates: size of the store,
-    hours, hours saved against a teacher in every step, and whether the disk has room. Nothing is left behind.
+    Counts the pictures, runs teacher, codecs, store, student and loader on a few of them, and extrapolates: size of the
+    store, hours, hours saved against a teacher in every step, load of a cluster's scheduler and of a node, and what
+    gives in first. Nothing is left behind.
 
-    Example: milan-pipe plan 'shards/train-{000000..000127}.tar' /big/disk/targets --params imagenet1k-vit-b-16
+    Pictures and devices need not be here: --pictures and --tflops plan for those of somewhere else.
+
+    Example: milan-pipe plan images targets --pictures 1000000 --devices 64
     """
     from milan_pipe import commands
     from milan_pipe.planning.run import PlanProgress
@@ -97,7 +120,16 @@ def plan(
         def tell(now: PlanProgress) -> None:
             update(now.done, now.total, what=now.what)
 
-        report = commands.plan(images, targets, settings, sample=sample, on_progress=tell)
+        report = commands.plan(
+            images,
+            targets,
+            settings,
+            sample=sample,
+            pictures=pictures,
+            devices=devices,
+            tflops=tflops,
+            on_progress=tell,
+        )
     console.print(store_table(report))
     show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
     for line in report.warnings:

@@ -44,7 +44,7 @@ def inspect_targets(
 
     OUT/index.html is one page with all pictures in it, OUT/KEY.png one picture for each sample.
 
-    Example: milan-pipe inspect-targets targets looks --keys train-000000,train-000017
+    Example: milan-pipe inspect-targets targets looks --keys scene-0000000003,scene-0000000017
     """
     from milan_pipe import commands
 
@@ -152,7 +152,7 @@ def report(
     Scores of knn and linear-probe are found in the runs that they were told of; runs of finetune, segment and
     linear-probe are named beside those that they began with.
 
-    Example: milan-pipe report runs/milan runs/mae tuned segmented --out report.html
+    Example: milan-pipe report run mae tuned segmented --out report.html
     """
     from milan_pipe import commands
 

@@ -35,7 +35,7 @@ def pretrain(
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
 
-    Example: milan-pipe pretrain targets run --set pretrain.epochs=100
+    Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
     from milan_pipe import commands
     from milan_pipe.training.distributed import rank_of_environment

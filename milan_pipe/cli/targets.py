@@ -59,8 +59,7 @@ def extract_targets(
     is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped. A shard
     that cannot be done is told of at the end, when all others are committed, and the exit code is not 0.
 
-    Example: milan-pipe extract-targets 'shards/train-{000000..000127}.tar' targets --workers 4
-    --set teacher.model=ViT-B-16 --set teacher.pretrained=openai --set student.image_size=224
+    Example: milan-pipe extract-targets images targets
     """
     from milan_pipe import commands
     from milan_pipe.extract.run import ExtractProgress
@@ -80,7 +79,7 @@ def extract_targets(
                 now.shards_done,
                 now.shards,
                 shards="shards",
-                rate=f"{now.views} views, {rate:.0f}/s",
+                rate=f"{now.views} views, {rate:.3g}/s",
                 bad=f"{now.bad} set aside",
                 workers=f"{now.workers} workers" if now.workers > 1 else "",
             )

@@ -124,7 +124,7 @@ def segment(
 
     The same command goes on after an interruption. RUN/per_class.json is the table of all classes.
 
-    Example: milan-pipe segment run ADEChallengeData2016 ADEChallengeData2016 segmented --params imagenet1k-vit-b-16
+    Example: milan-pipe segment run own/train own/val segmented
     """
     from milan_pipe import commands
     from milan_pipe.training.distributed import rank_of_environment

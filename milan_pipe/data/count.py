@@ -34,13 +34,13 @@ class ImageCount:
 
     Attributes:
         source: `index`, prepare's own count; `headers`, each shard's tar headers were read; `estimate`, those of some
-            shards, or of their beginnings, and the rest by its size in bytes.
+            shards, or of their beginnings, and the rest by its size in bytes; `given`, nobody looked.
         shards, bytes: all of them.
         looked_at: shards whose headers were read.
     """
 
     pictures: int
-    source: Literal["index", "headers", "estimate"]
+    source: Literal["index", "headers", "estimate", "given"]
     shards: int
     looked_at: int
     bytes: int
@@ -49,6 +49,7 @@ class ImageCount:
         how = {
             "index": "index.json",
             "headers": "tar headers",
+            "given": "as given",
             "estimate": f"estimated from {self.looked_at} of {self.shards} shards",
         }
         return f"{self.pictures} in {self.shards} shards ({how[self.source]})"

@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from loky import ProcessPoolExecutor
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
@@ -163,8 +162,7 @@ def prepare(
         images: the folder to write; made if it is not there. What an earlier run on the same source wrote in it is
             replaced.
         progress: called with (samples done, samples in all) after each shard.
-        workers: processes, by default one per usable core. They are spawned: a script that calls this needs the usual
-            `if __name__ == "__main__":`.
+        workers: processes, by default one per usable core.
 
     Raises:
         MissingError: the source is not there.
@@ -447,8 +445,9 @@ def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterato
     if workers <= 1:
         yield from map(_pack, jobs, paths)
         return
-    # Spawned, not forked: the caller may have threads of torch running, which a fork would copy in any state.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    # Not forked: the caller may have threads of torch running, which a fork would copy in any state. Nor spawned by the
+    # standard library, which runs the caller's script again in each process.
+    pool = ProcessPoolExecutor(workers)
     try:
         yield from pool.map(_pack, jobs, paths)
     except BrokenProcessPool:
@@ -456,7 +455,7 @@ def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterato
             "a process that packs shards was killed, perhaps for memory; run the same command again"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(kill_workers=True)
 
 
 def _pack(job: _Job, path: Path) -> _Packed:

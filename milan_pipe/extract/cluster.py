@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -27,14 +28,39 @@ _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
 _ABOVE_CRITICAL = logging.CRITICAL + 1
+# The scheduler hears each worker so often, and is asked so often who they are: with hundreds of them it has no time for
+# every block and every shard.
+_TELL_SECONDS = 1.0
+
+
+class _Every:
+    """Says yes at most once in some seconds, the first time always."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
 
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
     worker = get_worker()
     run = uuid.uuid4().hex
+    due = _Every(_TELL_SECONDS)
+    untold = [0, 0]
 
     def tell(views: int, bad: int) -> None:
-        worker.log_event(topic, (job.name, run, views, bad))
+        untold[0] += views
+        untold[1] += bad
+        # What the last second did is told by the shard's end.
+        if due():
+            worker.log_event(topic, (job.name, run, *untold))
+            untold[:] = 0, 0
 
     # Shared out here, as the processors are this machine's.
     result = do_shard(assignment.with_share(sharing), job, tell)
@@ -122,7 +148,7 @@ def _local_cluster(folder: str) -> LocalCluster:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             local_directory=folder,
         )
     finally:
@@ -199,13 +225,16 @@ def extract_on_cluster(
             known.update(there)
             on_workers(len(there))
 
+        due = _Every(_TELL_SECONDS)
         look_at_workers()
         waiting = {submit(job, 1): (job, 1) for job in jobs}
         finished = as_completed(list(waiting))
         for future in finished:
             job, attempt = waiting.pop(future)
             try:
-                look_at_workers()
+                # The last to end may be the one that took over what a lost worker had.
+                if due() or not waiting:
+                    look_at_workers()
                 error, result = _outcome(future)
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:

@@ -23,7 +23,8 @@ from milan_pipe.extract.space import extraction_space_warning
 from milan_pipe.extract.worker import Assignment, ShardWorker, load_assigned_teacher
 from milan_pipe.storage import place_of, require_writable
 from milan_pipe.targets.codec import CodecConfig, build_codec
-from milan_pipe.targets.schema import CodecInfo, ShardRecord, SourceInfo, StoreHeader, ViewInfo
+from milan_pipe.targets.ledger import CommittedShard
+from milan_pipe.targets.schema import CodecInfo, SourceInfo, SourceShard, StoreHeader, ViewInfo
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher, TeacherConfig
 
@@ -74,7 +75,7 @@ class _Tally:
 
     shards: int
     on_progress: Callable[[ExtractProgress], None]
-    committed: dict[str, ShardRecord | ShardResult]
+    committed: dict[str, CommittedShard | ShardResult]
     workers: int = 1
     views: int = 0
     bad: int = 0
@@ -83,6 +84,21 @@ class _Tally:
     phases: dict[str, float] = field(default_factory=dict)
     failed: list[ShardResult] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    kept_samples: int = 0
+    bad_samples: int = 0
+    bad_example: str = ""
+
+    def __post_init__(self) -> None:
+        for shard in self.committed.values():
+            self._count(shard.source)
+
+    def _count(self, source: SourceShard | None) -> None:
+        """Sums over the whole store, kept as they grow: to go through all shards after each is quadratic."""
+        if source is not None:
+            self.kept_samples += source.samples
+            self.bad_samples += len(source.bad)
+            if source.bad and not self.bad_example:
+                self.bad_example = f"{source.name}: {source.bad[0][0]}: {source.bad[0][1]}"
 
     def tell(self, views: int = 0, bad: int = 0) -> None:
         with self.lock:  # a cluster's client tells from a thread of its own
@@ -106,6 +122,7 @@ class _Tally:
             self.failed.append(result)
         else:
             self.committed[result.name] = result
+            self._count(result.source)
             self.done_views += result.views
             self.cosine += result.cosine_sum
             for phase, seconds in result.seconds.items():
@@ -114,14 +131,11 @@ class _Tally:
 
     def require_few_bad(self, limit: float) -> None:
         """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
-        sources = [shard.source for shard in self.committed.values() if shard.source is not None]
-        bad = sum(len(source.bad) for source in sources)
-        good = sum(source.samples for source in sources)
-        if bad > limit * (bad + good):
-            first = next(f"{source.name}: {source.bad[0][0]}: {source.bad[0][1]}" for source in sources if source.bad)
+        bad, all_samples = self.bad_samples, self.bad_samples + self.kept_samples
+        if bad > limit * all_samples:
             raise DataError(
-                f"{bad} of {bad + good} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
-                f"({first}). Mend the source, or raise the limit"
+                f"{bad} of {all_samples} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
+                f"({self.bad_example}). Mend the source, or raise the limit"
             )
 
 
@@ -174,7 +188,9 @@ def _header(
     )
 
 
-def _require_same_sources(shards: Sequence[ShardFile], records: Mapping[str, ShardRecord], with_digests: bool) -> None:
+def _require_same_sources(
+    shards: Sequence[ShardFile], committed: Mapping[str, CommittedShard], with_digests: bool
+) -> None:
     """Find source shards that are not what they were when their targets were made.
 
     Raises:
@@ -182,10 +198,10 @@ def _require_same_sources(shards: Sequence[ShardFile], records: Mapping[str, Sha
     """
     changed = []
     for position, shard in enumerate(shards):
-        record = records.get(shard_name(position))
-        if record is None:
+        done = committed.get(shard_name(position))
+        if done is None:
             continue
-        then = record.source
+        then = done.source
         size = shard.size()
         if size != then.bytes:
             changed.append((shard_name(position), f"{shard}: {size} bytes, {then.bytes} when it was extracted"))
@@ -259,8 +275,9 @@ def extract_targets(
     header = _header(model, sources, views, view_size, codec, extract, found)
     writer = TargetStoreWriter(targets, header)
     names = [shard_name(position) for position in range(len(sources))]
+    own_names = set(names)
     for name in redo:
-        if name not in names:
+        if name not in own_names:
             raise DataError(f"there is no shard {name!r} to do again; {place} has {names[0]} to {names[-1]}")
         writer.forget(name)
     known = writer.committed()
@@ -301,7 +318,7 @@ def extract_targets(
         _close(results)
     if shares > 1:
         # Other shares may have come to their end meanwhile; the last one finishes the store.
-        tally.committed.update({name: record for name, record in writer.committed().items() if name in names})
+        tally.committed.update({name: shard for name, shard in writer.committed().items() if name in own_names})
     complete = len(tally.committed) == len(sources)
     if complete:
         writer.finish()

@@ -52,7 +52,9 @@ class Recipe:
     threads: int
 
 
-def _forward(recipe: Recipe, pixels_NHWC: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None, Tensor, float]:
+def _forward(
+    recipe: Recipe, pixels_NHWC: Tensor, clock: Clock, on_views: Callable[[int], None]
+) -> tuple[Tensor, Tensor | None, Tensor, float]:
     """Codes, scale, attention and summed cosine of one view of a block.
 
     A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
@@ -71,12 +73,15 @@ def _forward(recipe: Recipe, pixels_NHWC: Tensor, clock: Clock) -> tuple[Tensor,
                 scales.append(scale.cpu())
             row = output.importance_BL
             rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16).cpu())
+        on_views(len(batch))
     return torch.cat(codes), torch.cat(scales) if scales else None, torch.cat(rows), cosine
 
 
-def _encode(recipe: Recipe, samples: list[RenderedSample], clock: Clock) -> tuple[TargetBlock, float]:
+def _encode(
+    recipe: Recipe, samples: list[RenderedSample], clock: Clock, on_views: Callable[[int], None]
+) -> tuple[TargetBlock, float]:
     pixels = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
-    outputs = [_forward(recipe, view, clock) for view in pixels]
+    outputs = [_forward(recipe, view, clock, on_views) for view in pixels]
     views = [sample.views for sample in samples]
     crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
     scales = [scale for _, scale, _, _ in outputs if scale is not None]
@@ -107,13 +112,13 @@ class _Shard:
         self._cosine = 0.0
         self.error: Exception | None = None
 
-    def add(self, samples: list[RenderedSample], pool: ThreadPoolExecutor) -> None:
+    def add(self, samples: list[RenderedSample], pool: ThreadPoolExecutor, on_views: Callable[[int], None]) -> None:
         if self.error is not None:
             return
         try:
             if self._writer is None:
                 self._writer = self._open_writer(self._job.name)
-            block, cosine = _encode(self._recipe, samples, self._clock)
+            block, cosine = _encode(self._recipe, samples, self._clock, on_views)
             self._await_writing()
             self._writing = pool.submit(self._timed, self._writer.append, block)
         except Exception as error:  # told with the shard's result
@@ -202,9 +207,10 @@ def extract_shards(
                     shard = _Shard(block.job, recipe, open_writer, clock)
                     told_bad = 0
                 if block.samples:
-                    shard.add(block.samples, pool)
+                    # A block may take minutes: its batches tell of themselves.
+                    shard.add(block.samples, pool, lambda views: on_progress(views, 0))
                 bad = len(block.source.bad)
-                on_progress(len(block.samples) * recipe.views.count, bad - told_bad)
+                on_progress(0, bad - told_bad)
                 told_bad = bad
                 if not block.samples:
                     if ending is not None:

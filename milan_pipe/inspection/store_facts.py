@@ -26,23 +26,28 @@ def store_facts(store: TargetStore) -> StoreFacts:
         DataError: one is damaged.
     """
     header = store.header
-    records = [store.record(shard) for shard in store.shards]
-    samples = sum(record.source.samples for record in records)
+    samples = taken = features = files = aside = 0
+    known, known_samples = 0.0, 0
+    bad: list[tuple[str, str]] = []
+    # Record after record: together they may be larger than memory.
+    for shard in store.shards:
+        record = store.record(shard)
+        samples += record.source.samples
+        files += len(record.files)
+        taken += sum(file.bytes for file in record.files.values())
+        features += sum(
+            file.bytes for path, file in record.files.items() if path.split("/")[0] in ("features", "scale")
+        )
+        aside += len(record.source.bad)
+        bad += record.source.bad[: _MOST_BAD - len(bad)]
+        if record.mean_cosine is not None:
+            known += record.mean_cosine * record.source.samples
+            known_samples += record.source.samples
     views = samples * header.views.count
-    taken = sum(file.bytes for record in records for file in record.files.values())
-    features = sum(
-        file.bytes
-        for record in records
-        for path, file in record.files.items()
-        if path.split("/")[0] in ("features", "scale")
-    )
-    bad = [pair for record in records for pair in record.source.bad]
     values = header.tokens * header.teacher.width
-    cosines = [(record.mean_cosine, record.source.samples) for record in records]
-    known = [(cosine, count) for cosine, count in cosines if cosine is not None]
     fidelity = "not recorded in this store"
-    if known:
-        mean = sum(cosine * count for cosine, count in known) / sum(count for _, count in known)
+    if known_samples:
+        mean = known / known_samples
         fidelity = f"mean cosine {mean:.6f} of decoded and teacher's tokens, over all views"
     teacher = header.teacher
     rows = {
@@ -51,14 +56,13 @@ def store_facts(store: TargetStore) -> StoreFacts:
         "teacher": f"{teacher.model}{f' ({teacher.pretrained})' if teacher.pretrained else ''}, {teacher.image_size} "
         f"pixels, {teacher.precision}, {teacher.normalization} normalisation, weights {teacher.weights_sha256[:12]}",
         "patches": f"{teacher.grid[0]} x {teacher.grid[1]}, features of {teacher.width}",
-        "pictures": f"{samples:,} in {len(records)} of {header.source.shards} shards, {len(bad)} set aside",
+        "pictures": f"{samples:,} in {len(store.shards)} of {header.source.shards} shards, {aside} set aside",
         "views": f"{header.views.count} of each, {header.views.size} pixels, scale {header.views.scale[0]:g} to "
         f"{header.views.scale[1]:g}, mirrored with probability {header.views.flip:g}, seed {header.views.seed}",
-        "size": f"{size(taken)} in {sum(len(record.files) for record in records):,} files, "
-        f"{size(taken / views)} a view",
+        "size": f"{size(taken)} in {files:,} files, {size(taken / views)} a view",
         "codec": f"{header.codec.name}"
         + (f", fitted for {header.codec.quality:g}" if header.codec.quality is not None else "")
         + (f", {8 * features / views / values:.2f} bits a dimension" if header.format == "zarr" else ""),
         "fidelity": fidelity,
     }
-    return StoreFacts(rows, bad[:_MOST_BAD])
+    return StoreFacts(rows, bad)

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,18 @@ from numpy.typing import NDArray
 from milan_pipe.errors import SettingError
 
 _BLOCK_STREAM, _SAMPLE_STREAM, _VIEW_STREAM = 1, 2, 3
+
+
+def _rng(stream: int, seed: int, *position: int) -> np.random.Generator:
+    return np.random.default_rng([stream, seed, *position])
+
+
+@lru_cache(maxsize=1)
+def _numbers(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """Numbers of an epoch's blocks in reading order; every lane asks for the same ones."""
+    numbers = _rng(_BLOCK_STREAM, seed, epoch).permutation(count)
+    numbers.flags.writeable = False
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -55,17 +69,56 @@ class Piece:
     stop: int
 
 
-def _cut(blocks: Sequence[Block], start: int, stop: int) -> list[Block]:
-    """Positions `start` to `stop` of blocks laid end to end; those astride a border are cut."""
-    kept = []
-    position = 0
-    for block in blocks:
-        size = block.stop - block.start
-        first, last = max(start - position, 0), min(stop - position, size)
-        if first < last:
-            kept.append(replace(block, start=block.start + first, stop=block.start + last))
-        position += size
-    return kept
+class Blocks(Sequence[Block]):
+    """Blocks of an epoch in reading order, each made when it is asked for.
+
+    A billion samples have eight million blocks, and a rank uses a few at a time. What is kept of one is its number.
+
+    Args:
+        order: that they belong to.
+        epoch: whose views they show.
+        number_N: of the blocks, counted through the shards in order.
+        head, tail: samples that the first block lacks at its beginning, and the last one at its end.
+    """
+
+    def __init__(
+        self, order: EpochOrder, epoch: int, number_N: NDArray[np.int64], head: int = 0, tail: int = 0
+    ) -> None:
+        self._order = order
+        self._epoch = epoch
+        self._number_N = number_N
+        self._head = head
+        self._tail = tail
+
+    def __len__(self) -> int:
+        return len(self._number_N)
+
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Block]: ...
+
+    def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        block = self._order.block_of(self._epoch, int(self._number_N[position]))
+        first = block.start + (self._head if position == 0 else 0)
+        last = block.stop - (self._tail if position == len(self) - 1 else 0)
+        return replace(block, start=first, stop=last)
+
+    def cut(self, start: int, stop: int) -> Blocks:
+        """Positions `start` to `stop` of the blocks' samples laid end to end; blocks astride a border are cut."""
+        end_N = np.cumsum(self._order.sizes_of(self._number_N))
+        start = start + self._head
+        stop = min(stop + self._head, int(end_N[-1]) - self._tail) if len(end_N) else 0
+        if start >= stop:
+            return Blocks(self._order, self._epoch, self._number_N[:0])
+        first, last = (int(found) for found in np.searchsorted(end_N, [start, stop - 1], side="right"))
+        before = int(end_N[first - 1]) if first else 0
+        return Blocks(
+            self._order, self._epoch, self._number_N[first : last + 1], start - before, int(end_N[last]) - stop
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,22 +147,35 @@ class EpochOrder:
             )
 
     def _rng(self, stream: int, *position: int) -> np.random.Generator:
-        return np.random.default_rng([stream, self.seed, *position])
+        return _rng(stream, self.seed, *position)
 
     def view_of(self, epoch: int, shard: int) -> int:
         """The view that a shard shows in an epoch."""
         cycle, turn = divmod(epoch, self.views)
         return int(self._rng(_VIEW_STREAM, cycle, shard).permutation(self.views)[turn])
 
-    def blocks(self, epoch: int) -> list[Block]:
+    @cached_property
+    def _first_block(self) -> NDArray[np.int64]:
+        """Number of each shard's first block, and behind the last shard's the number of all."""
+        return np.cumsum([0, *(-(-count // self.block) for count in self.samples)], dtype=np.int64)
+
+    def block_of(self, epoch: int, number: int) -> Block:
+        """The block with a number, counted through the shards in order."""
+        shard = int(np.searchsorted(self._first_block, number, side="right")) - 1
+        start = (number - int(self._first_block[shard])) * self.block
+        return Block(shard, self.view_of(epoch, shard), start, min(start + self.block, self.samples[shard]))
+
+    def sizes_of(self, number_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples of the blocks with these numbers."""
+        sizes = np.full(int(self._first_block[-1]), self.block, np.int64)
+        counts, lasts = np.array(self.samples, np.int64), self._first_block[1:] - 1
+        full = counts > 0
+        sizes[lasts[full]] = (counts[full] - 1) % self.block + 1
+        return sizes[number_N]
+
+    def blocks(self, epoch: int) -> Blocks:
         """All blocks of an epoch in reading order."""
-        views = [self.view_of(epoch, shard) for shard in range(len(self.samples))]
-        in_place = [
-            Block(shard, views[shard], start, min(start + self.block, count))
-            for shard, count in enumerate(self.samples)
-            for start in range(0, count, self.block)
-        ]
-        return [in_place[i] for i in self._rng(_BLOCK_STREAM, epoch).permutation(len(in_place))]
+        return Blocks(self, epoch, _numbers(self.seed, epoch, int(self._first_block[-1])))
 
     def windows(self, epoch: int, lane: Lane | None = None) -> Iterator[tuple[Sequence[Block], NDArray[np.int64]]]:
         """Blocks to read together, and in which order to hand out their samples.
@@ -120,7 +186,7 @@ class EpochOrder:
         blocks = self.blocks(epoch)
         number, count = 0, 1
         if lane is not None:
-            blocks = _cut(blocks, lane.start, lane.stop)
+            blocks = blocks.cut(lane.start, lane.stop)
             number, count = lane.number, lane.count
         window = max(1, self.window // count)
         for index, start in enumerate(range(0, len(blocks), window)):

@@ -10,11 +10,25 @@ from milan_pipe.data.ahead import thread_count
 from milan_pipe.data.count import ImageCount, count_pictures
 from milan_pipe.data.images import ShardFile, expand_shards
 from milan_pipe.data.views import ViewConfig
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extract.settings import ExtractConfig
 from milan_pipe.extract.space import FreeSpace, free_space, free_space_warning
 from milan_pipe.extract.worker import Assignment, load_assigned_teacher
+from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
+from milan_pipe.planning.load import (
+    ClusterLoad,
+    Limit,
+    NodeLoad,
+    cluster_load,
+    device_counts,
+    free_files,
+    like_these,
+    limits,
+    loader_pictures_per_core,
+    node_load,
+)
 from milan_pipe.planning.speed import (
+    DEVICES,
     ExtractionHours,
     Lesson,
     PretrainingHours,
@@ -35,15 +49,41 @@ from milan_pipe.planning.store import (
     estimate_store,
     header_of,
     sample_pictures,
+    sample_store,
 )
 from milan_pipe.pretraining.objective import require_fit
-from milan_pipe.storage import place_of
+from milan_pipe.storage import Place, place_of
 from milan_pipe.targets.codec import CodecConfig
-from milan_pipe.targets.schema import CodecInfo, TeacherInfo
+from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
+from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import Teacher, TeacherConfig, TeacherOutput
 
 DEFAULT_SAMPLE = 64
+DEFAULT_DEVICES = 8
 DEFAULT_TARGETS = "targets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """What is planned for is not here: another number of pictures, other devices.
+
+    Attributes:
+        pictures: of which those that are there are a sample; none plans for these.
+        per_shard: pictures of a shard, where `pictures` says how many there are.
+        devices: for extraction and pretraining.
+        tflops: that a device sustains, in TFLOP/s; none measures teacher and student here.
+    """
+
+    pictures: int | None = None
+    per_shard: int = 1
+    devices: int = DEFAULT_DEVICES
+    tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "per_shard", "devices", "tflops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingError(f"{name} is {value}; a plan needs a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +107,8 @@ class PlanReport:
         teacher_online: on batches as large as the student's; None where the target needs no teacher.
         render_views_per_second: of one thread.
         render_threads: that will render.
+        cluster, node: with the devices that were asked for.
+        limits: what gives in first comes first.
         warnings: lines that a user should read before going on.
     """
 
@@ -86,6 +128,9 @@ class PlanReport:
     render_threads: int
     extraction: ExtractionHours
     pretraining: PretrainingHours
+    cluster: ClusterLoad
+    node: NodeLoad
+    limits: tuple[Limit, ...]
     space: FreeSpace
     warnings: tuple[str, ...]
 
@@ -111,6 +156,7 @@ def _measure(
     extract: ExtractConfig,
     lesson: Lesson,
     sample: int,
+    elsewhere: Elsewhere,
     on_progress: Callable[[PlanProgress], None],
 ) -> _Measured:
     def count_told(done: int, total: int) -> None:
@@ -120,9 +166,13 @@ def _measure(
         on_progress(PlanProgress(what="render", done=done, total=sample))
 
     images = count_pictures(shards, count_told)
+    if elsewhere.pictures is not None:
+        images = like_these(images, elsewhere.pictures, elsewhere.per_shard)
     pictures = sample_pictures(shards, views, lesson.student.image_size, sample, render_told)
     on_progress(PlanProgress(what="teacher"))
     output, speed = run_teacher(model, pictures.pixels_NHWC, extract.batch_size)
+    if elsewhere.tflops is not None:
+        speed = speed_at(elsewhere.tflops, teacher_flops(model, pictures.pixels_NHWC), extract.batch_size)
     encoded, refused = _encodings(output, codec, on_progress)
     return _Measured(
         images=images,
@@ -173,6 +223,7 @@ def plan(
     extract: ExtractConfig,
     lesson: Lesson,
     sample: int = DEFAULT_SAMPLE,
+    elsewhere: Elsewhere | None = None,
     on_progress: Callable[[PlanProgress], None] = lambda _: None,
 ) -> PlanReport:
     """Count the pictures, measure teacher, codecs, store and student on a few of them, and extrapolate.
@@ -185,6 +236,7 @@ def plan(
             is there is not looked at.
         lesson: pretraining's settings; its student decides size and grid of the views.
         sample: pictures to measure with, at least 1.
+        elsewhere: pictures and devices that are not here; none plans for those that are.
 
     Raises:
         MissingError, DataError: images are not there or cannot be read.
@@ -193,6 +245,7 @@ def plan(
         StoreError: the temporary folder cannot be written.
     """
     size = lesson.student.image_size
+    asked = elsewhere or Elsewhere()
     place = place_of(targets if targets is not None else DEFAULT_TARGETS)
     shards = expand_shards(images)
     on_progress(PlanProgress(what="load teacher"))
@@ -202,15 +255,25 @@ def plan(
         require_fit(
             header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), lesson.student, images
         )
-        measured = _measure(shards, model, views, codec, extract, lesson, sample, on_progress)
+        measured = _measure(shards, model, views, codec, extract, lesson, sample, asked, on_progress)
     stores = _stores(measured, views, size, on_progress)
-    on_progress(PlanProgress(what="student"))
     encoded = measured.encoded[codec.name]
-    student = run_student(
-        lesson, header_of(model.info, views, size, encoded.info, extract.format), measured.sample, encoded
-    )
+    header = header_of(model.info, views, size, encoded.info, extract.format)
+    on_progress(PlanProgress(what="student"))
+    if asked.tflops is None:
+        student = run_student(lesson, header, measured.sample, encoded)
+    else:
+        flops = student_flops(lesson, header, measured.sample, encoded)
+        student = speed_at(asked.tflops, flops, lesson.config.batch_size)
+    on_progress(PlanProgress(what="loader"))
+    per_core = _loader(header, measured.sample, encoded, lesson)
     chosen = next(store for store in stores if (store.codec, store.format) == (codec.name, extract.format))
-    return _report(measured, stores, chosen, student, views, extract, lesson, free_space(place, chosen.bytes))
+    return _report(measured, stores, chosen, student, per_core, views, extract, lesson, asked, place)
+
+
+def _loader(header: StoreHeader, sample: PictureSample, encoded: EncodedSample, lesson: Lesson) -> float:
+    with sample_store(header, sample, encoded) as folder:
+        return loader_pictures_per_core(open_targets(folder), with_targets=lesson.target == "clip")
 
 
 def _report(
@@ -218,20 +281,32 @@ def _report(
     stores: tuple[StoreEstimate, ...],
     chosen: StoreEstimate,
     student: Speed,
+    per_core: float,
     views: ViewConfig,
     extract: ExtractConfig,
     lesson: Lesson,
-    space: FreeSpace,
+    asked: Elsewhere,
+    place: Place,
 ) -> PlanReport:
-    pictures, rendering = measured.images.pictures, measured.sample.render_seconds
-    threads = thread_count(extract.threads)
+    images, rendering = measured.images, measured.sample.render_seconds
+    threads, cores = thread_count(extract.threads), thread_count(0)
     extraction = extraction_hours(
-        pictures * views.count, measured.images.shards, measured.teacher, rendering, threads, thread_count(0)
+        images.pictures * views.count,
+        images.shards,
+        measured.teacher,
+        rendering,
+        threads,
+        # Of a device that is not here, `extract.threads` says how many processors it has beside it.
+        cores if asked.tflops is None else threads,
+        device_counts(asked.devices, DEVICES),
     )
+    cluster = cluster_load(images, extraction, asked.devices)
+    node = node_load(student, chosen, per_core, asked.devices)
+    space = free_space(place, chosen.bytes)
     return PlanReport(
-        images=measured.images,
+        images=images,
         views_per_picture=views.count,
-        views=pictures * views.count,
+        views=images.pictures * views.count,
         sample=len(measured.sample.rendered),
         sample_bad=measured.sample.bad,
         stores=stores,
@@ -244,9 +319,22 @@ def _report(
         render_views_per_second=1 / rendering,
         render_threads=threads,
         extraction=extraction,
-        pretraining=pretraining_hours(pictures, lesson.config.epochs, student, measured.online, extraction.hours[1]),
+        pretraining=pretraining_hours(
+            images.pictures, lesson.config.epochs, student, measured.online, extraction.hours[1]
+        ),
+        cluster=cluster,
+        node=node,
+        limits=limits(
+            images,
+            chosen,
+            space,
+            free_files(place),
+            cluster,
+            node,
+            cores if asked.tflops is None else node.devices * threads,
+        ),
         space=space,
-        warnings=(*_warnings(measured.images, measured.sample, lesson, space), *measured.refused),
+        warnings=(*_warnings(images, measured.sample, student, lesson, space), *measured.refused),
     )
 
 
@@ -255,12 +343,14 @@ def _online(model: Teacher, pictures: PictureSample, speed: Speed, lesson: Lesso
     if lesson.target != "clip":
         return None
     batch_size = min(lesson.config.batch_size, len(pictures.rendered))
-    if batch_size == speed.batch_size:
+    if batch_size == speed.batch_size or not speed.batches:
         return speed
     return run_teacher(model, pictures.pixels_NHWC, batch_size)[1]
 
 
-def _warnings(images: ImageCount, pictures: PictureSample, lesson: Lesson, space: FreeSpace) -> list[str]:
+def _warnings(
+    images: ImageCount, pictures: PictureSample, student: Speed, lesson: Lesson, space: FreeSpace
+) -> list[str]:
     told = []
     short = free_space_warning(space)
     if short is not None:
@@ -271,7 +361,7 @@ def _warnings(images: ImageCount, pictures: PictureSample, lesson: Lesson, space
             f"pretrain cannot begin: {images.pictures} pictures are fewer than one batch of {batch_size}; lower "
             "pretrain.batch_size"
         )
-    elif len(pictures.rendered) < batch_size:
+    elif student.batches and len(pictures.rendered) < batch_size:
         told.append(
             f"the student was measured on a batch of {len(pictures.rendered)} and not of {batch_size}, which an "
             f"accelerator does faster; take --sample {batch_size} to measure what will run"

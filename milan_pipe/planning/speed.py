@@ -6,7 +6,7 @@ Shape suffixes: N pictures of the sample, one view of each; the others as in `mi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, floor
@@ -17,7 +17,7 @@ from torch import Tensor
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.planning.store import EncodedSample, PictureSample
-from milan_pipe.pretraining.objective import build_objective
+from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
@@ -40,15 +40,15 @@ _HOUR = 3600
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A rate that was measured here, after a warm-up.
+    """A rate that was measured here, after a warm-up, or one that follows from counted arithmetic.
 
     Attributes:
         per_second: views of the teacher, or pictures of the student.
-        device: where it ran, with the accelerator's name.
+        device: where it ran, with the accelerator's name; of a counted one, how it was reckoned.
         precision: of the teacher's forward pass, or of the student's weights.
         batch_size: of the measurement.
         threads: of torch on a CPU; 0 elsewhere.
-        batches: that were timed.
+        batches: that were timed; 0 where nothing was.
     """
 
     per_second: float
@@ -58,7 +58,14 @@ class Speed:
     threads: int
     batches: int
 
+    @property
+    def source(self) -> str:
+        """`measured` or `counted`."""
+        return "measured" if self.batches else "counted"
+
     def __str__(self) -> str:
+        if not self.batches:
+            return self.device
         threads = f", {self.threads} threads" if self.threads > 1 else ", 1 thread" if self.threads else ""
         return f"{self.device}, {self.precision}, batch {self.batch_size}{threads}"
 
@@ -137,13 +144,27 @@ class Lesson:
     config: PretrainConfig
 
 
-def _batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
+def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
+    """The first `size` pictures of the sample, as the loader would give them."""
     return Batch(
         keys=tuple(rendered.key for rendered in sample.rendered[:size]),
         pixels_BHWC=sample.pixels_NHWC[:size],
         code_BST=encoded.code_NST[:size],
         scale_BS=None if encoded.scale_NS is None else encoded.scale_NS[:size],
         attention_BL=encoded.attention_NL[:size],
+    )
+
+
+def build_lesson_objective(lesson: Lesson, header: StoreHeader, device: torch.device) -> Objective:
+    """A fresh student with its loss; raises as `build_objective`."""
+    return build_objective(
+        header,
+        student=lesson.student,
+        decoder=lesson.decoder,
+        masking=lesson.masking,
+        target=lesson.target,
+        config=lesson.config,
+        device=device,
     )
 
 
@@ -159,20 +180,12 @@ def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, enco
         SettingError: there is no such student or device.
     """
     device = resolve_device(lesson.config.device)
-    objective = build_objective(
-        header,
-        student=lesson.student,
-        decoder=lesson.decoder,
-        masking=lesson.masking,
-        target=lesson.target,
-        config=lesson.config,
-        device=device,
-    )
+    objective = build_lesson_objective(lesson, header, device)
     precision = resolve_precision(lesson.config.precision, device)
     optimiser = build_adamw(
         objective.student, lr=lesson.config.lr, betas=lesson.config.betas, weight_decay=lesson.config.weight_decay
     )
-    batch = _batch_of(sample, encoded, min(lesson.config.batch_size, len(sample.rendered)))
+    batch = batch_of(sample, encoded, min(lesson.config.batch_size, len(sample.rendered)))
     ends: list[float] = []
 
     def on_step(_: StepReport, __: Batch) -> None:
@@ -224,7 +237,13 @@ class ExtractionHours:
 
 
 def extraction_hours(
-    views: int, shards: int, teacher: Speed, render_seconds: float, threads: int, cores: int
+    views: int,
+    shards: int,
+    teacher: Speed,
+    render_seconds: float,
+    threads: int,
+    cores: int,
+    devices: Sequence[int] = DEVICES,
 ) -> ExtractionHours:
     """Hours of stage 1 with rendering and teacher side by side.
 
@@ -233,6 +252,7 @@ def extraction_hours(
         render_seconds: of one thread for one view.
         threads: that render.
         cores: processors that rendering, and a teacher on the CPU, share.
+        devices: numbers of devices to tell hours for.
     """
     alone = 1 / teacher.per_second
     rendering = render_seconds / min(threads, cores)
@@ -244,7 +264,7 @@ def extraction_hours(
     return ExtractionHours(
         views_per_second=1 / seconds,
         limited_by=limit,
-        hours={devices: ceil(shards / devices) * shard_hours for devices in DEVICES},
+        hours={count: ceil(shards / count) * shard_hours for count in devices},
     )
 
 

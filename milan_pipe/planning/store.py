@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
@@ -24,6 +25,7 @@ from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
 from milan_pipe.extract.clock import Clock
 from milan_pipe.extract.render import RenderedSample, render_sample
+from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import Codec, CodecConfig, build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
@@ -47,6 +49,7 @@ _MOST_LOCAL_SHARDS = 16
 _MOST_REMOTE_SHARDS = 4
 _SHARD = "000000"
 _STORE_FILES = 3  # header, summary, bad_samples.jsonl
+_BLOCK_ENTRY_BYTES = 36
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -188,6 +191,7 @@ class StoreEstimate:
     Attributes:
         bytes_per_view: measured: all that grows with the views, JPEG and padding included.
         bytes, files: of the whole store, extrapolated.
+        record_bytes: of its shards' records, in `bytes`.
         mean_cosine: of the codec, measured on the sample.
     """
 
@@ -196,6 +200,7 @@ class StoreEstimate:
     bytes_per_view: float
     bytes: int
     files: int
+    record_bytes: int
     mean_cosine: float
 
 
@@ -231,13 +236,13 @@ def estimate_store(
     Raises:
         StoreError: the temporary folder cannot be written.
     """
-    one = header.model_copy(update={"views": header.views.model_copy(update={"count": 1})})
-    parts = _measured(one, sample.rendered, encoded)
+    parts = _measured(header, sample, encoded)
     pictures = images.pictures / images.shards
     files = _files_of_shard(header, parts, pictures, sample.jpeg_bytes)
     per_view = parts.view_bytes / len(sample.rendered)
-    per_shard = parts.shard_bytes + parts.record_bytes * files
-    total = parts.store_bytes + images.shards * per_shard + images.pictures * header.views.count * per_view
+    records = images.shards * _record_bytes(header, parts, files, pictures)
+    metadata = parts.store_bytes + images.shards * parts.shard_bytes + records
+    total = metadata + images.pictures * header.views.count * per_view
     return StoreEstimate(
         codec=header.codec.name,
         format=header.format,
@@ -245,6 +250,7 @@ def estimate_store(
         bytes=round(total),
         # A record beside the files of each shard.
         files=images.shards * (files + 1) + _STORE_FILES,
+        record_bytes=round(records),
         mean_cosine=encoded.mean_cosine,
     )
 
@@ -257,22 +263,43 @@ def _files_of_shard(header: StoreHeader, parts: _Parts, pictures: float, jpeg_by
     return parts.fixed_files + header.views.count * blocks + jpeg_files
 
 
-def _measured(header: StoreHeader, samples: Sequence[RenderedSample], encoded: EncodedSample) -> _Parts:
+def _record_bytes(header: StoreHeader, parts: _Parts, files: int, pictures: float) -> float:
+    """Of a tar, the record also knows where each block begins."""
+    blocks = header.views.count * ceil(pictures / BLOCK_SAMPLES) if header.format == "webdataset" else 0
+    return parts.record_bytes * files + _BLOCK_ENTRY_BYTES * blocks
+
+
+@contextmanager
+def sample_store(header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Iterator[Path]:
+    """A store of one view of each picture of the sample, in a temporary folder that goes with the context.
+
+    Args:
+        header: of the store that is meant, with all its views.
+
+    Raises:
+        StoreError: the temporary folder cannot be written.
+    """
+    one = header.model_copy(update={"views": header.views.model_copy(update={"count": 1})})
     with tempfile.TemporaryDirectory(prefix="milan-plan-") as folder:
-        writer = TargetStoreWriter(folder, header)
+        writer = TargetStoreWriter(folder, one)
         shard = writer.open_shard(_SHARD)
-        for start in range(0, len(samples), BLOCK_SAMPLES):
-            shard.append(_block(samples, encoded, slice(start, start + BLOCK_SAMPLES)))
-        shard.commit(SourceShard(name="sample.tar", bytes=0, sha256="0" * 64, samples=len(samples), bad=()))
+        for start in range(0, len(sample.rendered), BLOCK_SAMPLES):
+            shard.append(_block(sample.rendered, encoded, slice(start, start + BLOCK_SAMPLES)))
+        shard.commit(SourceShard(name="sample.tar", bytes=0, sha256="0" * 64, samples=len(sample.rendered), bad=()))
         writer.finish()
-        sizes = writer.place.sizes()
-        jpeg_file_bytes, chunk_bytes = _jpeg_layout(Path(folder)) if header.format == "zarr" else (0, 0)
+        yield Path(folder)
+
+
+def _measured(header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> _Parts:
+    with sample_store(header, sample, encoded) as folder:
+        sizes = place_of(folder).sizes()
+        jpeg_file_bytes, chunk_bytes = _jpeg_layout(folder) if header.format == "zarr" else (0, 0)
     of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
     metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))
     record = next(size for path, size in sizes.items() if path.endswith(f"/{_SHARD}.json"))
     # Rendered views end in a chunk that is half empty on the average, whatever their number.
     padded = sum(size for path, size in of_shard.items() if path.startswith(f"{_SHARD}/view_bytes/c/"))
-    padding = padded - sum(len(sample.jpegs[0]) for sample in samples) if padded else 0
+    padding = padded - sum(len(rendered.jpegs[0]) for rendered in sample.rendered) if padded else 0
     grows = [path for path in of_shard if path.startswith((f"{_SHARD}/features/c/", f"{_SHARD}/view_bytes/c/"))]
     return _Parts(
         view_bytes=sum(of_shard.values()) - metadata - padding,

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Any
 
 from milan_pipe.errors import DataError, MissingError
@@ -45,18 +46,23 @@ def unsealed(found: Any) -> dict[str, Any] | None:
     return values if sha256_of(_canonical(values)) == found["sha256"] else None
 
 
+def _file_of(sealed_values: Mapping[str, Any]) -> bytes:
+    return json.dumps(sealed_values, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
 def to_file(values: Mapping[str, Any]) -> bytes:
     """Sealed values as a file."""
-    return json.dumps(sealed(values), sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+    return _file_of(sealed(values))
 
 
 def _from_file(data: bytes) -> dict[str, Any] | None:
     """Values of a file that is to the byte as `to_file` wrote it, else None."""
     try:
-        values = unsealed(json.loads(data))
+        found = json.loads(data)
+        values = unsealed(found)
     except (ValueError, RecursionError):
         return None
-    return values if values is not None and to_file(values) == data else None
+    return values if values is not None and _file_of(found) == data else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,19 +91,17 @@ def _record_file(name: str, record: ShardRecord) -> bytes:
     return to_file({"shard": name, **values})
 
 
-def summary_of(name: str, record: ShardRecord) -> ShardSummary:
-    """What the summary says of a shard."""
-    return ShardSummary(
-        samples=record.source.samples,
-        bad=len(record.source.bad),
-        bytes=sum(file.bytes for file in record.files.values()),
-        record_sha256=sha256_of(_record_file(name, record)),
-    )
+@dataclass(frozen=True, kw_only=True)
+class CommittedShard:
+    """A committed shard without the digests of its files, which are nearly all of a record."""
+
+    source: SourceShard
+    summary: ShardSummary
 
 
 def write_record(place: Place, name: str, record: ShardRecord) -> None:
     """Commit a shard."""
-    place.write(f"{FOLDER}/{name}.json", _record_file(name, record))
+    place.write(_path(name), _record_file(name, record))
 
 
 def read_record(place: Place, name: str, expected: ShardSummary | None = None) -> ShardRecord:
@@ -110,18 +114,25 @@ def read_record(place: Place, name: str, expected: ShardSummary | None = None) -
         MissingError: the shard is not committed.
         DataError: the record is damaged, or another one.
     """
-    path = f"{FOLDER}/{name}.json"
-    data = place.read(path)
-    values = _from_file(data)
+    return _record_of(place, name, place.read(_path(name)), expected)[0]
+
+
+def _path(name: str) -> str:
+    return f"{FOLDER}/{name}.json"
+
+
+def _record_of(place: Place, name: str, data: bytes, expected: ShardSummary | None) -> tuple[ShardRecord, str]:
+    """A record and the digest of its file."""
+    values, digest = _from_file(data), sha256_of(data)
     if values is None:
         what = "is damaged: its content does not fit its digest"
     elif values.get("shard") != name:
         what = f"is the record of shard {values.get('shard')!r}"
-    elif expected is not None and sha256_of(data) != expected.record_sha256:
+    elif expected is not None and digest != expected.record_sha256:
         what = f"does not fit its digest in {SUMMARY}"
     else:
-        return _parsed(values)
-    raise DataError(f"{place}/{path} {what}; write the shard again with `{redo_command(place, name)}`")
+        return _parsed(values), digest
+    raise DataError(f"{place}/{_path(name)} {what}; write the shard again with `{redo_command(place, name)}`")
 
 
 def redo_command(place: Place, name: str) -> str:
@@ -151,31 +162,49 @@ def committed_names(place: Place) -> tuple[str, ...]:
     return tuple(sorted(path.removesuffix(".json") for path in found if path.endswith(".json")))
 
 
-def read_records(place: Place, names: Iterable[str]) -> dict[str, ShardRecord]:
-    """Records of several shards, read side by side. Raises as `read_record`."""
+def read_committed(place: Place, names: Iterable[str]) -> dict[str, CommittedShard]:
+    """Several committed shards, read side by side. Raises as `read_record`.
+
+    A store of a billion pictures has records of gigabytes: what is kept of each does not grow with its files.
+    """
+    parsing = Lock()
+
+    def read(name: str) -> CommittedShard:
+        data = place.read(_path(name))
+        # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
+        with parsing:
+            record, digest = _record_of(place, name, data, None)
+        summary = ShardSummary(
+            samples=record.source.samples,
+            bad=len(record.source.bad),
+            bytes=sum(file.bytes for file in record.files.values()),
+            record_sha256=digest,
+        )
+        return CommittedShard(source=record.source, summary=summary)
+
     listed = list(names)
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        return dict(zip(listed, pool.map(lambda name: read_record(place, name), listed), strict=True))
+        return dict(zip(listed, pool.map(read, listed), strict=True))
 
 
-def bad_samples_file(records: Mapping[str, ShardRecord]) -> bytes:
+def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
     """`bad_samples.jsonl`: one line for each sample set aside."""
     lines = [
-        json.dumps({"shard": name, "source": r.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
-        for name, r in sorted(records.items())
-        for key, reason in r.source.bad
+        json.dumps({"shard": name, "source": c.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
+        for name, c in sorted(committed.items())
+        for key, reason in c.source.bad
     ]
     return "".join(lines).encode()
 
 
-def write_summary(place: Place, header: bytes, records: Mapping[str, ShardRecord]) -> None:
+def write_summary(place: Place, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
     """Write `bad_samples.jsonl` and, after it, `manifest.json`."""
-    bad = bad_samples_file(records)
+    bad = bad_samples_file(committed)
     place.write(BAD_SAMPLES, bad)
     summary = Summary(
         header_sha256=sha256_of(header),
         bad_samples_sha256=sha256_of(bad),
-        shards={name: summary_of(name, record) for name, record in sorted(records.items())},
+        shards={name: shard.summary for name, shard in sorted(committed.items())},
     )
     place.write(SUMMARY, to_file(asdict(summary)))
 

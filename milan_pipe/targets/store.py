@@ -16,7 +16,7 @@ from typing import Any
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import Place, place_of, require_writable
 from milan_pipe.targets import ledger, tar_store, zarr_store
-from milan_pipe.targets.ledger import ShardSummary
+from milan_pipe.targets.ledger import CommittedShard, ShardSummary
 from milan_pipe.targets.schema import (
     SCHEMA_VERSION,
     FileRecord,
@@ -213,9 +213,9 @@ class TargetStoreWriter:
                 f"{self.place} is not a target store and not empty (it holds {min(there)}); name another folder"
             )
 
-    def committed(self) -> dict[str, ShardRecord]:
-        """Records of the shards that are whole, by name."""
-        return ledger.read_records(self.place, ledger.committed_names(self.place))
+    def committed(self) -> dict[str, CommittedShard]:
+        """The shards that are whole, by name."""
+        return ledger.read_committed(self.place, ledger.committed_names(self.place))
 
     def open_shard(self, name: str) -> StoreShardWriter:
         """Begin a shard; what an interrupted attempt left is removed."""
@@ -378,13 +378,13 @@ def open_targets(where: str | Path) -> TargetStore:
 
 
 def _committed_so_far(place: Place, header: StoreHeader) -> dict[str, ShardSummary]:
-    records = ledger.read_records(place, ledger.committed_names(place))
-    if not records:
+    committed = ledger.read_committed(place, ledger.committed_names(place))
+    if not committed:
         raise DataError(f"{place} has no committed shard; run extract-targets again to finish it")
     warnings.warn(
-        f"{place} has no {ledger.SUMMARY}: {len(records)} of {header.source.shards} shards are read; run the same "
+        f"{place} has no {ledger.SUMMARY}: {len(committed)} of {header.source.shards} shards are read; run the same "
         "extract-targets again to finish it",
         RuntimeWarning,
         stacklevel=3,
     )
-    return {name: ledger.summary_of(name, record) for name, record in sorted(records.items())}
+    return {name: shard.summary for name, shard in sorted(committed.items())}

@@ -14,29 +14,17 @@ import click
 import pytest
 import typer.main
 import yaml
+from support.pages import PAGES, ROOT, blocks, shell_lines
 from support.project import SETTINGS
 
 from milan_pipe.cli import app
 from milan_pipe.config import load_params
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
-
-
-def blocks(page: Path, *kinds: str) -> list[str]:
-    return [text for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
-
-
-def shell_lines(text: str) -> list[str]:
-    joined = re.sub(r"\\\n\s*", " ", text)
-    return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-
 
 def milan_commands(page: Path) -> list[list[str]]:
     """Words after `milan-pipe`, of every such command in a page's shell blocks."""
     found = []
-    for line in [line for text in blocks(page, "console", "bash") for line in shell_lines(text)]:
+    for line in [line for block in blocks(page, "console", "bash") for line in shell_lines(block.text)]:
         for part in re.split(r"&&|\|(?!\|)|;", line):
             words = shlex.split(part, comments=True)
             for start, end in (("milan-pipe", 1), ("-m", 2)):
@@ -125,42 +113,6 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(names(config["nav"])) == sorted(page.name for page in PAGES[1:])
 
 
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder but for small settings, and a few pictures in folders."""
-    folder = tmp_path_factory.mktemp("sandbox")
-    values: dict[str, Any] = {}
-    for setting in SETTINGS:
-        name, _, value = setting.partition("=")
-        section, _, key = name.partition(".")
-        values.setdefault(section, {})[key] = yaml.safe_load(value)
-    (folder / "params.yaml").write_text(yaml.safe_dump(values))
-    return folder
-
-
-def run(line: str) -> None:
-    """Run one line as the shell would, in this process."""
-    words = shlex.split(line)
-    assert words[0] == "milan-pipe", line
-    group: Any = typer.main.get_command(app)
-    group(words[1:], standalone_mode=False)
-
-
-def test_the_five_steps_run_as_they_stand(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(sandbox)
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    (sandbox / "pictures").mkdir()
-    for number in range(20):
-        Image.fromarray(rng.integers(0, 256, (40 + number, 60, 3), np.uint8)).save(sandbox / f"pictures/{number}.jpg")
-    for line in [line for text in blocks(ROOT / "docs" / "own-images.md", "console") for line in shell_lines(text)]:
-        run(line.replace("plan images", "plan --sample 4 images"))
-    for made in ("targets/manifest.json", "looks/index.html", "guesses/index.html", "vit/config.json", "report.html"):
-        assert (sandbox / made).is_file(), made
-
-
 def test_the_python_page_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,8 +122,8 @@ def test_the_python_page_runs_as_it_stands(
         "milan_pipe.config.load_params", lambda path=None, overrides=(): small(path, [*SETTINGS, *overrides])
     )
     scope: dict[str, Any] = {}
-    for text in blocks(ROOT / "docs" / "python.md", "python"):
-        exec(compile(text.replace("pretrain.epochs=5", "pretrain.epochs=2"), "python.md", "exec"), scope)
+    for block in blocks(ROOT / "docs" / "python.md", "python"):
+        exec(compile(block.text.replace("pretrain.epochs=5", "pretrain.epochs=2"), "python.md", "exec"), scope)
     told = capsys.readouterr().out
     assert "% by k-NN" in told
     assert "48 2 (8, 8) 128" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from milan_pipe.errors import SettingError
-from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
+from milan_pipe.loader.order import BatchPlan, Block, EpochOrder, Lane, batches_per_epoch
 
 orders = st.builds(
     EpochOrder,
@@ -57,6 +58,52 @@ def test_blocks_lie_inside_their_shard_and_are_full_but_the_last(order: EpochOrd
         assert block.start % order.block == 0
         assert block.stop == min(block.start + order.block, order.samples[block.shard])
         assert block.start < block.stop
+
+
+def plain_blocks(order: EpochOrder, epoch: int) -> list[Block]:
+    """Every block made and laid down, as the obvious way has it."""
+    in_place = [
+        Block(shard, order.view_of(epoch, shard), start, min(start + order.block, count))
+        for shard, count in enumerate(order.samples)
+        for start in range(0, count, order.block)
+    ]
+    rng = np.random.default_rng([1, order.seed, epoch])
+    return [in_place[number] for number in rng.permutation(len(in_place))]
+
+
+def plain_cut(blocks: list[Block], start: int, stop: int) -> list[Block]:
+    """Samples one by one, and those that follow each other in a block put together again."""
+    samples = [(at, row) for at, block in enumerate(blocks) for row in range(block.start, block.stop)][start:stop]
+    kept = []
+    for at, rows in groupby(samples, key=lambda sample: sample[0]):
+        numbers = [row for _, row in rows]
+        kept.append(Block(blocks[at].shard, blocks[at].view, numbers[0], numbers[-1] + 1))
+    return kept
+
+
+@settings(max_examples=150, deadline=None)
+@given(order=orders, epoch=st.integers(0, 50), data=st.data())
+def test_blocks_made_when_they_are_asked_for_are_those_of_a_list(
+    order: EpochOrder, epoch: int, data: st.DataObject
+) -> None:
+    expected = plain_blocks(order, epoch)
+    found = order.blocks(epoch)
+    assert list(found) == expected
+    assert len(found) == len(expected)
+    assert found[-1] == expected[-1]
+    positions = st.integers(0, sum(order.samples))
+    start, stop = data.draw(positions), data.draw(positions)
+    cut = found.cut(start, stop)
+    assert list(cut) == plain_cut(expected, start, stop)
+    assert list(cut[1:3]) == plain_cut(expected, start, stop)[1:3]
+    again = data.draw(positions), data.draw(positions)
+    assert list(cut.cut(*again)) == plain_cut(plain_cut(expected, start, stop), *again)
+
+
+def test_an_epoch_of_a_billion_samples_begins_at_once() -> None:
+    order = EpochOrder(samples=(10_000,) * 100_000, views=8, block=128, window=4, seed=0)
+    blocks, rows = next(order.windows(3, Lane(1, 4, 250_000_001, 500_000_000)))
+    assert (len(blocks), len(rows)) == (1, blocks[0].stop - blocks[0].start)
 
 
 @settings(max_examples=30, deadline=None)

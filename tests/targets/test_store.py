@@ -32,6 +32,7 @@ from support.targets import (
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import place_of
+from milan_pipe.targets import ledger
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, TargetBlock, header_differences, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
@@ -138,15 +139,17 @@ class TestContract:
     def test_records_and_summary(self, where: str, store_format: str) -> None:
         head = header(format=store_format, shards=2)
         write_store(where, head, [130, 5])
-        files, records = tree(where), TargetStoreWriter(where, head).committed()
+        files, committed = tree(where), TargetStoreWriter(where, head).committed()
         for name, samples in (("000000", 130), ("000001", 5)):
-            assert records[name].source == source(samples, f"train-{name}.tar", [("worse", "damaged")])
+            record = ledger.read_record(place_of(where), name)
+            assert committed[name].source == record.source
+            assert record.source == source(samples, f"train-{name}.tar", [("worse", "damaged")])
             own = {path.partition("/")[2]: len(data) for path, data in files.items() if path.startswith(f"{name}/")}
-            assert {path: file.bytes for path, file in records[name].files.items()} == own
+            assert {path: file.bytes for path, file in record.files.items()} == own
         told = {name: (s["samples"], s["bad"]) for name, s in json.loads(files["manifest.json"])["shards"].items()}
         assert told == {"000000": (130, 1), "000001": (5, 1)}
         assert [json.loads(line) for line in files["bad_samples.jsonl"].splitlines()] == [
-            {"shard": name, "source": f"train-{name}.tar", "key": "worse", "reason": "damaged"} for name in records
+            {"shard": name, "source": f"train-{name}.tar", "key": "worse", "reason": "damaged"} for name in committed
         ]
 
     @pytest.mark.parametrize(
