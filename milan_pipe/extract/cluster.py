@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -126,6 +127,7 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
     environment["DASK_LOGGING__DISTRIBUTED"] = "critical"
     with (
+        _script_unseen(),
         own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
         _local_cluster(folder) as cluster,
@@ -134,6 +136,25 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
         cluster.scale(extract.workers)
         client.wait_for_workers(extract.workers, timeout=_START_SECONDS)
         yield client, extract.workers
+
+
+@contextmanager
+def _script_unseen() -> Iterator[None]:
+    """Let processes that are spawned meanwhile start without the caller's script.
+
+    They would run it again: one without the usual guard would begin the same extraction in each of them. All that they
+    do is in this package.
+    """
+    main = sys.modules["__main__"]
+    is_script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")
+    if not is_script:
+        yield
+        return
+    file = main.__dict__.pop("__file__")
+    try:
+        yield
+    finally:
+        main.__dict__["__file__"] = file
 
 
 def _local_cluster(folder: str) -> LocalCluster:

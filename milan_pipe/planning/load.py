@@ -22,9 +22,8 @@ from milan_pipe.terminal import size
 NODE_DEVICES = 8
 """Devices of one node, where there are as many."""
 
-SCHEDULER_TASK_SECONDS = 0.0026
-SCHEDULER_TELLING_SECONDS = 0.00020
-"""Processor seconds of Dask's scheduler for a task, and for each time that a worker tells how far it is, once a second.
+SCHEDULER_TASK_SECONDS = 0.0018
+"""Processor seconds of Dask's scheduler for one task.
 
 Measured by `python -m benchmarks.scale`, on the processor that docs/scale.md names.
 """
@@ -85,16 +84,14 @@ class ClusterLoad:
 
 
 def cluster_load(images: ImageCount, extraction: ExtractionHours, devices: int) -> ClusterLoad:
-    """Extrapolate from what a task and a telling cost elsewhere."""
+    """Extrapolate from what a task costs elsewhere; reports of progress, one a second and worker, cost a hundredth of it."""
     shard_hours = extraction.hours[1] / images.shards
-    at_work = min(devices, images.shards)
-    # A shard of no length would have the scheduler do nothing but hand out tasks.
-    per_second = at_work / max(shard_hours * _HOUR, SCHEDULER_TASK_SECONDS)
+    per_second = min(devices, images.shards) / (shard_hours * _HOUR)
     return ClusterLoad(
         devices=devices,
         tasks=images.shards,
         shard_hours=shard_hours,
-        scheduler_share=per_second * SCHEDULER_TASK_SECONDS + at_work * SCHEDULER_TELLING_SECONDS,
+        scheduler_share=per_second * SCHEDULER_TASK_SECONDS,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from support.pages import PAGES, ROOT, blocks, commands, run, shell_lines
-from support.project import SETTINGS, Project
+from support.project import Project, params_file
 
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
@@ -120,13 +120,7 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             shutil.copy(shard, here / f"images-{split}")
     (here / "own" / "classes.txt").write_text("ground\nthing\n")
     (here / "classes.txt").write_text("ground\nthing\n")
-    values: dict[str, dict[str, object]] = {}
-    for setting in SETTINGS:
-        name, _, value = setting.partition("=")
-        section, _, key = name.partition(".")
-        values.setdefault(section, {})[key] = yaml.safe_load(value)
-    values["lars_probe"] = {"batch_size": 16, "epochs": 2, "warmup_epochs": 1}
-    (here / "params.yaml").write_text(yaml.safe_dump(values))
+    (here / "params.yaml").write_text(params_file(lars_probe={"batch_size": 16, "epochs": 2, "warmup_epochs": 1}))
     model = build_student(
         StudentConfig(image_size=32, width=64, depth=2, heads=1), DecoderConfig(width=512, depth=1, heads=16), 24
     )

@@ -185,6 +185,23 @@ def test_a_scheduler_that_goes_between_two_questions_is_lost_all_the_same(questi
 
 
 @pytest.mark.slow
+def test_a_script_needs_no_guard(eight: tuple[Path, Tree], tmp_path: Path) -> None:
+    """Workers are spawned, and would run the script again that began them."""
+    code = (
+        "import milan_pipe\n"
+        f"params = milan_pipe.load_params(overrides={[*SETTINGS, 'extract.device=cpu', 'extract.workers=2']!r})\n"
+        f"print(milan_pipe.extract_targets({str(eight[0])!r}, 'targets', params).shards)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "8\n"
+    assert files(tmp_path / "targets") == eight[1]
+
+
+@pytest.mark.slow
 def test_a_scheduler_without_workers_is_told(eight: tuple[Path, Tree], tmp_path: Path) -> None:
     targets, folder = tmp_path / "t", tmp_path / "dask"
     folder.mkdir()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from milan_pipe.config import Params
 
@@ -27,6 +30,16 @@ SETTINGS = [
     "segment.eval_every=4",
     "segment.channels=8",
 ]
+
+
+def params_file(**more: dict[str, Any]) -> str:
+    """The same settings as a `params.yaml`."""
+    values: dict[str, dict[str, Any]] = {}
+    for setting in SETTINGS:
+        name, _, value = setting.partition("=")
+        section, _, key = name.partition(".")
+        values.setdefault(section, {})[key] = yaml.safe_load(value)
+    return yaml.safe_dump({**values, **more})
 
 
 @dataclass(frozen=True)
