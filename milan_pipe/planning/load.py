@@ -28,7 +28,7 @@ SCHEDULER_TASK_SECONDS = 0.0018
 Measured by `python -m benchmarks.scale`, on the processor that docs/scale.md names.
 """
 
-RECORD_BYTES_PER_SECOND = 30e6
+RECORD_BYTES_PER_SECOND = 15e6
 """How fast records of shards are read, checked and taken apart; measured as the above."""
 
 _LOADER_SECONDS = 1.0
@@ -84,7 +84,7 @@ class ClusterLoad:
 
 
 def cluster_load(images: ImageCount, extraction: ExtractionHours, devices: int) -> ClusterLoad:
-    """Extrapolate from what a task costs elsewhere; reports of progress, one a second and worker, cost a hundredth of it."""
+    """Extrapolate from what a task costs elsewhere; a report of progress, one a second and worker, costs hardly any."""
     shard_hours = extraction.hours[1] / images.shards
     per_second = min(devices, images.shards) / (shard_hours * _HOUR)
     return ClusterLoad(

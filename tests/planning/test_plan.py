@@ -20,12 +20,16 @@ from milan_pipe.config import Params, load_params
 from milan_pipe.data.count import ImageCount, count_pictures, indexed_pictures
 from milan_pipe.data.images import expand_shards
 from milan_pipe.data.prepare import PrepareConfig, prepare
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extract import space
+from milan_pipe.planning.flops import teacher_flops
+from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, free_files, limits, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
-from milan_pipe.planning.speed import Speed, extraction_hours, pretraining_hours
+from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
+from milan_pipe.planning.store import StoreEstimate, sample_pictures
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
+from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
 CHOICES = [(codec, store) for codec in ("float16", "int8", "klt") for store in ("zarr", "webdataset")]
@@ -249,6 +253,116 @@ def test_pixels_need_no_teacher() -> None:
     assert (plan.saved_hours, plan.pays_from_epochs) == (-1.0, None)
 
 
+# --- pictures and devices that are not here -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
+    settings = params("prepare.samples_per_shard=10000", "pretrain.epochs=8", "extract.threads=12")
+    targets = tmp_path_factory.mktemp("far") / "targets"
+    return commands.plan(scenes, targets, settings, sample=16, pictures=10**9, devices=64, tflops=39.0)
+
+
+def test_a_billion_pictures_like_these(elsewhere: PlanReport, report: PlanReport) -> None:
+    assert (elsewhere.images.pictures, elsewhere.images.shards, elsewhere.views) == (10**9, 100_000, 2 * 10**9)
+    assert str(elsewhere.images) == "1000000000 in 100000 shards (as given)"
+    assert elsewhere.chosen.bytes / elsewhere.views == pytest.approx(report.chosen.bytes_per_view, rel=0.05)
+    assert elsewhere.cluster.tasks == 100_000
+    hours = elsewhere.extraction.hours
+    assert set(hours) == {1, 8, 64}
+    assert hours[1] * 3600 == pytest.approx(2e9 / elsewhere.extraction.views_per_second)
+    assert elsewhere.cluster.shard_hours == pytest.approx(hours[1] / 100_000)
+
+
+def test_rates_follow_from_counted_arithmetic(elsewhere: PlanReport) -> None:
+    for speed in (elsewhere.teacher, elsewhere.student, elsewhere.teacher_online):
+        assert speed is not None
+        assert speed.source == "counted"
+        assert speed.per_second > 1000
+    told = rows(elsewhere)
+    assert "GFLOP each at 39 TFLOP/s" in told["teacher"]
+    assert "GFLOP each at 39 TFLOP/s" in told["student"]
+    assert not any("was measured on a batch" in line for line in elsewhere.warnings)
+
+
+def test_what_is_counted_is_what_a_transformer_does(scenes: Path) -> None:
+    """Products of the bundled teacher, by hand: patches, the blocks' attention and MLP, the projection."""
+    model = load_teacher(TeacherConfig())
+    visual: Any = model.visual
+    blocks, tokens = len(visual.transformer.resblocks), 65
+    width = visual.conv1.weight.shape[0]
+    hidden = visual.transformer.resblocks[0].mlp.c_fc.out_features
+    expected = 64 * width * 8 * 8 * 3
+    expected += blocks * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden)
+    expected += tokens * width * model.info.width
+    pixels = sample_pictures(expand_shards(scenes), load_params(None).views, 64, 1, nothing).pixels_NHWC
+    assert teacher_flops(model, pixels) == pytest.approx(2 * expected, rel=0.005)
+
+
+def test_a_node_reads_what_its_devices_take(elsewhere: PlanReport) -> None:
+    node = elsewhere.node
+    assert node.devices == 8
+    assert node.pictures_per_second == pytest.approx(8 * elsewhere.student.per_second)
+    assert node.bytes_per_second == pytest.approx(node.pictures_per_second * elsewhere.chosen.bytes_per_view)
+    assert node.cores == pytest.approx(node.pictures_per_second / node.loader_per_core)
+
+
+def test_what_gives_in_first_comes_first(elsewhere: PlanReport) -> None:
+    shares = [limit.share for limit in elsewhere.limits]
+    assert shares == sorted(shares, reverse=True)
+    first = elsewhere.limits[0]
+    assert (first.name, first.share > 1) == ("free disk", True)
+    told = rows(elsewhere)["gives in first"]
+    assert told.startswith("free disk: ")
+    assert first.advice in told
+    assert {limit.name for limit in elsewhere.limits} >= {"scheduler", "shards", "start again", "names of shards"}
+
+
+def limit_of(**more: Any) -> dict[str, float]:
+    values: dict[str, Any] = {"shards": 1000, "hours": 10.0, "devices": 8, "cores": 4, "files": 10**6, **more}
+    images = ImageCount(pictures=10**6, source="given", shards=values["shards"], looked_at=0, bytes=0)
+    store = StoreEstimate(
+        codec="int8", format="zarr", bytes_per_view=1e5, bytes=10**11, files=10**5, record_bytes=10**9, mean_cosine=1
+    )
+    extraction = ExtractionHours(views_per_second=1, limited_by="teacher", hours={1: values["hours"]})
+    found = limits(
+        images,
+        store,
+        space.FreeSpace(folder="t", needed_bytes=10**11, free_bytes=10**12),
+        values["files"],
+        cluster_load(images, extraction, values["devices"]),
+        node_load(speed(100), store, 1000, values["devices"]),
+        values["cores"],
+    )
+    return {limit.name: limit.share for limit in found}
+
+
+def test_each_limit_is_a_share_of_what_there_is() -> None:
+    usual = limit_of()
+    assert usual["free disk"] == pytest.approx(0.1)
+    assert usual["number of files"] == pytest.approx(0.1)
+    assert usual["shards"] == pytest.approx(8 / 1000)
+    assert usual["length of a shard"] == pytest.approx(10 / 1000)
+    assert usual["processors of a node"] == pytest.approx(0.8 / 4)
+    assert usual["names of shards"] == pytest.approx(1e-3)
+    # 8 shards of 36 seconds at a time.
+    assert usual["scheduler"] == pytest.approx(8 / 36 * SCHEDULER_TASK_SECONDS)
+    assert limit_of(devices=64)["processors of a node"] == usual["processors of a node"]
+    assert limit_of(shards=4, devices=8)["shards"] == 2
+    assert "number of files" not in limit_of(files=None)
+
+
+def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: Path, bucket: str) -> None:
+    assert free_files(place_of(tmp_path / "not" / "there")) == free_files(place_of(tmp_path))
+    assert free_files(place_of(f"{bucket}/t")) is None
+
+
+@pytest.mark.parametrize("wrong", [{"pictures": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
+def test_numbers_that_make_no_plan_are_refused(scenes: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="above 0"):
+        commands.plan(scenes, None, params(), **wrong)
+
+
 # --- free disk ----------------------------------------------------------------------------------------------------
 
 
@@ -297,13 +411,18 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     return int(ended.value.code or 0), told.out, told.err
 
 
-def test_the_command(scenes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("far", [False, True])
+def test_the_command(
+    scenes: Path, far: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("milan_pipe.terminal.console.width", 80)
     words = [part for text in SETTINGS for part in ("--set", text)]
-    code, out, err = run(capsys, monkeypatch, scenes, "--sample", 8, "--json", *words)
+    more = ["--pictures", 10**9, "--devices", 512, "--tflops", 39] if far else []
+    code, out, err = run(capsys, monkeypatch, scenes, "--sample", 8, "--json", *more, *words)
     assert code == 0
     values: dict[str, Any] = json.loads(out)
-    assert values["images"]["pictures"] == 160
+    assert values["images"]["pictures"] == (10**9 if far else 160)
+    assert ("512" in values["extraction"]["hours"]) == far
     assert [store["codec"] for store in values["stores"]] == ["float16", "float16", "int8", "int8", "klt", "klt"]
     assert max(len(line) for line in err.splitlines() if "warning:" not in line) <= 80
     assert "…" not in err
