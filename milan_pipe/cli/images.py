@@ -87,7 +87,7 @@ def plan(
             help="Plan for N pictures like these, in shards of prepare.samples_per_shard; IMAGES are then a sample.",
         ),
     ] = None,
-    devices: Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Devices for both stages.")] = 8,
+    devices: Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Devices for both stages.")] = 1,
     tflops: Annotated[
         float | None,
         typer.Option(

@@ -52,7 +52,7 @@ class ImageCount:
             "given": "as given",
             "estimate": f"estimated from {self.looked_at} of {self.shards} shards",
         }
-        return f"{self.pictures} in {self.shards} shards ({how[self.source]})"
+        return f"{self.pictures:,} in {self.shards:,} shards ({how[self.source]})"
 
 
 @dataclass(frozen=True)

@@ -179,13 +179,13 @@ def limits(
             name="scheduler",
             share=cluster.scheduler_share,
             what=f"Dask's scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time with "
-            f"{cluster.devices} devices",
+            f"{cluster.devices} at work",
             advice="larger shards, or several extractions with --shards i/n",
         ),
         Limit(
             name="shards",
             share=cluster.devices / images.shards,
-            what=f"{cluster.devices} devices share {images.shards} shards, each done by one",
+            what=f"{cluster.devices} at work share {images.shards} shards, each done by one",
             advice="smaller shards",
         ),
         Limit(
@@ -197,7 +197,7 @@ def limits(
         Limit(
             name="processors of a node",
             share=node.cores / cores,
-            what=f"the loader needs {node.cores:.2g} processors for {node.devices} devices, there are {cores}",
+            what=f"the loader needs {node.cores:.2g} processors of a node, there are {cores}",
             advice="codec.zstd_level=0, or more processors",
         ),
         Limit(

@@ -59,7 +59,7 @@ from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import Teacher, TeacherConfig, TeacherOutput
 
 DEFAULT_SAMPLE = 64
-DEFAULT_DEVICES = 8
+DEFAULT_DEVICES = 1
 DEFAULT_TARGETS = "targets"
 
 

@@ -32,7 +32,7 @@ def store_table(report: PlanReport) -> Table:
             size(store.bytes_per_view),
             f"{store.mean_cosine:.8f}",
             size(store.bytes),
-            str(store.files),
+            f"{store.files:,}",
         )
     return table
 
@@ -60,21 +60,21 @@ def _stage1(report: PlanReport) -> dict[str, str]:
         f"{duration(hours)} on {count}{' device' if count == 1 else ''}" for count, hours in extraction.hours.items()
     )
     sample = f"{report.sample} pictures, one view of each"
-    speed = f"{extraction.views_per_second:.4g} views a second, limited by the {extraction.limited_by}"
+    speed = f"{rate(extraction.views_per_second)} views a second, limited by the {extraction.limited_by}"
     cluster = report.cluster
     few = f"; of {images.shards} shards each is done by one device" if images.shards < max(extraction.hours) else ""
     return {
         "pictures": str(images),
-        "views": f"{report.views}, {report.views_per_picture} of each picture",
+        "views": f"{report.views:,}, {report.views_per_picture} of each picture",
         "measured on": f"{sample}; {report.sample_bad} more cannot be read" if report.sample_bad else sample,
         "store": f"about {size(report.chosen.bytes)}, {report.chosen.codec} in {report.chosen.format} (extrapolated)",
-        "teacher": f"{report.teacher.per_second:.4g} views a second ({report.teacher.source}: {report.teacher_model} "
+        "teacher": f"{rate(report.teacher.per_second)} views a second ({report.teacher.source}: {report.teacher_model} "
         f"at {report.teacher_image_size} pixels, {report.teacher})",
-        "rendering": f"{report.render_views_per_second:.4g} views a second and thread (measured), "
+        "rendering": f"{rate(report.render_views_per_second)} views a second and thread (measured), "
         f"{report.render_threads} threads",
         "extraction": f"{', '.join([first, *more])} (extrapolated from {speed}; writing is not counted{few})",
-        "Dask": f"{cluster.tasks} tasks, one a shard, of {duration(cluster.shard_hours)} each; with "
-        f"{cluster.devices} devices its scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time "
+        "Dask": f"{cluster.tasks:,} tasks, one a shard, of {duration(cluster.shard_hours)} each; with "
+        f"{_devices(cluster.devices)} its scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time "
         "(extrapolated from what a task costs it)",
     }
 
@@ -87,9 +87,9 @@ def _stage2(report: PlanReport) -> dict[str, str]:
     elif online == report.teacher:
         beside = "the teacher, as above, in every step"
     else:
-        beside = f"the teacher in every step, {online.per_second:.4g} views a second ({online.source}: {online})"
+        beside = f"the teacher in every step, {rate(online.per_second)} views a second ({online.source}: {online})"
     return {
-        "student": f"{report.student.per_second:.4g} pictures a second ({report.student.source}: {report.student})",
+        "student": f"{rate(report.student.per_second)} pictures a second ({report.student.source}: {report.student})",
         "stored targets": f"{duration(plan.pretrain_hours)} for {plan.epochs} epochs + "
         f"{duration(plan.extraction_hours)} of extraction = {duration(offline)} on one device (extrapolated)",
         "online teacher": f"{duration(plan.online_hours)} for {plan.epochs} epochs on one device (extrapolated; "
@@ -99,18 +99,28 @@ def _stage2(report: PlanReport) -> dict[str, str]:
     }
 
 
+def _devices(count: int) -> str:
+    return f"{count} devices" if count > 1 else "1 device"
+
+
 def _shared(report: PlanReport) -> dict[str, str]:
     """Both stages on the devices that were asked for, and what a node of them reads."""
     devices, node = report.cluster.devices, report.node
     first = report.limits[0]
-    verdict = f"{first.what}; do: {first.advice}" if first.share > 1 else f"nothing; nearest is: {first.what}"
+    if first.share > 1:
+        verdict = f"{first.name}: {first.what}; do: {first.advice}"
+    else:
+        verdict = f"nothing; nearest to it: {first.name}, {first.what}"
+    shared = (
+        f"{duration(report.extraction.hours[devices])} of extraction, "
+        f"{duration(report.pretraining.pretrain_hours / devices)} of pretraining (extrapolated, shared without loss)"
+    )
     return {
-        f"{devices} devices": f"{duration(report.extraction.hours[devices])} of extraction, "
-        f"{duration(report.pretraining.pretrain_hours / devices)} of pretraining (extrapolated, shared without loss)",
-        "a node": f"{node.devices} devices take {node.pictures_per_second:.4g} pictures and "
-        f"{size(node.bytes_per_second)} a second, for which the loader needs {node.cores:.2g} processors (measured: "
-        f"{node.loader_per_core:.4g} pictures a second and processor)",
-        "gives in first": f"{first.name}: {verdict}",
+        **({f"{devices} devices": shared} if devices > 1 else {}),
+        "a node": f"{rate(node.pictures_per_second)} pictures and {size(node.bytes_per_second)} a second go to "
+        f"{_devices(node.devices)}, for which the loader needs {rate(node.cores)} processors (measured: "
+        f"{rate(node.loader_per_core)} pictures a second and processor)",
+        "gives in first": verdict,
     }
 
 
@@ -132,6 +142,11 @@ def _space(report: PlanReport) -> str:
         return f"not checked: {space.folder} is no local folder"
     verdict = "NOT ENOUGH" if space.short else "enough"
     return f"{size(space.free_bytes)} at {space.folder}, {verdict} for about {size(space.needed_bytes)}"
+
+
+def rate(value: float) -> str:
+    """A number of things a second, to three or four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.2g}"
 
 
 def duration(hours: float) -> str:

@@ -265,7 +265,7 @@ def elsewhere(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanRep
 
 def test_a_billion_pictures_like_these(elsewhere: PlanReport, report: PlanReport) -> None:
     assert (elsewhere.images.pictures, elsewhere.images.shards, elsewhere.views) == (10**9, 100_000, 2 * 10**9)
-    assert str(elsewhere.images) == "1000000000 in 100000 shards (as given)"
+    assert str(elsewhere.images) == "1,000,000,000 in 100,000 shards (as given)"
     assert elsewhere.chosen.bytes / elsewhere.views == pytest.approx(report.chosen.bytes_per_view, rel=0.05)
     assert elsewhere.cluster.tasks == 100_000
     hours = elsewhere.extraction.hours
