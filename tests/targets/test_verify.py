@@ -162,7 +162,7 @@ def test_more_samples_told_of_than_there_are(tmp_path: Path, store_format: str) 
     head = header(format=store_format)
     write_store(tmp_path / "t", head, [5])
     writer = TargetStoreWriter(tmp_path / "t", head)
-    record = dataclasses.replace(writer.committed()["000000"], source=source(6))
+    record = dataclasses.replace(ledger.read_record(writer.place, "000000"), source=source(6))
     ledger.write_record(writer.place, "000000", record)
     ledger.write_summary(writer.place, header_file(head)[1], writer.committed())
     problems = verify_targets(tmp_path / "t").problems
@@ -283,7 +283,7 @@ def test_a_store_in_a_bucket(bucket: str, store_format: str) -> None:
     assert told(report) == [("", "stray"), ("000001", "attention")]
     assert report.mend == (f"remove {where}/stray", f"milan-pipe extract-targets IMAGES {where} --redo 000001")
     assert (report.shards, report.samples, report.views) == (2, 10, 20)
-    assert report.files == sum(len(writer.committed()[name].files) for name in ("000000", "000001"))
+    assert report.files == sum(len(ledger.read_record(writer.place, name).files) for name in ("000000", "000001"))
 
 
 # --- against the teacher ------------------------------------------------------------------------------------------
