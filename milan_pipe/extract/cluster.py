@@ -29,8 +29,8 @@ _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
 _ABOVE_CRITICAL = logging.CRITICAL + 1
-# The scheduler hears each worker so often, and is asked so often who they are: with hundreds of them it has no time for
-# every block and every shard.
+# The scheduler hears each worker so often, and is asked so often who they are. It keeps what it is told, and names all
+# workers to who asks: neither is to grow with batches and shards.
 _TELL_SECONDS = 1.0
 
 

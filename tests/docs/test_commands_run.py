@@ -27,6 +27,7 @@ GIVEN = {
     "cluster.md": (),
     "commands.md": ("mae",),
     "exchange.md": ("run",),
+    "mending.md": (),
     "object-storage.md": (),
     "own-images.md": (),
     "plan.md": (),
