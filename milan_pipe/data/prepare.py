@@ -449,7 +449,9 @@ def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterato
     # standard library, which runs the caller's script again in each process.
     pool = ProcessPoolExecutor(workers)
     try:
-        yield from pool.map(_pack, jobs, paths)
+        # Not by `map`, which cancels what is left when it is left early: the pool, killed, then stumbles over that.
+        for future in [pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True)]:
+            yield future.result()
     except BrokenProcessPool:
         raise StoreError(
             "a process that packs shards was killed, perhaps for memory; run the same command again"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -329,3 +334,44 @@ def test_settings_are_checked(values: dict[str, object]) -> None:
         PrepareConfig.parse(values, "prepare")
     with pytest.raises((ValidationError, SettingError)):
         PrepareConfig(**values)  # type: ignore[arg-type]
+
+
+def packing(folder: Path) -> subprocess.Popen[str]:
+    """`milan-pipe prepare` in the middle of its work, with two processes that pack."""
+    words = ["prepare", "demo", "images", "--set", "prepare.train_scenes=40000"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "milan_pipe", *words],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    ends = time.monotonic() + 60
+    while not (folder / "images" / "train-000000.tar").exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    return run
+
+
+def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
+    run = packing(tmp_path)
+    os.killpg(run.pid, signal.SIGINT)
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, told
+    assert "Traceback" not in told
+    assert "interrupted" in told
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor packs in the command's own process")
+def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    run = packing(tmp_path)
+    children = psutil.Process(run.pid).children()
+    workers = [child for child in children if any("popen_loky_posix" in word for word in child.cmdline())]
+    assert workers
+    workers[0].kill()
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 2, told
+    assert "Traceback" not in told
+    assert "a process that packs shards was killed" in told
