@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import IO, Literal, TypeVar
 
@@ -101,6 +102,23 @@ def count_pictures(shards: Sequence[ShardFile], on_progress: Callable[[int, int]
         shards=len(shards),
         looked_at=len(chosen),
         bytes=size,
+    )
+
+
+def like_these(images: ImageCount, pictures: int, per_shard: int) -> ImageCount:
+    """So many pictures like those that are there, in shards of `per_shard`.
+
+    Raises:
+        DataError: there are none to go by.
+    """
+    if not images.pictures:
+        raise DataError("no pictures to plan from")
+    return ImageCount(
+        pictures=pictures,
+        source="given",
+        shards=ceil(pictures / per_shard),
+        looked_at=0,
+        bytes=round(images.bytes / images.pictures * pictures),
     )
 
 

@@ -1,23 +1,16 @@
-"""What a plan asks of everything but its devices: scheduler, nodes, disks, shards; and which of it gives in first."""
+"""What a plan asks of a cluster's scheduler and of a node, beside its devices."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 from milan_pipe.data.count import ImageCount
-from milan_pipe.errors import DataError
-from milan_pipe.extract.space import FreeSpace
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Loader
 from milan_pipe.planning.speed import ExtractionHours, Speed
 from milan_pipe.planning.store import StoreEstimate
-from milan_pipe.storage import Place
 from milan_pipe.targets.schema import BLOCK_SAMPLES, TargetReader
-from milan_pipe.terminal import size
 
 NODE_DEVICES = 8
 """Devices of one node, where there are as many."""
@@ -28,18 +21,8 @@ SCHEDULER_TASK_SECONDS = 0.0018
 Measured by `python -m benchmarks.scale`, on the processor that docs/scale.md names.
 """
 
-RECORD_BYTES_PER_SECOND = 15e6
-"""How fast records of shards are read, checked and taken apart; measured as the above."""
-
 _LOADER_SECONDS = 1.0
-_FAST_RESTART_SECONDS = 600
-_LONG_SHARD_HOURS = 1.0
-# Names of shards are numbers of six digits, which sort as they count.
-_MOST_SHARDS = 1_000_000
 _HOUR = 3600
-
-
-# --- measured and extrapolated ------------------------------------------------------------------------------------
 
 
 def loader_pictures_per_core(reader: TargetReader, with_targets: bool) -> float:
@@ -125,132 +108,3 @@ def node_load(student: Speed, store: StoreEstimate, loader_per_core: float, devi
         loader_per_core=loader_per_core,
         cores=pictures / loader_per_core,
     )
-
-
-# --- limits -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """Something that a plan needs of something that is there.
-
-    Attributes:
-        share: needed over there; above 1 it does not fit.
-        what: both, in words.
-        advice: what to do about it.
-    """
-
-    name: str
-    share: float
-    what: str
-    advice: str
-
-
-def free_files(place: Place) -> int | None:
-    """Files that may still be made on the disk of a folder; None where nobody counts them."""
-    if place.local is None or not hasattr(os, "statvfs"):
-        return None
-    for there in (place.local.absolute(), *place.local.absolute().parents):
-        try:
-            return os.statvfs(there).f_favail or None
-        except OSError:
-            continue
-    return None
-
-
-def limits(
-    images: ImageCount,
-    store: StoreEstimate,
-    space: FreeSpace,
-    files: int | None,
-    cluster: ClusterLoad,
-    node: NodeLoad,
-    cores: int,
-) -> tuple[Limit, ...]:
-    """All limits that are known, the one that gives in first at the head.
-
-    Args:
-        files: that may still be made where the store is to lie.
-        cores: processors of a node.
-    """
-    restart = store.record_bytes / RECORD_BYTES_PER_SECOND
-    found = [
-        Limit(
-            name="scheduler",
-            share=cluster.scheduler_share,
-            what=f"Dask's scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time with "
-            f"{cluster.devices} at work",
-            advice="larger shards, or several extractions with --shards i/n",
-        ),
-        Limit(
-            name="shards",
-            share=cluster.devices / images.shards,
-            what=f"{cluster.devices} at work share {images.shards} shards, each done by one",
-            advice="smaller shards",
-        ),
-        Limit(
-            name="length of a shard",
-            share=cluster.shard_hours / _LONG_SHARD_HOURS,
-            what=f"a shard takes {cluster.shard_hours:.2g} hours, which an interruption loses",
-            advice="smaller shards",
-        ),
-        Limit(
-            name="processors of a node",
-            share=node.cores / cores,
-            what=f"the loader needs {node.cores:.2g} processors of a node, there are {cores}",
-            advice="codec.zstd_level=0, or more processors",
-        ),
-        Limit(
-            name="start again",
-            share=restart / _FAST_RESTART_SECONDS,
-            what=f"an interrupted extraction first reads {size(store.record_bytes)} of records, {restart:.2g} s",
-            advice="format webdataset, whose records are short",
-        ),
-        Limit(
-            name="names of shards",
-            share=images.shards / _MOST_SHARDS,
-            what=f"{images.shards} shards, whose names have six digits",
-            advice="larger shards, or several stores",
-        ),
-    ]
-    if space.free_bytes is not None:
-        found.append(
-            Limit(
-                name="free disk",
-                share=space.needed_bytes / max(space.free_bytes, 1),
-                what=f"{size(space.needed_bytes)} are needed, {size(space.free_bytes)} free",
-                advice="codec klt, fewer views, or a bucket",
-            )
-        )
-    if files is not None:
-        found.append(
-            Limit(
-                name="number of files",
-                share=store.files / files,
-                what=f"{store.files:,} files are needed, {files:,} can be made",
-                advice="format webdataset, which has one file for each shard and view",
-            )
-        )
-    return tuple(sorted(found, key=lambda limit: limit.share, reverse=True))
-
-
-def like_these(images: ImageCount, pictures: int, per_shard: int) -> ImageCount:
-    """So many pictures like those that are there, in shards of `per_shard`.
-
-    Raises:
-        DataError: there are none to go by.
-    """
-    if not images.pictures:
-        raise DataError("no pictures to plan from")
-    return ImageCount(
-        pictures=pictures,
-        source="given",
-        shards=ceil(pictures / per_shard),
-        looked_at=0,
-        bytes=round(images.bytes / images.pictures * pictures),
-    )
-
-
-def device_counts(devices: int, told: Sequence[int]) -> tuple[int, ...]:
-    """Numbers of devices to tell hours for: the usual ones, and that which was asked for."""
-    return tuple(sorted({*told, devices}))

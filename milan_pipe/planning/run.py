@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.data.ahead import thread_count
-from milan_pipe.data.count import ImageCount, count_pictures
+from milan_pipe.data.count import ImageCount, count_pictures, like_these
 from milan_pipe.data.images import ShardFile, expand_shards
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError, SettingError
@@ -15,24 +15,14 @@ from milan_pipe.extract.settings import ExtractConfig
 from milan_pipe.extract.space import FreeSpace, free_space, free_space_warning
 from milan_pipe.extract.worker import Assignment, load_assigned_teacher
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
-from milan_pipe.planning.load import (
-    ClusterLoad,
-    Limit,
-    NodeLoad,
-    cluster_load,
-    device_counts,
-    free_files,
-    like_these,
-    limits,
-    loader_pictures_per_core,
-    node_load,
-)
+from milan_pipe.planning.limits import Limit, free_files, limits
+from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_pictures_per_core, node_load
 from milan_pipe.planning.speed import (
-    DEVICES,
     ExtractionHours,
     Lesson,
     PretrainingHours,
     Speed,
+    device_counts,
     extraction_hours,
     pretraining_hours,
     run_student,
@@ -298,7 +288,7 @@ def _report(
         threads,
         # Of a device that is not here, `extract.threads` says how many processors it has beside it.
         cores if asked.tflops is None else threads,
-        device_counts(asked.devices, DEVICES),
+        device_counts(asked.devices),
     )
     cluster = cluster_load(images, extraction, asked.devices)
     node = node_load(student, chosen, per_core, asked.devices)

@@ -236,6 +236,11 @@ class ExtractionHours:
     hours: dict[int, float]
 
 
+def device_counts(devices: int) -> tuple[int, ...]:
+    """Numbers of devices to tell hours for: the usual ones, and that which was asked for."""
+    return tuple(sorted({*DEVICES, devices}))
+
+
 def extraction_hours(
     views: int,
     shards: int,

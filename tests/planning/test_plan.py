@@ -23,7 +23,8 @@ from milan_pipe.data.prepare import PrepareConfig, prepare
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extract import space
 from milan_pipe.planning.flops import teacher_flops
-from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, free_files, limits, node_load
+from milan_pipe.planning.limits import free_files, limits
+from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
 from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
 from milan_pipe.planning.store import StoreEstimate, sample_pictures
