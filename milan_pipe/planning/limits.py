@@ -70,13 +70,13 @@ def limits(
             name="scheduler",
             share=cluster.scheduler_share,
             what=f"Dask's scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time with "
-            f"{cluster.devices} at work",
+            f"{cluster.devices} devices at work",
             advice="larger shards, or several extractions with --shards i/n",
         ),
         Limit(
             name="shards",
             share=cluster.devices / images.shards,
-            what=f"{cluster.devices} at work share {images.shards} shards, each done by one",
+            what=f"{images.shards}, each done by one device; devices: {cluster.devices}",
             advice="smaller shards",
         ),
         Limit(

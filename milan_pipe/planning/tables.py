@@ -110,7 +110,7 @@ def _shared(report: PlanReport) -> dict[str, str]:
     if first.share > 1:
         verdict = f"{first.name}: {first.what}; do: {first.advice}"
     else:
-        verdict = f"nothing; nearest to it: {first.name}, {first.what}"
+        verdict = f"nothing; nearest to it: {first.name} ({first.what})"
     shared = (
         f"{duration(report.extraction.hours[devices])} of extraction, "
         f"{duration(report.pretraining.pretrain_hours / devices)} of pretraining (extrapolated, shared without loss)"
