@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,12 +47,24 @@ def free_space(place: Place, needed_bytes: float) -> FreeSpace:
     return FreeSpace(folder=str(place), needed_bytes=round(needed_bytes), free_bytes=_free_bytes(place.local))
 
 
+def free_files(place: Place) -> int | None:
+    """Files that may still be made on the disk of a folder; None where nobody counts them, as in a bucket."""
+    if not hasattr(os, "statvfs"):
+        return None
+    return _ask_disk(place.local, lambda folder: os.statvfs(folder).f_favail) or None
+
+
 def _free_bytes(folder: Path | None) -> int | None:
+    return _ask_disk(folder, lambda there: shutil.disk_usage(there).free)
+
+
+def _ask_disk(folder: Path | None, ask: Callable[[Path], int]) -> int | None:
+    """What the disk says that a folder is to lie on, which need not be there yet."""
     if folder is None:
         return None
     for there in (folder.absolute(), *folder.absolute().parents):
         try:
-            return shutil.disk_usage(there).free
+            return ask(there)
         # Not made yet, or a file in the way, of which whoever writes will tell.
         except OSError:
             continue

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from milan_pipe.data.count import ImageCount
 from milan_pipe.extract.space import FreeSpace
 from milan_pipe.planning.load import ClusterLoad, NodeLoad
 from milan_pipe.planning.store import StoreEstimate
-from milan_pipe.storage import Place
 from milan_pipe.terminal import size
 
 RECORD_BYTES_PER_SECOND = 15e6
@@ -35,18 +33,6 @@ class Limit:
     share: float
     what: str
     advice: str
-
-
-def free_files(place: Place) -> int | None:
-    """Files that may still be made on the disk of a folder; None where nobody counts them."""
-    if place.local is None or not hasattr(os, "statvfs"):
-        return None
-    for there in (place.local.absolute(), *place.local.absolute().parents):
-        try:
-            return os.statvfs(there).f_favail or None
-        except OSError:
-            continue
-    return None
 
 
 def limits(

@@ -23,7 +23,7 @@ from milan_pipe.data.prepare import PrepareConfig, prepare
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extract import space
 from milan_pipe.planning.flops import teacher_flops
-from milan_pipe.planning.limits import free_files, limits
+from milan_pipe.planning.limits import limits
 from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
 from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
@@ -354,8 +354,8 @@ def test_each_limit_is_a_share_of_what_there_is() -> None:
 
 
 def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: Path, bucket: str) -> None:
-    assert free_files(place_of(tmp_path / "not" / "there")) == free_files(place_of(tmp_path))
-    assert free_files(place_of(f"{bucket}/t")) is None
+    assert space.free_files(place_of(tmp_path / "not" / "there")) == space.free_files(place_of(tmp_path))
+    assert space.free_files(place_of(f"{bucket}/t")) is None
 
 
 @pytest.mark.parametrize("wrong", [{"pictures": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
