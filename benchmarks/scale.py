@@ -53,7 +53,7 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     ViewInfo,
 )
-from milan_pipe.targets.store import TargetStoreWriter, open_targets
+from milan_pipe.targets.store import TargetStoreWriter, header_file, open_targets
 from milan_pipe.teacher.clip import TeacherConfig
 
 BILLION, SHARD, VIEWS, JPEG_BYTES = 10**9, 10_000, 8, 24_000
@@ -273,7 +273,7 @@ def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
     writer.committed()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    ledger.write_summary(writer.place, writer.place.read(next(iter(_header_names(writer)))), committed)
+    ledger.write_summary(writer.place, header_file(writer.header)[1], committed)
     began = time.perf_counter()
     opened = open_targets(where)
     opening = time.perf_counter() - began
@@ -290,10 +290,6 @@ def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
     }
     shutil.rmtree(where)
     return result
-
-
-def _header_names(writer: TargetStoreWriter) -> Iterator[str]:
-    return (path for path in ("zarr.json", "header.json") if path in writer.place.sizes())
 
 
 # --- plans --------------------------------------------------------------------------------------------------------

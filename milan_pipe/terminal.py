@@ -85,6 +85,11 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
 
 
+def rate(value: float) -> str:
+    """A number of things a second, to three or four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.2g}"
+
+
 def _fail(message: str) -> NoReturn:
     line = " ".join(message.splitlines())
     console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)

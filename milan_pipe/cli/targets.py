@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, progress, show, size
+from milan_pipe.terminal import console, progress, rate, show, size
 
 _MOST_PROBLEMS = 50
 
@@ -74,12 +74,12 @@ def extract_targets(
             nonlocal began
             if began is None:  # told first when the teacher is loaded
                 began = time.monotonic()
-            rate = now.views / max(time.monotonic() - began, 1e-9)
+            speed = now.views / max(time.monotonic() - began, 1e-9)
             update(
                 now.shards_done,
                 now.shards,
                 shards="shards",
-                rate=f"{now.views} views, {rate:.3g}/s",
+                rate=f"{now.views} views, {rate(speed)}/s",
                 bad=f"{now.bad} set aside",
                 workers=f"{now.workers} workers" if now.workers > 1 else "",
             )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from milan_pipe.terminal import size
+from milan_pipe.terminal import rate, size
 
 if TYPE_CHECKING:
     from milan_pipe.planning.run import PlanReport
@@ -142,11 +142,6 @@ def _space(report: PlanReport) -> str:
         return f"not checked: {space.folder} is no local folder"
     verdict = "NOT ENOUGH" if space.short else "enough"
     return f"{size(space.free_bytes)} at {space.folder}, {verdict} for about {size(space.needed_bytes)}"
-
-
-def rate(value: float) -> str:
-    """A number of things a second, to three or four digits."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.2g}"
 
 
 def duration(hours: float) -> str:

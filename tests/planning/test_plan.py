@@ -31,6 +31,7 @@ from milan_pipe.planning.store import StoreEstimate, sample_pictures
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.terminal import rate
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
 CHOICES = [(codec, store) for codec in ("float16", "int8", "klt") for store in ("zarr", "webdataset")]
@@ -230,6 +231,12 @@ def test_a_shard_keeps_one_device_busy(shards: int, expected: tuple[float, ...])
 def test_short_times_are_not_told_as_nothing() -> None:
     told = [duration(hours) for hours in (12345, 26.04, 1, 0.5, 0.004, 0.0002, 0.000001)]
     assert told == ["12345 h", "26.0 h", "1.0 h", "30.0 min", "14.4 s", "0.7 s", "0.004 s"]
+
+
+def test_rates_are_written_out() -> None:
+    assert [rate(value) for value in (123456.7, 1000, 999.96, 41.25, 4.192, 0.1234)] == [
+        "123,457", "1,000", "1000", "41.25", "4.192", "0.12",
+    ]  # fmt: skip
 
 
 @given(
