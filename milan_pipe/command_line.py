@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from milan_pipe.config import Params
+from milan_pipe.errors import without_password
 from milan_pipe.settings import Settings
 
 
@@ -48,4 +49,5 @@ def command_of(name: str, arguments: Sequence[object], params: Params, sections:
     words = ["milan-pipe", name, *map(str, arguments)]
     for setting in settings_of(params, sections):
         words += ["--set", setting]
-    return shlex.join(words)
+    # Commands are kept in checkpoints and reports, which are passed on.
+    return shlex.join(map(without_password, words))

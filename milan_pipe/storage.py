@@ -20,8 +20,10 @@ import errno
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
@@ -39,7 +41,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotSupportedError, PreconditionError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-from milan_pipe.errors import MilanError, MissingError, SettingError, StoreError
+from milan_pipe.errors import MilanError, MissingError, SettingError, StoreError, printable, resource_hint
 
 SCRATCH = ".partial-"
 """Names that begin so are unfinished work, which readers pass over."""
@@ -139,7 +141,10 @@ class Place(ABC):
     """A folder. Paths are relative to it, with `/` between their parts. It can be sent to other processes."""
 
     name: str
-    """The path or URL, for messages."""
+    """The path or URL, for messages: without the password of a URL."""
+
+    address: str
+    """The path or URL, by which `place_of` finds it again."""
 
     local: Path | None = None
     """The folder itself, where it is a local one."""
@@ -154,13 +159,13 @@ class Place(ABC):
         return f"place_of({self.name!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return place_of, (self.name,)
+        return place_of, (self.address,)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and self.name == other.name
+        return isinstance(other, Place) and self.address == other.address
 
     def __hash__(self) -> int:
-        return hash(self.name)
+        return hash(self.address)
 
     @abstractmethod
     def child(self, path: str) -> Place:
@@ -247,9 +252,9 @@ class Place(ABC):
     def publish(self, scratch: Path, path: str) -> None:
         """Put the content of a scratch folder in the place of the folder `path`, and remove the scratch.
 
-        Locally a folder is renamed; several at once leave the whole of one. In an object store the files come one
-        after another, so a reader must be told by other means that all are there, and processes that publish one
-        folder at once must bring files of the same names.
+        Locally a folder is flushed to the disk and renamed; several at once leave the whole of one, and where it fails
+        what was there stays. In an object store the files come one after another, so a reader must be told by other
+        means that all are there, and processes that publish one folder at once must bring files of the same names.
 
         Raises:
             StoreError: it cannot be written.
@@ -266,16 +271,48 @@ def _is_scratch(entry: str, name: str, prefix: str) -> bool:
     return re.fullmatch(rf"{re.escape(prefix)}{wanted}-[0-9a-f]{{32}}", entry, re.DOTALL) is not None
 
 
-def _unfinished(path: str) -> bool:
-    return any(part.startswith(SCRATCH) for part in path.split("/"))
+def _is_foreign(name: str) -> bool:
+    """Unfinished work, and what macOS leaves in every folder that it shows: no content of any folder."""
+    return name.startswith((SCRATCH, "._")) or name == ".DS_Store"
+
+
+def _is_content(path: str) -> bool:
+    return not any(map(_is_foreign, path.split("/")))
 
 
 def _remove_entry(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    """Remove scratch; what stands in the way is left for later.
+
+    It is renamed first. Removed in place, a folder would be filled again by an owner that still writes, and could take
+    its final name in parts; renamed, it is gone for its owner in one step.
+    """
+    own = path.with_name(f"{SCRATCH}removed-{uuid.uuid4().hex}")
+    with suppress(OSError):
+        path.rename(own)
+        if own.is_dir() and not own.is_symlink():
+            shutil.rmtree(own, ignore_errors=True)
+        else:
+            own.unlink()
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk: after a power cut a rename may be there without the data."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems flush no folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _flush_all(folder: Path) -> None:
+    for here, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            flush(Path(here, name))
+        flush(Path(here))
 
 
 # --- local --------------------------------------------------------------------------------------------------------
@@ -284,7 +321,7 @@ def _remove_entry(path: Path) -> None:
 class _Folder(Place):
     def __init__(self, path: Path) -> None:
         self.local: Path = path
-        self.name = str(path)
+        self.name = self.address = str(path)
 
     def child(self, path: str) -> Place:
         return _Folder(self.local / path)
@@ -296,20 +333,21 @@ class _Folder(Place):
         except OSError as error:
             if isinstance(error, FileNotFoundError) and doing not in ("made", "written"):
                 raise MissingError(f"{self.local / path} is not there") from None
-            raise StoreError(f"{self.local / path} cannot be {doing}: {error.strerror or error}") from error
+            reason = resource_hint(error) or error.strerror or error
+            raise StoreError(f"{self.local / path} cannot be {doing}: {reason}") from error
 
     def read(self, path: str) -> bytes:
-        with self._errors(path, "read"):
-            return (self.local / path).read_bytes()
+        with self.open(path) as file, self._errors(path, "read"):
+            return file.read()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        with self._errors(path, "read"), (self.local / path).open("rb", buffering=0) as file:
+        with self._errors(path, "read"), _opened(self.local / path) as file:
             file.seek(start)
-            return cast(bytes, file.read(max(0, stop - start)))
+            return file.read(max(0, stop - start))
 
     def open(self, path: str) -> IO[bytes]:
         with self._errors(path, "read"):
-            return (self.local / path).open("rb")
+            return io.BufferedReader(_opened(self.local / path))
 
     def size(self, path: str) -> int:
         with self._errors(path, "read"):
@@ -324,7 +362,7 @@ class _Folder(Place):
         try:
             with self._errors("", "listed"), os.scandir(self.local) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    if entry.name.startswith(SCRATCH):
+                    if _is_foreign(entry.name):
                         continue
                     if entry.is_dir():
                         folders.append(entry.name)
@@ -339,12 +377,12 @@ class _Folder(Place):
         found = {}
         with self._errors(folder, "listed"):
             for here, folders, files in os.walk(root, onerror=_unless_missing):
-                folders[:] = sorted(name for name in folders if not name.startswith(SCRATCH))
+                folders[:] = sorted(name for name in folders if not _is_foreign(name))
                 below = here[len(root) :].replace(os.sep, "/").strip("/")
                 for name in files:
                     # Another process may remove what has just been listed.
                     with suppress(FileNotFoundError):
-                        if not name.startswith(SCRATCH):
+                        if not _is_foreign(name):
                             found[f"{below}/{name}" if below else name] = Path(here, name).stat().st_size
         return {path: found[path] for path in sorted(found)}
 
@@ -354,12 +392,12 @@ class _Folder(Place):
             beside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
             try:
                 final.parent.mkdir(parents=True, exist_ok=True)
-                beside.write_bytes(data)
+                _write_flushed(beside, data)
                 if replace:
                     beside.replace(final)
                 else:
-                    # Unlike a rename, a link fails where the name is taken, in one step.
-                    os.link(beside, final)
+                    _create(beside, final)
+                flush(final.parent)
                 break
             except OSError as error:
                 if isinstance(error, FileExistsError) and not replace and final.exists():
@@ -367,7 +405,8 @@ class _Folder(Place):
                 # Another process that has finished the store may just have cleared all scratch away.
                 if isinstance(error, FileNotFoundError) and attempt + 1 < _WRITE_ATTEMPTS:
                     continue
-                raise StoreError(f"{final} cannot be written: {error.strerror or error}") from error
+                reason = resource_hint(error) or error.strerror or error
+                raise StoreError(f"{final} cannot be written: {reason}") from error
             finally:
                 with suppress(OSError):
                     beside.unlink()
@@ -377,7 +416,8 @@ class _Folder(Place):
         target = self.local / path
         with self._errors(path, "removed"), suppress(FileNotFoundError):
             if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
+                # In one step: whoever reads sees the whole of it or nothing.
+                shutil.rmtree(target.rename(target.with_name(f"{SCRATCH}removed-{uuid.uuid4().hex}")))
             else:
                 target.unlink()
 
@@ -391,18 +431,66 @@ class _Folder(Place):
         final = self.local / path
         with self._errors(path, "written"):
             final.parent.mkdir(parents=True, exist_ok=True)
-            # Removed in place, the old folder would be seen in parts, and two processes would be at it at once.
-            while not _renamed(scratch, final):
-                aside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
-                with suppress(FileNotFoundError):
-                    final.rename(aside)
-                _remove_entry(aside)
+            _flush_all(scratch)
+            aside: Path | None = None
+            try:
+                # Removed in place, the old folder would be seen in parts, and two processes would be at it at once.
+                while not _renamed(scratch, final):
+                    aside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
+                    with suppress(FileNotFoundError):
+                        final.rename(aside)
+            except OSError:
+                if aside is not None:
+                    # Nothing follows the old folder, which may be committed: it stays.
+                    with suppress(OSError):
+                        aside.rename(final)
+                raise
+            finally:
+                if aside is not None:
+                    _remove_entry(aside)
+            flush(final.parent)
 
     def clear_scratch(self, name: str = "") -> None:
         with suppress(OSError):
             for entry in list(os.scandir(self.local)):
                 if _is_scratch(entry.name, name, SCRATCH):
                     _remove_entry(Path(entry.path))
+
+
+def _opened(path: Path) -> io.FileIO:
+    """A file without a buffer; raises OSError for what is no regular file: a pipe would be waited for for ever."""
+    file = open(path, "rb", buffering=0, opener=_opener)  # noqa: SIM115
+    kind = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(kind):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _create(beside: Path, final: Path) -> None:
+    """Give a file its final name; raises FileExistsError where it is taken."""
+    try:
+        # Unlike a rename, a link fails where the name is taken, in one step.
+        os.link(beside, final)
+    except OSError as error:
+        if isinstance(error, (FileExistsError, FileNotFoundError)) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # A file system without links. Who is first is settled in one step too; its content follows.
+        with final.open("xb") as file:
+            file.write(beside.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _renamed(scratch: Path, final: Path) -> bool:
@@ -497,8 +585,9 @@ def _profile() -> Any:
 
 class _Bucket(Place):
     def __init__(self, url: str, root: Any = None) -> None:
-        self.name = url.rstrip("/")
-        self._scheme, _, rest = self.name.partition("://")
+        self.address = url.rstrip("/")
+        self.name = printable(self.address)
+        self._scheme, _, rest = self.address.partition("://")
         self._scheme = self._scheme.lower()
         self._bucket, _, prefix = rest.partition("/")
         self._prefix = prefix.strip("/")
@@ -535,7 +624,7 @@ class _Bucket(Place):
         return f"{self.name}/{path}" if path else self.name
 
     def child(self, path: str) -> Place:
-        return _Bucket(self._where(path), self._root)
+        return _Bucket(f"{self.address}/{path}", self._root)
 
     @contextmanager
     def _errors(self, path: str, doing: str) -> Iterator[None]:
@@ -624,8 +713,8 @@ class _Bucket(Place):
         files = {PurePosixPath(entry["path"]).name: int(entry["size"]) for entry in found["objects"]}
         folders = {PurePosixPath(path).name for path in found["common_prefixes"]}
         return Listing(
-            files={name: files[name] for name in sorted(files) if not name.startswith(SCRATCH)},
-            folders=tuple(sorted(name for name in folders if not name.startswith(SCRATCH))),
+            files={name: files[name] for name in sorted(files) if not _is_foreign(name)},
+            folders=tuple(sorted(name for name in folders if not _is_foreign(name))),
         )
 
     def sizes(self, folder: str = "", expected: Iterable[str] = ()) -> dict[str, int]:
@@ -638,7 +727,7 @@ class _Bucket(Place):
                 for batch in obstore.list(self._root, key or None)
                 for entry in batch
             }
-        return {path: listed[path] for path in sorted(listed) if not _unfinished(path)}
+        return {path: listed[path] for path in sorted(listed) if _is_content(path)}
 
     def write(self, path: str, data: bytes, *, replace: bool = True) -> bool:
         with self._errors(path, "written"):
@@ -660,8 +749,9 @@ class _Bucket(Place):
                 obstore.delete(self._root, key)
 
     def _scratch_root(self) -> Path:
-        # The same for every attempt, so that one can clear up after another that was killed.
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:16]
+        # The same for every attempt on this machine, so that one can clear up after another that was killed; machines
+        # may share their temporary folder.
+        digest = hashlib.sha256(f"{platform.node()} {self.name}".encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"milan-pipe-{os.getuid()}-{digest}"
 
     def scratch(self, name: str) -> Path:

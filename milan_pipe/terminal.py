@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from milan_pipe.errors import MilanError, StoppedError, ToldElsewhereError
+from milan_pipe.errors import MilanError, StoppedError, ToldElsewhereError, printable
 
 console = Console(stderr=True)
+# Some programs that are started here close all descriptors that there may be.
+_MOST_FILES = 65536
 
 
 def show_warnings_as_lines() -> None:
@@ -25,14 +28,18 @@ def show_warnings_as_lines() -> None:
 
     def show_one(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, (RuntimeWarning, UserWarning)):
-            console.print(
-                Text.assemble(("warning:", "bold yellow"), " ", " ".join(str(message).split())), soft_wrap=True
-            )
+            line = " ".join(str(message).split())
+            console.print(Text.assemble(("warning:", "bold yellow"), " ", printable(line)), soft_wrap=True)
 
     warnings.showwarning = show_one
 
 
-def _plain(report: Any) -> dict[str, Any]:
+def plain(text: str, **style: Any) -> Text:
+    """Text for a table or line: neither markup nor control characters in it have an effect."""
+    return Text(printable(text), **style)
+
+
+def _as_dict(report: Any) -> dict[str, Any]:
     return {str(key): value for key, value in dataclasses.asdict(report).items()}
 
 
@@ -47,11 +54,11 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(value))
-    console.print(Text(title, style="bold"), soft_wrap=True)
+        table.add_row(name, plain(value))
+    console.print(plain(title, style="bold"), soft_wrap=True)
     console.print(table)
     if as_json:
-        sys.stdout.write(json.dumps(_plain(report), ensure_ascii=False, default=_settings_as_dict) + "\n")
+        sys.stdout.write(json.dumps(_as_dict(report), ensure_ascii=False, default=_settings_as_dict) + "\n")
 
 
 @contextmanager
@@ -90,9 +97,17 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.2g}"
 
 
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files, which most systems set far below the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _fail(message: str) -> NoReturn:
     line = " ".join(message.splitlines())
-    console.print(Text.assemble(("error:", "bold red"), " ", line), soft_wrap=True)
+    console.print(Text.assemble(("error:", "bold red"), " ", printable(line)), soft_wrap=True)
     sys.exit(2)
 
 

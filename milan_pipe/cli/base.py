@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from milan_pipe import __version__
-from milan_pipe.terminal import errors_as_one_line, show_warnings_as_lines
+from milan_pipe.terminal import errors_as_one_line, raise_file_limit, show_warnings_as_lines
 
 if TYPE_CHECKING:
     from milan_pipe.config import Params
@@ -119,5 +119,6 @@ def _main(
 def main() -> None:
     """Entry point of `milan-pipe`."""
     show_warnings_as_lines()
+    raise_file_limit()
     with errors_as_one_line():
         app()

@@ -17,14 +17,14 @@ from milan_pipe.cli.inspection import report
 from milan_pipe.cli.pretraining import pretrain
 from milan_pipe.cli.targets import extract_targets, verify_targets
 from milan_pipe.cli.transfer import knn, linear_probe
-from milan_pipe.terminal import console
+from milan_pipe.terminal import console, plain
 
 _RECIPE = Path("demo")
 
 
 def _say(*words: object) -> None:
     line = shlex.join(["milan-pipe", *map(str, words)])
-    console.print(Text.assemble(("\n$ ", "dim"), (line, "bold cyan")), soft_wrap=True)
+    console.print(Text.assemble(("\n$ ", "dim"), plain(line, style="bold cyan")), soft_wrap=True)
 
 
 def _run(command: Callable[..., Any], name: str, *arguments: object, words: tuple[str, ...] = (), **more: Any) -> Any:
@@ -73,5 +73,5 @@ def demo(
     report([str(milan)], page, evaluations=[str(kept)])
     console.print()
     console.print(table)
-    console.print(Text(f"\nEverything is in {folder}; look at {page}"), soft_wrap=True)
+    console.print(plain(f"\nEverything is in {folder}; look at {page}"), soft_wrap=True)
     return page

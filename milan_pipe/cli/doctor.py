@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, app
-from milan_pipe.terminal import console, show, size
+from milan_pipe.terminal import console, plain, show, size
 
 
 @app.command()
@@ -51,11 +51,11 @@ def doctor(
         table = Table("place", "found", "free")
         for check in report.places:
             free = size(check.free_bytes) if check.free_bytes is not None else "-"
-            table.add_row(*(Text(text, overflow="fold") for text in (check.place, check.found, free)))
+            table.add_row(*(plain(text, overflow="fold") for text in (check.place, check.found, free)))
         console.print(table)
     show("doctor", rows, report, as_json)
     for problem in report.problems:
-        console.print(Text.assemble(("problem:", "bold red"), " ", problem), soft_wrap=True)
+        console.print(Text.assemble(("problem:", "bold red"), " ", plain(problem)), soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
     return report

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, show
+from milan_pipe.terminal import console, plain, show
 
 
 @app.command()
@@ -99,6 +99,6 @@ def train_demo_teacher(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = commands.train_demo_teacher(out, read_settings(params, overrides))
-    console.print(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, weights in {out}")
+    console.print(plain(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, in {out}"))
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, progress, show, size
+from milan_pipe.terminal import console, plain, progress, show, size
 
 
 @app.command()
@@ -133,5 +133,5 @@ def plan(
     console.print(store_table(report))
     show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
     for line in report.warnings:
-        console.print(Text.assemble(("warning:", "bold yellow"), " ", line), soft_wrap=True)
+        console.print(Text.assemble(("warning:", "bold yellow"), " ", plain(line)), soft_wrap=True)
     return report

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, progress, rate, show, size
+from milan_pipe.terminal import console, plain, progress, rate, show, size
 
 _MOST_PROBLEMS = 50
 
@@ -148,7 +148,7 @@ def verify_targets(
     if report.problems:
         table = Table("shard", "array", "found")
         for problem in report.problems[:_MOST_PROBLEMS]:
-            table.add_row(*(Text(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
+            table.add_row(*(plain(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
         console.print(table)
         if len(report.problems) > _MOST_PROBLEMS:
             console.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
@@ -157,7 +157,7 @@ def verify_targets(
         # One line each, however long, so that they can be copied.
         console.print(Text("mend with, IMAGES and settings as they were:", style="bold"))
         for command in report.mend:
-            console.print(Text(f"  {command}"), soft_wrap=True)
+            console.print(plain(f"  {command}"), soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
     return report

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from milan_pipe.cli.base import (
     CheckpointArgument,
@@ -26,7 +25,7 @@ from milan_pipe.cli.base import (
     read_settings,
 )
 from milan_pipe.cli.steps import tell_training, training_rows
-from milan_pipe.terminal import console, progress, show
+from milan_pipe.terminal import console, plain, progress, show
 
 _MOST_CLASSES = 30
 
@@ -138,7 +137,9 @@ def segment(
     classes = json.loads((Path(run) / PER_CLASS_FILE).read_text(encoding="utf-8"))
     console.print(_class_table(classes))
     if len(classes) > _MOST_CLASSES:
-        console.print(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {run}/{PER_CLASS_FILE}")
+        console.print(
+            plain(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {run}/{PER_CLASS_FILE}")
+        )
     names = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
     last, best = report.scores, report.best
     rows = {title: f"{100 * last[name]:.2f} %, best {100 * best[name]:.2f} %" for name, title in names.items()}
@@ -156,7 +157,7 @@ def _class_table(classes: list[dict[str, Any]]) -> Table:
     for name in ("IoU", "accuracy", "pixels"):
         table.add_column(name, justify="right")
     for row in classes[:_MOST_CLASSES]:
-        table.add_row(Text(row["name"]), percent(row["iou"]), percent(row["acc"]), str(row["pixels"]))
+        table.add_row(plain(row["name"]), percent(row["iou"]), percent(row["acc"]), str(row["pixels"]))
     return table
 
 

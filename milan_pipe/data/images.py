@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from milan_pipe.data.index import PREPARE_MARKER
-from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -486,19 +486,20 @@ def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Itera
     Args:
         locate: say of pictures where their bytes lie, and leave them unread.
     """
-    if copy is not None:
-        yield from _walk(shard, copy, locate=locate)
-        return
     try:
-        file = shard.open()
+        if copy is not None:
+            yield from _walk(shard, copy, locate=locate)
+            return
+        with shard.open() as file:
+            yield from _walk(shard, file, locate=locate)
     except MissingError as error:
         raise MissingError(f"shard {error}") from None
-    except StoreError as error:
-        if shard.place.local is None:
+    except MilanError as error:
+        if not isinstance(error, StoreError) or shard.place.local is None:
             raise
         raise DataError(f"shard {error}") from error
-    with file:
-        yield from _walk(shard, file, locate=locate)
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read: {resource_hint(error) or error.strerror or error}") from error
 
 
 def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Member]:
@@ -510,7 +511,8 @@ def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Membe
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
     except tarfile.TarError:
         raise DataError(f"{shard} is not a plain tar file (a compressed one must be unpacked first)") from None
-    except MilanError:
+    # What cannot be read is not damaged.
+    except (MilanError, OSError):
         raise
     except Exception as error:
         raise _damaged(shard, 0) from error
@@ -518,7 +520,7 @@ def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Membe
     while True:
         try:
             info = tar.next()
-        except MilanError:
+        except (MilanError, OSError):
             raise
         # tarfile lets ValueError, OverflowError and others through when a header is damaged.
         except Exception as error:

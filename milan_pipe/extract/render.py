@@ -7,7 +7,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from milan_pipe.data.ahead import decoded_ahead
 from milan_pipe.data.images import Sample, ShardFile, decode_image, read_shard
 from milan_pipe.data.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.extract.clock import Clock
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 
@@ -87,27 +87,56 @@ class RenderedBlock:
     error: Exception | None = None
 
 
+class SourceError(DataError):
+    """A source shard cannot be read, whatever is in it. It is no fault of the store that is written."""
+
+
+@contextmanager
+def _reading(images: ShardFile) -> Iterator[None]:
+    """Have errors of reading name the source shard."""
+    try:
+        yield
+    except MissingError:
+        raise
+    except StoreError as error:
+        raise SourceError(f"shard {error}") from error
+    except OSError as error:
+        reason = resource_hint(error) or error.strerror or error
+        raise SourceError(f"shard {images} cannot be read: {reason}") from error
+
+
 def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, str]:
     """Bytes and sha256 of a shard; on the way its bytes are written to `copy_to`.
 
     Raises:
-        MissingError, DataError, StoreError: the shard cannot be read.
+        MissingError, SourceError: the shard cannot be read.
+        StoreError: the copy cannot be written.
     """
     hasher, size = hashlib.sha256(), 0
-    try:
+    with _reading(images):
         opened = images.open()
-    except StoreError as error:
-        if images.place.local is None:
-            raise
-        # A source that cannot be read is no fault of the store that is written.
-        raise DataError(f"shard {error}") from error
     with opened as file:
-        while data := file.read(_COPY_BYTES):
+        while True:
+            with _reading(images):
+                data = file.read(_COPY_BYTES)
+            if not data:
+                return size, hasher.hexdigest()
             hasher.update(data)
             size += len(data)
             if copy_to is not None:
-                copy_to.write(data)
-    return size, hasher.hexdigest()
+                _copy(data, copy_to)
+
+
+def _copy(data: bytes, to: IO[bytes]) -> None:
+    try:
+        to.write(data)
+        to.flush()
+    except OSError as error:
+        reason = resource_hint(error) or error.strerror or error
+        raise StoreError(
+            f"{tempfile.gettempdir()} cannot be written: {reason}; shards that are far away are fetched there: set "
+            "TMPDIR to a folder with room for some of them"
+        ) from error
 
 
 class RenderAhead:
@@ -178,7 +207,7 @@ class RenderAhead:
                 source.bytes, source.sha256 = digest(job.images, copy)
             samples = read_shard(job.images, set_aside, copy)
             rendered = decoded_ahead(
-                self._timed(samples),
+                self._timed(job.images, samples),
                 lambda sample: render_sample(sample, self._views, self._size, self._clock),
                 self._threads,
                 _AHEAD_PER_THREAD * self._threads,
@@ -187,9 +216,9 @@ class RenderAhead:
             while block := list(islice(rendered, BLOCK_SAMPLES)):
                 yield block
 
-    def _timed(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def _timed(self, images: ShardFile, samples: Iterator[Sample]) -> Iterator[Sample]:
         while True:
-            with self._clock.of("read"):
+            with self._clock.of("read"), _reading(images):
                 sample = next(samples, None)
             if sample is None:
                 return

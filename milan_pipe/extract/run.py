@@ -15,7 +15,7 @@ from milan_pipe.data.images import ShardFile, expand_shards
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extract.fit import sample_features
-from milan_pipe.extract.render import ShardJob, digest
+from milan_pipe.extract.render import ShardJob, SourceError, digest
 from milan_pipe.extract.scratch import remove_abandoned
 from milan_pipe.extract.settings import ExtractConfig, parse_share
 from milan_pipe.extract.shard import ShardResult
@@ -23,10 +23,14 @@ from milan_pipe.extract.space import extraction_space_warning
 from milan_pipe.extract.worker import Assignment, ShardWorker, load_assigned_teacher
 from milan_pipe.storage import place_of, require_writable
 from milan_pipe.targets.codec import CodecConfig, build_codec
-from milan_pipe.targets.ledger import CommittedShard
+from milan_pipe.targets.ledger import CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, SourceShard, StoreHeader, ViewInfo
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher, TeacherConfig
+
+_JUDGED_FROM_IMAGES, _JUDGED_FROM_SHARE = 1000, 0.1
+# Of sources that are out of reach each is tried for half a minute.
+_MOST_UNREADABLE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +133,15 @@ class _Tally:
                 self.phases[phase] = self.phases.get(phase, 0.0) + seconds
         self.tell()
 
-    def require_few_bad(self, limit: float) -> None:
-        """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
-        bad, all_samples = self.bad_samples, self.bad_samples + self.kept_samples
-        if bad > limit * all_samples:
-            raise DataError(
-                f"{bad} of {all_samples} pictures are unreadable, more than extract.max_bad_fraction {limit:g} allows "
-                f"({self.bad_example}). Mend the source, or raise the limit"
-            )
+    def has_too_many_bad(self, limit: float) -> bool:
+        """Over the whole store, earlier runs included: to run the same command again must not get past the limit.
+
+        Judged once it is sure, or once enough of the whole is known: a first shard may hold all that is bad.
+        """
+        seen, done = self.bad_samples + self.kept_samples, len(self.committed)
+        whole = seen * self.shards / max(done, 1)
+        is_enough = seen >= _JUDGED_FROM_IMAGES and seen >= _JUDGED_FROM_SHARE * whole
+        return self.bad_samples > limit * (seen if is_enough else whole)
 
 
 def source_info(shards: Sequence[ShardFile]) -> SourceInfo:
@@ -280,7 +285,7 @@ def extract_targets(
         if name not in own_names:
             raise DataError(f"there is no shard {name!r} to do again; {place} has {names[0]} to {names[-1]}")
         writer.forget(name)
-    known = writer.committed()
+    known = writer.committed(sizes=True)
     _require_same_sources(sources, known, verify_sources)
     jobs = [
         ShardJob(name=name, images=source)
@@ -292,7 +297,18 @@ def extract_targets(
         warnings.warn(space, UserWarning, stacklevel=2)
     tally = _Tally(shards=len(sources), on_progress=on_progress, committed=dict(known))
     tally.tell()
-    tally.require_few_bad(extract.max_bad_fraction)
+
+    def require_few_bad() -> None:
+        if tally.has_too_many_bad(extract.max_bad_fraction):
+            bad, seen = tally.bad_samples, tally.bad_samples + tally.kept_samples
+            listed = write_bad_samples(place, writer.committed())
+            raise DataError(
+                f"{bad} of {seen} images are unreadable, more than extract.max_bad_fraction "
+                f"{extract.max_bad_fraction:g} allows ({tally.bad_example}). {listed} lists them: repair the source, "
+                "or raise the limit"
+            )
+
+    require_few_bad()
     remove_abandoned()
     clustered = jobs and (extract.scheduler is not None or extract.workers > 1)
     results = (
@@ -300,19 +316,22 @@ def extract_targets(
         if clustered
         else _in_process(assignment, model, writer.header, jobs, tally)
     )
+    unreadable = 0
     try:
         for result in results:
             tally.add(result)
             if result.error is not None and _is_stores_fault(result.error):
                 raise result.error
-            tally.require_few_bad(extract.max_bad_fraction)
+            unreadable = unreadable + 1 if isinstance(result.error, SourceError) else 0
+            if unreadable == _MOST_UNREADABLE:
+                break
+            require_few_bad()
     except OSError as error:
         if isinstance(error, MilanError) and not isinstance(error, StoreError):
             raise
-        reason = str(error) if isinstance(error, MilanError) else error.strerror or error
+        reason = str(error) if isinstance(error, MilanError) else f"{targets}: {error.strerror or error}"
         raise StoreError(
-            f"{targets}: {reason}. {len(tally.committed)} of {len(sources)} shards are whole; the same command goes on "
-            "from there"
+            f"{reason}. {len(tally.committed)} of {len(sources)} shards are whole; the same command goes on from there"
         ) from error
     finally:
         _close(results)
@@ -353,11 +372,15 @@ def _close(results: Iterator[ShardResult]) -> None:
 
 def _failure(failed: Sequence[ShardResult], committed: int, shards: int) -> Exception:
     first = failed[0].error
-    if len(failed) == 1 and shards == 1 and first is not None:
+    if len(failed) == 1 and shards == 1 and isinstance(first, MilanError):
         return first
-    told = "; ".join(f"{result.name}: {result.error}" for result in failed[:5])
+    reasons = "; ".join(f"{result.name}: {_reason(result.error)}" for result in failed[:5])
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
     return DataError(
-        f"{len(failed)} of {shards} shards failed: {told}{more}. {committed} shards are committed; mend these and run "
-        "the same command again"
+        f"{len(failed)} of {shards} shards failed: {reasons}{more}. {committed} shards are committed; repair these and "
+        "run the same command again"
     )
+
+
+def _reason(error: Exception | None) -> str:
+    return str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"

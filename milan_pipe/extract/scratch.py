@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,19 +12,20 @@ from pathlib import Path
 
 import psutil
 
-_FOLDER = "milan-pipe-dask"
+# Machines may share their temporary folder, and know nothing of each other's processes.
+_PREFIX = f"milan-pipe-dask-{platform.node()}-"
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that are no more."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER}-*-*"):
-        process = path.name.split("-")[-2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
+    """Remove the folders of processes of this machine that are no more."""
+    for path in Path(tempfile.gettempdir()).iterdir():
+        process = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if path.name.startswith(_PREFIX) and process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def own_folder() -> Iterator[str]:
     """A folder named by this process, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         yield folder

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import Place
-from milan_pipe.targets.schema import FileRecord, ShardRecord, SourceShard
+from milan_pipe.targets.schema import ShardName, ShardRecord, SourceShard
 
 FOLDER, SUMMARY, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
@@ -69,9 +72,9 @@ def _from_file(data: bytes) -> dict[str, Any] | None:
 class ShardSummary:
     """A committed shard in the summary: samples kept and set aside, bytes of its files, digest of its record."""
 
-    samples: int
-    bad: int
-    bytes: int
+    samples: PositiveInt
+    bad: NonNegativeInt
+    bytes: NonNegativeInt
     record_sha256: str
 
 
@@ -81,7 +84,28 @@ class Summary:
 
     header_sha256: str
     bad_samples_sha256: str
-    shards: Mapping[str, ShardSummary]
+    shards: Mapping[ShardName, ShardSummary]
+
+
+_RECORD, _SUMMARY = TypeAdapter(ShardRecord), TypeAdapter(Summary)
+T = TypeVar("T")
+
+
+def _checked(kind: TypeAdapter[T], values: Any, where: str) -> T:
+    """Values whose digest fits, as what they should be.
+
+    Raises:
+        DataError: they are not. Whoever made the digest did not use this package, so that no command repairs it.
+    """
+    try:
+        return kind.validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise DataError(
+            f"{where} was not written by milan-pipe: {place}: {first['msg']}, found {str(first['input'])[:80]!r}; use "
+            "a store that you trust"
+        ) from None
 
 
 def _record_file(name: str, record: ShardRecord) -> bytes:
@@ -131,7 +155,10 @@ def _record_of(place: Place, name: str, data: bytes, expected: ShardSummary | No
     elif expected is not None and digest != expected.record_sha256:
         what = f"does not fit its digest in {SUMMARY}"
     else:
-        return _parsed(values), digest
+        record = _checked(_RECORD, values, f"{place}/{_path(name)}")
+        if record.blocks.keys() <= record.files.keys():
+            return record, digest
+        what = "has blocks of files that it does not name"
     raise DataError(f"{place}/{_path(name)} {what}; write the shard again with `{redo_command(place, name)}`")
 
 
@@ -145,35 +172,41 @@ def extract_command(place: Place) -> str:
     return f"milan-pipe extract-targets IMAGES {shlex.quote(str(place))}"
 
 
-def _parsed(values: Mapping[str, Any]) -> ShardRecord:
-    source = dict(values["source"])
-    source["bad"] = tuple((key, reason) for key, reason in source["bad"])
-    return ShardRecord(
-        source=SourceShard(**source),
-        files={path: FileRecord(**file) for path, file in values["files"].items()},
-        blocks={path: [(offset, crc) for offset, crc in blocks] for path, blocks in values["blocks"].items()},
-        mean_cosine=values.get("mean_cosine"),
-    )
-
-
 def committed_names(place: Place) -> tuple[str, ...]:
     """Names of all committed shards, in order."""
-    found = place.sizes(FOLDER)
-    return tuple(sorted(path.removesuffix(".json") for path in found if path.endswith(".json")))
+    found = (re.fullmatch(r"([0-9]{6,9})\.json", path) for path in place.sizes(FOLDER))
+    return tuple(sorted(match[1] for match in found if match is not None))
 
 
-def read_committed(place: Place, names: Iterable[str]) -> dict[str, CommittedShard]:
-    """Several committed shards, read side by side. Raises as `read_record`.
+def read_committed(
+    place: Place, names: Iterable[str], *, sizes: bool = False
+) -> tuple[dict[str, CommittedShard], dict[str, str]]:
+    """Several committed shards, read side by side, and what is wrong with those that cannot be.
 
-    A store of a billion pictures has records of gigabytes: what is kept of each does not grow with its files.
+    A store of a billion images has records of gigabytes: what is kept of each does not grow with its files.
+
+    Args:
+        sizes: look whether all files of a shard are there in full length, too.
+
+    Returns:
+        Shards that are whole, and a reason for each that is not, by name.
+
+    Raises:
+        StoreError: the store cannot be read.
     """
     parsing = Lock()
 
-    def read(name: str) -> CommittedShard:
-        data = place.read(_path(name))
-        # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
-        with parsing:
-            record, digest = _record_of(place, name, data, None)
+    def read(name: str) -> CommittedShard | str:
+        try:
+            data = place.read(_path(name))
+            # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
+            with parsing:
+                record, digest = _record_of(place, name, data, None)
+            wrong = wrong_size(place, name, record) if sizes else None
+        except (MissingError, DataError) as error:
+            return str(error)
+        if wrong is not None:
+            return wrong
         summary = ShardSummary(
             samples=record.source.samples,
             bad=len(record.source.bad),
@@ -184,7 +217,24 @@ def read_committed(place: Place, names: Iterable[str]) -> dict[str, CommittedSha
 
     listed = list(names)
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        return dict(zip(listed, pool.map(read, listed), strict=True))
+        found = dict(zip(listed, pool.map(read, listed), strict=True))
+    return (
+        {name: shard for name, shard in found.items() if isinstance(shard, CommittedShard)},
+        {name: reason for name, reason in found.items() if isinstance(reason, str)},
+    )
+
+
+def wrong_size(place: Place, name: str, record: ShardRecord) -> str | None:
+    """The first of a shard's files that is not there in full length, and what was found; None where all are.
+
+    zarr reads a chunk that is missing, or an empty file, as zeros without a word.
+    """
+    sizes = place.sizes(name, record.files)
+    for path, file in record.files.items():
+        found = sizes.get(path)
+        if found != file.bytes:
+            return f"{path} is missing" if found is None else f"{path} has {found} bytes, {file.bytes} were written"
+    return None
 
 
 def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
@@ -198,22 +248,38 @@ def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
 
 
 def write_summary(place: Place, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
-    """Write `bad_samples.jsonl` and, after it, `manifest.json`."""
+    """Write `bad_samples.jsonl` and, after it, `manifest.json`; what is there already is left as it is."""
     bad = bad_samples_file(committed)
-    place.write(BAD_SAMPLES, bad)
     summary = Summary(
         header_sha256=sha256_of(header),
         bad_samples_sha256=sha256_of(bad),
         shards={name: shard.summary for name, shard in sorted(committed.items())},
     )
-    place.write(SUMMARY, to_file(asdict(summary)))
+    for name, data in ((BAD_SAMPLES, bad), (SUMMARY, to_file(asdict(summary)))):
+        _write_new(place, name, data)
+
+
+def write_bad_samples(place: Place, committed: Mapping[str, CommittedShard]) -> str:
+    """Write `bad_samples.jsonl` of a store that is not finished; returns its path or URL."""
+    _write_new(place, BAD_SAMPLES, bad_samples_file(committed))
+    return f"{place}/{BAD_SAMPLES}"
+
+
+def _write_new(place: Place, name: str, data: bytes) -> None:
+    # A store that is finished may lie where nothing can be written.
+    try:
+        same = place.read(name) == data
+    except MissingError:
+        same = False
+    if not same:
+        place.write(name, data)
 
 
 def read_summary(place: Place) -> Summary | None:
     """The summary, or None where extraction has not come to its end.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is damaged, or not of this package's making.
     """
     try:
         data = place.read(SUMMARY)
@@ -225,5 +291,4 @@ def read_summary(place: Place) -> Summary | None:
             f"{place}/{SUMMARY} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
             "writes a new one"
         )
-    values["shards"] = {name: ShardSummary(**shard) for name, shard in values["shards"].items()}
-    return Summary(**values)
+    return _checked(_SUMMARY, values, f"{place}/{SUMMARY}")

@@ -1,4 +1,4 @@
-"""Rows of a zarr array straight from its files, mapped or fetched: all that is handed out was checked.
+"""Rows of a zarr array straight from its files, local or remote: all that is handed out was checked.
 
 A zarr-shard is its inner chunks and, behind them, an index: offset and length of each chunk as little-endian uint64,
 then the crc32c of the index. A chunk here is its values, shrunk by zstd or not, and the crc32c of that.
@@ -12,7 +12,7 @@ Source: Zarr version 3 specification, codecs sharding_indexed, zstd, crc32c and 
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,22 +41,37 @@ class ChunkFile(Protocol):
         """Bytes `start` to `stop`; not to be written to."""
 
 
-class _MappedFile:
-    """A local file."""
+class _LocalFile:
+    """A local file, opened for each read.
+
+    Not mapped: a mapping keeps a descriptor, a file that is cut meanwhile ends the process, and what was checked could
+    change before it is used.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        self.size = len(self._data)
+        self._path = path
+        self.size = path.stat().st_size
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        return self._data[start:stop]
+        data = np.empty(max(0, min(stop, self.size) - start), np.uint8)
+        handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(data):
+                count = os.preadv(handle, [data.data[done:]], start + done)
+                if not count:
+                    raise ValueError(f"{self._path.name} ends at byte {start + done}, expected {stop} and more")
+                done += count
+        finally:
+            os.close(handle)
+        data.flags.writeable = False
+        return data
 
 
-def mapped_file(path: Path) -> ChunkFile | None:
-    """A local file, mapped; None where there is none."""
+def local_file(path: Path) -> ChunkFile | None:
+    """A local file; None where there is none."""
     try:
-        return _MappedFile(path)
+        return _LocalFile(path)
     except FileNotFoundError:
         return None
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
 from milan_pipe.errors import MismatchError
 from milan_pipe.settings import Settings
@@ -17,6 +18,16 @@ SCHEMA_VERSION = 2
 _MOST_SHOWN = 80
 
 StoreFormat = Literal["zarr", "webdataset"]
+
+# What a store says of itself is not trusted to name anything outside of it, nor to be removed or written over.
+ShardName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,9}$")]
+"""Name of a shard: the number of its source shard."""
+
+_ARRAYS = "features|scale|attention|crop|flip|view_offset|view_length|view_bytes|label|key"
+FileName = Annotated[
+    str, StringConstraints(pattern=rf"^(zarr\.json|({_ARRAYS})/(zarr\.json|c(/[0-9]+)+)|view-[0-9]+\.tar)$")
+]
+"""Path of a file below its shard's folder."""
 
 
 class TeacherInfo(Settings):
@@ -38,16 +49,16 @@ class TeacherInfo(Settings):
     weights_sha256: str
     normalization: str
     precision: str
-    image_size: int
-    grid: tuple[int, int]
-    width: int
+    image_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    width: PositiveInt
 
 
 class ViewInfo(Settings):
     """What a target depends on, of the view policy. `size` is the rendered side in pixels, the student's input."""
 
-    count: int
-    size: int
+    count: PositiveInt
+    size: PositiveInt
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: float
@@ -79,7 +90,7 @@ class SourceInfo(Settings):
     What is in a shard is told by its own record, so that one that changes does not condemn the others.
     """
 
-    shards: int
+    shards: PositiveInt
     fingerprint: str
 
 
@@ -179,9 +190,9 @@ class SourceShard:
     """
 
     name: str
-    bytes: int
+    bytes: NonNegativeInt
     sha256: str
-    samples: int
+    samples: PositiveInt
     bad: tuple[tuple[str, str], ...]
 
 
@@ -189,7 +200,7 @@ class SourceShard:
 class FileRecord:
     """Size and digest of one file of a shard."""
 
-    bytes: int
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -206,8 +217,8 @@ class ShardRecord:
     """
 
     source: SourceShard
-    files: Mapping[str, FileRecord]
-    blocks: Mapping[str, Sequence[tuple[int, int]]]
+    files: Mapping[FileName, FileRecord]
+    blocks: Mapping[FileName, Sequence[tuple[NonNegativeInt, NonNegativeInt]]]
     mean_cosine: float | None = None
 
 

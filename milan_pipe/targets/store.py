@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import warnings
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import Place, place_of, require_writable
 from milan_pipe.targets import ledger, tar_store, zarr_store
 from milan_pipe.targets.ledger import CommittedShard, ShardSummary
@@ -34,6 +35,7 @@ _HEADER = "milan_pipe"
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
 _OPEN_SHARDS = 32
 _HASH_BYTES = 1024 * 1024
+_MOST_NAMED = 10
 
 
 # --- header -------------------------------------------------------------------------------------------------------
@@ -111,36 +113,51 @@ class StoreShardWriter:
     """One shard in the making, in a scratch folder.
 
     Several processes may make one shard at once, as a cluster does with a worker that it took for dead: whoever begins
-    last removes the scratch of the others, which then fail and leave what is committed alone.
+    last removes the scratch of the others, which then fail and leave what is committed alone. Libraries make a folder
+    anew that was removed while they wrote: what is committed must lie in the very folder that was begun.
     """
 
     def __init__(self, place: Place, name: str, header: StoreHeader) -> None:
         self._place = place
         self._name = name
         self._scratch = place.scratch(name)
+        self._begun = -1
         self._samples = 0
         make = zarr_store.ZarrShardFiles if header.format == "zarr" else tar_store.TarShardFiles
         try:
             with self._errors():
+                # Held open: the number of a folder that was removed may be given to the one that takes its place.
+                self._begun = os.open(self._scratch, os.O_RDONLY)
                 self._files: ShardFiles = make(self._scratch, header)
         except BaseException:
             # Who gets no writer has nothing to discard it with.
             self.discard()
             raise
 
+    def _is_own(self) -> bool:
+        try:
+            return os.path.samestat(self._scratch.stat(), os.fstat(self._begun))
+        except OSError:
+            return False
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if isinstance(error, MilanError):
-                raise
-            if not self._scratch.is_dir():
-                raise StoreError(
-                    f"{self._place}/{self._name}: {self._scratch} was removed while it was written; see that no other "
-                    "process does the same shard"
-                ) from error
-            raise StoreError(f"{self._scratch} cannot be written: {error.strerror or error}") from error
+        # A folder that goes while it is written shows as KeyError, RuntimeError and more, by what was to be done next.
+        except Exception as error:
+            if not self._is_own():
+                raise self._overtaken() from error
+            if isinstance(error, OSError) and not isinstance(error, MilanError):
+                reason = resource_hint(error) or error.strerror or error
+                raise StoreError(f"{self._scratch} cannot be written: {reason}") from error
+            raise
+
+    def _overtaken(self) -> StoreError:
+        return StoreError(
+            f"{self._place}/{self._name}: {self._scratch} was removed while it was written, by another process that "
+            "does the same shard or has finished the store; run one extraction, or share the shards out with --shards"
+        )
 
     def append(self, block: TargetBlock) -> None:
         """Write the next samples.
@@ -150,6 +167,8 @@ class StoreShardWriter:
         """
         with self._errors():
             self._files.append(block)
+        if not self._is_own():
+            raise self._overtaken()
         self._samples += len(block.keys)
 
     def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
@@ -167,13 +186,22 @@ class StoreShardWriter:
             blocks = self._files.close()
             paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
             files = {path.relative_to(self._scratch).as_posix(): _digest(path) for path in paths}
+            if not self._is_own():
+                raise self._overtaken()
+            self._place.publish(self._scratch, self._name)
         record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
-        self._place.publish(self._scratch, self._name)
         ledger.write_record(self._place, self._name, record)
+        self._close()
 
     def discard(self) -> None:
         """Remove what was written; what another process makes of the same shard stays."""
         shutil.rmtree(self._scratch, ignore_errors=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._begun >= 0:
+            os.close(self._begun)
+            self._begun = -1
 
 
 class TargetStoreWriter:
@@ -213,9 +241,24 @@ class TargetStoreWriter:
                 f"{self.place} is not a target store and not empty (it holds {min(there)}); name another folder"
             )
 
-    def committed(self) -> dict[str, CommittedShard]:
-        """The shards that are whole, by name."""
-        return ledger.read_committed(self.place, ledger.committed_names(self.place))
+    def committed(self, *, sizes: bool = False) -> dict[str, CommittedShard]:
+        """The shards that are committed, by name.
+
+        One whose record is damaged is not among them, with a warning: it is to be done again.
+
+        Args:
+            sizes: leave those out as well whose files are not all there in full length.
+        """
+        found, broken = ledger.read_committed(self.place, ledger.committed_names(self.place), sizes=sizes)
+        if broken:
+            first = min(broken)
+            warnings.warn(
+                f"{self.place}: {len(broken)} shards are not as they were written and are done again: "
+                f"{_listed(sorted(broken))} (the first: {broken[first]})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return found
 
     def open_shard(self, name: str) -> StoreShardWriter:
         """Begin a shard; what an interrupted attempt left is removed."""
@@ -232,12 +275,23 @@ class TargetStoreWriter:
     def finish(self) -> None:
         """Write `bad_samples.jsonl` and the summary; call it when all shards are committed."""
         name, _ = header_file(self.header)
+        committed = self.committed()
+        if len(committed) != self.header.source.shards:
+            raise StoreError(
+                f"{self.place}: {len(committed)} of {self.header.source.shards} shards are whole; run the same command "
+                "again"
+            )
         try:
-            ledger.write_summary(self.place, self.place.read(name), self.committed())
+            ledger.write_summary(self.place, self.place.read(name), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
         self.place.clear_scratch()
         self.place.child(ledger.FOLDER).clear_scratch()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -327,17 +381,12 @@ def damaged(place: Place, shard: str, what: str) -> DataError:
 def open_shard(place: Place, name: str, header: StoreHeader, record: ShardRecord) -> OpenShard:
     """Open one shard for reading, after a look whether all its files are there in full length.
 
-    zarr reads a chunk that is missing, or an empty file, as zeros without a word.
-
     Raises:
         DataError: files are missing, cut, too long, or their metadata is damaged.
     """
-    sizes = place.sizes(name, record.files)
-    for path, file in record.files.items():
-        found = sizes.get(path)
-        if found != file.bytes:
-            what = "is missing" if found is None else f"has {found} bytes, {file.bytes} were written"
-            raise damaged(place, name, f"{path} {what}")
+    wrong = ledger.wrong_size(place, name, record)
+    if wrong is not None:
+        raise damaged(place, name, wrong)
 
     def fail(what: str) -> DataError:
         return damaged(place, name, what)
@@ -378,7 +427,13 @@ def open_targets(where: str | Path) -> TargetStore:
 
 
 def _committed_so_far(place: Place, header: StoreHeader) -> dict[str, ShardSummary]:
-    committed = ledger.read_committed(place, ledger.committed_names(place))
+    committed, broken = ledger.read_committed(place, ledger.committed_names(place))
+    if broken:
+        first, names = min(broken), ",".join(sorted(broken))
+        raise DataError(
+            f"{place}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them again "
+            f"with `{ledger.redo_command(place, names)}`"
+        )
     if not committed:
         raise DataError(f"{place} has no committed shard; run extract-targets again to finish it")
     warnings.warn(

@@ -193,6 +193,11 @@ class TarShard:
         self._record = record
         self._codec = codec_of(header.codec)
         self._packer = CodePacker(self._codec, header.tokens, header.teacher.width)
+        blocks = -(-record.source.samples // BLOCK_SAMPLES)
+        for name in map(_tar_name, range(header.views.count)):
+            found = len(record.blocks.get(name, ())) - 1
+            if found != blocks:
+                raise fail(f"{name}: its record names {max(found, 0)} blocks, expected {blocks}")
 
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""

@@ -89,12 +89,20 @@ class _Check:
         self.problems.append(Problem(shard="", array=name, what=what, mend=mend))
 
     def blame_stray(self, shard: str, path: str, what: str) -> None:
-        mend = self._removal(f"{shard}/{path}" if shard else path)
+        # What has not a store's own name is the user's, as a run that was put here, and is never advised away.
+        is_own = shard or re.fullmatch(r"[0-9]{6,9}|manifest/[0-9]{6,9}\.json|zarr\.json|header\.json", path)
+        inside = f"{shard}/{path}" if shard else path
+        mend = self._removal(inside) if is_own else self._move(inside)
         self.problems.append(Problem(shard=shard, array=path, what=what, mend=mend))
 
     def _removal(self, path: str) -> str:
         drop = "rm -rf" if self.place.local is not None else "remove"
         self._removals.append(f"{drop} {shlex.quote(f'{self.place}/{path}')}")
+        return self._removals[-1]
+
+    def _move(self, path: str) -> str:
+        move = "mv" if self.place.local is not None else "move"
+        self._removals.append(f"{move} {shlex.quote(f'{self.place}/{path}')} ELSEWHERE")
         return self._removals[-1]
 
     def mend(self) -> tuple[str, ...]:

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, ObjectStore, StorePath
 
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError, MilanError, StoreError, resource_hint
 from milan_pipe.storage import Place
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.ledger import sha256_of
-from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, mapped_file
+from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, local_file
 from milan_pipe.targets.schema import BLOCK_SAMPLES, FileRecord, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
 HEADER_FILE = "zarr.json"
@@ -220,12 +220,8 @@ class ZarrShardFiles:
         """Write what was kept. Per file of the large arrays, offset and crc32c of its end.
 
         Raises:
-            StoreError: what was written before is gone.
             OSError: it cannot be written.
         """
-        # zarr makes a folder that was removed anew, and without what was in it.
-        if not (self._where / "zarr.json").exists():
-            raise StoreError(f"{self._where} was removed while it was written; see that no other process writes it")
         if self._pending_views:
             # Whole chunks only: of one that reaches over the array's end, zarr reads a part and checks nothing.
             self._pending_views += bytes(-len(self._pending_views) % _VIEW_CHUNK_BYTES)
@@ -293,8 +289,8 @@ class _FetchedFile:
         return np.frombuffer(data, np.uint8)
 
 
-def _mapped_of(array: Path, path: str) -> ChunkFile | None:
-    return mapped_file(array / path)
+def _local_of(array: Path, path: str) -> ChunkFile | None:
+    return local_file(array / path)
 
 
 def _fetched_of(
@@ -342,22 +338,27 @@ class ZarrShard:
         names = [name for name in names if name != "scale" or has_scale]
         with _reads_of(place) as together:
             metadata = dict(zip(names, together(self._metadata, names), strict=True))
-            grids = {name: values["chunk_grid"]["configuration"]["chunk_shape"] for name, values in metadata.items()}
-            self._outer = {name: tuple(grid[:2]) for name, grid in grids.items()}
-            self._tails = {name: len(grid[2:]) for name, grid in grids.items()}
-            self._require_shapes(metadata, header, record.source.samples)
+            with self._damage("zarr.json"):
+                grids = {n: values["chunk_grid"]["configuration"]["chunk_shape"] for n, values in metadata.items()}
+                self._outer = {name: tuple(grid[:2]) for name, grid in grids.items()}
+                self._tails = {name: len(grid[2:]) for name, grid in grids.items()}
+                self._require_shapes(metadata, header, record.source.samples)
             columns: Iterable[NDArray[Any]] = together(
                 lambda name: self._column(name, metadata[name]), ("label", "key")
             )
             self._label, self._key = columns
             self._arrays = {name: self._open(name, metadata[name]) for name in names[:-3]}
             views = self._mapped("view_bytes", metadata["view_bytes"])
+            if any(len(blocks) != 1 for blocks in record.blocks.values()):
+                raise self._fail("its record does not name one end of each large file")
             if views is None:
                 raise self._fail("array 'view_bytes' has a layout that this version does not read")
             self._views = views
 
     def _metadata(self, name: str) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self._whole_file(f"{name}/zarr.json"))
+        data = self._whole_file(f"{name}/zarr.json")
+        with self._damage(name):
+            values: dict[str, Any] = json.loads(data)
         return values
 
     def _whole_file(self, path: str) -> bytes:
@@ -376,7 +377,7 @@ class ZarrShard:
             if self._place.present([path]):
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is not part of the shard")
         elif path in self._record.blocks:
-            ((offset, crc),) = self._record.blocks[path]
+            offset, crc = self._record.blocks[path][0]
             end = self._place.read_range(path, offset, file.bytes)
             if crc32c(end) != crc:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is damaged, or belongs elsewhere")
@@ -420,7 +421,7 @@ class ZarrShard:
         # collector comes, long after the shard was put away.
         local = self._place.local
         if local is not None:
-            return MappedArray.of(partial(_mapped_of, local / name), metadata)
+            return MappedArray.of(partial(_local_of, local / name), metadata)
         return MappedArray.of(partial(_fetched_of, self._place, name, self._record.files, self._ends), metadata)
 
     def _where(self, name: str) -> StorePath:
@@ -442,7 +443,12 @@ class ZarrShard:
     def _damage(self, name: str) -> Iterator[None]:
         try:
             yield
+        except MilanError:
+            raise
         except _DAMAGE as error:
+            hint = resource_hint(error)
+            if hint is not None or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+                raise StoreError(f"{self._place}, array {name!r} cannot be read: {hint or error}") from error
             raise self._fail(f"array {name!r} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def _rows(self, name: str, view: int, start: int, stop: int) -> NDArray[Any]:

@@ -205,7 +205,7 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     # A first run, and one that finds shards of the first: neither may pass for a good one.
     for _ in range(2):
         strict = milan("extract-targets", images, tmp_path / "zarr", *WORDS, "--set", "extract.max_bad_fraction=0.05")
-        assert re.search(r"\d+ of \d+ pictures are unreadable, more than extract\.max_bad_fraction 0\.05", strict.error)
+        assert re.search(r"\d+ of \d+ images are unreadable, more than extract\.max_bad_fraction 0\.05", strict.error)
     trees = {}
     for store_format in ("zarr", "webdataset"):
         targets = tmp_path / store_format
@@ -276,7 +276,7 @@ def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_
     pack(images / "6.tar", [Member(name=f"{n}.PNG", data=PNG) for n in range(3, 6)])
     failed = milan("extract-targets", images, targets, *WORDS)
     assert "5 of 7 shards failed" in failed.error
-    assert "2 shards are committed; mend these and run the same command again" in failed.error
+    assert "2 shards are committed; repair these and run the same command again" in failed.error
     for name, (_, reason) in reasons.items():
         assert re.search(rf"00000{name}: [^;]*{name}\.tar {re.escape(reason)}", failed.error), (name, failed.error)
     assert open_targets_names(targets) == ("000000", "000006")

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import uuid
@@ -215,20 +216,16 @@ class TestFolder(PlaceContract):
             with pytest.raises(StoreError, match="cannot be listed: Permission denied"):
                 ask()
 
-    def test_no_room_leaves_the_old_file_and_nothing_beside_it(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_room_leaves_the_old_file_and_nothing_beside_it(self, tmp_path: Path) -> None:
         place = place_of(tmp_path)
         place.write("a", b"old")
-
-        def full(path: Path, data: bytes) -> int:
-            with path.open("wb") as file:
-                file.write(data[:1])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(Path, "write_bytes", full)
-        with pytest.raises(StoreError, match="a cannot be written: No space left on device"):
-            place.write("a", b"new")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2, hard))
+        try:
+            with pytest.raises(StoreError, match="a cannot be written: File too large"):
+                place.write("a", b"new")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
 
     def test_of_two_processes_one_creates(self, tmp_path: Path) -> None:

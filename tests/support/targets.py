@@ -121,12 +121,13 @@ def write_store(where: str | Path, head: StoreHeader, sizes: Sequence[int]) -> d
 def write_blocks(
     where: str | Path, head: StoreHeader, shards: Sequence[list[TargetBlock]]
 ) -> dict[str, list[TargetBlock]]:
-    """Write a whole store of given blocks, one list per shard."""
+    """Write a store of given blocks, one list per shard; it is finished where that is all that its header tells of."""
     writer = TargetStoreWriter(where, head)
     written = {f"{number:06d}": blocks for number, blocks in enumerate(shards)}
     for name, blocks in written.items():
         commit(writer, name, blocks)
-    writer.finish()
+    if len(written) == head.source.shards:
+        writer.finish()
     return written
 
 

@@ -1,4 +1,4 @@
-"""The mapped reader beside zarr's own: the same values, and every flipped byte is seen."""
+"""The reader of single files beside zarr's own: the same values, and every flipped byte is seen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from milan_pipe.targets.mapped_array import MappedArray, decode_column, mapped_file
+from milan_pipe.targets.mapped_array import MappedArray, decode_column, local_file
 
 
 def mapped_array(folder, metadata):
-    return MappedArray.of(lambda path: mapped_file(folder / path), metadata)
+    return MappedArray.of(lambda path: local_file(folder / path), metadata)
 
 
 def read_column(folder, metadata):
@@ -84,7 +84,7 @@ def test_every_flipped_byte_is_seen(tmp_path, compressors):
             mapped_array(tmp_path / "a", metadata).rows(0, 0, 4)
 
 
-def test_what_is_mapped_is_read_only_and_not_copied(arrays):
+def test_rows_that_lie_in_a_row_are_read_only_and_not_copied_again(arrays):
     _, mapped = arrays["raw, one row a chunk", "int8"]
     rows = mapped.rows(1, 16, 20)
     assert not rows.flags.writeable

@@ -250,7 +250,7 @@ class TestContract:
         slow.append(blocks[0])
         quick = TargetStoreWriter(where, head).open_shard("000000")
         quick.append(blocks[0])
-        with pytest.raises(StoreError, match=r"removed while it was written.*no other process"):  # noqa: PT012
+        with pytest.raises(StoreError, match=r"removed while it was written.*another process"):  # noqa: PT012
             slow.append(blocks[1])
             slow.commit(source(130))
         slow.discard()
@@ -310,7 +310,7 @@ class TestContract:
 # --- other readers ------------------------------------------------------------------------------------------------
 
 
-def test_what_a_shard_has_mapped_goes_with_it(store_format: str, where: str) -> None:
+def test_a_shard_that_is_put_away_goes_at_once(store_format: str, where: str) -> None:
     write_store(where, header(format=store_format, shards=2), [3, 3])
     reader = open_targets(where)
     gc.disable()
@@ -319,7 +319,7 @@ def test_what_a_shard_has_mapped_goes_with_it(store_format: str, where: str) -> 
         shard = weakref.ref(reader._open["000000"])
         assert shard() is not None
         reader._open.clear()
-        assert shard() is None, "something leads back to it: its files stay until the garbage collector comes"
+        assert shard() is None, "something leads back to it: its arrays stay until the garbage collector comes"
     finally:
         gc.enable()
 

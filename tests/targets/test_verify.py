@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -189,7 +190,7 @@ def test_a_store_that_is_not_finished(tmp_path: Path) -> None:
     assert (report.shards, report.samples) == (1, 5)
 
 
-def test_foreign_files_are_told_and_the_commands_remove_them(tmp_path: Path) -> None:
+def test_foreign_files_are_reported_and_only_the_stores_own_are_removed(tmp_path: Path) -> None:
     root = tmp_path / "two words"
     head = header(shards=2)
     write_store(root, head, [5, 5])
@@ -216,9 +217,14 @@ def test_foreign_files_are_told_and_the_commands_remove_them(tmp_path: Path) -> 
         ("000000", ".z"),
         ("000001", "features/c/0/7/0/0"),
     ]
+    foreign = [command for command in report.mend if not command.startswith("rm -rf ")]
+    assert [shlex.split(command) for command in foreign] == [
+        ["mv", f"{root}/{path}", "ELSEWHERE"] for path in ("a folder", "manifest/a.txt", "note.txt")
+    ]
+    (tmp_path / "elsewhere").mkdir()
     for command in report.mend:
-        assert command.startswith("rm -rf ")
-        subprocess.run(command, shell=True, check=True)
+        subprocess.run(command.replace("ELSEWHERE", shlex.quote(f"{tmp_path}/elsewhere/")), shell=True, check=True)
+    assert (tmp_path / "elsewhere" / "a folder" / "deep" / "y").read_bytes() == b"z"
     assert verify_targets(root).problems == ()
     assert tree(root) == before
 
@@ -240,7 +246,7 @@ def test_what_mends_several_problems_is_one_extraction(tmp_path: Path) -> None:
         ("000002", "key"),
     ]
     assert report.mend == (
-        f"rm -rf {root}/x",
+        f"mv {root}/x ELSEWHERE",
         f"milan-pipe extract-targets IMAGES {root} --redo 000000,000002",
     )
 
@@ -250,7 +256,7 @@ def test_one_stray_file_is_one_problem(tmp_path: Path) -> None:
     (tmp_path / "t" / "x").touch()
     report = verify_targets(tmp_path / "t")
     assert report.problems == (
-        Problem(shard="", array="x", what="is not part of the store", mend=f"rm -rf {tmp_path / 't' / 'x'}"),
+        Problem(shard="", array="x", what="is not part of the store", mend=f"mv {tmp_path / 't' / 'x'} ELSEWHERE"),
     )
 
 
