@@ -124,7 +124,7 @@ def like_these(images: ImageCount, pictures: int, per_shard: int) -> ImageCount:
 
 def glance_at_pictures(shards: Sequence[ShardFile]) -> int | None:
     """About how many pictures there are, from the index or a few headers; None where neither tells, for any reason."""
-    with suppress(MilanError):
+    with suppress(MilanError, OSError):
         indexed = indexed_pictures(shards)
         if indexed is not None:
             return indexed

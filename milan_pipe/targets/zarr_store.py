@@ -25,6 +25,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from milan_pipe.errors import DataError, MilanError, StoreError, resource_hint
@@ -140,6 +141,19 @@ class _Columns:
     view_length: list[NDArray[Any]] = field(default_factory=list)
 
 
+def _own_folder(folder: Path) -> LocalStore:
+    """A folder that nobody else writes: zarr makes sure of that by hard links, which not all file systems have."""
+    store = LocalStore(folder)
+
+    async def set_if_not_exists(key: str, value: Buffer) -> None:
+        if not await store.exists(key):
+            await store.set(key, value)
+
+    # On the object: `zarrs` takes no other class.
+    store.set_if_not_exists = set_if_not_exists  # type: ignore[method-assign]
+    return store
+
+
 class ZarrShardFiles:
     """Targets of one shard in the making: memory holds one block, 8 MB of views, and what is small."""
 
@@ -150,7 +164,7 @@ class ZarrShardFiles:
         self._written_views = 0
         self._pending_views = bytearray()
         self._columns = _Columns()
-        self._group = zarr.open_group(folder, mode="a", zarr_format=3)
+        self._group = zarr.open_group(_own_folder(folder), mode="a", zarr_format=3)
         codec = codec_of(header.codec)
         tokens, width = header.tokens, header.teacher.width
         self._features = _create(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import pytest
+from support.disks import small_disk
 
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
@@ -205,23 +203,6 @@ def test_unwritable_store(images, extract, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match=r"file/t.*Not a directory"):
         extract(images, tmp_path / "file" / "t")
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int):
-    folder.mkdir()
-    mounted = sys.platform == "linux" and os.geteuid() == 0
-    if (
-        not mounted
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
-        ).returncode
-    ):
-        pytest.skip("a small disk needs the right to mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.78, 0.92])

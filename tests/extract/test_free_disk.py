@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from support.disks import small_disk
 
 from milan_pipe import cli
 from milan_pipe.errors import StoreError
 from milan_pipe.extract import space
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import read_header
-
-
-@contextmanager
-def disk_of(folder, size):
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if (
-        sys.platform != "linux"
-        or os.geteuid() != 0
-        or subprocess.run(mount, capture_output=True, check=False).returncode
-    ):
-        pytest.skip("a small disk needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def warned(run):
@@ -63,7 +46,7 @@ def free(monkeypatch):
 
 
 def test_a_small_disk_is_told_of_before_the_first_view(images, extract, tmp_path):
-    with disk_of(tmp_path / "disk", 300 * 1024) as disk:
+    with small_disk(tmp_path / "disk", 300 * 1024) as disk:
         told, views = warned(lambda **more: extract(images, disk / "t", **more))
         assert len(told) == 1
         assert told[0].endswith("name a folder with room, or choose fewer views (views.count) or a smaller codec")

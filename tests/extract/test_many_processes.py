@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.disks import small_disk
 
 from milan_pipe.data.prepare import PrepareConfig, prepare
 from milan_pipe.data.views import ViewConfig
@@ -220,19 +221,6 @@ def test_progress_over_two_workers_adds_up(images: Path, extract, tmp_path: Path
     assert max(now.views for now in told) == 120
     assert {now.workers for now in told} >= {2}
     assert all(a.shards_done <= b.shards_done for a, b in pairwise(told))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    allowed = sys.platform == "linux" and os.geteuid() == 0
-    if not allowed or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk needs the right to mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) -> None:
