@@ -28,6 +28,15 @@ from milan_pipe.teacher.tower import (
     tower_outputs,
 )
 
+FAULTS = (
+    "features that are not finite",
+    "a token whose feature is all zeros",
+    "attention that is not finite",
+    "negative attention",
+    "attention that is zero for every patch",
+)
+"""What makes a view's targets useless, in the order of `TeacherOutput.faults_BF`."""
+
 
 class TeacherConfig(Settings):
     """Which CLIP or SigLIP image tower gives the targets."""
@@ -71,6 +80,29 @@ class TeacherOutput:
 
     features_BST: Tensor
     importance_BL: Tensor
+
+    def faults_BF(self) -> Tensor:
+        """Which of `FAULTS` each view has: bool (B, F) where the features are, computed without waiting for them."""
+        largest_BS = self.features_BST.abs().amax(dim=-1)
+        total_B = self.importance_BL.sum(dim=1)
+        faults = (
+            ~largest_BS.isfinite().all(dim=1),
+            (largest_BS == 0).any(dim=1),
+            ~total_B.isfinite(),
+            (self.importance_BL < 0).any(dim=1),
+            total_B == 0,
+        )
+        return torch.stack(faults, dim=1)
+
+
+def first_fault(faults_BF: Tensor) -> tuple[int, str] | None:
+    """Row of the first view with a fault, and what it is, with what to do; None where all are sound."""
+    faulty = faults_BF.any(dim=1).nonzero()
+    if not len(faulty):
+        return None
+    row = int(faulty[0])
+    what = FAULTS[int(faults_BF[row].nonzero()[0])]
+    return row, f"the teacher gave {what}; check its checkpoint, or set teacher.precision to float32"
 
 
 class Teacher(nn.Module):
