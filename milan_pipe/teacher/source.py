@@ -170,7 +170,7 @@ def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
             return fetch()
         except MissingError as error:
             raise MissingError(
-                f"teacher {model!r} cannot be had: {error}. Or name the folder of a copy with "
+                f"teacher {model!r} cannot be had: {error}. The folder of a copy will do too: "
                 "--set teacher.model=local-dir:PATH"
             ) from error
 
