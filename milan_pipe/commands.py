@@ -265,8 +265,7 @@ def replay(
 def _stated(settings: Params) -> dict[str, dict[str, Any]]:
     """What the settings say of teacher and views, without what was left to defaults, as a store's header has it."""
     teacher = settings.teacher.model_dump(mode="json", include=settings.teacher.model_fields_set)
-    if teacher.get("pretrained"):
-        teacher["pretrained"] = Path(teacher["pretrained"]).name
+    teacher.update((name, value) for name, value in settings.teacher.header_fields().items() if name in teacher)
     if teacher.get("precision") == "auto":
         del teacher["precision"]
     return {

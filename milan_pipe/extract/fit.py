@@ -15,7 +15,7 @@ from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
 from milan_pipe.extract.clock import Clock
 from milan_pipe.extract.render import render_sample
-from milan_pipe.teacher.clip import Teacher
+from milan_pipe.teacher.clip import Teacher, first_fault
 
 _MOST_SHARDS = 16
 
@@ -26,26 +26,35 @@ def sample_features(
     """Features (count, S, T), on the CPU, of the first view of pictures from up to 16 shards, spread evenly.
 
     Raises:
-        DataError: no picture can be read.
+        DataError: no picture can be read, or the teacher's output for one is not fit to be stored.
     """
     used = [shards[i * len(shards) // min(_MOST_SHARDS, len(shards))] for i in range(min(_MOST_SHARDS, len(shards)))]
     one = views.model_copy(update={"count": 1})
     clock = Clock()
-    pixels = []
+    names, pixels = [], []
     for position, shard in enumerate(used):
         wanted = count * (position + 1) // len(used) - count * position // len(used)
-        readable = _rendered(shard, one, size, clock)
-        pixels += [torch.from_numpy(view) for view in islice(readable, wanted)]
+        for key, view in islice(_rendered(shard, one, size, clock), wanted):
+            names.append(f"{shard}: {key}")
+            pixels.append(torch.from_numpy(view))
     if not pixels:
         raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable picture to fit the codec on")
-    batches = torch.split(torch.stack(pixels), batch_size)
-    return torch.cat([teacher(batch).features_BST.cpu() for batch in batches])
+    features, faults = [], []
+    for batch in torch.split(torch.stack(pixels), batch_size):
+        output = teacher(batch)
+        features.append(output.features_BST.cpu())
+        faults.append(output.faults_BF().cpu())
+    fault = first_fault(torch.cat(faults))
+    if fault is not None:
+        row, what = fault
+        raise DataError(f"{names[row]}: {what}")
+    return torch.cat(features)
 
 
-def _rendered(shard: ShardFile, views: ViewConfig, size: int, clock: Clock) -> Iterator[NDArray[np.uint8]]:
+def _rendered(shard: ShardFile, views: ViewConfig, size: int, clock: Clock) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for sample in read_shard(shard, lambda *_: None):
         try:
-            yield render_sample(sample, views, size, clock).pixels_KHWC[0]
+            yield sample.key, render_sample(sample, views, size, clock).pixels_KHWC[0]
         # Told when the shard is extracted.
         except DataError:
             continue

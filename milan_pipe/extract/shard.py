@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milan_pipe.data.images import ShardFile
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
 from milan_pipe.extract.clock import Clock
 from milan_pipe.extract.render import RenderAhead, RenderedSample, ShardJob, SourceFile
-from milan_pipe.targets.codec import Codec, mean_cosine
+from milan_pipe.targets.codec import Codec, token_cosines
 from milan_pipe.targets.schema import ShardWriter, SourceShard, TargetBlock
-from milan_pipe.teacher.clip import Teacher
+from milan_pipe.teacher.clip import Teacher, first_fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,50 +53,109 @@ class Recipe:
     threads: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EncodedView:
+    """One view of a block, on the CPU; `cosine_N` is the mean over an image's tokens, stored against given."""
+
+    code_NST: Tensor
+    scale_NS: Tensor | None
+    attention_NL: Tensor
+    cosine_N: Tensor
+
+
 def _forward(
-    recipe: Recipe, pixels_NHWC: Tensor, clock: Clock, on_views: Callable[[int], None]
-) -> tuple[Tensor, Tensor | None, Tensor, float]:
-    """Codes, scale, attention and summed cosine of one view of a block.
+    recipe: Recipe, pixels_NHWC: Tensor, names: Sequence[str], clock: Clock, on_views: Callable[[int], None]
+) -> _EncodedView:
+    """Codes, scale, attention and cosines of one view of a block.
 
     A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
-    by the shard alone.
+    by the shard alone. What is checked is read once, at the end: to read it of each batch would be to wait for each.
+
+    Raises:
+        DataError: the teacher's output for an image is not fit to be stored, or the codec does not keep it; begins with
+            its name.
     """
-    codes, scales, rows = [], [], []
-    cosine = 0.0
+    codes, scales, rows, faults, cosines = [], [], [], [], []
     for batch in torch.split(pixels_NHWC, recipe.batch_size):
         with clock.of("teacher"):
             output = recipe.teacher(batch)
         with clock.of("encode"):
-            code, scale = recipe.codec.encode(output.features_BST)
-            cosine += mean_cosine(output.features_BST, recipe.codec.decode(code, scale)) * len(batch)
-            codes.append(code.cpu())
+            faults.append(output.faults_BF())
+            try:
+                code, scale = recipe.codec.encode(output.features_BST)
+            except DataError as error:
+                _require_sound(torch.cat(faults), names)
+                first = sum(len(other) for other in faults[:-1])
+                raise _not_encoded(recipe.codec, output.features_BST, names[first:], error) from error
+            cosines.append(token_cosines(output.features_BST, recipe.codec.decode(code, scale)).mean(dim=1))
+            codes.append(code)
             if scale is not None:
-                scales.append(scale.cpu())
+                scales.append(scale)
             row = output.importance_BL
-            rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16).cpu())
+            rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16))
         on_views(len(batch))
-    return torch.cat(codes), torch.cat(scales) if scales else None, torch.cat(rows), cosine
+    with clock.of("encode"):
+        view = _EncodedView(
+            code_NST=torch.cat(codes).cpu(),
+            scale_NS=torch.cat(scales).cpu() if scales else None,
+            attention_NL=torch.cat(rows).cpu(),
+            cosine_N=torch.cat(cosines).cpu(),
+        )
+        _require_sound(torch.cat(faults).cpu(), names)
+    _require_kept(recipe.codec, view.cosine_N, names)
+    return view
+
+
+def _require_sound(faults_NF: Tensor, names: Sequence[str]) -> None:
+    fault = first_fault(faults_NF)
+    if fault is not None:
+        row, what = fault
+        raise DataError(f"{names[row]}: {what}")
+
+
+def _require_kept(codec: Codec, cosine_N: Tensor, names: Sequence[str]) -> None:
+    lost = (~(cosine_N >= codec.least_cosine)).nonzero()
+    if len(lost):
+        row = int(lost[0])
+        raise DataError(
+            f"{names[row]}: codec {codec.info.name} keeps the teacher's features at a mean cosine of "
+            f"{float(cosine_N[row]):.6f}, expected at least {codec.least_cosine:g}; check the teacher's checkpoint, or "
+            "use another codec"
+        )
+
+
+def _not_encoded(codec: Codec, features_BST: Tensor, names: Sequence[str], error: DataError) -> DataError:
+    """The codec's error for a batch, of the first image in it that it refuses."""
+    for row, feature_ST in enumerate(features_BST):
+        try:
+            codec.encode(feature_ST)
+        except DataError as own:
+            return DataError(f"{names[row]}: {own}")
+    return error
 
 
 def _encode(
-    recipe: Recipe, samples: list[RenderedSample], clock: Clock, on_views: Callable[[int], None]
+    recipe: Recipe, images: ShardFile, samples: list[RenderedSample], clock: Clock, on_views: Callable[[int], None]
 ) -> tuple[TargetBlock, float]:
     pixels = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
-    outputs = [_forward(recipe, view, clock, on_views) for view in pixels]
+    outputs = []
+    for k, view in enumerate(pixels):
+        names = [f"{images}: view {k} of {sample.key}" for sample in samples]
+        outputs.append(_forward(recipe, view, names, clock, on_views))
     views = [sample.views for sample in samples]
     crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
-    scales = [scale for _, scale, _, _ in outputs if scale is not None]
+    scales = [view.scale_NS for view in outputs if view.scale_NS is not None]
     block = TargetBlock(
         keys=[sample.key for sample in samples],
         label_N=np.array([sample.label for sample in samples], np.int64),
-        code_KNST=torch.stack([code for code, _, _, _ in outputs]).numpy(),
+        code_KNST=torch.stack([view.code_NST for view in outputs]).numpy(),
         scale_KNS=torch.stack(scales).numpy() if scales else None,
-        attention_KNL=torch.stack([row for _, _, row, _ in outputs]).numpy(),
+        attention_KNL=torch.stack([view.attention_NL for view in outputs]).numpy(),
         crop_KN4=np.array(crops, np.int32).transpose(1, 0, 2),
         flip_KN=np.array([[v.flip for v in row] for row in views], np.bool_).T,
         jpegs=[[sample.jpegs[k] for sample in samples] for k in range(recipe.views.count)],
     )
-    return block, sum(cosine for _, _, _, cosine in outputs)
+    return block, sum(float(view.cosine_N.sum()) for view in outputs)
 
 
 class _Shard:
@@ -118,7 +178,7 @@ class _Shard:
         try:
             if self._writer is None:
                 self._writer = self._open_writer(self._job.name)
-            block, cosine = _encode(self._recipe, samples, self._clock, on_views)
+            block, cosine = _encode(self._recipe, self._job.images, samples, self._clock, on_views)
             self._await_writing()
             self._writing = pool.submit(self._timed, self._writer.append, block)
         except Exception as error:  # told with the shard's result

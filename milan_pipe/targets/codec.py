@@ -65,6 +65,10 @@ class Codec(Protocol):
     def has_scale(self) -> bool:
         """Whether a float16 scale per token goes with the codes."""
 
+    @property
+    def least_cosine(self) -> float:
+        """Mean cosine of an image's decoded with its given tokens, below which they are not what was encoded."""
+
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes (..., S, T) and scale (..., S) or None of float32 features (..., S, T).
 
@@ -87,6 +91,7 @@ class Float16Codec:
     dtype = np.dtype(np.float16)
     has_scale = False
     coefficient_major = False
+    least_cosine = 0.9999
 
     def __init__(self, zstd_level: int = 1) -> None:
         self.info = CodecInfo(name="float16", zstd_level=zstd_level)
@@ -114,6 +119,7 @@ class Int8Codec:
     dtype = np.dtype(np.int8)
     has_scale = True
     coefficient_major = False
+    least_cosine = 0.999
     _smallest_step = float(np.finfo(np.float16).tiny)
 
     def __init__(self, zstd_level: int = 1) -> None:
@@ -172,7 +178,12 @@ def codec_of(info: CodecInfo) -> Codec:
     raise DataError(f"the store's codec is {info.name!r}, this version reads int8, float16 and klt; update milan-pipe")
 
 
-def mean_cosine(left_ST: Tensor, right_ST: Tensor) -> float:
-    """Mean over tokens of the cosine between two feature tensors, in float64: 0.999999 must not be lost to rounding."""
+def token_cosines(left_ST: Tensor, right_ST: Tensor) -> Tensor:
+    """Cosines (..., S) between the tokens of two feature tensors, in float64: 0.999999 must not be lost to rounding."""
     left, right = left_ST.double(), right_ST.double()
-    return float(torch.nn.functional.cosine_similarity(left, right, dim=-1, eps=1e-30).mean())
+    return torch.nn.functional.cosine_similarity(left, right, dim=-1, eps=1e-30)
+
+
+def mean_cosine(left_ST: Tensor, right_ST: Tensor) -> float:
+    """Mean over tokens of `token_cosines`."""
+    return float(token_cosines(left_ST, right_ST).mean())

@@ -126,6 +126,11 @@ class KltCodec:
         )
 
     @property
+    def least_cosine(self) -> float:
+        """See `Codec`. An image may lose four times what the codec was fitted for; see `fit_klt`."""
+        return 1 - 4 * (1 - self.quality)
+
+    @property
     def width(self) -> int:
         """T."""
         return len(self.mean_T)

@@ -1,30 +1,24 @@
-"""Teachers by their open_clip names, and the one that ships with the package."""
+"""Frozen image towers of open_clip as teachers: raw pixels to features and importance."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
-from textwrap import shorten
 from typing import Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.factory import get_model_config
 from open_clip.model import _build_vision_tower
 from pydantic import Field
 from torch import Tensor, nn
 
-from milan_pipe.errors import MissingError, SettingError, ShapeError
+from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.settings import Settings
 from milan_pipe.targets.schema import TeacherInfo
 from milan_pipe.teacher.checkpoint import load_tower_weights, read_tower_weights, weights_sha256
+from milan_pipe.teacher.hub import one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
+from milan_pipe.teacher.source import DEMO, TowerSource, find_source, portable_name
 from milan_pipe.teacher.tower import (
     check_tower,
     choose_input_size,
@@ -34,19 +28,28 @@ from milan_pipe.teacher.tower import (
     tower_outputs,
 )
 
-DEMO = "demo"
-RANDOM = "random"
-_DEMO_MODEL = "milan-demo-ViT-S-8-64"
+FAULTS = (
+    "features that are not finite",
+    "a token whose feature is all zeros",
+    "attention that is not finite",
+    "negative attention",
+    "attention that is zero for every patch",
+)
+"""What makes a view's targets useless, in the order of `TeacherOutput.faults_BF`."""
 
 
 class TeacherConfig(Settings):
     """Which CLIP or SigLIP image tower gives the targets."""
 
     model: str = Field(
-        DEMO, description="`demo`, the scenes' teacher that ships with the package, or an open_clip name"
+        DEMO,
+        description="`demo`, the scenes' teacher that ships with the package, an open_clip name, `hf-hub:ORG/NAME`, or "
+        "`local-dir:PATH`",
     )
     pretrained: str | None = Field(
-        None, description="open_clip tag, path of a local checkpoint, or `random` (untrained weights, for measurements)"
+        None,
+        description="open_clip tag, path of a local checkpoint, or `random` (untrained weights, for measurements); "
+        "none: the weights of `demo`, of the repository or of the folder",
     )
     normalization: Literal["clip", "imagenet"] = Field(
         "clip", description="clip: the teacher's own mean and std; imagenet: as the published code feeds it"
@@ -57,6 +60,13 @@ class TeacherConfig(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forward pass; auto: bfloat16 autocast on CUDA, float32 elsewhere"
     )
+
+    def header_fields(self) -> dict[str, str | None]:
+        """Model and weights as a store's header says them.
+
+        Where they lie says nothing of their content, the digest does: targets are the same on another machine.
+        """
+        return {"model": portable_name(self.model), "pretrained": self.pretrained and Path(self.pretrained).name}
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,29 @@ class TeacherOutput:
 
     features_BST: Tensor
     importance_BL: Tensor
+
+    def faults_BF(self) -> Tensor:
+        """Which of `FAULTS` each view has: bool (B, F) where the features are, computed without waiting for them."""
+        largest_BS = self.features_BST.abs().amax(dim=-1)
+        total_B = self.importance_BL.sum(dim=1)
+        faults = (
+            ~largest_BS.isfinite().all(dim=1),
+            (largest_BS == 0).any(dim=1),
+            ~total_B.isfinite(),
+            (self.importance_BL < 0).any(dim=1),
+            total_B == 0,
+        )
+        return torch.stack(faults, dim=1)
+
+
+def first_fault(faults_BF: Tensor) -> tuple[int, str] | None:
+    """Row of the first view with a fault, and what it is, with what to do; None where all are sound."""
+    faulty = faults_BF.any(dim=1).nonzero()
+    if not len(faulty):
+        return None
+    row = int(faulty[0])
+    what = FAULTS[int(faults_BF[row].nonzero()[0])]
+    return row, f"the teacher gave {what}; check its checkpoint, or set teacher.precision to float32"
 
 
 class Teacher(nn.Module):
@@ -109,93 +142,20 @@ class Teacher(nn.Module):
         return TeacherOutput(features.float(), importance.float())
 
 
-@contextmanager
-def _quiet(*names: str | None) -> Iterator[None]:
-    """Keep libraries from logging what is about to be raised as one clear error."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def demo_folder() -> Path:
-    """Where the bundled teacher's model config and weights lie."""
-    return Path(str(resources.files("milan_pipe.teacher") / "demo"))
-
-
-def _resolve(config: TeacherConfig) -> tuple[str, str | None]:
-    """Model name and `pretrained` as open_clip takes them.
-
-    Raises:
-        SettingError: unknown model or tag, or no weights named.
-    """
-    if config.model == DEMO:
-        if config.pretrained not in (None, RANDOM):
-            raise SettingError(
-                f"teacher 'demo' brings its own weights, found pretrained {config.pretrained!r}; leave it out"
-            )
-        open_clip.add_model_config(demo_folder())
-        weights = demo_folder() / f"{_DEMO_MODEL}.safetensors"
-        return _DEMO_MODEL, None if config.pretrained == RANDOM else str(weights)
-    name = config.model.replace("/", "-")
-    if get_model_config(name) is None:
-        near = get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
-        hint = f"; nearest are {', '.join(near)}" if near else ""
-        raise SettingError(f"unknown teacher {config.model!r}, expected `demo` or a model name of open_clip{hint}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if config.pretrained is None:
-        raise SettingError(
-            f"teacher {config.model!r} needs `teacher.pretrained`: one of {', '.join(tags) or 'no known tag'}, "
-            "the path of a local checkpoint, or `random`"
-        )
-    if config.pretrained == RANDOM:
-        return name, None
-    if config.pretrained not in tags and not Path(config.pretrained).is_file():
-        raise MissingError(
-            f"teacher {config.model!r} has no pretrained tag {config.pretrained!r} and no such file is there; "
-            f"known tags are {', '.join(tags) or 'none'}"
-        )
-    return name, config.pretrained
-
-
-def _weights_file(name: str, pretrained: str) -> Path:
-    """The checkpoint that a path or a tag stands for; a tag's is fetched from its model hub once.
-
-    Raises:
-        MissingError: the hub is out of reach.
-    """
-    if pretrained not in open_clip.list_pretrained_tags_by_model(name):
-        return Path(pretrained)
-    with _quiet(None, "huggingface_hub", "huggingface_hub.utils._http"):
-        try:
-            return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained)))
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
-            reason = shorten(str(error), 240, placeholder=" ...") or type(error).__name__
-            raise MissingError(
-                f"weights {pretrained!r} of teacher {name!r} cannot be had ({reason}). Connect to the model hub once, "
-                "or name a local checkpoint with --set teacher.pretrained=PATH"
-            ) from error
-
-
-def _build_tower(name: str, pretrained: str | None) -> nn.Module:
+def _build_tower(source: TowerSource) -> nn.Module:
     """The image tower alone, untrained: text towers are never needed, and some ask a model hub for their parts."""
-    config = get_model_config(name)
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    vision = {**source.config["vision_cfg"], "timm_model_pretrained": False}
     # Untrained weights must be the same in every process, as targets of one store come from many.
-    with torch.random.fork_rng(devices=[]), _quiet(None):
+    with torch.random.fork_rng(devices=[]), quiet(None):
         torch.manual_seed(0)
-        visual: nn.Module = _build_vision_tower(
-            config["embed_dim"],
-            vision,
-            # The activation is the weights' own: open_clip only warns where ViT-B-16 is asked for OpenAI's weights.
-            quick_gelu=bool(tag.get("quick_gelu", False) if tag else config.get("quick_gelu", False)),
-        )
+        try:
+            visual: nn.Module = _build_vision_tower(source.config["embed_dim"], vision, quick_gelu=source.quick_gelu)
+        # What a description holds is anyone's: open_clip and timm raise of every kind.
+        except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
+            raise DataError(
+                f"open_clip cannot build the image tower of teacher {source.model!r} ({type(error).__name__}: "
+                f"{one_line(error)}); check its vision_cfg, or update open_clip_torch and timm"
+            ) from error
     return visual.eval()
 
 
@@ -217,26 +177,23 @@ def load_teacher(
 
     Raises:
         SettingError: unknown model, no weights named, a tower that cannot serve, or a size that does not fit it.
-        MissingError: unknown tag, or the hub is out of reach.
-        DataError: a local checkpoint cannot be read.
+        MissingError: unknown tag, no such folder or repository, or the hub is out of reach.
+        DataError: a checkpoint or a model's description cannot be read.
         MismatchError: a checkpoint of another model.
     """
-    name, pretrained = _resolve(config)
-    visual = _build_tower(name, pretrained)
+    source = find_source(config.model, config.pretrained)
+    visual = _build_tower(source)
     check_tower(visual, config.model)
     checkpoint = None
-    if pretrained is not None:
-        checkpoint = _weights_file(name, pretrained)
+    if source.checkpoint is not None:
+        checkpoint = source.checkpoint()
         load_tower_weights(visual, read_tower_weights(checkpoint), config.model, str(checkpoint))
     # Over the weights as trained: the same teacher at another input size keeps its identity.
     digest = weights_sha256(visual)
     side = choose_input_size(visual, config.model, config.image_size, grid)
     resize_tower(visual, side)
-    local = checkpoint if checkpoint is not None and str(checkpoint) == pretrained else None
     info = TeacherInfo(
-        model=config.model,
-        # A checkpoint's place says nothing of its content, the digest does: targets are the same on another machine.
-        pretrained=config.pretrained and Path(config.pretrained).name,
+        **config.header_fields(),
         weights_sha256=digest,
         normalization=config.normalization,
         precision=_resolve_precision(config.precision, torch.device(device)),
@@ -244,5 +201,8 @@ def load_teacher(
         grid=grid_of(visual),
         width=output_width_of(visual),
     )
-    normalization = normalization_of(config.normalization, name, pretrained, local, visual)
+    own_file = checkpoint if source.own_file else None
+    normalization = normalization_of(
+        config.normalization, source.model, source.tag, own_file, visual, stated=source.stated
+    )
     return Teacher(visual, info, normalization).to(device)

@@ -37,6 +37,16 @@ def _of(config: Any) -> MeanStd | None:
     return MeanStd(mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
 
 
+def stated_normalization(preprocess: Any) -> MeanStd | None:
+    """What a model's `preprocess_cfg` says, OpenAI's where it says nothing; None where it is damaged."""
+    if not isinstance(preprocess, dict):
+        return None
+    said = {key: value for key, value in preprocess.items() if value is not None}
+    # open_clip takes one number for all channels too.
+    spread = {key: [value] * 3 if isinstance(value, int | float) else value for key, value in said.items()}
+    return _of({**OPENAI._asdict(), **spread})
+
+
 def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     """What open_clip's description beside a checkpoint says; model hubs keep the two in one folder."""
     path = checkpoint.parent / _SIDECAR
@@ -49,23 +59,29 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     if found is None:
         raise DataError(
             f"{path} says no mean and std of its checkpoint {checkpoint.name}, expected three numbers each under "
-            "preprocess_cfg. Mend it, or move the checkpoint out of its folder"
+            "preprocess_cfg. Repair it, or move the checkpoint out of its folder"
         )
     return found
 
 
 def normalization_of(
-    kind: Literal["clip", "imagenet"], name: str, pretrained: str | None, checkpoint: Path | None, visual: nn.Module
+    kind: Literal["clip", "imagenet"],
+    name: str,
+    pretrained: str | None,
+    checkpoint: Path | None,
+    visual: nn.Module,
+    stated: MeanStd | None = None,
 ) -> MeanStd:
     """Mean and std for a teacher's input.
 
     Args:
         kind: `imagenet` is the published code's; `clip` is the first of these that is known: what open_clip says of the
-            tag, what `open_clip_config.json` beside a local checkpoint says, what all tags of the model share, what
-            timm says of the tower, OpenAI's.
+            tag, what `open_clip_config.json` beside a local checkpoint says, what the model's own description says,
+            what all tags of the model share, what timm says of the tower, OpenAI's.
         name: open_clip name of the model.
         pretrained: a tag that open_clip may know.
         checkpoint: the local file that was loaded instead of a tag.
+        stated: by the description of a model that open_clip does not know by name.
 
     Raises:
         DataError: the description beside a local checkpoint cannot be read.
@@ -78,6 +94,8 @@ def normalization_of(
         return by_tag[pretrained]
     if checkpoint is not None and (found := _of_sidecar(checkpoint)):
         return found
+    if stated is not None:
+        return stated
     if by_tag:
         ((common, _), *others) = Counter(by_tag.values()).most_common()
         if others and checkpoint is not None:

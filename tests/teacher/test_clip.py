@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from milan_pipe.data.demo import render_scene
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
-from milan_pipe.teacher.clip import TeacherConfig, demo_folder, load_teacher
+from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
+from milan_pipe.teacher.source import demo_folder
 
 DEMO_MODEL = "milan-demo-ViT-S-8-64"
 

@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.teacher.clip import TeacherConfig, _build_tower, _resolve_precision, load_teacher
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
+from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size, grid_of, tower_outputs
 
 NATIVE, EVA02, SIGLIP = "tiny-L-14", "tiny-EVA02-14", "tiny-SigLIP-14"
@@ -141,7 +142,7 @@ def test_random_weights_do_not_depend_on_the_callers_generator(name):
 
 def test_tag_is_fetched_and_loaded_as_a_file_is(monkeypatch, tmp_path):
     path = save_as("model.safetensors", trained(SIGLIP), tmp_path)
-    tags = {"webli": {"hf_hub": "somewhere/", "mean": (0.4, 0.5, 0.6), "std": HALF}}
+    tags = {"webli": {"url": "https://somewhere/model.safetensors", "mean": (0.4, 0.5, 0.6), "std": HALF}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, SIGLIP, tags)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda config: str(path) if config == tags["webli"] else "")
     teacher = load_teacher(TeacherConfig(model=SIGLIP, pretrained="webli"))
@@ -207,14 +208,14 @@ def test_unreadable_place_is_one_line(tmp_path, monkeypatch):
     [
         ("ViT-B-16", "openai", True),
         ("ViT-B-16", "laion2b_s34b_b88k", False),
-        ("ViT-B-16", None, False),
-        ("ViT-B-16-quickgelu", None, True),
-        ("ViT-B-16-quickgelu", "/a/local/file.pt", True),
+        ("ViT-B-16", "random", False),
+        ("ViT-B-16-quickgelu", "random", True),
+        ("ViT-B-16-quickgelu", __file__, True),
     ],
 )
 def test_activation_is_the_one_that_the_weights_were_trained_with(model, pretrained, quick):
     with torch.device("meta"):
-        tower = _build_tower(model, pretrained)
+        tower = _build_tower(find_source(model, pretrained))
     assert isinstance(tower.transformer.resblocks[0].mlp.gelu, QuickGELU) == quick
 
 
@@ -297,7 +298,7 @@ def test_oblong_grid_is_refused():
 )
 def test_sizes_of_named_models(name, own, grid, matched):
     with torch.device("meta"):
-        tower = _build_tower(name, None)
+        tower = _build_tower(find_source(name, "random"))
     assert grid_of(tower) == grid
     assert choose_input_size(tower, name) == own
     assert choose_input_size(tower, name, grid=(14, 14)) == matched

@@ -1,0 +1,232 @@
+"""Where a teacher's description and weights come from: this package, open_clip's names, model hubs, local folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.constants import HF_CONFIG_NAME, HF_WEIGHTS_NAME
+from open_clip.factory import _find_checkpoint_in_dir, get_model_config, parse_model_name
+from open_clip.pretrained import _get_safe_alternatives
+
+from milan_pipe.errors import DataError, MissingError, SettingError
+from milan_pipe.teacher.hub import hub_file, one_line, quiet
+from milan_pipe.teacher.normalization import MeanStd, stated_normalization
+
+DEMO = "demo"
+RANDOM = "random"
+_DEMO_MODEL = "milan-demo-ViT-S-8-64"
+_FOLDER = "local-dir"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSource:
+    """A model whose image tower can be built.
+
+    Attributes:
+        model: open_clip's name of it.
+        config: its `embed_dim` and `vision_cfg`, as open_clip has them.
+        quick_gelu: the activation that the weights were trained with.
+        tag: open_clip's name of the weights, where they have one.
+        checkpoint: gives the weights' file, fetched where need be; raises MissingError. None: untrained.
+        own_file: whether that file was named by the settings, so that what lies beside it describes it.
+        stated: mean and std that the model's description says; None where it has none.
+    """
+
+    model: str
+    config: dict[str, Any]
+    quick_gelu: bool
+    tag: str | None = None
+    checkpoint: Callable[[], Path] | None = None
+    own_file: bool = False
+    stated: MeanStd | None = None
+
+
+def demo_folder() -> Path:
+    """Where the bundled teacher's model config and weights lie."""
+    return Path(str(resources.files("milan_pipe.teacher") / "demo"))
+
+
+def portable_name(model: str) -> str:
+    """A model's name as another machine understands it: a folder goes by its last part alone."""
+    prefix, _, folder = model.partition(":")
+    return f"{prefix}:{Path(os.path.normpath(Path(folder).absolute())).name}" if prefix == _FOLDER else model
+
+
+def find_source(model: str, pretrained: str | None) -> TowerSource:
+    """Look up a model, and where its weights are; of a model hub only the description is fetched.
+
+    Args:
+        model: `demo`, a name of open_clip, `hf-hub:ORG/NAME` or `local-dir:PATH`.
+        pretrained: tag, path of a local checkpoint, `random`, or None for the model's own weights.
+
+    Raises:
+        SettingError: unknown model, or no weights named.
+        MissingError: unknown tag, no such file, folder or repository, or the hub is out of reach.
+        DataError: the model's description is damaged.
+    """
+    if model == DEMO:
+        return _bundled(pretrained)
+    try:
+        schema, place = parse_model_name(model)
+    except ValueError as error:
+        raise SettingError(
+            f"teacher.model {model!r} names nothing, expected hf-hub:ORG/NAME or local-dir:PATH"
+        ) from error
+    if schema is None:
+        return _known(model, pretrained)
+    return _in_folder(model, Path(place), pretrained) if schema == _FOLDER else _on_hub(model, place, pretrained)
+
+
+def _bundled(pretrained: str | None) -> TowerSource:
+    if pretrained not in (None, RANDOM):
+        raise SettingError(f"teacher 'demo' brings its own weights, found pretrained {pretrained!r}; leave it out")
+    open_clip.add_model_config(demo_folder())
+    weights = demo_folder() / f"{_DEMO_MODEL}.safetensors"
+    return TowerSource(
+        model=_DEMO_MODEL,
+        config=get_model_config(_DEMO_MODEL),
+        quick_gelu=False,
+        checkpoint=None if pretrained == RANDOM else lambda: weights,
+    )
+
+
+def _known(model: str, pretrained: str | None) -> TowerSource:
+    """A model that open_clip has by name."""
+    name = model.replace("/", "-")
+    config = get_model_config(name)
+    if config is None:
+        near = get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
+        hint = f"; nearest are {', '.join(near)}" if near else ""
+        raise SettingError(
+            f"unknown teacher {model!r}, expected `demo`, a model name of open_clip, hf-hub:ORG/NAME or "
+            f"local-dir:PATH{hint}"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise SettingError(
+            f"teacher {model!r} needs `teacher.pretrained`: one of {', '.join(tags) or 'no known tag'}, "
+            "the path of a local checkpoint, or `random`"
+        )
+    if pretrained in tags:
+        told = open_clip.get_pretrained_cfg(name, pretrained)
+        return TowerSource(
+            model=name,
+            config=config,
+            # The activation is the weights' own: open_clip only warns where ViT-B-16 is asked for OpenAI's weights.
+            quick_gelu=bool(told.get("quick_gelu", False)),
+            tag=pretrained,
+            checkpoint=lambda: _of_tag(name, pretrained, told),
+        )
+    if pretrained != RANDOM and not Path(pretrained).is_file():
+        raise MissingError(
+            f"teacher {model!r} has no pretrained tag {pretrained!r} and no such file is there; "
+            f"known tags are {', '.join(tags) or 'none'}"
+        )
+    return _with_file(_untrained(name, config), pretrained)
+
+
+def _untrained(model: str, config: dict[str, Any], stated: MeanStd | None = None) -> TowerSource:
+    return TowerSource(model=model, config=config, quick_gelu=bool(config.get("quick_gelu", False)), stated=stated)
+
+
+def _with_file(source: TowerSource, pretrained: str) -> TowerSource:
+    if pretrained == RANDOM:
+        return source
+    return replace(source, checkpoint=lambda: Path(pretrained), own_file=True)
+
+
+def _of_tag(name: str, tag: str, told: dict[str, Any]) -> Path:
+    """The checkpoint that a tag stands for, fetched once."""
+    try:
+        if told.get("hf_hub"):
+            repository, file = os.path.split(told["hf_hub"])
+            return _hub_weights(repository, file)
+        with quiet(None):
+            return Path(open_clip.download_pretrained(told))
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise MissingError(
+            f"weights {tag!r} of teacher {name!r} cannot be had ({one_line(error)}). Connect to the model hub once, "
+            "or name a local checkpoint with --set teacher.pretrained=PATH"
+        ) from error
+
+
+def _hub_weights(repository: str, file: str = "") -> Path:
+    """Weights in a repository, safetensors where it has them."""
+    file = file or HF_WEIGHTS_NAME
+    return hub_file(repository, *_get_safe_alternatives(file), file)
+
+
+def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
+    def from_hub(fetch: Callable[[], Path]) -> Path:
+        try:
+            return fetch()
+        except MissingError as error:
+            raise MissingError(
+                f"teacher {model!r} cannot be had: {error}. The folder of a copy will do too: "
+                "--set teacher.model=local-dir:PATH"
+            ) from error
+
+    source = _described(model, from_hub(lambda: hub_file(repository, HF_CONFIG_NAME)))
+    return _chosen(source, pretrained, lambda: from_hub(lambda: _hub_weights(repository)))
+
+
+def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
+    if not folder.is_dir():
+        raise MissingError(f"teacher {model!r}: {folder} is no folder; name it with --set teacher.model=local-dir:PATH")
+    path = folder / HF_CONFIG_NAME
+    if not path.is_file():
+        raise MissingError(
+            f"teacher {model!r}: {folder} has no {HF_CONFIG_NAME}, with which open_clip describes a model"
+        )
+
+    def weights() -> Path:
+        with quiet(None):
+            found = _find_checkpoint_in_dir(folder)
+        if found is None:
+            raise MissingError(
+                f"teacher {model!r}: {folder} has no weights (.safetensors, .bin or .pth); name them with "
+                "--set teacher.pretrained=PATH"
+            )
+        return Path(found)
+
+    return _chosen(_described(model, path), pretrained, weights)
+
+
+def _described(model: str, path: Path) -> TowerSource:
+    """A model by its `open_clip_config.json`, untrained."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        config, preprocess = told["model_cfg"], told.get("preprocess_cfg") or {}
+        complete = isinstance(config["embed_dim"], int) and isinstance(config["vision_cfg"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+    else:
+        stated = stated_normalization(preprocess)
+        if complete and stated is not None:
+            return _untrained(model, config, stated)
+        problem = "embed_dim or vision_cfg" if not complete else "mean or std"
+        problem = f"{problem} of another kind"
+    raise DataError(
+        f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
+        "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
+    )
+
+
+def _chosen(source: TowerSource, pretrained: str | None, own: Callable[[], Path]) -> TowerSource:
+    """A described model with the weights beside its description, unless the settings name others."""
+    if pretrained is None:
+        return replace(source, checkpoint=own)
+    if pretrained != RANDOM and not Path(pretrained).is_file():
+        raise MissingError(
+            f"teacher {source.model!r} brings its own weights and has no tags, and there is no file {pretrained!r}; "
+            "leave teacher.pretrained out, or name a local checkpoint or `random`"
+        )
+    return _with_file(source, pretrained)

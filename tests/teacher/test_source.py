@@ -1,0 +1,359 @@
+"""Teachers from a model hub (a real server on loopback) and from a folder, as open_clip takes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from huggingface_hub import constants
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transformer import QuickGELU
+from safetensors.torch import load_file, save_file
+from support.hub import Hub, hub_of
+from support.s3 import free_port
+from torch.testing import assert_close
+
+from milan_pipe import commands
+from milan_pipe.config import load_params
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
+from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+NATIVE = {"image_size": 64, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
+TIMM = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear"}
+CONFIGS = {
+    "gelu": {"embed_dim": 24, "vision_cfg": NATIVE, "text_cfg": TEXT},
+    "quick": {"embed_dim": 24, "quick_gelu": True, "vision_cfg": NATIVE, "text_cfg": TEXT},
+    "timm": {"embed_dim": 24, "custom_text": True, "vision_cfg": TIMM, "text_cfg": TEXT},
+}
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+def write_model(folder: Path, kind: str, mean=MEAN, std=STD) -> Path:
+    """A repository's files, its description as open_clip writes it."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(3)
+    described = folder / "described"
+    described.mkdir()
+    (described / f"tiny-{kind}.json").write_text(json.dumps(CONFIGS[kind]))
+    open_clip.add_model_config(described)
+    model = open_clip.create_model(f"tiny-{kind}")
+    (described / f"tiny-{kind}.json").unlink()
+    described.rmdir()
+    weights = {key: value + 0.05 * torch.randn_like(value) for key, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    model.visual.image_mean, model.visual.image_std = mean, std
+    save_config_for_hf(model, folder / CONFIG, CONFIGS[kind])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for kind in CONFIGS:
+        write_model(root / "org" / kind, kind)
+    return root / "org"
+
+
+@pytest.fixture
+def hub(models, tmp_path, monkeypatch):
+    with hub_of(models.parent) as running:
+        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
+        yield running
+
+
+def point_at(endpoint: str, cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir(parents=True)
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def load(model, **settings):
+    return load_teacher(TeacherConfig(model=model, **settings))
+
+
+def pixels(side):
+    return torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def check_as_open_clip(teacher, model):
+    reference = open_clip.create_model_from_pretrained(model, return_transform=False).eval()
+    told = reference.visual.preprocess_cfg
+    mean, std = (torch.tensor(told[name]).view(3, 1, 1) for name in ("mean", "std"))
+    views = pixels(teacher.info.image_size)
+    expected = reference.encode_image((views.permute(0, 3, 1, 2) / 255 - mean) / std)
+    assert_close(teacher(views).features_BST[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+# --- the same features as open_clip's -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_hub(kind, hub: Hub):
+    teacher = load(f"hf-hub:org/{kind}")
+    # The description and the weights, and nothing for a text tower.
+    assert hub.files == [CONFIG, WEIGHTS]
+    assert (teacher.info.model, teacher.info.pretrained) == (f"hf-hub:org/{kind}", None)
+    check_as_open_clip(teacher, f"hf-hub:org/{kind}")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_folder(kind, models):
+    teacher = load(f"local-dir:{models / kind}")
+    assert (teacher.info.model, teacher.info.pretrained) == (f"local-dir:{kind}", None)
+    check_as_open_clip(teacher, f"local-dir:{models / kind}")
+
+
+def test_place_of_a_folder_is_not_part_of_the_identity(models, tmp_path, monkeypatch):
+    expected = load(f"local-dir:{models / 'gelu'}").info
+    copied(models / "gelu", tmp_path / "gelu")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./gelu", "gelu/", "gelu/../gelu"):
+        assert load(f"local-dir:{name}").info == expected
+
+
+def test_activation_follows_the_description(models):
+    assert isinstance(load(f"local-dir:{models / 'quick'}").visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+    assert not isinstance(load(f"local-dir:{models / 'gelu'}").visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
+
+
+def test_normalisation_is_the_descriptions(models, tmp_path):
+    assert_close(load(f"local-dir:{models / 'gelu'}").mean.flatten(), 255 * torch.tensor(MEAN))
+    folder = copied(models / "gelu", tmp_path / "m")
+    told = json.loads((folder / CONFIG).read_text())
+    for preprocess, mean in [
+        ({}, open_clip.OPENAI_DATASET_MEAN),
+        ({"mean": None, "std": None}, open_clip.OPENAI_DATASET_MEAN),
+        ({"mean": 0.5, "std": 0.5}, (0.5, 0.5, 0.5)),
+        (None, open_clip.OPENAI_DATASET_MEAN),
+    ]:
+        said = {"preprocess_cfg": preprocess} if preprocess is not None else {}
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": told["model_cfg"], **said}))
+        teacher = load(f"local-dir:{folder}")
+        assert_close(teacher.mean.flatten(), 255 * torch.tensor(mean))
+    imagenet = load(f"local-dir:{folder}", normalization="imagenet")
+    assert_close(imagenet.mean.flatten(), 255 * torch.tensor([0.485, 0.456, 0.406]))
+
+
+def test_other_weights(models, hub: Hub, tmp_path):
+    weights = load_file(models / "gelu" / WEIGHTS)
+    weights["visual.proj"] += 1
+    save_file(weights, tmp_path / "mine.safetensors")
+    own = load("hf-hub:org/gelu")
+    for model in ("hf-hub:org/gelu", f"local-dir:{models / 'gelu'}"):
+        hub.requests.clear()
+        mine = load(model, pretrained=str(tmp_path / "mine.safetensors"))
+        assert mine.info.pretrained == "mine.safetensors"
+        assert mine.info.weights_sha256 != own.info.weights_sha256
+        assert_close(mine.mean, own.mean)
+        untrained = load(model, pretrained="random")
+        assert untrained.info.pretrained == "random"
+        assert untrained.info.weights_sha256 not in (own.info.weights_sha256, mine.info.weights_sha256)
+        assert WEIGHTS not in hub.files
+        with pytest.raises(MissingError, match=r"no tags.*no file 'openai'"):
+            load(model, pretrained="openai")
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "anything.pth"])
+def test_weights_as_open_clip_finds_them(name, models, tmp_path):
+    folder = copied(models / "gelu", tmp_path / "m")
+    torch.save(load_file(folder / WEIGHTS), folder / name)
+    (folder / WEIGHTS).unlink()
+    assert load(f"local-dir:{folder}").info.weights_sha256 == load(f"local-dir:{models / 'gelu'}").info.weights_sha256
+
+
+def test_repository_without_safetensors(models, tmp_path, monkeypatch):
+    folder = copied(models / "gelu", tmp_path / "hub" / "org" / "old")
+    torch.save(load_file(folder / WEIGHTS), folder / "open_clip_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    cache = tmp_path / "cache"
+    with hub_of(tmp_path / "hub") as running:
+        point_at(running.endpoint, cache, monkeypatch)
+        teacher = load("hf-hub:org/old")
+    # The hub is gone now, what it gave stays.
+    assert load("hf-hub:org/old").info == teacher.info
+    assert teacher.info.weights_sha256 == load(f"local-dir:{models / 'gelu'}").info.weights_sha256
+
+
+def test_tag_comes_from_the_hub(models, hub: Hub, monkeypatch):
+    write = open_clip.pretrained._PRETRAINED
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-gelu", CONFIGS["gelu"])
+    monkeypatch.setitem(write, "tiny-gelu", {"here": {"hf_hub": "org/gelu/", "mean": MEAN, "std": STD, "url": ""}})
+    teacher = load("tiny-gelu", pretrained="here")
+    assert hub.files == [WEIGHTS]
+    assert teacher.info.weights_sha256 == load(f"local-dir:{models / 'gelu'}").info.weights_sha256
+    assert_close(teacher.mean.flatten(), 255 * torch.tensor(MEAN))
+
+
+# --- what cannot be had -------------------------------------------------------------------------------------------
+
+
+def refused(model, kind, message, **settings):
+    with pytest.raises(kind, match=message) as caught:
+        load(model, **settings)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "GatedRepo", r"'hf-hub:org/gelu' cannot be had: repository org/gelu is gated.*hf auth login"),
+        (401, "GatedRepo", r"org/gelu is gated"),
+        (401, "RepoNotFound", r"has no repository org/gelu, or keeps it private"),
+        (404, "RepoNotFound", r"has no repository org/gelu, or keeps it private"),
+        (401, "", r"refuses access to repository org/gelu \(401\)"),
+        (403, "", r"refuses access to repository org/gelu \(403\)"),
+        (404, "", r"has no open_clip_config.json of a repository org/gelu"),
+        (410, "", r"repository org/gelu cannot be fetched from http.*410"),
+    ],
+)
+def test_refused_by_the_hub(status, code, message, hub: Hub):
+    hub.refuse["org/gelu"] = (status, code)
+    refused("hf-hub:org/gelu", MissingError, message)
+    refused("hf-hub:org/gelu", MissingError, "local-dir:PATH")
+
+
+def test_repository_without_a_description(tmp_path, monkeypatch):
+    (tmp_path / "hub" / "org" / "plain").mkdir(parents=True)
+    with hub_of(tmp_path / "hub") as running:
+        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
+        refused("hf-hub:org/plain", MissingError, r"repository org/plain on http.* has no open_clip_config.json")
+        refused("hf-hub:org/none", MissingError, r"has no repository org/none")
+
+
+def test_repository_without_weights(models, tmp_path, monkeypatch):
+    copied(models / "gelu", tmp_path / "hub" / "org" / "bare").joinpath(WEIGHTS).unlink()
+    with hub_of(tmp_path / "hub") as running:
+        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
+        message = r"org/bare on .* has no open_clip_model.safetensors or open_clip_pytorch_model.bin"
+        refused("hf-hub:org/bare", MissingError, message)
+        assert load("hf-hub:org/bare", pretrained="random").info.pretrained == "random"
+
+
+def test_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    point_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
+    refused("hf-hub:org/gelu", MissingError, r"org/gelu cannot be fetched from http.*refused.*local-dir:PATH")
+    message = r"'laion2b_s34b_b79k'.*cannot be had.*refused.*teacher.pretrained=PATH"
+    refused("ViT-B-32", MissingError, message, pretrained="laion2b_s34b_b79k")
+    # huggingface_hub itself would wait between six attempts.
+    assert waited == []
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("hf-hub:", "names nothing, expected hf-hub:ORG/NAME or local-dir:PATH"),
+        ("local-dir:", "names nothing"),
+        ("hf-hub:a/b/c", "'a/b/c' is no name of a repository, expected ORG/NAME"),
+        ("hf-hub:org/na me", "is no name of a repository"),
+        ("hf_hub:org/name", "unknown teacher 'hf_hub:org/name', expected .*hf-hub:ORG/NAME"),
+    ],
+)
+def test_no_name_of_a_model(model, message):
+    refused(model, SettingError, message)
+
+
+def test_folder_that_cannot_serve(models, tmp_path):
+    refused(f"local-dir:{tmp_path / 'none'}", MissingError, rf"{re.escape(str(tmp_path / 'none'))} is no folder")
+    (tmp_path / "m").mkdir()
+    refused(f"local-dir:{tmp_path / 'm'}", MissingError, "m has no open_clip_config.json")
+    (tmp_path / "m" / CONFIG).write_bytes((models / "gelu" / CONFIG).read_bytes())
+    refused(f"local-dir:{tmp_path / 'm'}", MissingError, "has no weights.*teacher.pretrained=PATH")
+    (tmp_path / "m" / WEIGHTS).write_bytes(b"cut")
+    refused(f"local-dir:{tmp_path / 'm'}", DataError, "cannot be read")
+    (tmp_path / "m" / WEIGHTS).write_bytes((models / "timm" / WEIGHTS).read_bytes())
+    refused(f"local-dir:{tmp_path / 'm'}", MismatchError, "does not fit the image tower")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "does not describe a model"),
+        ("\xff", "does not describe a model"),
+        ("[" * 100_000, "does not describe a model"),
+        ("[]", "does not describe a model"),
+        ("{}", "no 'model_cfg'"),
+        ('{"model_cfg": 3}', "does not describe a model"),
+        ('{"model_cfg": {"vision_cfg": {}}}', "no 'embed_dim'"),
+        ('{"model_cfg": {"embed_dim": 8, "vision_cfg": "ViT"}}', "embed_dim or vision_cfg of another kind"),
+        ('{"model_cfg": {"embed_dim": 8, "vision_cfg": {"widht": 8}}}', "cannot build the image tower.*widht"),
+        (
+            '{"model_cfg": {"embed_dim": 8, "vision_cfg": {"timm_model_name": "vit_none"}}}',
+            "cannot build the image tower.*vit_none",
+        ),
+        (
+            '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}}, "preprocess_cfg": {"mean": [0.5]}}',
+            "mean or std of another kind",
+        ),
+    ],
+)
+def test_damaged_description(content, message, tmp_path):
+    (tmp_path / CONFIG).write_bytes(content.encode("latin-1"))
+    refused(f"local-dir:{tmp_path}", DataError, message)
+
+
+# --- stores -------------------------------------------------------------------------------------------------------
+
+SETS = ["views.count=1", "extract.device=cpu", "extract.threads=1", "student.image_size=64", "student.patch_size=16"]
+
+
+def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
+    """From another place of the same name; the settings of a later run may name either."""
+    here, there = models / "gelu", copied(models / "gelu", tmp_path / "elsewhere" / "gelu")
+    params = load_params(None, [*SETS, f"teacher.model=local-dir:{here}", "prepare.train_scenes=4",
+                                "prepare.test_scenes=0", "prepare.samples_per_shard=2"])  # fmt: skip
+    commands.prepare("demo", tmp_path / "images", params)
+    images, targets = str(tmp_path / "images" / "train-*.tar"), tmp_path / "t"
+    commands.extract_targets(images, targets, params, shards="0/2")
+    moved = load_params(None, [*SETS, f"teacher.model=local-dir:{there}"])
+    report = commands.extract_targets(images, targets, moved)
+    assert (report.shards, report.skipped) == (2, 1)
+    assert str(tmp_path) not in (targets / "zarr.json").read_text()
+    # Pretraining holds the settings against the store; this is as far as it must come.
+    assert commands._stated(moved)["teacher"]["model"] == "local-dir:gelu"
+    weights = load_file(there / WEIGHTS)
+    weights["visual.proj"] += 1
+    save_file(weights, there / WEIGHTS)
+    with pytest.raises(MismatchError, match="weights_sha256"):
+        commands.extract_targets(images, targets, moved)
+
+
+def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
+    params = load_params(None, ["prepare.train_scenes=2", "prepare.test_scenes=0"])
+    commands.prepare("demo", tmp_path / "images", params)
+    sets = [part for text in [*SETS, "teacher.model=hf-hub:org/quick"] for part in ("--set", text)]
+    command = [sys.executable, "-m", "milan_pipe", "extract-targets", str(tmp_path / "images" / "train-000000.tar")]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([*command, str(tmp_path / "t"), *sets], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert hub.files == [CONFIG, WEIGHTS]
+    header = json.loads((tmp_path / "t" / "zarr.json").read_text())
+    assert '"hf-hub:org/quick"' in json.dumps(header)
