@@ -15,18 +15,12 @@ from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import place_of
 from milan_pipe.targets import ledger
 from milan_pipe.targets.codec import codec_of, mean_cosine
-from milan_pipe.targets.schema import CodecInfo, ViewRun, require_same_header
+from milan_pipe.targets.schema import ViewRun, require_same_header
 from milan_pipe.targets.store import read_header
 from milan_pipe.targets.verify import Problem
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 
-_LEAST_COSINE = {"int8": 0.999, "float16": 0.9999}
 _ATTENTION_TOLERANCE = 0.02
-
-
-def _least_cosine(codec: CodecInfo) -> float:
-    """Below this a view's tokens are not what was encoded; of `klt`, four times the loss that it was fitted for."""
-    return _LEAST_COSINE.get(codec.name, 1 - 4 * (1 - (codec.quality or 0.0)))
 
 
 def _seed(text: str) -> int:
@@ -63,7 +57,6 @@ class TeacherCheck:
         self._teacher = load_teacher(teacher, resolve_device(device), grid=grid)
         require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), place)
         self._codec = codec_of(header.codec)
-        self._least = _least_cosine(header.codec)
         self._views = header.views.count
         self._per_shard = views_per_shard
         self._place = place
@@ -91,7 +84,7 @@ class TeacherCheck:
         attention = torch.from_numpy(run.attention_NL[rows]).float()
         for i, row in enumerate(rows):
             cosine = mean_cosine(live.features_BST[i].cpu(), stored[i])
-            if not cosine >= self._least:
+            if not cosine >= self._codec.least_cosine:
                 yield self._problem(
                     shard, "features", f"view {view} of {run.keys[row]}: cosine {cosine:.6f} with the teacher run live"
                 )

@@ -183,6 +183,13 @@ class _Check:
             return
         if samples not in (-1, record.source.samples):
             self.blame(name, f"{ledger.FOLDER}/{name}.json", f"tells of {record.source.samples} samples, not {samples}")
+        least = codec_of(self.header.codec).least_cosine
+        if record.mean_cosine is not None and not record.mean_cosine >= least:
+            self.blame(
+                name,
+                "features",
+                f"a mean cosine of {record.mean_cosine:g} to the teacher's, expected at least {least:g}",
+            )
         if self._files(name, record):
             self._content(name, record)
 
@@ -269,6 +276,8 @@ class _Check:
     def _run(self, name: str, samples: int, view: int, start: int, run: ViewRun) -> None:
         where = f"view {view}, samples from {start}"
         codec = codec_of(self.header.codec)
+        if not codec.coefficient_major and not run.code_NST.any(axis=2).all():
+            self.blame(name, "features", f"{where}: tokens that are all zero, which point nowhere")
         if codec.dtype.kind == "f" and not np.isfinite(run.code_NST).all():
             self.blame(name, "features", f"{where}: values that are not finite")
         if codec.dtype.kind == "i" and run.code_NST.min() < -_MOST_CODE:

@@ -82,6 +82,8 @@ WRONG: dict[str, tuple[str, Change, str, str]] = {
     "scale negative": ("int8", one_value("scale_KNS", (1, 3, 2), -0.5), "scale", "not finite, or negative"),
     "feature infinite": ("float16", one_value("code_KNST", (1, 3, 2, 1), np.inf), "features", "not finite"),
     "feature no number": ("float16", one_value("code_KNST", (1, 3, 2, 1), np.nan), "features", "not finite"),
+    "token of zeros, int8": ("int8", one_value("code_KNST", (1, 3, 2), 0), "features", "all zero"),
+    "token of zeros, float16": ("float16", one_value("code_KNST", (1, 3, 2), 0), "features", "all zero"),
     "code too low, int8": ("int8", one_value("code_KNST", (1, 3, 2, 1), -128), "features", "-127 to 127"),
     "code too low, klt": ("klt", one_value("code_KNST", (1, 3, 2, 1), -128), "features", "-127 to 127"),
     "attention zero": ("int8", flat(0), "attention", "a row sums to 0, expected 1"),
@@ -115,6 +117,18 @@ def test_content_that_was_wrong_from_the_start(tmp_path: Path, store_format: str
     assert "view 1" in problem.what
     assert problem.mend == f"milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001"
     assert report.mend == (problem.mend,)
+
+
+def test_features_that_the_codec_did_not_keep(tmp_path: Path) -> None:
+    head = header()
+    writer = TargetStoreWriter(tmp_path, head)
+    shard = writer.open_shard("000000")
+    shard.append(random_blocks(head, 5)[0])
+    shard.commit(source(5), 0.5)
+    writer.finish()
+    (problem,) = verify_targets(tmp_path).problems
+    assert (problem.shard, problem.array) == ("000000", "features")
+    assert "mean cosine of 0.5" in problem.what
 
 
 def test_the_block_of_many_is_named(tmp_path: Path) -> None:
