@@ -449,6 +449,17 @@ def test_pictures_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
         go(shards, tmp_path / "r2", train=train, val=tmp_path / "v", max_bad_fraction=0.01)
 
 
+@pytest.mark.timeout(60)
+def test_pictures_that_are_no_regular_files(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train", range(3))
+    os.mkfifo(root / "ant" / "0001.png")
+    (root / "ant" / "0002.png").symlink_to("/dev/zero")
+    found = labelled_pictures(root, lambda *_: None)
+    for number in (1, 2):
+        with pytest.raises(DataError, match="not a regular file"):
+            found.read(number)
+
+
 def _without(path: Path, *kept: str) -> Path:
     path.mkdir()
     for name in kept:
