@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -10,19 +9,16 @@ from collections.abc import Iterator
 import pytest
 from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
+from support.signals import default_signals
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interruptible() -> Iterator[None]:
-    """Ctrl-C does what it does in a terminal, here and in the processes that tests start.
-
-    A shell starts background jobs with SIGINT ignored, and what is ignored stays so in every child.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def usual_signals() -> Iterator[None]:
+    """Signals are not ignored, in this process and in those that it starts, however the tests were started."""
+    with default_signals():
+        yield
 
 
 @pytest.fixture(scope="session")
