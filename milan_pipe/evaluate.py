@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from milan_pipe.data.files import files_under
 from milan_pipe.data.images import expand_shards
-from milan_pipe.data.labelled import files_under, is_class_folder
+from milan_pipe.data.labelled import is_class_folder
 from milan_pipe.devices import resolve_device
 from milan_pipe.student.encoder import StudentConfig, build_encoder
 from milan_pipe.student.weights import load_weights

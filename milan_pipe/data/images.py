@@ -21,6 +21,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from milan_pipe.data.files import MAX_ENCODED_BYTES
 from milan_pipe.data.index import PREPARE_MARKER
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
@@ -42,9 +43,6 @@ MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
 
 MAX_PIXELS = 89_478_485
 """Height x width above which a picture is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
-
-MAX_ENCODED_BYTES = 2**28
-"""Size in bytes above which an encoded picture is refused unread."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MAX_BRACE_NAMES = 1_000_000
@@ -153,7 +151,7 @@ def expand_shards(spec: str | Path) -> list[ShardFile]:
     Raises:
         MissingError: the folder, the file, one of the braces' files, or any match of the glob is not there.
         DataError: a folder without shards or that `prepare` has not finished, a folder or glob on a web server, or
-            braces that make no sense.
+            braces that make no sense, or a shard that is no regular file.
         SettingError: a URL of an unknown kind.
         StoreError: the object store cannot be read.
     """
@@ -167,8 +165,8 @@ def expand_shards(spec: str | Path) -> list[ShardFile]:
     path = Path(text)
     if path.is_dir():
         return _shards_in(path)
-    if path.is_file():
-        return [shard_file(path)]
+    if path.exists():
+        return _regular([shard_file(path)])
     if "{" in text:
         names = _expand_braces(text)
     elif glob.has_magic(text):
@@ -178,9 +176,16 @@ def expand_shards(spec: str | Path) -> list[ShardFile]:
     else:
         raise MissingError(f"{text} is not there; expected a folder of .tar shards, a shard, braces or a glob")
     shards = [shard_file(name) for name in sorted(set(names))]
-    missing = [shard for shard in shards if not Path(str(shard)).is_file()]
+    missing = [shard for shard in shards if not Path(str(shard)).exists()]
     if missing:
         raise _missing(missing, len(shards), text)
+    return _regular(shards)
+
+
+def _regular(shards: list[ShardFile]) -> list[ShardFile]:
+    for shard in shards:
+        if not Path(str(shard)).is_file():
+            raise DataError(f"{shard} is not a regular file; a shard is a tar file, remove this or rename it")
     return shards
 
 
@@ -272,7 +277,7 @@ def _shards_in(folder: Path) -> list[ShardFile]:
     dangling = [shard for shard in shards if not (folder / shard.name).exists()]
     if dangling:
         raise MissingError(f"{dangling[0]} is a link to a file that is not there")
-    return shards
+    return _regular(shards)
 
 
 def _shards_of(place: Place, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:

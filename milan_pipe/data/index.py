@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from milan_pipe.data.files import read_regular
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 
 INDEX_NAME = "index.json"
@@ -90,7 +91,7 @@ def read_index(folder: str | Path) -> ImageIndex:
     """
     path = Path(folder) / INDEX_NAME
     try:
-        plain = json.loads(path.read_bytes())
+        plain = json.loads(read_regular(path))
     except FileNotFoundError:
         raise MissingError(f"{path} is not there; `milan-pipe prepare` writes it as its last step") from None
     except OSError as error:

@@ -7,7 +7,6 @@ alone, while `milan_pipe.data.images` reads shards from end to end.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from milan_pipe.data.files import files_under, read_file
 from milan_pipe.data.images import (
     IMAGE_SUFFIXES,
-    MAX_ENCODED_BYTES,
     Located,
     OnBad,
     ShardFile,
@@ -65,16 +64,6 @@ class LabelledPictures:
             return read_file(self._files[number])
         shard, at = self._located[number]
         return shard.place.read_range(shard.name, at.picture.start, at.picture.stop)
-
-
-def read_file(path: Path) -> bytes:
-    """Bytes of an encoded picture; raises DataError as `LabelledPictures.read`."""
-    try:
-        if path.stat().st_size > MAX_ENCODED_BYTES:
-            raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
 def labelled_pictures(where: str | Path, on_bad: OnBad) -> LabelledPictures:
@@ -142,15 +131,6 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
         fingerprint=_fingerprint(keys, labels),
         _files=files,
     )
-
-
-def files_under(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; links to folders followed, hidden names left out."""
-    found: list[Path] = []
-    for inside, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(inside) / name for name in names if not name.startswith(".")]
-    return sorted(found)
 
 
 def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledPictures:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from milan_pipe.data.files import files_under, read_file, read_regular
 from milan_pipe.data.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIX,
@@ -25,7 +26,6 @@ from milan_pipe.data.images import (
     locate_samples,
 )
 from milan_pipe.data.index import INDEX_NAME, read_index
-from milan_pipe.data.labelled import files_under, read_file
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.storage import is_url
 
@@ -154,10 +154,10 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
 
     Raises:
         MissingError: the file is not there.
-        DataError: it is empty or no text.
+        DataError: it is empty, no text or no regular file.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_regular(Path(file)).decode()
         named = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise ValueError("expected a list of names")

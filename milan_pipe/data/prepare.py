@@ -28,10 +28,10 @@ from PIL import Image
 from pydantic import Field
 
 from milan_pipe.data.demo import MASK_CLASSES, SHAPES, render_scene
+from milan_pipe.data.files import read_file
 from milan_pipe.data.images import (
     IMAGE_SUFFIXES,
     MASK_SUFFIX,
-    MAX_ENCODED_BYTES,
     OTHER_PICTURE_SUFFIXES,
     decode_image,
 )
@@ -518,12 +518,8 @@ def _picture_members(
             set_aside(picture, f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
             continue
         try:
-            if picture.path.stat().st_size > MAX_ENCODED_BYTES:
-                raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
-            data = picture.path.read_bytes()
+            data = read_file(picture.path)
             decode_image(data)
-        except OSError as error:
-            set_aside(picture, f"cannot be read: {error.strerror or error}")
         except DataError as error:
             set_aside(picture, str(error))
         else:

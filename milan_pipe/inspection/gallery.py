@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from milan_pipe.reporting.page import render, write_page
-from milan_pipe.reporting.sheet import Sheet, data_url, draw_sheet, write_png
+from milan_pipe.reporting.sheet import Sheet, data_url, draw_sheet, one_line, write_png
 
 PAGE = "index.html"
 _LONGEST = 160
@@ -29,7 +29,7 @@ class Gallery:
 def embedded(sheet: Sheet) -> dict[str, Any]:
     """A sheet as the templates take it, pictures included."""
     return {
-        "title": sheet.title,
+        "title": one_line(sheet.title),
         "rows": [
             {
                 "title": row.title,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from milan_pipe.reporting.grids import heat, on_pixels, only_visible
-from milan_pipe.reporting.sheet import write_png
+from milan_pipe.reporting.sheet import one_line, write_png
 
 _SIDE, _GAP, _CAPTION = 192, 8, 18
 
@@ -53,5 +53,5 @@ def draw_masks(
         for place, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
             left = _GAP + place * column
             sheet.paste(Image.fromarray(panel).resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, top + _CAPTION))
-            draw.text((left, top + 4), caption[-28:], fill="black")
+            draw.text((left, top + 4), one_line(caption)[-28:], fill="black")
     write_png(file, sheet)

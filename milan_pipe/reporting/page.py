@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from milan_pipe import __version__
 from milan_pipe.errors import StoreError
+from milan_pipe.reporting.sheet import one_line
 
 
 def _template(name: str) -> str:
@@ -22,14 +24,22 @@ def _environment() -> Environment:
     return Environment(
         loader=FunctionLoader(_template),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
+def _shown(value: Any) -> Any:
+    """Text with its line breaks, and what else does not print escaped; all but text as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(map(one_line, value.split("\n")))
+
+
 def render(template: str, **values: Any) -> str:
-    """The page of a template in `reporting/templates`; what is put in is escaped."""
+    """The page of a template in `reporting/templates`; what is put in is escaped, and shown where it does not print."""
     return _environment().get_template(template).render(version=__version__, **values)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from milan_pipe.reporting.sheet import write_png
+from milan_pipe.reporting.sheet import one_line, write_png
 
 _SIDE, _GAP, _CAPTION = 224, 8, 18
 _NONE = np.array([255, 255, 255], np.uint8)
@@ -72,6 +72,6 @@ def draw_segmentations(
             zip(panels, (key, "truth", f"prediction, {100 * share:.1f} % right"), strict=True)
         ):
             left = _GAP + place * column
-            draw.text((left, top + 4), caption[-34:], fill="black")
+            draw.text((left, top + 4), one_line(caption)[-34:], fill="black")
             sheet.paste(_panel(panel), (left, top + _CAPTION))
     write_png(file, sheet)

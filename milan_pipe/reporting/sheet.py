@@ -43,6 +43,13 @@ class Sheet:
     rows: Sequence[Row]
 
 
+def one_line(text: str) -> str:
+    """Text as it may be drawn or shown: what does not print, line breaks too, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _enlargement(panel: Panel) -> int:
     """Whole pixels only, so that a patch's border stays a border."""
     return max(1, -(-_LEAST_SIDE // int(max(panel.pixels.shape[:2]))))
@@ -51,8 +58,11 @@ def _enlargement(panel: Panel) -> int:
 def _fitting(
     text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    if draw.textlength(text, font) <= width:
+    text = one_line(text)
+    if len(text) <= width and draw.textlength(text, font) <= width:
         return text
+    # A character has a pixel at least, and a key may have many thousands.
+    text = text[-width:]
     while text and draw.textlength(f"...{text}", font) > width:
         text = text[1:]
     return f"...{text}"

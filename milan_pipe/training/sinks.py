@@ -97,6 +97,9 @@ def open_sinks(
             report=None,
             monitor_system=False,
         )
+        if live._dvc_repo is not None:
+            # dvclive leaves it open, and its databases hold a dozen descriptors.
+            stack.callback(live._dvc_repo.close)
         sinks: list[Sink] = [_Dvclive(stack.enter_context(live))]
         if "tensorboard" in names:
             module = _module("torch.utils.tensorboard", "tensorboard")

@@ -16,6 +16,7 @@ from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from milan_pipe.data.labelled import LabelledPictures, labelled_pictures, require_same_classes
 from milan_pipe.errors import DataError, SettingError
@@ -185,21 +186,17 @@ class ClassifyTask(Task[PictureBatch]):
 
     def batches(self, first_step: int) -> Iterator[PictureBatch]:
         """This rank's pictures, augmented."""
-        samples = feed(
+        fed = feed(
             self._take,
+            default_collate,
             self._pictures.train.keys,
             self._steps.batches(first_step, self.steps),
             workers=self.settings.workers,
             bad=self._bad,
         )
-        for step, taken in enumerate(samples, first_step):
-            values = [sample.value for sample in taken if sample.value is not None]
-            yield PictureBatch(
-                torch.stack([pixels for pixels, _ in values]),
-                torch.tensor([label for _, label in values]),
-                tuple(sample.key for sample in taken),
-                step,
-            )
+        for step, batch in enumerate(fed, first_step):
+            pixels_BCHW, label_B = batch.value
+            yield PictureBatch(pixels_BCHW, label_B, batch.keys, step)
 
     def parts(self, batch: PictureBatch) -> Sequence[tuple[PictureBatch, float]]:
         """Mixed on the device, and cut for accumulation."""
@@ -231,18 +228,15 @@ class ClassifyTask(Task[PictureBatch]):
         batch = max(1, self.batch_size // ranks.count)
         asked = in_turn(len(self._pictures.val), batch, ranks.rank, ranks.count)
         sums = torch.zeros(4, dtype=torch.float64)
-        for taken in feed(
+        for shown in feed(
             self._show,
+            default_collate,
             self._pictures.val.keys,
             asked,
             workers=self.settings.workers,
             bad=self._bad,
         ):
-            values = [sample.value for sample in taken if sample.value is not None]
-            if not values:
-                continue
-            pixels_BCHW = torch.stack([pixels for pixels, _ in values]).to(ranks.device)
-            label_B = torch.tensor([label for _, label in values], device=ranks.device)
+            pixels_BCHW, label_B = (tensor.to(ranks.device) for tensor in shown.value)
             with torch.autocast(
                 ranks.device.type,
                 dtype=torch.bfloat16 if self.settings.precision == "auto" else getattr(torch, self.settings.precision),

@@ -19,6 +19,7 @@ from milan_pipe.errors import DataError, LabelError, MilanError
 from milan_pipe.transfer.randomness import permutation
 
 T = TypeVar("T")
+B = TypeVar("B")
 _TRIES = 16
 
 
@@ -31,12 +32,23 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Taken(Generic[T]):
-    """A sample as the model takes it, and those that were tried in its place and cannot be read."""
+class Batch(Generic[B]):
+    """Collated samples, and the keys of those that are in it."""
 
-    value: T | None
-    key: str
-    bad: tuple[tuple[str, str], ...] = ()
+    value: B
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Answer(Generic[B]):
+    """What a worker says to a list of asks: the batch, None where nothing is in it, and key and reason of bad ones.
+
+    Errors are handed over as values: the loader would wrap what is raised into its own text and traceback.
+    """
+
+    batch: Batch[B] | None
+    bad: tuple[tuple[str, str], ...]
+    error: MilanError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,27 +86,37 @@ class StepPlan:
             yield [Ask(epoch, int(number)) for number in batch]
 
 
-class _Samples(Dataset[Any], Generic[T]):
-    def __init__(self, take: Callable[[Ask], T], keys: Sequence[str]) -> None:
+class _Batches(Dataset[Any], Generic[T, B]):
+    def __init__(self, take: Callable[[Ask], T], collate: Callable[[list[T]], B], keys: Sequence[str]) -> None:
         self._take = take
+        self._collate = collate
         self._keys = keys
 
-    def __getitem__(self, ask: Ask) -> Taken[T] | MilanError:
-        # Errors are handed over as values: the loader would wrap what is raised into its own text and traceback.
+    def __getitem__(self, asked: list[Ask]) -> _Answer[B]:
         bad: list[tuple[str, str]] = []
-        for offset in range(_TRIES if ask.epoch >= 0 else 1):
+        try:
+            read = [sample for ask in asked for sample in self._read(ask, bad)]
+        except MilanError as error:
+            return _Answer(None, tuple(bad), error)
+        keys = tuple(key for key, _ in read)
+        batch = Batch(self._collate([value for _, value in read]), keys) if read else None
+        return _Answer(batch, tuple(bad))
+
+    def _read(self, ask: Ask, bad: list[tuple[str, str]]) -> Iterator[tuple[str, T]]:
+        """Key and sample of the first that can be read; none where that is allowed."""
+        training = ask.epoch >= 0
+        for offset in range(_TRIES if training else 1):
             number = (ask.number + offset) % len(self._keys)
             try:
-                return Taken(self._take(Ask(ask.epoch, number)), self._keys[number], tuple(bad))
+                yield self._keys[number], self._take(Ask(ask.epoch, number))
+                return
+            except LabelError:
+                raise
             except DataError as error:
-                if isinstance(error, LabelError):
-                    return error
                 bad.append((self._keys[number], str(error)))
-            except MilanError as error:
-                return error
-        if ask.epoch < 0:
-            return Taken(None, self._keys[ask.number], tuple(bad))
-        return DataError(f"{_TRIES} pictures in a row cannot be read, the first is {bad[0][0]!r}: {bad[0][1]}")
+        if training:
+            key, reason = bad[-_TRIES]
+            raise DataError(f"{_TRIES} pictures in a row cannot be read, the first is {key!r}: {reason}")
 
 
 class BadPictures:
@@ -125,18 +147,22 @@ class BadPictures:
 
 def feed(
     take: Callable[[Ask], T],
+    collate: Callable[[list[T]], B],
     keys: Sequence[str],
     batches: Iterator[list[Ask]],
     *,
     workers: int,
     bad: BadPictures,
-) -> Iterator[list[Taken[T]]]:
-    """The samples of each batch, in order, read ahead by processes.
+) -> Iterator[Batch[B]]:
+    """The batches, in order, read ahead by processes.
 
-    In training a picture that cannot be read gives its place to the next one that can; in evaluation it is left out.
+    In training a picture that cannot be read gives its place to the next one that can; in evaluation it is left out,
+    and a batch without any as well.
 
     Args:
         take: makes a sample of what is asked for; runs in a worker process, and may raise DataError.
+        collate: makes one value of the samples; runs there as well. Every torch tensor in it takes a file descriptor
+            of both processes as long as it lives, so it has a few tensors, however many samples there are.
         keys: of all pictures, by number.
         workers: processes; 0 makes them here, when they are asked for.
 
@@ -144,23 +170,21 @@ def feed(
         DataError: too many pictures cannot be read.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Samples(take, keys),
-        batch_sampler=_Listed(batches),
+        _Batches(take, collate, keys),
+        sampler=_Listed(batches),
+        batch_size=None,
         num_workers=workers,
-        collate_fn=_as_they_are,
+        collate_fn=_as_it_is,
         pin_memory=False,
         prefetch_factor=4 if workers else None,
     )
-    for samples in loader:
-        whole: list[Taken[T]] = []
-        for sample in samples:
-            if isinstance(sample, MilanError):
-                raise sample
-            for key, reason in sample.bad:
-                bad.add(key, reason)
-            if sample.value is not None:
-                whole.append(sample)
-        yield whole
+    for answer in loader:
+        for key, reason in answer.bad:
+            bad.add(key, reason)
+        if answer.error is not None:
+            raise answer.error
+        if answer.batch is not None:
+            yield answer.batch
 
 
 class _Listed(torch.utils.data.Sampler[list[Ask]]):
@@ -171,8 +195,8 @@ class _Listed(torch.utils.data.Sampler[list[Ask]]):
         return self._batches
 
 
-def _as_they_are(samples: list[Any]) -> list[Any]:
-    return samples
+def _as_it_is(answer: Any) -> Any:
+    return answer
 
 
 def in_turn(count: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[Ask]]:

@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from milan_pipe.data.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
 from milan_pipe.errors import DataError, MismatchError, SettingError
@@ -213,7 +215,7 @@ class SegmentTask(Task[MaskBatch]):
         )
         for key, reason in bad:
             self._bad.add(key, reason)
-        self._shown: list[tuple[str, Image.Image, Tensor, Tensor]] = []
+        self._shown: list[tuple[str, Image.Image, NDArray[np.int64], NDArray[np.int64]]] = []
         self.configuration = {
             **configuration,
             "data": {"train": train.fingerprint, "val": val.fingerprint, "classes": list(names), "rule": asdict(rule)},
@@ -228,19 +230,16 @@ class SegmentTask(Task[MaskBatch]):
 
     def batches(self, first_step: int) -> Iterator[MaskBatch]:
         """This rank's crops."""
-        for taken in feed(
+        for batch in feed(
             self._take,
+            default_collate,
             self._train.keys,
             self._steps.batches(first_step, self.steps),
             workers=self.settings.workers,
             bad=self._bad,
         ):
-            values = [sample.value for sample in taken if sample.value is not None]
-            yield MaskBatch(
-                torch.stack([pixels for pixels, _ in values]),
-                torch.stack([mask for _, mask in values]),
-                tuple(sample.key for sample in taken),
-            )
+            pixels_BCHW, mask_BHW = batch.value
+            yield MaskBatch(pixels_BCHW, mask_BHW, batch.keys)
 
     def parts(self, batch: MaskBatch) -> Sequence[tuple[MaskBatch, float]]:
         """On the device, cut for accumulation."""
@@ -274,16 +273,15 @@ class SegmentTask(Task[MaskBatch]):
         ranks, classes = self._ranks, len(self._names)
         counts_GG = torch.zeros((classes, classes), dtype=torch.int64)
         self._shown.clear()
-        for taken in feed(
+        for shown in feed(
             self._show,
+            list,
             self._val.keys,
             in_turn(len(self._val), 1, ranks.rank, ranks.count),
             workers=self.settings.workers,
             bad=self._bad,
         ):
-            for sample in taken:
-                assert sample.value is not None
-                image, mask_HW = sample.value
+            for key, (image, mask_HW) in zip(shown.keys, shown.value, strict=True):
                 predicted_HW = predict(
                     self._classify,
                     image,
@@ -294,9 +292,9 @@ class SegmentTask(Task[MaskBatch]):
                     flip=flip,
                     device=ranks.device,
                 ).cpu()
-                counts_GG += confusion(predicted_HW, mask_HW, classes)
+                counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
                 if ranks.first and len(self._shown) < _PICTURES:
-                    self._shown.append((sample.key, image, mask_HW, predicted_HW))
+                    self._shown.append((key, image, mask_HW, predicted_HW.numpy()))
         counts_GG = (ranks.mean(counts_GG.double()) * ranks.count).round().long()
         if not counts_GG.sum():
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
@@ -321,8 +319,8 @@ class SegmentTask(Task[MaskBatch]):
             file,
             keys,
             [np.asarray(image) for image in images],
-            [truth.numpy() for truth in truths],
-            [prediction.numpy() for prediction in predictions],
+            truths,
+            predictions,
             len(self._names),
             f"step {step}",
         )

@@ -110,15 +110,18 @@ class TrainingMasks:
 
 
 class TestMasks:
-    """Picture `Ask.number` and its mask, untouched: (image, mask_HW)."""
+    """Picture `Ask.number` and its mask, untouched: (image, mask_HW).
+
+    Their sizes differ, so that they are not stacked; neither is a tensor, see `feed`.
+    """
 
     def __init__(self, pictures: MaskedPictures, rule: MaskRule) -> None:
         self._pictures = pictures
         self._rule = rule
 
-    def __call__(self, ask: Ask) -> tuple[Image.Image, Tensor]:
+    def __call__(self, ask: Ask) -> tuple[Image.Image, NDArray[np.int64]]:
         """Raises as `TrainingMasks`."""
         image = decode_image(self._pictures.picture(ask.number))
         key = self._pictures.keys[ask.number]
         size = image.height, image.width
-        return image, torch.from_numpy(decode_mask(self._pictures.mask(ask.number), self._rule, size, key))
+        return image, decode_mask(self._pictures.mask(ask.number), self._rule, size, key)

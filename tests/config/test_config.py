@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,13 @@ def test_a_file_that_makes_no_sense_is_named(tmp_path: Path, content: bytes, mes
     with pytest.raises(SettingError, match=message) as caught:
         load_params(tmp_path / "p.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SettingError, match=r"pipe\.yaml cannot be read: .*not a regular file"):
+        load_params(tmp_path / "pipe.yaml")
 
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:

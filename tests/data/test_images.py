@@ -22,6 +22,7 @@ from milan_pipe import storage
 from milan_pipe.data import images
 from milan_pipe.data.images import Sample, ShardFile, decode_image, expand_shards, read_shard
 from milan_pipe.data.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
+from milan_pipe.data.labelled import labelled_pictures
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.storage import place_of
 
@@ -532,6 +533,18 @@ def test_folders_without_shards_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / PREPARE_MARKER).write_text("")
     with pytest.raises(DataError, match="not complete"):
         expand_shards(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    for spec in (tmp_path, tmp_path / "pipe.tar", tmp_path / "*.tar", tmp_path / "{pipe,pipe}.tar"):
+        with pytest.raises(DataError, match=r"pipe\.tar is not a regular file"):
+            expand_shards(spec)
+    (tmp_path / "pipe.tar").unlink()
+    (tmp_path / "zeros.tar").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"zeros\.tar is not a regular file"):
+        labelled_pictures(tmp_path, lambda *_: None)
 
 
 # --- shards in object stores

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -199,6 +200,23 @@ def test_bad_pictures_are_set_aside_and_leave_no_gap(tmp_path: Path) -> None:
         (source / name).unlink()
     run(source, out, samples_per_shard=1)
     assert sorted(content(out)) == ["index.json", "train-000000.tar"]
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would be waited for for ever, and a device read until the memory is full."""
+    source = tmp_path / "source"
+    picture(source / "ant" / "good.jpg")
+    os.mkfifo(source / "ant" / "pipe.jpg")
+    (source / "ant" / "device.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listening:
+        # A socket's path may have some hundred bytes.
+        monkeypatch.chdir(source / "ant")
+        listening.bind("socket.webp")
+    report = run(source, tmp_path / "images")
+    assert [sample.key for sample in samples(tmp_path / "images")] == ["ant-good"]
+    reason = "cannot be read: not a regular file"
+    assert report.bad == [(f"ant/{name}", reason) for name in ("device.png", "pipe.jpg", "socket.webp")]
 
 
 def test_nothing_readable(tmp_path: Path) -> None:

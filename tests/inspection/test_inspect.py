@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.pictures import png, write_tar
 from support.project import Project
 from support.targets import header, write_store
 
@@ -19,6 +20,7 @@ from milan_pipe.inspection.samples import choose_samples, read_view
 from milan_pipe.inspection.student import pretrained_objective
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
+from milan_pipe.reporting.masks import draw_masks
 from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
@@ -56,6 +58,41 @@ def test_any_grid_and_size_is_drawn(tmp_path: Path, grid: tuple[int, int], size:
     assert page.count("<figure>") == 2 * 4 * 3
     assert page.count('src="data:image/') == 2 * 4 * 3
     assert "dir/kéy-0-1" in page
+
+
+def test_keys_that_do_not_print_are_shown_escaped(project: Project, tmp_path: Path) -> None:
+    strange = {
+        "two\nlines": r"two\nlines",
+        "esc\x1b[31m\r": r"esc\x1b[31m\r",
+        "csi\x9b2J": r"csi\x9b2J",
+        "left\u202egnp": r"left\u202egnp",
+        "long" * 3000: "long" * 3000,
+        "<b>&": "&lt;b&gt;&amp;",
+    }
+    pixels = png(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8))
+    shard = write_tar(tmp_path / "images" / "a.tar", {f"{key}.png": pixels for key in strange})
+    commands.extract_targets(shard, tmp_path / "t", project.params)
+    drawn = [
+        commands.inspect_targets(tmp_path / "t", tmp_path / "o", project.params, count=len(strange)),
+        commands.inspect_student(project.runs[0], tmp_path / "t", tmp_path / "s", count=len(strange)),
+    ]
+    for report in drawn:
+        assert report.keys == tuple(strange)
+        page = Path(report.page).read_text(encoding="utf-8")
+        assert all(f"<h3>{shown}</h3>" in page for shown in strange.values())
+        for picture in report.pictures:
+            Image.open(picture).verify()
+    page = commands.report(project.runs[:1], tmp_path / "r.html", targets=tmp_path / "t").page
+    assert r"csi\x9b2J</h3>" in Path(page).read_text(encoding="utf-8")
+    draw_masks(
+        tmp_path / "masks.png",
+        tuple(strange),
+        np.zeros((6, 8, 8, 3), np.uint8),
+        np.ones((6, 4), np.bool_),
+        np.ones((6, 4)),
+        (2, 2),
+        "title",
+    )
 
 
 def test_masks_drawn_are_those_of_a_run(project: Project, tmp_path: Path) -> None:

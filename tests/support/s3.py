@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 _STARTS_WITHIN_S = 60
@@ -151,6 +152,7 @@ def proxy_before(target: str) -> Iterator[Proxy]:
         server.shutdown()
         server.server_close()
         thread.join()
+        server.hang_up()
 
 
 class _Server(ThreadingHTTPServer):
@@ -158,6 +160,27 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
     proxy: Proxy
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._connected: set[socket.socket] = set()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Note who is connected."""
+        connection, address = super().get_request()
+        self._connected.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection and close it."""
+        self._connected.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """End kept connections, each of which a thread waits on; a client may keep its end for as long as it lives."""
+        for connection in list(self._connected):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that hang up are part of the tests."""

@@ -339,6 +339,20 @@ def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_few_file_descriptors_are_enough(shards: Path, tmp_path: Path) -> None:
+    """Eight workers with batches of 256 must run where 1,024 descriptors are allowed, most systems' default.
+
+    Here in proportion: 2 workers read 4 batches each ahead, 240 images of which every one would take a descriptor.
+    A batch takes two, and the process itself some 40.
+    """
+    words = [*command(shards, tmp_path / "run"), "--set", "finetune.batch_size=30", "--set", "finetune.epochs=4"]
+    limited = ["bash", "-c", 'ulimit -n 96; exec "$@"', "-", *words, "--set", "finetune.workers=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert open_checkpoint(tmp_path / "run").record["finished"] is True
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(shards: Path, tmp_path: Path) -> None:
     words = command(shards, tmp_path / "two")[3:]
@@ -433,6 +447,17 @@ def test_pictures_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
     assert sorted(line["key"] for line in told) == ["bee/0004.png", "cat/0005.png"]
     with pytest.raises(DataError, match=r"of 69 pictures cannot be read.*max_bad_fraction"):
         go(shards, tmp_path / "r2", train=train, val=tmp_path / "v", max_bad_fraction=0.01)
+
+
+@pytest.mark.timeout(60)
+def test_pictures_that_are_no_regular_files(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train", range(3))
+    os.mkfifo(root / "ant" / "0001.png")
+    (root / "ant" / "0002.png").symlink_to("/dev/zero")
+    found = labelled_pictures(root, lambda *_: None)
+    for number in (1, 2):
+        with pytest.raises(DataError, match="not a regular file"):
+            found.read(number)
 
 
 def _without(path: Path, *kept: str) -> Path:

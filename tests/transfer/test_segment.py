@@ -282,6 +282,22 @@ def test_class_lists(tmp_path: Path) -> None:
         read_classes(tmp_path / "missing.txt")
 
 
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    mask_folders(tmp_path / "images", tmp_path / "masks", range(3))
+    for path in (tmp_path / "images" / "0000.jpg", tmp_path / "masks" / "0001.png", tmp_path / "names.txt"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    (tmp_path / "images" / "0002.jpg").unlink()
+    (tmp_path / "images" / "0002.jpg").symlink_to("/dev/zero")
+    found = masked_pictures(tmp_path, "train", lambda *_: None)
+    for read in (lambda: found.picture(0), lambda: found.mask(1), lambda: found.picture(2)):
+        with pytest.raises(DataError, match="not a regular file"):
+            read()
+    with pytest.raises(DataError, match=r"class list .*not a regular file"):
+        read_classes(tmp_path / "names.txt")
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
