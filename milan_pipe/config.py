@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from milan_pipe.data.files import read_regular
 from milan_pipe.data.prepare import PrepareConfig
 from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import MissingError, SettingError
@@ -66,7 +65,7 @@ class Params(Settings):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(read_regular(path).decode())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError(f"params file {path} is not there") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

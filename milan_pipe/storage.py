@@ -341,13 +341,13 @@ class _Folder(Place):
             return file.read()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        with self._errors(path, "read"), _opened(self.local / path) as file:
+        with self._errors(path, "read"), open_regular(self.local / path) as file:
             file.seek(start)
             return file.read(max(0, stop - start))
 
     def open(self, path: str) -> IO[bytes]:
         with self._errors(path, "read"):
-            return io.BufferedReader(_opened(self.local / path))
+            return io.BufferedReader(open_regular(self.local / path))
 
     def size(self, path: str) -> int:
         with self._errors(path, "read"):
@@ -457,13 +457,13 @@ class _Folder(Place):
                     _remove_entry(Path(entry.path))
 
 
-def _opened(path: Path) -> io.FileIO:
+def open_regular(path: Path) -> io.FileIO:
     """A file without a buffer; raises OSError for what is no regular file: a pipe would be waited for for ever."""
     file = open(path, "rb", buffering=0, opener=_opener)  # noqa: SIM115
     kind = os.fstat(file.fileno()).st_mode
     if not stat.S_ISREG(kind):
         file.close()
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from pathlib import Path
 
 from milan_pipe.errors import DataError
+from milan_pipe.storage import open_regular
 
 MAX_ENCODED_BYTES = 2**28
 """Size in bytes above which an encoded picture is refused unread."""
@@ -19,9 +18,8 @@ def read_regular(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read, or is a FIFO, a socket or a device, where reading might never end.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return path.read_bytes()
+    with open_regular(path) as file:
+        return file.read()
 
 
 def read_file(path: Path) -> bytes:

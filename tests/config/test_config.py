@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,13 @@ def test_a_file_that_makes_no_sense_is_named(tmp_path: Path, content: bytes, mes
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_shells_pipe_is_read(tmp_path: Path) -> None:
+    """`--params <(...)` of a shell names one."""
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(SettingError, match=r"pipe\.yaml cannot be read: .*not a regular file"):
-        load_params(tmp_path / "pipe.yaml")
+    writer = threading.Thread(target=(tmp_path / "pipe.yaml").write_text, args=("masking: {seed: 5}",))
+    writer.start()
+    assert load_params(tmp_path / "pipe.yaml").masking.seed == 5
+    writer.join()
 
 
 def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:

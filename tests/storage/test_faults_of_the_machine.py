@@ -121,7 +121,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a")
     place = place_of(tmp_path)
     for ask in (lambda: place.read("a"), lambda: place.open("a"), lambda: place.read_range("a", 0, 5)):
-        with pytest.raises(StoreError, match="a cannot be read: it is not a regular file"):
+        with pytest.raises(StoreError, match="a cannot be read: not a regular file"):
             ask()
 
 
