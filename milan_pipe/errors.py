@@ -6,6 +6,30 @@ Every error says what was found, what was expected and what to do. Each class al
 
 from __future__ import annotations
 
+import errno
+import re
+
+_RAN_OUT = {
+    errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
+    errno.ENFILE: "too many open files on this machine; raise fs.file-max, or run fewer processes",
+    errno.ENOMEM: "out of memory; use fewer workers or smaller batches",
+    errno.EIO: "input/output error; look at the disk, or at the network mount",
+    errno.ESTALE: "stale file handle: the file server restarted, or the file was replaced; mount it again",
+}
+
+
+def resource_hint(error: BaseException) -> str | None:
+    """What ran out and what to do, where an error says that of the machine and not of the data; else None.
+
+    Libraries in Rust give the number of a system error in their text alone.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))) is not None:
+        number = int(found[1])
+    if number is None and isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    return _RAN_OUT.get(number) if number is not None else None
+
 
 class MilanError(Exception):
     """Root of all errors that milan_pipe raises on purpose."""
