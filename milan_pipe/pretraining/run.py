@@ -34,10 +34,10 @@ from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.loop import StepReport
+from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
-    cut_metrics,
     last_checkpoint,
     require_same_configuration,
     tell_last_checkpoint,

@@ -24,9 +24,9 @@ from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, keep_last, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.loop import StepReport
+from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import Keyed, LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
-    cut_metrics,
     last_checkpoint,
     require_same_configuration,
     tell_last_checkpoint,

@@ -139,6 +139,7 @@ def test_names_that_are_alike_are_told_apart_and_none_is_taken_twice(project: Pr
         ("missing", MissingError, "is not there; expected the folder of a run"),
         ("checkpoint", DataError, "is a checkpoint; name the folder of its run"),
         ("curve", DataError, r"loss.tsv cannot be read .* remove it"),
+        ("zeros", DataError, r"loss.tsv cannot be read .* remove it"),
         ("report", DataError, r"report.json cannot be read .* remove it"),
         ("evaluation", DataError, r"knn-.*json is no result that `milan-pipe knn`"),
         ("evaluations", SettingError, "no such folder; name one that"),
@@ -159,6 +160,8 @@ def test_faults_are_told(project: Project, tmp_path: Path, fault: str, error: ty
         runs = list(copy.glob("checkpoints/*"))
     elif fault == "curve":
         next(copy.rglob("loss.tsv")).write_text("step\tloss\n1\tx\n")
+    elif fault == "zeros":
+        next(copy.rglob("loss.tsv")).write_bytes(bytes(200_000))
     elif fault == "report":
         (copy / "report.json").write_text("{")
     elif fault == "evaluation":
