@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
+from support.signals import default_signals
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
@@ -70,6 +71,13 @@ def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
     """As `proxied_bucket`; every third request is answered 500."""
     s3_proxy.fail_every = 3
     return proxied_bucket
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Signals are not ignored, in this process and in those that it starts, however the tests were started."""
+    with default_signals():
+        yield
 
 
 @pytest.fixture(scope="session")

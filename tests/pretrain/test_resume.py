@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +262,13 @@ def test_weights_that_are_not_finite_are_not_saved(
         go(store, head, tmp_path / "run", checkpoint_every=1)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_obeyed_after_the_step(
     store: Path, head: StoreHeader, whole: Path, tmp_path: Path, name: str
 ) -> None:
     number = signal.Signals[name]
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     def told(now: TrainProgress) -> None:
         if now.step == 20:
@@ -273,7 +278,7 @@ def test_a_signal_is_obeyed_after_the_step(
     with pytest.raises(StoppedError, match=rf"{name} after step 20 of 45; .*step-00000020.*same command") as caught:
         go(store, head, tmp_path / "run", on_progress=told)
     assert caught.value.signal == number
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert go(store, head, tmp_path / "run").resumed_from == 20
     assert_same(tmp_path / "run", whole)
 
@@ -332,7 +337,8 @@ def test_killed_ten_times(store: Path, head: StoreHeader, tmp_path: Path) -> Non
     killed_again_and_again(store, head, tmp_path, 10)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_ends_the_command_with_one_line(
     store: Path, head: StoreHeader, tmp_path: Path, name: str, code: int
 ) -> None:
@@ -347,3 +353,35 @@ def test_a_signal_ends_the_command_with_one_line(
     assert "Traceback" not in told
     step = open_checkpoint(tmp_path / "run").record["step"]
     assert f"after step {step} of" in told
+
+
+def take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_closed_terminal_leaves_a_checkpoint(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    words = [*command(store, head, tmp_path / "run", 2000), "--set", "pretrain.checkpoint_every=100000"]
+    window, terminal = os.openpty()
+    with subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    ) as process:
+        os.close(terminal)
+        curve_file = tmp_path / "run" / "metrics" / "plots" / "metrics" / "train" / "loss.tsv"
+        shown = b""
+        while process.poll() is None and not curve_file.exists():
+            if select.select([window], [], [], 0.05)[0]:
+                with suppress(OSError):  # the process has ended, and its end of the terminal with it
+                    shown += os.read(window, 65536)
+        os.close(window)
+        process.wait(timeout=60)
+    assert process.returncode == 129, shown.decode()
+    opened = open_checkpoint(tmp_path / "run")
+    assert not opened.record["finished"]
+    assert opened.weights("optimizer")
