@@ -321,6 +321,8 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
     finished = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "gone on from step" in finished.stderr
+    assert finished.stderr.count("is taken over") == 1
+    assert not (folder / "run" / ".lock").exists()
     subprocess.run(
         command(store, head, folder / "whole", epochs), cwd=folder, env=environment, check=True, capture_output=True
     )
@@ -353,6 +355,25 @@ def test_a_signal_ends_the_command_with_one_line(
     assert "Traceback" not in told
     step = open_checkpoint(tmp_path / "run").record["step"]
     assert f"after step {step} of" in told
+
+
+def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = command(store, head, run, 2000)
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
+        try:
+            while first.poll() is None and not checkpoints_of(run):
+                time.sleep(0.01)
+            second = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert second.returncode == 2, second.stderr
+            told = second.stderr.strip().splitlines()
+            assert len(told) == 1
+            assert told[0].startswith(f"error: {run} is being written by process {first.pid} on ")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    steps = [line.split()[0] for line in curve(run)]
+    assert len(steps) == len(set(steps))
 
 
 def take_terminal() -> None:
