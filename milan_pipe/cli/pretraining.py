@@ -30,7 +30,7 @@ def pretrain(
 
     The same command goes on after an interruption, from the last checkpoint: they are written every
     pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, on SIGTERM, Ctrl-C and when the
-    terminal is closed. A run of another configuration is refused, with a list of what differs, and so is a second process
+    terminal is closed. A run of another configuration is refused, with a list of what differs. So is a second process
     in the same RUN.
 
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With

@@ -12,7 +12,7 @@ from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.reporting.charts import Curve
 from milan_pipe.reporting.evaluations import FOLDER, Evaluation, read_evaluations
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-from milan_pipe.training.metrics import read_metric
+from milan_pipe.training.metrics import metric_files, read_metric
 from milan_pipe.transfer.backbone import Backbone, student_of
 
 PRETRAIN = "pretrain"
@@ -56,7 +56,7 @@ class RunRecord:
 def _curves(folder: Path) -> dict[str, Curve]:
     found = {}
     root = folder / _CURVES
-    for file in sorted(root.rglob("*.tsv")):
+    for file in metric_files(root):
         metric = read_metric(file)
         if metric.damage is not None:
             raise DataError(f"{file} cannot be read (it {metric.damage}); remove it to have the report without")

@@ -31,6 +31,18 @@ class MetricFile:
     damage: str | None
 
 
+def metric_files(folder: Path) -> list[Path]:
+    """All metrics below a folder; none where it is not there.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+    try:
+        return sorted(path for path in folder.rglob("*.tsv") if path.is_file())
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be listed: {resource_hint(error) or error.strerror or error}") from error
+
+
 def read_metric(file: Path) -> MetricFile:
     """Read a metric; damage is told, not raised.
 
@@ -67,7 +79,7 @@ def cut_metrics(folder: Path, step: int) -> None:
     Raises:
         StoreError: a file cannot be read or written.
     """
-    for file in sorted(path for path in folder.rglob("*.tsv") if path.is_file()):
+    for file in metric_files(folder):
         data = _bytes_of(file)
         found = _parsed(data)
         if found.damage is not None:
