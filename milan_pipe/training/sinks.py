@@ -97,6 +97,9 @@ def open_sinks(
             report=None,
             monitor_system=False,
         )
+        # dvclive leaves a repository around it open, with all files that it has open, for every run of a process.
+        if (repository := getattr(live, "_dvc_repo", None)) is not None:
+            stack.callback(repository.close)
         sinks: list[Sink] = [_Dvclive(stack.enter_context(live))]
         if "tensorboard" in names:
             module = _module("torch.utils.tensorboard", "tensorboard")
