@@ -436,6 +436,8 @@ class _Folder(Place):
             try:
                 # Removed in place, the old folder would be seen in parts, and two processes would be at it at once.
                 while not _renamed(scratch, final):
+                    if aside is not None:
+                        _remove_entry(aside)
                     aside = final.with_name(f"{SCRATCH}{final.name}-{uuid.uuid4().hex}")
                     with suppress(FileNotFoundError):
                         final.rename(aside)
@@ -459,16 +461,9 @@ class _Folder(Place):
 
 def open_regular(path: Path) -> io.FileIO:
     """A file without a buffer; raises OSError for what is no regular file: a pipe would be waited for for ever."""
-    file = open(path, "rb", buffering=0, opener=_opener)  # noqa: SIM115
-    kind = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(kind):
-        file.close()
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
-
-
-def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    return io.FileIO(path)
 
 
 def _write_flushed(path: Path, data: bytes) -> None:

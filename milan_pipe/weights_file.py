@@ -1,20 +1,86 @@
-"""Files of weights that others wrote: tensors by name, and nothing that would have to be trusted."""
+"""Files of weights: tensors by name, and of those that others wrote nothing that would have to be trusted."""
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MissingError, SettingError, StoreError, resource_hint
 
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
 _MOST_NAMED = 3
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, beside its place and renamed, with the mode that the umask gives to files.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; nothing is left of it.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(whole, partial, None if metadata is None else dict(metadata))
+        give_mode(partial, mode)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def give_mode(path: Path, mode: int) -> None:
+    """Give a file that safetensors wrote, which is its owner's alone, the mode of one that was made as files are."""
+    # Asked of a file: reading the umask would change it for other threads. Not every file system has modes to change.
+    if path.stat().st_mode != mode:
+        path.chmod(mode & 0o777)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU.
+
+    Raises:
+        OSError: it cannot be opened.
+        SafetensorError: it is damaged.
+    """
+    require_opens(path)
+    return load_file(path)
+
+
+def require_opens(path: Path) -> None:
+    """Have what keeps a safetensors file from being opened said as it is.
+
+    Raises:
+        OSError: with the system's reason.
+    """
+    # The library opens a file twice, and calls whatever keeps it from that "No such file".
+    with path.open("rb"), path.open("rb"):
+        pass
+
+
+def require_folder_name(path: Path, holds: str) -> None:
+    """Refuse the name of a weights file where a folder is to be written.
+
+    Args:
+        holds: what the folder will hold, for the message.
+
+    Raises:
+        SettingError: the name has a suffix of weights files.
+    """
+    if path.suffix.lower() in _SUFFIXES:
+        raise SettingError(
+            f"{path} has the name of a file, and a folder is written: name one without {path.suffix!r}, as "
+            f"{path.with_suffix('')}; it will hold {holds}"
+        )
 
 
 def is_torchscript(path: Path) -> bool:
@@ -61,18 +127,23 @@ def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) ->
     Raises:
         MissingError: there is no such file.
         DataError: the file cannot be read, or holds no tensors; names the objects that were refused.
+        StoreError: the machine has run out of what reading takes, as open files.
     """
     if not path.is_file():
         raise MissingError(f"checkpoint {path} is not there; {_EXPECTED}")
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else _read_torch(path, nested)
+        weights = load_tensors(path) if path.suffix == ".safetensors" else _read_torch(path, nested)
     except DataError:
         raise
     except OSError as error:
+        if hint := resource_hint(error):
+            raise StoreError(f"checkpoint {path} cannot be read: {hint}") from error
         raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
     # Readers of damaged files raise UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError and more. Their
     # words are left out: torch advises to unpickle what it refused.
     except Exception as error:
+        if hint := resource_hint(error):
+            raise StoreError(f"checkpoint {path} cannot be read: {hint}") from error
         objects = _objects_in(path) if path.suffix != ".safetensors" else ""
         if objects:
             raise DataError(

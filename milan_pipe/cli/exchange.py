@@ -18,7 +18,7 @@ def export(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for model.safetensors and config.json.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for model.safetensors and config.json.")],
     as_json: JsonOption = False,
 ) -> Any:
     """Write the student as timm reads it, from a folder or from its hub.

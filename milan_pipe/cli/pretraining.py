@@ -29,8 +29,9 @@ def pretrain(
     learning rate are those of pretrain.batch_size, whatever the number of ranks.
 
     The same command goes on after an interruption, from the last checkpoint: they are written every
-    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, and on SIGTERM and Ctrl-C. A run of another
-    configuration is refused, with a list of what differs.
+    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, on SIGTERM, Ctrl-C and when the
+    terminal is closed. A run of another configuration is refused, with a list of what differs. So is a second process
+    in the same RUN.
 
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.

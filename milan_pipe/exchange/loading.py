@@ -9,11 +9,12 @@ import timm
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, StoreError, resource_hint
 from milan_pipe.exchange.timm_layout import CONFIG_FILE, CROP, WEIGHTS_FILE, input_of
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.transfer.backbone import student_of
 from milan_pipe.transfer.classifier import classifier_of
+from milan_pipe.weights_file import require_opens
 
 
 def load_student(path: str | Path) -> VisionTransformer:
@@ -26,14 +27,18 @@ def load_student(path: str | Path) -> VisionTransformer:
     Raises:
         MissingError: nothing is there.
         DataError: it is damaged, or holds no student.
+        StoreError: it cannot be read.
         MismatchError: its tensors are not those of its student.
     """
     folder = Path(path)
     model: Any
     if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
         try:
+            require_opens(folder / WEIGHTS_FILE)
             model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
         except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if hint := resource_hint(error):
+                raise StoreError(f"{folder} cannot be read: {hint}") from error
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{folder} is no model that timm can load ({reason}); export it again") from error
         return model.eval()  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe import __version__
+from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import MismatchError, StoreError
 from milan_pipe.student.decoder import DecoderConfig, PromptingDecoder
 from milan_pipe.student.encoder import StudentConfig, build_encoder
 from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.published import student_from_published
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
-from milan_pipe.weights_file import read_weights
+from milan_pipe.weights_file import read_weights, require_folder_name
 
 # timm's names of the plain ViTs, by width, depth and heads.
 _NAMES = {
@@ -26,7 +26,6 @@ _NAMES = {
     (1024, 24, 16): "vit_large_patch16_224",
     (1280, 32, 16): "vit_huge_patch14_224",
 }
-_HASH_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +37,6 @@ class ImportReport:
     decoder: DecoderConfig
     output_width: int
     parameters: int
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_HASH_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 def _heads(block: Any, name: str) -> int:
@@ -115,10 +106,12 @@ def import_published(
     Raises:
         MissingError, DataError: the file is not there, is damaged, or holds Python objects, which are refused.
         MismatchError: its tensors are not those of a student.
-        SettingError: heads cannot be told from the tensors, or do not divide the width.
+        SettingError: RUN has the name of a weights file; heads cannot be told from the tensors, or do not divide the
+            width.
         StoreError: RUN holds checkpoints, or cannot be written.
     """
     path, folder = Path(file), Path(run)
+    require_folder_name(folder, "checkpoints")
     if there := checkpoints_of(folder):
         raise StoreError(f"{folder} holds checkpoints ({there[-1].name}); name another folder")
     student = student_from_published(
@@ -136,7 +129,7 @@ def import_published(
             "student": encoder_config.model_dump(mode="json"),
             "teacher": None,
             "settings": {"decoder": decoder_config.model_dump(mode="json")},
-            "source": {"file": path.name, "sha256": _sha256(path)},
+            "source": {"file": path.name, "sha256": sha256_of_file(path)},
         },
     )
     return ImportReport(

@@ -16,6 +16,7 @@ from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.transfer.backbone import student_of
 from milan_pipe.transfer.classifier import classifier_of, timm_sizes
+from milan_pipe.weights_file import give_mode, require_folder_name
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
@@ -73,9 +74,11 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         folder: must not be there yet, or be empty.
 
     Raises:
+        SettingError: FOLDER has the name of a weights file.
         MissingError, DataError, MismatchError: the checkpoint cannot be used.
         StoreError: the folder is taken or cannot be written.
     """
+    require_folder_name(Path(folder), f"{WEIGHTS_FILE} and {CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
     tuned = opened.record.get("task") == "finetune"
     config, encoder = classifier_of(opened) if tuned else student_of(opened)
@@ -99,6 +102,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
             model_args=arguments,
             safe_serialization=True,
         )
+        give_mode(partial / WEIGHTS_FILE, (partial / CONFIG_FILE).stat().st_mode)
         if target.exists():
             target.rmdir()
         partial.rename(target)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.reporting.charts import Curve
 from milan_pipe.reporting.evaluations import FOLDER, Evaluation, read_evaluations
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.training.metrics import metric_files, read_metric
 from milan_pipe.transfer.backbone import Backbone, student_of
 
 PRETRAIN = "pretrain"
@@ -53,28 +53,15 @@ class RunRecord:
         return bool(self.record.get("finished"))
 
 
-def _curve(file: Path) -> Curve:
-    x, y = [], []
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = csv.reader(lines, delimiter="\t")
-        columns = next(rows)
-        step, value = columns.index("step"), len(columns) - 1
-        for row in rows:
-            x.append(float(row[step]))
-            y.append(float(row[value]))
-    return Curve(x, y)
-
-
 def _curves(folder: Path) -> dict[str, Curve]:
     found = {}
     root = folder / _CURVES
-    for file in sorted(root.rglob("*.tsv")):
-        try:
-            found[file.relative_to(root).with_suffix("").as_posix()] = _curve(file)
-        except (OSError, ValueError, IndexError, StopIteration) as error:
-            raise DataError(
-                f"{file} cannot be read ({type(error).__name__}); remove it to have the report without"
-            ) from error
+    for file in metric_files(root):
+        metric = read_metric(file)
+        if metric.damage is not None:
+            raise DataError(f"{file} cannot be read (it {metric.damage}); remove it to have the report without")
+        curve = Curve([step for step, _, _ in metric.rows], [value for _, value, _ in metric.rows])
+        found[file.relative_to(root).with_suffix("").as_posix()] = curve
     return found
 
 
@@ -84,7 +71,9 @@ def _report_of(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+    except ValueError as error:
         raise DataError(
             f"{file} cannot be read ({type(error).__name__}); remove it to have the report without"
         ) from error
@@ -110,6 +99,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
     Raises:
         MissingError: it is not there, or has no checkpoint yet.
         DataError: something in it is damaged.
+        StoreError: something in it cannot be read.
     """
     path = Path(folder)
     if not path.is_dir():

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, MissingError, StoreError
+from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.settings import PretrainConfig
@@ -26,6 +25,7 @@ from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.step import Precision, Stepper
+from milan_pipe.weights_file import load_tensors, write_weights
 
 _VERSION = "1"
 _TENSORS = ("pixels_BHWC", "code_BST", "scale_BS", "attention_BL")
@@ -88,9 +88,9 @@ def write_bad_batch(
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, file, {"milan_pipe": json.dumps(told)})
+        write_weights(tensors, file, {"milan_pipe": json.dumps(told)})
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{file} cannot be written: {error}") from error
+        raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return file
 
 
@@ -98,12 +98,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise MissingError(f"{file} is not there; expected a file that a run wrote under RUN/not-finite")
     try:
+        tensors = load_tensors(file)
         with safe_open(file, "pt") as opened:
             told = json.loads((opened.metadata() or {})["milan_pipe"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if told["version"] != _VERSION:
             raise DataError(f"{file} has version {told['version']}, this milan-pipe reads {_VERSION}")
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
@@ -130,7 +132,7 @@ def replay(
         on_progress: told samples done, samples.
 
     Raises:
-        MissingError, DataError: no such file, or it is damaged.
+        MissingError, DataError, StoreError: no such file, or it is damaged or cannot be read.
         SettingError: no such device.
     """
     told, tensors = _read(Path(file))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
-from milan_pipe.errors import DataError, SettingError, StoreError
+from milan_pipe.errors import DataError, SettingError, StoreError, resource_hint
 from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, Prefetcher
 from milan_pipe.pretraining.bad_batch import write_bad_batch
@@ -33,11 +33,12 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.training.distributed import Ranks, joined
+from milan_pipe.training.lock import only_writer
 from milan_pipe.training.loop import StepReport
+from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
-    cut_metrics,
     last_checkpoint,
     require_same_configuration,
     tell_last_checkpoint,
@@ -72,18 +73,16 @@ class PretrainReport:
     steps_now: int
 
 
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
-
-
 def _finished_report(run: Path, checkpoint: Checkpoint) -> PretrainReport:
     try:
         values = json.loads((run / _REPORT).read_text())
         return PretrainReport(**{**values, "checkpoint": str(checkpoint.path), "steps_now": 0})
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise StoreError(
+            f"{run / _REPORT} cannot be read: {resource_hint(error) or error.strerror or error}; {checkpoint.path} is "
+            "that of the finished run"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise DataError(
             f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read ({type(error).__name__}); "
             "its checkpoint can be used"
@@ -335,13 +334,13 @@ def pretrain(
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student or the settings, or RUN holds a run of another configuration.
         SettingError: the store has fewer samples than a batch, RUN is a URL, or online targets are not to be had.
-        StoreError: RUN cannot be written.
-        StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
+        StoreError: RUN cannot be written, or another process writes it.
+        StoppedError: SIGTERM, SIGHUP or Ctrl-C came; a checkpoint was written.
         RankLostError: another rank has died.
         ToldElsewhereError: another rank raised the error that ends all of them.
     """
     run = local_folder(run, "checkpoints and metrics")
-    with joined(config.device, lambda: tell_last_checkpoint(run)) as ranks:
+    with joined(config.device, lambda: tell_last_checkpoint(run)) as ranks, only_writer(run, ranks):
         reader = open_targets(targets)
         header = reader.header
         require_stated(header, stated or {}, targets)
@@ -389,7 +388,6 @@ def pretrain(
             "configuration": configuration,
         }
         going = _Run(run, reader, objective, plan, config, ranks, configuration, kept)
-        _make_folder(run)
         if there is not None:
             going.resume(there)
             if ranks.first:

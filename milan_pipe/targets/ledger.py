@@ -7,7 +7,6 @@ the digest of the rest of itself, so that neither a damaged one nor that of anot
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -19,34 +18,15 @@ from typing import Any, TypeVar
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from milan_pipe.digests import sealed as sealed
+from milan_pipe.digests import sha256_of as sha256_of
+from milan_pipe.digests import unsealed as unsealed
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import Place
 from milan_pipe.targets.schema import ShardName, ShardRecord, SourceShard
 
 FOLDER, SUMMARY, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
-
-
-def sha256_of(data: bytes) -> str:
-    """Hexadecimal digest."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values and, under `sha256`, the digest of their canonical JSON: sorted keys, no spaces, UTF-8."""
-    return {**values, "sha256": sha256_of(_canonical(values))}
-
-
-def unsealed(found: Any) -> dict[str, Any] | None:
-    """Values without their digest; None where it does not fit."""
-    if not isinstance(found, dict) or "sha256" not in found:
-        return None
-    values = {key: value for key, value in found.items() if key != "sha256"}
-    return values if sha256_of(_canonical(values)) == found["sha256"] else None
 
 
 def _file_of(sealed_values: Mapping[str, Any]) -> bytes:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from open_clip.model import CLIP
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from milan_pipe.data.demo import SCENE_SIZE, SHAPES, render_scene
 from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
+from milan_pipe.weights_file import write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +208,7 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherConfig) -> dict[str, fl
                 100 * accuracy,
                 step * config.batch_size / (time.monotonic() - began),
             )
-            weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, out_dir / WEIGHTS_NAME)
+            write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, out_dir / WEIGHTS_NAME)
     return {
         "zero_shot_accuracy": accuracy,
         "images_seen": float(config.steps * config.batch_size),

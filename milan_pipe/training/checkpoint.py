@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.digests import sealed, sha256_of_file, unsealed
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, resource_hint
+from milan_pipe.storage import flush
+from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
 _FOLDER, _RECORD = "checkpoints", "checkpoint.json"
+_NAME, _PARTIAL = "step-", ".partial-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,12 @@ class Checkpoint:
     Attributes:
         path: its folder.
         record: what was saved beside the weights; `step` and `version` always.
+        files: bytes and digest of each file, by name; None in a checkpoint that was written before there were digests.
     """
 
     path: Path
     record: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]] | None = None
 
     def weights(self, part: str) -> dict[str, Tensor]:
         """Tensors of one part, on the CPU.
@@ -38,28 +43,56 @@ class Checkpoint:
         Raises:
             MissingError: the checkpoint has no such part.
             DataError: the file is damaged.
+            StoreError: it cannot be read.
         """
         file = self.path / f"{part}.safetensors"
-        if not file.is_file():
-            raise MissingError(f"{self.path} has no {file.name}; name a checkpoint that `milan-pipe pretrain` wrote")
         try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
+            if not file.is_file():
+                todo = "name a checkpoint that `milan-pipe pretrain` wrote"
+                if self.files is not None and file.name in self.files:
+                    todo = f"it is lost; {_advice(self.path)}"
+                raise MissingError(f"{self.path} has no {file.name}; {todo}")
+            self._require_unchanged(file)
+            return load_tensors(file)
+        except MissingError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+        except SafetensorError as error:
+            if hint := resource_hint(error):
+                raise StoreError(f"{file} cannot be read: {hint}") from error
+            raise DataError(f"{file} is damaged ({error}); {_advice(self.path)}") from error
+
+    def _require_unchanged(self, file: Path) -> None:
+        if self.files is None:
+            return
+        if file.name not in self.files:
+            raise DataError(f"{file} is not among the files that {_RECORD} names; {_advice(self.path)}")
+        expected = self.files[file.name]
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DataError(
+                f"{file} is damaged: it has {size} bytes, {_RECORD} says {expected['bytes']}; {_advice(self.path)}"
+            )
+        digest = sha256_of_file(file)
+        if digest != expected["sha256"]:
+            raise DataError(
+                f"{file} is damaged: its SHA-256 is {digest}, {_RECORD} says {expected['sha256']}; {_advice(self.path)}"
+            )
 
 
-def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk: a rename may outlive a crash that the data does not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _advice(path: Path) -> str:
+    """What to do about a checkpoint that is damaged."""
+    there = _checkpoints_in(path.parent)
+    earlier = there[: there.index(path)] if path in there else []
+    if earlier:
+        return f"use the earlier checkpoint {earlier[-1]}; with {path.name} removed, its run goes on from there"
+    return f"there is no earlier checkpoint; copy it again, or remove {path} to begin its run again"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies: RUN/checkpoints/step-NNNNNNNN."""
-    return run / _FOLDER / f"step-{step:08d}"
+    return run / _FOLDER / f"{_NAME}{step:08d}"
 
 
 def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Path:
@@ -70,34 +103,60 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
         record: JSON data that says what the weights are valid for.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the folder cannot be written; nothing is left of it.
     """
     final = checkpoint_path(run, step)
-    partial = final.with_name(f".partial-{final.name}")
+    partial = final.with_name(f"{_PARTIAL}{final.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_partial(final.parent)
         partial.mkdir(parents=True)
         for name, tensors in parts.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                partial / f"{name}.safetensors",
-            )
-        content = {"version": CHECKPOINT_VERSION, "step": step, **record}
-        (partial / _RECORD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            write_weights(tensors, partial / f"{name}.safetensors")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            for path in sorted(partial.iterdir())
+        }
+        # Through JSON, as it will be read: the digest is of what is there then.
+        content = json.loads(json.dumps({"version": CHECKPOINT_VERSION, "step": step, **record, "files": files}))
+        text = json.dumps(sealed(content), indent=2, sort_keys=True) + "\n"
+        (partial / _RECORD).write_text(text, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"checkpoint {final} cannot be written: {reason}") from error
+        flush(final.parent)
+    except BaseException as error:
+        # What is left of it would keep the next attempt from a disk that is full.
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = resource_hint(error) or getattr(error, "strerror", None) or error
+            raise StoreError(f"checkpoint {final} cannot be written: {reason}") from error
+        raise
     return final
+
+
+def _step_of(path: Path) -> int | None:
+    """The step that a folder's name says; None where it is no checkpoint's, as a copy that somebody made."""
+    digits = path.name.removeprefix(_NAME)
+    named = re.fullmatch(r"[0-9]{8,}", digits) and path.name == f"{_NAME}{int(digits):08d}"
+    return int(digits) if named else None
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    found = [(step, path) for path in folder.glob(f"{_NAME}*") if (step := _step_of(path)) is not None]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what interrupted writes and removals left."""
+    for path in folder.glob(f"{_PARTIAL}{_NAME}*"):
+        if _step_of(path.with_name(path.name.removeprefix(_PARTIAL))) is not None:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:
     """Checkpoint folders of a run, the last one last; what an interrupted write left is not among them."""
-    return sorted(path for path in (Path(run) / _FOLDER).glob("step-*") if path.is_dir())
+    return _checkpoints_in(Path(run) / _FOLDER)
 
 
 def run_of(checkpoint: str | Path) -> Path | None:
@@ -108,14 +167,12 @@ def run_of(checkpoint: str | Path) -> Path | None:
 
 def keep_last(run: str | Path, count: int) -> None:
     """Remove all checkpoints of a run but the last `count`, and what an interrupted write left."""
-    folder = Path(run) / _FOLDER
-    for path in [*checkpoints_of(run)[:-count], *folder.glob(".partial-step-*")]:
+    for path in checkpoints_of(run)[:-count]:
         # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
-        going = path.with_name(f".partial-{path.name.removeprefix('.partial-')}")
-        if going != path:
-            shutil.rmtree(going, ignore_errors=True)
-            path.rename(going)
+        going = path.with_name(f"{_PARTIAL}{path.name}")
         shutil.rmtree(going, ignore_errors=True)
+        path.rename(going)
+    _remove_partial(Path(run) / _FOLDER)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -124,23 +181,33 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         MissingError: neither is there.
         DataError: its record is damaged.
+        StoreError: its record cannot be read.
         MismatchError: it was written by another version of the format.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise MissingError(f"{folder} is not there; expected a run folder or a checkpoint folder")
-    if not (folder / _RECORD).is_file():
-        steps = checkpoints_of(folder) or sorted(folder.glob("step-*"))
+    if not (folder / _RECORD).is_file() and _step_of(folder) is None:
+        steps = checkpoints_of(folder) or _checkpoints_in(folder)
         if not steps:
             raise MissingError(f"{folder} has no checkpoint; expected {folder}/{_FOLDER}/step-NNNNNNNN/{_RECORD}")
         folder = steps[-1]
+    file = folder / _RECORD
     try:
-        record = json.loads((folder / _RECORD).read_text())
-        version = record["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder / _RECORD} cannot be read ({type(error).__name__}); use another checkpoint"
-        ) from error
+        found = json.loads(file.read_text(encoding="utf-8"))
+        version = found["version"]
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is lost; {_advice(folder)}") from error
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({type(error).__name__}); {_advice(folder)}") from error
     if version != CHECKPOINT_VERSION:
         raise MismatchError(f"{folder} has checkpoint version {version}, this milan-pipe reads {CHECKPOINT_VERSION}")
-    return Checkpoint(path=folder, record=record)
+    if not {"sha256", "files"} & found.keys():
+        return Checkpoint(path=folder, record=found)
+    record = unsealed(found)
+    if record is None or "files" not in record:
+        raise DataError(f"{file} is damaged: its values do not fit their digest; {_advice(folder)}")
+    files = record.pop("files")
+    return Checkpoint(path=folder, record=record, files=files)

@@ -1,4 +1,4 @@
-"""Whether a run may go on: what it was begun with, where it stands, and what it has measured."""
+"""Whether a run may go on: what it was begun with, and where it stands."""
 
 from __future__ import annotations
 
@@ -58,16 +58,3 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
             f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}. Use the "
             "same settings to go on, or name another folder"
         )
-
-
-def cut_metrics(folder: Path, step: int) -> None:
-    """Take back what was measured after a step: those steps will be done again."""
-    for file in folder.rglob("*.tsv"):
-        content = file.read_text()
-        if not content:
-            continue
-        header, *lines = content.splitlines(keepends=True)
-        position = header.rstrip("\n").split("\t").index("step")
-        # The last line may have been cut by the interruption.
-        kept = [line for line in lines if line.endswith("\n") and int(line.split("\t")[position]) <= step]
-        file.write_text("".join([header, *kept]))

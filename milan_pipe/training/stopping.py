@@ -1,14 +1,18 @@
-"""SIGTERM and Ctrl-C during training: noted when they come, obeyed between two steps."""
+"""SIGTERM, Ctrl-C and a closed terminal during training: noted when they come, obeyed between two steps."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import sys
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -20,24 +24,48 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT instead of dying of them. The same signal again does what it did before.
+    """Note SIGTERM, SIGINT and SIGHUP instead of dying of them.
 
-    Outside of the main thread, where Python lets nobody handle signals, nothing is noted.
+    The same signal again does what it did before, but for SIGHUP, which a terminal that is closed sends more than once.
+    A signal that was ignored, as nohup and background jobs of a script have it, stays ignored. Outside of the main
+    thread, where Python lets nobody handle signals, nothing is noted.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # None is a handler that was not set from Python, and that could not be put back.
+    before = {
+        number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
 
     def note(number: int, _: FrameType | None) -> None:
         request.signal = signal.Signals(number)
-        signal.signal(number, before[request.signal])
+        if request.signal is signal.SIGHUP:
+            _let_go_of_closed_terminal()
+        else:
+            signal.signal(number, before[request.signal])
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _let_go_of_closed_terminal() -> None:
+    """Have what is written to a terminal that is gone go nowhere: it would be an error, in place of a checkpoint."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None:
+                termios.tcgetattr(stream.fileno())
+        # Not a terminal: ENOTTY. A stream of Python's own: no file number, a ValueError.
+        except termios.error as error:
+            if error.args[0] == errno.EIO and stream is not None:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+        except (OSError, ValueError):
+            continue

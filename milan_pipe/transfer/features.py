@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -18,17 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.data.ahead import decoded_ahead, thread_count
 from milan_pipe.data.images import MAX_PIXELS, OnBad, Sample, decode_image, expand_shards, read_shard
 from milan_pipe.data.labelled import is_class_folder, labelled_pictures
-from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError
+from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
 from milan_pipe.settings import Settings
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.pixels import normalise
+from milan_pipe.weights_file import load_tensors, write_weights
 
 Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
@@ -149,7 +148,7 @@ def kept_features(
 
     Raises:
         DataError: a kept file is damaged.
-        StoreError: FOLDER cannot be written.
+        StoreError: FOLDER cannot be written, or a kept file not be read.
     """
     if folder is None:
         return compute()
@@ -157,20 +156,19 @@ def kept_features(
     file = Path(folder) / f"{name}.safetensors"
     if file.is_file():
         try:
-            kept = load_file(file)
+            kept = load_tensors(file)
             return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
-        except (SafetensorError, KeyError, OSError) as error:
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+        except (SafetensorError, KeyError, ShapeError) as error:
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}); remove it, features are then made anew"
             ) from None
     found = compute()
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": found.features_NF.contiguous(), "labels": found.label_N}, partial)
-        partial.replace(file)
+        write_weights({"features": found.features_NF, "labels": found.label_N}, file)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return found
 

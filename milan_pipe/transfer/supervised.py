@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from milan_pipe import __version__
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError, StoreError, resource_hint
 from milan_pipe.storage import local_folder
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, keep_last, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined
+from milan_pipe.training.lock import only_writer
 from milan_pipe.training.loop import StepReport
+from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import Keyed, LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
-    cut_metrics,
     last_checkpoint,
     require_same_configuration,
     tell_last_checkpoint,
@@ -329,7 +330,12 @@ def _finished(run: Path, checkpoint: Checkpoint) -> SupervisedReport:
     try:
         values = json.loads((run / _REPORT).read_text())
         return SupervisedReport(**{**values, "checkpoint": str(checkpoint.path), "steps_now": 0})
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise StoreError(
+            f"{run / _REPORT} cannot be read: {resource_hint(error) or error.strerror or error}; {checkpoint.path} is "
+            "that of the finished run"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise DataError(
             f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read ({type(error).__name__}); "
             "its checkpoint can be used"
@@ -350,12 +356,16 @@ def run_supervised(
     Raises:
         MismatchError: RUN holds a run of another configuration.
         DataError: a loss is not finite, or the data cannot be used.
-        StoreError: RUN cannot be written.
-        StoppedError: SIGTERM or Ctrl-C came; a checkpoint was written.
+        StoreError: RUN cannot be written, or another process writes it.
+        StoppedError: SIGTERM, SIGHUP or Ctrl-C came; a checkpoint was written.
         RankLostError, ToldElsewhereError: see `milan_pipe.training.distributed`.
     """
     folder = local_folder(run, "checkpoints and metrics")
-    with joined(device, lambda: tell_last_checkpoint(folder)) as ranks, torch.random.fork_rng(devices=[]):
+    with (
+        joined(device, lambda: tell_last_checkpoint(folder)) as ranks,
+        only_writer(folder, ranks),
+        torch.random.fork_rng(devices=[]),
+    ):
         there = last_checkpoint(folder)
         task = build(ranks, folder)
         shared = f"the run's folder {folder} must be one that all ranks share"
@@ -365,10 +375,6 @@ def run_supervised(
             require_same_configuration(there, task.configuration, folder)
             if there.record["finished"]:
                 return _finished(folder, there)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{folder} cannot be made: {error.strerror or error}; choose another folder") from error
         going = _Run(folder, task, ranks, there)
         if there is not None and ranks.first:
             cut_metrics(folder / "metrics", going.first_step)

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from support.checkpoints import change_record
 from timm.data import resolve_model_data_config
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.exchange.timm_layout import export_student
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig, encode_all
@@ -94,17 +95,25 @@ def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(tmp_path: Path)
     with pytest.raises(StoreError, match="cannot be written"):
         export_student(tmp_path / "run", tmp_path / "flat" / "out")
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
-    record = json.loads((folder / "checkpoint.json").read_text())
-    record["student"]["depth"] = 3
-    (folder / "checkpoint.json").write_text(json.dumps(record))
+    change_record(folder, lambda record: record["student"].update(depth=3))
     with pytest.raises(MismatchError, match=r"blocks\.2"):
         export_student(tmp_path / "run", tmp_path / "out")
-    del record["student"]
-    (folder / "checkpoint.json").write_text(json.dumps(record))
+    change_record(folder, lambda record: record.pop("student"))
     with pytest.raises(DataError, match="which student"):
         export_student(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flat", "run", "taken"]
     assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "student.PTH", "a.bin", "a.pt"])
+def test_the_name_of_a_weights_file_is_refused(tmp_path: Path, name: str) -> None:
+    saved(tmp_path / "run", SMALL)
+    with pytest.raises(
+        SettingError, match=rf"{name} has the name of a file, and a folder is written.*model\.safetensors"
+    ):
+        export_student(tmp_path / "run", tmp_path / name)
+    assert not (tmp_path / name).exists()
+    export_student(tmp_path / "run", tmp_path / "vit.v1.2")
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.checkpoints import change_record
 from support.project import SETTINGS, Project
 
 from milan_pipe import cli, commands
@@ -104,8 +105,7 @@ def test_a_store_that_is_gone_is_told_and_left_out(project: Project, tmp_path: P
     copy = tmp_path / "run"
     shutil.copytree(project.runs[0], copy)
     (file,) = copy.glob("checkpoints/*/checkpoint.json")
-    record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "targets": str(tmp_path / "gone")}))
+    change_record(file.parent, lambda record: record.update(targets=str(tmp_path / "gone")))
     with pytest.warns(RuntimeWarning, match="the report is without store and pictures of run: .*gone is not there"):
         report = commands.report([copy], tmp_path / "r.html")
     assert "name its place with --targets" in report.left_out[0]
@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_has_a_report_too(project: Project, tmp_path: Path) -
     shutil.copytree(project.runs[0], copy)
     (copy / "report.json").unlink()
     (file,) = copy.glob("checkpoints/*/checkpoint.json")
-    file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
+    change_record(file.parent, lambda record: record.update(finished=False))
     commands.report([copy], tmp_path / "r.html")
     assert "6, not finished" in (tmp_path / "r.html").read_text()
 
@@ -139,6 +139,7 @@ def test_names_that_are_alike_are_told_apart_and_none_is_taken_twice(project: Pr
         ("missing", MissingError, "is not there; expected the folder of a run"),
         ("checkpoint", DataError, "is a checkpoint; name the folder of its run"),
         ("curve", DataError, r"loss.tsv cannot be read .* remove it"),
+        ("zeros", DataError, r"loss.tsv cannot be read .* remove it"),
         ("report", DataError, r"report.json cannot be read .* remove it"),
         ("evaluation", DataError, r"knn-.*json is no result that `milan-pipe knn`"),
         ("evaluations", SettingError, "no such folder; name one that"),
@@ -159,6 +160,8 @@ def test_faults_are_told(project: Project, tmp_path: Path, fault: str, error: ty
         runs = list(copy.glob("checkpoints/*"))
     elif fault == "curve":
         next(copy.rglob("loss.tsv")).write_text("step\tloss\n1\tx\n")
+    elif fault == "zeros":
+        next(copy.rglob("loss.tsv")).write_bytes(bytes(200_000))
     elif fault == "report":
         (copy / "report.json").write_text("{")
     elif fault == "evaluation":

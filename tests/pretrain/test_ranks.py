@@ -246,3 +246,15 @@ def test_two_ranks_killed_ten_times(store: Path, tmp_path: Path) -> None:
     go(store, run, 2, epochs=epochs, checkpoint_every=11, log_every=10)
     go(store, tmp_path / "whole", 2, epochs=epochs, log_every=10)
     assert_same(run, tmp_path / "whole")
+
+
+def test_ranks_are_refused_where_another_process_writes(store: Path, tmp_path: Path) -> None:
+    from milan_pipe.training.distributed import Ranks
+    from milan_pipe.training.lock import only_writer
+
+    with only_writer(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))):
+        process = start(command(store, tmp_path / "run", 2), tmp_path)
+        told = process.communicate(timeout=240)[1]
+    assert process.returncode
+    assert told.count(f"is being written by process {os.getpid()} on") == 1
+    assert "milan_pipe.errors" not in told

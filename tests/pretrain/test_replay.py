@@ -68,6 +68,7 @@ def test_a_value_that_is_not_finite_is_found_and_named(tmp_path: Path) -> None:
         go(store, run)
     file = the_file(run)
     assert str(file) in str(caught.value)
+    assert file.stat().st_mode == (run / "metrics" / "metrics.json").stat().st_mode
     report = replay(file)
     assert f"at step {report.step} " in str(caught.value)
     key = next(iter(report.loss_by_key))

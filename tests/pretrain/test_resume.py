@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import change_record
 from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
@@ -223,10 +228,11 @@ def test_a_checkpoint_that_is_damaged_is_one_error(store: Path, head: StoreHeade
     name = "encoder.norm.weight/exp_avg"
     save_file({key: value for key, value in state.items() if not key.startswith("encoder.norm.weight/")}, file)
     assert name in state
+    change_record(file.parent, lambda _: None)
     with pytest.raises(MismatchError, match=r"lacks 'encoder\.norm\.weight'"):
         go(store, head, run)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"optimizer\.safetensors cannot be read"):
+    with pytest.raises(DataError, match=r"optimizer\.safetensors is damaged"):
         go(store, head, run)
     file.unlink()
     with pytest.raises(MissingError, match=r"has no optimizer\.safetensors"):
@@ -256,12 +262,12 @@ def test_weights_that_are_not_finite_are_not_saved(
         go(store, head, tmp_path / "run", checkpoint_every=1)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_obeyed_after_the_step(
     store: Path, head: StoreHeader, whole: Path, tmp_path: Path, name: str
 ) -> None:
     number = signal.Signals[name]
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     def told(now: TrainProgress) -> None:
         if now.step == 20:
@@ -271,7 +277,7 @@ def test_a_signal_is_obeyed_after_the_step(
     with pytest.raises(StoppedError, match=rf"{name} after step 20 of 45; .*step-00000020.*same command") as caught:
         go(store, head, tmp_path / "run", on_progress=told)
     assert caught.value.signal == number
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert go(store, head, tmp_path / "run").resumed_from == 20
     assert_same(tmp_path / "run", whole)
 
@@ -314,6 +320,8 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
     finished = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "gone on from step" in finished.stderr
+    assert finished.stderr.count("is taken over") == 1
+    assert not (folder / "run" / ".lock").exists()
     subprocess.run(
         command(store, head, folder / "whole", epochs), cwd=folder, env=environment, check=True, capture_output=True
     )
@@ -330,7 +338,7 @@ def test_killed_ten_times(store: Path, head: StoreHeader, tmp_path: Path) -> Non
     killed_again_and_again(store, head, tmp_path, 10)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_ends_the_command_with_one_line(
     store: Path, head: StoreHeader, tmp_path: Path, name: str, code: int
 ) -> None:
@@ -345,3 +353,53 @@ def test_a_signal_ends_the_command_with_one_line(
     assert "Traceback" not in told
     step = open_checkpoint(tmp_path / "run").record["step"]
     assert f"after step {step} of" in told
+
+
+def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = command(store, head, run, 2000)
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
+        try:
+            while first.poll() is None and not checkpoints_of(run):
+                time.sleep(0.01)
+            second = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert second.returncode == 2, second.stderr
+            told = second.stderr.strip().splitlines()
+            assert len(told) == 1
+            assert told[0].startswith(f"error: {run} is being written by process {first.pid} on ")
+            assert first.poll() is None
+        finally:
+            first.kill()
+    steps = [line.split()[0] for line in curve(run)]
+    assert len(steps) == len(set(steps))
+
+
+def take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_closed_terminal_leaves_a_checkpoint(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+    words = [*command(store, head, tmp_path / "run", 2000), "--set", "pretrain.checkpoint_every=100000"]
+    window, terminal = os.openpty()
+    with subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    ) as process:
+        os.close(terminal)
+        curve_file = tmp_path / "run" / "metrics" / "plots" / "metrics" / "train" / "loss.tsv"
+        shown = b""
+        while process.poll() is None and not curve_file.exists():
+            if select.select([window], [], [], 0.05)[0]:
+                with suppress(OSError):  # the process has ended, and its end of the terminal with it
+                    shown += os.read(window, 65536)
+        os.close(window)
+        process.wait(timeout=60)
+    assert process.returncode == 129, shown.decode()
+    opened = open_checkpoint(tmp_path / "run")
+    assert not opened.record["finished"]
+    assert opened.weights("optimizer")

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.targets import header, write_store
 
 from milan_pipe.errors import SettingError, StoreError
+from milan_pipe.exchange.timm_layout import export_student
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.pretraining.settings import PretrainConfig, Target
 from milan_pipe.reporting.masks import draw_masks, heat
 from milan_pipe.student.decoder import DecoderConfig
 from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskConfig
+from milan_pipe.transfer.features import LabelledFeatures, kept_features
 
 HEAD = header(format="zarr", shards=1)
 STUDENT = StudentConfig(
@@ -52,6 +56,23 @@ def loss_curve(run: Path) -> str:
 
 def losses(run: Path) -> list[str]:
     return [line.split("\t")[-1] for line in loss_curve(run).splitlines()]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_and_folders_follow_the_umask(store: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        go(store, tmp_path / "run", picture_every=2, checkpoint_every=3)
+        export_student(tmp_path / "run", tmp_path / "out")
+        features = LabelledFeatures(features_NF=torch.ones(2, 3), label_N=torch.zeros(2, dtype=torch.int64))
+        kept_features(tmp_path / "features", {}, lambda: features)
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    weights = {path.name for path in found if path.suffix == ".safetensors"}
+    assert weights >= {"student.safetensors", "optimizer.safetensors", "model.safetensors"}
+    assert list((tmp_path / "features").iterdir())
+    assert {path: mode for path, mode in found.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask} == {}
 
 
 @pytest.mark.parametrize("target", ["clip", "pixels", "hog"])

@@ -301,7 +301,7 @@ def test_a_store_in_a_bucket(bucket: str, store_format: str) -> None:
     writer.place.write("stray", b"z")
     report = verify_targets(where)
     assert told(report) == [("", "stray"), ("000001", "attention")]
-    assert report.mend == (f"remove {where}/stray", f"milan-pipe extract-targets IMAGES {where} --redo 000001")
+    assert report.mend == (f"move {where}/stray ELSEWHERE", f"milan-pipe extract-targets IMAGES {where} --redo 000001")
     assert (report.shards, report.samples, report.views) == (2, 10, 20)
     assert report.files == sum(len(ledger.read_record(writer.place, name).files) for name in ("000000", "000001"))
 
@@ -402,18 +402,12 @@ def other_attention(block: TargetBlock) -> TargetBlock:
     )
 
 
-def zeros(block: TargetBlock) -> TargetBlock:
-    """Empty features."""
-    return dataclasses.replace(block, code_KNST=np.zeros_like(block.code_KNST))
-
-
 @pytest.mark.parametrize(
     ("change", "array"),
     [
         (other_row, "features"),
         (other_view, "features"),
         (other_tokens, "features"),
-        (zeros, "features"),
         (other_attention, "attention"),
     ],
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import change_record
 from torch import Tensor
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.training import checkpoint as module
-from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint, save_checkpoint
+from milan_pipe.training.checkpoint import checkpoints_of, keep_last, open_checkpoint, save_checkpoint
 
 
 def weights(value: float = 1.0) -> dict[str, Tensor]:
@@ -20,6 +23,10 @@ def weights(value: float = 1.0) -> dict[str, Tensor]:
 
 def save(run: Path, step: int = 7, value: float = 1.0) -> Path:
     return save_checkpoint(run, step, {"student": weights(value)}, {"student": {"depth": 2}})
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("by", ["run", "checkpoints", "folder"])
@@ -54,31 +61,64 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert open_checkpoint(folder).weights("student")["a.weight"][0, 0] == 2.0
 
 
-def test_what_an_interrupted_write_left_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_interrupted_write_left_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
-
-    def cut(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.json, "dumps", cut)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2)
-    assert any(path.name.startswith(".partial") for path in (tmp_path / "checkpoints").iterdir())
+    half = tmp_path / "checkpoints" / ".partial-step-00000002"
+    half.mkdir()
+    (half / "student.safetensors").write_text("half")
     assert open_checkpoint(tmp_path).record["step"] == 1
-    save(tmp_path, 2, value=3.0)
+    save(tmp_path, 3, value=3.0)
     assert open_checkpoint(tmp_path).weights("student")["a.weight"][0, 0] == 3.0
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise module.SafetensorError("I/O error: No space left on device")
+def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(tmp_path, 2, {"student": weights()}, {"student": object()})
+    assert names(tmp_path) == ["step-00000001"]
 
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(StoreError, match=r"step-00000007 cannot be written: .*No space left"):
-        save(tmp_path)
-    assert checkpoints_of(tmp_path) == []
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+import torch
+from milan_pipe.errors import StoreError
+from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
+
+run, megabyte = Path(sys.argv[1]), {"w": torch.zeros(2**18)}
+save_checkpoint(run, 1, {"student": megabyte}, {})
+for _ in range(2):
+    try:
+        save_checkpoint(run, 2, {"student": megabyte, "optimizer": megabyte}, {})
+    except StoreError as error:
+        print(error)
+    print(*sorted(path.name for path in (run / "checkpoints").iterdir()))
+half = run / "checkpoints" / ".partial-step-00000002"
+half.mkdir()
+(half / "student.safetensors").write_bytes(bytes(1_000_000))
+save_checkpoint(run, 3, {"student": megabyte}, {})
+print(open_checkpoint(run).weights("student")["w"].shape)
+"""
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=2500k none {tmp_path}"
+    # In a name space of its own, so that nothing else sees the disk and it goes with the process.
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    words = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *attempts, last = done.stdout.splitlines()
+    assert re.fullmatch(r"checkpoint \S+/step-00000002 cannot be written: .*No space left.*", attempts[0])
+    assert attempts == [attempts[0], "step-00000001"] * 2
+    assert last == "torch.Size([262144])"
 
 
 def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -91,7 +131,7 @@ def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     folder = save(tmp_path)
     (folder / "checkpoint.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"checkpoint\.json cannot be read"):
+    with pytest.raises(DataError, match=r"checkpoint\.json is damaged"):
         open_checkpoint(tmp_path)
 
 
@@ -104,8 +144,7 @@ def test_a_run_whose_last_checkpoint_lost_its_record_does_not_fall_back_in_silen
 
 def test_another_version_is_refused_with_both(tmp_path: Path) -> None:
     folder = save(tmp_path)
-    record = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**record, "version": 99}))
+    change_record(folder, lambda record: record.update(version=99))
     with pytest.raises(MismatchError, match=r"version 99.* 1"):
         open_checkpoint(folder)
 
@@ -121,7 +160,7 @@ def test_a_cut_file_is_named(tmp_path: Path, keep: int) -> None:
     folder = save(tmp_path)
     file = folder / "student.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(DataError, match=r"student\.safetensors cannot be read"):
+    with pytest.raises(DataError, match=r"student\.safetensors is damaged"):
         open_checkpoint(folder).weights("student")
 
 
@@ -131,3 +170,90 @@ def test_nothing_there_is_told_apart_from_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="has no checkpoint"):
         open_checkpoint(tmp_path)
     assert checkpoints_of(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("name", ["student", "optimizer"])
+def test_a_flipped_bit_is_found_and_an_earlier_checkpoint_named(tmp_path: Path, name: str) -> None:
+    parts = {"student": weights(), "optimizer": weights(2.0)}
+    earlier, folder = (save_checkpoint(tmp_path, step, parts, {}) for step in (5, 7))
+    file = folder / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 16
+    file.write_bytes(data)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    expected = record["files"][file.name]["sha256"]
+    with pytest.raises(DataError, match=rf"{file} is damaged: its SHA-256 is [0-9a-f]{{64}}, .*{expected}.*{earlier}"):
+        open_checkpoint(tmp_path).weights(name)
+    assert open_checkpoint(earlier).weights(name)["b"][3] == 3
+
+
+@pytest.mark.parametrize(("old", "new"), [('"step": 7', '"step": 3'), ("0.125", "0.625"), ('"sha256"', '"sha257"')])
+def test_a_changed_record_is_found(tmp_path: Path, old: str, new: str) -> None:
+    folder = save_checkpoint(tmp_path, 7, {"student": weights()}, {"losses": {"sum": 0.125}, "names": ("a", {1: "ü"})})
+    assert open_checkpoint(folder).record["losses"] == {"sum": 0.125}
+    file = folder / "checkpoint.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(new.join(text.rsplit(old, 1)))
+    with pytest.raises(DataError, match=r"checkpoint\.json is damaged: its values do not fit their digest; .*remove"):
+        open_checkpoint(folder)
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    (folder / "checkpoint.json").write_text(json.dumps({"version": 1, "step": 7, "student": {"depth": 2}}))
+    opened = open_checkpoint(tmp_path)
+    assert dict(opened.record) == {"version": 1, "step": 7, "student": {"depth": 2}}
+    assert opened.weights("student")["b"][3] == 3
+
+
+def test_copies_and_other_folders_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    mine = ["step-00000100-best", "step-best", "step-00000100.old", "step-7", "step-000000100", "best", "step-"]
+    for name in mine:
+        save(tmp_path, 1).rename(tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / ".partial-step-00000100-best").mkdir()
+    with pytest.raises(MissingError, match="has no checkpoint"):
+        open_checkpoint(tmp_path)
+    for step in (99_999_999, 100, 100_000_000):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-00000100", "step-99999999", "step-100000000"]
+    assert open_checkpoint(tmp_path).record["step"] == 100_000_000
+    assert open_checkpoint(tmp_path / "checkpoints").record["step"] == 100_000_000
+    keep_last(tmp_path, 1)
+    assert names(tmp_path) == sorted([*mine, ".partial-step-00000100-best", "step-100000000"])
+    assert open_checkpoint(tmp_path / "checkpoints" / "step-best").record["step"] == 1
+
+
+OUT_OF_FILES = """
+import resource, sys
+from contextlib import suppress
+from pathlib import Path
+from milan_pipe.errors import StoreError
+from milan_pipe.training.checkpoint import open_checkpoint
+opened = open_checkpoint(sys.argv[1])
+opened.weights("student")
+files = []
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+with suppress(OSError):
+    while True:
+        files.append(open("/dev/null"))
+# One file may be opened, and safetensors opens two.
+for left in (0, 1):
+    for read in (lambda: opened.weights("student"), lambda: open_checkpoint(sys.argv[1])):
+        try:
+            read()
+        except StoreError as error:
+            print(error)
+    files.pop().close()
+"""
+
+
+def test_too_many_open_files_are_not_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_FILES, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all("cannot be read: too many open files" in line and "ulimit -n" in line for line in lines)

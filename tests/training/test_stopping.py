@@ -47,3 +47,21 @@ def test_a_thread_of_a_program_changes_nothing() -> None:
     thread.start()
     thread.join()
     assert [request.signal for request in found] == [None]
+
+
+def test_a_closed_terminal_is_noted_however_often_it_tells() -> None:
+    with stop_requests() as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.signal is signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with stop_requests() as request:
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert request.signal is None
+    assert signal.getsignal(number) is signal.SIG_IGN

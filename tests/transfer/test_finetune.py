@@ -20,11 +20,12 @@ from support.pictures import NAMES, TINY, class_folders, labelled_shard, picture
 from support.training import StopAtError, killed_until_done, stop_at
 
 from milan_pipe.data.labelled import labelled_pictures
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.exchange.timm_layout import export_student
 from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_all
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.optim import build_adamw, layer_scale
+from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.transfer.augment import AugmentConfig, TrainingPictures, build_mixup
 from milan_pipe.transfer.backbone import Backbone, backbone_of
 from milan_pipe.transfer.classifier import LinearClassifier, build_classifier, classifier_of
@@ -84,6 +85,20 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     go(shards, run, ema=0.9)
     return run
+
+
+def test_a_run_that_is_being_written_is_refused(shards: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def told(_: TrainProgress) -> None:
+        if not refused:
+            with pytest.raises(StoreError, match="is being written by this process already") as caught:
+                go(shards, tmp_path / "run")
+            refused.append(caught)
+
+    go(shards, tmp_path / "run", epochs=1, on_progress=told)
+    assert len(refused) == 1
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 # --- the recipe ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""SHA-256 of data, of files, and of JSON values, which carry their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(data: bytes) -> str:
+    """Hexadecimal digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal digest of a file, which is read in pieces.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    # Names of files that are no UTF-8 are half surrogates in Python.
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values and, under `sha256`, the digest of their canonical JSON: sorted keys, no spaces, UTF-8."""
+    return {**values, "sha256": sha256_of(_canonical(values))}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """Values without their digest; None where it does not fit."""
+    if not isinstance(found, dict) or "sha256" not in found:
+        return None
+    values = {key: value for key, value in found.items() if key != "sha256"}
+    return values if sha256_of(_canonical(values)) == found["sha256"] else None

@@ -1,0 +1,185 @@
+"""One process to a run directory: a lock that says who holds it, and that goes with its process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from milan_pipe.errors import StoreError, resource_hint
+from milan_pipe.training.distributed import Ranks
+
+LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_held: set[str] = set()
+_guard = threading.Lock()
+
+
+@contextmanager
+def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Be the only ones that write a run's directory, which is made; every rank calls it, the first one takes the lock.
+
+    The lock of a process that was killed is taken over, with a warning. Where nothing can be written no lock is taken:
+    a finished run can be asked for its report there.
+
+    Raises:
+        StoreError: another process writes the run, or the directory cannot be made; says which, and what to do.
+    """
+    with ExitStack() as stack:
+        problem = None
+        if ranks.first:
+            try:
+                stack.enter_context(_made(run))
+                stack.enter_context(_locked(run))
+            except StoreError as error:
+                problem = str(error)
+        # All of them end, and none waits for one that has.
+        problem = ranks.of_first(problem)
+        if problem is not None:
+            raise StoreError(problem)
+        yield
+
+
+@contextmanager
+def _made(run: Path) -> Iterator[None]:
+    """Make a directory; what is still empty of it in the end goes again, as of a run that was refused."""
+    new = [path for path in (run, *run.parents) if not path.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    file = run / LOCK
+    name = str(file.resolve())
+    # Asked before the file is opened: closing it again would give the lock up, which is the process's.
+    with _guard:
+        if name in _held:
+            raise StoreError(f"{run} is being written by this process already; {_TODO}")
+        _held.add(name)
+    try:
+        handle = _taken(run, file)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                # While it is locked, so that no other process's is removed.
+                with suppress(OSError):
+                    file.unlink()
+                os.close(handle)
+    finally:
+        with _guard:
+            _held.discard(name)
+
+
+_TODO = "wait for it, stop it, or name another folder"
+
+
+def _taken(run: Path, file: Path) -> int | None:
+    """The open lock file, locked and with this process in it; None where nothing can be written."""
+    while True:
+        # Not `filelock`: it empties the file on each attempt, so that nobody could say who holds the lock.
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno in _READ_ONLY and not file.exists():
+                return None
+            raise StoreError(
+                f"{file} cannot be opened: {resource_hint(error) or error.strerror}; it says which process writes the "
+                "run: remove it if there is none"
+            ) from error
+        try:
+            owner = _lock(handle, run, file)
+            # A process that has just ended may have removed the file that was opened.
+            if _is_still(file, handle):
+                _write(handle)
+                if owner:
+                    warnings.warn(
+                        f"{run} was being written by {_told(owner)}, which is gone; its run is taken over",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                return handle
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{file} cannot be locked: {resource_hint(error) or error.strerror or error}") from error
+        os.close(handle)
+
+
+def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
+    """Lock a file; returns what a process that has died has left in it."""
+    try:
+        # Of POSIX: not inherited by forked workers, let go by the kernel when the process dies, and known to NFS.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = _owner(handle)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise StoreError(f"{run} is being written by {_told(owner)}; {_TODO}") from None
+        if error.errno not in _NO_LOCKS:
+            raise
+        # The file system has no locks: a process of this host can be looked for, another host's cannot.
+        if owner and not _is_gone(owner):
+            raise StoreError(
+                f"{run} is being written by {_told(owner)}; {_TODO}. If that process is gone, remove {file}"
+            ) from None
+        return owner
+    return _owner(handle)
+
+
+def _owner(handle: int) -> dict[str, Any]:
+    with suppress(ValueError):
+        found = json.loads(os.pread(handle, 4096, 0))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _told(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    # This process's own number was that of one before: in containers it is always the same.
+    return pid == os.getpid() or not psutil.pid_exists(pid)
+
+
+def _is_still(file: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(file.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _write(handle: int) -> None:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    data = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode() + b"\n"
+    # Cut after it is written: whoever reads it meanwhile finds somebody.
+    os.pwrite(handle, data, 0)
+    os.ftruncate(handle, len(data))

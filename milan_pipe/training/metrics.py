@@ -1,0 +1,130 @@
+"""Files of a run's metrics, as dvclive writes them: read, cut back where a run goes on, set aside where damaged.
+
+Metrics are not worth a run: what cannot be read of them is told and never stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_pipe.errors import StoreError, resource_hint
+from milan_pipe.storage import place_of
+
+_LATEST = "metrics.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricFile:
+    """One metric.
+
+    Attributes:
+        header: first line; empty where there is none.
+        rows: step, value and line of each row that can be read. A last line that was cut is not among them.
+        damage: what is wrong with the file, None where nothing is.
+    """
+
+    header: str
+    rows: tuple[tuple[int, float, str], ...]
+    damage: str | None
+
+
+def metric_files(folder: Path) -> list[Path]:
+    """All metrics below a folder; none where it is not there.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+    try:
+        return sorted(path for path in folder.rglob("*.tsv") if path.is_file())
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be listed: {resource_hint(error) or error.strerror or error}") from error
+
+
+def read_metric(file: Path) -> MetricFile:
+    """Read a metric; damage is told, not raised.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    return _parsed(_bytes_of(file))
+
+
+def _parsed(data: bytes) -> MetricFile:
+    header, *lines = data.decode(errors="replace").split("\n")
+    columns = header.rstrip("\r").split("\t")
+    if not lines or len(columns) < 2 or "step" not in columns:
+        return MetricFile(header="", rows=(), damage="has no header")
+    last = lines.pop()
+    damage = "ends in zero bytes" if "\0" in last else None
+    rows = []
+    for number, line in enumerate(lines, 2):
+        values = line.split("\t")
+        try:
+            if len(values) != len(columns):
+                raise ValueError("not a row")
+            rows.append((int(values[columns.index("step")]), float(values[-1]), line))
+        except ValueError:
+            damage = damage or f"is damaged in line {number}"
+    return MetricFile(header=header, rows=tuple(rows), damage=damage)
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Take back what was measured after a step: those steps will be done again.
+
+    A file that is damaged is renamed beside its place, with a warning; what can be read of it stays.
+
+    Raises:
+        StoreError: a file cannot be read or written.
+    """
+    for file in metric_files(folder):
+        data = _bytes_of(file)
+        found = _parsed(data)
+        if found.damage is not None:
+            _set_aside(file, found.damage)
+        kept = [line for at, _, line in found.rows if at <= step]
+        content = "".join(f"{line}\n" for line in (found.header, *kept)).encode()
+        if found.header and content != data:
+            place_of(file.parent).write(file.name, content)
+    latest = folder / _LATEST
+    if latest.is_file() and not _is_summary(_bytes_of(latest)):
+        _set_aside(latest, "is damaged")
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+
+
+def _is_summary(data: bytes) -> bool:
+    """Whether dvclive can go on from it: the last values by group and name, and their step."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(values, dict)
+        and isinstance(values.get("step", 0), int)
+        and all(isinstance(value, dict) for name, value in values.items() if name != "step")
+    )
+
+
+def _set_aside(file: Path, damage: str) -> None:
+    aside = file.with_name(f"{file.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = file.with_name(f"{file.name}.damaged-{number}")
+    try:
+        file.rename(aside)
+    except OSError as error:
+        raise StoreError(f"{file} {damage} and cannot be renamed: {error.strerror or error}") from error
+    warnings.warn(
+        f"{file} {damage}; it is now {aside.name}, and the run goes on with what can be read of it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
