@@ -644,7 +644,7 @@ class _Bucket(Place):
             return StoreError(f"{where} cannot be {doing}: it was replaced meanwhile; run again")
         if isinstance(error, NotSupportedError) and "Range request" in text:
             return StoreError(f"{where} cannot be {doing}: its server does not send parts of files; copy it to a disk")
-        return StoreError(f"{where} cannot be {doing}: {_reason(text, self._scheme)}")
+        return StoreError(f"{where} cannot be {doing}: {resource_hint(error) or _reason(text, self._scheme)}")
 
     def read(self, path: str) -> bytes:
         with self._errors(path, "read"):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ _HEADER = "milan_pipe"
 _OPEN_SHARDS = 32
 _HASH_BYTES = 1024 * 1024
 _MOST_NAMED = 10
+_REMOVAL_PAUSES = (0.01, 0.1, 1.0)
 
 
 # --- header -------------------------------------------------------------------------------------------------------
@@ -195,7 +197,12 @@ class StoreShardWriter:
 
     def discard(self) -> None:
         """Remove what was written; what another process makes of the same shard stays."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        for pause in _REMOVAL_PAUSES:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            if not self._scratch.exists():
+                break
+            # Where a write has failed, zarr's other threads may be in the middle of theirs.
+            time.sleep(pause)
         self._close()
 
     def _close(self) -> None:

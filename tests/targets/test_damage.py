@@ -175,15 +175,16 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
         copy = store.root / f"{paths[0]}.copy"
         shutil.copy(store.root / paths[0], copy)
         (problem,) = verify_targets(store.root).problems
-        assert problem.mend == f"rm -rf {copy}"
-        assert problem.what == "is not part of the " + ("shard" if paths[0].startswith("0") else "store")
+        is_inside = paths[0].startswith("0")
+        assert problem.mend == (f"rm -rf {copy}" if is_inside else f"mv {copy} ELSEWHERE")
+        assert problem.what == "is not part of the " + ("shard" if is_inside else "store")
         assert list(wrong_values(store.root, store.truth)) == []
         copy.unlink()
     folder = store.root / "000000"
     shutil.copytree(folder, store.root / "000007 copied")
     (problem,) = verify_targets(store.root).problems
     assert (problem.shard, problem.array) == ("", "000007 copied")
-    assert problem.mend == f"rm -rf '{store.root / '000007 copied'}'"
+    assert problem.mend == f"mv '{store.root / '000007 copied'}' ELSEWHERE"
     shutil.rmtree(store.root / "000007 copied")
     assert verify_targets(store.root).problems == ()
 

@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+from support.signals import default_signals
 
 from milan_pipe.training.stopping import StopRequest, stop_requests
 
@@ -59,9 +60,10 @@ def test_a_closed_terminal_is_noted_however_often_it_tells() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_was_ignored_stays_ignored(number: signal.Signals) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    with stop_requests() as request:
-        os.kill(os.getpid(), number)
+    with default_signals():
+        signal.signal(number, signal.SIG_IGN)
+        with stop_requests() as request:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_IGN
+        assert request.signal is None
         assert signal.getsignal(number) is signal.SIG_IGN
-    assert request.signal is None
-    assert signal.getsignal(number) is signal.SIG_IGN
