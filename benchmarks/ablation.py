@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from milan_pipe import commands
-from milan_pipe.config import Params, load_params
-from milan_pipe.evaluate import TEACHER, Subject, subject_of
-from milan_pipe.transfer.backbone import RANDOM
-from milan_pipe.transfer.features import LabelledFeatures, embed_shards
-from milan_pipe.transfer.knn import knn_accuracy
-from milan_pipe.transfer.linear_probe import linear_probe_accuracy
+from milan_pipe import api
+from milan_pipe.config.params import Params, load_params
+from milan_pipe.evaluation.backbone import RANDOM
+from milan_pipe.evaluation.features import LabelledFeatures, embed_shards
+from milan_pipe.evaluation.knn import knn_accuracy
+from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
+from milan_pipe.evaluation.subjects import TEACHER, Subject, subject_of
 
 ROWS = {
     "hog": ("HOG + plain + random (MaskFeat's target)", ("target=hog", "decoder.kind=plain", "masking.kind=random")),
@@ -87,7 +87,7 @@ def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
     checkpoint = row
     if row in ROWS:
         checkpoint = str(work / "runs" / f"{row}-{seed}")
-        report = commands.pretrain(work / "targets", checkpoint, params)
+        report = api.pretrain(work / "targets", checkpoint, params)
         values = {"loss": report.loss, "seconds": report.seconds}
     values |= evaluate(checkpoint, work / "images", params)
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +121,8 @@ def main() -> None:
     work: Path = arguments.work
     base = load_params(None, arguments.overrides)
     if not (work / "images" / "index.json").is_file():
-        commands.prepare("demo", work / "images", base)
-    commands.extract_targets(str(work / "images" / "train-*.tar"), work / "targets", base)
+        api.prepare("demo", work / "images", base)
+    api.extract_targets(str(work / "images" / "train-*.tar"), work / "targets", base)
     for seed in arguments.seeds:
         for row in arguments.rows:
             # The teacher has no seed.

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation import evaluate, spread
-from milan_pipe import commands
-from milan_pipe.config import Params, load_params
-from milan_pipe.data.views import decode_jpeg
+from milan_pipe import api
+from milan_pipe.config.params import Params, load_params
+from milan_pipe.images.views import decode_jpeg
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.teacher.clip import load_teacher
@@ -110,7 +110,7 @@ def _once(result: Path, make: Callable[[], dict[str, float]]) -> dict[str, float
 def _student(work: Path, row: str, seed: int, overrides: list[str]) -> dict[str, float]:
     params = _params(overrides, row, seed)
     run = str(work / "runs" / f"{row}-{seed}")
-    report = commands.pretrain(work / f"targets-{row}", run, params)
+    report = api.pretrain(work / f"targets-{row}", run, params)
     return {"loss": report.loss, "seconds": report.seconds, **evaluate(run, work / "images", params)}
 
 
@@ -124,11 +124,11 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     if not (work / "images" / "index.json").is_file():
-        commands.prepare("demo", work / "images", load_params(None, arguments.overrides))
+        api.prepare("demo", work / "images", load_params(None, arguments.overrides))
     told, learnt = {}, {}
     for row in arguments.rows:
         params = _params(arguments.overrides, row)
-        commands.extract_targets(str(work / "images" / "train-*.tar"), work / f"targets-{row}", params)
+        api.extract_targets(str(work / "images" / "train-*.tar"), work / f"targets-{row}", params)
         told[row] = _once(work / "results" / f"{row}.json", lambda row=row, params=params: fidelity(work, row, params))  # type: ignore[misc]
     for seed in arguments.seeds:
         for row in arguments.rows:

@@ -33,12 +33,13 @@ import torch
 from dask.distributed import Client, LocalCluster
 from PIL import Image
 
-from milan_pipe.data.images import expand_shards, read_shard
-from milan_pipe.data.views import ViewConfig, decode_jpeg
-from milan_pipe.extract.clock import Clock
-from milan_pipe.extract.render import render_sample
-from milan_pipe.extract.run import ExtractReport, extract_targets
-from milan_pipe.extract.settings import ExtractConfig
+from milan_pipe.extraction.clock import Clock
+from milan_pipe.extraction.render import render_sample
+from milan_pipe.extraction.run import ExtractReport, extract_targets
+from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.tar import read_shard
+from milan_pipe.images.views import ViewConfig, decode_jpeg
 from milan_pipe.targets.codec import CodecConfig
 from milan_pipe.teacher.clip import Teacher, TeacherConfig, load_teacher
 

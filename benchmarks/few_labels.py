@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 from benchmarks.ablation import ROWS, spread
-from milan_pipe import commands
-from milan_pipe.config import load_params
-from milan_pipe.transfer.backbone import RANDOM
+from milan_pipe import api
+from milan_pipe.config.params import load_params
+from milan_pipe.evaluation.backbone import RANDOM
 
 EPOCHS = {0.01: 100, 0.1: 20, 1.0: 2}
 """100, 240 and 250 steps of 64 pictures: few labels are learnt by heart sooner."""
@@ -33,7 +33,7 @@ def _run(work: Path, row: str, fraction: float, seed: int, overrides: list[str])
     params = load_params(None, [*settings, *overrides])
     checkpoint = row if row == RANDOM else str(work / "runs" / f"{row}-{seed}")
     images = work / "images"
-    report = commands.finetune(
+    report = api.finetune(
         checkpoint, str(images / "train-*.tar"), str(images / "test-*.tar"), result.with_suffix(""), params
     )
     result.write_text(json.dumps({"top1": 100 * report.scores["top1"], "seconds": report.seconds}) + "\n")

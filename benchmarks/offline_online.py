@@ -20,8 +20,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.ablation import evaluate, spread
-from milan_pipe import commands
-from milan_pipe.config import Params, load_params
+from milan_pipe import api
+from milan_pipe.config.params import Params, load_params
 
 SCENES, EPOCHS, CODEC_VIEWS = 2000, 30, 4
 VIEWS = ("1", "2", "4", "8", "16")
@@ -45,7 +45,7 @@ def _extract(work: Path, row: str, params: Params) -> Path:
     targets = work / f"targets-{row}"
     told = work / "results" / f"extraction-{row}.json"
     if not told.is_file():
-        report = commands.extract_targets(str(work / "images" / "train-*.tar"), targets, params)
+        report = api.extract_targets(str(work / "images" / "train-*.tar"), targets, params)
         told.parent.mkdir(parents=True, exist_ok=True)
         values = {"seconds": report.seconds, "bytes": report.bytes, "mean_cosine": report.mean_cosine}
         told.write_text(json.dumps(values, indent=2) + "\n")
@@ -59,7 +59,7 @@ def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
     params = load_params(None, [*_settings(row, overrides), f"pretrain.seed={seed}", f"masking.seed={seed}"])
     targets = _extract(work, row, params)
     run = work / "runs" / f"{row}-{seed}"
-    report = commands.pretrain(targets, run, params)
+    report = api.pretrain(targets, run, params)
     values = {"loss": report.loss, "seconds": report.seconds, **evaluate(str(run), work / "images", params)}
     result.write_text(json.dumps(values, indent=2) + "\n")
     print(row, seed, values, flush=True)
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
     if not (work / "images" / "index.json").is_file():
-        commands.prepare("demo", work / "images", load_params(None, [*BASE, *arguments.overrides]))
+        api.prepare("demo", work / "images", load_params(None, [*BASE, *arguments.overrides]))
     for row in arguments.rows:
         for seed in arguments.seeds:
             _run(work, row, seed, arguments.overrides)

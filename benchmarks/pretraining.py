@@ -36,10 +36,9 @@ from PIL import Image
 
 from benchmarks.plain import PlainStudent, PlainTeacher
 from benchmarks.reading import _block, _header, _records
-from milan_pipe.data.views import ViewConfig, draw_view, encode_jpeg, render_view
+from milan_pipe.images.views import ViewConfig, draw_view, encode_jpeg, render_view
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
-from milan_pipe.online import teacher_of
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.pretraining.settings import PretrainConfig
@@ -49,6 +48,7 @@ from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.online import teacher_of
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision

@@ -31,15 +31,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from milan_pipe import commands
-from milan_pipe.config import load_params
-from milan_pipe.data.images import ShardFile
-from milan_pipe.data.views import ViewConfig, encode_jpeg
-from milan_pipe.extract import cluster
-from milan_pipe.extract.render import ShardJob
-from milan_pipe.extract.settings import ExtractConfig
-from milan_pipe.extract.shard import ShardResult
-from milan_pipe.extract.worker import Assignment
+from milan_pipe import api
+from milan_pipe.config.params import load_params
+from milan_pipe.extraction import cluster
+from milan_pipe.extraction.render import ShardJob
+from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.shard import ShardResult
+from milan_pipe.extraction.worker import Assignment
+from milan_pipe.images.shards import ShardFile
+from milan_pipe.images.views import ViewConfig, encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.storage import place_of
 from milan_pipe.targets import ledger
@@ -299,7 +299,7 @@ def plans(work: Path, photos: Path, devices: int) -> Iterator[dict[str, Any]]:
     """What `milan-pipe plan` says of data sets and devices that are not here."""
     images = work / "photos"
     if not images.is_dir():
-        commands.prepare(str(photos), images, load_params(None, []))
+        api.prepare(str(photos), images, load_params(None, []))
     for model, recipe in MODELS.items():
         for data, (pictures, per_shard, epochs) in DATA.items():
             for views in (4, 8):
@@ -311,7 +311,7 @@ def plans(work: Path, photos: Path, devices: int) -> Iterator[dict[str, Any]]:
                     f"prepare.samples_per_shard={per_shard}",
                     "extract.threads=12",
                 ]
-                report = commands.plan(
+                report = api.plan(
                     images,
                     work / "targets",
                     load_params(recipe, settings),

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from milan_pipe.config import Params
-from milan_pipe.settings import Settings
+from milan_pipe.config.base import Settings
+from milan_pipe.config.params import Params
 
 
 def settings_page() -> str:

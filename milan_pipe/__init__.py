@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from milan_pipe.commands import (
+    from milan_pipe.api import (
         convert_targets,
         doctor,
         export,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         segment,
         verify_targets,
     )
-    from milan_pipe.config import Params, load_params
-    from milan_pipe.dataset import Target, TargetDataset, Targets, open_targets
-    from milan_pipe.exchange.loading import load_student
+    from milan_pipe.config.params import Params, load_params
+    from milan_pipe.interop.loading import load_student
+    from milan_pipe.targets.dataset import Target, TargetDataset, Targets, open_targets
 
 __all__ = [
     "Params",
@@ -64,20 +64,20 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "Params": "milan_pipe.config",
-    "Target": "milan_pipe.dataset",
-    "TargetDataset": "milan_pipe.dataset",
-    "Targets": "milan_pipe.dataset",
-    "load_params": "milan_pipe.config",
-    "load_student": "milan_pipe.exchange.loading",
-    "open_targets": "milan_pipe.dataset",
+    "Params": "milan_pipe.config.params",
+    "Target": "milan_pipe.targets.dataset",
+    "TargetDataset": "milan_pipe.targets.dataset",
+    "Targets": "milan_pipe.targets.dataset",
+    "load_params": "milan_pipe.config.params",
+    "load_student": "milan_pipe.interop.loading",
+    "open_targets": "milan_pipe.targets.dataset",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `milan-pipe --help` does not wait for torch.
     if name in __all__:
-        return getattr(import_module(_ELSEWHERE.get(name, "milan_pipe.commands")), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "milan_pipe.api")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import METRICS, TARGETS, TRAIN, write_metrics
 
 if __name__ == "__main__":

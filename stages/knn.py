@@ -1,7 +1,7 @@
 """Stage `knn`: nearest neighbours of untrained and trained students and of the teacher."""
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import EVALUATIONS, FEATURES, METRICS, SUBJECTS, TEST, TRAIN, write_metrics
 
 if __name__ == "__main__":

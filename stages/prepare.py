@@ -1,7 +1,7 @@
 """Stage `prepare`: the built-in scenes as webdataset shards."""
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import IMAGES
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage `pretrain`: the student on stored targets."""
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import RUN, TARGETS
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage `pretrain-mae`: the same student on its own pixels, as MAE has it; what MILAN is measured by."""
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import MAE_RUN, TARGETS
 
 if __name__ == "__main__":

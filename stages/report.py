@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import EVALUATIONS, MAE_RUN, METRICS, REPORT, RUN, SEGMENTED, SUBJECTS, TUNED
 
 _COLUMNS = {

@@ -1,7 +1,7 @@
 """Stage `segment`: every student under UperNet, on the masks of the scenes."""
 
 from milan_pipe import cli
-from milan_pipe.terminal import errors_as_one_line
+from milan_pipe.cli.console import errors_as_one_line
 from stages.layout import METRICS, SEGMENTED, STUDENTS, TEST, TRAIN, write_metrics
 
 if __name__ == "__main__":

@@ -83,26 +83,26 @@ def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Scenes, targets, runs of every kind, results of probes; made once, and not to be changed."""
-    from milan_pipe import commands
-    from milan_pipe.config import load_params
+    from milan_pipe import api
+    from milan_pipe.config.params import load_params
 
     root = tmp_path_factory.mktemp("project")
     params = load_params(None, SETTINGS)
-    commands.prepare("demo", root / "images", params)
+    api.prepare("demo", root / "images", params)
     images = str(root / "images" / "train-*.tar"), str(root / "images" / "test-*.tar")
     targets = root / "targets"
-    commands.extract_targets(images[0], targets, params)
+    api.extract_targets(images[0], targets, params)
     milan, mae = root / "runs" / "milan", root / "runs" / "mae"
-    commands.pretrain(targets, milan, params)
-    commands.pretrain(
+    api.pretrain(targets, milan, params)
+    api.pretrain(
         targets, mae, load_params(None, [*SETTINGS, "target=pixels", "decoder.kind=plain", "masking.kind=random"])
     )
-    commands.finetune(milan, *images, root / "tuned" / "milan", params)
-    commands.finetune("random", *images, root / "tuned" / "random", params)
-    commands.segment(milan, *images, root / "segmented", params)
-    commands.knn(milan, *images, params)
-    commands.knn("random", *images, params, keep=root / "bounds")
-    commands.knn("teacher", *images, params, keep=root / "bounds")
-    commands.linear_probe(mae, *images, params)
+    api.finetune(milan, *images, root / "tuned" / "milan", params)
+    api.finetune("random", *images, root / "tuned" / "random", params)
+    api.segment(milan, *images, root / "segmented", params)
+    api.knn(milan, *images, params)
+    api.knn("random", *images, params, keep=root / "bounds")
+    api.knn("teacher", *images, params, keep=root / "bounds")
+    api.linear_probe(mae, *images, params)
     runs = milan, mae, root / "tuned" / "milan", root / "tuned" / "random", root / "segmented"
     return Project(root, params, images, targets, runs)

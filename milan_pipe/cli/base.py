@@ -10,10 +10,10 @@ import typer
 import typer.core
 
 from milan_pipe import __version__
-from milan_pipe.terminal import errors_as_one_line, raise_file_limit, show_warnings_as_lines
+from milan_pipe.cli.console import errors_as_one_line, raise_file_limit, show_warnings_as_lines
 
 if TYPE_CHECKING:
-    from milan_pipe.config import Params
+    from milan_pipe.config.params import Params
 
 
 class _Commands(typer.core.TyperGroup):
@@ -38,7 +38,7 @@ app = typer.Typer(
 
 
 def _complete_params(incomplete: str) -> list[str]:
-    from milan_pipe.recipes import recipe_names
+    from milan_pipe.config.recipes import recipe_names
 
     files = [str(path) for path in Path().glob("*.yaml")]
     return [name for name in [*recipe_names(), *files] if name.startswith(incomplete)]
@@ -96,7 +96,7 @@ TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="The same, to 
 def read_settings(params: Path | None, overrides: list[str] | None) -> Params:
     """Settings of --params and --set; raises `SettingError`."""
     # Imported late: torch and open_clip take seconds, and --help should not.
-    from milan_pipe.config import load_params
+    from milan_pipe.config.params import load_params
 
     return load_params(params, overrides or [])
 

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import app
+from milan_pipe.cli.console import console, plain
+from milan_pipe.cli.evaluation import knn, linear_probe
 from milan_pipe.cli.images import prepare
-from milan_pipe.cli.inspection import report
 from milan_pipe.cli.pretraining import pretrain
+from milan_pipe.cli.reports import report
 from milan_pipe.cli.targets import extract_targets, verify_targets
-from milan_pipe.cli.transfer import knn, linear_probe
-from milan_pipe.terminal import console, plain
 
 _RECIPE = Path("demo")
 

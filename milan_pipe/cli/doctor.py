@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, app
-from milan_pipe.terminal import console, plain, show, size
+from milan_pipe.cli.console import console, plain, show
+from milan_pipe.units import size
 
 
 @app.command()
@@ -30,9 +31,9 @@ def doctor(
 
     Example: milan-pipe doctor . s3://bucket/targets --write
     """
-    from milan_pipe import commands
+    from milan_pipe import api
 
-    report = commands.doctor(places or (), write=write)
+    report = api.doctor(places or (), write=write)
     rows = {
         "python": report.python,
         "system": report.system,

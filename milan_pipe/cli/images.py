@@ -10,7 +10,8 @@ import typer
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, plain, progress, show, size
+from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.units import size
 
 
 @app.command()
@@ -28,11 +29,11 @@ def prepare(
 
     Example: milan-pipe prepare ~/pictures data/images
     """
-    from milan_pipe import commands
+    from milan_pipe import api
 
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = commands.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
+        report = api.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
     rows = {"shards": str(report.shards), "pictures": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["set aside"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
@@ -46,8 +47,8 @@ def recipes(as_json: JsonOption = False) -> Any:
 
     A recipe is a params file: any command takes its name, as in --params imagenet1k-vit-b-16, and --set changes it.
     """
-    from milan_pipe.config import load_params
-    from milan_pipe.recipes import recipe_names
+    from milan_pipe.config.params import load_params
+    from milan_pipe.config.recipes import recipe_names
 
     found = {name: about for name in recipe_names() if (about := load_params(name).about) is not None}
     for name, about in found.items():
@@ -110,7 +111,7 @@ def plan(
 
     Example: milan-pipe plan images targets --pictures 1000000 --devices 64
     """
-    from milan_pipe import commands
+    from milan_pipe import api
     from milan_pipe.planning.run import PlanProgress
     from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
@@ -120,7 +121,7 @@ def plan(
         def tell(now: PlanProgress) -> None:
             update(now.done, now.total, what=now.what)
 
-        report = commands.plan(
+        report = api.plan(
             images,
             targets,
             settings,

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.steps import tell_training
-from milan_pipe.terminal import progress, show
 
 _WORST = 8
 
@@ -38,14 +38,14 @@ def pretrain(
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
-    from milan_pipe import commands
+    from milan_pipe import api
     from milan_pipe.training.distributed import rank_of_environment
 
     settings = read_settings(params, overrides)
     if rank_of_environment():
-        return commands.pretrain(targets, run, settings)
+        return api.pretrain(targets, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = commands.pretrain(targets, run, settings, on_progress=tell_training(update))
+        report = api.pretrain(targets, run, settings, on_progress=tell_training(update))
     rows = {
         "steps": f"{report.steps} in {report.epochs} epochs"
         + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
@@ -83,10 +83,10 @@ def replay(
 
     Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
     """
-    from milan_pipe import commands
+    from milan_pipe import api
 
     with progress() as update:
-        report = commands.replay(
+        report = api.replay(
             file,
             device=device,
             precision=precision.value if precision else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from milan_pipe.terminal import size
+from milan_pipe.units import size
 
 
 def tell_training(update: Any) -> Any:

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.terminal import console, plain, progress, rate, show, size
+from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.units import rate, size
 
 _MOST_PROBLEMS = 50
 
@@ -61,8 +62,8 @@ def extract_targets(
 
     Example: milan-pipe extract-targets images targets
     """
-    from milan_pipe import commands
-    from milan_pipe.extract.run import ExtractProgress
+    from milan_pipe import api
+    from milan_pipe.extraction.run import ExtractProgress
 
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
     given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
@@ -84,7 +85,7 @@ def extract_targets(
                 workers=f"{now.workers} workers" if now.workers > 1 else "",
             )
 
-        report = commands.extract_targets(
+        report = api.extract_targets(
             images,
             targets,
             settings,
@@ -129,11 +130,11 @@ def verify_targets(
 
     Example: milan-pipe verify-targets targets --against-teacher 8
     """
-    from milan_pipe import commands
+    from milan_pipe import api
 
     settings = read_settings(params, overrides)
     with progress("what") as update:
-        report = commands.verify_targets(
+        report = api.verify_targets(
             targets,
             settings,
             against_teacher=against_teacher,
@@ -174,12 +175,12 @@ def convert_targets(
 
     Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
     """
-    from milan_pipe import commands
-    from milan_pipe.extract.settings import ExtractConfig
+    from milan_pipe import api
+    from milan_pipe.extraction.settings import ExtractConfig
 
     wanted = ExtractConfig.parse({"format": store_format}, "--format").format
     with progress("what") as update:
-        report = commands.convert_targets(
+        report = api.convert_targets(
             source, destination, format=wanted, on_progress=lambda done, total: update(done, total, what="shards")
         )
     rows = {

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milan_pipe.data.views import decode_jpeg
 from milan_pipe.errors import DataError
+from milan_pipe.images.views import decode_jpeg
 from milan_pipe.loader.order import BatchPlan, Block, Piece
 from milan_pipe.targets.schema import TargetReader, ViewRun
 

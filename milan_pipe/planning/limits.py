@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milan_pipe.data.count import ImageCount
-from milan_pipe.extract.space import FreeSpace
+from milan_pipe.extraction.space import FreeSpace
+from milan_pipe.images.count import ImageCount
 from milan_pipe.planning.load import ClusterLoad, NodeLoad
 from milan_pipe.planning.store import StoreEstimate
-from milan_pipe.terminal import size
+from milan_pipe.units import size
 
 RECORD_BYTES_PER_SECOND = 15e6
 """How fast records of shards are read, checked and taken apart: `python -m benchmarks.scale`, docs/scale.md."""

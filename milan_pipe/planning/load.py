@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from milan_pipe.data.count import ImageCount
+from milan_pipe.images.count import ImageCount
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Loader
 from milan_pipe.planning.speed import ExtractionHours, Speed

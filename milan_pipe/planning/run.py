@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan_pipe.data.ahead import thread_count
-from milan_pipe.data.count import ImageCount, count_pictures, like_these
-from milan_pipe.data.images import ShardFile, expand_shards
-from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.extract.settings import ExtractConfig
-from milan_pipe.extract.space import FreeSpace, free_files, free_space, free_space_warning
-from milan_pipe.extract.worker import Assignment, load_assigned_teacher
+from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
+from milan_pipe.extraction.worker import Assignment, load_assigned_teacher
+from milan_pipe.images.ahead import thread_count
+from milan_pipe.images.count import ImageCount, count_pictures, like_these
+from milan_pipe.images.shards import ShardFile, expand_shards
+from milan_pipe.images.views import ViewConfig
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
 from milan_pipe.planning.limits import Limit, limits
 from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_pictures_per_core, node_load

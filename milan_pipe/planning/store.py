@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
-from milan_pipe.data.count import ImageCount, spread_evenly
-from milan_pipe.data.images import OnBad, ShardFile, read_shard
-from milan_pipe.data.views import ViewConfig
 from milan_pipe.errors import DataError
-from milan_pipe.extract.clock import Clock
-from milan_pipe.extract.render import RenderedSample, render_sample
+from milan_pipe.extraction.clock import Clock
+from milan_pipe.extraction.render import RenderedSample, render_sample
+from milan_pipe.images.count import ImageCount, spread_evenly
+from milan_pipe.images.shards import ShardFile
+from milan_pipe.images.tar import OnBad, read_shard
+from milan_pipe.images.views import ViewConfig
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import Codec, CodecConfig, build_codec, mean_cosine
 from milan_pipe.targets.schema import (

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from milan_pipe.terminal import rate, size
+from milan_pipe.units import rate, size
 
 if TYPE_CHECKING:
+    from milan_pipe.config.recipes import About
     from milan_pipe.planning.run import PlanReport
-    from milan_pipe.recipes import About
 
 
 def store_table(report: PlanReport) -> Table:

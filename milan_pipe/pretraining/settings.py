@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from milan_pipe.settings import Settings
+from milan_pipe.config.base import Settings
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 from milan_pipe.training.distributed import Parallel
 from milan_pipe.training.sinks import SinkName

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.settings import Settings
 from milan_pipe.student.encoder import Grid, gather_tokens, init_like_mae, sincos_position_embedding
 from milan_pipe.student.masking import MaskSplit
 

@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.settings import Settings
 from milan_pipe.student.masking import MaskSplit
 
 Grid = tuple[int, int]

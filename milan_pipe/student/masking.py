@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, SettingError, ShapeError
-from milan_pipe.settings import Settings
 
 _NOISE_STREAM = b"milan-mask-1"  # change it when the noise changes: old runs cannot then be resumed by accident
 

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, ShapeError
-from milan_pipe.settings import Settings
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
 

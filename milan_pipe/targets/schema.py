@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import MismatchError
-from milan_pipe.settings import Settings
 
 SCHEMA_VERSION = 2
 

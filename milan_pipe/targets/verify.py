@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from milan_pipe.data.views import decode_jpeg
 from milan_pipe.errors import DataError, MilanError, MissingError
+from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import Place, place_of
 from milan_pipe.targets import ledger
 from milan_pipe.targets.codec import codec_of
@@ -30,7 +30,7 @@ _MOST_CODE = 127
 _PARALLEL_READS = 8
 
 ShardCheck = Callable[[str, int, int, int, ViewRun], Iterator["Problem"]]
-"""Takes shard, its samples, view, first sample and a run; see `milan_pipe.extract.against` for the teacher's."""
+"""Takes shard, its samples, view, first sample and a run; see `milan_pipe.extraction.against` for the teacher's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from open_clip.model import _build_vision_tower
 from pydantic import Field
 from torch import Tensor, nn
 
+from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, ShapeError
-from milan_pipe.settings import Settings
 from milan_pipe.targets.schema import TeacherInfo
 from milan_pipe.teacher.checkpoint import load_tower_weights, read_tower_weights, weights_sha256
 from milan_pipe.teacher.hub import one_line, quiet

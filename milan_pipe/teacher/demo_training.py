@@ -21,7 +21,7 @@ from open_clip.model import CLIP
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from milan_pipe.data.demo import SCENE_SIZE, SHAPES, render_scene
+from milan_pipe.images.scenes import SCENE_SIZE, SHAPES, render_scene
 from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
 from milan_pipe.weights_file import write_weights
 

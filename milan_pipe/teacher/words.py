@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milan_pipe.data.demo import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from milan_pipe.errors import DataError
+from milan_pipe.images.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 
 CONTEXT_LENGTH = 12
 _WORDS = ("a", "on", "background", *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES)

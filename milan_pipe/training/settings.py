@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from milan_pipe.settings import Settings
+from milan_pipe.config.base import Settings
 from milan_pipe.training.sinks import SinkName
 from milan_pipe.training.step import Precision
 

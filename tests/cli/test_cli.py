@@ -274,9 +274,9 @@ def test_help_lists_all_commands_and_loads_no_torch() -> None:
 
 def test_transfer_loads_neither_teacher_nor_targets_nor_decoder() -> None:
     script = (
-        "import sys, milan_pipe.transfer.features, milan_pipe.transfer.knn, milan_pipe.transfer.linear_probe\n"
+        "import sys, milan_pipe.evaluation.features, milan_pipe.evaluation.knn, milan_pipe.evaluation.linear_probe\n"
         "bad = [n for n in sys.modules if n.startswith(('milan_pipe.teacher', 'milan_pipe.targets', "
-        "'milan_pipe.student.decoder', 'milan_pipe.extract', 'open_clip', 'zarr'))]\n"
+        "'milan_pipe.student.decoder', 'milan_pipe.extraction', 'open_clip', 'zarr'))]\n"
         "assert not bad, bad"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,8 +13,8 @@ import pytest
 from support.s3 import create_bucket
 from support.targets import header, write_store
 
-from milan_pipe import cli, commands
-from milan_pipe.config import load_params
+from milan_pipe import api, cli
+from milan_pipe.config.params import load_params
 
 
 def test_places_of_every_kind(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_places_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     places = [tmp_path / name for name in ("t", "full", "none/deeper", "file/below")]
-    report = commands.doctor(places, write=True)
+    report = api.doctor(places, write=True)
     store, full, none, below = report.places
     assert store.found.startswith("target store, zarr: 5 pictures, 2 views, teacher 'demo', grid 2 x 2, codec 'int8'")
     assert "2 of 3 shards, not complete" in store.found
@@ -43,7 +43,7 @@ def test_places_of_every_kind(tmp_path: Path) -> None:
 def test_a_damaged_store_and_an_unknown_scheme_are_problems(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(), [2])
     (tmp_path / "t" / "manifest.json").write_text("{}")
-    report = commands.doctor([tmp_path / "t", "ftp://host/x"])
+    report = api.doctor([tmp_path / "t", "ftp://host/x"])
     assert "manifest.json is damaged" in report.problems[0]
     assert "ftp" in report.problems[1]
 
@@ -53,7 +53,7 @@ def test_a_bucket_is_reached_and_written(s3_endpoint: str, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     bucket = "looked-at"
     create_bucket(s3_endpoint, bucket)
-    good, bad = commands.doctor([f"s3://{bucket}/targets", "s3://not-a-bucket-here/targets"], write=True).places
+    good, bad = api.doctor([f"s3://{bucket}/targets", "s3://not-a-bucket-here/targets"], write=True).places
     assert good.problem is None
     assert good.found == "empty; written to and cleaned"
     assert bad.problem is not None

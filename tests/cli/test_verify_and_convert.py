@@ -13,9 +13,9 @@ from support.targets import header, tree, write_store
 from support.wild import Command
 
 from milan_pipe import terminal
-from milan_pipe.commands import extract_targets
-from milan_pipe.config import load_params
-from milan_pipe.data.prepare import PrepareConfig, prepare
+from milan_pipe.api import extract_targets
+from milan_pipe.config.params import load_params
+from milan_pipe.images.prepare import PrepareConfig, prepare
 
 FORMATS = ("zarr", "webdataset")
 HEADERS = {"zarr": "zarr.json", "webdataset": "header.json"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milan_pipe.config import Params, load_params
+from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import MissingError, SettingError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from milan_pipe.config import Params, load_params
+from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.recipes import recipe_names
 from milan_pipe.errors import MissingError
-from milan_pipe.recipes import recipe_names
 
 NAMES = recipe_names()
 

@@ -55,11 +55,11 @@ ELSEWHERE = {
     ),
     "dvc ": ("tests/docs/test_commands_run.py", "test_dvc_runs_as_the_pages_say"),
     "milan-pipe demo": ("tests/cli/test_doctor_and_demo.py", "test_demo_runs_every_stage_and_goes_on"),
-    "milan-pipe replay ": ("tests/pretrain/test_replay.py", "replay"),
-    "dask scheduler": ("tests/extract/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
-    "dask worker tcp": ("tests/extract/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
+    "milan-pipe replay ": ("tests/pretraining/test_replay.py", "replay"),
+    "dask scheduler": ("tests/extraction/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
+    "dask worker tcp": ("tests/extraction/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
     "milan-pipe extract-targets s3://bucket/images s3://bucket/targets --scheduler": (
-        "tests/extract/test_many_processes.py",
+        "tests/extraction/test_many_processes.py",
         "test_workers_join_and_leave_a_running_scheduler",
     ),
 }

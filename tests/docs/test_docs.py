@@ -18,7 +18,7 @@ from support.pages import PAGES, ROOT, blocks, shell_lines
 from support.project import params_file
 
 from milan_pipe.cli import app
-from milan_pipe.config import load_params
+from milan_pipe.config.params import load_params
 
 
 def milan_commands(page: Path) -> list[list[str]]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from milan_pipe.data.views import decode_jpeg, encode_jpeg
 from milan_pipe.errors import DataError
+from milan_pipe.images.views import decode_jpeg, encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader, Prefetcher
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, StoreHeader, TeacherInfo, ViewInfo, ViewRun

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milan_pipe import cli, commands
-from milan_pipe.config import Params, load_params
-from milan_pipe.data.count import ImageCount, count_pictures, indexed_pictures
-from milan_pipe.data.images import expand_shards
-from milan_pipe.data.prepare import PrepareConfig, prepare
+from milan_pipe import api, cli
+from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.extract import space
+from milan_pipe.extraction import space
+from milan_pipe.images.count import ImageCount, count_pictures, indexed_pictures
+from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import teacher_flops
 from milan_pipe.planning.limits import limits
 from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, node_load
@@ -31,7 +31,7 @@ from milan_pipe.planning.store import StoreEstimate, sample_pictures
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
-from milan_pipe.terminal import rate
+from milan_pipe.units import rate
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
 CHOICES = [(codec, store) for codec in ("float16", "int8", "klt") for store in ("zarr", "webdataset")]
@@ -50,7 +50,7 @@ def params(*more: str) -> Params:
 
 @pytest.fixture(scope="module")
 def report(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
-    return commands.plan(scenes, tmp_path_factory.mktemp("t") / "targets", params(), sample=48)
+    return api.plan(scenes, tmp_path_factory.mktemp("t") / "targets", params(), sample=48)
 
 
 def nothing(*_: object) -> None:
@@ -135,7 +135,7 @@ def test_a_store_takes_what_was_told(
     scenes: Path, report: PlanReport, tmp_path: Path, codec: str, store_format: str
 ) -> None:
     told = next(store for store in report.stores if (store.codec, store.format) == (codec, store_format))
-    written = commands.extract_targets(
+    written = api.extract_targets(
         scenes, tmp_path / "t", params(f"codec.name={codec}", f"extract.format={store_format}")
     )
     assert told.bytes == pytest.approx(written.bytes, rel=0.07)
@@ -174,7 +174,7 @@ def test_pictures_that_cannot_be_read_are_told_of(scenes: Path, tmp_path: Path) 
         good = [(name, file.read()) for name, file in found if file is not None]
     (tmp_path / "images").mkdir()
     pack(tmp_path / "images" / "x.tar", [("0.jpg", b"no picture"), *good[:30], ("z.jpg", b"nor this")])
-    report = commands.plan(tmp_path / "images", tmp_path / "t", params(), sample=64)
+    report = api.plan(tmp_path / "images", tmp_path / "t", params(), sample=64)
     assert (report.images.pictures, report.sample, report.sample_bad) == (32, 30, 2)
     assert any("2 of 32 pictures of the sample cannot be read" in line for line in report.warnings)
     assert rows(report)["measured on"] == "30 pictures, one view of each; 2 more cannot be read"
@@ -184,7 +184,7 @@ def test_an_images_bucket_is_planned_for(scenes: Path, report: PlanReport, bucke
     place = place_of(f"{bucket}/images")
     for path in scenes.iterdir():
         place.write(path.name, path.read_bytes())
-    told = commands.plan(f"{bucket}/images", f"{bucket}/targets", params(), sample=48)
+    told = api.plan(f"{bucket}/images", f"{bucket}/targets", params(), sample=48)
     assert told.images == report.images
     # Of a bucket's shards other pictures may be taken.
     assert told.chosen.bytes == pytest.approx(report.chosen.bytes, rel=0.03)
@@ -198,7 +198,7 @@ def test_nothing_stays(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     told: list[PlanProgress] = []
-    commands.plan(scenes, tmp_path / "targets", params(), sample=8, on_progress=told.append)
+    api.plan(scenes, tmp_path / "targets", params(), sample=8, on_progress=told.append)
     assert {now.what for now in told} >= {"render", "teacher", "codecs", "stores", "student"}
     assert [path.name for path in tmp_path.rglob("*")] == ["scratch"]
 
@@ -268,7 +268,7 @@ def test_pixels_need_no_teacher() -> None:
 def elsewhere(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
     settings = params("prepare.samples_per_shard=10000", "pretrain.epochs=8", "extract.threads=12")
     targets = tmp_path_factory.mktemp("far") / "targets"
-    return commands.plan(scenes, targets, settings, sample=16, pictures=10**9, devices=64, tflops=39.0)
+    return api.plan(scenes, targets, settings, sample=16, pictures=10**9, devices=64, tflops=39.0)
 
 
 def test_a_billion_pictures_like_these(elsewhere: PlanReport, report: PlanReport) -> None:
@@ -368,7 +368,7 @@ def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: P
 @pytest.mark.parametrize("wrong", [{"pictures": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
 def test_numbers_that_make_no_plan_are_refused(scenes: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="above 0"):
-        commands.plan(scenes, None, params(), **wrong)
+        api.plan(scenes, None, params(), **wrong)
 
 
 # --- free disk ----------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def short_of_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_disk_without_room_is_told(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short_of_disk(monkeypatch, 100_000)
-    report = commands.plan(scenes, tmp_path / "t", params(), sample=8)
+    report = api.plan(scenes, tmp_path / "t", params(), sample=8)
     assert report.space.short
     (line,) = [line for line in report.warnings if "free at" in line]
     assert "will need about" in line
@@ -391,13 +391,13 @@ def test_extraction_warns_before_the_first_view(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     short_of_disk(monkeypatch, 100_000)
-    commands.extract_targets(scenes, tmp_path / "t", params())
+    api.extract_targets(scenes, tmp_path / "t", params())
     told = [str(warning.message) for warning in recwarn if "free at" in str(warning.message)]
     assert len(told) == 1
     assert "may need up to" in told[0]
     # Nothing is left to be done, so nothing more is needed.
     recwarn.clear()
-    commands.extract_targets(scenes, tmp_path / "t", params())
+    api.extract_targets(scenes, tmp_path / "t", params())
     assert [warning for warning in recwarn if "free at" in str(warning.message)] == []
 
 
@@ -423,7 +423,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
 def test_the_command(
     scenes: Path, far: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milan_pipe.terminal.console.width", 80)
+    monkeypatch.setattr("milan_pipe.cli.console.console.width", 80)
     words = [part for text in SETTINGS for part in ("--set", text)]
     more = ["--pictures", 10**9, "--devices", 512, "--tflops", 39] if far else []
     code, out, err = run(capsys, monkeypatch, scenes, "--sample", 8, "--json", *more, *words)

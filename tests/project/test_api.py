@@ -11,9 +11,9 @@ import milan_pipe
 
 
 def test_names_are_functions_after_everything_is_imported() -> None:
+    import milan_pipe.api
     import milan_pipe.cli
-    import milan_pipe.commands
-    import milan_pipe.evaluate
+    import milan_pipe.evaluation.subjects
     import milan_pipe.pretraining
 
     for name in milan_pipe.__all__:

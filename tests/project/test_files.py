@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from milan_pipe.config import Params, load_params
+from milan_pipe.config.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
 

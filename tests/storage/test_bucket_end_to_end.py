@@ -28,10 +28,10 @@ from support.targets import tree
 from support.wild import Command, encoded, scene
 
 from milan_pipe import storage
-from milan_pipe.commands import extract_targets
-from milan_pipe.config import load_params
-from milan_pipe.data.index import read_index
-from milan_pipe.data.prepare import PrepareConfig, prepare
+from milan_pipe.api import extract_targets
+from milan_pipe.config.params import load_params
+from milan_pipe.images.index import read_index
+from milan_pipe.images.prepare import PrepareConfig, prepare
 from milan_pipe.storage import place_of
 
 SETTINGS = {

@@ -17,7 +17,7 @@ import pytest
 from support.targets import check_store, header, tree, write_store
 
 from milan_pipe.errors import DataError, StoreError, printable, resource_hint
-from milan_pipe.extract.scratch import own_folder, remove_abandoned
+from milan_pipe.extraction.scratch import own_folder, remove_abandoned
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_targets
@@ -95,7 +95,7 @@ def test_what_ran_out_is_named(error: Exception, word: str | None) -> None:
 
 def test_the_command_line_raises_the_soft_limit() -> None:
     code = (
-        "import resource; from milan_pipe.terminal import raise_file_limit\n"
+        "import resource; from milan_pipe.cli.console import raise_file_limit\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300)); raise_file_limit()\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from milan_pipe.errors import StoreError
+from milan_pipe.evaluation.features import EmbedConfig, embed_shards
 from milan_pipe.storage import place_of
-from milan_pipe.transfer.features import EmbedConfig, embed_shards
 
 
 def embed(pixels_BHWC: torch.Tensor) -> torch.Tensor:

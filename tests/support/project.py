@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from milan_pipe.config import Params
+from milan_pipe.config.params import Params
 
 SETTINGS = [
     "prepare.train_scenes=48",

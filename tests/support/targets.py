@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milan_pipe.data.views import encode_jpeg
+from milan_pipe.images.views import encode_jpeg
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import CodecConfig, build_codec
 from milan_pipe.targets.schema import (

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Zstd
 
-from milan_pipe.data.demo import render_scene
 from milan_pipe.errors import DataError, ShapeError
+from milan_pipe.images.scenes import render_scene
 from milan_pipe.targets.codec import CodecConfig, build_codec, codec_of, mean_cosine
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo

@@ -11,7 +11,7 @@ import pytest
 from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MilanError
-from milan_pipe.inspection.targets import inspect_targets
+from milan_pipe.reports.inspect_targets import inspect_targets
 from milan_pipe.student.masking import MaskConfig
 from milan_pipe.targets import ledger
 from milan_pipe.targets.convert import convert_targets

@@ -14,8 +14,8 @@ from open_clip.factory import load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from milan_pipe.data.demo import render_scene
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
+from milan_pipe.images.scenes import render_scene
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
 from milan_pipe.teacher.source import demo_folder

@@ -21,8 +21,8 @@ from support.hub import Hub, hub_of
 from support.s3 import free_port
 from torch.testing import assert_close
 
-from milan_pipe import commands
-from milan_pipe.config import load_params
+from milan_pipe import api
+from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
 from milan_pipe.teacher.clip import TeacherConfig, load_teacher
 
@@ -324,25 +324,25 @@ def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
     here, there = models / "gelu", copied(models / "gelu", tmp_path / "elsewhere" / "gelu")
     params = load_params(None, [*SETS, f"teacher.model=local-dir:{here}", "prepare.train_scenes=4",
                                 "prepare.test_scenes=0", "prepare.samples_per_shard=2"])  # fmt: skip
-    commands.prepare("demo", tmp_path / "images", params)
+    api.prepare("demo", tmp_path / "images", params)
     images, targets = str(tmp_path / "images" / "train-*.tar"), tmp_path / "t"
-    commands.extract_targets(images, targets, params, shards="0/2")
+    api.extract_targets(images, targets, params, shards="0/2")
     moved = load_params(None, [*SETS, f"teacher.model=local-dir:{there}"])
-    report = commands.extract_targets(images, targets, moved)
+    report = api.extract_targets(images, targets, moved)
     assert (report.shards, report.skipped) == (2, 1)
     assert str(tmp_path) not in (targets / "zarr.json").read_text()
     # Pretraining holds the settings against the store; this is as far as it must come.
-    assert commands._stated(moved)["teacher"]["model"] == "local-dir:gelu"
+    assert api._stated(moved)["teacher"]["model"] == "local-dir:gelu"
     weights = load_file(there / WEIGHTS)
     weights["visual.proj"] += 1
     save_file(weights, there / WEIGHTS)
     with pytest.raises(MismatchError, match="weights_sha256"):
-        commands.extract_targets(images, targets, moved)
+        api.extract_targets(images, targets, moved)
 
 
 def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
     params = load_params(None, ["prepare.train_scenes=2", "prepare.test_scenes=0"])
-    commands.prepare("demo", tmp_path / "images", params)
+    api.prepare("demo", tmp_path / "images", params)
     sets = [part for text in [*SETS, "teacher.model=hf-hub:org/quick"] for part in ("--set", text)]
     command = [sys.executable, "-m", "milan_pipe", "extract-targets", str(tmp_path / "images" / "train-000000.tar")]
     environment = {

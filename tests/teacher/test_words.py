@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from milan_pipe.data.demo import render_scene
 from milan_pipe.errors import DataError
+from milan_pipe.images.scenes import render_scene
 from milan_pipe.teacher.demo_training import caption_matches, contrastive_loss, shorten_caption
 from milan_pipe.teacher.words import CONTEXT_LENGTH, END_TOKEN, VOCABULARY_SIZE, tokenize
 

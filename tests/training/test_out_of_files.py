@@ -14,10 +14,10 @@ import resource, sys
 from contextlib import suppress
 from pathlib import Path
 from milan_pipe.errors import MilanError
-from milan_pipe.exchange.loading import load_student
+from milan_pipe.interop.loading import load_student
 from milan_pipe.pretraining.bad_batch import replay
 from milan_pipe.training.metrics import cut_metrics
-from milan_pipe.transfer.features import kept_features
+from milan_pipe.evaluation.features import kept_features
 from milan_pipe.weights_file import read_weights
 
 folder = Path(sys.argv[1])

@@ -1,0 +1,116 @@
+"""What the commands share: progress, tables, JSON, and errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from milan_pipe.errors import MilanError, StoppedError, ToldElsewhereError, printable
+
+console = Console(stderr=True)
+# Some programs that are started here close all descriptors that there may be.
+_MOST_FILES = 65536
+
+
+def show_warnings_as_lines() -> None:
+    """Print a warning as one line, without the place in the code that it came from."""
+
+    def show_one(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, (RuntimeWarning, UserWarning)):
+            line = " ".join(str(message).split())
+            console.print(Text.assemble(("warning:", "bold yellow"), " ", printable(line)), soft_wrap=True)
+
+    warnings.showwarning = show_one
+
+
+def plain(text: str, **style: Any) -> Text:
+    """Text for a table or line: neither markup nor control characters in it have an effect."""
+    return Text(printable(text), **style)
+
+
+def _as_dict(report: Any) -> dict[str, Any]:
+    return {str(key): value for key, value in dataclasses.asdict(report).items()}
+
+
+def _settings_as_dict(value: Any) -> Any:
+    return value.model_dump(mode="json")
+
+
+def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
+    """Print a report as a table, and as one line of JSON where that is asked for."""
+    # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, plain(value))
+    console.print(plain(title, style="bold"), soft_wrap=True)
+    console.print(table)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_dict(report), ensure_ascii=False, default=_settings_as_dict) + "\n")
+
+
+@contextmanager
+def progress(*columns: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A progress line; call what it yields with `completed` and the values of `columns`."""
+    parts = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
+    with Progress(
+        SpinnerColumn(),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        *parts,
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    ) as bar:
+        blank: dict[str, Any] = dict.fromkeys(columns, "")
+        task = bar.add_task("", total=total, **blank)
+
+        def update(completed: int, total: int | None = total, **fields: Any) -> None:
+            bar.update(task, completed=completed, total=total, **fields)
+
+        yield update
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files, which most systems set far below the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.splitlines())
+    console.print(Text.assemble(("error:", "bold red"), " ", printable(line)), soft_wrap=True)
+    sys.exit(2)
+
+
+@contextmanager
+def errors_as_one_line() -> Iterator[None]:
+    """End the process with one line and exit code 2 on a mistake of the user, 128 + the signal's number on a signal."""
+    try:
+        yield
+    except StoppedError as stopped:
+        console.print(Text.assemble(("stopped:", "bold yellow"), " ", str(stopped)), soft_wrap=True)
+        sys.exit(128 + stopped.signal)
+    except ToldElsewhereError as told:
+        sys.exit(128 + told.cause.signal if isinstance(told.cause, StoppedError) else 2)
+    except MilanError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted; what was committed stays", style="bold red")
+        sys.exit(130)

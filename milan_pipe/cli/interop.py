@@ -1,0 +1,102 @@
+"""Commands that give weights to other tools and take them from there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.console import console, plain, show
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for model.safetensors and config.json.")],
+    as_json: JsonOption = False,
+) -> Any:
+    """Write the student as timm reads it, from a folder or from its hub.
+
+    The weights have timm's own names, so that any tool that builds on timm can fine-tune them. The decoder is left out.
+    Of a run of finetune the classifier is part of it; RUN/best names the best weights.
+
+    Example: milan-pipe export run vit-milan
+    """
+    from milan_pipe import api
+
+    report = api.export(checkpoint, out)
+    sizes = "".join(f", {name}={value!r}" for name, value in report.model_args.items())
+    rows = {
+        "parameters": f"{report.parameters:,}",
+        "step": str(report.step),
+        "by folder": f"timm.create_model('local-dir:{report.folder}', pretrained=True)",
+        "by name": f"timm.create_model('{report.model}'{sizes}, num_classes={report.classes}, "
+        f"checkpoint_path='{report.weights}')",
+    }
+    show(f"{checkpoint} -> {out}", rows, report, as_json)
+    return report
+
+
+@app.command("import-published")
+def import_published(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Safetensors, or .pth with a state dict.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Run folder for the checkpoint.")],
+    encoder_heads: Annotated[
+        int | None, typer.Option("--encoder-heads", metavar="N", min=1, help="Default: one per 64 channels.")
+    ] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option("--decoder-heads", metavar="N", min=1, help="Default: 16, for a width of 512.")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option("--prefix", metavar="TEXT", help="What stands before every name, as `module.`.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> Any:
+    """Make a checkpoint of a published one: MILAN's or MAE's key names, decoder included.
+
+    A .pth is read without unpickling; one that holds more than tensors is refused, with the reason.
+
+    Example: milan-pipe import-published milan_vit_base.pth runs/published
+    """
+    from milan_pipe import api
+
+    report = api.import_published(file, out, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
+    student, decoder = report.student, report.decoder
+    rows = {
+        "student": f"{student.model}, {student.image_size} pixels, patch {student.patch_size}, width {student.width}, "
+        f"{student.depth} blocks, {student.heads} heads",
+        "decoder": f"{decoder.kind}, width {decoder.width}, {decoder.depth} blocks, {decoder.heads} heads",
+        "predicts": f"{report.output_width} values a token",
+        "parameters": f"{report.parameters:,}",
+        "checkpoint": report.checkpoint,
+    }
+    show(f"{file} -> {out}", rows, report, as_json)
+    return report
+
+
+@app.command("train-demo-teacher")
+def train_demo_teacher(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the weights.")],
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the scenes' small CLIP anew, from pictures and captions alone.
+
+    The package ships what this wrote. It takes about an hour on two cores.
+    """
+    import logging
+
+    from milan_pipe import api
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = api.train_demo_teacher(out, read_settings(params, overrides))
+    console.print(plain(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, in {out}"))
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")

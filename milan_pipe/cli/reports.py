@@ -1,0 +1,172 @@
+"""Commands that show what was extracted and what was learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.console import progress, show
+from milan_pipe.errors import DataError, MissingError
+from milan_pipe.units import size
+
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Local folder for index.html and the PNGs.")]
+KeysOption = Annotated[
+    str | None, typer.Option("--keys", metavar="KEY,...", help="Samples to draw; default: --count of them, spread.")
+]
+EpochOption = Annotated[
+    int, typer.Option("--epoch", metavar="N", min=0, help="Draw the masks of this epoch, counted from 0.")
+]
+
+
+def _keys(text: str | None) -> tuple[str, ...]:
+    return tuple(key for key in (text or "").split(",") if key)
+
+
+@app.command("inspect-targets")
+def inspect_targets(
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    out: OutArgument,
+    keys: KeysOption = None,
+    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many samples.")] = 4,
+    epoch: EpochOption = 0,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Draw what is stored of a few samples.
+
+    All views of each, with the teacher's CLS attention over them, the patches that a student would see, and the patch
+    features as colours: their three principal components over all that is drawn, so that one colour is one meaning.
+    Masks are those of a run with the same settings (section masking).
+
+    OUT/index.html is one page with all pictures in it, OUT/KEY.png one picture for each sample.
+
+    Example: milan-pipe inspect-targets targets looks --keys scene-0000000003,scene-0000000017
+    """
+    from milan_pipe import api
+
+    settings = read_settings(params, overrides)
+    with progress("what") as update:
+        report = api.inspect_targets(
+            targets,
+            out,
+            settings,
+            keys=_keys(keys),
+            count=count,
+            epoch=epoch,
+            on_progress=lambda done, total: update(done, total, what="samples"),
+        )
+    rows = {"page": report.page, "pictures": f"{len(report.pictures)}, {report.views} views each"}
+    show(f"{targets} -> {out}", rows, report, as_json)
+    return report
+
+
+@app.command("inspect-student")
+def inspect_student(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
+    ],
+    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Targets of the teacher that it learned from.")],
+    out: OutArgument,
+    keys: KeysOption = None,
+    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many samples.")] = 8,
+    epoch: EpochOption = 0,
+    view: Annotated[int, typer.Option("--view", metavar="N", min=0, help="Which view of each.")] = 0,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: JsonOption = False,
+) -> Any:
+    """Draw what a student predicts of a few samples, beside what it should have.
+
+    A view, what the student saw of it, target and prediction in the same colours (principal components of the targets
+    drawn), and the cosine between them of each patch. Masks are those of its own run.
+
+    OUT/index.html is one page with all pictures in it, OUT/KEY.png one picture for each sample.
+
+    Example: milan-pipe inspect-student run targets looks --count 16
+    """
+    from milan_pipe import api
+
+    with progress("what") as update:
+        report = api.inspect_student(
+            checkpoint,
+            targets,
+            out,
+            keys=_keys(keys),
+            count=count,
+            epoch=epoch,
+            view=view,
+            device=device,
+            on_progress=lambda done, total: update(done, total, what="samples"),
+        )
+    number = len(report.keys)
+    rows = {
+        "page": report.page,
+        "pictures": f"{len(report.pictures)}, after step {report.step}",
+        "cosine": f"{sum(report.cosine) / number:.4f}, of hidden patches {sum(report.masked_cosine) / number:.4f}",
+    }
+    show(f"{checkpoint}, {targets} -> {out}", rows, report, as_json)
+    return report
+
+
+def _extraction(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"--extraction {file} is not there") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"--extraction {file} cannot be read: {' '.join(str(error).split())}") from error
+    return values
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs: pretrain, finetune, segment, linear-probe."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    targets: Annotated[
+        str | None, typer.Option("--targets", metavar="TARGETS", help="Default: those that each run was trained on.")
+    ] = None,
+    evaluations: Annotated[
+        list[str] | None,
+        typer.Option("--evaluations", metavar="FOLDER", help="What --keep was given; may be named several times."),
+    ] = None,
+    extraction: Annotated[
+        Path | None,
+        typer.Option("--extraction", metavar="FILE", help="What extract-targets --json printed: where time went."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Write one page about one run, or several side by side.
+
+    Settings and where they differ, loss curves together, speed, the store (bytes, fidelity of the codec, pictures set
+    aside), every score with the command that makes it again, pictures of targets, predictions and segmentations. The
+    page holds all of it: it can be mailed, and asks no network.
+
+    Scores of knn and linear-probe are found in the runs that they were told of; runs of finetune, segment and
+    linear-probe are named beside those that they began with.
+
+    Example: milan-pipe report run mae tuned segmented --out report.html
+    """
+    from milan_pipe import api
+
+    told = _extraction(extraction)
+    with progress("what") as update:
+        written = api.report(
+            runs,
+            out,
+            targets=targets,
+            evaluations=evaluations or (),
+            extraction=told,
+            on_progress=lambda done, total: update(done, total, what="runs"),
+        )
+    rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}
+    show("report", rows, written, as_json)
+    return written

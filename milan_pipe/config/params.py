@@ -1,0 +1,148 @@
+"""All settings of a project: the parts' own config classes under one roof, read from a params file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from milan_pipe.config.base import Settings, unknown_key_message
+from milan_pipe.config.recipes import About, recipe_file, recipe_names
+from milan_pipe.errors import MissingError, SettingError
+from milan_pipe.evaluation.augment import AugmentConfig
+from milan_pipe.evaluation.features import EmbedConfig
+from milan_pipe.evaluation.finetune import FinetuneConfig
+from milan_pipe.evaluation.knn import KnnConfig
+from milan_pipe.evaluation.lars_probe import LarsProbeConfig
+from milan_pipe.evaluation.linear_probe import LinearProbeConfig
+from milan_pipe.evaluation.segment import SegmentConfig
+from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.images.prepare import PrepareConfig
+from milan_pipe.images.views import ViewConfig
+from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.masking import MaskConfig
+from milan_pipe.targets.codec import CodecConfig
+from milan_pipe.teacher.clip import TeacherConfig
+from milan_pipe.teacher.demo_training import DemoTeacherConfig
+
+DEFAULT_FILE = Path("params.yaml")
+
+# A bare word stands for the choice that names the section: `masking: random`, `codec: float16`.
+_SHORTHAND = {"masking": "kind", "decoder": "kind", "codec": "name", "teacher": "model"}
+
+
+class Params(Settings):
+    """Every setting there is; defaults are those of the built-in scenes and teacher."""
+
+    about: About | None = Field(None, description="What a recipe says of itself; it changes nothing.")
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
+    views: ViewConfig = Field(default_factory=ViewConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    codec: CodecConfig = Field(default_factory=CodecConfig)
+    extract: ExtractConfig = Field(default_factory=ExtractConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    masking: MaskConfig = Field(default_factory=MaskConfig)
+    decoder: DecoderConfig = Field(default_factory=DecoderConfig)
+    target: Target = Field(
+        "clip",
+        description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients",
+    )
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    knn: KnnConfig = Field(default_factory=KnnConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    lars_probe: LarsProbeConfig = Field(default_factory=LarsProbeConfig)
+    segment: SegmentConfig = Field(default_factory=SegmentConfig)
+    linear_probe: LinearProbeConfig = Field(default_factory=LinearProbeConfig)
+    demo_teacher: DemoTeacherConfig = Field(default_factory=DemoTeacherConfig)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"params file {path} is not there") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingError(f"params file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingError(f"params file {path} holds a {type(content).__name__}, expected sections with keys")
+    return content
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise SettingError(f"--set {override!r} is not understood, expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
+    section, dot, key = name.partition(".")
+    inside = values.get(section)
+    if isinstance(inside, str) and section in _SHORTHAND:
+        inside = {_SHORTHAND[section]: inside}
+    if not dot:
+        if not isinstance(value, str) or section not in _SHORTHAND:
+            values[section] = value
+            return
+        # The word chooses the kind; what else the file says of the section holds.
+        key = _SHORTHAND[section]
+    values[section] = {**(inside if isinstance(inside, dict) else {}), key: value}
+
+
+def _build(values: Mapping[str, Any], where: str) -> Params:
+    parts: dict[str, Any] = {}
+    for section, value in values.items():
+        if section not in Params.model_fields:
+            raise SettingError(unknown_key_message(str(section), Params.model_fields, where))
+        kind = Params.model_fields[section].annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            if isinstance(value, str) and section in _SHORTHAND:
+                value = {_SHORTHAND[section]: value}
+            if not isinstance(value, Mapping):
+                raise SettingError(f"{where}: section {section!r} holds {value!r}, expected keys and values")
+            parts[section] = kind.parse({str(key): entry for key, entry in value.items()}, f"{where}, {section}")
+        else:
+            parts[section] = value
+    params: Params = Params.parse(parts, where)
+    return params
+
+
+def _file_of(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_file() or file.name != str(path) or file.suffix:
+        return file
+    recipe = recipe_file(str(path))
+    if recipe is None:
+        raise MissingError(
+            f"params file {path} is not there, and no recipe has that name; recipes are {', '.join(recipe_names())}"
+        )
+    return recipe
+
+
+def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Params:
+    """Read settings.
+
+    Args:
+        path: a params file, or the name of a recipe that ships with the package; none reads `./params.yaml` where it
+            is, else takes the built-in defaults.
+        overrides: `section.key=value` each, the value in YAML; later ones win.
+
+    Raises:
+        MissingError: the named file is not there, nor a recipe of that name.
+        SettingError: an unknown key (names the nearest known one), or a value of the wrong kind or range.
+    """
+    file = _file_of(path) if path is not None else DEFAULT_FILE
+    values = _read_yaml(file) if path is not None or file.is_file() else {}
+    where = str(file) if values else "the settings"
+    for override in overrides:
+        _apply_override(values, override)
+    return _build(values, where)

@@ -1,0 +1,147 @@
+"""What is done to a picture before a classifier learns from it, with timm's transforms.
+
+Shape suffixes are explained in `milan_pipe.evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from timm.data.mixup import Mixup
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import DataError, SettingError
+from milan_pipe.evaluation.features import centre_view
+from milan_pipe.evaluation.feed import Ask
+from milan_pipe.evaluation.randomness import seeded
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.labelled import LabelledPictures
+from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+
+
+class AugmentConfig(Settings):
+    """Augmentation of training pictures; defaults are those of the scenes, the recipes have ImageNet's."""
+
+    scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored picture")
+    auto_augment: str | None = Field(
+        None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
+    )
+    erasing: float = Field(0.0, ge=0, le=1, description="probability that a rectangle is replaced by noise")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
+    smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels")
+
+
+PLAIN = AugmentConfig(smoothing=0.0)
+"""Crop and flip alone, as a linear probe takes them."""
+
+
+def training_view(config: AugmentConfig, size: int) -> Callable[[Image.Image], Tensor]:
+    """A crop of (3, size, size) normalised floats, drawn from the global generators.
+
+    Raises:
+        SettingError: `auto_augment` is not understood.
+    """
+    if not 0 < config.scale[0] <= config.scale[1] <= 1:
+        raise SettingError(f"augment.scale must be two numbers with 0 < least <= greatest <= 1, found {config.scale}")
+    try:
+        view: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=size,
+            is_training=True,
+            scale=config.scale,
+            hflip=config.flip,
+            color_jitter=None,  # type: ignore[arg-type]
+            auto_augment=config.auto_augment,
+            interpolation="bicubic",
+            re_prob=config.erasing,
+            re_mode="pixel",
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        for step in getattr(view, "transforms", ()):
+            for op in getattr(step, "ops", ()):
+                if str(getattr(op, "name", "")).startswith("Posterize"):
+                    op.aug_fn = _posterize
+        with seeded("trial"):
+            view(Image.new("RGB", (size, size)))
+    # timm checks these words by assertions and look-ups.
+    except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SettingError(
+            f"augment.auto_augment={config.auto_augment!r} is not understood by timm ({error!r}); expected words as "
+            "rand-m9-mstd0.5-inc1"
+        ) from error
+    return view
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    # timm asks for 0 bits at the strongest level, which newer versions of Pillow refuse and older ones painted black.
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
+
+
+class TrainingPictures:
+    """Picture `Ask.number` as a training view of its epoch: (pixels_CHW, label)."""
+
+    def __init__(self, pictures: LabelledPictures, config: AugmentConfig, size: int, seed: int) -> None:
+        self._pictures = pictures
+        self._view = training_view(config, size)
+        self._seed = seed
+
+    def __call__(self, ask: Ask) -> tuple[Tensor, int]:
+        """Raises DataError where the picture cannot be read."""
+        image = decode_image(self._pictures.read(ask.number))
+        with seeded(self._seed, ask.epoch, self._pictures.keys[ask.number]):
+            return self._view(image), int(self._pictures.label_N[ask.number])
+
+
+class TestPictures:
+    """Picture `Ask.number` as it is shown at test time: (pixels_CHW, label)."""
+
+    def __init__(self, pictures: LabelledPictures, size: int, crop: float) -> None:
+        self._pictures = pictures
+        self._size = size
+        self._crop = crop
+
+    def __call__(self, ask: Ask) -> tuple[Tensor, int]:
+        """Raises DataError where the picture cannot be read."""
+        image = decode_image(self._pictures.read(ask.number))
+        pixels_HWC = torch.from_numpy(np.array(centre_view(image, self._size, self._crop)))
+        return normalise(pixels_HWC[None])[0], int(self._pictures.label_N[ask.number])
+
+
+def build_mixup(config: AugmentConfig, classes: int, part: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch with its own reverse, label smoothing included; None where both are off.
+
+    Args:
+        part: pictures that are mixed with each other: a rank's share of the batch.
+
+    Raises:
+        SettingError: it is odd.
+    """
+    if not config.mixup and not config.cutmix:
+        return None
+    if part % 2:
+        raise SettingError(
+            f"mixup and cutmix pair the pictures of a batch, {part} of them on this rank; choose a batch_size that "
+            "gives every rank an even number, or set augment.mixup=0 and augment.cutmix=0"
+        )
+    mixup: Mixup = Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=classes
+    )
+    return mixup
+
+
+def require_labels(pictures: LabelledPictures) -> None:
+    """Refuse a training set of one class alone.
+
+    Raises:
+        DataError: there are not two classes.
+    """
+    if len(np.unique(pictures.label_N)) < 2:
+        raise DataError(f"all pictures of {pictures.where} are of one class; a classifier needs two at least")

@@ -1,0 +1,128 @@
+"""The student with a classifier on top: a timm ViT under timm's own names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from milan_pipe.errors import DataError
+from milan_pipe.evaluation.backbone import Backbone, positions_on
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.weights import load_weights
+from milan_pipe.training.checkpoint import Checkpoint
+
+_HEAD_DEVIATION = 2e-5
+
+
+def timm_sizes(config: StudentConfig) -> dict[str, Any]:
+    """What `timm.create_model` must be given beside the name, as the settings say it."""
+    sizes = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def build_classifier(
+    backbone: Backbone, *, classes: int, image_size: int | None, drop_path: float, seed: int
+) -> tuple[StudentConfig, VisionTransformer]:
+    """A ViT that classifies the norm of the mean of its patches, with the backbone's weights; all of it is trained.
+
+    Args:
+        image_size: side of the input; None: the backbone's. Positions are interpolated.
+        drop_path: rate of the last block; it rises linearly from 0.
+        seed: of the classifier's weights.
+
+    Returns:
+        The sizes that it has, and the model: (B, 3, H, W) normalised floats to (B, classes) logits.
+
+    Raises:
+        SettingError: the patch does not divide `image_size`.
+
+    Source: arXiv 2111.06377, appendix A.1, and its published code for the head: a norm of its own after the mean, in
+    place of the encoder's; classifier weights with deviation 2e-5.
+    """
+    config = backbone.config if image_size is None else backbone.config.model_copy(update={"image_size": image_size})
+    grid = config.grid
+    built: Any = timm.create_model(
+        config.model,
+        pretrained=False,
+        num_classes=classes,
+        global_pool="avg",
+        drop_path_rate=drop_path,
+        **timm_sizes(config),
+    )
+    model: VisionTransformer = built
+    weights = {name: tensor for name, tensor in backbone.weights.items() if not name.startswith("norm.")}
+    weights["pos_embed"] = positions_on(backbone, grid)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        nn.init.trunc_normal_(head.weight, std=_HEAD_DEVIATION, generator=generator)
+        nn.init.zeros_(head.bias)
+    return config, model
+
+
+class LinearClassifier(nn.Module):
+    """A frozen encoder, BatchNorm without affine part, and a linear map, which alone is trained.
+
+    Source: arXiv 2111.06377, appendix A.1.
+    """
+
+    def __init__(self, encoder: VisionTransformer, pool: str, classes: int, seed: int) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.pool = pool
+        self.norm = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(encoder.embed_dim, classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            nn.init.trunc_normal_(self.head.weight, std=0.01, generator=generator)
+            nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> LinearClassifier:
+        """The encoder stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """(B, classes) logits."""
+        with torch.no_grad():
+            tokens_BSD = self.encoder.forward_features(pixels_BCHW)
+            features_BD = tokens_BSD[:, 0] if self.pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
+        logits_BG: Tensor = self.head(self.norm(features_BD.float()))
+        return logits_BG
+
+
+def classifier_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
+    """Sizes and model of a checkpoint that `milan-pipe finetune` wrote: the mean of its weights, where it has one.
+
+    Raises:
+        DataError, MismatchError: its record or its tensors are not those of a classifier.
+    """
+    record = checkpoint.record
+    try:
+        config: StudentConfig = StudentConfig.parse(record["student"], f"{checkpoint.path}, student")
+        classes = record["classes"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error
+    count = classes if isinstance(classes, int) else len(classes)
+    model: Any = timm.create_model(
+        config.model, pretrained=False, num_classes=count, global_pool="avg", **timm_sizes(config)
+    )
+    part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
+    load_weights(model, checkpoint.weights(part), str(checkpoint.path))
+    built: VisionTransformer = model
+    return config, built

@@ -1,0 +1,289 @@
+"""Labelled image shards to frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
+from milan_pipe.images.ahead import decoded_ahead, thread_count
+from milan_pipe.images.decode import MAX_PIXELS, decode_image
+from milan_pipe.images.labelled import is_class_folder, labelled_pictures
+from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.tar import OnBad, Sample, read_shard
+from milan_pipe.student.encoder import encode_all
+from milan_pipe.student.pixels import normalise
+from milan_pipe.weights_file import load_tensors, write_weights
+
+Embedder = Callable[[Tensor], Tensor]
+"""(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
+
+Pool = Literal["cls", "mean"]
+"""Which tokens stand for the picture: the class token, or the mean of the patches."""
+
+
+class EmbedConfig(Settings):
+    """How pictures become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
+
+    batch_size: int = Field(256, ge=1, description="pictures in one forward pass")
+    threads: int = Field(0, ge=0, description="threads that decode pictures; 0: one per processor")
+    crop: float = Field(
+        1.0, gt=0, le=1, description="side of the centre square over the shorter side; ImageNet's custom is 0.875"
+    )
+    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFeatures:
+    """Features of N pictures and the class of each, in the order of their shards.
+
+    Attributes:
+        features_NF: float32, on the CPU.
+        label_N: int64 class indices, 0 or more.
+
+    Raises:
+        ShapeError: the two do not fit each other, or one has another type.
+        DataError: no samples, a feature that is not finite, or a label below 0.
+    """
+
+    features_NF: Tensor
+    label_N: Tensor
+
+    def __post_init__(self) -> None:
+        features_NF, label_N = self.features_NF, self.label_N
+        if features_NF.ndim != 2 or label_N.shape != features_NF.shape[:1]:
+            raise ShapeError(
+                f"features have shape {tuple(features_NF.shape)}, labels {tuple(label_N.shape)}; expected (N, F), (N,)"
+            )
+        if features_NF.dtype != torch.float32 or label_N.dtype != torch.int64:
+            raise ShapeError(
+                f"features are {features_NF.dtype}, labels {label_N.dtype}; expected torch.float32 and torch.int64"
+            )
+        if not features_NF.numel():
+            raise DataError("there are no features; expected one sample and one value at least")
+        broken = int((~features_NF.isfinite().all(dim=1)).sum())
+        if broken:
+            raise DataError(
+                f"features of {broken} of {len(label_N)} pictures are not finite; the encoder's weights may have "
+                "diverged: take an earlier checkpoint"
+            )
+        if int(label_N.min()) < 0:
+            raise DataError(f"label {int(label_N.min())} is no class; expected 0 or more")
+
+
+def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
+    """See that what is learnt on `train` can be asked of `test`.
+
+    Raises:
+        ShapeError: their features differ in width.
+        DataError: `test` has classes that `train` lacks.
+    """
+    if train.features_NF.shape[1] != test.features_NF.shape[1]:
+        raise ShapeError(
+            f"train features are {train.features_NF.shape[1]} wide, test features {test.features_NF.shape[1]}; "
+            "embed both with the same encoder"
+        )
+    lacking = sorted(set(test.label_N.tolist()) - set(train.label_N.tolist()))
+    if lacking:
+        named = ", ".join(map(str, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
+        raise DataError(
+            f"test pictures are of classes that no train picture has ({len(lacking)}): {named}; prepare both from "
+            "folders of the same class names"
+        )
+
+
+def student_embedder(encoder: VisionTransformer, pool: Pool, device: torch.device) -> Embedder:
+    """The encoder as an `Embedder`: all patches seen, tokens taken after the final norm.
+
+    Args:
+        encoder: from `build_encoder`; moved to `device` in place. Each call runs it in evaluation mode, and leaves it
+            in the mode it was in.
+        pool: "cls" or "mean".
+        device: where the forward pass runs.
+
+    Returns:
+        An embedder of F = D, which raises ShapeError where the pixels are not of the encoder's input size.
+
+    Raises:
+        SettingError: no such pool.
+    """
+    if pool not in ("cls", "mean"):
+        raise SettingError(f"pool {pool!r} is not known, expected cls or mean")
+    encoder.to(device)
+
+    def embed(pixels_BHWC: Tensor) -> Tensor:
+        was_training = encoder.training
+        encoder.eval()
+        try:
+            tokens_BSD = encode_all(encoder, normalise(pixels_BHWC.to(device)))
+        finally:
+            encoder.train(was_training)
+        return tokens_BSD[:, 0] if pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
+
+    return embed
+
+
+def kept_features(
+    folder: str | Path | None, identity: Mapping[str, object], compute: Callable[[], LabelledFeatures]
+) -> LabelledFeatures:
+    """Features that were computed before, or compute and keep them.
+
+    Args:
+        folder: where they are kept, one file for each identity; None keeps nothing.
+        identity: JSON data, all that the features depend on.
+
+    Raises:
+        DataError: a kept file is damaged.
+        StoreError: FOLDER cannot be written, or a kept file not be read.
+    """
+    if folder is None:
+        return compute()
+    name = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:32]
+    file = Path(folder) / f"{name}.safetensors"
+    if file.is_file():
+        try:
+            kept = load_tensors(file)
+            return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+        except (SafetensorError, KeyError, ShapeError) as error:
+            raise DataError(
+                f"{file} cannot be read ({type(error).__name__}); remove it, features are then made anew"
+            ) from None
+    found = compute()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_weights({"features": found.features_NF, "labels": found.label_N}, file)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return found
+
+
+def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:
+    """The picture's centre square, (size, size, 3), as pictures are shown at test time.
+
+    The shorter side is resized to floor(size / crop), bicubic with antialiasing, the longer one in proportion and
+    rounded down; then the centre is cut out.
+
+    Raises:
+        DataError: so long and thin that the resized picture would pass `MAX_PIXELS`.
+
+    Source: torchvision's Resize and CenterCrop, with timm's rule for the shorter side.
+    """
+    shorter = max(size, math.floor(size / crop))
+    short_side = min(image.size)
+    width, height = (shorter * side // short_side for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{image.width} x {image.height} pixels, too long and thin: {width} x {height} when resized")
+    scaled = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in scaled.size)
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
+
+
+def embed_shards(
+    images: str | Path,
+    embedder: Embedder,
+    size: int,
+    config: EmbedConfig,
+    on_bad: OnBad | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> LabelledFeatures:
+    """Embed all labelled pictures of `images`, without gradients.
+
+    Pictures are decoded on threads, a bounded number of them ahead of the forward pass. The result, order included,
+    does not depend on `config.threads`.
+
+    Args:
+        images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store. Or a folder
+            with one subfolder of pictures per class.
+        embedder: as `student_embedder` makes.
+        size: height and width of the pixels that `embedder` takes.
+        config: `pool` is the embedder's concern and not read here.
+        on_bad: told key and reason of each picture that cannot be read and is left out.
+        on_progress: told after each forward pass how many pictures are done.
+
+    Raises:
+        MissingError: the shards are not there.
+        DataError: a shard is damaged, a picture has no label, no picture can be read, or a feature is not finite.
+        ShapeError: the embedder does not return (B, F).
+        SettingError: `size` is below 1.
+        StoreError: the object store cannot be read.
+    """
+    if size < 1:
+        raise SettingError(f"size is {size} pixels, expected 1 or more")
+    bad = 0
+
+    def set_aside(key: str, reason: str) -> None:
+        nonlocal bad
+        bad += 1
+        if on_bad is not None:
+            on_bad(key, reason)
+
+    threads = thread_count(config.threads)
+    ahead = max(config.batch_size, 32 * threads)
+    views = decoded_ahead(
+        _labelled(images, set_aside),
+        lambda sample: _view(sample, size, config.crop),
+        threads,
+        ahead,
+        set_aside,
+    )
+    features: list[Tensor] = []
+    labels: list[int] = []
+    while batch := list(islice(views, config.batch_size)):
+        pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _ in batch]))
+        with torch.inference_mode():
+            features_BF = embedder(pixels_BHWC)
+        if features_BF.ndim != 2 or len(features_BF) != len(batch):
+            raise ShapeError(
+                f"the embedder returned shape {tuple(features_BF.shape)} for {len(batch)} pictures, expected (B, F)"
+            )
+        features.append(features_BF.to("cpu", torch.float32))
+        labels.extend(label for _, label in batch)
+        if on_progress is not None:
+            on_progress(len(labels))
+    if not labels:
+        raise DataError(f"none of the {bad} pictures of {images} can be read; prepare the shards again")
+    # Concatenated outside inference mode: the result is an ordinary tensor.
+    return LabelledFeatures(features_NF=torch.cat(features), label_N=torch.tensor(labels))
+
+
+def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
+    if is_class_folder(images):
+        pictures = labelled_pictures(images, on_bad)
+        for number, key in enumerate(pictures.keys):
+            try:
+                data = pictures.read(number)
+            except DataError as error:
+                on_bad(key, str(error))
+            else:
+                yield Sample(key=key, data=data, label=int(pictures.label_N[number]), caption=None)
+        return
+    for shard in expand_shards(images):
+        for sample in read_shard(shard, on_bad):
+            if sample.label < 0:
+                raise DataError(
+                    f"shard {shard}: picture {sample.key!r} has no label; put pictures into one folder per class and "
+                    "run `milan-pipe prepare`, or add a .cls member with the class index"
+                )
+            yield sample
+
+
+def _view(sample: Sample, size: int, crop: float) -> tuple[NDArray[np.uint8], int]:
+    return centre_view(decode_image(sample.data), size, crop), sample.label

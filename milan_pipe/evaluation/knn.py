@@ -1,0 +1,82 @@
+"""Weighted nearest neighbours on frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import SettingError
+from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
+
+_CHUNK_VALUES = 2**24
+"""Similarities (or votes) that are held at a time: 64 MiB of float32."""
+
+
+class KnnConfig(Settings):
+    """How neighbours vote."""
+
+    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 20, 100, 200), min_length=1, description="each number of neighbours to report"
+    )
+    temperature: float = Field(
+        0.07, gt=0, allow_inf_nan=False, description="a neighbour's vote is exp(cosine / temperature)"
+    )
+
+
+def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnConfig) -> dict[int, float]:
+    """Share of test pictures whose nearest train pictures vote for the right class.
+
+    Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64;
+    where classes draw, the lowest class index wins. Memory is bounded: test pictures go in chunks.
+
+    Args:
+        train, test: features of one encoder.
+        config: numbers of neighbours above the number of train pictures are left out of the answer.
+
+    Returns:
+        Accuracy in 0..1 for each number of neighbours, in rising order.
+
+    Raises:
+        SettingError: all of `config.neighbours` are above the number of train pictures.
+        ShapeError, DataError: as `check_same_task`.
+
+    Source: arXiv 1805.01978, section 3.4, as arXiv 2104.14294 (DINO) evaluates.
+    """
+    check_same_task(train, test)
+    samples = len(train.label_N)
+    counts = sorted({count for count in config.neighbours if count <= samples})
+    if not counts:
+        raise SettingError(
+            f"knn.neighbours asks for {min(config.neighbours)} and more, the train set has {samples} pictures; "
+            "give a smaller number"
+        )
+    # Sorted, so that the first of equal votes is the lowest class.
+    class_G, train_class_N = torch.unique(train.label_N, return_inverse=True)
+    train_NF = F.normalize(train.features_NF, dim=1)
+    rows = max(1, _CHUNK_VALUES // max(samples, len(class_G)))
+    right = dict.fromkeys(counts, 0)
+    for start in range(0, len(test.label_N), rows):
+        features_BF, label_B = test.features_NF[start : start + rows], test.label_N[start : start + rows]
+        cosine_BK, nearest_BK = (F.normalize(features_BF, dim=1) @ train_NF.T).topk(counts[-1], dim=1)
+        # Relative to the nearest neighbour: the same winner, and no overflow at a low temperature.
+        weight_BK = ((cosine_BK.double() - cosine_BK[:, :1].double()) / config.temperature).exp()
+        winners = _winners(train_class_N[nearest_BK], weight_BK, counts, len(class_G))
+        for count, winner_B in zip(counts, winners, strict=True):
+            right[count] += int((class_G[winner_B] == label_B).sum())
+    return {count: hits / len(test.label_N) for count, hits in right.items()}
+
+
+def _winners(class_BK: Tensor, weight_BK: Tensor, counts: Sequence[int], classes: int) -> list[Tensor]:
+    """Class of the most votes among the first `count` neighbours, for each of the rising `counts`."""
+    votes_BG = torch.zeros(len(class_BK), classes, dtype=weight_BK.dtype)
+    winners = []
+    for start, stop in zip([0, *counts[:-1]], counts, strict=True):
+        votes_BG.scatter_add_(1, class_BK[:, start:stop], weight_BK[:, start:stop])
+        winners.append(votes_BG.argmax(dim=1))
+    return winners

@@ -1,0 +1,111 @@
+"""The linear probe by protocol: frozen student, BatchNorm without affine part, a linear map trained with LARS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from timm.optim.lars import Lars
+
+from milan_pipe.evaluation.augment import PLAIN
+from milan_pipe.evaluation.backbone import backbone_of
+from milan_pipe.evaluation.classifier import LinearClassifier
+from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
+from milan_pipe.evaluation.features import Pool
+from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
+from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.weights import load_weights
+from milan_pipe.training.distributed import Ranks
+from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.settings import FREE, RunSettings
+from milan_pipe.training.step import resolve_precision
+
+
+class LarsProbeConfig(RunSettings):
+    """The protocol of the linear probe; defaults are those of the scenes."""
+
+    epochs: int = Field(20, ge=1)
+    warmup_epochs: float = Field(2, ge=0)
+    batch_size: int = Field(512, ge=1, description="over all ranks")
+    lr: float = Field(5.0, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    scale: tuple[float, float] = Field((0.08, 1.0), description="least and greatest share of the area that is cropped")
+    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
+    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
+    eval_every: int = Field(5, ge=1, description="epochs between two evaluations")
+
+
+def lars_probe(
+    checkpoint: str | Path,
+    train: str | Path,
+    val: str | Path,
+    run: str | Path,
+    *,
+    student: StudentConfig,
+    config: LarsProbeConfig,
+    record: Mapping[str, Any] | None = None,
+    on_progress: Callable[[TrainProgress], None] = lambda _: None,
+) -> SupervisedReport:
+    """Train a linear classifier on the frozen student, pictures cropped and mirrored anew in every epoch.
+
+    It goes on after an interruption as `finetune` does; arguments and errors are those.
+
+    Source: arXiv 2111.06377, appendix A.1: LARS without weight decay, trust coefficient 0.001, the bias without it.
+    """
+
+    def build(ranks: Ranks, folder: Path) -> ClassifyTask:
+        settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
+        backbone = backbone_of(checkpoint, student, config.seed)
+        bad: list[tuple[str, str]] = []
+        pictures = find_pictures(train, val, bad)
+        encoder = build_encoder(backbone.config)
+        load_weights(encoder, backbone.weights, backbone.name)
+        model = LinearClassifier(encoder, config.pool, pictures.classes, head_seed(config.seed)).to(ranks.device)
+        peak = config.lr * config.batch_size / 256
+        optimiser = Lars(
+            [
+                {"params": [model.head.weight], "always_adapt": True},
+                {"params": [model.head.bias], "always_adapt": False},
+            ],
+            lr=peak,
+            momentum=config.momentum,
+            weight_decay=0.0,
+            trust_coeff=0.001,
+        )
+        sizes: dict[str, Any] = backbone.config.model_dump(mode="json")
+        return ClassifyTask(
+            "linear-probe",
+            run=folder,
+            ranks=ranks,
+            pictures=pictures,
+            model=model,
+            optimiser=optimiser,
+            augment=PLAIN.model_copy(update={"scale": config.scale}),
+            plan=ClassifyPlan(
+                epochs=config.epochs,
+                warmup_epochs=config.warmup_epochs,
+                batch_size=config.batch_size,
+                peak_lr=peak,
+                final_lr=0.0,
+                eval_every=config.eval_every,
+                image_size=backbone.config.image_size,
+                crop=config.crop,
+                train_fraction=1.0,
+            ),
+            settings=settings,
+            configuration={
+                "lars_probe": settings.model_dump(mode="json", exclude=FREE),
+                "student": {**sizes, "weights": backbone.digest()},
+            },
+            record={
+                "student": sizes,
+                "classes": pictures.names or pictures.classes,
+                "backbone": backbone.name,
+                **(record or {}),
+            },
+            bad=bad,
+        )
+
+    return run_supervised(run, config.device, build, on_progress)

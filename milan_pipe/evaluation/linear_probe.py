@@ -1,0 +1,148 @@
+"""A linear classifier on frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import DataError
+from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class LinearProbeConfig(Settings):
+    """How the classifier is fitted. Minimised is mean cross-entropy + l2 / 2 * squared weights, the bias left free."""
+
+    l2: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="strengths to choose from; one alone is taken as it is"
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the train pictures on which the strength is chosen"
+    )
+    max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
+    seed: int = Field(0, ge=0, description="draws the pictures on which the strength is chosen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What a linear probe came to.
+
+    Attributes:
+        accuracy: on the test pictures, 0..1.
+        l2: strength that was chosen.
+        train_accuracy: of the same classifier on the pictures it was fitted to.
+        converged: False where the last fit stopped at `max_iterations` or for want of progress: raise
+            `max_iterations`, or drop the smallest strengths.
+    """
+
+    accuracy: float
+    l2: float
+    train_accuracy: float
+    converged: bool
+
+
+def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeConfig) -> ProbeResult:
+    """Fit multinomial logistic regression on `train`, report it on `test`.
+
+    Each feature is shifted and scaled by mean and deviation of the pictures fitted to, a BatchNorm without affine
+    part; constant features become 0. The strength is chosen on a held-out part of `train` (the strongest of equals),
+    then the classifier is fitted to all of `train`. `test` is looked at once.
+
+    Returns:
+        The same record each time for the same arguments, up to the arithmetic of the machine's BLAS.
+
+    Raises:
+        DataError: fewer than two classes, no train picture to hold out, or as `check_same_task`.
+        ShapeError: as `check_same_task`.
+    """
+    check_same_task(train, test)
+    features_NF, label_N = _arrays(train)
+    if len(np.unique(label_N)) < 2:
+        raise DataError(f"all train pictures are of class {label_N[0]}; a linear probe needs two classes at least")
+    l2 = config.l2[0] if len(set(config.l2)) == 1 else _choose_l2(features_NF, label_N, config)
+    probe = _Probe(features_NF, label_N, config.max_iterations)
+    probe.fit(l2)
+    return ProbeResult(
+        accuracy=probe.accuracy(*_arrays(test)),
+        l2=l2,
+        train_accuracy=probe.accuracy(features_NF, label_N),
+        converged=probe.converged,
+    )
+
+
+class _Probe:
+    """A scaler and a classifier of one set of samples. A fit starts from the weights of the one before."""
+
+    def __init__(self, features_NF: Floats, label_N: Ints, max_iterations: int) -> None:
+        self._scaler = StandardScaler().fit(features_NF)
+        self._features_NF = self._scaler.transform(features_NF)
+        self._label_N = label_N
+        self._model = LogisticRegression(solver="lbfgs", max_iter=max_iterations, warm_start=True)
+        self.converged = False
+
+    def fit(self, l2: float) -> None:
+        # scikit-learn weighs the sum over samples against the penalty; l2 is relative to the mean.
+        self._model.set_params(C=1.0 / (l2 * len(self._label_N)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            self._model.fit(self._features_NF, self._label_N)
+        self.converged = True
+        for warning in caught:
+            if issubclass(warning.category, ConvergenceWarning):
+                self.converged = False
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def accuracy(self, features_NF: Floats, label_N: Ints) -> float:
+        predicted_N: Any = self._model.predict(self._scaler.transform(features_NF))
+        return float(np.mean(predicted_N == label_N))
+
+
+def _arrays(data: LabelledFeatures) -> tuple[Floats, Ints]:
+    # float64: L-BFGS on float32 gives up early, where rounding hides its progress.
+    return data.features_NF.double().numpy(), data.label_N.numpy()
+
+
+def _choose_l2(features_NF: Floats, label_N: Ints, config: LinearProbeConfig) -> float:
+    held_N = _held_out(label_N, config.validation_fraction, config.seed)
+    probe = _Probe(features_NF[~held_N], label_N[~held_N], config.max_iterations)
+    best, best_accuracy = 0.0, -1.0
+    # From strong to weak: the strong fit is quick, and a good start for the next.
+    for l2 in sorted(set(config.l2), reverse=True):
+        probe.fit(l2)
+        accuracy = probe.accuracy(features_NF[held_N], label_N[held_N])
+        if accuracy > best_accuracy:
+            best, best_accuracy = l2, accuracy
+    return best
+
+
+def _held_out(label_N: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which samples to hold out: spread evenly over the classes, and never the last one of a class.
+
+    Raises:
+        DataError: every class has one sample only.
+    """
+    shuffled_N = np.random.default_rng(seed).permutation(len(label_N))
+    by_class_N = shuffled_N[np.argsort(label_N[shuffled_N], kind="stable")]
+    first_N = np.diff(label_N[by_class_N], prepend=-1) != 0
+    spare = by_class_N[~first_N]
+    if not len(spare):
+        raise DataError(
+            "every class has one train picture, none can be held out to choose linear_probe.l2; give one l2, or more "
+            "pictures"
+        )
+    wanted = min(max(1, round(fraction * len(label_N))), len(spare))
+    held_N = np.zeros(len(label_N), dtype=np.bool_)
+    held_N[spare[np.arange(wanted) * len(spare) // wanted]] = True
+    return held_N

@@ -1,0 +1,127 @@
+"""What is done to a picture and its mask before a segmentation learns from them.
+
+Every draw is a function of seed, epoch and key. Shape suffixes are explained in `milan_pipe.evaluation`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from milan_pipe.evaluation.feed import Ask
+from milan_pipe.evaluation.randomness import seed_of
+from milan_pipe.evaluation.sliding import scaled_size
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.masked import MaskedPictures, MaskRule, decode_mask
+from milan_pipe.student.pixels import normalise
+
+_TRIES = 10
+_MOST_OF_ONE_CLASS = 0.75
+
+
+def photometric(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness by up to 32 levels, contrast and saturation by 0.5 to 1.5, hue by up to 18 of 180 degrees.
+
+    Each with probability 1/2, contrast before or after the other two.
+
+    Source: SSD, arXiv 1512.02325, with the numbers of MMSegmentation's PhotoMetricDistortion.
+    """
+    pixels = np.asarray(image, dtype=np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels + np.float32(rng.uniform(-32, 32))
+    early, contrast = rng.random() < 0.5, np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else None
+    if early and contrast is not None:
+        pixels = pixels * contrast
+    saturation = np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else None
+    hue = int(rng.integers(-18, 19)) if rng.random() < 0.5 else 0
+    if saturation is not None or hue:
+        hsv = np.asarray(_picture(pixels).convert("HSV"), dtype=np.float32).copy()
+        if saturation is not None:
+            hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
+        hsv[..., 0] = (hsv[..., 0] + hue * 256 / 180) % 256
+        rgb = Image.frombytes("HSV", image.size, hsv.astype(np.uint8).tobytes()).convert("RGB")
+        pixels = np.asarray(rgb, dtype=np.float32)
+    if not early and contrast is not None:
+        pixels = pixels * contrast
+    return _picture(pixels)
+
+
+def _picture(pixels: NDArray[np.float32]) -> Image.Image:
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+def crop_corner(mask_HW: NDArray[np.int64], side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Where a square begins: drawn anew, up to ten times, while one class has more than 3/4 of its labelled pixels."""
+    height, width = mask_HW.shape
+    corner = (0, 0)
+    for _ in range(_TRIES):
+        corner = int(rng.integers(0, max(height - side, 0) + 1)), int(rng.integers(0, max(width - side, 0) + 1))
+        part = mask_HW[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
+        counts = np.unique(part[part >= 0], return_counts=True)[1]
+        if len(counts) > 1 and counts.max() / counts.sum() < _MOST_OF_ONE_CLASS:
+            break
+    return corner
+
+
+class TrainingMasks:
+    """Picture `Ask.number` as a training view of its epoch: (pixels_CHW, mask_HW), both `side` squares, -1 no class.
+
+    Args:
+        short: shorter side of the picture at ratio 1.
+        ratio: least and greatest ratio by which it is resized.
+    """
+
+    def __init__(
+        self, pictures: MaskedPictures, rule: MaskRule, *, side: int, short: int, ratio: tuple[float, float], seed: int
+    ) -> None:
+        self._pictures = pictures
+        self._rule = rule
+        self._side = side
+        self._short = short
+        self._ratio = ratio
+        self._seed = seed
+
+    def __call__(self, ask: Ask) -> tuple[Tensor, Tensor]:
+        """Raises DataError where the picture cannot be read, LabelError where its mask is wrong."""
+        key = self._pictures.keys[ask.number]
+        image = decode_image(self._pictures.picture(ask.number))
+        mask_HW = decode_mask(self._pictures.mask(ask.number), self._rule, (image.height, image.width), key)
+        rng = np.random.Generator(np.random.Philox(key=seed_of(self._seed, ask.epoch, key)))
+        short = self._short * rng.uniform(*self._ratio)
+        height, width = scaled_size(mask_HW.shape, short, 4 * short)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        scaled = Image.fromarray(mask_HW.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+        mask_HW = np.asarray(scaled, dtype=np.int64)
+        top, left = crop_corner(mask_HW, self._side, rng)
+        image = image.crop((left, top, min(left + self._side, width), min(top + self._side, height)))
+        mask_HW = mask_HW[top : top + self._side, left : left + self._side]
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            mask_HW = mask_HW[:, ::-1]
+        pixels_CHW = normalise(torch.from_numpy(np.array(photometric(image, rng)))[None])[0]
+        padded_CHW = pixels_CHW.new_zeros((3, self._side, self._side))
+        padded_CHW[:, : image.height, : image.width] = pixels_CHW
+        padded_HW = np.full((self._side, self._side), -1, dtype=np.int64)
+        padded_HW[: image.height, : image.width] = mask_HW
+        return padded_CHW, torch.from_numpy(padded_HW)
+
+
+class TestMasks:
+    """Picture `Ask.number` and its mask, untouched: (image, mask_HW).
+
+    Their sizes differ, so that they are not stacked; neither is a tensor, see `feed`.
+    """
+
+    def __init__(self, pictures: MaskedPictures, rule: MaskRule) -> None:
+        self._pictures = pictures
+        self._rule = rule
+
+    def __call__(self, ask: Ask) -> tuple[Image.Image, NDArray[np.int64]]:
+        """Raises as `TrainingMasks`."""
+        image = decode_image(self._pictures.picture(ask.number))
+        key = self._pictures.keys[ask.number]
+        size = image.height, image.width
+        return image, decode_mask(self._pictures.mask(ask.number), self._rule, size, key)

@@ -1,0 +1,133 @@
+"""UperNet on a plain ViT: four of its blocks as a pyramid, pooled and fused, and an auxiliary head.
+
+Shape suffixes are explained in `milan_pipe.evaluation`. The decoder is segmentation-models-pytorch's; it puts a layer
+norm before each level of the pyramid, which the heads of MMSegmentation have not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milan_pipe.errors import SettingError
+from milan_pipe.evaluation.backbone import Backbone, positions_on
+from milan_pipe.evaluation.classifier import timm_sizes
+from milan_pipe.student.encoder import StudentConfig
+
+
+def default_blocks(depth: int) -> tuple[int, int, int, int]:
+    """Blocks whose outputs make the pyramid, counted from 0: 3, 5, 7, 11 of 12, and 7, 11, 15, 23 of 24."""
+    first, second, third = (max(1, round(depth * part)) - 1 for part in (1 / 3, 1 / 2, 2 / 3))
+    return first, second, third, depth - 1
+
+
+class _Pyramid(nn.Module):
+    """Patch maps at the patch's stride p to strides p / 4, p / 2, p and 2 p.
+
+    Source: arXiv 2106.08254 (BEiT), its published code for ADE20K.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.four_times = nn.Sequential(
+            nn.ConvTranspose2d(width, width, 2, 2),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.ConvTranspose2d(width, width, 2, 2),
+        )
+        self.twice = nn.ConvTranspose2d(width, width, 2, 2)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps (B, D, h, w) to four of sizes 4h, 2h, h and ceil(h / 2)."""
+        first, second, third, fourth = maps
+        return [self.four_times(first), self.twice(second), third, F.max_pool2d(fourth, 2, ceil_mode=True)]
+
+
+class UperNet(nn.Module):
+    """A ViT, the pyramid of its blocks, UperNet's decoder, and on the third level an auxiliary FCN head.
+
+    Source: arXiv 1807.10221; sizes of the auxiliary head (one convolution, 256 channels) and the dropout of 0.1 before
+    both classifiers as MMSegmentation has them.
+    """
+
+    def __init__(self, encoder: VisionTransformer, blocks: tuple[int, ...], channels: int, classes: int) -> None:
+        super().__init__()
+        width = encoder.embed_dim
+        self.encoder = encoder
+        self.blocks = blocks
+        self.pyramid = _Pyramid(width)
+        # The decoder leaves out the first two levels, which are those of strides 1 and 2 in other encoders.
+        self.decoder = UPerNetDecoder([0, 0, width, width, width, width], encoder_depth=5, decoder_channels=channels)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, classes, 1))
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(width, 256, 3, padding=1, bias=False),
+            nn.BatchNorm2d(256),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(256, classes, 1),
+        )
+
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, G, H, W) at the input's size, and in training the auxiliary head's as well."""
+        size = pixels_BCHW.shape[-2:]
+        # A shallow encoder gives one block to several levels.
+        taken = sorted(set(self.blocks))
+        found: Any = self.encoder.forward_intermediates(
+            pixels_BCHW, indices=taken, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+        levels = self.pyramid([found[taken.index(block)] for block in self.blocks])
+        unused = levels[0].new_zeros(())
+        logits = self.classify(self.decoder([unused, unused, *levels]))
+        whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        if not self.training:
+            return whole, None
+        auxiliary = F.interpolate(self.auxiliary(levels[2]), size=size, mode="bilinear", align_corners=False)
+        return whole, auxiliary
+
+
+def build_upernet(
+    backbone: Backbone,
+    *,
+    classes: int,
+    crop: int | None,
+    blocks: tuple[int, ...] | None,
+    channels: int,
+    drop_path: float,
+    seed: int,
+) -> tuple[StudentConfig, UperNet]:
+    """UperNet on the backbone's weights; all of it is trained.
+
+    Args:
+        crop: side of the input; None: the backbone's. Positions are interpolated.
+        blocks: four blocks, not falling, counted from 0; None: `default_blocks`. Those after the last one are left out.
+        seed: of the heads' weights.
+
+    Raises:
+        SettingError: the patch does not divide `crop`, or there are no such blocks.
+    """
+    config = backbone.config if crop is None else backbone.config.model_copy(update={"image_size": crop})
+    grid = config.grid
+    model: Any = timm.create_model(
+        config.model, pretrained=False, num_classes=0, drop_path_rate=drop_path, **timm_sizes(config)
+    )
+    encoder: VisionTransformer = model
+    depth = len(encoder.blocks)
+    chosen = default_blocks(depth) if blocks is None else blocks
+    if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:
+        raise SettingError(
+            f"segment.blocks is {list(chosen)}, expected four block numbers, not falling, from 0 to {depth - 1}, as "
+            f"{list(default_blocks(depth))}"
+        )
+    encoder.load_state_dict({**backbone.weights, "pos_embed": positions_on(backbone, grid)})
+    # What no head reads would get no gradient.
+    encoder.norm = nn.Identity()
+    encoder.blocks = encoder.blocks[: chosen[-1] + 1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return config, UperNet(encoder, chosen, channels, classes)

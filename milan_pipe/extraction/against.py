@@ -1,0 +1,100 @@
+"""Stored targets against the teacher run live on the stored views."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from milan_pipe.devices import resolve_device
+from milan_pipe.errors import DataError, MissingError
+from milan_pipe.images.views import decode_jpeg
+from milan_pipe.storage import place_of
+from milan_pipe.targets import ledger
+from milan_pipe.targets.codec import codec_of, mean_cosine
+from milan_pipe.targets.schema import ViewRun, require_same_header
+from milan_pipe.targets.store import read_header
+from milan_pipe.targets.verify import Problem
+from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+
+_ATTENTION_TOLERANCE = 0.02
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+class TeacherCheck:
+    """Compares a few views of each shard; a check for `verify_targets`."""
+
+    def __init__(
+        self,
+        targets: str | Path,
+        teacher: TeacherConfig | None,
+        grid: tuple[int, int] | None,
+        device: str,
+        views_per_shard: int,
+    ) -> None:
+        """Load the teacher.
+
+        Args:
+            teacher: none takes what the store's header says of it.
+
+        Raises:
+            MissingError: there is no store.
+            MismatchError: the teacher that the settings name is not the store's.
+        """
+        place = place_of(targets)
+        header = read_header(place)
+        if header is None:
+            raise MissingError(f"{place} is not a target store")
+        if teacher is None:
+            told = header.teacher.model_dump(include=set(TeacherConfig.model_fields))
+            teacher = TeacherConfig.parse(told, f"{place}, teacher")
+        self._teacher = load_teacher(teacher, resolve_device(device), grid=grid)
+        require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), place)
+        self._codec = codec_of(header.codec)
+        self._views = header.views.count
+        self._per_shard = views_per_shard
+        self._place = place
+
+    def _rows(self, shard: str, samples: int, view: int) -> list[int]:
+        """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
+        first = _seed(shard) % self._views
+        wanted = (self._per_shard + self._views - 1 - (view - first) % self._views) // self._views
+        return sorted(np.random.default_rng(_seed(f"{shard}/{view}")).permutation(samples)[:wanted].tolist())
+
+    def __call__(self, shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
+        """Compare what a run has of the `views_per_shard` views of its shard."""
+        rows = [row - start for row in self._rows(shard, samples, view) if start <= row < start + len(run.keys)]
+        if not rows:
+            return
+        try:
+            pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
+        except DataError:
+            return  # told by the check of the views themselves
+        live = self._teacher(torch.from_numpy(pixels))
+        scale = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
+        stored = self._codec.decode(torch.from_numpy(run.code_NST[rows]), scale)
+        importance = live.importance_BL.cpu()
+        importance = importance / importance.sum(dim=1, keepdim=True)
+        attention = torch.from_numpy(run.attention_NL[rows]).float()
+        for i, row in enumerate(rows):
+            cosine = mean_cosine(live.features_BST[i].cpu(), stored[i])
+            if not cosine >= self._codec.least_cosine:
+                yield self._problem(
+                    shard, "features", f"view {view} of {run.keys[row]}: cosine {cosine:.6f} with the teacher run live"
+                )
+            off = float((attention[i] - importance[i]).abs().sum())
+            if not off <= _ATTENTION_TOLERANCE:
+                yield self._problem(
+                    shard,
+                    "attention",
+                    f"view {view} of {run.keys[row]}: differs by {off:.4f} from the teacher run live",
+                )
+
+    def _problem(self, shard: str, array: str, what: str) -> Problem:
+        return Problem(shard=shard, array=array, what=what, mend=ledger.redo_command(self._place, shard))

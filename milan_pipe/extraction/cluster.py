@@ -1,0 +1,273 @@
+"""Many shards on a Dask cluster: a shard is a task, and what a lost worker had is done again by another."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+import dask
+from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
+
+from milan_pipe.errors import StoreError
+from milan_pipe.extraction.render import ShardJob
+from milan_pipe.extraction.scratch import own_folder
+from milan_pipe.extraction.shard import ShardResult
+from milan_pipe.extraction.worker import Assignment, do_shard
+from milan_pipe.images.ahead import thread_count
+
+_ATTEMPTS = 3
+_CONNECT_SECONDS = 30
+_START_SECONDS = 300
+_ABOVE_CRITICAL = logging.CRITICAL + 1
+# The scheduler hears each worker so often, and is asked so often who they are. It keeps what it is told, and names all
+# workers to who asks: neither is to grow with batches and shards.
+_TELL_SECONDS = 1.0
+
+
+class _Every:
+    """Says yes at most once in some seconds, the first time always."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
+
+
+def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
+    worker = get_worker()
+    run = uuid.uuid4().hex
+    due = _Every(_TELL_SECONDS)
+    untold = [0, 0]
+
+    def tell(views: int, bad: int) -> None:
+        untold[0] += views
+        untold[1] += bad
+        # What the last second did is told by the shard's end.
+        if due():
+            worker.log_event(topic, (job.name, run, *untold))
+            untold[:] = 0, 0
+
+    # Shared out here, as the processors are this machine's.
+    result = do_shard(assignment.with_share(sharing), job, tell)
+    if result.error is not None:
+        raise result.error
+    return result
+
+
+class _Counts:
+    """Views and bad samples of each shard: of that attempt at it which came farthest, so that none counts twice."""
+
+    def __init__(self, on_progress: Callable[[int, int], None]) -> None:
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+        self._runs: dict[str, dict[str, tuple[int, int]]] = {}
+        self._most: dict[str, tuple[int, int]] = {}
+
+    def add(self, shard: str, run: str, views: int, bad: int) -> None:
+        """So much more was done by an attempt."""
+        with self._lock:
+            runs = self._runs.setdefault(shard, {})
+            before = runs.get(run, (0, 0))
+            runs[run] = (before[0] + views, before[1] + bad)
+            self._raise_to(shard, *runs[run])
+
+    def end(self, shard: str, views: int, bad: int) -> None:
+        """A shard is committed; what was told of it may still be on its way."""
+        with self._lock:
+            self._raise_to(shard, views, bad)
+
+    def _raise_to(self, shard: str, views: int, bad: int) -> None:
+        then = self._most.get(shard, (0, 0))
+        now = (max(views, then[0]), max(bad, then[1]))
+        if now != then:
+            self._most[shard] = now
+            self._on_progress(now[0] - then[0], now[1] - then[1])
+
+
+@contextmanager
+def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
+    """A client, and the number of workers that share a machine with each other."""
+    extract = assignment.extract
+    if extract.scheduler is not None:
+        try:
+            client = Client(extract.scheduler, timeout=_CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"no Dask scheduler answers at {extract.scheduler} ({' '.join(str(error).split())[:200]}); start one "
+                "with `dask scheduler` and name the address that it prints"
+            ) from error
+        with client:
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if not workers:
+                _warn(f"no worker has joined {extract.scheduler}; waiting for `dask worker {extract.scheduler}`")
+            if any(worker["nthreads"] > 1 for worker in workers):
+                _warn(
+                    "a worker does one shard at a time and holds as many as it has threads, so that others may wait; "
+                    "start each as `dask worker --nthreads 1`"
+                )
+            yield client, max(Counter(worker["host"] for worker in workers).values(), default=1)
+        return
+    share = str(max(1, thread_count(0) // extract.workers))
+    environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
+    environment["DASK_LOGGING__DISTRIBUTED"] = "critical"
+    with (
+        _script_unseen(),
+        own_folder() as folder,
+        dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
+        _local_cluster(folder) as cluster,
+        Client(cluster) as client,
+    ):
+        cluster.scale(extract.workers)
+        client.wait_for_workers(extract.workers, timeout=_START_SECONDS)
+        yield client, extract.workers
+
+
+@contextmanager
+def _script_unseen() -> Iterator[None]:
+    """Let processes that are spawned meanwhile start without the caller's script.
+
+    They would run it again: one without the usual guard would begin the same extraction in each of them. All that they
+    do is in this package.
+    """
+    main = sys.modules["__main__"]
+    is_script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")
+    if not is_script:
+        yield
+        return
+    file = main.__dict__.pop("__file__")
+    try:
+        yield
+    finally:
+        main.__dict__["__file__"] = file
+
+
+def _local_cluster(folder: str) -> LocalCluster:
+    """A cluster without workers yet."""
+    # A terminal sends Ctrl-C to all processes, and only this one is to answer. The thread that will start workers takes
+    # its signal mask from here, and they take theirs from it. Were the tracker not there yet, its start would unmask.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return LocalCluster(
+            n_workers=0,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            local_directory=folder,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _silence_dask() -> None:
+    # It tells of each worker that comes, goes or hangs at length; what matters of it is told here, in a line. Some of
+    # its loggers have levels and handlers of their own, which those above them do not rule. A client that leaves while
+    # its tasks still report is, to the scheduler, critical.
+    for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(_ABOVE_CRITICAL)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _outcome(future: Future) -> tuple[Exception | None, ShardResult | None]:  # type: ignore[type-arg]
+    """Error or result of a task that has ended.
+
+    Raises:
+        CancelledError, OSError: the scheduler does not know it any more, or does not answer.
+    """
+    if future.status in ("cancelled", "lost"):
+        raise CancelledError(future.status)
+    error: Exception | None = future.exception()
+    if isinstance(error, CancelledError):
+        raise error
+    if error is not None:
+        return error, None
+    result: ShardResult = future.result()
+    return None, result
+
+
+def extract_on_cluster(
+    assignment: Assignment,
+    jobs: Sequence[ShardJob],
+    on_progress: Callable[[int, int], None],
+    on_workers: Callable[[int], None],
+) -> Iterator[ShardResult]:
+    """Do shards on a cluster of this machine, or on one that runs already.
+
+    Args:
+        on_progress: told views done and samples set aside, from whichever worker.
+        on_workers: told how many workers there are.
+
+    Yields:
+        One result per job, as they come. A shard that failed three times comes with its error.
+
+    Raises:
+        StoreError: no scheduler answers, or it was lost.
+    """
+    _silence_dask()
+    with _client(assignment) as (client, sharing):
+        # A scheduler may have other extractions at the same time, of shards of the same names.
+        topic = f"milan-pipe-{uuid.uuid4().hex}"
+        counts = _Counts(on_progress)
+        client.subscribe_topic(topic, lambda event: counts.add(*event[1]))
+
+        def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
+            key = f"{topic}-{job.name}-{attempt}"
+            # First come, first served, so that what is left at the end is the tail and not holes.
+            return client.submit(_task, assignment, sharing, job, topic, key=key, priority=-int(job.name))
+
+        known: set[str] = set()
+
+        def look_at_workers() -> None:
+            there = set(client.scheduler_info(n_workers=-1)["workers"])
+            if known - there:
+                _warn(f"lost {len(known - there)} of {len(known)} workers; what they had is done again by others")
+            known.clear()
+            known.update(there)
+            on_workers(len(there))
+
+        due = _Every(_TELL_SECONDS)
+        look_at_workers()
+        waiting = {submit(job, 1): (job, 1) for job in jobs}
+        finished = as_completed(list(waiting))
+        for future in finished:
+            job, attempt = waiting.pop(future)
+            try:
+                # The last to end may be the one that took over what a lost worker had.
+                if due() or not waiting:
+                    look_at_workers()
+                error, result = _outcome(future)
+            # The connection may go at any moment, also between two questions to it.
+            except (CancelledError, OSError) as gone:
+                raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost") from gone
+            if result is not None:
+                counts.end(job.name, result.views, len(result.source.bad) if result.source is not None else 0)
+                yield result
+            elif attempt < _ATTEMPTS and not isinstance(error, KilledWorker):
+                again = submit(job, attempt + 1)
+                waiting[again] = (job, attempt + 1)
+                finished.add(again)
+            else:
+                if isinstance(error, KilledWorker):
+                    error = StoreError(f"the worker died {_ATTEMPTS} times over it; see the worker's own log")
+                yield ShardResult(name=job.name, source=None, error=error, views=0, cosine_sum=0.0, seconds={})

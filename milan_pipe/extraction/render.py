@@ -1,0 +1,227 @@
+"""Image shards to blocks of rendered samples, made ahead of the teacher and across the borders of shards."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
+from milan_pipe.extraction.clock import Clock
+from milan_pipe.images.ahead import decoded_ahead
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.shards import ShardFile
+from milan_pipe.images.tar import Sample, read_shard
+from milan_pipe.images.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.targets.schema import BLOCK_SAMPLES
+
+_AHEAD_PER_THREAD = 32
+_COPY_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedSample:
+    """One sample and its K views.
+
+    Attributes:
+        jpegs: K stored views.
+        pixels_KHWC: uint8, the stored views decoded again: what the teacher sees and the student will see.
+        views: K crop boxes and flips.
+    """
+
+    key: str
+    label: int
+    jpegs: tuple[bytes, ...]
+    pixels_KHWC: NDArray[np.uint8]
+    views: tuple[View, ...]
+
+
+def render_sample(sample: Sample, config: ViewConfig, size: int, clock: Clock) -> RenderedSample:
+    """Decode a picture once and render its K views at `size` pixels.
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    with clock.of("decode"):
+        image = decode_image(sample.data)
+    with clock.of("crop"):
+        views = tuple(draw_view(config, sample.key, index, image.height, image.width) for index in range(config.count))
+        rendered = [render_view(image, view, size) for view in views]
+    with clock.of("jpeg"):
+        jpegs = tuple(encode_jpeg(pixels, config.jpeg_quality) for pixels in rendered)
+        pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])
+    return RenderedSample(key=sample.key, label=sample.label, jpegs=jpegs, pixels_KHWC=pixels_KHWC, views=views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """One shard to do: its name in the store, and its images."""
+
+    name: str
+    images: ShardFile
+
+
+@dataclass(kw_only=True)
+class SourceFile:
+    """What is known of a source shard while it is read: size and sha256 of the file, key and reason of bad samples."""
+
+    bytes: int = 0
+    sha256: str = ""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedBlock:
+    """Up to 128 samples of one shard; a shard ends with an empty one, which carries the error that ended it, if any."""
+
+    job: ShardJob
+    source: SourceFile
+    samples: list[RenderedSample]
+    error: Exception | None = None
+
+
+class SourceError(DataError):
+    """A source shard cannot be read, whatever is in it. It is no fault of the store that is written."""
+
+
+@contextmanager
+def _reading(images: ShardFile) -> Iterator[None]:
+    """Have errors of reading name the source shard."""
+    try:
+        yield
+    except MissingError:
+        raise
+    except StoreError as error:
+        raise SourceError(f"shard {error}") from error
+    except OSError as error:
+        reason = resource_hint(error) or error.strerror or error
+        raise SourceError(f"shard {images} cannot be read: {reason}") from error
+
+
+def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, str]:
+    """Bytes and sha256 of a shard; on the way its bytes are written to `copy_to`.
+
+    Raises:
+        MissingError, SourceError: the shard cannot be read.
+        StoreError: the copy cannot be written.
+    """
+    hasher, size = hashlib.sha256(), 0
+    with _reading(images):
+        opened = images.open()
+    with opened as file:
+        while True:
+            with _reading(images):
+                data = file.read(_COPY_BYTES)
+            if not data:
+                return size, hasher.hexdigest()
+            hasher.update(data)
+            size += len(data)
+            if copy_to is not None:
+                _copy(data, copy_to)
+
+
+def _copy(data: bytes, to: IO[bytes]) -> None:
+    try:
+        to.write(data)
+        to.flush()
+    except OSError as error:
+        reason = resource_hint(error) or error.strerror or error
+        raise StoreError(
+            f"{tempfile.gettempdir()} cannot be written: {reason}; shards that are far away are fetched there: set "
+            "TMPDIR to a folder with room for some of them"
+        ) from error
+
+
+class RenderAhead:
+    """Renders shards one after another on threads of its own, as far ahead as two blocks."""
+
+    def __init__(self, jobs: Iterable[ShardJob], views: ViewConfig, size: int, threads: int, clock: Clock) -> None:
+        self._jobs = jobs
+        self._views = views
+        self._size = size
+        self._threads = threads
+        self._clock = clock
+        self._queue: queue.Queue[RenderedBlock | BaseException | None] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="render", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[RenderedBlock]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop rendering."""
+        self._stop.set()
+        self._thread.join()
+
+    def _put(self, item: RenderedBlock | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def _run(self) -> None:
+        try:
+            for job in self._jobs:
+                for block in self._blocks(job):
+                    if not self._put(block):
+                        return
+            self._put(None)
+        except BaseException as error:  # handed over whole: whoever reads must not wait for ever
+            self._put(error)
+
+    def _blocks(self, job: ShardJob) -> Iterator[RenderedBlock]:
+        source = SourceFile()
+        error: Exception | None = None
+        try:
+            for samples in self._samples(job, source):
+                yield RenderedBlock(job=job, source=source, samples=samples)
+        # A shard that fails must not take the others with it; what it was is told where the shard is committed.
+        except Exception as caught:
+            error = caught
+        yield RenderedBlock(job=job, source=source, samples=[], error=error)
+
+    def _samples(self, job: ShardJob, source: SourceFile) -> Iterator[list[RenderedSample]]:
+        def set_aside(key: str, reason: str) -> None:
+            source.bad.append((key, reason))
+
+        with ExitStack() as stack:
+            copy = None
+            if job.images.place.local is None:
+                # Fetched once and read here, from a file without a name: nothing of it outlives this process.
+                copy = stack.enter_context(tempfile.TemporaryFile())
+            with self._clock.of("read"):
+                source.bytes, source.sha256 = digest(job.images, copy)
+            samples = read_shard(job.images, set_aside, copy)
+            rendered = decoded_ahead(
+                self._timed(job.images, samples),
+                lambda sample: render_sample(sample, self._views, self._size, self._clock),
+                self._threads,
+                _AHEAD_PER_THREAD * self._threads,
+                set_aside,
+            )
+            while block := list(islice(rendered, BLOCK_SAMPLES)):
+                yield block
+
+    def _timed(self, images: ShardFile, samples: Iterator[Sample]) -> Iterator[Sample]:
+        while True:
+            with self._clock.of("read"), _reading(images):
+                sample = next(samples, None)
+            if sample is None:
+                return
+            yield sample

@@ -1,0 +1,47 @@
+"""Settings of stage 1, and the two numbers that split a machine between its workers."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import SettingError
+from milan_pipe.targets.schema import StoreFormat
+
+
+class ExtractConfig(Settings):
+    """How stage 1 runs; only `format`, `batch_size` and `teacher_threads` can change a byte of what it writes."""
+
+    format: StoreFormat = Field("zarr", description="zarr or webdataset, of the store")
+    batch_size: int = Field(
+        64, ge=1, description="views in one teacher forward pass; part of the last bit's arithmetic"
+    )
+    threads: int = Field(
+        0, ge=0, description="threads of a worker that decode, crop and encode pictures; 0: its share of the processors"
+    )
+    teacher_threads: int = Field(
+        0,
+        ge=0,
+        description="threads of a worker's teacher on a CPU; 0: its share of the processors; part of the last bit's "
+        "arithmetic",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1, description="share of unreadable pictures above which the run stops"
+    )
+    workers: int = Field(1, ge=1, description="processes of a Dask cluster on this machine; 1 starts no cluster")
+    scheduler: str | None = Field(None, description="address of a Dask scheduler that runs already; overrides workers")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`i/n` to (i, n), i from 0 to n - 1: the shards whose number leaves i when divided by n.
+
+    Raises:
+        SettingError: not of this form.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise SettingError(f"--shards {text!r} is not understood, expected i/n with i from 0 to n - 1, as 0/8")
+    return int(match[1]), int(match[2])

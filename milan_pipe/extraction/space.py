@@ -1,0 +1,110 @@
+"""Whether a store will fit where it is to be written, told before the first view is made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_pipe.images.count import glance_at_pictures
+from milan_pipe.images.shards import ShardFile
+from milan_pipe.storage import Place
+from milan_pipe.targets.schema import StoreFormat, StoreHeader
+from milan_pipe.units import size as in_words
+
+# Photographs at quality 95 take half of it.
+_JPEG_BYTES_PER_PIXEL = 1
+# A tar pads each of five members and gives it a header; zarr keeps crop, flip and where a JPEG lies.
+_FIXED_BYTES: dict[StoreFormat, int] = {"zarr": 64, "webdataset": 5 * 1024}
+_SCALE_BYTES = 2
+_ATTENTION_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeSpace:
+    """Room for a store that is to come.
+
+    Attributes:
+        folder: of the store, as it was named.
+        needed_bytes: size that the store will have.
+        free_bytes: what this user may still write there; None where it cannot be known, as in a bucket.
+    """
+
+    folder: str
+    needed_bytes: int
+    free_bytes: int | None
+
+    @property
+    def short(self) -> bool:
+        """Whether it is known not to fit."""
+        return self.free_bytes is not None and self.free_bytes < self.needed_bytes
+
+
+def free_space(place: Place, needed_bytes: float) -> FreeSpace:
+    """Look how much is free on the disk of a folder, which need not be there yet."""
+    return FreeSpace(folder=str(place), needed_bytes=round(needed_bytes), free_bytes=_free_bytes(place.local))
+
+
+def free_files(place: Place) -> int | None:
+    """Files that may still be made on the disk of a folder; None where nobody counts them, as in a bucket."""
+    if not hasattr(os, "statvfs"):
+        return None
+    return _ask_disk(place.local, lambda folder: os.statvfs(folder).f_favail) or None
+
+
+def _free_bytes(folder: Path | None) -> int | None:
+    return _ask_disk(folder, lambda there: shutil.disk_usage(there).free)
+
+
+def _ask_disk(folder: Path | None, ask: Callable[[Path], int]) -> int | None:
+    """What the disk says that a folder is to lie on, which need not be there yet."""
+    if folder is None:
+        return None
+    for there in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return ask(there)
+        # Not made yet, or a file in the way, of which whoever writes will tell.
+        except OSError:
+            continue
+    return None
+
+
+def free_space_warning(space: FreeSpace, *, at_most: bool = False) -> str | None:
+    """One line where a store is known not to fit, else None.
+
+    Args:
+        at_most: whether `needed_bytes` is a bound, and not an estimate.
+    """
+    if space.free_bytes is None or not space.short:
+        return None
+    need = "may need up to" if at_most else "will need about"
+    return (
+        f"the targets {need} {in_words(space.needed_bytes)}, and {in_words(space.free_bytes)} are free at "
+        f"{space.folder}; name a folder with room, or choose fewer views (views.count) or a smaller codec"
+    )
+
+
+def most_bytes_per_view(header: StoreHeader) -> int:
+    """What a view takes at most in a store of this configuration, from its shapes alone.
+
+    The features are counted as if their entropy coder saved nothing; the JPEG with twice what a photograph takes.
+    """
+    per_dimension = 2 if header.codec.name == "float16" else 1
+    features = header.tokens * (header.teacher.width * per_dimension + _SCALE_BYTES)
+    jpeg = header.views.size**2 * _JPEG_BYTES_PER_PIXEL
+    return features + jpeg + header.patches * _ATTENTION_BYTES + _FIXED_BYTES[header.format]
+
+
+def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], place: Place) -> str | None:
+    """One line where the targets of these shards may not fit at `place`; costs a look at their index or a few of them.
+
+    Returns:
+        None where they fit, and where it cannot be told: in a bucket, or where the number of pictures is not known.
+    """
+    pictures = glance_at_pictures(shards) if place.local is not None and shards else None
+    if pictures is None:
+        return None
+    bound = pictures * header.views.count * most_bytes_per_view(header)
+    return free_space_warning(free_space(place, bound), at_most=True)

@@ -1,0 +1,55 @@
+"""Pictures decoded on threads, ahead of whoever uses them, in their own order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from milan_pipe.errors import DataError
+from milan_pipe.images.tar import OnBad, Sample
+
+T = TypeVar("T")
+
+
+def thread_count(threads: int) -> int:
+    """The number of threads that a setting means; 0 is one per processor that this process may use."""
+    if threads:
+        return threads
+    # Where it exists, the affinity knows of containers and batch queues that grant a part of the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoded_ahead(
+    samples: Iterable[Sample], decode: Callable[[Sample], T], threads: int, ahead: int, on_bad: OnBad
+) -> Iterator[T]:
+    """`decode` of each sample, in the order of `samples` whatever the number of threads.
+
+    Args:
+        decode: runs on a thread; a `DataError` from it sets the sample aside.
+        ahead: most samples under way or waiting, which bounds memory.
+        on_bad: told key and reason of a sample that is set aside.
+    """
+    pending: deque[tuple[str, Future[T]]] = deque()
+
+    def take() -> Iterator[T]:
+        key, future = pending.popleft()
+        try:
+            result = future.result()
+        except DataError as error:
+            on_bad(key, str(error))
+        else:
+            yield result
+
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+    try:
+        for sample in samples:
+            pending.append((sample.key, pool.submit(decode, sample)))
+            if len(pending) >= ahead:
+                yield from take()
+        while pending:
+            yield from take()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

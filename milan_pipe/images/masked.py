@@ -1,0 +1,267 @@
+"""Pictures with masks of class indices, by number: from image shards, ADE20K's folders, or any two folders."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from milan_pipe.errors import DataError, LabelError, MissingError
+from milan_pipe.images.decode import MAX_PIXELS
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_file, read_regular
+from milan_pipe.images.index import INDEX_NAME, read_index
+from milan_pipe.images.shards import ShardFile, expand_shards
+from milan_pipe.images.tar import OnBad, Span, locate_samples
+from milan_pipe.storage import is_url
+
+ADE20K_CLASSES = 150
+_MASK_FOLDERS = ("annotations", "masks", "labels")
+_SPLITS = {"train": ("training", "train"), "val": ("validation", "val", "valid", "test")}
+_MASK_SUFFIXES = ("png", "bmp", "tif", "tiff")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedPictures:
+    """N pictures with masks that are not read yet.
+
+    Attributes:
+        where: what was named, for messages.
+        keys: of each picture.
+        classes: names of the classes, or their number, where it is known.
+        zero_is_ignored: True where the layout says so: ADE20K's 0 means no class.
+        fingerprint: changes with the keys.
+        picture, mask: give the encoded picture and the encoded mask of a number.
+    """
+
+    where: str
+    keys: Sequence[str]
+    classes: tuple[str, ...] | int | None
+    zero_is_ignored: bool
+    fingerprint: str
+    picture: Callable[[int], bytes]
+    mask: Callable[[int], bytes]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def masked_pictures(where: str | Path, split: str, on_bad: OnBad) -> MaskedPictures:
+    """Find pictures and their masks; none is decoded.
+
+    Args:
+        where: shards whose samples have a `mask.png`; or ADE20K's folder, with `images/` and `annotations/` that hold
+            `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or
+            `annotations/`, `labels/`); or a folder inside of `images/`, with the masks in the folder of the same name
+            inside of `masks/`; or two folders as `IMAGES,MASKS`. A picture and its mask have the same name but for the
+            suffix.
+        split: "train" or "val": which half of ADE20K's folder.
+        on_bad: told key and reason of each picture that is left out.
+
+    Raises:
+        MissingError: nothing is there, or a picture has no mask.
+        DataError: no pictures.
+    """
+    text = str(where)
+    if not is_url(text):
+        if "," in text and not Path(text).exists() and "{" not in text:
+            images, _, masks = text.partition(",")
+            return _folders(Path(images), Path(masks), text, ade=False)
+        folder = Path(text)
+        if folder.is_dir() and not any(folder.glob("*.tar")):
+            return _folders(*_find_folders(folder, split), text, ade=_is_ade(folder))
+    return _shards(text, on_bad)
+
+
+def _is_ade(folder: Path) -> bool:
+    root = folder if (folder / "images").is_dir() else folder.parent.parent
+    return (root / "images" / "training").is_dir() and (root / "annotations" / "training").is_dir()
+
+
+def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
+    inside = [name for name in _MASK_FOLDERS if (folder / name).is_dir()]
+    if (folder / "images").is_dir() and inside:
+        images, masks = folder / "images", folder / inside[0]
+        for part in _SPLITS[split]:
+            if (images / part).is_dir() and (masks / part).is_dir():
+                return images / part, masks / part
+        return images, masks
+    if folder.parent.name == "images":
+        for name in _MASK_FOLDERS:
+            masks = folder.parent.parent / name / folder.name
+            if masks.is_dir():
+                return folder, masks
+    raise MissingError(
+        f"{folder} holds neither .tar shards nor pictures with masks; expected images/ and masks/ (or annotations/) in "
+        "it, a folder inside of images/ with one of the same name inside of masks/, or two folders as IMAGES,MASKS"
+    )
+
+
+def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedPictures:
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise MissingError(f"{folder} is not there; expected a folder of pictures and one of masks")
+    found = {
+        path.relative_to(masks).with_suffix("").as_posix(): path
+        for path in files_under(masks)
+        if path.suffix[1:].lower() in _MASK_SUFFIXES
+    }
+    pictures = [path for path in files_under(images) if path.suffix[1:].lower() in IMAGE_SUFFIXES]
+    keys = [path.relative_to(images).with_suffix("").as_posix() for path in pictures]
+    if not pictures:
+        raise DataError(f"{images} holds no pictures; expected {', '.join(IMAGE_SUFFIXES)}")
+    lacking = [key for key in keys if key not in found]
+    if lacking:
+        raise MissingError(
+            f"{len(lacking)} of the {len(keys)} pictures of {images} have no mask in {masks}, as {lacking[0]}; "
+            f"expected {masks / lacking[0]}.png"
+        )
+    return MaskedPictures(
+        where=where,
+        keys=keys,
+        classes=_class_list(images, ade=ade),
+        zero_is_ignored=ade,
+        fingerprint=_fingerprint(keys),
+        picture=partial(_read_file, pictures),
+        mask=partial(_read_file, [found[key] for key in keys]),
+    )
+
+
+def _class_list(images: Path, *, ade: bool) -> tuple[str, ...] | int | None:
+    for folder in (images.parent, images.parent.parent):
+        for name in ("objectInfo150.txt", "classes.txt", "classes.json"):
+            if (folder / name).is_file():
+                return read_classes(folder / name)
+    return ADE20K_CLASSES if ade else None
+
+
+def read_classes(file: str | Path) -> tuple[str, ...]:
+    """Names of classes, one a line; or a list in a .json; or ADE20K's table, where they stand in its last column.
+
+    Raises:
+        MissingError: the file is not there.
+        DataError: it is empty, no text or no regular file.
+    """
+    try:
+        text = read_regular(Path(file)).decode()
+        named = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise ValueError("expected a list of names")
+        lines = [name.strip() for name in named if name.strip()]
+    except FileNotFoundError:
+        raise MissingError(f"class list {file} is not there; expected a text file with one name a line") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"class list {file} cannot be read: {error}") from error
+    if lines and lines[0].split("\t")[0] == "Idx":
+        lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
+    if not lines:
+        raise DataError(f"class list {file} is empty; expected one name a line")
+    return tuple(lines)
+
+
+def _shards(where: str, on_bad: OnBad) -> MaskedPictures:
+    shards = expand_shards(where)
+    located = [(shard, at) for shard in shards for at in locate_samples(shard, on_bad)]
+    lacking = [at.key for _, at in located if at.mask is None]
+    if lacking:
+        raise MissingError(
+            f"{len(lacking)} of the {len(located)} pictures of {where} have no mask, as {lacking[0]!r}; expected a "
+            f"member {lacking[0]}.{MASK_SUFFIX} beside each picture"
+        )
+    if not located:
+        raise DataError(f"none of the pictures of {where} can be used; prepare the shards again")
+    local = shards[0].place.local
+    one_folder = len({shard.place for shard in shards}) == 1
+    known = local is not None and one_folder and (local / INDEX_NAME).is_file()
+    keys = [at.key for _, at in located]
+    return MaskedPictures(
+        where=where,
+        keys=keys,
+        classes=read_index(local).mask_classes if known and local is not None else None,
+        zero_is_ignored=False,
+        fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located]),
+        picture=partial(_read_span, [(shard, at.picture) for shard, at in located]),
+        mask=partial(_read_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
+    )
+
+
+def _read_span(spans: Sequence[tuple[ShardFile, Span]], number: int) -> bytes:
+    shard, span = spans[number]
+    return shard.place.read_range(shard.name, span.start, span.stop)
+
+
+def _read_file(paths: Sequence[Path], number: int) -> bytes:
+    return read_file(paths[number])
+
+
+def _fingerprint(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """How the values of a mask become class indices.
+
+    Attributes:
+        classes: number of classes; indices are 0 to `classes` - 1.
+        ignore_index: value that stands for no class.
+        zero_is_ignored: 0 stands for no class as well, and value k for class k - 1.
+    """
+
+    classes: int
+    ignore_index: int
+    zero_is_ignored: bool
+
+
+def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) -> NDArray[np.int64]:
+    """(H, W) class indices, -1 where there is none.
+
+    Args:
+        size: height and width of the picture.
+
+    Raises:
+        LabelError: the mask is damaged, of another size, in colours, or has a value that is no class.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise LabelError(f"mask of {key!r}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            mode = image.mode
+            values = np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, LabelError):
+            raise
+        raise LabelError(f"mask of {key!r} cannot be decoded: {' '.join(str(error).split())[:120]}") from None
+    if values.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        raise LabelError(
+            f"mask of {key!r} has colours (mode {mode}), expected one channel of class indices; convert it to a "
+            "greyscale or palette PNG whose values are the classes"
+        )
+    if values.shape != size:
+        raise LabelError(
+            f"mask of {key!r} has {values.shape[0]} x {values.shape[1]} pixels, its picture {size[0]} x {size[1]}; "
+            "they must be of one size (height x width, after the picture's EXIF turn)"
+        )
+    index = values.astype(np.int64)
+    none = index == rule.ignore_index
+    if rule.zero_is_ignored:
+        none |= index == 0
+        index = index - 1
+    wrong = ~none & ((index < 0) | (index >= rule.classes))
+    if wrong.any():
+        first = int(values[wrong][0])
+        low = 1 if rule.zero_is_ignored else 0
+        raise LabelError(
+            f"mask of {key!r} has value {first} in {int(wrong.sum())} pixels, expected {low} to "
+            f"{rule.classes - 1 + low}, or {rule.ignore_index} for no class; set segment.classes to the class list, or "
+            "segment.ignore_index"
+        )
+    index[none] = -1
+    return index

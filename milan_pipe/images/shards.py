@@ -1,0 +1,243 @@
+"""Which image shards a path, a pattern or a URL names."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO
+
+from milan_pipe.errors import DataError, MissingError
+from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
+from milan_pipe.images.index import PREPARE_MARKER
+from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
+
+_MAX_BRACE_NAMES = 1_000_000
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's tar file, local or in an object store. It can be sent to other processes, and sorts by its address.
+
+    Attributes:
+        place: its folder.
+        name: its file name.
+        known_size: bytes, where a listing has told them.
+    """
+
+    place: Place
+    name: str
+    known_size: int | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return str(self.place.local / self.name) if self.place.local is not None else f"{self.place}/{self.name}"
+
+    def __lt__(self, other: ShardFile) -> bool:
+        return str(self) < str(other)
+
+    def size(self) -> int:
+        """Bytes of the tar.
+
+        Raises:
+            MissingError: it is not there.
+            StoreError: it cannot be read.
+        """
+        return self.place.size(self.name) if self.known_size is None else self.known_size
+
+    def open(self) -> IO[bytes]:
+        """A seekable file to read from. Raises as `size`, also while it is read."""
+        return self.place.open(self.name)
+
+
+def shard_file(where: str | Path) -> ShardFile:
+    """The shard of this path or URL; whether it is there is not looked at."""
+    folder, name = split_url(str(where))
+    return ShardFile(place_of(folder), name)
+
+
+def expand_shards(spec: str | Path) -> list[ShardFile]:
+    """List the shards that `spec` names, sorted and each once.
+
+    Args:
+        spec: a folder (its `*.tar`), one shard, a path with braces as `train-{000000..000127}.tar` or
+            `{train,test}-000000.tar`, or a glob. Each of them may be a URL; web servers (`https://`) cannot be
+            listed, so that only single shards and braces are possible there. A local file or folder of exactly
+            this name goes first.
+
+    Raises:
+        MissingError: the folder, the file, one of the braces' files, or any match of the glob is not there.
+        DataError: a folder without shards or that `prepare` has not finished, a folder or glob on a web server, or
+            braces that make no sense, or a shard that is no regular file.
+        SettingError: a URL of an unknown kind.
+        StoreError: the object store cannot be read.
+    """
+    text = str(spec)
+    if not text.strip():
+        raise DataError("no image shards were named; give a folder of .tar shards, a shard, or a glob")
+    if text.startswith("pipe:"):
+        raise DataError(f"{text} is a command, which is not run; give a folder of .tar shards, a shard, or a glob")
+    if is_url(text):
+        return _remote_shards(text)
+    path = Path(text)
+    if path.is_dir():
+        return _shards_in(path)
+    if path.exists():
+        return _regular([shard_file(path)])
+    if "{" in text:
+        names = _expand_braces(text)
+    elif glob.has_magic(text):
+        names = [name for name in glob.glob(text, recursive=True) if not Path(name).is_dir()]  # noqa: PTH207
+        if not names:
+            raise MissingError(f"no file matches {text}")
+    else:
+        raise MissingError(f"{text} is not there; expected a folder of .tar shards, a shard, braces or a glob")
+    shards = [shard_file(name) for name in sorted(set(names))]
+    missing = [shard for shard in shards if not Path(str(shard)).exists()]
+    if missing:
+        raise _missing(missing, len(shards), text)
+    return _regular(shards)
+
+
+def _regular(shards: list[ShardFile]) -> list[ShardFile]:
+    for shard in shards:
+        if not Path(str(shard)).is_file():
+            raise DataError(f"{shard} is not a regular file; a shard is a tar file, remove this or rename it")
+    return shards
+
+
+def _missing(missing: list[ShardFile], count: int, text: str) -> MissingError:
+    return MissingError(f"{missing[0]} is not there ({len(missing)} of the {count} shards of {text} are missing)")
+
+
+def _remote_shards(url: str) -> list[ShardFile]:
+    text = url.rstrip("/")
+    if "{" in text:
+        return _remote_braces(text)
+    folder, name = split_url(text)
+    place = place_of(folder)
+    if not place.listable and (glob.has_magic(text) or not name.endswith(".tar")):
+        raise DataError(
+            f"{text} cannot be listed, as no web server can; name its shards one by one or by braces, as "
+            "https://host/folder/train-{000000..000127}.tar"
+        )
+    if glob.has_magic(text):
+        shards = sorted(_remote_glob(text))
+        if not shards:
+            raise MissingError(f"no file matches {text}")
+        return shards
+    size = place.present([name]).get(name) if name else None
+    if size is not None:
+        return [ShardFile(place, name, size)]
+    folder_place = place_of(text)
+    listing = folder_place.listing() if place.listable else Listing(files={}, folders=())
+    if not listing.files and not listing.folders:
+        expected = "a folder of .tar shards, a shard, braces or a glob" if place.listable else "a shard or braces"
+        raise MissingError(f"{text} is not there; expected {expected}")
+    return _shards_of(folder_place, listing.files, listing.folders)
+
+
+def _remote_braces(text: str) -> list[ShardFile]:
+    urls = sorted(set(_expand_braces(text)))
+    names: dict[str, list[str]] = {}
+    for folder, name in map(split_url, urls):
+        names.setdefault(folder, []).append(name)
+    shards, missing = [], []
+    for folder, wanted in names.items():
+        place = place_of(folder)
+        sizes = place.present(wanted)
+        shards += [ShardFile(place, name, size) for name, size in sizes.items()]
+        missing += [ShardFile(place, name) for name in wanted if name not in sizes]
+    if missing:
+        raise _missing(sorted(missing), len(urls), text)
+    return sorted(shards)
+
+
+def _remote_glob(url: str) -> Iterator[ShardFile]:
+    scheme, _, rest = url.partition("://")
+    bucket, *parts = rest.split("/")
+    plain = next(index for index, part in enumerate([*parts, "*"]) if glob.has_magic(part))
+    if glob.has_magic(bucket) or plain == len(parts):
+        raise DataError(f"{url} has a pattern in its bucket; patterns are for what lies in a bucket")
+    yield from _matches(place_of("/".join([f"{scheme}://{bucket}", *parts[:plain]])), parts[plain:])
+
+
+def _matches(place: Place, patterns: list[str]) -> Iterator[ShardFile]:
+    """Files whose parts below `place` match the patterns, as in a shell; `**` is any number of folders."""
+    pattern, *below = patterns
+    listing = place.listing()
+    if pattern == "**":
+        yield from _matches(place, below or ["*"])
+        for folder in listing.folders:
+            if not folder.startswith("."):
+                yield from _matches(place.child(folder), patterns)
+    elif below:
+        for folder in _like(listing.folders, pattern):
+            yield from _matches(place.child(folder), below)
+    else:
+        yield from (ShardFile(place, name, listing.files[name]) for name in _like(listing.files, pattern))
+
+
+def _like(names: Iterable[str], pattern: str) -> list[str]:
+    hidden = pattern.startswith(".")
+    return [name for name in names if fnmatchcase(name, pattern) and (hidden or not name.startswith("."))]
+
+
+def _shards_in(folder: Path) -> list[ShardFile]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    files = {entry.name: None for entry in entries if not entry.is_dir()}
+    shards = _shards_of(place_of(folder), files, folders)
+    dangling = [shard for shard in shards if not (folder / shard.name).exists()]
+    if dangling:
+        raise MissingError(f"{dangling[0]} is a link to a file that is not there")
+    return _regular(shards)
+
+
+def _shards_of(place: Place, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:
+    """The shards of a folder that holds these files, with their sizes where they are known, and these folders."""
+    if PREPARE_MARKER in files:
+        raise DataError(f"{place} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
+    names = sorted(name for name in files if not name.startswith("."))
+    shards = [ShardFile(place, name, files[name]) for name in names if name.endswith(".tar")]
+    if shards:
+        return shards
+    pictures = sum(suffix_of(name) in IMAGE_SUFFIXES for name in names)
+    subfolders = sum(not name.startswith(".") for name in folders)
+    if pictures or subfolders:
+        found = " and ".join(f"{n} {noun}" for n, noun in ((pictures, "pictures"), (subfolders, "subfolders")) if n)
+        raise DataError(
+            f"{place} holds {found} and no .tar shards; run `milan-pipe prepare` to pack pictures into shards"
+        )
+    if not names:
+        raise DataError(f"{place} is empty; expected .tar shards, which `milan-pipe prepare` writes")
+    raise DataError(f"{place} holds no .tar shards; found {len(names)} other files, as {names[0]}")
+
+
+def _expand_braces(text: str) -> list[str]:
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1], re.ASCII)
+    if span is not None:
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= _MAX_BRACE_NAMES:
+            raise DataError(f"{{{match[1]}}} in {text} must run upwards and over less than {_MAX_BRACE_NAMES} numbers")
+        # As in a shell: a leading zero asks for numbers of one width.
+        padded = any(len(end) > 1 and end.startswith("0") for end in span.groups())
+        width = max(map(len, span.groups())) if padded else 0
+        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise DataError(f"{{{match[1]}}} in {text} is not understood; expected {{000000..000127}} or {{train,test}}")
+    before, after = text[: match.start()], text[match.end() :]
+    names = [name for choice in choices for name in _expand_braces(before + choice + after)]
+    if len(names) > _MAX_BRACE_NAMES:
+        raise DataError(f"{text} names more than {_MAX_BRACE_NAMES} shards")
+    return names

@@ -1,0 +1,347 @@
+"""The samples of an image shard, a webdataset tar.
+
+This is the package's only reader of image shards. It keeps webdataset's rules for members and keys, and reads the tar
+with the standard library: webdataset's own reader ends without a word at a damaged header or a cut between two
+members, hands over every member's bytes, and its import loads torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, resource_hint
+from milan_pipe.images.files import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    MAX_ENCODED_BYTES,
+    OTHER_PICTURE_SUFFIXES,
+    suffix_of,
+)
+from milan_pipe.images.shards import ShardFile, shard_file
+
+_NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
+
+OnBad = Callable[[str, str], None]
+"""Takes the key and a one-line reason of a sample that is set aside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture of a shard, still encoded.
+
+    Attributes:
+        key: webdataset key: the member's path up to the first dot of its last part.
+        data: the encoded picture, at least one byte.
+        label: class index, -1 where there is none.
+        caption: None where there is none.
+    """
+
+    key: str
+    data: bytes
+    label: int
+    caption: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes `start` to `stop` - 1 of a shard's file."""
+
+    start: int
+    stop: int
+
+    def __bool__(self) -> bool:
+        return self.stop > self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Where one picture of a shard lies, and what is said of it.
+
+    Attributes:
+        key, label: as of a `Sample`.
+        picture: of the encoded picture, at least one byte.
+        mask: of the sample's `MASK_SUFFIX` member; None where there is none.
+    """
+
+    key: str
+    label: int
+    picture: Span
+    mask: Span | None
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Members of one key, in the order of the tar. `fault` is the first reason to set the sample aside.
+
+    `dotted` are names as `a.v2.jpg`: of one more file of a sample, or of a picture with a dot in its name.
+    """
+
+    key: str
+    parts: dict[str, bytes] = field(default_factory=dict)
+    dotted: list[str] = field(default_factory=list)
+    image: bytes | Span | None = None
+    mask: Span | None = None
+    fault: str | None = None
+
+    def spoil(self, reason: str) -> None:
+        self.fault = self.fault or reason
+
+
+def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None) -> Iterator[Sample]:
+    """Read a shard's samples, in their order, one at a time; nothing is unpickled or written to disk.
+
+    Neighbouring members of one key are one sample: a picture (`IMAGE_SUFFIXES`), and where there are such `cls` (a
+    whole number), `txt` (caption) and `json` (label under "label" or "cls", caption under "caption" or "txt"; `cls`
+    and `txt` win). Other members are skipped unread.
+
+    Args:
+        shard: a plain tar file, or its path or URL.
+        on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
+            reported, its first sample stays. Keys without a picture are passed over, but not where its name has a
+            second dot: `a.v2.jpg` is file `v2.jpg` of sample `a`.
+        copy: the shard's bytes, where they have been fetched; a seekable file, left open.
+
+    Raises:
+        MissingError: the shard is not there.
+        DataError: the shard cannot be read, is no plain tar, holds no picture at all, or is cut or damaged; in
+            this last case after the samples before the damage. Raised while iterating.
+        StoreError: the object store cannot be read, or no longer.
+    """
+    for group, label, caption in _whole_groups(shard, on_bad, copy, locate=False):
+        assert isinstance(group.image, bytes)
+        yield Sample(key=group.key, data=group.image, label=label, caption=caption)
+
+
+def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
+    """Find a shard's samples by its headers, without reading a picture; else as `read_shard`."""
+    for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
+        assert isinstance(group.image, Span)
+        yield Located(key=group.key, label=label, picture=group.image, mask=group.mask)
+
+
+def _whole_groups(
+    shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None, *, locate: bool
+) -> Iterator[tuple[_Group, int, str | None]]:
+    """Groups with a picture and no fault, with label (-1: none) and caption."""
+    shard = shard if isinstance(shard, ShardFile) else shard_file(shard)
+    seen: set[str] = set()
+    pictures = 0
+    for group in _groups(shard, copy, locate=locate):
+        if group.key in seen:
+            on_bad(group.key, "duplicate key: the shard holds it twice, or its members do not stand side by side")
+            continue
+        seen.add(group.key)
+        if group.image is None and group.fault is None:
+            # One by one, as each may be a picture of its own and counts as lost.
+            for name in group.dotted:
+                on_bad(name, _DOTTED)
+            pictures += len(group.dotted)
+            continue
+        pictures += 1
+        try:
+            label, caption = _told_of(group)
+        except DataError as error:
+            on_bad(group.key, str(error))
+        else:
+            yield group, label, caption
+    if not pictures:
+        raise DataError(f"{shard} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Group]:
+    group: _Group | None = None
+    for name, info, data in _members(shard, copy, locate=locate):
+        prefix, suffix = split_member_name(name)
+        if not prefix:
+            continue
+        key = _utf8(prefix)
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = _Group(key=key)
+        _add(group, prefix, suffix, info, data)
+    if group is not None:
+        yield group
+
+
+def _utf8(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
+    if suffix in MASK_SUFFIXES and _is_plain(info):
+        group.mask = Span(start=info.offset_data, stop=info.offset_data + info.size)
+    if suffix in OTHER_PICTURE_SUFFIXES:
+        group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+        return
+    if suffix not in _WANTED:
+        # With no name before the first dot it is a hidden file.
+        if "." in suffix and suffix_of(suffix) in _PICTURES and not prefix.endswith("/"):
+            group.dotted.append(_utf8(info.name))
+        return
+    is_image = suffix in IMAGE_SUFFIXES
+    if data is None:
+        kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
+        if is_image:
+            group.spoil(f"the .{suffix} member is {kind}")
+        else:
+            group.parts[suffix] = b""
+        return
+    if is_image and group.image is not None:
+        group.spoil("two pictures of one key")
+    elif suffix in group.parts:
+        group.spoil(f"two .{suffix} members of one key")
+    elif is_image:
+        group.image = data
+        # Names are never used as paths here, but keys become member names in what is written later.
+        if prefix.startswith("/") or ".." in prefix.split("/"):
+            group.spoil("member name is absolute or has '..'")
+        if group.key != prefix:
+            group.spoil("member name is not UTF-8")
+    else:
+        assert isinstance(data, bytes)
+        group.parts[suffix] = data
+
+
+def _is_plain(info: tarfile.TarInfo) -> bool:
+    return info.isreg() and not info.issparse()
+
+
+_PICTURES = frozenset((*IMAGE_SUFFIXES, *OTHER_PICTURE_SUFFIXES))
+_DOTTED = "its sample has no picture: a key ends at the first dot of a name; rename, or use `milan-pipe prepare`"
+_WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
+
+
+def split_member_name(name: str) -> tuple[str, str]:
+    """Key and lower-case suffix by webdataset's rule: cut at the first dot of the last part; ("", "") if none."""
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
+    if match is None or re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    return match[1], match[2].lower()
+
+
+_Member = tuple[str, tarfile.TarInfo, bytes | Span | None]
+
+
+def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Member]:
+    """Name, header and bytes of each member; bytes are read only for suffixes that are of use.
+
+    Args:
+        locate: say of pictures where their bytes lie, and leave them unread.
+    """
+    try:
+        if copy is not None:
+            yield from _walk(shard, copy, locate=locate)
+            return
+        with shard.open() as file:
+            yield from _walk(shard, file, locate=locate)
+    except MissingError as error:
+        raise MissingError(f"shard {error}") from None
+    except MilanError as error:
+        if not isinstance(error, StoreError) or shard.place.local is None:
+            raise
+        raise DataError(f"shard {error}") from error
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+
+
+def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Member]:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size == 0:
+        raise DataError(f"shard {shard} is an empty file")
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+    except tarfile.TarError:
+        raise DataError(f"{shard} is not a plain tar file (a compressed one must be unpacked first)") from None
+    # What cannot be read is not damaged.
+    except (MilanError, OSError):
+        raise
+    except Exception as error:
+        raise _damaged(shard, 0) from error
+    end = -1
+    while True:
+        try:
+            info = tar.next()
+        except (MilanError, OSError):
+            raise
+        # tarfile lets ValueError, OverflowError and others through when a header is damaged.
+        except Exception as error:
+            raise _damaged(shard, max(end, 0)) from error
+        if info is None:
+            break
+        # The list would grow with the shard; and a header may claim a size that leads backwards or past the end.
+        tar.members = []  # type: ignore[attr-defined]
+        if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
+            raise _damaged(shard, info.offset)
+        end = tar.offset
+        data: bytes | Span | None = None
+        suffix = split_member_name(info.name)[1]
+        usable = suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES
+        if usable and locate and suffix in IMAGE_SUFFIXES:
+            data = Span(start=info.offset_data, stop=info.offset_data + info.size)
+        elif usable:
+            file.seek(info.offset_data)
+            data = file.read(info.size)
+            if len(data) != info.size:
+                raise _damaged(shard, info.offset)
+        if not info.isdir():
+            yield info.name, info, data
+    # tarfile takes a cut, or a damaged header, between two members for the end. The true end is a block of zeros.
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
+        raise _damaged(shard, tar.offset)
+
+
+def _damaged(shard: ShardFile, offset: int) -> DataError:
+    return DataError(f"shard {shard} is cut or damaged at byte {offset}; copy or prepare it again")
+
+
+def _told_of(group: _Group) -> tuple[int, str | None]:
+    """Label, -1 for none, and caption; raises where the sample is to be set aside."""
+    if group.fault is not None:
+        raise DataError(group.fault)
+    if not group.image:
+        raise DataError("empty file")
+    label: int | None = None
+    caption: str | None = None
+    if "json" in group.parts:
+        label, caption = _from_json(group.parts["json"])
+    if "cls" in group.parts:
+        text = group.parts["cls"].decode("utf-8", "replace").strip()
+        if not re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
+            raise DataError(f"cls is not a whole number, found {text[:40]!r}")
+        label = _checked_label(int(text), "cls")
+    if "txt" in group.parts:
+        try:
+            caption = group.parts["txt"].decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError("txt is not UTF-8") from None
+    return -1 if label is None else label, caption
+
+
+def _from_json(data: bytes) -> tuple[int | None, str | None]:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DataError("json cannot be parsed") from None
+    if not isinstance(values, dict):
+        return None, None
+    label = next((values[name] for name in ("label", "cls") if values.get(name) is not None), None)
+    if label is not None:
+        label = _checked_label(label, "label in json")
+    caption = next((values[name] for name in ("caption", "txt") if isinstance(values.get(name), str)), None)
+    return label, caption
+
+
+def _checked_label(value: object, where: str) -> int:
+    if type(value) is not int or not -1 <= value < 2**63:
+        raise DataError(f"{where} must be a whole number from -1 to 2**63 - 1, found {str(value)[:40]!r}")
+    return value

@@ -1,0 +1,191 @@
+"""Views: which crop and flip of a picture, as pure arithmetic; and how one is rendered and encoded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Self
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+
+from milan_pipe.config.base import Settings
+from milan_pipe.errors import DataError, SettingError, ShapeError
+
+_TRIES = 10
+_DRAWS = 1 + 4 * _TRIES
+
+
+class ViewConfig(Settings):
+    """How views are drawn and stored.
+
+    Attributes:
+        count: views per image (K), at least 1.
+        scale: least and greatest share of the image's area that a crop covers, within (0, 1].
+        ratio: least and greatest width / height of a crop, above 0.
+        flip: probability of a mirrored view, 0 to 1.
+        seed: 0 to 2**64 - 1.
+        jpeg_quality: of the stored view, 1 to 100.
+    """
+
+    count: int = Field(default=4, ge=1, lt=2**31)
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two numbers with 0 < least <= greatest <= 1, found {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"ratio must be two numbers with 0 < least <= greatest, found {self.ratio}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One view: a crop box in source pixels (EXIF turn applied) and whether it is mirrored after the crop."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def draw_view(config: ViewConfig, key: str, index: int, height: int, width: int) -> View:
+    """Draw view `index` of an image: a pure function of config, key, index and the image's size.
+
+    Area is uniform over `scale`, width / height log-uniform over `ratio`, the place uniform; after ten crops that do
+    not fit, the largest centred crop within `ratio`. The flip does not depend on the size.
+
+    Args:
+        key: the sample's key.
+        index: 0 or more; `config.count` is not asked, so more views can be drawn later without changing the first.
+        height: of the source image, in pixels, at least 1.
+        width: likewise.
+
+    Raises:
+        ShapeError: height or width is below 1.
+        SettingError: index is not within 0 to 2**64 - 1.
+
+    Source: RandomResizedCrop, arXiv 1409.4842, with torchvision's arithmetic.
+    """
+    if height < 1 or width < 1:
+        raise ShapeError(f"an image needs height and width of at least 1, found {height} x {width}")
+    if not 0 <= index < 2**64:
+        raise SettingError(f"a view index must be 0 to 2**64 - 1, found {index}")
+    draws = _uniforms(config.seed, key, index)
+    flip = draws[0] < config.flip
+    low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    for attempt in range(_TRIES):
+        u_area, u_ratio, u_top, u_left = draws[1 + 4 * attempt : 5 + 4 * attempt]
+        area = height * width * (config.scale[0] + u_area * (config.scale[1] - config.scale[0]))
+        ratio = math.exp(low + u_ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(u_top * (height - crop_height + 1)), int(u_left * (width - crop_width + 1))
+            return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
+    crop_height, crop_width = height, width
+    if width / height < config.ratio[0]:
+        crop_height = min(height, max(1, round(width / config.ratio[0])))
+    elif width / height > config.ratio[1]:
+        crop_width = min(width, max(1, round(height * config.ratio[1])))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
+
+
+def _uniforms(seed: int, key: str, index: int) -> list[float]:
+    """`_DRAWS` numbers in [0, 1).
+
+    Philox's raw output is fixed by its definition; numpy's distributions may change from version to version, so the
+    step from bits to numbers is made here. Each view index has 2**128 counter values of its own.
+    """
+    digest = blake2b(seed.to_bytes(8, "little") + key.encode("utf-8"), digest_size=16).digest()
+    generator = np.random.Philox(
+        key=np.frombuffer(digest, dtype="<u8").astype(np.uint64),
+        counter=np.array([0, 0, index, 0], dtype=np.uint64),
+    )
+    uniforms: list[float] = ((generator.random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53).tolist()
+    return uniforms
+
+
+def render_view(image: Image.Image, view: View, size: int) -> NDArray[np.uint8]:
+    """Cut the view out of the image, scale it (bicubic, antialiased) and mirror it if the view says so.
+
+    The crop is cut before it is scaled, so that no pixel outside of it is read.
+
+    Args:
+        image: RGB, as `decode_image` gives it.
+        size: height and width of the result in pixels.
+
+    Returns:
+        (size, size, 3) uint8, RGB.
+
+    Raises:
+        ShapeError: the image is not RGB, the view does not lie inside it, or size is below 1.
+    """
+    bottom, right = view.top + view.height, view.left + view.width
+    inside = 0 <= view.top < bottom <= image.height and 0 <= view.left < right <= image.width
+    if image.mode != "RGB" or not inside or size < 1:
+        raise ShapeError(
+            f"expected an RGB image with the view inside and a size of at least 1, found {image.mode} of "
+            f"{image.height} x {image.width}, {view} and size {size}"
+        )
+    crop = image.crop((view.left, view.top, right, bottom))
+    scaled = crop.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(scaled, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """Encode a view as JPEG with 4:2:0 colour; the same pixels give the same bytes.
+
+    Args:
+        pixels: (height, width, 3) uint8, RGB, at most 65500 on a side.
+        quality: 1 to 100.
+
+    Raises:
+        ShapeError: pixels of another shape or type.
+        DataError: quality out of range, or the encoder refused.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ShapeError(f"expected (height, width, 3) uint8, found {pixels.shape} {pixels.dtype}")
+    if not 1 <= quality <= 100:
+        raise DataError(f"JPEG quality must be 1 to 100, found {quality}")
+    try:
+        encoded: bytes = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
+        )
+    except ValueError as error:
+        raise DataError(f"JPEG cannot be encoded: {error}") from None
+    return encoded
+
+
+def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
+    """Decode a stored view: the fast way, equal to Pillow's pixels bit for bit.
+
+    Args:
+        data: an RGB or grey JPEG. EXIF is not read: views are stored as they are seen.
+
+    Returns:
+        (height, width, 3) uint8, RGB.
+
+    Raises:
+        DataError: empty, truncated or damaged.
+    """
+    if not data:
+        raise DataError("JPEG cannot be decoded: empty")
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True
+        )
+    except ValueError as error:
+        raise DataError(f"JPEG cannot be decoded: {error}") from None
+    return pixels

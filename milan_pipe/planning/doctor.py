@@ -1,0 +1,186 @@
+"""What this machine has to work with: versions, devices, codecs, room, and whether places can be reached."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from milan_pipe.errors import MilanError
+from milan_pipe.images.ahead import thread_count
+from milan_pipe.storage import Place, place_of
+from milan_pipe.targets.store import open_targets, read_header
+from milan_pipe.targets.zarr_store import use_fast_pipeline
+
+PACKAGES = (
+    "milan-pipe", "torch", "timm", "open_clip_torch", "zarr", "zarrs", "numcodecs", "obstore", "dask", "distributed",
+    "simplejpeg", "pillow", "numpy", "dvc",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A device that torch sees; memory in bytes; whether it computes in bfloat16, None where torch does not tell."""
+
+    name: str
+    what: str
+    memory: int
+    bfloat16: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceCheck:
+    """What was found at a place; `problem` is None where it can be used."""
+
+    place: str
+    found: str
+    free_bytes: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport:
+    """All that was found; `problems` says what is wrong, a line each.
+
+    Attributes:
+        versions: of packages, None where one is not installed.
+        threads: that this process may use.
+        pipeline: codec pipeline that reads and writes zarr.
+        params: the params file that commands run here would read, None for built-in settings.
+    """
+
+    python: str
+    system: str
+    versions: dict[str, str | None]
+    devices: tuple[Device, ...]
+    threads: int
+    memory: int
+    pipeline: str
+    params: str | None
+    places: tuple[PlaceCheck, ...]
+    problems: tuple[str, ...]
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[Device, ...]:
+    cpu = Device(
+        name="cpu",
+        what=platform.processor() or platform.machine(),
+        memory=psutil.virtual_memory().total,
+        bfloat16=None,
+    )
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        gpus.append(
+            Device(
+                name=f"cuda:{number}",
+                what=properties.name,
+                memory=properties.total_memory,
+                bfloat16=properties.major >= 8,
+            )
+        )
+    return (cpu, *gpus)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    path = folder.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _contents(place: Place) -> str:
+    header = read_header(place)
+    if header is None:
+        if place.local is None and not place.listable:
+            return "no target store"
+        listed = place.listing()
+        count = len(listed.files) + len(listed.folders)
+        return f"no target store; {count} entries" if count else "empty"
+    store = open_targets(place.name)
+    samples = sum(store.samples(shard) for shard in store.shards)
+    done = len(store.shards) == header.source.shards
+    return (
+        f"target store, {header.format}: {samples} pictures, {header.views.count} views, teacher "
+        f"{header.teacher.model!r}, grid {header.teacher.grid[0]} x {header.teacher.grid[1]}, codec "
+        f"{header.codec.name!r}, {len(store.shards)} of {header.source.shards} shards"
+        + ("" if done else ", not complete")
+    )
+
+
+def _try_writing(place: Place) -> None:
+    name = f".milan-pipe-doctor-{uuid.uuid4().hex}"
+    place.write(name, b"milan-pipe doctor")
+    try:
+        place.read(name)
+    finally:
+        place.remove(name)
+
+
+def _check(where: str, write: bool) -> PlaceCheck:
+    free = None
+    found = "-"
+    try:
+        place = place_of(where)
+        if place.local is not None:
+            there = _nearest(place.local)
+            free = shutil.disk_usage(there).free
+            if not place.local.exists():
+                found = "not there yet"
+                problem = None
+                if not there.is_dir():
+                    problem = f"{there} is no folder"
+                elif not os.access(there, os.W_OK):
+                    problem = f"{there} cannot be written"
+                return PlaceCheck(place=where, found=found, free_bytes=free, problem=problem)
+        found = _contents(place)
+        if write:
+            _try_writing(place)
+            found += "; written to and cleaned"
+    except (MilanError, OSError) as error:
+        return PlaceCheck(place=where, found=found, free_bytes=free, problem=" ".join(str(error).split()))
+    return PlaceCheck(place=where, found=found, free_bytes=free, problem=None)
+
+
+def doctor(places: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
+    """Look at this machine, and at places where images or targets are or shall be.
+
+    Args:
+        places: folders or URLs; what is there is told, and whether it can be read.
+        write: also write a small file to each and remove it.
+    """
+    versions = {package: _version_of(package) for package in PACKAGES}
+    fast = use_fast_pipeline() if versions["zarrs"] is not None else False
+    checks = tuple(_check(str(where), write) for where in places)
+    params = Path("params.yaml")
+    problems = [f"package {name} is not installed" for name, found in versions.items() if found is None]
+    problems += [f"{check.place}: {check.problem}" for check in checks if check.problem is not None]
+    return DoctorReport(
+        python=f"{sys.version.split()[0]} at {sys.executable}",
+        system=platform.platform(),
+        versions=versions,
+        devices=_devices(),
+        threads=thread_count(0),
+        memory=psutil.virtual_memory().total,
+        pipeline="zarrs" if fast else "zarr-python's own, which is slower",
+        params=str(params.absolute()) if params.is_file() else None,
+        places=checks,
+        problems=tuple(problems),
+    )

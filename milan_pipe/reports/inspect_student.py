@@ -1,0 +1,215 @@
+"""Pictures of what a student predicts, beside what it should have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from milan_pipe.devices import resolve_device
+from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.loader.stream import read_batch
+from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
+from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.reports.gallery import Gallery, write_gallery
+from milan_pipe.reports.grids import heat, on_pixels, only_visible
+from milan_pipe.reports.pca import FeatureColours
+from milan_pipe.reports.samples import Sample, choose_samples
+from milan_pipe.reports.sheet import Panel, Row, Sheet
+from milan_pipe.storage import local_folder
+from milan_pipe.student.decoder import DecoderConfig
+from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.weights import load_weights
+from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.targets.store import TargetStore, open_targets
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+
+DEFAULT_COUNT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectStudentReport:
+    """What was drawn: `page` is self-contained, `pictures` has one PNG for each of `keys`.
+
+    Attributes:
+        cosine: of each sample, the mean over all its patches.
+        masked_cosine: the same over those that the student did not see.
+    """
+
+    page: str
+    pictures: tuple[str, ...]
+    keys: tuple[str, ...]
+    step: int
+    cosine: tuple[float, ...]
+    masked_cosine: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What is drawn of one sample; per patch, `predicted_LT` and `target_LT` of one width."""
+
+    sample: Sample
+    pixels_HWC: NDArray[np.uint8]
+    visible_L: NDArray[np.bool_]
+    target_LT: NDArray[np.float32]
+    predicted_LT: NDArray[np.float32]
+    cosine_L: NDArray[np.float32]
+
+
+def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> Objective:
+    """Student and decoder of a checkpoint, with the masks and the target that it was trained on.
+
+    Raises:
+        DataError: the checkpoint is not one of pretraining.
+        MismatchError: it does not fit the targets: grid, input size, width of the features, or teacher.
+    """
+    where, record = str(checkpoint.path), checkpoint.record
+    settings = record.get("settings")
+    if record.get("task") is not None or not isinstance(settings, dict) or "decoder" not in settings:
+        raise DataError(f"{where} holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote")
+    student = StudentConfig.parse(record["student"], where)
+    require_fit(header, student, "the store")
+    target: Target = settings.get("target", "clip")
+    taught = record.get("teacher")
+    if target == "clip" and taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
+        raise MismatchError(
+            f"{where} learned from teacher {taught['model']!r} (weights {taught['weights_sha256'][:12]}), the store is "
+            f"of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it was "
+            "trained on, or others of the same teacher"
+        )
+    objective = build_objective(
+        header,
+        student=student,
+        decoder=DecoderConfig.parse(settings["decoder"], where),
+        masking=MaskConfig.parse(settings.get("masking", {}), where),
+        target=target,
+        config=PretrainConfig(),
+        device=device,
+    )
+    load_weights(objective.student.encoder, checkpoint.weights("student"), where)
+    load_weights(objective.student.decoder, checkpoint.weights("decoder"), where)
+    return objective.eval()
+
+
+def _look(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Shown:
+    batch = read_batch(store, sample.block(view))
+    with torch.no_grad():
+        lesson = objective.lesson(batch, epoch)
+    skip = lesson.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
+    target_LT = lesson.target[0, skip:].float().cpu()
+    predicted_LT = lesson.prediction_BST[0, 1:].float().cpu()
+    return _Shown(
+        sample=sample,
+        pixels_HWC=batch.pixels_BHWC[0].numpy(),
+        visible_L=~lesson.split.masked_map()[0].cpu().numpy(),
+        target_LT=target_LT.numpy(),
+        predicted_LT=predicted_LT.numpy(),
+        cosine_L=F.cosine_similarity(predicted_LT, target_LT, dim=-1).numpy(),
+    )
+
+
+def _sheet(shown: _Shown, grid: tuple[int, int], colours: FeatureColours, view: int) -> Sheet:
+    height, width = shown.pixels_HWC.shape[:2]
+    patches = len(shown.visible_L)
+
+    def painted(values_L3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return on_pixels(values_L3.reshape(*grid, 3), height, width)
+
+    hidden = shown.cosine_L[~shown.visible_L].mean()
+    panels = [
+        Panel(shown.pixels_HWC, f"view {view}"),
+        Panel(
+            only_visible(shown.pixels_HWC, shown.visible_L.reshape(grid)),
+            f"seen: {int(shown.visible_L.sum())} of {patches} patches",
+        ),
+        Panel(painted(colours(shown.target_LT)), "target"),
+        Panel(painted(colours(shown.predicted_LT)), "prediction"),
+        Panel(painted(heat(shown.cosine_L)), f"cosine {shown.cosine_L.mean():.3f}, hidden {hidden:.3f}"),
+    ]
+    return Sheet(shown.sample.key, [Row("", panels)])
+
+
+def student_sheets(
+    store: TargetStore,
+    samples: Sequence[Sample],
+    objective: Objective,
+    *,
+    epoch: int,
+    view: int,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[list[Sheet], list[tuple[float, float]]]:
+    """Sheets of samples, all in the colours of their targets; mean cosine of all and of hidden patches of each.
+
+    Raises:
+        DataError: the store is damaged.
+        SettingError: the store has no such view.
+    """
+    if not 0 <= view < store.header.views.count:
+        raise SettingError(f"view {view}: {store.place} has views 0 to {store.header.views.count - 1}")
+    shown = []
+    for number, sample in enumerate(samples):
+        shown.append(_look(store, sample, view, objective, epoch))
+        on_progress(number + 1, len(samples))
+    colours = FeatureColours.fit(np.concatenate([one.target_LT for one in shown]))
+    sheets = [_sheet(one, store.header.teacher.grid, colours, view) for one in shown]
+    return sheets, [(float(s.cosine_L.mean()), float(s.cosine_L[~s.visible_L].mean())) for s in shown]
+
+
+def inspect_student(
+    checkpoint: str | Path,
+    targets: str | Path,
+    out: str | Path,
+    *,
+    keys: Sequence[str] = (),
+    count: int = DEFAULT_COUNT,
+    epoch: int = 0,
+    view: int = 0,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> InspectStudentReport:
+    """Draw what a student predicts of a few samples: view, mask, target, prediction, cosine of each patch.
+
+    Args:
+        checkpoint: folder of a checkpoint, or of a run.
+        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one picture a sample.
+        keys: of the samples; none takes `count` of them, spread over the store.
+        epoch: whose masks are drawn, counted from 0.
+
+    Raises:
+        MissingError: no such checkpoint, store or key.
+        DataError: one of them is damaged, or the checkpoint is not one of pretraining.
+        MismatchError: checkpoint and targets do not fit.
+        SettingError: no such view or device, or OUT is a URL.
+        StoreError: OUT cannot be written.
+    """
+    folder = local_folder(out, "pictures")
+    opened = open_checkpoint(checkpoint)
+    store = open_targets(targets)
+    objective = pretrained_objective(opened, store.header, resolve_device(device))
+    samples = choose_samples(store, keys, count)
+    sheets, cosines = student_sheets(store, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
+    facts = {
+        "checkpoint": str(opened.path),
+        "targets": str(store.place),
+        "target": objective.target,
+        "masks": f"{objective.masking.kind}, {objective.visible} of {objective.patches} patches seen, those of epoch "
+        f"{epoch + 1}",
+        "colours": "three principal components of the targets shown, prediction in the same",
+        "cosine": f"dark 0 or below, bright 1; mean {np.mean([all_ for all_, _ in cosines]):.3f}, of hidden patches "
+        f"{np.mean([hidden for _, hidden in cosines]):.3f}",
+    }
+    page, pictures = write_gallery(folder, Gallery("Predictions", facts, [s.key for s in samples], sheets))
+    return InspectStudentReport(
+        page=str(page),
+        pictures=tuple(map(str, pictures)),
+        keys=tuple(sample.key for sample in samples),
+        step=int(opened.record["step"]),
+        cosine=tuple(all_ for all_, _ in cosines),
+        masked_cosine=tuple(hidden for _, hidden in cosines),
+    )

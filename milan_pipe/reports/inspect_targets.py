@@ -1,0 +1,168 @@
+"""Pictures of what a target store holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from milan_pipe.reports.gallery import Gallery, write_gallery
+from milan_pipe.reports.grids import on_pixels, only_visible, overlaid
+from milan_pipe.reports.pca import FeatureColours
+from milan_pipe.reports.samples import Sample, StoredView, choose_samples, read_view
+from milan_pipe.reports.sheet import Panel, Row, Sheet
+from milan_pipe.storage import local_folder
+from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
+from milan_pipe.targets.store import TargetStore, open_targets
+
+DEFAULT_COUNT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectTargetsReport:
+    """What was drawn: `page` is self-contained, `pictures` has one PNG for each of `keys`."""
+
+    page: str
+    pictures: tuple[str, ...]
+    keys: tuple[str, ...]
+    views: int
+
+
+def _crop(view: StoredView, number: int) -> str:
+    top, left, height, width = view.crop
+    return f"view {number}: {width} x {height} at {left}, {top}{', mirrored' if view.flip else ''}"
+
+
+def _percent(weight_V: NDArray[np.float32]) -> str:
+    return f"{100 * float(weight_V.sum()):.0f} %"
+
+
+def _visible(sample: Sample, view: StoredView, masking: MaskConfig, epoch: int) -> NDArray[np.bool_]:
+    patches = len(view.attention_L)
+    noise_BL = mask_noise(masking.seed, epoch, [sample.key], patches)
+    importance_BL = torch.from_numpy(view.attention_L)[None] if masking.kind == "semantic" else None
+    split = draw_split(importance_BL, noise_BL, visible_count(patches, masking.ratio))
+    return np.asarray(~split.masked_map()[0].numpy())
+
+
+def sheet_of(
+    sample: Sample,
+    views: Sequence[StoredView],
+    grid: tuple[int, int],
+    colours: FeatureColours,
+    masking: MaskConfig,
+    epoch: int,
+) -> Sheet:
+    """What is shown of one sample: a column for each view."""
+    seen = [_visible(sample, view, masking, epoch).reshape(grid) for view in views]
+    attention = [view.attention_L.reshape(grid) for view in views]
+    patches = grid[0] * grid[1]
+    rows = (
+        Row("stored view", [Panel(view.pixels_HWC, _crop(view, n)) for n, view in enumerate(views)]),
+        Row(
+            "CLS attention, its square root, brightest at the largest weight",
+            [
+                Panel(
+                    overlaid(view.pixels_HWC, np.sqrt(weight / max(float(weight.max()), 1e-12))),
+                    f"largest {float(weight.max()) * patches:.1f} times the mean",
+                )
+                for view, weight in zip(views, attention, strict=True)
+            ],
+        ),
+        Row(
+            f"what a student sees of it in epoch {epoch + 1} ({masking.kind} masking, seed {masking.seed})",
+            [
+                Panel(
+                    only_visible(view.pixels_HWC, visible),
+                    f"{int(visible.sum())} of {patches} patches, {_percent(weight[visible])} of attention",
+                )
+                for view, visible, weight in zip(views, seen, attention, strict=True)
+            ],
+        ),
+        Row(
+            "patch features, three principal components as red, green and blue",
+            [
+                Panel(
+                    on_pixels(colours(view.feature_ST[1:]).reshape(*grid, 3), *view.pixels_HWC.shape[:2]),
+                    f"{grid[0]} x {grid[1]} patches of {view.feature_ST.shape[1]}",
+                )
+                for view in views
+            ],
+        ),
+    )
+    return Sheet(sample.key, rows)
+
+
+def target_sheets(
+    store: TargetStore,
+    samples: Sequence[Sample],
+    masking: MaskConfig,
+    epoch: int,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Sheet]:
+    """Sheets of samples, all in the same colours.
+
+    Raises:
+        DataError: the store is damaged.
+        SettingError: the mask ratio leaves no patch.
+    """
+    views = []
+    for number, sample in enumerate(samples):
+        views.append([read_view(store, sample, view) for view in range(store.header.views.count)])
+        on_progress(number + 1, len(samples))
+    colours = FeatureColours.fit(np.concatenate([view.feature_ST[1:] for row in views for view in row]))
+    grid = store.header.teacher.grid
+    return [sheet_of(sample, row, grid, colours, masking, epoch) for sample, row in zip(samples, views, strict=True)]
+
+
+def inspect_targets(
+    targets: str | Path,
+    out: str | Path,
+    *,
+    masking: MaskConfig,
+    keys: Sequence[str] = (),
+    count: int = DEFAULT_COUNT,
+    epoch: int = 0,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
+) -> InspectTargetsReport:
+    """Draw all views of a few samples: attention, a mask, features.
+
+    Args:
+        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one picture a sample.
+        masking: how masks are drawn; they are those of a run with the same settings.
+        keys: of the samples; none takes `count` of them, spread over the store.
+        epoch: whose masks are drawn, counted from 0.
+
+    Raises:
+        MissingError: no such store or key.
+        DataError: the store is damaged.
+        SettingError: the mask ratio leaves no patch, or OUT is a URL.
+        StoreError: OUT cannot be written.
+    """
+    folder = local_folder(out, "pictures")
+    store = open_targets(targets)
+    samples = choose_samples(store, keys, count)
+    sheets = target_sheets(store, samples, masking, epoch, on_progress)
+    header = store.header
+    facts = {
+        "store": str(store.place),
+        "teacher": f"{header.teacher.model}"
+        + (f", {header.teacher.pretrained}" if header.teacher.pretrained else "")
+        + f", input of {header.teacher.image_size} pixels",
+        "views": f"{header.views.count} of each picture, {header.views.size} pixels, scale "
+        f"{header.views.scale[0]:g} to {header.views.scale[1]:g}, seed {header.views.seed}",
+        "patches": f"{header.teacher.grid[0]} x {header.teacher.grid[1]}, features of {header.teacher.width}",
+        "codec": header.codec.name,
+        "samples": f"{sum(store.samples(shard) for shard in store.shards)} in {len(store.shards)} shards",
+    }
+    page, pictures = write_gallery(folder, Gallery("Targets", facts, [s.key for s in samples], sheets))
+    return InspectTargetsReport(
+        page=str(page),
+        pictures=tuple(map(str, pictures)),
+        keys=tuple(sample.key for sample in samples),
+        views=header.views.count,
+    )

@@ -1,0 +1,144 @@
+"""What a run's folder says of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
+from milan_pipe.evaluation.backbone import Backbone, student_of
+from milan_pipe.reports.charts import Curve
+from milan_pipe.reports.evaluations import FOLDER, Evaluation, read_evaluations
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.training.metrics import metric_files, read_metric
+
+PRETRAIN = "pretrain"
+_CURVES = Path("metrics", "plots", "metrics")
+_REPORT = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as it lies in its folder, finished or not.
+
+    Attributes:
+        name: as it was named, made unique among those of one report.
+        task: `pretrain`, `finetune`, `segment` or `linear-probe`.
+        checkpoint: its last one.
+        identity: digest of the pretrained student: its own, or of a transfer run the one that it began with.
+        report: `report.json`; empty where the run is not finished.
+        curves: by name, as `train/loss`.
+    """
+
+    name: str
+    folder: Path
+    task: str
+    checkpoint: Checkpoint
+    identity: str
+    report: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+    evaluations: tuple[Evaluation, ...] = field(default=())
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the last checkpoint says beside its weights."""
+        return self.checkpoint.record
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return bool(self.record.get("finished"))
+
+
+def _curves(folder: Path) -> dict[str, Curve]:
+    found = {}
+    root = folder / _CURVES
+    for file in metric_files(root):
+        metric = read_metric(file)
+        if metric.damage is not None:
+            raise DataError(f"{file} cannot be read (it {metric.damage}); remove it to have the report without")
+        curve = Curve([step for step, _, _ in metric.rows], [value for _, value, _ in metric.rows])
+        found[file.relative_to(root).with_suffix("").as_posix()] = curve
+    return found
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    file = folder / _REPORT
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(
+            f"{file} cannot be read ({type(error).__name__}); remove it to have the report without"
+        ) from error
+    return values
+
+
+def _identity(checkpoint: Checkpoint, task: str) -> str:
+    if task == PRETRAIN:
+        config, encoder = student_of(checkpoint)
+        return Backbone(name=str(checkpoint.path), config=config, weights=encoder.state_dict()).digest()
+    try:
+        return str(checkpoint.record["configuration"]["student"]["weights"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{checkpoint.path} does not say which student it began with") from error
+
+
+def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
+    """Read a run's folder.
+
+    Args:
+        name: none takes the folder's.
+
+    Raises:
+        MissingError: it is not there, or has no checkpoint yet.
+        DataError: something in it is damaged.
+        StoreError: something in it cannot be read.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise MissingError(f"{path} is not there; expected the folder of a run")
+    checkpoint = open_checkpoint(path)
+    if checkpoint.path.parent.parent != path:
+        raise DataError(f"{path} is a checkpoint; name the folder of its run")
+    task = str(checkpoint.record.get("task") or PRETRAIN)
+    return RunRecord(
+        name=name if name is not None else path.resolve().name,
+        folder=path,
+        task=task,
+        checkpoint=checkpoint,
+        identity=_identity(checkpoint, task),
+        report=_report_of(path),
+        curves=_curves(path),
+        evaluations=tuple(read_evaluations(path / FOLDER)),
+    )
+
+
+def _unique_names(folders: list[Path]) -> list[str]:
+    """The last part of each path, with as many before it as tell them apart."""
+    resolved = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while True:
+        names = ["/".join(parts[-depth:]) for parts in resolved]
+        if len(set(names)) == len(set(resolved)) or depth > max(map(len, resolved)):
+            return names
+        depth += 1
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Runs of one report, each named once; a run that is named twice is taken once. Raises as `read_run`."""
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    runs = [read_run(folder) for folder in once.values()]
+    named: dict[Path, str] = {}
+    for task in {run.task for run in runs}:
+        of_task = [run.folder for run in runs if run.task == task]
+        named.update(zip(of_task, _unique_names(of_task), strict=True))
+    return [replace(run, name=named[run.folder]) for run in runs]

@@ -1,0 +1,68 @@
+"""What a store says of itself: size, fidelity, and what was set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from milan_pipe.targets.store import TargetStore
+from milan_pipe.units import size
+
+_MOST_BAD = 20
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """Lines to print, and the first samples that were set aside: key and reason."""
+
+    rows: Mapping[str, str]
+    bad: Sequence[tuple[str, str]]
+
+
+def store_facts(store: TargetStore) -> StoreFacts:
+    """Read all records of a store.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    header = store.header
+    samples = taken = features = files = aside = 0
+    known, known_samples = 0.0, 0
+    bad: list[tuple[str, str]] = []
+    # Record after record: together they may be larger than memory.
+    for shard in store.shards:
+        record = store.record(shard)
+        samples += record.source.samples
+        files += len(record.files)
+        taken += sum(file.bytes for file in record.files.values())
+        features += sum(
+            file.bytes for path, file in record.files.items() if path.split("/")[0] in ("features", "scale")
+        )
+        aside += len(record.source.bad)
+        bad += record.source.bad[: _MOST_BAD - len(bad)]
+        if record.mean_cosine is not None:
+            known += record.mean_cosine * record.source.samples
+            known_samples += record.source.samples
+    views = samples * header.views.count
+    values = header.tokens * header.teacher.width
+    fidelity = "not recorded in this store"
+    if known_samples:
+        mean = known / known_samples
+        fidelity = f"mean cosine {mean:.6f} of decoded and teacher's tokens, over all views"
+    teacher = header.teacher
+    rows = {
+        "store": str(store.place),
+        "format": f"{header.format}, schema {header.schema_version}, written by milan-pipe {header.package_version}",
+        "teacher": f"{teacher.model}{f' ({teacher.pretrained})' if teacher.pretrained else ''}, {teacher.image_size} "
+        f"pixels, {teacher.precision}, {teacher.normalization} normalisation, weights {teacher.weights_sha256[:12]}",
+        "patches": f"{teacher.grid[0]} x {teacher.grid[1]}, features of {teacher.width}",
+        "pictures": f"{samples:,} in {len(store.shards)} of {header.source.shards} shards, {aside} set aside",
+        "views": f"{header.views.count} of each, {header.views.size} pixels, scale {header.views.scale[0]:g} to "
+        f"{header.views.scale[1]:g}, mirrored with probability {header.views.flip:g}, seed {header.views.seed}",
+        "size": f"{size(taken)} in {files:,} files, {size(taken / views)} a view",
+        "codec": f"{header.codec.name}"
+        + (f", fitted for {header.codec.quality:g}" if header.codec.quality is not None else "")
+        + (f", {8 * features / views / values:.2f} bits a dimension" if header.format == "zarr" else ""),
+        "fidelity": fidelity,
+    }
+    return StoreFacts(rows, bad)

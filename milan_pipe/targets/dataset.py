@@ -1,0 +1,283 @@
+"""A target store as other code takes it: by index, by key, as a dataset of torch, as arrays of Dask."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from milan_pipe.errors import MissingError, SettingError
+from milan_pipe.images.views import decode_jpeg
+from milan_pipe.loader.order import EpochOrder
+from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, ViewRun
+from milan_pipe.targets.store import TargetStore
+from milan_pipe.targets.store import open_targets as _open_store
+
+if TYPE_CHECKING:
+    from milan_pipe.targets.dask_arrays import DaskTargets
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One view of one sample, decoded.
+
+    Attributes:
+        key: of the sample.
+        label: class number, None where it has none.
+        view: number of the view.
+        pixels_HWC: uint8, the rendered view, which is what the teacher saw.
+        features_ST: float32, CLS first, patches in raster order; not unit length.
+        attention_L: float32, the CLS token's over the patches; sums to 1.
+        crop: top, left, height, width in source pixels.
+        flip: whether the view is mirrored.
+    """
+
+    key: str
+    label: int | None
+    view: int
+    pixels_HWC: NDArray[np.uint8]
+    features_ST: NDArray[np.float32]
+    attention_L: NDArray[np.float32]
+    crop: tuple[int, int, int, int]
+    flip: bool
+
+
+class Targets:
+    """A target store, local or in a bucket, of either format; its length is the number of samples.
+
+    `targets[i]` is view 0 of sample i, `targets[i, k]` view k, and so with a key in place of i. Samples are counted
+    through the shards in order. It may be read by several threads, and pickled: another process opens the store anew.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        """Open a store; see `open_targets`."""
+        self._where = str(where)
+        self._store = _open_store(where)
+        self._ends = list(accumulate(self._store.samples(shard) for shard in self._store.shards))
+        self._codec = codec_of(self._store.header.codec)
+        self._by_key: dict[str, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"where": self._where}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["where"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        header = self._store.header
+        return (
+            f"<Targets {self._store.place}: {len(self)} samples, {self.views} views, teacher {header.teacher.model!r}, "
+            f"grid {self.grid[0]} x {self.grid[1]}, codec {header.codec.name!r}>"
+        )
+
+    @property
+    def header(self) -> StoreHeader:
+        """What the targets depend on: teacher, views, codec, source."""
+        return self._store.header
+
+    @property
+    def store(self) -> TargetStore:
+        """The reader below, which gives runs of stored codes."""
+        return self._store
+
+    @property
+    def views(self) -> int:
+        """K, views of each sample."""
+        return self._store.header.views.count
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self._store.header.teacher.grid
+
+    @property
+    def width(self) -> int:
+        """T, of the teacher's features."""
+        return self._store.header.teacher.width
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all samples, in order.
+
+        Raises:
+            DataError: a shard is damaged.
+        """
+        for shard in self._store.shards:
+            yield from self._store.keys(shard)
+
+    def __iter__(self) -> Iterator[Target]:
+        """View 0 of each sample."""
+        return (self[number] for number in range(len(self)))
+
+    def index(self, key: str) -> int:
+        """Number of the sample with a key; the first call reads all keys.
+
+        Raises:
+            MissingError: there is none.
+        """
+        if self._by_key is None:
+            # The first of several with one key, as a list would find.
+            self._by_key = {name: number for number, name in reversed(list(enumerate(self.keys())))}
+        found = self._by_key.get(key)
+        if found is None:
+            some = ", ".join(list(self._by_key)[-_SHOWN:])
+            raise MissingError(f"{self._store.place} has no sample {key!r}; its keys are such as {some}")
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            self.index(key)
+        except MissingError:
+            return False
+        return True
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Number of the shard, and of the row in it; negative numbers count from the end.
+
+        Raises:
+            IndexError: no such sample.
+        """
+        count = len(self)
+        if not -count <= number < count:
+            raise IndexError(f"{self._store.place}: sample {number} was asked for, it has {count}")
+        number %= count
+        shard = bisect_right(self._ends, number)
+        return shard, number - (self._ends[shard - 1] if shard else 0)
+
+    def run(self, index: int, view: int) -> ViewRun:
+        """One view of one sample as it is stored; raises as indexing does."""
+        if not 0 <= view < self.views:
+            raise IndexError(f"{self._store.place}: view {view} was asked for, it has views 0 to {self.views - 1}")
+        shard, row = self.place(index)
+        return self._store.read(self._store.shards[shard], view, row, row + 1)
+
+    def decode(self, run: ViewRun) -> Tensor:
+        """Features (N, S, T) float32 of what `run` or `store.read` gave."""
+        scale_NS = None if run.scale_NS is None else torch.from_numpy(np.asarray(run.scale_NS))
+        return self._codec.decode(torch.from_numpy(np.asarray(run.code_NST)), scale_NS).float()
+
+    def __getitem__(self, index: int | str | tuple[int | str, int]) -> Target:
+        """One view of one sample.
+
+        Raises:
+            IndexError: no such sample or view.
+            MissingError: no such key.
+            TypeError: the index is neither; slices are for `as_dask` and `store.read`.
+            DataError: the shard is damaged.
+        """
+        sample, view = index if isinstance(index, tuple) else (index, 0)
+        if isinstance(sample, bool) or not isinstance(sample, int | str | np.integer):
+            raise TypeError(
+                f"targets are indexed by number or key, and view, as targets[3], targets['key', 1]; found {index!r}"
+            )
+        run = self.run(self.index(sample) if isinstance(sample, str) else int(sample), int(view))
+        label = int(run.label_N[0])
+        top, left, height, width = (int(value) for value in run.crop_N4[0])
+        return Target(
+            key=str(run.keys[0]),
+            label=None if label < 0 else label,
+            view=int(view),
+            pixels_HWC=decode_jpeg(run.jpegs[0]),
+            features_ST=self.decode(run)[0].numpy(),
+            attention_L=run.attention_NL[0].astype(np.float32),
+            crop=(top, left, height, width),
+            flip=bool(run.flip_N[0]),
+        )
+
+    def as_torch_dataset(
+        self, *, view: int | None = None, seed: int = 0, transform: Callable[[Target], Any] | None = None
+    ) -> TargetDataset:
+        """A map-style dataset for torch's DataLoader.
+
+        `pretrain` reads runs of a shard instead, which is many times as fast; this is for code that expects a dataset.
+
+        Args:
+            view: which one; none takes another in each epoch, as `pretrain` does with this seed.
+            transform: from a `Target` to what is handed out; none gives a dict of tensors.
+
+        Raises:
+            SettingError: no such view.
+        """
+        return TargetDataset(self, view=view, seed=seed, transform=transform)
+
+    def as_dask(self) -> DaskTargets:
+        """All samples as lazy arrays of Dask, a chunk for each view of a block of samples.
+
+        Raises:
+            DataError: the store is damaged; raised where a chunk is computed.
+        """
+        from milan_pipe.targets.dask_arrays import dask_targets
+
+        return dask_targets(self._store)
+
+
+class TargetDataset(Dataset[Any]):
+    """Targets as a dataset of torch; see `Targets.as_torch_dataset`.
+
+    Without a transform an item is a dict: `key`, `label` (-1 for none), `view`, `pixels` (3, H, W) uint8, `features`
+    (S, T) and `attention` (L) float32.
+    """
+
+    def __init__(
+        self, targets: Targets, *, view: int | None, seed: int, transform: Callable[[Target], Any] | None
+    ) -> None:
+        if view is not None and not 0 <= view < targets.views:
+            raise SettingError(f"view {view}: {targets.store.place} has views 0 to {targets.views - 1}")
+        self.targets = targets
+        self._view = view
+        self._transform = transform
+        self._epoch = 0
+        store = targets.store
+        sizes = tuple(store.samples(shard) for shard in store.shards)
+        self._order = EpochOrder(samples=sizes, views=targets.views, block=BLOCK_SAMPLES, window=1, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the views of this epoch; call it before a DataLoader's workers start."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Any:
+        view = self._view
+        if view is None:
+            view = self._order.view_of(self._epoch, self.targets.place(index)[0])
+        target = self.targets[index, view]
+        if self._transform is not None:
+            return self._transform(target)
+        return {
+            "key": target.key,
+            "label": -1 if target.label is None else target.label,
+            "view": target.view,
+            "pixels": torch.from_numpy(target.pixels_HWC).permute(2, 0, 1).contiguous(),
+            "features": torch.from_numpy(target.features_ST),
+            "attention": torch.from_numpy(target.attention_L),
+        }
+
+
+def open_targets(where: str | Path) -> Targets:
+    """Open a target store.
+
+    Raises:
+        MissingError: no such folder.
+        DataError: not a store, no shard committed, or damaged.
+        MismatchError: another schema version.
+        StoreError: it cannot be reached.
+    """
+    return Targets(where)

@@ -1,0 +1,74 @@
+"""Features that are kept: the same scores, no second embedding, and other features for other weights or pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support.pictures import TINY, class_folders, labelled_shard
+
+from milan_pipe import api
+from milan_pipe.config.params import Params
+from milan_pipe.errors import DataError
+from milan_pipe.evaluation import features as module
+from milan_pipe.evaluation.knn import KnnConfig
+
+PARAMS = Params(student=TINY, knn=KnnConfig(neighbours=(3,)))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[str, str]:
+    labelled_shard(tmp_path / "train.tar", range(30))
+    labelled_shard(tmp_path / "test.tar", range(100, 112))
+    return str(tmp_path / "train.tar"), str(tmp_path / "test.tar")
+
+
+def test_kept_features_give_the_same_scores(
+    sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "features"
+    plain = api.knn("random", *sets, PARAMS)
+    assert api.knn("random", *sets, PARAMS, features=kept) == plain
+    assert len(list(kept.iterdir())) == 2
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr(module, "centre_view", refuse)
+    assert api.knn("random", *sets, PARAMS, features=kept) == plain
+    assert api.linear_probe("random", *sets, PARAMS, features=kept).train == 30
+
+
+def test_other_weights_settings_or_pictures_are_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept = tmp_path / "features"
+    api.knn("random", *sets, PARAMS, features=kept)
+    for number, changed in enumerate(
+        (
+            PARAMS.model_copy(update={"pretrain": PARAMS.pretrain.model_copy(update={"seed": 1})}),
+            PARAMS.model_copy(update={"embed": PARAMS.embed.model_copy(update={"pool": "mean"})}),
+        ),
+        2,
+    ):
+        api.knn("random", *sets, changed, features=kept)
+        assert len(list(kept.iterdir())) == 2 * number
+    labelled_shard(Path(sets[1]), range(200, 212))
+    os.utime(sets[1], (1, 1))
+    api.knn("random", *sets, PARAMS, features=kept)
+    assert len(list(kept.iterdir())) == 7
+
+
+def test_damaged_features_say_which_file(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept = tmp_path / "features"
+    api.knn("random", *sets, PARAMS, features=kept)
+    for file in kept.iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"features.*safetensors cannot be read .*; remove it"):
+        api.knn("random", *sets, PARAMS, features=kept)
+
+
+def test_class_folders_score_as_their_shards(sets: tuple[str, str], tmp_path: Path) -> None:
+    folders = class_folders(tmp_path / "train", range(30)), class_folders(tmp_path / "test", range(100, 112))
+    by_folder = api.knn("random", str(folders[0]), str(folders[1]), PARAMS)
+    assert by_folder.accuracy == pytest.approx(api.knn("random", *sets, PARAMS).accuracy, abs=0.17)
+    assert (by_folder.train, by_folder.test) == (30, 12)

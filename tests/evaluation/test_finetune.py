@@ -1,0 +1,540 @@
+"""Fine-tuning: rates by layer, gradients everywhere, one run however it is broken up, and one line for mistakes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from support.pictures import NAMES, TINY, class_folders, labelled_shard, picture, png, write_tar
+from support.training import StopAtError, killed_until_done, stop_at
+
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.evaluation.augment import AugmentConfig, TrainingPictures, build_mixup
+from milan_pipe.evaluation.backbone import Backbone, backbone_of
+from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
+from milan_pipe.evaluation.feed import Ask, StepPlan, share_of_classes
+from milan_pipe.evaluation.finetune import FinetuneConfig, finetune
+from milan_pipe.evaluation.lars_probe import LarsProbeConfig, lars_probe
+from milan_pipe.evaluation.randomness import permutation, seeded
+from milan_pipe.images.labelled import labelled_pictures
+from milan_pipe.interop.timm_layout import export_student
+from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_all
+from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
+from milan_pipe.training.optim import build_adamw, layer_scale
+from milan_pipe.training.recorder import TrainProgress
+
+FULL = AugmentConfig(
+    scale=(0.3, 1.0), auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
+)
+PLAIN = AugmentConfig(scale=(0.8, 1.0), auto_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
+NOTHING: dict[str, Any] = {}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    labelled_shard(folder / "train-0.tar", range(40))
+    labelled_shard(folder / "train-1.tar", range(40, 60))
+    labelled_shard(folder / "val-0.tar", range(100, 133))
+    return folder
+
+
+def go(shards: Path, run: Path, *, augment: AugmentConfig = FULL, **change: Any) -> Any:
+    told = change.pop("on_progress", lambda _: None)
+    recipe = {"epochs": 4, "warmup_epochs": 1, "batch_size": 16, "lr": 0.05, "drop_path": 0.2, "log_every": 2}
+    return finetune(
+        change.pop("checkpoint", "random"),
+        change.pop("train", str(shards / "train-*.tar")),
+        change.pop("val", str(shards / "val-*.tar")),
+        run,
+        student=TINY,
+        augment=augment,
+        config=FinetuneConfig(**{**recipe, **change}),
+        on_progress=told,
+    )
+
+
+def curve(run: Path) -> dict[str, str]:
+    metrics = run / "metrics" / "plots" / "metrics"
+    return {
+        name: "\n".join("\t".join(line.split("\t")[1:]) for line in (metrics / f"{name}.tsv").read_text().splitlines())
+        for name in ("train/loss", "train/grad_norm", "val/top1", "val/loss")
+    }
+
+
+def assert_same(run: Path, whole: Path, parts: tuple[str, ...] = ("model",)) -> None:
+    assert curve(run) == curve(whole)
+    for part in parts:
+        left, right = open_checkpoint(run).weights(part), open_checkpoint(whole).weights(part)
+        assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    go(shards, run, ema=0.9)
+    return run
+
+
+def test_a_run_that_is_being_written_is_refused(shards: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def told(_: TrainProgress) -> None:
+        if not refused:
+            with pytest.raises(StoreError, match="is being written by this process already") as caught:
+                go(shards, tmp_path / "run")
+            refused.append(caught)
+
+    go(shards, tmp_path / "run", epochs=1, on_progress=told)
+    assert len(refused) == 1
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------------
+
+
+def test_each_parameter_of_vit_b_has_the_rate_of_its_layer() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=1000, global_pool="avg")
+    optimiser = build_adamw(
+        model, lr=1.0, betas=(0.9, 0.999), weight_decay=0.05, scale_of=lambda name: layer_scale(name, 12, 0.65)
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: (g["lr"], g["lr_scale"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, (lr, scale, decay) in found.items():
+        if name.startswith("blocks."):
+            power = 13 - (int(name.split(".")[1]) + 1)
+        else:
+            power = 13 if name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias") else 0
+        assert scale == lr == pytest.approx(0.65**power, rel=1e-12), name
+        plain = name.endswith(".bias") or "norm" in name or name in ("cls_token", "pos_embed")
+        assert decay == (0.0 if plain else 0.05), name
+    assert found["head.weight"][1] == 1.0
+    assert found["blocks.0.attn.qkv.weight"][1] == pytest.approx(0.65**12)
+
+
+def test_the_step_multiplies_the_rate_with_the_scale() -> None:
+    from milan_pipe.training.step import Stepper
+
+    layers = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    optimiser = torch.optim.SGD(
+        [{"params": [layers[0].weight], "lr_scale": 0.5}, {"params": [layers[1].weight]}], lr=1.0
+    )
+    before = [layer.weight.item() for layer in layers]
+    stepper = Stepper[None](
+        optimiser,
+        lambda _, __: layers[0].weight.sum() + layers[1].weight.sum(),
+        split=lambda _: [(None, 1.0)],
+        device=torch.device("cpu"),
+        precision="float32",
+        clip_grad=None,
+    )
+    stepper(None, 0, 0.1)
+    moved = [old - layer.weight.item() for old, layer in zip(before, layers, strict=True)]
+    assert moved == pytest.approx([0.05, 0.1])
+
+
+def backbone(config: StudentConfig = TINY) -> Backbone:
+    return backbone_of("random", config, 0)
+
+
+def test_every_parameter_of_the_classifier_gets_a_gradient() -> None:
+    _, model = build_classifier(backbone(), classes=5, image_size=None, drop_path=0.0, seed=1)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    assert all(p.requires_grad and p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_the_linear_probe_trains_its_head_alone() -> None:
+    encoder = build_encoder(TINY)
+    model = LinearClassifier(encoder, "cls", 5, seed=1).train()
+    assert not encoder.training
+    assert model.norm.training
+    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == name.startswith("head."), name
+
+
+def test_the_classifier_begins_with_the_backbone() -> None:
+    start = backbone()
+    _, model = build_classifier(start, classes=5, image_size=None, drop_path=0.0, seed=1)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in start.weights.items() if name[:5] != "norm.")
+    images = torch.randn(2, 3, 16, 16)
+    encoder = build_encoder(TINY)
+    encoder.load_state_dict(start.weights)
+    # The same blocks, then the mean of the patches, a fresh norm and the head.
+    encoder.norm = torch.nn.Identity()
+    mean = torch.nn.functional.layer_norm(encode_all(encoder, images)[:, 1:].mean(1), (16,), eps=1e-6)
+    torch.testing.assert_close(model(images), mean @ model.head.weight.T + model.head.bias)
+
+
+def test_positions_are_interpolated_to_another_size() -> None:
+    sizes, model = build_classifier(backbone(), classes=5, image_size=24, drop_path=0.0, seed=1)
+    assert sizes.image_size == 24
+    assert model.pos_embed.shape == (1, 37, 16)
+    expected = torch.nn.functional.interpolate(
+        backbone().weights["pos_embed"][:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2),
+        size=(6, 6),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
+    )
+    torch.testing.assert_close(model.pos_embed[0, 1:], expected[0].flatten(1).T)
+    assert model(torch.randn(1, 3, 24, 24)).shape == (1, 5)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_every_picture_once_whatever_the_ranks() -> None:
+    numbers = np.arange(50)
+
+    def asked(rank: int, ranks: int, first: int = 0) -> list[list[Ask]]:
+        return list(StepPlan(number_N=numbers, batch_size=8, seed=3, rank=rank, ranks=ranks).batches(first, 12))
+
+    whole = asked(0, 1)
+    first = [ask.number for batch in whole[:6] for ask in batch]
+    assert len(first) == len(set(first)) == 48
+    assert first != [ask.number for batch in whole[6:] for ask in batch]
+    parted = zip(*(asked(rank, 3) for rank in range(3)), strict=True)
+    assert [functools.reduce(operator.iadd, parts, []) for parts in parted] == whole
+    assert asked(0, 1, first=7) == whole[7:]
+
+
+def test_a_share_of_the_labels_is_a_share_of_each_class() -> None:
+    labels = np.array([0] * 100 + [1] * 50 + [2] * 3)
+    few = share_of_classes(labels, 0.1, seed=0)
+    assert np.bincount(labels[few]).tolist() == [10, 5, 1]
+    assert set(few) <= set(share_of_classes(labels, 0.5, seed=0))
+    assert few.tolist() != share_of_classes(labels, 0.1, seed=1).tolist()
+
+
+def test_permutation_is_pinned() -> None:
+    assert permutation(6, 0, 1).tolist() == permutation(6, 0, 1).tolist()
+    assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
+
+
+def test_augmentation_depends_on_seed_epoch_and_key_alone(shards: Path) -> None:
+    pictures = labelled_pictures(str(shards / "train-*.tar"), lambda *_: None)
+    views = TrainingPictures(pictures, FULL, 16, seed=0)
+    random.seed(1)
+    first = views(Ask(2, 7))[0]
+    state = random.getstate(), torch.get_rng_state()
+    views(Ask(2, 8))
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+    assert torch.equal(views(Ask(2, 7))[0], first)
+    assert not torch.equal(views(Ask(3, 7))[0], first)
+    assert first.shape == (3, 16, 16)
+    assert first.dtype == torch.float32
+
+
+def test_the_strongest_augmentation_never_fails(shards: Path) -> None:
+    pictures = labelled_pictures(str(shards / "train-*.tar"), lambda *_: None)
+    views = TrainingPictures(pictures, FULL.model_copy(update={"auto_augment": "rand-m10-n15-mstd2-inc1"}), 16, seed=0)
+    for epoch in range(20):
+        assert bool(torch.isfinite(views(Ask(epoch, epoch))[0]).all())
+
+
+def test_mixup_shares_out_the_classes() -> None:
+    mixup = build_mixup(FULL, 3, 8)
+    assert mixup is not None
+    pixels, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
+    with seeded(0):
+        mixed, target = mixup(pixels.clone(), labels)
+    with seeded(0):
+        again = mixup(pixels.clone(), labels)
+    assert torch.equal(mixed, again[0])
+    assert torch.equal(target, again[1])
+    torch.testing.assert_close(target.sum(1), torch.ones(8))
+    with pytest.raises(SettingError, match="even"):
+        build_mixup(FULL, 3, 7)
+
+
+def test_class_folders_and_shards_are_the_same_task(tmp_path: Path) -> None:
+    folders = labelled_pictures(class_folders(tmp_path / "folders", range(12)), lambda *_: None)
+    shards = labelled_pictures(labelled_shard(tmp_path / "s" / "train.tar", range(12)), lambda *_: None)
+    assert folders.classes == NAMES
+    by_bytes = {shards.read(n): int(shards.label_N[n]) for n in range(12)}
+    assert {folders.read(n): int(folders.label_N[n]) for n in range(12)} == by_bytes
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_says_so(shards: Path, tmp_path: Path) -> None:
+    report = go(shards, tmp_path / "run", augment=PLAIN, epochs=12, drop_path=0.0)
+    assert report.scores["top1"] > 0.9
+    assert report.best["top1"] >= report.scores["top1"]
+    assert report.scores["top5"] == 1.0
+    opened = open_checkpoint(tmp_path / "run" / "best")
+    assert opened.record["scores"] == report.best
+    assert opened.record["step"] == report.best_step
+    _, model = classifier_of(opened)
+    right = 0
+    for number in range(100, 133):
+        pixels = torch.from_numpy(picture(number, number % 3))
+        square = torch.nn.functional.interpolate(
+            pixels.permute(2, 0, 1)[None].float(), size=(16, 16), mode="bicubic", antialias=True
+        )
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        right += int(model.eval()(((square / 255) - mean[:, None, None]) / std[:, None, None]).argmax()) == number % 3
+    assert right / 33 > 0.85
+    assert go(shards, tmp_path / "run", augment=PLAIN, epochs=12, drop_path=0.0).steps_now == 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_broken_run_ends_as_the_whole_one(shards: Path, whole: Path, tmp_path: Path, every: int) -> None:
+    for step in (4, 8):
+        with pytest.raises(StopAtError):
+            go(shards, tmp_path / "run", ema=0.9, checkpoint_every=every, on_progress=stop_at(step))
+    report = go(shards, tmp_path / "run", ema=0.9, checkpoint_every=every)
+    assert 0 < report.resumed_from < 9
+    assert_same(tmp_path / "run", whole, ("model", "ema"))
+    assert (
+        open_checkpoint(tmp_path / "run" / "best").record["scores"] == open_checkpoint(whole / "best").record["scores"]
+    )
+
+
+def test_processes_that_decode_change_nothing(shards: Path, whole: Path, tmp_path: Path) -> None:
+    go(shards, tmp_path / "run", ema=0.9, workers=2)
+    assert_same(tmp_path / "run", whole, ("model", "ema"))
+
+
+def test_parts_of_a_batch_give_its_gradient(shards: Path, tmp_path: Path) -> None:
+    for name, parts in (("one", 1), ("three", 3)):
+        go(shards, tmp_path / name, augment=PLAIN, drop_path=0.0, accumulate=parts)
+    left, right = (open_checkpoint(tmp_path / name).weights("model") for name in ("one", "three"))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=2e-4, rtol=1e-3)
+
+
+def test_bfloat16_and_a_larger_input_run(shards: Path, tmp_path: Path) -> None:
+    report = go(shards, tmp_path / "run", precision="bfloat16", image_size=24, crop=0.9, epochs=1, clip_grad=1.0)
+    assert report.steps == 3
+    assert 0 <= report.scores["top1"] <= 1
+
+
+COMMAND = [sys.executable, "-m", "milan_pipe", "finetune", "random"]
+SETTINGS = {
+    **{f"student.{name}": value for name, value in TINY.model_dump(exclude={"model"}).items()},
+    "finetune.epochs": 30,
+    "finetune.batch_size": 16,
+    "finetune.drop_path": 0.2,
+    "finetune.log_every": 1,
+    "finetune.checkpoint_every": 2,
+    "augment.auto_augment": "rand-m9-mstd0.5-inc1",
+    "augment.mixup": 0.8,
+}
+
+
+def command(shards: Path, run: Path) -> list[str]:
+    words = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+    return [*COMMAND, str(shards / "train-*.tar"), str(shards / "val-*.tar"), str(run), *words]
+
+
+def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(shards, tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    killed_until_done(command(shards, tmp_path / "run"), tmp_path / "run", kills=2, seed=1)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_few_file_descriptors_are_enough(shards: Path, tmp_path: Path) -> None:
+    """Eight workers with batches of 256 must run where 1,024 descriptors are allowed, most systems' default.
+
+    Here in proportion: 2 workers read 4 batches each ahead, 240 images of which every one would take a descriptor.
+    A batch takes two, and the process itself some 40.
+    """
+    words = [*command(shards, tmp_path / "run"), "--set", "finetune.batch_size=30", "--set", "finetune.epochs=4"]
+    limited = ["bash", "-c", 'ulimit -n 96; exec "$@"', "-", *words, "--set", "finetune.workers=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert open_checkpoint(tmp_path / "run").record["finished"] is True
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(shards: Path, tmp_path: Path) -> None:
+    words = command(shards, tmp_path / "two")[3:]
+    off = ["augment.mixup=0", "augment.cutmix=0", "finetune.drop_path=0", "finetune.epochs=4"]
+    words += [word for setting in off for word in ("--set", setting)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "milan_pipe"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, *words], check=True, capture_output=True, env=environment)
+    words[words.index(str(tmp_path / "two"))] = str(tmp_path / "one")
+    subprocess.run([sys.executable, "-m", "milan_pipe", *words], check=True, capture_output=True, env=environment)
+    two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=1e-3)
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def test_timm_loads_it_with_its_head(shards: Path, tmp_path: Path) -> None:
+    go(
+        shards,
+        tmp_path / "run",
+        train=class_folders(tmp_path / "t", range(60)),
+        val=class_folders(tmp_path / "v", range(9)),
+    )
+    report = export_student(tmp_path / "run" / "best", tmp_path / "out")
+    assert report.classes == 3
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    _, model = classifier_of(open_checkpoint(tmp_path / "run" / "best"))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(images), model.eval()(images))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_classes"] == 3
+    assert config["label_names"] == list(NAMES)
+    by_name = timm.create_model(report.model, **report.model_args, num_classes=3, checkpoint_path=report.weights)
+    assert torch.equal(by_name.eval()(images), loaded(images))
+
+
+# --- linear probe by protocol -------------------------------------------------------------------------------------
+
+
+def probe(shards: Path, run: Path, **change: Any) -> Any:
+    told = change.pop("on_progress", lambda _: None)
+    recipe = {"epochs": 20, "warmup_epochs": 1, "batch_size": 20, "lr": 500.0, "log_every": 1}
+    return lars_probe(
+        "random",
+        str(shards / "train-*.tar"),
+        str(shards / "val-*.tar"),
+        run,
+        student=TINY,
+        config=LarsProbeConfig(**{**recipe, **change}),
+        on_progress=told,
+    )
+
+
+def test_the_probe_leaves_the_student_as_it_was_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    report = probe(shards, tmp_path / "whole", pool="mean")
+    assert report.scores["top1"] > 0.6
+    weights = open_checkpoint(tmp_path / "whole").weights("model")
+    start = backbone().weights
+    assert all(torch.equal(weights[f"encoder.{name}"], tensor) for name, tensor in start.items())
+    assert bool(weights["norm.running_mean"].any())
+    with pytest.raises(StopAtError):
+        probe(shards, tmp_path / "run", pool="mean", checkpoint_every=7, on_progress=stop_at(30))
+    assert probe(shards, tmp_path / "run", pool="mean").resumed_from == 28
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_other_classes_in_val(shards: Path, tmp_path: Path) -> None:
+    train = class_folders(tmp_path / "train", range(30))
+    val = class_folders(tmp_path / "val", range(9), ("ant", "bee", "dog"))
+    with pytest.raises(DataError, match=r"different classes: only .*train has cat; only .*val has dog"):
+        go(shards, tmp_path / "run", train=train, val=val)
+
+
+def test_a_label_that_train_has_not(shards: Path, tmp_path: Path) -> None:
+    val = write_tar(tmp_path / "val.tar", {"a.png": png(picture(0, 0)), "a.cls": b"7"})
+    with pytest.raises(DataError, match=r"picture 'a' has label 7, TRAIN has labels 0 to 2"):
+        go(shards, tmp_path / "run", val=val)
+
+
+def test_pictures_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
+    train = class_folders(tmp_path / "train", range(60))
+    for number in (4, 5):
+        (train / NAMES[number % 3] / f"{number:04d}.png").write_bytes(b"broken")
+    report = go(shards, tmp_path / "run", train=train, val=class_folders(tmp_path / "v", range(9)))
+    assert report.bad == 2
+    told = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in told) == ["bee/0004.png", "cat/0005.png"]
+    with pytest.raises(DataError, match=r"of 69 pictures cannot be read.*max_bad_fraction"):
+        go(shards, tmp_path / "r2", train=train, val=tmp_path / "v", max_bad_fraction=0.01)
+
+
+@pytest.mark.timeout(60)
+def test_pictures_that_are_no_regular_files(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train", range(3))
+    os.mkfifo(root / "ant" / "0001.png")
+    (root / "ant" / "0002.png").symlink_to("/dev/zero")
+    found = labelled_pictures(root, lambda *_: None)
+    for number in (1, 2):
+        with pytest.raises(DataError, match="not a regular file"):
+            found.read(number)
+
+
+def _without(path: Path, *kept: str) -> Path:
+    path.mkdir()
+    for name in kept:
+        (path / name).mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"checkpoint": "missing"}, MissingError, "missing is not there"),
+        ({"batch_size": 64}, SettingError, "finetune.batch_size is 64, there are 60 pictures"),
+        ({"batch_size": 15}, SettingError, "even number"),
+        ({"image_size": 18}, SettingError, "no multiple of the patch"),
+        ({"train": "nowhere"}, MissingError, "nowhere is not there"),
+        ({"device": "cuda:9"}, SettingError, "cannot be used"),
+    ],
+)
+def test_mistakes_are_one_line(
+    shards: Path, tmp_path: Path, change: dict[str, Any], kind: type[MilanError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        go(shards, tmp_path / "run", **change)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_folders_that_are_no_classes(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither \.tar shards nor class folders"):
+        go(shards, tmp_path / "run", train=_without(tmp_path / "none"))
+    with pytest.raises(MissingError, match="no pictures in them"):
+        go(shards, tmp_path / "run", train=_without(tmp_path / "hollow", "a", "b"))
+    half = class_folders(tmp_path / "half", range(30))
+    (half / "empty").mkdir()
+    with pytest.raises(DataError, match=r"1 of the 4 class folders .* hold no pictures, as empty"):
+        go(shards, tmp_path / "run", train=half)
+
+
+def test_a_loss_that_is_not_finite(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is nan at step .*; lower finetune.lr.*last good checkpoint is .*step-"):
+        go(shards, tmp_path / "run", lr=1e12, warmup_epochs=0, epochs=8, checkpoint_every=1)
+    last = open_checkpoint(tmp_path / "run")
+    assert last.record["finished"] is False
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights("model").values())
+
+
+def test_unknown_augmentation(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="not understood by timm"):
+        go(shards, tmp_path / "run", augment=FULL.model_copy(update={"auto_augment": "random-nonsense"}))
+
+
+def test_a_run_of_something_else(shards: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match=r"finetune.lr: the run has 0.05, the settings say 0.1"):
+        go(shards, whole, ema=0.9, lr=0.1)
+    with pytest.raises(DataError, match="holds what `milan-pipe finetune` trained"):
+        go(shards, tmp_path / "run", checkpoint=whole)
+
+
+def test_a_checkpoint_of_another_width(shards: Path, tmp_path: Path) -> None:
+    wide = build_encoder(TINY.model_copy(update={"width": 32}))
+    save_checkpoint(tmp_path, 1, {"student": wide.state_dict()}, {"student": TINY.model_dump(mode="json")})
+    with pytest.raises(MismatchError, match=r"does not fit the model: .* has shape .* expected"):
+        go(shards, tmp_path / "run", checkpoint=tmp_path)

@@ -1,0 +1,59 @@
+"""Sixty scenes in three shards, their targets from one unbroken run, and helpers to compare whole folders."""
+
+from __future__ import annotations
+
+import pytest
+
+from milan_pipe.extraction.run import ExtractConfig, extract_targets
+from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.views import ViewConfig
+from milan_pipe.targets.codec import CodecConfig
+from milan_pipe.teacher.clip import TeacherConfig
+
+VIEWS = ViewConfig(count=2, seed=5)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "images"
+    prepare("demo", folder, PrepareConfig(train_scenes=60, test_scenes=0, samples_per_shard=25), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def extract():
+    """`extract_targets` with this folder's settings; keywords replace them."""
+
+    def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, **changes):
+        arguments = ("on_progress", "shards", "redo", "verify_sources")
+        more = {name: changes.pop(name) for name in arguments if name in changes}
+        settings = ExtractConfig(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
+        return extract_targets(
+            images,
+            targets,
+            teacher=teacher or TeacherConfig(),
+            views=views,
+            view_size=view_size,
+            codec=CodecConfig(name=codec),
+            extract=settings,
+            **more,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """Path and bytes of every file below a folder."""
+
+    def read(root):
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def whole(images, extract, tmp_path_factory):
+    """The store of an unbroken run."""
+    targets = tmp_path_factory.mktemp("whole") / "targets"
+    return targets, extract(images, targets)

@@ -1,0 +1,225 @@
+"""Killed, full, damaged, repeated: what is committed stays good and the same command ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+from support.disks import small_disk
+
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.images.views import ViewConfig
+from milan_pipe.targets.store import open_targets
+from milan_pipe.teacher.clip import TeacherConfig
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C at a chosen place."""
+
+
+# --- same bytes ---------------------------------------------------------------------------------------------------
+
+
+def test_threads_do_not_change_a_byte(whole, images, extract, tree, tmp_path):
+    expected = tree(whole[0])
+    for threads in (1, 4):
+        extract(images, tmp_path / str(threads), threads=threads)
+        found = tree(tmp_path / str(threads))
+        assert found.keys() == expected.keys()
+        assert [path for path in found if found[path] != expected[path]] == []
+    assert b"\x80\x04" not in b"".join(data[:2] for data in expected.values())
+    assert not any(path.endswith((".pkl", ".pickle", ".pt")) for path in expected)
+
+
+def test_again_does_nothing(images, extract, tree, tmp_path):
+    targets = tmp_path / "t"
+    extract(images, targets)
+    before, times = tree(targets), {path: path.stat().st_mtime_ns for path in targets.glob("00*/**/*")}
+    report = extract(images, targets)
+    assert (report.shards, report.skipped, report.views, report.mean_cosine) == (3, 3, 0, None)
+    assert tree(targets) == before
+    assert {path: path.stat().st_mtime_ns for path in targets.glob("00*/**/*")} == times
+
+
+def test_interrupted_between_and_inside_shards(whole, images, extract, tree, tmp_path):
+    targets, told = tmp_path / "t", []
+
+    def stop(now):
+        told.append(now)
+        if now.shards_done == 1 and now.views > 50:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        extract(images, targets, on_progress=stop)
+    assert open_targets(targets).shards == ("000000",)
+    kept = {path: path.stat().st_mtime_ns for path in targets.glob("000000/**/*")}
+    report = extract(images, targets)
+    assert (report.shards, report.skipped, report.views, report.samples) == (3, 1, 70, 60)
+    assert {path: path.stat().st_mtime_ns for path in targets.glob("000000/**/*")} == kept
+    assert tree(targets) == tree(whole[0])
+
+
+def command(images, targets):
+    sets = ["views.count=2", "views.seed=5", "extract.batch_size=16", "extract.threads=2", "extract.device=cpu"]
+    arguments = [part for text in sets for part in ("--set", text)]
+    return [sys.executable, "-m", "milan_pipe", "extract-targets", str(images), str(targets), *arguments]
+
+
+def test_killed_process_goes_on(whole, images, tree, tmp_path):
+    targets = tmp_path / "t"
+    process = subprocess.Popen(
+        command(images, targets), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(targets.glob(".partial-000001-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (targets / "manifest.json").exists()
+    assert len(list(targets.glob("manifest/*.json"))) < 3
+    subprocess.run(command(images, targets), cwd=tmp_path, check=True, capture_output=True)
+    assert tree(targets) == tree(whole[0])
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"views": ViewConfig(count=3, seed=5)}, "views.count: store has 2, this run has 3"),
+        ({"views": ViewConfig(count=2, seed=6)}, "views.seed: store has 5, this run has 6"),
+        ({"codec": "float16"}, "codec.name: store has 'int8', this run has 'float16'"),
+        ({"view_size": 48}, "views.size: store has 64, this run has 48"),
+        ({"teacher": TeacherConfig(normalization="imagenet")}, "store has 'clip', this run has 'imagenet'"),
+        ({"teacher": TeacherConfig(pretrained="random")}, "teacher.weights_sha256: store has"),
+    ],
+)
+def test_another_configuration_is_refused(whole, images, extract, tree, change, told):
+    before = tree(whole[0])
+    with pytest.raises(MismatchError, match=told):
+        extract(images, whole[0], **change)
+    assert tree(whole[0]) == before
+
+
+def test_other_images_are_refused(whole, images, extract):
+    with pytest.raises(MismatchError, match=r"source.shards: store has 3, this run has 2"):
+        extract(str(images / "train-00000{0,1}.tar"), whole[0])
+
+
+def test_no_images(extract, tmp_path):
+    with pytest.raises(MissingError, match="is not there"):
+        extract(tmp_path / "nowhere", tmp_path / "t")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty"):
+        extract(tmp_path / "empty", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+# --- bad pictures -------------------------------------------------------------------------------------------------
+
+
+def shards_with_bad(images, folder, bad_in):
+    """Copies of the shards; in each, the pictures at the given rows are cut in half."""
+    folder.mkdir()
+    keys = []
+    for number, path in enumerate(sorted(images.glob("*.tar"))):
+        with tarfile.open(path) as source, tarfile.open(folder / path.name, "w") as target:
+            row = -1
+            for member in source:
+                file = source.extractfile(member)
+                picture = member.name.endswith(".png") and not member.name.endswith(".mask.png")
+                row += picture
+                if picture and row in bad_in.get(number, ()):
+                    keys.append(member.name.removesuffix(".png"))
+                    member.size //= 2
+                target.addfile(member, file)
+    return keys
+
+
+def test_bad_pictures_are_set_aside(whole, images, extract, tree, tmp_path):
+    keys = shards_with_bad(images, tmp_path / "images", {0: [3], 1: [0, 24]})
+    report = extract(tmp_path / "images", tmp_path / "t", max_bad_fraction=0.1)
+    assert (report.samples, report.bad, report.views) == (57, 3, 114)
+    records = [json.loads(line) for line in (tmp_path / "t" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [record["key"] for record in records] == keys
+    assert [record["shard"] for record in records] == ["000000", "000001", "000001"]
+    assert all(record["source"].endswith(".tar") and "truncated" in record["reason"] for record in records)
+    good, found = open_targets(whole[0]), open_targets(tmp_path / "t")
+    rest = [row for row in range(25) if row != 3]
+    expected, run = good.read("000000", 1, 0, 25), found.read("000000", 1, 0, 24)
+    assert list(run.keys) == [expected.keys[row] for row in rest]
+    assert list(run.jpegs) == [expected.jpegs[row] for row in rest]
+    for threads in (1, 4):
+        extract(tmp_path / "images", tmp_path / f"t{threads}", max_bad_fraction=0.1, threads=threads)
+        assert tree(tmp_path / f"t{threads}") == tree(tmp_path / "t")
+
+
+def test_too_many_bad_pictures_stop_each_time(images, extract, tmp_path):
+    keys = shards_with_bad(images, tmp_path / "images", {1: [2, 4, 6], 2: [1]})
+    # A second run skips the bad shard; it must not pass for a good one.
+    for _ in range(2):
+        listed = tmp_path / "t" / "bad_samples.jsonl"
+        with pytest.raises(DataError, match=rf"max_bad_fraction 0.05.*{keys[0]}.*truncated.*{listed} lists them"):
+            extract(tmp_path / "images", tmp_path / "t")
+        assert [json.loads(line)["key"] for line in listed.read_text().splitlines()] == keys
+    report = extract(tmp_path / "images", tmp_path / "t", max_bad_fraction=0.2)
+    assert (report.shards, report.skipped, report.bad) == (3, 3, 4)
+
+
+def test_shard_without_a_readable_picture(images, extract, tmp_path):
+    shards_with_bad(images, tmp_path / "images", {1: range(25)})
+    with pytest.raises(DataError, match=r"train-000001.tar has no readable image \(25 set aside; the first: scene-"):
+        extract(tmp_path / "images", tmp_path / "t", max_bad_fraction=1)
+    assert open_targets(tmp_path / "t").shards == ("000000", "000002")
+    assert not list((tmp_path / "t").glob(".*"))
+
+
+def test_shard_without_pictures(extract, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("notes.md"))
+    with pytest.raises(DataError, match="holds no pictures"):
+        extract(tmp_path / "a.tar", tmp_path / "t")
+
+
+def test_cut_shard_is_not_committed(images, extract, tmp_path):
+    data = (images / "train-000000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="cut or damaged"):
+        extract(tmp_path / "a.tar", tmp_path / "t")
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["zarr.json"]
+
+
+# --- a store that cannot be written -------------------------------------------------------------------------------
+
+
+def test_unwritable_store(images, extract, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match=r"file/t.*Not a directory"):
+        extract(images, tmp_path / "file" / "t")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.78, 0.92])
+def test_full_disk_is_one_error_and_goes_on(whole, images, extract, tree, tmp_path, share):
+    disk, page = tmp_path / "disk", 4096
+    expected = tree(whole[0])
+    needed = sum(-(-len(data) // page) * page for data in expected.values())
+    with small_disk(disk, int(share * needed)):
+        with pytest.raises(StoreError, match=r"No space left.* of 3 shards are whole; the same command") as caught:
+            extract(images, disk / "t")
+        assert "\n" not in str(caught.value)
+        assert not list((disk / "t").glob(".*"))
+        committed = list((disk / "t" / "manifest").glob("*.json"))
+        assert len(committed) == int(str(caught.value).partition(" of 3 shards")[0].split()[-1])
+        kept = tree(disk / "t")
+        assert all(expected[path] == data for path, data in kept.items())
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        report = extract(images, disk / "t")
+        assert report.skipped == len(committed)
+        assert tree(disk / "t") == expected

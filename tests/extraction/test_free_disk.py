@@ -1,0 +1,112 @@
+"""`extract-targets` warns, before the first view is made, where what is left to do may not fit on the disk."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+from support.disks import small_disk
+
+from milan_pipe import cli
+from milan_pipe.errors import StoreError
+from milan_pipe.extraction import space
+from milan_pipe.storage import place_of
+from milan_pipe.targets.store import read_header
+
+
+def warned(run):
+    """What `run` warns of free disk, and the views that were made at each progress, -1 where it had not warned yet."""
+    views = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # A disk that is too small is full in the end.
+        with suppress(StoreError):
+            run(on_progress=lambda now: views.append(now.views if caught_space(caught) else -1))
+    return [str(warning.message) for warning in caught_space(caught)], views
+
+
+def caught_space(caught):
+    return [warning for warning in caught if " are free at " in str(warning.message)]
+
+
+def needed(line):
+    """Bytes that a warning names."""
+    number, unit = line.partition("up to ")[2].split(",")[0].split()
+    return float(number) * {"KB": 1e3, "MB": 1e6}[unit]
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the bytes that every disk says it has free."""
+    return lambda count: monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
+
+
+def test_a_small_disk_is_told_of_before_the_first_view(images, extract, tmp_path):
+    with small_disk(tmp_path / "disk", 300 * 1024) as disk:
+        told, views = warned(lambda **more: extract(images, disk / "t", **more))
+        assert len(told) == 1
+        assert told[0].endswith("name a folder with room, or choose fewer views (views.count) or a smaller codec")
+        assert str(disk / "t") in told[0]
+        assert views[0] == 0
+
+
+def test_without_an_index_headers_tell(images, extract, tmp_path, free):
+    shutil.copytree(images, tmp_path / "plain", ignore=shutil.ignore_patterns("index.json"))
+    free(10_000)
+    told, views = warned(lambda **more: extract(tmp_path / "plain", tmp_path / "t", **more))
+    indexed, _ = warned(lambda **more: extract(images, tmp_path / "u", **more))
+    assert views[0] == 0
+    assert told[0].partition(" free at ")[0] == indexed[0].partition(" free at ")[0]
+
+
+def test_only_what_is_missing_counts(images, extract, whole, tmp_path, free):
+    targets = tmp_path / "t"
+    shutil.copytree(whole[0], targets)
+    free(10_000)
+    told, _ = warned(lambda **more: extract(images, targets, **more))
+    assert told == []
+    first, _ = warned(lambda **more: extract(images, targets, redo=["000002"], **more))
+    every, _ = warned(lambda **more: extract(images, tmp_path / "u", **more))
+    # The last of three shards has 10 of 60 pictures.
+    assert needed(first[0]) == pytest.approx(needed(every[0]) / 6, rel=0.01)
+
+
+def test_a_share_counts_its_own_shards(images, extract, tmp_path, free):
+    told_bytes = []
+    for share in (None, "2/3"):
+        free(10_000)
+        told, _ = warned(lambda share=share, **more: extract(images, tmp_path / str(share)[:1], shards=share, **more))
+        told_bytes.append(needed(told[0]))
+    assert told_bytes[1] == pytest.approx(told_bytes[0] / 6, rel=0.01)
+
+
+def test_a_disk_with_room_is_passed_over_in_silence(images, extract, tmp_path):
+    told, _ = warned(lambda **more: extract(images, tmp_path / "t", **more))
+    assert told == []
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8", "klt"])
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_the_bound_is_one(images, extract, tmp_path, codec, store_format):
+    report = extract(images, tmp_path / "t", codec=codec, format=store_format)
+    header = read_header(place_of(tmp_path / "t"))
+    bound = space.most_bytes_per_view(header)
+    assert report.bytes_per_view < bound < 4 * report.bytes_per_view
+
+
+def test_the_command_tells_it_in_one_line(images, tmp_path, free, capsys, monkeypatch):
+    free(10_000)
+    words = ["views.count=1", "extract.threads=1", "extract.device=cpu"]
+    settings = [part for text in words for part in ("--set", text)]
+    monkeypatch.setattr(sys, "argv", ["milan-pipe", "extract-targets", str(images), str(tmp_path / "t"), *settings])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert ended.value.code in (0, None)
+    assert len(told) == 1
+    assert "may need up to" in told[0]
+    assert f"10.00 KB are free at {tmp_path / 't'}" in told[0]

@@ -1,0 +1,208 @@
+"""SIGKILL at any instant, to a run or a worker: the same command ends in the same bytes and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from milan_pipe.images.prepare import PrepareConfig, prepare
+
+SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
+DEADLINE = 180.0
+LONGEST_DELAY = 1.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images, the settings of this module, and the tree of an unbroken run."""
+
+    images: Path
+    whole: dict[str, bytes]
+
+
+def command(images: Path, targets: Path, *more: str) -> list[str]:
+    words = [part for text in [*SETTINGS, "extract.device=cpu"] for part in ("--set", text)]
+    return [sys.executable, "-m", "milan_pipe", "extract-targets", str(images), str(targets), *words, *more]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("killed")
+    prepare("demo", folder / "images", PrepareConfig(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1)
+    subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
+    return Job(folder / "images", tree(folder / "whole"))
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+def start(job: Job, targets: Path, scratch: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(job.images, targets, *more),
+        cwd=scratch.parent,
+        # torchvision's import makes an empty folder for torch's compiler where temporary files go, if none is named.
+        env={**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch.parent / "torch")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def begun(targets: Path) -> set[str]:
+    """What a run leaves as it goes: shards in the making, and records."""
+    names = {path.name for path in targets.glob(".partial-0*")}
+    return names | {path.name for path in targets.glob("manifest/*.json")}
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> bool:
+    """Whether something came to hold while a process ran."""
+    assert callable(condition)
+    ends = time.monotonic() + DEADLINE
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < ends, "nothing happened"
+        time.sleep(0.001)
+    return False
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_of(processes: list[psutil.Process]) -> None:
+    """Workers of a run that was killed see that it is gone."""
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert alive == []
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in family(process):
+        try:
+            if any("spawn_main" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def leave_nothing(targets: Path, scratch: Path) -> None:
+    assert [path.name for path in targets.rglob(".partial*")] == []
+    assert list(scratch.iterdir()) == []
+
+
+def kills(job: Job, tmp_path: Path, scratch: Path, count: int, more: list[str]) -> Iterator[int]:
+    """Kill runs at random instants, and let the same command go on. Yields shards committed at each kill."""
+    rng, done = random.Random(count), 0
+    targets = tmp_path / "targets"
+    while done < count:
+        before = begun(targets)
+        process = start(job, targets, scratch, *more)
+        running = wait_for(lambda before=before: begun(targets) - before, process)  # type: ignore[misc]
+        if running:
+            time.sleep(rng.uniform(0, LONGEST_DELAY))
+        children = family(process)
+        process.send_signal(signal.SIGKILL)
+        assert process.stderr is not None
+        process.stderr.close()
+        if process.wait() == -signal.SIGKILL:
+            done += 1
+            yield len(list(targets.glob("manifest/*.json")))
+        end_of(children)
+        if (targets / "manifest.json").exists():
+            assert tree(targets) == job.whole
+            shutil.rmtree(targets)
+
+
+def goes_on(job: Job, tmp_path: Path, scratch: Path, count: int, *more: str) -> None:
+    committed = list(kills(job, tmp_path, scratch, count, list(more)))
+    assert len(committed) == count
+    print("shards committed at each kill:", *committed)
+    assert len(set(committed)) > 1, "all kills fell on the same shard"
+    targets = tmp_path / "targets"
+    process = start(job, targets, scratch, *more)
+    assert (process.communicate()[1] is not None, process.returncode) == (True, 0)
+    found = tree(targets)
+    assert found.keys() == job.whole.keys()
+    assert [path for path in found if found[path] != job.whole[path]] == []
+    leave_nothing(targets, scratch)
+
+
+def test_a_killed_run_goes_on(job: Job, tmp_path: Path, scratch: Path) -> None:
+    goes_on(job, tmp_path, scratch, 3)
+
+
+def test_a_killed_run_of_two_workers_goes_on(job: Job, tmp_path: Path, scratch: Path) -> None:
+    goes_on(job, tmp_path, scratch, 2, "--workers", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills(job: Job, tmp_path: Path, scratch: Path) -> None:
+    goes_on(job, tmp_path, scratch, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_thirty_kills_of_two_workers(job: Job, tmp_path: Path, scratch: Path) -> None:
+    goes_on(job, tmp_path, scratch, 30, "--workers", "2")
+
+
+def test_a_worker_killed_in_a_shard_costs_nothing(job: Job, tmp_path: Path, scratch: Path) -> None:
+    targets = tmp_path / "targets"
+    process = start(job, targets, scratch, "--workers", "2")
+    assert wait_for(lambda: len(list(targets.glob(".partial-0*"))) == 2, process)
+    workers_of(process)[0].kill()
+    told = process.communicate()[1]
+    assert process.returncode == 0, told
+    assert tree(targets) == job.whole
+    leave_nothing(targets, scratch)
+    assert "Traceback" not in told
+    assert "distributed" not in told
+    assert "worker" in told
+
+
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]], ids=["one process", "two workers"])
+def test_an_interrupt_is_one_line_and_the_same_command_goes_on(
+    job: Job, tmp_path: Path, scratch: Path, more: list[str]
+) -> None:
+    targets = tmp_path / "targets"
+    process = start(job, targets, scratch, *more)
+    assert wait_for(lambda: list(targets.glob("manifest/*.json")), process)
+    children = family(process)
+    # As a terminal does: to all processes of the command.
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert "distributed" not in told
+    assert "interrupted" in told.lower()
+    end_of(children)
+    assert not (targets / "manifest.json").exists()
+    subprocess.run(command(job.images, targets, *more), check=True, capture_output=True, cwd=tmp_path)
+    assert tree(targets) == job.whole
+    leave_nothing(targets, scratch)

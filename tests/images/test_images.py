@@ -1,0 +1,761 @@
+"""Odd pictures, odd tars, odd names: read exactly, or set aside with a reason; never a silent loss."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.s3 import Proxy
+
+from milan_pipe import storage
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.images import images
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
+from milan_pipe.images.labelled import labelled_pictures
+from milan_pipe.images.shards import ShardFile, expand_shards
+from milan_pipe.images.tar import Sample, read_shard
+from milan_pipe.storage import place_of
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+PNG = encoded(Image.fromarray(noise(5, 7)))
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_all(path: ShardFile | str | Path) -> tuple[list[Sample], list[tuple[str, str]]]:
+    bad: list[tuple[str, str]] = []
+    return list(read_shard(path, lambda key, reason: bad.append((key, reason)))), bad
+
+
+# --- decode_image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_lossless_kinds_keep_every_pixel(kind: str) -> None:
+    pixels = noise(9, 13)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = decode_image(encoded(Image.fromarray(pixels), kind, **options))
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_one_pixel() -> None:
+    assert np.asarray(decode_image(encoded(Image.new("RGB", (1, 1), (3, 5, 7))))).tolist() == [[[3, 5, 7]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_turn_equals_what_exif_says(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = Image.fromarray(noise(8, 16))
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    flat = np.asarray(decode_image(encoded(source, kind, **options)))
+    turned = np.asarray(decode_image(encoded(source, kind, exif=exif, **options)))
+    # EXIF 2.3, tag 0x0112: where row 0 and column 0 of the stored picture lie when it is seen.
+    expected = {
+        1: flat,
+        2: flat[:, ::-1],
+        3: flat[::-1, ::-1],
+        4: flat[::-1],
+        5: flat.transpose(1, 0, 2),
+        6: np.rot90(flat, -1),
+        7: flat[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(flat, 1),
+    }[orientation]
+    np.testing.assert_array_equal(turned, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_no_reason_to_lose_a_picture() -> None:
+    data = encoded(Image.fromarray(noise(8, 8)), "JPEG")
+    payload = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken"
+    damaged = data[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[2:]
+    np.testing.assert_array_equal(np.asarray(decode_image(damaged)), np.asarray(decode_image(data)))
+
+
+def test_cmyk() -> None:
+    image = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    red, green, blue = np.asarray(image)[4, 4].tolist()
+    assert image.mode == "RGB"
+    assert red > 245
+    assert max(green, blue) < 10
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+    values = np.array([[0, 255, 256, 257], [32768, 40000, 65279, 65535]], np.uint16)
+    image = decode_image(encoded(Image.fromarray(values)))
+    expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def png_by_hand(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_sixteen_bit_colour() -> None:
+    rows = b"\0" + struct.pack(">6H", 65535, 256, 0, 1000, 2000, 30000)
+    pixels = np.asarray(decode_image(png_by_hand(2, 1, 16, 2, rows)))
+    assert pixels.tolist() == [[[255, 1, 0], [3, 7, 117]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_and_black_and_white(mode: str) -> None:
+    pixels = np.asarray(decode_image(encoded(Image.new(mode, (3, 2), 255))))
+    assert pixels.shape == (2, 3, 3)
+    assert (pixels == 255).all()
+
+
+def test_palette_without_transparency() -> None:
+    colours = Image.fromarray(noise(4, 4)).quantize(8)
+    np.testing.assert_array_equal(np.asarray(decode_image(encoded(colours))), np.asarray(colours.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_transparency_lies_on_white(kind: str) -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putpixel((0, 0), 0)
+    pixels = np.asarray(decode_image(encoded(image, kind, transparency=0)))
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[3, 3].tolist() == [0, 0, 200]
+
+
+def test_alpha_lies_on_white() -> None:
+    pixels = np.zeros((1, 3, 4), np.uint8)
+    pixels[0, :, 3] = 0, 128, 255
+    assert np.asarray(decode_image(encoded(Image.fromarray(pixels))))[0, :, 0].tolist() == [255, 127, 0]
+    grey = Image.fromarray(np.array([[[9, 0], [9, 255]]], np.uint8), "LA")
+    assert np.asarray(decode_image(encoded(grey)))[0, :, 1].tolist() == [255, 9]
+
+
+def test_one_transparent_colour_without_palette() -> None:
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (1, 2, 3))
+    pixels = np.asarray(decode_image(encoded(image, transparency=(1, 2, 3))))
+    assert pixels.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_animation_gives_its_first_frame(kind: str) -> None:
+    first, second = Image.new("RGB", (6, 6), (250, 0, 0)), Image.new("RGB", (6, 6), (0, 0, 250))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(first, kind, save_all=True, append_images=[second], **options)
+    assert np.asarray(decode_image(data))[3, 3].tolist() == [250, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.8])
+def test_truncated_pictures_are_errors_of_one_line(kind: str, share: float) -> None:
+    data = encoded(Image.fromarray(noise(40, 40)), kind)
+    with pytest.raises(DataError) as caught:
+        decode_image(data[: int(share * len(data))])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"<svg></svg>", b"%!PS-Adobe-3.0 EPSF-3.0\n", pickle.dumps([1])])
+def test_other_formats_are_refused_with_the_same_words_each_time(data: bytes) -> None:
+    reasons = []
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            decode_image(data)
+        reasons.append(str(caught.value))
+    assert reasons[0] == reasons[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_pictures_raise_nothing_but_data_error() -> None:
+    rng = np.random.default_rng(0)
+    whole = [encoded(Image.fromarray(noise(12, 12)), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
+    for number in range(300):
+        data = bytearray(whole[number % len(whole)])
+        for place in rng.integers(0, len(data), 3):
+            data[place] = rng.integers(256)
+        with contextlib.suppress(DataError):
+            assert decode_image(bytes(data)).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9460, 13400, 60000])
+def test_bombs_are_refused_before_they_are_unpacked(side: int) -> None:
+    with pytest.raises(DataError, match=str(images.MAX_PIXELS)):
+        decode_image(png_by_hand(side, side, 8, 2, b""))
+
+
+def test_our_limit_is_the_one_that_pillow_documents() -> None:
+    assert Image.MAX_IMAGE_PIXELS == images.MAX_PIXELS
+
+
+# --- read_shard
+
+
+def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("cat/001.JPG", PNG),
+            ("cat/001.cls", b" 3\n"),
+            ("cat/001.txt", "eine Katze, größer".encode()),
+            ("./b.left.png", b"not the picture"),
+            ("./b.png", PNG),
+            ("c.json", b'{"label": 7, "caption": "seven"}'),
+            ("c.webp", PNG),
+            ("d.jpeg", PNG),
+            ("d.json", b'{"cls": 1, "txt": "no"}'),
+            ("d.txt", b"yes"),
+            ("d.cls", b"-1"),
+            ("e v.1.png", b"extension is 1.png"),
+            ("e v.2.PNG", b"so it is no picture of its own"),
+            ("x/.hidden.png", b"is passed over"),
+            ("ünï côde.png", PNG),
+        ],
+    )
+    samples, bad = read_all(shard)
+    assert [key for key, reason in bad if "first dot" in reason] == ["e v.1.png", "e v.2.PNG"]
+    assert len(bad) == 2
+    assert [(s.key, s.label, s.caption) for s in samples] == [
+        ("cat/001", 3, "eine Katze, größer"),
+        ("./b", -1, None),
+        ("c", 7, "seven"),
+        ("d", -1, "yes"),
+        ("ünï côde", -1, None),
+    ]
+    assert all(s.data == PNG for s in samples)
+
+
+def test_keys_are_those_of_webdataset() -> None:
+    base_plus_ext = pytest.importorskip("webdataset.tariterators").base_plus_ext
+    names = [
+        "a.png",
+        "x/a.PNG",
+        "x.y/a.png",
+        "./q.png",
+        "x/.hidden.png",
+        ".png",
+        "a b/ü.png",
+        "n/a.b.png",
+        "plain",
+        "x/",
+    ]
+    for name in names:
+        prefix, suffix = base_plus_ext(name)
+        expected = (prefix or "", (suffix or "").lower())
+        assert images.split_member_name(name) == expected
+
+
+def test_key_stays_with_its_neighbours_only(tmp_path: Path) -> None:
+    members = [("a.png", PNG), ("b.png", PNG), ("a.cls", b"1"), ("b.cls", b"2")]
+    samples, bad = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [s.key for s in samples] == ["a", "b"]
+    assert [key for key, _ in bad] == ["a", "b"]
+    assert "side by side" in bad[0][1]
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/milan_pipe_unpickled",))
+
+
+def test_pickles_stay_bytes_and_names_stay_names(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "side"
+    folder.mkdir(parents=True)
+    members = [
+        ("a.png", PNG),
+        ("a.pkl", pickle.dumps(_Bomb())),
+        ("a.pyd", pickle.dumps(_Bomb())),
+        ("../../up.png", PNG),
+        ("/tmp/milan_pipe_absolute.png", PNG),
+        ("x/../../y.png", PNG),
+        ("x/..y.png", PNG),
+        ("z.png", PNG),
+    ]
+    shard = write_tar(folder / "a.tar", members)
+    samples, bad = read_all(shard)
+    assert [s.key for s in samples] == ["a", "z"]
+    assert [key for key, _ in bad] == ["../../up", "/tmp/milan_pipe_absolute", "x/../../y"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [shard]
+    assert not Path("/tmp/milan_pipe_unpickled").exists()
+    assert not Path("/tmp/milan_pipe_absolute.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.png", b"")], "empty file"),
+        ([("a.png", PNG), ("a.cls", b"cat")], "'cat'"),
+        ([("a.png", PNG), ("a.cls", b"")], "whole number"),
+        ([("a.png", PNG), ("a.cls", b"1.0")], "whole number"),
+        ([("a.png", PNG), ("a.cls", b"-2")], "-2"),
+        ([("a.png", PNG), ("a.cls", b"\xff\xfe")], "whole number"),
+        ([("a.png", PNG), ("a.cls", b"9223372036854775808")], "2\\*\\*63"),
+        ([("a.png", PNG), ("a.txt", b"\xff\xfe")], "UTF-8"),
+        ([("a.png", PNG), ("a.json", b"{")], "json"),
+        ([("a.png", PNG), ("a.json", b"[" * 100_000)], "json"),
+        ([("a.png", PNG), ("a.json", b'{"label": true}')], "True"),
+        ([("a.png", PNG), ("a.png", PNG)], "two pictures"),
+        ([("a.png", PNG), ("a.jpg", PNG)], "two pictures"),
+        ([("a.png", PNG), ("a.cls", b"1"), ("a.cls", b"2")], "two .cls"),
+        ([("a.tiff", b"II*")], "convert"),
+    ],
+)
+def test_faults_of_one_sample_are_reported_once_and_the_rest_goes_on(
+    tmp_path: Path, members: list[tuple[str, bytes]], reason: str
+) -> None:
+    samples, bad = read_all(write_tar(tmp_path / "a.tar", [*members, ("good.png", PNG)]))
+    assert [s.key for s in samples] == ["good"]
+    assert [key for key, _ in bad] == ["a"]
+    with pytest.raises(DataError, match=reason):
+        raise DataError(bad[0][1])
+
+
+def test_duplicate_key_keeps_the_first(tmp_path: Path) -> None:
+    other = encoded(Image.new("RGB", (1, 1)))
+    samples, bad = read_all(write_tar(tmp_path / "a.tar", [("a.png", PNG), ("b.png", PNG), ("a.png", other)]))
+    assert [(s.key, s.data) for s in samples] == [("a", PNG), ("b", PNG)]
+    assert [(key, reason.split(":")[0]) for key, reason in bad] == [("a", "duplicate key")]
+
+
+def test_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind in (
+            ("folder.png", tarfile.DIRTYPE),
+            ("link.png", tarfile.SYMTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = "/etc/hostname" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(info)
+        for name in ("bad\udcff", "good"):
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(PNG)
+            tar.addfile(info, io.BytesIO(PNG))
+    samples, bad = read_all(path)
+    assert [s.key for s in samples] == ["good"]
+    assert [key for key, _ in bad] == ["link", "pipe", "bad\\udcff"]
+    assert "UTF-8" in bad[2][1]
+
+
+def test_too_large_members_are_set_aside_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", len(PNG))
+    samples, bad = read_all(write_tar(tmp_path / "a.tar", [("a.png", PNG + b"x"), ("b.png", PNG)]))
+    assert [s.key for s in samples] == ["b"]
+    assert [key for key, _ in bad] == ["a"]
+
+
+def test_cut_at_any_byte_gives_whole_samples_and_then_an_error(tmp_path: Path) -> None:
+    whole = write_tar(
+        tmp_path / "a.tar",
+        [(f"{n}.{kind}", PNG if kind == "png" else b"5") for n in range(3) for kind in ("png", "cls")],
+    )
+    data = whole.read_bytes()
+    used = tarfile.BLOCKSIZE * 6 + 3 * (-(-len(PNG) // 512) * 512 + 512)
+    cut = tmp_path / "cut.tar"
+    reached = set()
+    for length in [*range(0, used, 256), used - 1, used, used + 1, used + 511]:
+        cut.write_bytes(data[:length])
+        samples: list[Sample] = []
+        with pytest.raises(DataError, match=r"cut\.tar"):
+            samples.extend(read_shard(cut, lambda *_: None))
+        assert all(s.data == PNG and s.label == 5 for s in samples)
+        reached.add(len(samples))
+    assert reached == {0, 1, 2}
+    cut.write_bytes(data[: used + 512])
+    assert len(read_all(cut)[0]) == 3
+
+
+def test_damaged_header_between_members_is_no_end(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("b.png", PNG), ("c.png", PNG)])
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"b.png")] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="cut or damaged"):
+        read_all(shard)
+
+
+def test_damaged_tars_raise_nothing_but_data_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    whole = write_tar(tmp_path / "a.tar", [("ü" * 120 + ".png", PNG), ("b.png", PNG)]).read_bytes()
+    shard = tmp_path / "b.tar"
+    for _ in range(300):
+        data = bytearray(whole)
+        for place in rng.integers(0, 5000, 4):
+            data[place] = rng.integers(256)
+        shard.write_bytes(data)
+        with contextlib.suppress(DataError):
+            read_all(shard)
+
+
+def test_whole_shards_that_are_of_no_use(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="gone"):
+        read_all(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match="holds no pictures"):
+        read_all(write_tar(tmp_path / "a.tar", [("a.txt", b"x"), ("a.pkl", b"x")]))
+    with pytest.raises(DataError, match="holds no pictures"):
+        read_all(write_tar(tmp_path / "b.tar", []))
+    (tmp_path / "c.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="empty"):
+        read_all(tmp_path / "c.tar")
+    (tmp_path / "d.tar").write_bytes(PNG * 20)
+    with pytest.raises(DataError, match="not a plain tar"):
+        read_all(tmp_path / "d.tar")
+    with tarfile.open(tmp_path / "e.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(DataError, match="unpacked"):
+        read_all(tmp_path / "e.tar")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_all(tmp_path)
+
+
+# --- expand_shards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (
+        "t-000002.tar",
+        "t-000000.tar",
+        "t-000001.tar",
+        "v-000000.tar",
+        "notes.txt",
+        "guitar",
+        ".t-000009.tar",
+    ):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "sub.tar").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
+        ("/t-{000000..000002}.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/{v,t,v}-00000{0..0}.tar", ["t-000000.tar", "v-000000.tar"]),
+        ("/t-*.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/[vu]-00000?.tar", ["v-000000.tar"]),
+        ("/v-000000.tar", ["v-000000.tar"]),
+    ],
+)
+def test_expand_shards(folder: Path, spec: str, names: list[str]) -> None:
+    expected = [ShardFile(place_of(folder), name) for name in names]
+    assert expand_shards(f"{folder}{spec}") == expected
+    assert expand_shards(Path(f"{folder}{spec}")) == expected
+    assert [str(shard) for shard in expected] == [str(folder / name) for name in names]
+    assert [shard.size() for shard in expected] == [1] * len(names)
+
+
+def test_relative_paths_stay_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for spec in ("v-000000.tar", "v-*.tar", "v-{000000..000000}.tar"):
+        assert [str(shard) for shard in expand_shards(spec)] == ["v-000000.tar"]
+    (folder / "sub").mkdir()
+    shard = write_tar(folder / "sub" / "a.tar", [("a.png", PNG)])
+    (found,) = expand_shards("sub")
+    assert str(found) == "sub/a.tar"
+    assert found.size() == shard.stat().st_size
+    assert read_all(found) == read_all(shard) == read_all("sub/a.tar")
+
+
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    odd = tmp_path / "a[1]{2}.tar"
+    odd.write_bytes(b"x")
+    assert [str(shard) for shard in expand_shards(odd)] == [str(odd)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("/t-{000000..000004}.tar", MissingError, r"t-000003\.tar is not there \(2 of the 5"),
+        ("/t-{3..1}.tar", DataError, "upwards"),
+        ("/t-{0..99999999}.tar", DataError, "less than"),
+        ("/t-{abc}.tar", DataError, "not understood"),
+        ("/q-*.tar", MissingError, "no file matches"),
+        ("/gone", MissingError, "not there"),
+    ],
+)
+def test_expand_shards_errors(folder: Path, spec: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        expand_shards(f"{folder}{spec}")
+
+
+@pytest.mark.parametrize("spec", ["pipe:rm -rf x", "", "ftp://host/a.tar", "s3://*/a.tar", "s3:///a.tar"])
+def test_what_is_no_address_of_shards(spec: str) -> None:
+    with pytest.raises((DataError, SettingError), match=r"expected|give|patterns"):
+        expand_shards(spec)
+
+
+def test_folders_without_shards_say_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is empty"):
+        expand_shards(tmp_path)
+    (tmp_path / "x.csv").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.csv"):
+        expand_shards(tmp_path)
+    (tmp_path / "a.JPG").write_bytes(PNG)
+    with pytest.raises(DataError, match=r"1 pictures and no .tar shards; run `milan-pipe prepare`"):
+        expand_shards(tmp_path)
+    (tmp_path / "a.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(MissingError, match=r"a\.tar is a link"):
+        expand_shards(tmp_path)
+    (tmp_path / PREPARE_MARKER).write_text("")
+    with pytest.raises(DataError, match="not complete"):
+        expand_shards(tmp_path)
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    for spec in (tmp_path, tmp_path / "pipe.tar", tmp_path / "*.tar", tmp_path / "{pipe,pipe}.tar"):
+        with pytest.raises(DataError, match=r"pipe\.tar is not a regular file"):
+            expand_shards(spec)
+    (tmp_path / "pipe.tar").unlink()
+    (tmp_path / "zeros.tar").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"zeros\.tar is not a regular file"):
+        labelled_pictures(tmp_path, lambda *_: None)
+
+
+# --- shards in object stores
+
+
+@pytest.fixture
+def remote(bucket: str) -> str:
+    place = place_of(bucket)
+    for name in (
+        "t-000002.tar",
+        "t-000000.tar",
+        "t-000001.tar",
+        "v-000000.tar",
+        "notes.txt",
+        "guitar",
+        ".t-000009.tar",
+    ):
+        place.write(f"set/{name}", b"x")
+    place.write("set/sub.tar/t-000000.tar", b"xx")
+    place.write("set/deep/er/t-000000.tar", b"xxx")
+    return bucket
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("/set", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
+        ("/set/", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
+        ("/set/t-{000000..000002}.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/set/{v,t,v}-00000{0..0}.tar", ["t-000000.tar", "v-000000.tar"]),
+        ("/{set,set/sub.tar}/t-000000.tar", ["sub.tar/t-000000.tar", "t-000000.tar"]),
+        ("/set/t-*.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
+        ("/set/[vu]-00000?.tar", ["v-000000.tar"]),
+        ("/*/v-*.tar", ["v-000000.tar"]),
+        ("/set/*/t-*.tar", ["sub.tar/t-000000.tar"]),
+        ("/s*/**/t-*0.tar", ["deep/er/t-000000.tar", "sub.tar/t-000000.tar", "t-000000.tar"]),
+        ("/set/.t*", [".t-000009.tar"]),
+        ("/set/v-000000.tar", ["v-000000.tar"]),
+    ],
+)
+def test_expand_shards_of_a_bucket(remote: str, spec: str, names: list[str]) -> None:
+    shards = expand_shards(remote + spec)
+    assert [str(shard) for shard in shards] == [f"{remote}/set/{name}" for name in names]
+    assert [shard.size() for shard in shards] == [shard.place.size(shard.name) for shard in shards]
+    assert pickle.loads(pickle.dumps(shards)) == shards == sorted({*shards})
+
+
+def test_globs_are_those_of_a_shell(bucket: str, tmp_path: Path) -> None:
+    for path in ("a/b/1.tar", "a/b/c/2.tar", "a/3.tar", "a/.h/4.tar", "a/b/.5.tar", "ab/6.tar", "a/b.tar/7.tar"):
+        place_of(bucket).write(path, b"x")
+        place_of(tmp_path).write(path, b"x")
+    patterns = ("*/*.tar", "a/**/*.tar", "a/**", "**/*.tar", "a/*/[!2].tar", "?b/*", "a/.h/*.tar", "a/**/c/*.tar")
+    for pattern in patterns:
+        names = [str(shard).removeprefix(f"{tmp_path}/") for shard in expand_shards(f"{tmp_path}/{pattern}")]
+        assert [str(shard).removeprefix(f"{bucket}/") for shard in expand_shards(f"{bucket}/{pattern}")] == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("/set/t-{000000..000004}.tar", MissingError, r"set/t-000003\.tar is not there \(2 of the 5"),
+        ("/set/t-{000000..000099}.tar", MissingError, r"set/t-000003\.tar is not there \(97 of the 100"),
+        ("/set/t-{3..1}.tar", DataError, "upwards"),
+        ("/set/q-*.tar", MissingError, "no file matches"),
+        ("/gone", MissingError, "gone is not there; expected a folder"),
+        ("", DataError, "1 subfolders and no .tar shards"),
+    ],
+)
+def test_expand_shards_errors_of_a_bucket(remote: str, spec: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        expand_shards(remote + spec)
+    assert remote in str(caught.value)
+
+
+def test_remote_folders_without_shards_say_what_was_found(bucket: str) -> None:
+    place = place_of(bucket)
+    place.write("a/x.csv", b"")
+    with pytest.raises(DataError, match=r"holds no \.tar shards; found 1 other files, as x\.csv"):
+        expand_shards(f"{bucket}/a")
+    place.write("a/a.JPG", PNG)
+    with pytest.raises(DataError, match=r"1 pictures and no .tar shards; run `milan-pipe prepare`"):
+        expand_shards(f"{bucket}/a")
+    place.write(f"a/{PREPARE_MARKER}", b"")
+    place.write("a/a.tar", b"")
+    with pytest.raises(DataError, match="not complete"):
+        expand_shards(f"{bucket}/a")
+
+
+def test_many_shards_are_looked_for_by_one_listing(proxied_bucket: str, s3_proxy: Proxy) -> None:
+    for number in range(70):
+        place_of(proxied_bucket).write(f"a/{number:06d}.tar", b"x")
+    s3_proxy.requests.clear()
+    shards = expand_shards(f"{proxied_bucket}/a/{{000000..000069}}.tar")
+    assert sum(shard.size() for shard in shards) == 70
+    assert len(s3_proxy.requests) == 1
+
+
+@pytest.fixture
+def blocks_of_80_kb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milan_pipe.storage._READ_AHEAD_BYTES", 80_000)
+
+
+def pictures_of_many_sizes() -> list[tuple[str, bytes]]:
+    sizes = np.random.default_rng(0).integers(1, 12_000, 100)
+    members = [(f"{n:03d}.png", PNG + b"x" * int(size)) for n, size in enumerate(sizes)]
+    return [member for n, (name, data) in enumerate(members) for member in ((name, data), (f"{n:03d}.cls", b"7"))]
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+def test_a_remote_shard_is_read_as_the_local_one_and_its_bytes_come_once(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path
+) -> None:
+    local = write_tar(tmp_path / "a.tar", pictures_of_many_sizes())
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    (shard,) = expand_shards(proxied_bucket)
+    samples, bad = read_all(shard)
+    assert (samples, bad) == read_all(local)
+    assert len(samples) == 100
+    size = local.stat().st_size
+    # The zeros that fill up a tar's end need not come.
+    assert size - 80_000 <= s3_proxy.bytes_sent("/a.tar") <= size
+    assert read_all(f"{proxied_bucket}/a.tar") == (samples, bad)
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.npy", bytes(5_000_000)), ("b.png", PNG)])
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    assert [sample.key for sample in read_all(f"{proxied_bucket}/a.tar")[0]] == ["a", "b"]
+    assert s3_proxy.bytes_sent("/a.tar") < 500_000
+
+
+@pytest.mark.usefixtures("blocks_of_80_kb")
+@pytest.mark.parametrize("rest", ["pictures", "headers"])
+def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
+    members = pictures_of_many_sizes()
+    if rest == "headers":
+        members[4:] = [(f"{n:03d}.npy", bytes(5000)) for n in range(100)]
+    local = write_tar(tmp_path / "a.tar", members)
+    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    reader = read_shard(f"{proxied_bucket}/a.tar", lambda *_: None)
+    assert next(reader).key == "000"
+    s3_proxy.fail_every = 1
+    with pytest.raises(StoreError, match=rf"{proxied_bucket}/a\.tar cannot be read: .* 500 ") as caught:
+        list(reader)
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_shards_of_no_use(bucket: str, tmp_path: Path) -> None:
+    place = place_of(bucket)
+    with pytest.raises(MissingError, match=rf"shard {bucket}/gone\.tar is not there"):
+        read_all(f"{bucket}/gone.tar")
+    place.write("c.tar", b"")
+    with pytest.raises(DataError, match=rf"shard {bucket}/c\.tar is an empty file"):
+        read_all(f"{bucket}/c.tar")
+    place.write("d.tar", PNG * 20)
+    with pytest.raises(DataError, match="not a plain tar"):
+        read_all(f"{bucket}/d.tar")
+    whole = write_tar(tmp_path / "e.tar", [("a.png", PNG), ("b.png", PNG)]).read_bytes()
+    place.write("e.tar", whole[:1400])
+    with pytest.raises(DataError, match="cut or damaged at byte"):
+        read_all(f"{bucket}/e.tar")
+
+
+@pytest.fixture
+def web(bucket: str, s3_proxy: Proxy) -> str:
+    s3_proxy.sign = True
+    return f"{s3_proxy.endpoint}/{bucket.removeprefix('s3://')}"
+
+
+def test_shards_of_a_web_server(bucket: str, web: str, tmp_path: Path) -> None:
+    local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.cls", b"3")])
+    for number in range(3):
+        place_of(bucket).write(f"set/t-{number:06d}.tar", local.read_bytes())
+    shards = expand_shards(f"{web}/set/t-{{000000..000002}}.tar")
+    assert [str(shard) for shard in shards] == [f"{web}/set/t-{number:06d}.tar" for number in range(3)]
+    assert [shard.size() for shard in shards] == [local.stat().st_size] * 3
+    assert read_all(shards[1]) == read_all(local)
+    assert expand_shards(f"{web}/set/t-000001.tar") == [shards[1]]
+    with pytest.raises(MissingError, match=r"t-000003\.tar is not there \(1 of the 4"):
+        expand_shards(f"{web}/set/t-{{000000..000003}}.tar")
+    with pytest.raises(MissingError, match=r"gone\.tar is not there; expected a shard or braces"):
+        expand_shards(f"{web}/set/gone.tar")
+    for spec in ("/set", "/set/", "/set/t-*.tar", "/set/t-00000?.tar"):
+        with pytest.raises(DataError, match=r"cannot be listed.*name its shards one by one or by braces"):
+            expand_shards(web + spec)
+
+
+# --- index.json
+
+
+def test_index_round_trip_and_faults(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="prepare"):
+        read_index(tmp_path)
+    shard = ShardRecord(name="train-000000.tar", split="train", samples=3, bytes=10240, sha256="ab")
+    for classes in (None, ("größe", "x")):
+        index = ImageIndex(shards=(shard,), classes=classes, source={"kind": "demo", "seed": 0})
+        write_index(tmp_path, index)
+        assert read_index(tmp_path) == index
+    path = tmp_path / "index.json"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
+    text = path.read_text()
+    for damaged in (text[:40], "[]", text.replace("samples", "simples"), text.replace("train-0", "../train-0")):
+        path.write_text(damaged)
+        with pytest.raises(DataError, match="prepare"):
+            read_index(tmp_path)
+    path.write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(MismatchError, match="version 2"):
+        read_index(tmp_path)

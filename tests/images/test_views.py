@@ -1,0 +1,265 @@
+"""Views: inside the image, a pure function of seed, key and index, and rendered exactly."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
+
+sides = st.integers(1, 20_000)
+keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+def photos(count: int) -> list[Path]:
+    found = sorted(PHOTOS.glob("*.JPEG"))[:count]
+    if not found:
+        pytest.skip(f"no photos in {PHOTOS}")
+    return found
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 7 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# --- draw_view
+
+
+@given(keys, st.integers(0, 2**64 - 1), sides, sides, st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+def test_crop_lies_inside_any_image(key: str, index: int, height: int, width: int, seed: int) -> None:
+    view = draw_view(ViewConfig(seed=seed), key, index, height, width)
+    assert 0 <= view.top < view.top + view.height <= height
+    assert 0 <= view.left < view.left + view.width <= width
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (20000, 10), (10, 20000), (1, 20000), (3, 3)])
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.01, 0.02), (50.0, 90.0), (1.0, 1.0)])
+def test_crop_lies_inside_extreme_images(height: int, width: int, ratio: tuple[float, float]) -> None:
+    for index in range(50):
+        view = draw_view(ViewConfig(ratio=ratio, scale=(0.01, 1.0)), "k", index, height, width)
+        assert 0 <= view.top < view.top + view.height <= height
+        assert 0 <= view.left < view.left + view.width <= width
+
+
+def test_a_view_is_what_it_was() -> None:
+    # Stored views must be drawn alike by every later version: change these numbers only with the store's schema.
+    drawn = [draw_view(ViewConfig(seed=7, scale=(0.2, 1.0)), "cat/001", index, 375, 500) for index in range(3)]
+    assert drawn == [
+        View(top=32, left=0, height=318, width=383, flip=False),
+        View(top=92, left=159, height=226, width=187, flip=True),
+        View(top=27, left=4, height=337, width=397, flip=False),
+    ]
+
+
+def test_views_do_not_depend_on_neighbours_order_or_count() -> None:
+    config = ViewConfig(seed=3)
+    wanted = [(key, index) for key in ("a", "b", "ab") for index in range(6)]
+    forward = {place: draw_view(config, *place, 300, 400) for place in wanted}
+    backward = {place: draw_view(ViewConfig(seed=3, count=9), *place, 300, 400) for place in reversed(wanted)}
+    alone = draw_view(config, "b", 4, 300, 400)
+    assert forward == backward
+    assert alone == forward["b", 4]
+    assert len(set(forward.values())) == len(wanted)
+
+
+def test_seeds_keys_and_indices_differ() -> None:
+    views = {
+        draw_view(ViewConfig(seed=seed), key, index, 1000, 1000)
+        for seed in (0, 1, 2**63)
+        for key in ("a", "b")
+        for index in (0, 1, 2**32, 2**64 - 1)
+    }
+    assert len(views) == 24
+
+
+def test_flip_does_not_depend_on_the_image_size() -> None:
+    config = ViewConfig(scale=(0.2, 1.0))
+    for index in range(40):
+        assert len({draw_view(config, "k", index, side, 100).flip for side in (1, 90, 20000)}) == 1
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.25, 0.5, 1.0])
+def test_flip_share(flip: float) -> None:
+    config = ViewConfig(flip=flip)
+    share = np.mean([draw_view(config, f"key {n}", n % 4, 64, 64).flip for n in range(4000)])
+    # Four standard deviations of 4000 draws at worst.
+    assert abs(share - flip) <= (0.032 if 0 < flip < 1 else 0)
+
+
+def test_area_and_ratio_are_spread_as_asked() -> None:
+    views = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 2000, 2000) for n in range(4000)]
+    area = np.array([view.height * view.width / 4e6 for view in views])
+    log_ratio = np.log([view.width / view.height for view in views])
+    assert area.min() > 0.199
+    assert abs(np.abs(log_ratio).max() - np.log(4 / 3)) < 0.01
+    # Crops that do not fit are drawn again, and that thins the largest: below 0.7 of the area every one fits.
+    low = area[area < 0.7]
+    counts = np.histogram(low, bins=5, range=(0.2, 0.7))[0]
+    assert counts.max() / counts.min() < 1.25
+    assert abs(np.mean(log_ratio)) < 0.02
+    assert abs(np.mean([view.top / max(1, 2000 - view.height) for view in views]) - 0.5) < 0.03
+
+
+def test_fallback_is_the_largest_centred_crop_in_ratio() -> None:
+    config = ViewConfig(scale=(1.0, 1.0))
+    wide, high = draw_view(config, "k", 0, 300, 1000), draw_view(config, "k", 0, 1000, 300)
+    assert (wide.top, wide.left, wide.height, wide.width) == (0, 300, 300, 400)
+    assert (high.top, high.left, high.height, high.width) == (300, 0, 400, 300)
+    whole = draw_view(ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "k", 0, 50, 50)
+    assert (whole.top, whole.left, whole.height, whole.width) == (0, 0, 50, 50)
+
+
+def test_arithmetic_is_that_of_torchvision() -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    torch = pytest.importorskip("torch")
+    image = torch.empty(1, 375, 500)
+    torch.manual_seed(0)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3)) for _ in range(3000)])
+    drawn = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 375, 500) for n in range(3000)]
+    ours = np.array([(view.top, view.left, view.height, view.width) for view in drawn])
+    for quantile in (0.1, 0.5, 0.9):
+        apart = np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)
+        assert np.abs(apart).max() < 20
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"count": 0},
+        {"scale": (0.0, 1.0)},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.5, 1.1)},
+        {"scale": (float("nan"), 1.0)},
+        {"ratio": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"ratio": (1.0, float("inf"))},
+        {"flip": 1.5},
+        {"flip": float("nan")},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"jpeg_quality": 0},
+        {"jpeg_quality": 101},
+        {"scales": (0.2, 1.0)},
+    ],
+)
+def test_settings_are_checked(values: dict[str, object]) -> None:
+    with pytest.raises(SettingError, match="views"):
+        ViewConfig.parse(values, "views")
+    with pytest.raises((ValidationError, SettingError)):
+        ViewConfig(**values)  # type: ignore[arg-type]
+
+
+def test_draw_view_refuses_what_is_no_image() -> None:
+    with pytest.raises(ShapeError):
+        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", 0, 0, 5)
+    with pytest.raises(SettingError):
+        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", -1, 5, 5)
+
+
+# --- render_view
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 40))
+@settings(deadline=None, max_examples=60)
+def test_render_equals_numpy_crop_and_resize(height: int, width: int, index: int, size: int) -> None:
+    pixels = noise(height, width)
+    view = draw_view(ViewConfig(scale=(0.2, 1.0)), "k", index, height, width)
+    window = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
+    expected = np.asarray(Image.fromarray(np.ascontiguousarray(window)).resize((size, size), Image.Resampling.BICUBIC))
+    rendered = render_view(Image.fromarray(pixels), view, size)
+    np.testing.assert_array_equal(rendered, expected[:, ::-1] if view.flip else expected)
+    assert rendered.flags["C_CONTIGUOUS"]
+    assert rendered.flags["WRITEABLE"]
+
+
+def test_no_pixel_outside_of_the_crop_is_read() -> None:
+    pixels = noise(50, 50)
+    view = View(top=10, left=20, height=15, width=12, flip=False)
+    other = 255 - pixels
+    other[10:25, 20:32] = pixels[10:25, 20:32]
+    np.testing.assert_array_equal(
+        render_view(Image.fromarray(pixels), view, 33), render_view(Image.fromarray(other), view, 33)
+    )
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(top=-1, left=0, height=3, width=3, flip=False),
+        View(top=0, left=8, height=3, width=3, flip=False),
+        View(top=0, left=0, height=0, width=3, flip=False),
+        View(top=0, left=0, height=11, width=3, flip=False),
+    ],
+)
+def test_render_refuses_a_view_outside(view: View) -> None:
+    with pytest.raises(ShapeError, match="inside"):
+        render_view(Image.new("RGB", (10, 10)), view, 4)
+
+
+def test_render_refuses_grey() -> None:
+    with pytest.raises(ShapeError, match="found L"):
+        render_view(Image.new("L", (10, 10)), View(top=0, left=0, height=3, width=3, flip=False), 4)
+
+
+# --- JPEG
+
+
+@pytest.mark.parametrize("quality", [30, 95, 100])
+def test_decoder_equals_pillow_on_photos(quality: int) -> None:
+    for number, path in enumerate(photos(8)):
+        source = path.read_bytes()
+        image = decode_image(source)
+        view = draw_view(ViewConfig(scale=(0.2, 1.0)), path.stem, number, image.height, image.width)
+        stored = encode_jpeg(render_view(image, view, 97 + 16 * number), quality)
+        with Image.open(io.BytesIO(stored)) as opened:
+            np.testing.assert_array_equal(decode_jpeg(stored), np.asarray(opened.convert("RGB")))
+        with Image.open(io.BytesIO(source)) as opened:
+            np.testing.assert_array_equal(decode_jpeg(source), np.asarray(opened.convert("RGB")))
+
+
+def test_encoder_repeats_itself_and_stays_near() -> None:
+    x, y = np.mgrid[0:64, 0:48]
+    pixels = np.stack([x * 3, y * 4, x + y], axis=2).astype(np.uint8)
+    data = encode_jpeg(pixels, 95)
+    assert data == encode_jpeg(np.asfortranarray(pixels), 95)
+    decoded = decode_jpeg(data)
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == (64, 48, 3)
+    assert np.abs(decoded.astype(int) - pixels).mean() < 2
+    assert len(encode_jpeg(pixels, 10)) < len(data)
+
+
+def test_one_pixel_jpeg() -> None:
+    assert decode_jpeg(encode_jpeg(np.full((1, 1, 3), 77, np.uint8), 100)).tolist() == [[[77, 77, 77]]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.9])
+def test_cut_jpeg_is_an_error(share: float) -> None:
+    data = encode_jpeg(noise(32, 32), 95)
+    with pytest.raises(DataError, match="JPEG cannot be decoded"):
+        decode_jpeg(data[: int(share * len(data))])
+
+
+def test_decode_refuses_what_is_no_jpeg() -> None:
+    with pytest.raises(DataError):
+        decode_jpeg(b"\x89PNG\r\n\x1a\n" + bytes(100))
+
+
+def test_encode_refuses_other_shapes() -> None:
+    for pixels in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ShapeError):
+            encode_jpeg(pixels, 95)
+    with pytest.raises(DataError, match="quality"):
+        encode_jpeg(np.zeros((4, 4, 3), np.uint8), 0)

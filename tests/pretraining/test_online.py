@@ -1,0 +1,71 @@
+"""The teacher in every step against its stored targets, on real scenes with the bundled teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milan_pipe import api
+from milan_pipe.config.params import Params, load_params
+from milan_pipe.errors import MismatchError, SettingError
+from milan_pipe.pretraining.run import pretrain
+from milan_pipe.training.recorder import TrainProgress
+
+SETTINGS = [
+    "prepare.train_scenes=160",
+    "prepare.test_scenes=0",
+    "prepare.samples_per_shard=80",
+    "views.count=2",
+    "extract.threads=1",
+    "codec=float16",
+    "pretrain.epochs=5",
+    "pretrain.batch_size=16",
+    "pretrain.log_every=1",
+    "pretrain.device=cpu",
+]
+
+
+def params(*more: str) -> Params:
+    return load_params(Path(__file__).parents[2] / "params.yaml", [*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    api.prepare("demo", root / "images", params())
+    api.extract_targets(f"{root / 'images'}/train-*.tar", root / "targets", params())
+    return root / "targets"
+
+
+def curve(targets: Path, run: Path, *more: str) -> list[float]:
+    losses: list[float] = []
+
+    def told(now: TrainProgress) -> None:
+        losses.append(now.loss)
+
+    api.pretrain(targets, run, params(*more), on_progress=told)
+    return losses
+
+
+def test_stored_targets_train_like_the_teacher_itself(targets: Path, tmp_path: Path) -> None:
+    stored = curve(targets, tmp_path / "stored")
+    online = curve(targets, tmp_path / "online", "pretrain.targets=online")
+    assert len(stored) == 50
+    assert stored != online  # rounding to float16 leaves a trace: the teacher did run
+    assert max(abs(left - right) for left, right in zip(stored, online, strict=True)) < 1e-3
+    assert stored[-1] < 0.8 * stored[0]
+
+
+def test_another_teacher_and_another_target_are_refused(targets: Path, tmp_path: Path) -> None:
+    more = ["pretrain.targets=online", "teacher.normalization=imagenet"]
+    with pytest.raises(MismatchError, match=r"normalization"):
+        curve(targets, tmp_path / "run", *more)
+    with pytest.raises(SettingError, match="needs target 'clip'"):
+        curve(targets, tmp_path / "run", "pretrain.targets=online", "target=pixels")
+    settings = params("pretrain.targets=online")
+    given: dict[str, Any] = {name: getattr(settings, name) for name in ("student", "decoder", "masking", "target")}
+    with pytest.raises(SettingError, match="teacher_for"):
+        pretrain(targets, tmp_path / "run", **given, config=settings.pretrain)
+    assert not (tmp_path / "run").exists()

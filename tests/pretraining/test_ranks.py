@@ -1,0 +1,260 @@
+"""Real ranks under torchrun: the losses of one process, and an end that can be understood when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support.targets import header, random_blocks, write_blocks, write_store
+
+from milan_pipe.api import replay
+from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
+
+SAMPLES, BATCH = [150, 90, 41], 17  # of two ranks one has a sample more
+HEAD = header(format="zarr", shards=len(SAMPLES))
+SIDE = HEAD.views.size // HEAD.teacher.grid[0]
+SETTINGS: dict[str, Any] = {
+    "student.image_size": HEAD.views.size,
+    "student.patch_size": SIDE,
+    "student.width": 16,
+    "student.depth": 2,
+    "student.heads": 2,
+    "decoder.width": 16,
+    "decoder.heads": 2,
+    "pretrain.batch_size": BATCH,
+    "pretrain.window": 4,
+    "pretrain.lanes": 2,
+    "pretrain.epochs": 3,
+    "pretrain.log_every": 1,
+    "pretrain.device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store") / "targets"
+    write_store(root, HEAD, SAMPLES)
+    return root
+
+
+def command(store: Path, run: Path, ranks: int, **change: Any) -> list[str]:
+    settings = {**SETTINGS, **{f"pretrain.{name}": value for name, value in change.items()}}
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    words = ["-m", "milan_pipe", "pretrain", str(store), str(run), *flags]
+    if ranks == 1:
+        return [sys.executable, *words]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def go(store: Path, run: Path, ranks: int, **change: Any) -> str:
+    process = start(command(store, run, ranks, **change), run.parent)
+    told = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, told
+    return told
+
+
+def curve(run: Path) -> list[float]:
+    lines = (run / "metrics" / "plots" / "metrics" / "train" / "loss.tsv").read_text().splitlines()
+    at = lines[0].split("\t").index("loss")
+    return [float(line.split("\t")[at]) for line in lines[1:]]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    opened = open_checkpoint(run)
+    return {**opened.weights("student"), **opened.weights("decoder")}
+
+
+def assert_close(run: Path, whole: Path) -> None:
+    assert curve(run) == pytest.approx(curve(whole), rel=2e-5)
+    left, right = weights(run), weights(whole)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        # Not biases: that of the keys has no gradient but rounding, which AdamW makes as large as any other.
+        if value.ndim > 1:
+            assert torch.allclose(value, right[name], rtol=1e-3, atol=2e-4), name
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert curve(run) == curve(whole)
+    left, right = weights(run), weights(whole)
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    go(store, run, 1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pair") / "run"
+    told = go(store, run, 2)
+    assert told.count("mean of the last epoch") == 1
+    assert "warning" not in told
+    return run
+
+
+def test_two_ranks_have_the_losses_of_one(alone: Path, pair: Path) -> None:
+    assert len(curve(alone)) == 3 * (sum(SAMPLES) // BATCH)
+    assert len(set(curve(alone))) > 40
+    assert_close(pair, alone)
+
+
+def test_a_sharded_student_has_them_too(store: Path, alone: Path, tmp_path: Path) -> None:
+    go(store, tmp_path / "run", 2, parallel="fsdp", clip_grad=1e9, accumulate=2, checkpoint_every=20)
+    assert_close(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_lanes_and_cores(store: Path, tmp_path: Path) -> None:
+    for ranks in (1, 3):
+        go(store, tmp_path / f"of-{ranks}", ranks, batch_size=20, epochs=2, lanes=1, accumulate=ranks)
+    assert_close(tmp_path / "of-3", tmp_path / "of-1")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of the ranks, the first one first."""
+    found = [child for child in psutil.Process(process.pid).children() if "milan_pipe" in child.cmdline()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run: Path, before: list[Path]) -> None:
+    while process.poll() is None and checkpoints_of(run)[-1:] == before:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_dies_ends_the_run_with_one_line_and_another_number_goes_on(
+    store: Path, alone: Path, pair: Path, tmp_path: Path, victim: int
+) -> None:
+    run = tmp_path / "run"
+    many = {"epochs": 3, "checkpoint_every": 4}
+    process = start(command(store, run, 2, **many), tmp_path)
+    wait_for_checkpoint(process, run, [])
+    ranks_of(process)[victim].kill()
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, told
+    assert re.search(r"one of 2 ranks was lost\. The last good checkpoint is .*step-\d{8}; the same", lines[0])
+    go(store, run, 1 + victim)
+    if victim:
+        assert_same(run, pair)
+    else:
+        assert_close(run, alone)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_a_pair_goes_on_to_the_bit(store: Path, pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(command(store, run, 2, checkpoint_every=4), tmp_path)
+    wait_for_checkpoint(process, run, [])
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("stopped:")]
+    assert len(lines) == 1, told
+    assert "by SIGTERM after step" in lines[0]
+    assert f"{checkpoints_of(run)[-1]} was written" in lines[0]
+    go(store, run, 2)
+    assert_same(run, pair)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_sharded_run_goes_on_sharded_and_copied(store: Path, alone: Path, tmp_path: Path, parallel: str) -> None:
+    run = tmp_path / "run"
+    process = start(command(store, run, 2, checkpoint_every=4, parallel="fsdp"), tmp_path)
+    wait_for_checkpoint(process, run, [])
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert "gone on from step" in go(store, run, 2, parallel=parallel)
+    assert_close(run, alone)
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Path) -> None:
+    blocks = [random_blocks(HEAD, count, number) for number, count in enumerate(SAMPLES)]
+    scale = blocks[1][0].scale_KNS
+    assert scale is not None
+    scale[:, 7, 0] = float("nan")
+    write_blocks(tmp_path / "targets", HEAD, blocks)
+    process = start(command(tmp_path / "targets", tmp_path / "run", 2), tmp_path)
+    told = process.communicate(timeout=120)[1]
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, told
+    files = list((tmp_path / "run" / "not-finite").iterdir())
+    assert len(files) == 1
+    assert f"milan-pipe replay {files[0]}" in lines[0]
+    report = replay(files[0])
+    assert len(report.loss_by_key) == BATCH
+    assert next(iter(report.loss_by_key)).endswith("-1-7")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cuda:0"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({"batch_size": 1}, {"batch_size": 300}, {"accumulate": 9})
+        ),
+    ],
+)
+def test_a_mistake_is_told_once(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    process = start(command(store, tmp_path / "run", 2, **change), tmp_path)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert len([line for line in told.splitlines() if line.startswith("error:")]) == 1, told
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_ten_times(store: Path, tmp_path: Path) -> None:
+    run, epochs, draw = tmp_path / "run", 150, random.Random(1)
+    words = command(store, run, 2, epochs=epochs, checkpoint_every=11, log_every=10)
+    for number in range(10):
+        before = checkpoints_of(run)[-1:]
+        process = start(words, tmp_path)
+        wait_for_checkpoint(process, run, before)
+        time.sleep(draw.uniform(0, 0.5))
+        assert process.poll() is None, "the run was finished before it could be killed"
+        children = ranks_of(process)
+        # One rank, the other, or all of them with torchrun.
+        for child in children if number % 3 == 2 else [children[number % 3]]:
+            child.kill()
+        if number % 3 == 2:
+            process.kill()
+        process.communicate(timeout=120)
+    go(store, run, 2, epochs=epochs, checkpoint_every=11, log_every=10)
+    go(store, tmp_path / "whole", 2, epochs=epochs, log_every=10)
+    assert_same(run, tmp_path / "whole")
+
+
+def test_ranks_are_refused_where_another_process_writes(store: Path, tmp_path: Path) -> None:
+    from milan_pipe.training.distributed import Ranks
+    from milan_pipe.training.lock import only_writer
+
+    with only_writer(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))):
+        process = start(command(store, tmp_path / "run", 2), tmp_path)
+        told = process.communicate(timeout=240)[1]
+    assert process.returncode
+    assert told.count(f"is being written by process {os.getpid()} on") == 1
+    assert "milan_pipe.errors" not in told

@@ -1,0 +1,150 @@
+"""inspect-targets and inspect-student: what is drawn is what is stored and predicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.pictures import png, write_tar
+from support.project import Project
+from support.targets import header, write_store
+
+from milan_pipe import api, cli
+from milan_pipe.config.params import load_params
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.loader.order import Block
+from milan_pipe.loader.stream import read_batch
+from milan_pipe.reports.inspect_student import pretrained_objective
+from milan_pipe.reports.masks import draw_masks
+from milan_pipe.reports.samples import choose_samples, read_view
+from milan_pipe.student.masking import MaskConfig
+from milan_pipe.targets.store import open_targets
+from milan_pipe.training.checkpoint import open_checkpoint
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_samples_are_spread_and_found_by_key(tmp_path: Path, store_format: str) -> None:
+    written = write_store(tmp_path / "t", header(format=store_format, shards=3), [5, 1, 140])
+    store = open_targets(tmp_path / "t")
+    every = [(shard, row) for shard, n in enumerate((5, 1, 140)) for row in range(n)]
+    assert [(s.shard, s.row) for s in choose_samples(store, (), 1000)] == every
+    assert [(s.shard, s.row) for s in choose_samples(store, (), 2)] == [(2, 30), (2, 103)]
+    blocks = [block for blocks in written.values() for block in blocks]
+    keys = [key for block in blocks for key in block.keys]
+    assert [s.key for s in choose_samples(store, (), 1000)] == keys
+    wanted = [keys[140], keys[2], keys[5]]
+    assert [(s.shard, s.row) for s in choose_samples(store, wanted, 1)] == [(2, 134), (0, 2), (1, 0)]
+    with pytest.raises(MissingError, match=r"no sample nothing, such; its keys are such as dir/k"):
+        choose_samples(store, ["nothing", keys[0], "such"], 1)
+    view = read_view(store, choose_samples(store, [keys[140]], 1)[0], 1)
+    row = 134 - 128
+    assert view.crop == tuple(blocks[3].crop_KN4[1, row])
+    assert np.array_equal(view.attention_L, blocks[3].attention_KNL[1, row].astype(np.float32))
+
+
+@pytest.mark.parametrize(("grid", "size"), [((2, 3), 24), ((3, 2), 16), ((7, 7), 224), ((5, 4), 33)])
+def test_any_grid_and_size_is_drawn(tmp_path: Path, grid: tuple[int, int], size: int) -> None:
+    write_store(tmp_path / "t", header(size=size, views=3, grid=grid, image_size=size), [4])
+    report = api.inspect_targets(tmp_path / "t", tmp_path / "o", load_params(None, ["masking.ratio=0.5"]), count=2)
+    assert (report.views, len(report.pictures)) == (3, 2)
+    assert [Path(name).name for name in report.pictures] == [f"dir%2Fk%C3%A9y-0-{row}.png" for row in (1, 3)]
+    for picture in report.pictures:
+        Image.open(picture).verify()
+    page = Path(report.page).read_text(encoding="utf-8")
+    assert page.count("<figure>") == 2 * 4 * 3
+    assert page.count('src="data:image/') == 2 * 4 * 3
+    assert "dir/kéy-0-1" in page
+
+
+def test_keys_that_do_not_print_are_shown_escaped(project: Project, tmp_path: Path) -> None:
+    strange = {
+        "two\nlines": r"two\nlines",
+        "esc\x1b[31m\r": r"esc\x1b[31m\r",
+        "csi\x9b2J": r"csi\x9b2J",
+        "left\u202egnp": r"left\u202egnp",
+        "long" * 3000: "long" * 3000,
+        "<b>&": "&lt;b&gt;&amp;",
+    }
+    pixels = png(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8))
+    shard = write_tar(tmp_path / "images" / "a.tar", {f"{key}.png": pixels for key in strange})
+    api.extract_targets(shard, tmp_path / "t", project.params)
+    drawn = [
+        api.inspect_targets(tmp_path / "t", tmp_path / "o", project.params, count=len(strange)),
+        api.inspect_student(project.runs[0], tmp_path / "t", tmp_path / "s", count=len(strange)),
+    ]
+    for report in drawn:
+        assert report.keys == tuple(strange)
+        page = Path(report.page).read_text(encoding="utf-8")
+        assert all(f"<h3>{shown}</h3>" in page for shown in strange.values())
+        for picture in report.pictures:
+            Image.open(picture).verify()
+    page = api.report(project.runs[:1], tmp_path / "r.html", targets=tmp_path / "t").page
+    assert r"csi\x9b2J</h3>" in Path(page).read_text(encoding="utf-8")
+    draw_masks(
+        tmp_path / "masks.png",
+        tuple(strange),
+        np.zeros((6, 8, 8, 3), np.uint8),
+        np.ones((6, 4), np.bool_),
+        np.ones((6, 4)),
+        (2, 2),
+        "title",
+    )
+
+
+def test_masks_drawn_are_those_of_a_run(project: Project, tmp_path: Path) -> None:
+    pages = {}
+    for name, settings, epoch in (("a", [], 0), ("b", [], 0), ("c", [], 1), ("d", ["masking.seed=1"], 0)):
+        params = load_params(None, settings)
+        pages[name] = Path(
+            api.inspect_targets(project.targets, tmp_path / "o", params, count=1, epoch=epoch).page
+        ).read_bytes()
+    assert pages["a"] == pages["b"]
+    assert len(set(pages.values())) == 3
+
+
+def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: Path) -> None:
+    store = open_targets(project.targets)
+    key = choose_samples(store, (), 1)[0]
+    report = api.inspect_student(project.runs[0], project.targets, tmp_path / "o", keys=[key.key], view=1, epoch=3)
+    checkpoint = open_checkpoint(project.runs[0])
+    objective = pretrained_objective(checkpoint, store.header, torch.device("cpu"))
+    split, cosine = objective.cosine(read_batch(store, Block(key.shard, 1, key.row, key.row + 1)), 3)
+    assert report.step == checkpoint.record["step"] == 6
+    assert report.cosine[0] == pytest.approx(float(cosine.mean()), abs=1e-6)
+    assert report.masked_cosine[0] == pytest.approx(float(cosine.gather(1, split.masked_BM).mean()), abs=1e-6)
+    assert objective.masking == MaskConfig()
+    assert Path(report.page).read_text().count("<figure>") == 5
+
+
+def test_what_does_not_fit_is_told(project: Project, tmp_path: Path) -> None:
+    write_store(tmp_path / "t", header(size=64, grid=(8, 8), width=128), [3])
+    with pytest.raises(MismatchError, match=r"learned from teacher 'demo' \(weights [0-9a-f]{12}\), the store is of"):
+        api.inspect_student(project.runs[0], tmp_path / "t", tmp_path / "o")
+    # A student of pixels takes any teacher's views.
+    api.inspect_student(project.runs[1], tmp_path / "t", tmp_path / "o", count=1)
+    write_store(tmp_path / "u", header(size=16), [3])
+    with pytest.raises(MismatchError, match=r"views of 16 pixels, the student reads 64"):
+        api.inspect_student(project.runs[0], tmp_path / "u", tmp_path / "o")
+    with pytest.raises(DataError, match=r"holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote"):
+        api.inspect_student(project.runs[2], project.targets, tmp_path / "o")
+    with pytest.raises(SettingError, match=r"view 2: .* has views 0 to 1"):
+        api.inspect_student(project.runs[0], project.targets, tmp_path / "o", view=2)
+    with pytest.raises(SettingError, match="is a URL"):
+        api.inspect_targets(project.targets, "s3://bucket/o")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be written"):
+        api.inspect_targets(project.targets, tmp_path / "file" / "o", count=1)
+    with pytest.raises(SettingError, match="leaves 0 of 64 patches visible"):
+        api.inspect_targets(project.targets, tmp_path / "o", load_params(None, ["masking.ratio=0.999"]))
+
+
+def test_the_commands(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = choose_samples(open_targets(project.targets), (), 1)[0].key
+    cli.inspect_targets(str(project.targets), str(tmp_path / "a"), keys=f"{key},", as_json=True)
+    assert json.loads(capsys.readouterr().out)["keys"] == [key]
+    cli.inspect_student(str(project.runs[0]), str(project.targets), str(tmp_path / "b"), count=3, as_json=True)
+    assert len(json.loads(capsys.readouterr().out)["masked_cosine"]) == 3

@@ -1,0 +1,237 @@
+"""The report: complete, self-contained, the same each time, and readable in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support.checkpoints import change_record
+from support.project import SETTINGS, Project
+
+from milan_pipe import api, cli
+from milan_pipe.config.params import load_params
+from milan_pipe.errors import DataError, MissingError, SettingError, StoreError
+from milan_pipe.reports.evaluations import read_evaluations
+from milan_pipe.reports.page import render
+from milan_pipe.reports.runs import read_runs
+from milan_pipe.reports.scores import transfer_table
+from milan_pipe.targets.store import open_targets
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    extraction = {
+        "views": 96, "seconds": 2.5, "views_per_second": 38.4, "phases": {"teacher": 1.5, "jpeg": 0.5},
+    }  # fmt: skip
+    out = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    report = api.report(project.runs, out, evaluations=[project.root / "bounds"], extraction=extraction)
+    assert report.left_out == ()
+    assert report.bytes == out.stat().st_size
+    return out
+
+
+def test_it_has_every_part(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for part in ("runs", "transfer", "curves", "targets", "predictions", "segmentation", "commands", "settings"):
+        assert f'<h2 id="{part}">' in text
+        assert f'href="#{part}"' in text
+    for word in ("random initialisation", "75.0 %", "decoder.kind", "int8", "mean cosine 0.9999", "0 set aside"):
+        assert word in text, word
+    # Two samples of two views and four rows; four samples of five panels for each of two students.
+    assert text.count("<figure><img") >= 2 * 2 * 4 + 2 * 4 * 5
+    assert "not recorded" not in text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+def test_the_same_runs_give_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    pages = []
+    for name in ("a", "b"):
+        api.report(project.runs[:2], tmp_path / name)
+        pages.append((tmp_path / name).read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_scores_stand_in_the_row_of_their_student(project: Project) -> None:
+    runs = read_runs(list(project.runs))
+    table = transfer_table(runs, read_evaluations(project.root / "bounds"))
+    assert table is not None
+    rows = {row[0].text: dict(zip(table.columns, (cell.text for cell in row), strict=True)) for row in table.rows}
+    assert list(rows) == ["random initialisation", "milan", "mae", "teacher"]
+    assert table.columns == ["student", "k-NN", "linear probe, quick", "fine-tuned", "mIoU"]
+    tuned = json.loads((project.runs[2] / "report.json").read_text())["scores"]["top1"]
+    assert rows["milan"]["fine-tuned"] == f"{100 * tuned:.1f} %"
+    assert rows["mae"]["fine-tuned"] == rows["teacher"]["mIoU"] == rows["milan"]["linear probe, quick"] == "-"
+    best = [cell.best for row in table.rows for cell in row if cell.best]
+    assert len(best) >= 4
+    assert not any(cell.best for cell in table.rows[-1])
+
+
+def test_each_command_is_the_command_that_made_the_number(project: Project, tmp_path: Path) -> None:
+    """Read back by the parser of the command line, it names the same settings and places."""
+    for run in read_runs(list(project.runs)):
+        words = shlex.split(run.record["command"])
+        assert words[:2] == ["milan-pipe", run.task]
+        assert words[2 + len(words[2 : words.index("--set")]) - 1] == str(project.root / run.folder)
+        given = load_params(None, [words[at + 1] for at, word in enumerate(words) if word == "--set"])
+        for section, values in run.record["settings"].items():
+            found = getattr(given, section)
+            found = found.model_dump(mode="json") if section != "target" else found
+            assert found == values, section
+    evaluation = read_evaluations(project.runs[0] / "evaluations")[0]
+    words = shlex.split(evaluation.command)
+    again = api.knn(words[2], words[3], words[4], load_params(None, words[6::2]), keep=tmp_path / "kept")
+    assert again.best == evaluation.scores["best"]
+    assert again.kept is not None
+    assert json.loads(Path(again.kept).read_text())["identity"] == evaluation.identity
+
+
+def test_probes_of_the_same_weights_are_kept_once(project: Project, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(project.runs[0], copy)
+    for _ in range(2):
+        api.knn(copy, *project.images, project.params)
+    assert len(read_evaluations(copy / "evaluations")) == 2  # the copied one names another folder
+    api.knn(copy, *project.images, load_params(None, [*SETTINGS, "knn.temperature=0.5"]))
+    assert len(read_evaluations(copy / "evaluations")) == 3
+
+
+def test_a_store_that_is_gone_is_told_and_left_out(project: Project, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(project.runs[0], copy)
+    (file,) = copy.glob("checkpoints/*/checkpoint.json")
+    change_record(file.parent, lambda record: record.update(targets=str(tmp_path / "gone")))
+    with pytest.warns(RuntimeWarning, match="the report is without store and pictures of run: .*gone is not there"):
+        report = api.report([copy], tmp_path / "r.html")
+    assert "name its place with --targets" in report.left_out[0]
+    assert "gone is not there" in (tmp_path / "r.html").read_text()
+    assert api.report([copy], tmp_path / "r.html", targets=project.targets).left_out == ()
+    with pytest.raises(MissingError, match="gone is not there"):
+        api.report([copy], tmp_path / "r.html", targets=tmp_path / "gone")
+
+
+def test_a_run_that_goes_on_has_a_report_too(project: Project, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(project.runs[0], copy)
+    (copy / "report.json").unlink()
+    (file,) = copy.glob("checkpoints/*/checkpoint.json")
+    change_record(file.parent, lambda record: record.update(finished=False))
+    api.report([copy], tmp_path / "r.html")
+    assert "6, not finished" in (tmp_path / "r.html").read_text()
+
+
+def test_names_that_are_alike_are_told_apart_and_none_is_taken_twice(project: Project, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project.runs[0], tmp_path / name / "run")
+    runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run" / ".." / "run"])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("none", SettingError, "a report needs a run"),
+        ("missing", MissingError, "is not there; expected the folder of a run"),
+        ("checkpoint", DataError, "is a checkpoint; name the folder of its run"),
+        ("curve", DataError, r"loss.tsv cannot be read .* remove it"),
+        ("zeros", DataError, r"loss.tsv cannot be read .* remove it"),
+        ("report", DataError, r"report.json cannot be read .* remove it"),
+        ("evaluation", DataError, r"knn-.*json is no result that `milan-pipe knn`"),
+        ("evaluations", SettingError, "no such folder; name one that"),
+        ("extraction", DataError, r"--extraction: this is no result of `milan-pipe extract-targets --json`"),
+        ("out", StoreError, "cannot be written"),
+        ("url", SettingError, "is a URL"),
+    ],
+)
+def test_faults_are_told(project: Project, tmp_path: Path, fault: str, error: type[Exception], message: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(project.runs[0], copy)
+    runs, out, more = [copy], tmp_path / "r.html", {}
+    if fault == "none":
+        runs = []
+    elif fault == "missing":
+        runs = [tmp_path / "none"]
+    elif fault == "checkpoint":
+        runs = list(copy.glob("checkpoints/*"))
+    elif fault == "curve":
+        next(copy.rglob("loss.tsv")).write_text("step\tloss\n1\tx\n")
+    elif fault == "zeros":
+        next(copy.rglob("loss.tsv")).write_bytes(bytes(200_000))
+    elif fault == "report":
+        (copy / "report.json").write_text("{")
+    elif fault == "evaluation":
+        next(copy.glob("evaluations/*")).write_text('{"version": 1}')
+    elif fault == "evaluations":
+        more = {"evaluations": [tmp_path / "none"]}
+    elif fault == "extraction":
+        more = {"extraction": {"phases": {}}}
+    elif fault == "out":
+        (tmp_path / "file").write_text("")
+        out = tmp_path / "file" / "r.html"
+    else:
+        out = "s3://bucket/r.html"  # type: ignore[assignment]
+    with pytest.raises(error, match=message):
+        api.report(runs, out, **more)  # type: ignore[arg-type]
+
+
+def test_what_is_put_into_a_page_is_escaped() -> None:
+    text = render("gallery.html.j2", title="<script>x</script>", facts={"a&b": "<i>"}, sheets=[])
+    assert "<script>" not in text
+    assert "&lt;i&gt;" in text
+
+
+def test_fidelity_is_kept_in_the_store_and_by_conversion(project: Project, tmp_path: Path) -> None:
+    store = open_targets(project.targets)
+    cosines = [store.record(shard).mean_cosine for shard in store.shards]
+    assert all(cosine is not None and 0.9999 < cosine <= 1 for cosine in cosines)
+    api.convert_targets(project.targets, tmp_path / "tars", format="webdataset")
+    tars = open_targets(tmp_path / "tars")
+    assert [tars.record(shard).mean_cosine for shard in tars.shards] == cosines
+
+
+def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.json"
+    with pytest.raises(MissingError, match=r"--extraction .* is not there"):
+        cli.report([str(project.runs[0])], tmp_path / "r.html", extraction=file)
+    file.write_text("{")
+    with pytest.raises(DataError, match=r"--extraction .* cannot be read"):
+        cli.report([str(project.runs[0])], tmp_path / "r.html", extraction=file)
+    cli.report([str(project.runs[0])], tmp_path / "r.html", as_json=True)
+    assert json.loads(capsys.readouterr().out)["page"] == str(tmp_path / "r.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_it(page: Path, width: int) -> None:
+    """No error, nothing asked of the network, every picture there, nothing wider than the window."""
+    from playwright.sync_api import sync_playwright
+
+    told: list[str] = []
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        tab.on("console", lambda message: told.append(message.text))
+        tab.on("pageerror", lambda error: told.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+        for element in tab.query_selector_all("details"):
+            element.evaluate("e => { e.open = true }")
+        broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+        images = tab.evaluate("document.images.length")
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        small = tab.evaluate(
+            "[...document.querySelectorAll('p, td, th, figcaption, pre, h1, h2, h3')]"
+            ".filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).length"
+        )
+        browser.close()
+    assert told == []
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert (broken, small) == (0, 0)
+    assert images > 50
+    assert wide == width
