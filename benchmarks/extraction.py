@@ -36,15 +36,17 @@ from PIL import Image
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import render_sample
 from milan_pipe.extraction.run import ExtractReport, extract_targets
-from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.settings import ExtractSettings
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
-from milan_pipe.images.views import ViewConfig, decode_jpeg
-from milan_pipe.targets.codec import CodecConfig
-from milan_pipe.teacher.clip import Teacher, TeacherConfig, load_teacher
+from milan_pipe.images.views import decode_jpeg
+from milan_pipe.targets.settings import CodecSettings
+from milan_pipe.teacher.clip import Teacher, load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 SIZE, BATCH, SHARD_IMAGES = 224, 64, 250
-TEACHER = TeacherConfig(model="ViT-B-16", pretrained="random")
+TEACHER = TeacherSettings(model="ViT-B-16", pretrained="random")
 PHASES = ("read", "decode", "crop", "jpeg", "teacher", "encode", "write")
 
 
@@ -85,7 +87,7 @@ def make_tiny(work: Path, shards: int) -> Path:
     return folder
 
 
-def _rendered(images: Path, views: ViewConfig) -> torch.Tensor:
+def _rendered(images: Path, views: ViewSettings) -> torch.Tensor:
     """One batch of rendered views, as the teacher sees them."""
     pictures: list[np.ndarray[Any, Any]] = []
     for shard in expand_shards(images):
@@ -110,10 +112,10 @@ def _extract(images: Path, targets: Path, views: int, device: str, **extract: An
         images,
         targets,
         teacher=TEACHER,
-        views=ViewConfig(count=views, scale=(0.2, 1)),
+        views=ViewSettings(count=views, scale=(0.2, 1)),
         view_size=SIZE,
-        codec=CodecConfig(),
-        extract=ExtractConfig(batch_size=BATCH, device=device, **extract),
+        codec=CodecSettings(),
+        extract=ExtractSettings(batch_size=BATCH, device=device, **extract),
     )
 
 
@@ -130,7 +132,7 @@ def end_to_end(work: Path, photos: Path, images: int, counts: list[int], device:
     )
     print(f"| {' | '.join((*titles, 'in all, s'))} |\n|{'---|' * (len(titles) + 1)}", flush=True)
     teacher = load_teacher(TEACHER, torch.device(device))
-    batch = _rendered(shards, ViewConfig(count=1, scale=(0.2, 1)))
+    batch = _rendered(shards, ViewSettings(count=1, scale=(0.2, 1)))
     for count in counts:
         seconds = _forward_seconds(teacher, batch, batches)
         report = _extract(shards, work / "targets", count, device)
@@ -158,7 +160,7 @@ def _nothing(number: int) -> int:
 def dask_overhead(work: Path, shards: int) -> None:
     """Seconds of a shard in this process, through a scheduler, and of a task that does nothing."""
     images = make_tiny(work, shards)
-    views = ViewConfig(count=1)
+    views = ViewSettings(count=1)
 
     def run(**extract: Any) -> float:
         targets = work / "targets-tiny"
@@ -167,11 +169,11 @@ def dask_overhead(work: Path, shards: int) -> None:
         extract_targets(
             images,
             targets,
-            teacher=TeacherConfig(),
+            teacher=TeacherSettings(),
             views=views,
             view_size=64,
-            codec=CodecConfig(),
-            extract=ExtractConfig(device="cpu", threads=1, teacher_threads=1, **extract),
+            codec=CodecSettings(),
+            extract=ExtractSettings(device="cpu", threads=1, teacher_threads=1, **extract),
         )
         return time.perf_counter() - began
 

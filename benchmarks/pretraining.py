@@ -36,28 +36,28 @@ from PIL import Image
 
 from benchmarks.plain import PlainStudent, PlainTeacher
 from benchmarks.reading import _block, _header, _records
-from milan_pipe.images.views import ViewConfig, draw_view, encode_jpeg, render_view
+from milan_pipe.images.settings import ViewSettings
+from milan_pipe.images.views import draw_view, encode_jpeg, render_view
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.online import teacher_of
+from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision
 
 SIZE, WINDOW = 224, 16
-BASE = StudentConfig(model="vit_base_patch16_224", image_size=224, patch_size=16, width=768, depth=12, heads=12)
-SMALL = StudentConfig(model="vit_tiny_patch16_224", image_size=224, patch_size=16, width=32, depth=1, heads=1)
-DECODER = DecoderConfig(width=512, depth=8, heads=16)
-SMALL_DECODER = DecoderConfig(width=32, depth=1, heads=1)
+BASE = StudentSettings(model="vit_base_patch16_224", image_size=224, patch_size=16, width=768, depth=12, heads=12)
+SMALL = StudentSettings(model="vit_tiny_patch16_224", image_size=224, patch_size=16, width=32, depth=1, heads=1)
+DECODER = DecoderSettings(width=512, depth=8, heads=16)
+SMALL_DECODER = DecoderSettings(width=32, depth=1, heads=1)
 
 
 def originals(photos: Path) -> list[bytes]:
@@ -74,7 +74,7 @@ def jpegs(work: Path, photos: Path) -> list[bytes]:
         beside.mkdir(parents=True, exist_ok=True)
         for number, data in enumerate(originals(photos)):
             image = Image.open(io.BytesIO(data)).convert("RGB")
-            view = draw_view(ViewConfig(), str(number), 0, image.height, image.width)
+            view = draw_view(ViewSettings(), str(number), 0, image.height, image.width)
             (beside / f"{number:05d}.jpg").write_bytes(encode_jpeg(render_view(image, view, SIZE), 95))
         beside.rename(folder)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
@@ -120,9 +120,9 @@ def objective_of(header: StoreHeader, device: torch.device, compiled: bool, teac
         header,
         student=BASE,
         decoder=DECODER,
-        masking=MaskConfig(),
+        masking=MaskSettings(),
         target="clip",
-        config=PretrainConfig(compile=compiled),
+        config=PretrainSettings(compile=compiled),
         device=device,
         teach=teach,
     )
@@ -184,7 +184,7 @@ def bench_online(work: Path, photos: Path, options: argparse.Namespace) -> None:
     print("| teacher | batch | offline, s | online, s | online ÷ offline | plain online, s | plain online ÷ offline |")
     print("|---|---|---|---|---|---|---|")
     for name, side in (("ViT-B-16", 224), ("ViT-L-14", 196)):
-        config = TeacherConfig(model=name, pretrained="random", image_size=side)
+        config = TeacherSettings(model=name, pretrained="random", image_size=side)
         teacher = load_teacher(config, device, grid=(14, 14))
         told = header.model_copy(update={"teacher": teacher.info})
         teach = teacher_of(config, told, device, "the benchmark")
@@ -284,9 +284,9 @@ def bench_wait(work: Path, photos: Path, options: argparse.Namespace) -> None:
         run,
         student=BASE,
         decoder=DECODER,
-        masking=MaskConfig(),
+        masking=MaskSettings(),
         target="clip",
-        config=PretrainConfig(
+        config=PretrainSettings(
             epochs=1, batch_size=64, lr=1.5e-4, device=options.device, precision=options.precision, log_every=1
         ),
     )
@@ -306,10 +306,10 @@ def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
             work / f"run-memory-{time.time_ns()}",
             student=SMALL,
             decoder=SMALL_DECODER,
-            masking=MaskConfig(),
+            masking=MaskSettings(),
             target="clip",
             # Windows of 400 samples, so that the smaller store has more than one of them too.
-            config=PretrainConfig(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
+            config=PretrainSettings(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
             on_progress=told.append,
         )
         print(json.dumps({now.step: now.memory for now in told}))

@@ -31,7 +31,7 @@ import numpy as np
 from milan_pipe import __version__
 from milan_pipe.loader.order import EpochOrder
 from milan_pipe.targets.checksum import crc32c
-from milan_pipe.targets.codec import CodecConfig, build_codec
+from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     SourceInfo,
@@ -42,6 +42,7 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     ViewInfo,
 )
+from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 
 GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, WINDOW = 14, 512, 24_000, 1024, 64, 16
@@ -90,7 +91,7 @@ def _header(store_format: StoreFormat, zstd_level: int, shards: int) -> StoreHea
             width=WIDTH,
         ),
         views=ViewInfo(count=1, size=16 * GRID, scale=(0.2, 1), ratio=(1, 1), flip=0, seed=0, jpeg_quality=95),
-        codec=build_codec(CodecConfig(name="int8", zstd_level=zstd_level)).info,
+        codec=build_codec(CodecSettings(name="int8", zstd_level=zstd_level)).info,
         source=SourceInfo(shards=shards, fingerprint=""),
     )
 

@@ -35,11 +35,12 @@ from milan_pipe import api
 from milan_pipe.config.params import load_params
 from milan_pipe.extraction import cluster
 from milan_pipe.extraction.render import ShardJob
-from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
-from milan_pipe.images.views import ViewConfig, encode_jpeg
+from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.storage import place_of
 from milan_pipe.targets import ledger
@@ -54,7 +55,7 @@ from milan_pipe.targets.schema import (
     ViewInfo,
 )
 from milan_pipe.targets.store import TargetStoreWriter, header_file, open_targets
-from milan_pipe.teacher.clip import TeacherConfig
+from milan_pipe.teacher.settings import TeacherSettings
 
 BILLION, SHARD, VIEWS, JPEG_BYTES = 10**9, 10_000, 8, 24_000
 A100_TFLOPS = 39.0
@@ -132,10 +133,10 @@ def scheduler(work: Path, tasks: int, workers: int, tellings: int) -> dict[str, 
             client.wait_for_workers(workers)
         assignment = Assignment(
             targets=str(work / "targets"),
-            teacher=TeacherConfig(),
+            teacher=TeacherSettings(),
             grid=(14, 14),
-            views=ViewConfig(count=VIEWS),
-            extract=ExtractConfig(scheduler=address),
+            views=ViewSettings(count=VIEWS),
+            extract=ExtractSettings(scheduler=address),
         )
         place = place_of(work)
         jobs = [

@@ -52,7 +52,7 @@ from milan_pipe.teacher.demo_training import train_demo_teacher as _train_demo_t
 from milan_pipe.teacher.online import teacher_of
 from milan_pipe.training.checkpoint import run_of
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.step import Precision
+from milan_pipe.training.settings import Precision
 
 
 def _ignore(*_: object) -> None:

@@ -176,9 +176,9 @@ def convert_targets(
     Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
     """
     from milan_pipe import api
-    from milan_pipe.extraction.settings import ExtractConfig
+    from milan_pipe.extraction.settings import ExtractSettings
 
-    wanted = ExtractConfig.parse({"format": store_format}, "--format").format
+    wanted = ExtractSettings.parse({"format": store_format}, "--format").format
     with progress("what") as update:
         report = api.convert_targets(
             source, destination, format=wanted, on_progress=lambda done, total: update(done, total, what="shards")

@@ -12,23 +12,21 @@ from pydantic import Field
 from milan_pipe.config.base import Settings, unknown_key_message
 from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.errors import MissingError, SettingError
-from milan_pipe.evaluation.augment import AugmentConfig
-from milan_pipe.evaluation.features import EmbedConfig
-from milan_pipe.evaluation.finetune import FinetuneConfig
-from milan_pipe.evaluation.knn import KnnConfig
-from milan_pipe.evaluation.lars_probe import LarsProbeConfig
-from milan_pipe.evaluation.linear_probe import LinearProbeConfig
-from milan_pipe.evaluation.segment import SegmentConfig
-from milan_pipe.extraction.settings import ExtractConfig
-from milan_pipe.images.prepare import PrepareConfig
-from milan_pipe.images.views import ViewConfig
-from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
-from milan_pipe.targets.codec import CodecConfig
-from milan_pipe.teacher.clip import TeacherConfig
-from milan_pipe.teacher.demo_training import DemoTeacherConfig
+from milan_pipe.evaluation.settings import (
+    AugmentSettings,
+    EmbedSettings,
+    FinetuneSettings,
+    KnnSettings,
+    LarsProbeSettings,
+    LinearProbeSettings,
+    SegmentSettings,
+)
+from milan_pipe.extraction.settings import ExtractSettings
+from milan_pipe.images.settings import PrepareSettings, ViewSettings
+from milan_pipe.pretraining.settings import PretrainSettings, Target
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
+from milan_pipe.targets.settings import CodecSettings
+from milan_pipe.teacher.settings import DemoTeacherSettings, TeacherSettings
 
 DEFAULT_FILE = Path("params.yaml")
 
@@ -40,27 +38,27 @@ class Params(Settings):
     """Every setting there is; defaults are those of the built-in scenes and teacher."""
 
     about: About | None = Field(None, description="What a recipe says of itself; it changes nothing.")
-    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
-    views: ViewConfig = Field(default_factory=ViewConfig)
-    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
-    codec: CodecConfig = Field(default_factory=CodecConfig)
-    extract: ExtractConfig = Field(default_factory=ExtractConfig)
-    student: StudentConfig = Field(default_factory=StudentConfig)
-    masking: MaskConfig = Field(default_factory=MaskConfig)
-    decoder: DecoderConfig = Field(default_factory=DecoderConfig)
+    prepare: PrepareSettings = Field(default_factory=PrepareSettings)
+    views: ViewSettings = Field(default_factory=ViewSettings)
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings)
+    codec: CodecSettings = Field(default_factory=CodecSettings)
+    extract: ExtractSettings = Field(default_factory=ExtractSettings)
+    student: StudentSettings = Field(default_factory=StudentSettings)
+    masking: MaskSettings = Field(default_factory=MaskSettings)
+    decoder: DecoderSettings = Field(default_factory=DecoderSettings)
     target: Target = Field(
         "clip",
         description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients",
     )
-    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
-    embed: EmbedConfig = Field(default_factory=EmbedConfig)
-    knn: KnnConfig = Field(default_factory=KnnConfig)
-    augment: AugmentConfig = Field(default_factory=AugmentConfig)
-    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
-    lars_probe: LarsProbeConfig = Field(default_factory=LarsProbeConfig)
-    segment: SegmentConfig = Field(default_factory=SegmentConfig)
-    linear_probe: LinearProbeConfig = Field(default_factory=LinearProbeConfig)
-    demo_teacher: DemoTeacherConfig = Field(default_factory=DemoTeacherConfig)
+    pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
+    embed: EmbedSettings = Field(default_factory=EmbedSettings)
+    knn: KnnSettings = Field(default_factory=KnnSettings)
+    augment: AugmentSettings = Field(default_factory=AugmentSettings)
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
+    lars_probe: LarsProbeSettings = Field(default_factory=LarsProbeSettings)
+    segment: SegmentSettings = Field(default_factory=SegmentSettings)
+    linear_probe: LinearProbeSettings = Field(default_factory=LinearProbeSettings)
+    demo_teacher: DemoTeacherSettings = Field(default_factory=DemoTeacherSettings)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -10,40 +10,21 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.features import centre_view
 from milan_pipe.evaluation.feed import Ask
 from milan_pipe.evaluation.randomness import seeded
+from milan_pipe.evaluation.settings import AugmentSettings
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledPictures
 from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 
-class AugmentConfig(Settings):
-    """Augmentation of training pictures; defaults are those of the scenes, the recipes have ImageNet's."""
-
-    scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored picture")
-    auto_augment: str | None = Field(
-        None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
-    )
-    erasing: float = Field(0.0, ge=0, le=1, description="probability that a rectangle is replaced by noise")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: none")
-    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
-    smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels")
-
-
-PLAIN = AugmentConfig(smoothing=0.0)
-"""Crop and flip alone, as a linear probe takes them."""
-
-
-def training_view(config: AugmentConfig, size: int) -> Callable[[Image.Image], Tensor]:
+def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
     """A crop of (3, size, size) normalised floats, drawn from the global generators.
 
     Raises:
@@ -88,7 +69,7 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 class TrainingPictures:
     """Picture `Ask.number` as a training view of its epoch: (pixels_CHW, label)."""
 
-    def __init__(self, pictures: LabelledPictures, config: AugmentConfig, size: int, seed: int) -> None:
+    def __init__(self, pictures: LabelledPictures, config: AugmentSettings, size: int, seed: int) -> None:
         self._pictures = pictures
         self._view = training_view(config, size)
         self._seed = seed
@@ -115,7 +96,7 @@ class TestPictures:
         return normalise(pixels_HWC[None])[0], int(self._pictures.label_N[ask.number])
 
 
-def build_mixup(config: AugmentConfig, classes: int, part: int) -> Mixup | None:
+def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | None:
     """timm's mixup and cutmix of a batch with its own reverse, label smoothing included; None where both are off.
 
     Args:

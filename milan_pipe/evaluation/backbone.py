@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.errors import DataError
-from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.encoder import build_encoder
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -32,7 +33,7 @@ class Backbone:
     """
 
     name: str
-    config: StudentConfig
+    config: StudentSettings
     weights: Mapping[str, Tensor]
 
     def digest(self) -> str:
@@ -44,7 +45,7 @@ class Backbone:
         return digest.hexdigest()
 
 
-def student_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
+def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
     """Settings and encoder of a checkpoint.
 
     Raises:
@@ -56,13 +57,13 @@ def student_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer
         what = checkpoint.record.get("task")
         found = f"holds what `milan-pipe {what}` trained" if what else "does not say which student it holds"
         raise DataError(f"{checkpoint.path} {found}; name one that `milan-pipe pretrain` wrote")
-    config: StudentConfig = StudentConfig.parse(sizes, f"{checkpoint.path}, student")
+    config: StudentSettings = StudentSettings.parse(sizes, f"{checkpoint.path}, student")
     encoder = build_encoder(config)
     load_weights(encoder, checkpoint.weights("student"), str(checkpoint.path))
     return config, encoder
 
 
-def backbone_of(checkpoint: str | Path, student: StudentConfig, seed: int) -> Backbone:
+def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> Backbone:
     """What a CHECKPOINT argument names: a checkpoint folder, a run folder (its last one), or `random`.
 
     Args:

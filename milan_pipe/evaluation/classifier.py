@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.backbone import Backbone, positions_on
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint
 
 _HEAD_DEVIATION = 2e-5
 
 
-def timm_sizes(config: StudentConfig) -> dict[str, Any]:
+def timm_sizes(config: StudentSettings) -> dict[str, Any]:
     """What `timm.create_model` must be given beside the name, as the settings say it."""
     sizes = {
         "img_size": config.image_size,
@@ -32,7 +32,7 @@ def timm_sizes(config: StudentConfig) -> dict[str, Any]:
 
 def build_classifier(
     backbone: Backbone, *, classes: int, image_size: int | None, drop_path: float, seed: int
-) -> tuple[StudentConfig, VisionTransformer]:
+) -> tuple[StudentSettings, VisionTransformer]:
     """A ViT that classifies the norm of the mean of its patches, with the backbone's weights; all of it is trained.
 
     Args:
@@ -106,7 +106,7 @@ class LinearClassifier(nn.Module):
         return logits_BG
 
 
-def classifier_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransformer]:
+def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
     """Sizes and model of a checkpoint that `milan-pipe finetune` wrote: the mean of its weights, where it has one.
 
     Raises:
@@ -114,7 +114,7 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentConfig, VisionTransfor
     """
     record = checkpoint.record
     try:
-        config: StudentConfig = StudentConfig.parse(record["student"], f"{checkpoint.path}, student")
+        config: StudentSettings = StudentSettings.parse(record["student"], f"{checkpoint.path}, student")
         classes = record["classes"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error

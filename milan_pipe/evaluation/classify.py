@@ -19,16 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.evaluation.augment import (
-    AugmentConfig,
-    TestPictures,
-    TrainingPictures,
-    build_mixup,
-    require_labels,
-)
+from milan_pipe.evaluation.augment import TestPictures, TrainingPictures, build_mixup, require_labels
 from milan_pipe.evaluation.badfile import bad_file
 from milan_pipe.evaluation.feed import BadPictures, StepPlan, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.randomness import seed_of, seeded
+from milan_pipe.evaluation.settings import AugmentSettings
 from milan_pipe.evaluation.supervised import Task
 from milan_pipe.images.labelled import LabelledPictures, labelled_pictures, require_same_classes
 from milan_pipe.training.distributed import Ranks
@@ -123,7 +118,7 @@ class ClassifyTask(Task[PictureBatch]):
         pictures: Pictures,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
-        augment: AugmentConfig,
+        augment: AugmentSettings,
         plan: ClassifyPlan,
         settings: RunSettings,
         configuration: dict[str, Any],

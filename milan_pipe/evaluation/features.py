@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
+from milan_pipe.evaluation.settings import EmbedSettings, Pool
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
 from milan_pipe.images.labelled import is_class_folder, labelled_pictures
@@ -33,20 +31,6 @@ from milan_pipe.weights_file import load_tensors, write_weights
 
 Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
-
-Pool = Literal["cls", "mean"]
-"""Which tokens stand for the picture: the class token, or the mean of the patches."""
-
-
-class EmbedConfig(Settings):
-    """How pictures become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
-
-    batch_size: int = Field(256, ge=1, description="pictures in one forward pass")
-    threads: int = Field(0, ge=0, description="threads that decode pictures; 0: one per processor")
-    crop: float = Field(
-        1.0, gt=0, le=1, description="side of the centre square over the shorter side; ImageNet's custom is 0.875"
-    )
-    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +184,7 @@ def embed_shards(
     images: str | Path,
     embedder: Embedder,
     size: int,
-    config: EmbedConfig,
+    config: EmbedSettings,
     on_bad: OnBad | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> LabelledFeatures:

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from milan_pipe.evaluation.augment import AugmentConfig
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import build_classifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
+from milan_pipe.evaluation.settings import AugmentSettings, FinetuneSettings
 from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.settings import FREE, RunSettings
+from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class FinetuneConfig(RunSettings):
-    """The recipe of fine-tuning; defaults are those of the scenes."""
-
-    epochs: int = Field(1, ge=1)
-    warmup_epochs: float = Field(0.2, ge=0)
-    batch_size: int = Field(64, ge=1, description="over all ranks")
-    lr: float = Field(4e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
-    min_lr: float = Field(1e-6, ge=0, description="at the end of the cosine")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.05, ge=0)
-    layer_decay: float = Field(0.75, gt=0, le=1, description="of the learning rate, from each layer to the one below")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of a mean of the weights, which is then evaluated")
-    image_size: int | None = Field(None, ge=1, description="side of the input; none: the student's")
-    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
-    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the labels that is used, of each class")
-    eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
 
 
 def finetune(
@@ -48,9 +25,9 @@ def finetune(
     val: str | Path,
     run: str | Path,
     *,
-    student: StudentConfig,
-    augment: AugmentConfig,
-    config: FinetuneConfig,
+    student: StudentSettings,
+    augment: AugmentSettings,
+    config: FinetuneSettings,
     record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:

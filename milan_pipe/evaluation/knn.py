@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
+from milan_pipe.evaluation.settings import KnnSettings
 
 _CHUNK_VALUES = 2**24
 """Similarities (or votes) that are held at a time: 64 MiB of float32."""
 
 
-class KnnConfig(Settings):
-    """How neighbours vote."""
-
-    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (10, 20, 100, 200), min_length=1, description="each number of neighbours to report"
-    )
-    temperature: float = Field(
-        0.07, gt=0, allow_inf_nan=False, description="a neighbour's vote is exp(cosine / temperature)"
-    )
-
-
-def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnConfig) -> dict[int, float]:
+def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSettings) -> dict[int, float]:
     """Share of test pictures whose nearest train pictures vote for the right class.
 
     Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64;

@@ -6,35 +6,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
 from timm.optim.lars import Lars
 
-from milan_pipe.evaluation.augment import PLAIN
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import LinearClassifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
-from milan_pipe.evaluation.features import Pool
+from milan_pipe.evaluation.settings import PLAIN, LarsProbeSettings
 from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
-from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.encoder import build_encoder
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.settings import FREE, RunSettings
+from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
-
-
-class LarsProbeConfig(RunSettings):
-    """The protocol of the linear probe; defaults are those of the scenes."""
-
-    epochs: int = Field(20, ge=1)
-    warmup_epochs: float = Field(2, ge=0)
-    batch_size: int = Field(512, ge=1, description="over all ranks")
-    lr: float = Field(5.0, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    scale: tuple[float, float] = Field((0.08, 1.0), description="least and greatest share of the area that is cropped")
-    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
-    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
-    eval_every: int = Field(5, ge=1, description="epochs between two evaluations")
 
 
 def lars_probe(
@@ -43,8 +28,8 @@ def lars_probe(
     val: str | Path,
     run: str | Path,
     *,
-    student: StudentConfig,
-    config: LarsProbeConfig,
+    student: StudentSettings,
+    config: LarsProbeSettings,
     record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:

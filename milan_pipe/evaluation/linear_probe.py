@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
+from milan_pipe.evaluation.settings import LinearProbeSettings
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-
-class LinearProbeConfig(Settings):
-    """How the classifier is fitted. Minimised is mean cross-entropy + l2 / 2 * squared weights, the bias left free."""
-
-    l2: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="strengths to choose from; one alone is taken as it is"
-    )
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the train pictures on which the strength is chosen"
-    )
-    max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
-    seed: int = Field(0, ge=0, description="draws the pictures on which the strength is chosen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +38,7 @@ class ProbeResult:
     converged: bool
 
 
-def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeConfig) -> ProbeResult:
+def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeSettings) -> ProbeResult:
     """Fit multinomial logistic regression on `train`, report it on `test`.
 
     Each feature is shifted and scaled by mean and deviation of the pictures fitted to, a BatchNorm without affine
@@ -114,7 +100,7 @@ def _arrays(data: LabelledFeatures) -> tuple[Floats, Ints]:
     return data.features_NF.double().numpy(), data.label_N.numpy()
 
 
-def _choose_l2(features_NF: Floats, label_N: Ints, config: LinearProbeConfig) -> float:
+def _choose_l2(features_NF: Floats, label_N: Ints, config: LinearProbeSettings) -> float:
     held_N = _held_out(label_N, config.validation_fraction, config.seed)
     probe = _Probe(features_NF[~held_N], label_N[~held_N], config.max_iterations)
     best, best_accuracy = 0.0, -1.0

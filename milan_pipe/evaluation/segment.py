@@ -9,13 +9,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -27,55 +26,23 @@ from milan_pipe.evaluation.feed import BadPictures, StepPlan, feed, in_turn, sha
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
+from milan_pipe.evaluation.settings import SegmentSettings
 from milan_pipe.evaluation.sliding import predict
 from milan_pipe.evaluation.supervised import SupervisedReport, Task, run_supervised
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
 from milan_pipe.reports.segmentation import draw_segmentations
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.schedule import polynomial_lr
-from milan_pipe.training.settings import FREE, RunSettings
+from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
 
 PER_CLASS_FILE = "per_class.json"
 _PICTURES = 6
 _ENCODER = "encoder."
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class SegmentConfig(RunSettings):
-    """The recipe of segmentation; defaults are those of the scenes."""
-
-    steps: int = Field(400, ge=1)
-    warmup_steps: int = Field(40, ge=0)
-    batch_size: int = Field(8, ge=1, description="over all ranks")
-    lr: float = Field(2e-3, gt=0, description="as it is used, whatever the batch")
-    power: float = Field(1.0, gt=0, description="of the polynomial decay")
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.05, ge=0)
-    layer_decay: float = Field(0.75, gt=0, le=1, description="of the learning rate, from each block to the one below")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
-    crop: int | None = Field(None, ge=1, description="side of training crops and of windows; none: the student's input")
-    short_side: int | None = Field(None, ge=1, description="of pictures, at ratio 1 and when tested; none: the crop")
-    ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training pictures")
-    stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="of pictures in a second evaluation at the end, each with its mirror; none: no such"
-    )
-    blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
-    channels: int = Field(32, ge=1, description="of UperNet's decoder")
-    auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
-    classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
-    ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
-    reduce_zero_label: bool | None = Field(
-        None, description="0 stands for no class, k for class k - 1; none: in ADE20K's layout alone"
-    )
-    eval_every: int = Field(400, ge=1, description="steps between two evaluations")
-    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the pictures that is trained on")
 
 
 @dataclass(frozen=True)
@@ -109,7 +76,7 @@ def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
 
 
 def _rule_and_names(
-    train: MaskedPictures, val: MaskedPictures, config: SegmentConfig
+    train: MaskedPictures, val: MaskedPictures, config: SegmentSettings
 ) -> tuple[MaskRule, tuple[str, ...]]:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         raise MismatchError(
@@ -157,7 +124,7 @@ class SegmentTask(Task[MaskBatch]):
         names: tuple[str, ...],
         model: UperNet,
         side: int,
-        settings: SegmentConfig,
+        settings: SegmentSettings,
         configuration: dict[str, Any],
         record: dict[str, Any],
         bad: Sequence[tuple[str, str]],
@@ -337,8 +304,8 @@ def segment(
     val: str | Path,
     run: str | Path,
     *,
-    student: StudentConfig,
-    config: SegmentConfig,
+    student: StudentSettings,
+    config: SegmentSettings,
     record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:

@@ -12,20 +12,16 @@ from torch import Tensor
 
 from milan_pipe.devices import resolve_device
 from milan_pipe.evaluation.backbone import backbone_of
-from milan_pipe.evaluation.features import (
-    EmbedConfig,
-    Embedder,
-    LabelledFeatures,
-    embed_shards,
-    kept_features,
-    student_embedder,
-)
+from milan_pipe.evaluation.features import Embedder, LabelledFeatures, embed_shards, kept_features, student_embedder
+from milan_pipe.evaluation.settings import EmbedSettings
 from milan_pipe.images.files import files_under
 from milan_pipe.images.labelled import is_class_folder
 from milan_pipe.images.shards import expand_shards
-from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.encoder import build_encoder
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.student.weights import load_weights
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 TEACHER = "teacher"
 
@@ -44,7 +40,7 @@ class Subject:
 
 
 def _teacher_embedder(
-    config: TeacherConfig, grid: tuple[int, int], pool: str, device: torch.device
+    config: TeacherSettings, grid: tuple[int, int], pool: str, device: torch.device
 ) -> tuple[str, Embedder]:
     teacher = load_teacher(config, device, grid=grid)
 
@@ -58,9 +54,9 @@ def _teacher_embedder(
 def subject_of(
     checkpoint: str | Path,
     *,
-    student: StudentConfig,
-    teacher: TeacherConfig,
-    embed: EmbedConfig,
+    student: StudentSettings,
+    teacher: TeacherSettings,
+    embed: EmbedSettings,
     device: str,
     seed: int,
 ) -> Subject:
@@ -93,7 +89,7 @@ def embed_both(
     subject: Subject,
     train: str | Path,
     test: str | Path,
-    config: EmbedConfig,
+    config: EmbedSettings,
     on_bad: Callable[[str, str], None],
     on_progress: Callable[[int], None],
     features: str | Path | None = None,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, positions_on
 from milan_pipe.evaluation.classifier import timm_sizes
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.settings import StudentSettings
 
 
 def default_blocks(depth: int) -> tuple[int, int, int, int]:
@@ -100,7 +100,7 @@ def build_upernet(
     channels: int,
     drop_path: float,
     seed: int,
-) -> tuple[StudentConfig, UperNet]:
+) -> tuple[StudentSettings, UperNet]:
     """UperNet on the backbone's weights; all of it is trained.
 
     Args:

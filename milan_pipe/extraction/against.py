@@ -18,7 +18,8 @@ from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.schema import ViewRun, require_same_header
 from milan_pipe.targets.store import read_header
 from milan_pipe.targets.verify import Problem
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 _ATTENTION_TOLERANCE = 0.02
 
@@ -33,7 +34,7 @@ class TeacherCheck:
     def __init__(
         self,
         targets: str | Path,
-        teacher: TeacherConfig | None,
+        teacher: TeacherSettings | None,
         grid: tuple[int, int] | None,
         device: str,
         views_per_shard: int,
@@ -52,8 +53,8 @@ class TeacherCheck:
         if header is None:
             raise MissingError(f"{place} is not a target store")
         if teacher is None:
-            told = header.teacher.model_dump(include=set(TeacherConfig.model_fields))
-            teacher = TeacherConfig.parse(told, f"{place}, teacher")
+            told = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
+            teacher = TeacherSettings.parse(told, f"{place}, teacher")
         self._teacher = load_teacher(teacher, resolve_device(device), grid=grid)
         require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), place)
         self._codec = codec_of(header.codec)

@@ -13,16 +13,16 @@ from torch import Tensor
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import render_sample
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import read_shard
-from milan_pipe.images.views import ViewConfig
 from milan_pipe.teacher.clip import Teacher, first_fault
 
 _MOST_SHARDS = 16
 
 
 def sample_features(
-    teacher: Teacher, shards: Sequence[ShardFile], views: ViewConfig, size: int, batch_size: int, count: int
+    teacher: Teacher, shards: Sequence[ShardFile], views: ViewSettings, size: int, batch_size: int, count: int
 ) -> Tensor:
     """Features (count, S, T), on the CPU, of the first view of pictures from up to 16 shards, spread evenly.
 
@@ -52,7 +52,9 @@ def sample_features(
     return torch.cat(features)
 
 
-def _rendered(shard: ShardFile, views: ViewConfig, size: int, clock: Clock) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+def _rendered(
+    shard: ShardFile, views: ViewSettings, size: int, clock: Clock
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     for sample in read_shard(shard, lambda *_: None):
         try:
             yield sample.key, render_sample(sample, views, size, clock).pixels_KHWC[0]

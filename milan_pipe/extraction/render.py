@@ -19,9 +19,10 @@ from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import Sample, read_shard
-from milan_pipe.images.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 
 _AHEAD_PER_THREAD = 32
@@ -45,7 +46,7 @@ class RenderedSample:
     views: tuple[View, ...]
 
 
-def render_sample(sample: Sample, config: ViewConfig, size: int, clock: Clock) -> RenderedSample:
+def render_sample(sample: Sample, config: ViewSettings, size: int, clock: Clock) -> RenderedSample:
     """Decode a picture once and render its K views at `size` pixels.
 
     Raises:
@@ -144,7 +145,7 @@ def _copy(data: bytes, to: IO[bytes]) -> None:
 class RenderAhead:
     """Renders shards one after another on threads of its own, as far ahead as two blocks."""
 
-    def __init__(self, jobs: Iterable[ShardJob], views: ViewConfig, size: int, threads: int, clock: Clock) -> None:
+    def __init__(self, jobs: Iterable[ShardJob], views: ViewSettings, size: int, threads: int, clock: Clock) -> None:
         self._jobs = jobs
         self._views = views
         self._size = size

@@ -15,18 +15,20 @@ from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extraction.fit import sample_features
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.scratch import remove_abandoned
-from milan_pipe.extraction.settings import ExtractConfig, parse_share
+from milan_pipe.extraction.settings import ExtractSettings, parse_share
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.space import extraction_space_warning
 from milan_pipe.extraction.worker import Assignment, ShardWorker, load_assigned_teacher
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.images.views import ViewConfig
 from milan_pipe.storage import place_of, require_writable
-from milan_pipe.targets.codec import CodecConfig, build_codec
+from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.ledger import CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, SourceShard, StoreHeader, ViewInfo
+from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, read_header
-from milan_pipe.teacher.clip import Teacher, TeacherConfig
+from milan_pipe.teacher.clip import Teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 _JUDGED_FROM_IMAGES, _JUDGED_FROM_SHARE = 1000, 0.1
 # Of sources that are out of reach each is tried for half a minute.
@@ -156,7 +158,7 @@ def shard_name(position: int) -> str:
 
 
 def _codec_info(
-    config: CodecConfig,
+    config: CodecSettings,
     found: StoreHeader | None,
     fit: Callable[[], CodecInfo],
 ) -> CodecInfo:
@@ -171,10 +173,10 @@ def _codec_info(
 def _header(
     teacher: Teacher,
     shards: Sequence[ShardFile],
-    views: ViewConfig,
+    views: ViewSettings,
     view_size: int,
-    codec: CodecConfig,
-    extract: ExtractConfig,
+    codec: CodecSettings,
+    extract: ExtractSettings,
     found: StoreHeader | None,
 ) -> StoreHeader:
     def fit() -> CodecInfo:
@@ -241,12 +243,12 @@ def extract_targets(
     images: str | Path,
     targets: str | Path,
     *,
-    teacher: TeacherConfig,
-    views: ViewConfig,
+    teacher: TeacherSettings,
+    views: ViewSettings,
     view_size: int,
     grid: tuple[int, int] | None = None,
-    codec: CodecConfig,
-    extract: ExtractConfig,
+    codec: CodecSettings,
+    extract: ExtractSettings,
     shards: str | None = None,
     redo: Sequence[str] = (),
     verify_sources: bool = False,

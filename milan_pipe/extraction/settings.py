@@ -11,7 +11,7 @@ from milan_pipe.errors import SettingError
 from milan_pipe.targets.schema import StoreFormat
 
 
-class ExtractConfig(Settings):
+class ExtractSettings(Settings):
     """How stage 1 runs; only `format`, `batch_size` and `teacher_threads` can change a byte of what it writes."""
 
     format: StoreFormat = Field("zarr", description="zarr or webdataset, of the store")

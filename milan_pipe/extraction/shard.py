@@ -14,8 +14,8 @@ from torch import Tensor
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import RenderAhead, RenderedSample, ShardJob, SourceFile
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
-from milan_pipe.images.views import ViewConfig
 from milan_pipe.targets.codec import Codec, token_cosines
 from milan_pipe.targets.schema import ShardWriter, SourceShard, TargetBlock
 from milan_pipe.teacher.clip import Teacher, first_fault
@@ -46,7 +46,7 @@ class Recipe:
     """How to extract a shard: teacher, view policy, rendered size, codec, teacher batch and decoding threads."""
 
     teacher: Teacher
-    views: ViewConfig
+    views: ViewSettings
     size: int
     codec: Codec
     batch_size: int

@@ -11,15 +11,16 @@ import torch
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import ShardJob
-from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.shard import Recipe, ShardResult, extract_shards
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.views import ViewConfig
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, read_header
-from milan_pipe.teacher.clip import Teacher, TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import Teacher, load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,10 @@ class Assignment:
     """A store to add to, and how; the rest is in the store's header."""
 
     targets: str
-    teacher: TeacherConfig
+    teacher: TeacherSettings
     grid: tuple[int, int] | None
-    views: ViewConfig
-    extract: ExtractConfig
+    views: ViewSettings
+    extract: ExtractSettings
 
     def with_share(self, workers: int) -> Assignment:
         """The same for one of several processes on a machine: threads that were left open become its share."""

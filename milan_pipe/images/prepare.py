@@ -25,21 +25,18 @@ import numpy as np
 from loky import ProcessPoolExecutor
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_PICTURE_SUFFIXES, read_file
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
+from milan_pipe.images.settings import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.storage import is_url, local_folder
 
 DEMO = "demo"
 """The source that is rendered and not read."""
 
-TEST_SCENE_OFFSET = 10**9
-"""Index of the demo's first test scene; train scenes are counted from 0 and stay below."""
 
 SPLIT_FOLDERS = ("train", "val", "test")
 """Names of subfolders that are splits."""
@@ -47,24 +44,6 @@ SPLIT_FOLDERS = ("train", "val", "test")
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
-
-
-class PrepareConfig(Settings):
-    """How shards are made.
-
-    Attributes:
-        seed: of the demo's scenes, 0 to 2**64 - 1.
-        train_scenes: demo scenes in split "train", 1 to 10**9.
-        test_scenes: demo scenes in split "test", 0 to 10**9; disjoint from the train scenes.
-        samples_per_shard: most pictures in one shard.
-        split: name for a folder's pictures, where the folder itself is not divided into `SPLIT_FOLDERS`.
-    """
-
-    seed: int = Field(default=0, ge=0, lt=2**64)
-    train_scenes: int = Field(default=8000, ge=1, le=TEST_SCENE_OFFSET)
-    test_scenes: int = Field(default=2000, ge=0, le=TEST_SCENE_OFFSET)
-    samples_per_shard: int = Field(default=500, ge=1, le=1_000_000)
-    split: str = Field(default="train", pattern=r"^[A-Za-z0-9_]+$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +116,7 @@ class _Plan:
 def prepare(
     source: str | Path,
     images: str | Path,
-    config: PrepareConfig,
+    config: PrepareSettings,
     progress: Callable[[int, int], None] | None = None,
     *,
     workers: int | None = None,
@@ -205,7 +184,7 @@ def prepare(
 # --- planning -----------------------------------------------------------------------------------------------------
 
 
-def _plan_demo(config: PrepareConfig) -> _Plan:
+def _plan_demo(config: PrepareSettings) -> _Plan:
     jobs = []
     for split, first, count in (("train", 0, config.train_scenes), ("test", TEST_SCENE_OFFSET, config.test_scenes)):
         for start in range(first, first + count, config.samples_per_shard):
@@ -214,7 +193,7 @@ def _plan_demo(config: PrepareConfig) -> _Plan:
     return _Plan(jobs=jobs, classes=SHAPES, source={"kind": DEMO, "seed": config.seed})
 
 
-def _plan_folder(source: str | Path, images: Path, config: PrepareConfig) -> _Plan:
+def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
     root = Path(source)
     _check_source(source, root, images)
     files = _pictures_under(root)

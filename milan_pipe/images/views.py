@@ -5,47 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Self
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, model_validator
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.images.settings import ViewSettings
 
 _TRIES = 10
 _DRAWS = 1 + 4 * _TRIES
-
-
-class ViewConfig(Settings):
-    """How views are drawn and stored.
-
-    Attributes:
-        count: views per image (K), at least 1.
-        scale: least and greatest share of the image's area that a crop covers, within (0, 1].
-        ratio: least and greatest width / height of a crop, above 0.
-        flip: probability of a mirrored view, 0 to 1.
-        seed: 0 to 2**64 - 1.
-        jpeg_quality: of the stored view, 1 to 100.
-    """
-
-    count: int = Field(default=4, ge=1, lt=2**31)
-    scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = Field(default=0.5, ge=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**64)
-    jpeg_quality: int = Field(default=95, ge=1, le=100)
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be two numbers with 0 < least <= greatest <= 1, found {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ValueError(f"ratio must be two numbers with 0 < least <= greatest, found {self.ratio}")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +29,7 @@ class View:
     flip: bool
 
 
-def draw_view(config: ViewConfig, key: str, index: int, height: int, width: int) -> View:
+def draw_view(config: ViewSettings, key: str, index: int, height: int, width: int) -> View:
     """Draw view `index` of an image: a pure function of config, key, index and the image's size.
 
     Area is uniform over `scale`, width / height log-uniform over `ratio`, the place uniform; after ten crops that do

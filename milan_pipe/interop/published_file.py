@@ -11,10 +11,11 @@ from timm.models.vision_transformer import VisionTransformer
 from milan_pipe import __version__
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import MismatchError, StoreError
-from milan_pipe.student.decoder import DecoderConfig, PromptingDecoder
-from milan_pipe.student.encoder import StudentConfig, build_encoder
+from milan_pipe.student.decoder import PromptingDecoder
+from milan_pipe.student.encoder import build_encoder
 from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.published import student_from_published
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.weights_file import read_weights, require_folder_name
 
@@ -33,8 +34,8 @@ class ImportReport:
     """What was read; `checkpoint` is what other commands take."""
 
     checkpoint: str
-    student: StudentConfig
-    decoder: DecoderConfig
+    student: StudentSettings
+    decoder: DecoderSettings
     output_width: int
     parameters: int
 
@@ -43,7 +44,7 @@ def _heads(block: Any, name: str) -> int:
     return int(getattr(block.attn, name))
 
 
-def _student_config(encoder: VisionTransformer) -> StudentConfig:
+def _student_config(encoder: VisionTransformer) -> StudentSettings:
     height, width = encoder.patch_embed.patch_size
     image_height, image_width = encoder.patch_embed.img_size
     if height != width or image_height != image_width:
@@ -53,7 +54,7 @@ def _student_config(encoder: VisionTransformer) -> StudentConfig:
         )
     heads = _heads(encoder.blocks[0], "num_heads")
     sizes = (encoder.embed_dim, len(encoder.blocks), heads)
-    return StudentConfig(
+    return StudentSettings(
         model=_NAMES.get(sizes, "vit_base_patch16_224"),
         image_size=image_height,
         patch_size=height,
@@ -63,7 +64,7 @@ def _student_config(encoder: VisionTransformer) -> StudentConfig:
     )
 
 
-def _require_same_shapes(encoder: VisionTransformer, config: StudentConfig, where: Path) -> None:
+def _require_same_shapes(encoder: VisionTransformer, config: StudentSettings, where: Path) -> None:
     expected, found = build_encoder(config).state_dict(), encoder.state_dict()
     other = [
         f"{name} {tuple(found[name].shape) if name in found else 'missing'}"
@@ -77,10 +78,10 @@ def _require_same_shapes(encoder: VisionTransformer, config: StudentConfig, wher
         )
 
 
-def _decoder_config(student: MaskedStudent) -> DecoderConfig:
+def _decoder_config(student: MaskedStudent) -> DecoderSettings:
     decoder = student.decoder
     prompting = isinstance(decoder, PromptingDecoder)
-    return DecoderConfig(
+    return DecoderSettings(
         kind="prompting" if prompting else "plain",
         width=decoder.decoder_embed.out_features,
         depth=len(decoder.decoder_blocks),

@@ -13,8 +13,8 @@ from timm.models import save_for_hf
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
-from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import give_mode, require_folder_name
 
@@ -46,7 +46,7 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def input_of(config: StudentConfig, classes: int, crop: float) -> dict[str, Any]:
+def input_of(config: StudentSettings, classes: int, crop: float) -> dict[str, Any]:
     """What timm is told of the input: its `resolve_data_config` reads it."""
     # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
     return {

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.extraction.settings import ExtractConfig
+from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
 from milan_pipe.extraction.worker import Assignment, load_assigned_teacher
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.count import ImageCount, count_pictures, like_these
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.images.views import ViewConfig
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
 from milan_pipe.planning.limits import Limit, limits
 from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_pictures_per_core, node_load
@@ -43,10 +43,11 @@ from milan_pipe.planning.store import (
 )
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import Place, place_of
-from milan_pipe.targets.codec import CodecConfig
 from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
+from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import open_targets
-from milan_pipe.teacher.clip import Teacher, TeacherConfig, TeacherOutput
+from milan_pipe.teacher.clip import Teacher, TeacherOutput
+from milan_pipe.teacher.settings import TeacherSettings
 
 DEFAULT_SAMPLE = 64
 DEFAULT_DEVICES = 1
@@ -141,9 +142,9 @@ class _Measured:
 def _measure(
     shards: Sequence[ShardFile],
     model: Teacher,
-    views: ViewConfig,
-    codec: CodecConfig,
-    extract: ExtractConfig,
+    views: ViewSettings,
+    codec: CodecSettings,
+    extract: ExtractSettings,
     lesson: Lesson,
     sample: int,
     elsewhere: Elsewhere,
@@ -176,7 +177,7 @@ def _measure(
 
 
 def _encodings(
-    output: TeacherOutput, codec: CodecConfig, on_progress: Callable[[PlanProgress], None]
+    output: TeacherOutput, codec: CodecSettings, on_progress: Callable[[PlanProgress], None]
 ) -> tuple[dict[str, EncodedSample], tuple[str, ...]]:
     """The sample in every codec, and why another than the chosen one does not fit."""
     encoded, refused = {}, []
@@ -192,7 +193,7 @@ def _encodings(
 
 
 def _stores(
-    measured: _Measured, views: ViewConfig, size: int, on_progress: Callable[[PlanProgress], None]
+    measured: _Measured, views: ViewSettings, size: int, on_progress: Callable[[PlanProgress], None]
 ) -> tuple[StoreEstimate, ...]:
     kinds = [(encoded, store_format) for encoded in measured.encoded.values() for store_format in FORMATS]
     estimates = []
@@ -207,10 +208,10 @@ def plan(
     images: str | Path,
     targets: str | Path | None = None,
     *,
-    teacher: TeacherConfig,
-    views: ViewConfig,
-    codec: CodecConfig,
-    extract: ExtractConfig,
+    teacher: TeacherSettings,
+    views: ViewSettings,
+    codec: CodecSettings,
+    extract: ExtractSettings,
     lesson: Lesson,
     sample: int = DEFAULT_SAMPLE,
     elsewhere: Elsewhere | None = None,
@@ -272,8 +273,8 @@ def _report(
     chosen: StoreEstimate,
     student: Speed,
     per_core: float,
-    views: ViewConfig,
-    extract: ExtractConfig,
+    views: ViewSettings,
+    extract: ExtractSettings,
     lesson: Lesson,
     asked: Elsewhere,
     place: Place,

@@ -18,10 +18,8 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.planning.store import EncodedSample, PictureSample
 from milan_pipe.pretraining.objective import Objective, build_objective
-from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings, Target
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 from milan_pipe.training.loop import StepReport, train
@@ -137,11 +135,11 @@ def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple
 class Lesson:
     """What pretraining's settings say of its step."""
 
-    student: StudentConfig
-    decoder: DecoderConfig
-    masking: MaskConfig
+    student: StudentSettings
+    decoder: DecoderSettings
+    masking: MaskSettings
     target: Target
-    config: PretrainConfig
+    config: PretrainSettings
 
 
 def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:

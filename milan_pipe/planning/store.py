@@ -23,11 +23,11 @@ from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import RenderedSample, render_sample
 from milan_pipe.images.count import ImageCount, spread_evenly
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import OnBad, read_shard
-from milan_pipe.images.views import ViewConfig
 from milan_pipe.storage import place_of
-from milan_pipe.targets.codec import Codec, CodecConfig, build_codec, mean_cosine
+from milan_pipe.targets.codec import Codec, build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     CodecInfo,
@@ -39,6 +39,7 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     ViewInfo,
 )
+from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher.clip import TeacherOutput
 
@@ -82,7 +83,7 @@ class PictureSample:
 
 
 def sample_pictures(
-    shards: Sequence[ShardFile], views: ViewConfig, size: int, count: int, on_progress: Callable[[int], None]
+    shards: Sequence[ShardFile], views: ViewSettings, size: int, count: int, on_progress: Callable[[int], None]
 ) -> PictureSample:
     """Render one view of up to `count` pictures, the first of some shards, as an extraction would.
 
@@ -113,7 +114,9 @@ def sample_pictures(
     return PictureSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
 
 
-def _rendered(shard: ShardFile, views: ViewConfig, size: int, clock: Clock, on_bad: OnBad) -> Iterator[RenderedSample]:
+def _rendered(
+    shard: ShardFile, views: ViewSettings, size: int, clock: Clock, on_bad: OnBad
+) -> Iterator[RenderedSample]:
     for sample in read_shard(shard, on_bad):
         try:
             yield render_sample(sample, views, size, clock)
@@ -135,7 +138,7 @@ class EncodedSample:
     mean_cosine: float
 
 
-def encode_sample(output: TeacherOutput, config: CodecConfig) -> EncodedSample:
+def encode_sample(output: TeacherOutput, config: CodecSettings) -> EncodedSample:
     """Encode the teacher's outputs for the sample; codec klt is fitted to them.
 
     Raises:
@@ -155,7 +158,7 @@ def encode_sample(output: TeacherOutput, config: CodecConfig) -> EncodedSample:
 
 
 def header_of(
-    teacher: TeacherInfo, views: ViewConfig, size: int, codec: CodecInfo, store_format: StoreFormat
+    teacher: TeacherInfo, views: ViewSettings, size: int, codec: CodecInfo, store_format: StoreFormat
 ) -> StoreHeader:
     """The header that a store of these settings would have, but for its sources."""
     return StoreHeader(

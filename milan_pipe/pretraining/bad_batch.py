@@ -17,14 +17,13 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.step import Precision, Stepper
+from milan_pipe.training.settings import Precision
+from milan_pipe.training.step import Stepper
 from milan_pipe.weights_file import load_tensors, write_weights
 
 _VERSION = "1"
@@ -145,12 +144,12 @@ def replay(
     where = str(file)
     chosen = resolve_device(device)
     # Not compiled, whatever the run was: what is compiled hides where a value went wrong.
-    config = PretrainConfig.parse(told["pretrain"], where)
+    config = PretrainSettings.parse(told["pretrain"], where)
     objective = build_objective(
         StoreHeader.model_validate(told["header"]),
-        student=StudentConfig.parse(told["student"], where),
-        decoder=DecoderConfig.parse(told["decoder"], where),
-        masking=MaskConfig.parse(told["masking"], where),
+        student=StudentSettings.parse(told["student"], where),
+        decoder=DecoderSettings.parse(told["decoder"], where),
+        masking=MaskSettings.parse(told["masking"], where),
         target=told["target"],
         config=config,
         device=chosen,

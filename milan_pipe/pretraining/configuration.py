@@ -6,21 +6,19 @@ import hashlib
 import json
 from typing import Any
 
-from milan_pipe.pretraining.settings import FREE, PretrainConfig, Target
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import FREE, PretrainSettings, Target
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import StoreHeader
 
 
 def configuration_of(
     header: StoreHeader,
     samples: tuple[int, ...],
-    student: StudentConfig,
-    decoder: DecoderConfig,
-    masking: MaskConfig,
+    student: StudentSettings,
+    decoder: DecoderSettings,
+    masking: MaskSettings,
     target: Target,
-    config: PretrainConfig,
+    config: PretrainSettings,
 ) -> dict[str, Any]:
     """All that the weights of a run depend on."""
     # Neither where the store came from nor its format change what is read from it.

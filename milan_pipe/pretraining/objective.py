@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from milan_pipe.errors import MismatchError
 from milan_pipe.loader.stream import Batch
-from milan_pipe.pretraining.settings import PretrainConfig, Target
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.student.hog import hog_target, hog_width
 from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
-from milan_pipe.student.masking import MaskConfig, MaskSplit, draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 
@@ -46,7 +45,7 @@ class Objective(nn.Module):
         self,
         student: MaskedStudent,
         header: StoreHeader,
-        masking: MaskConfig,
+        masking: MaskSettings,
         target: Target,
         patch_size: int,
         teach: Teach | None = None,
@@ -98,7 +97,7 @@ class Objective(nn.Module):
         return lesson.split, F.cosine_similarity(lesson.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
 
 
-def require_fit(header: StoreHeader, student: StudentConfig, where: object) -> None:
+def require_fit(header: StoreHeader, student: StudentSettings, where: object) -> None:
     """Refuse targets that this student cannot learn from.
 
     Raises:
@@ -121,11 +120,11 @@ def require_fit(header: StoreHeader, student: StudentConfig, where: object) -> N
 def build_objective(
     header: StoreHeader,
     *,
-    student: StudentConfig,
-    decoder: DecoderConfig,
-    masking: MaskConfig,
+    student: StudentSettings,
+    decoder: DecoderSettings,
+    masking: MaskSettings,
     target: Target,
-    config: PretrainConfig,
+    config: PretrainSettings,
     device: torch.device,
     teach: Teach | None = None,
 ) -> Objective:

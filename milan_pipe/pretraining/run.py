@@ -22,12 +22,10 @@ from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
 from milan_pipe.pretraining.pictures import PictureBook
-from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.storage import local_folder
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
 from milan_pipe.student.model import MaskedStudent
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
@@ -98,7 +96,7 @@ class _Run:
         reader: TargetStore,
         objective: Objective,
         plan: BatchPlan,
-        config: PretrainConfig,
+        config: PretrainSettings,
         ranks: Ranks,
         configuration: Mapping[str, Any],
         record: Mapping[str, Any],
@@ -270,7 +268,7 @@ def _go(run: _Run, with_targets: bool, on_progress: Callable[[TrainProgress], No
         return run.finish(recorder.progress)
 
 
-def _plan_of(reader: TargetStore, config: PretrainConfig, ranks: Ranks) -> BatchPlan:
+def _plan_of(reader: TargetStore, config: PretrainSettings, ranks: Ranks) -> BatchPlan:
     """What this rank takes of the store's samples.
 
     Raises:
@@ -303,11 +301,11 @@ def pretrain(
     targets: str | Path,
     run: str | Path,
     *,
-    student: StudentConfig,
-    decoder: DecoderConfig,
-    masking: MaskConfig,
+    student: StudentSettings,
+    decoder: DecoderSettings,
+    masking: MaskSettings,
     target: Target,
-    config: PretrainConfig,
+    config: PretrainSettings,
     teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
     stated: Mapping[str, Mapping[str, Any]] | None = None,
     record: Mapping[str, Any] | None = None,

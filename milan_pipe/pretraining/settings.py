@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
 from milan_pipe.targets.schema import BLOCK_SAMPLES
-from milan_pipe.training.distributed import Parallel
-from milan_pipe.training.sinks import SinkName
-from milan_pipe.training.step import Precision
+from milan_pipe.training.settings import Beta, Parallel, Precision, SinkName
 
 Target = Literal["clip", "pixels", "hog"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class PretrainConfig(Settings):
+class PretrainSettings(Settings):
     """The recipe of pretraining; defaults are those of the scenes."""
 
     epochs: int = Field(10, ge=1)

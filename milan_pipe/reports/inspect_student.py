@@ -15,16 +15,14 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
-from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.reports.gallery import Gallery, write_gallery
 from milan_pipe.reports.grids import heat, on_pixels, only_visible
 from milan_pipe.reports.pca import FeatureColours
 from milan_pipe.reports.samples import Sample, choose_samples
 from milan_pipe.reports.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.store import TargetStore, open_targets
@@ -73,7 +71,7 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     settings = record.get("settings")
     if record.get("task") is not None or not isinstance(settings, dict) or "decoder" not in settings:
         raise DataError(f"{where} holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote")
-    student = StudentConfig.parse(record["student"], where)
+    student = StudentSettings.parse(record["student"], where)
     require_fit(header, student, "the store")
     target: Target = settings.get("target", "clip")
     taught = record.get("teacher")
@@ -86,10 +84,10 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     objective = build_objective(
         header,
         student=student,
-        decoder=DecoderConfig.parse(settings["decoder"], where),
-        masking=MaskConfig.parse(settings.get("masking", {}), where),
+        decoder=DecoderSettings.parse(settings["decoder"], where),
+        masking=MaskSettings.parse(settings.get("masking", {}), where),
         target=target,
-        config=PretrainConfig(),
+        config=PretrainSettings(),
         device=device,
     )
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)

@@ -16,7 +16,8 @@ from milan_pipe.reports.pca import FeatureColours
 from milan_pipe.reports.samples import Sample, StoredView, choose_samples, read_view
 from milan_pipe.reports.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
-from milan_pipe.student.masking import MaskConfig, draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import draw_split, mask_noise, visible_count
+from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import TargetStore, open_targets
 
 DEFAULT_COUNT = 4
@@ -41,7 +42,7 @@ def _percent(weight_V: NDArray[np.float32]) -> str:
     return f"{100 * float(weight_V.sum()):.0f} %"
 
 
-def _visible(sample: Sample, view: StoredView, masking: MaskConfig, epoch: int) -> NDArray[np.bool_]:
+def _visible(sample: Sample, view: StoredView, masking: MaskSettings, epoch: int) -> NDArray[np.bool_]:
     patches = len(view.attention_L)
     noise_BL = mask_noise(masking.seed, epoch, [sample.key], patches)
     importance_BL = torch.from_numpy(view.attention_L)[None] if masking.kind == "semantic" else None
@@ -54,7 +55,7 @@ def sheet_of(
     views: Sequence[StoredView],
     grid: tuple[int, int],
     colours: FeatureColours,
-    masking: MaskConfig,
+    masking: MaskSettings,
     epoch: int,
 ) -> Sheet:
     """What is shown of one sample: a column for each view."""
@@ -100,7 +101,7 @@ def sheet_of(
 def target_sheets(
     store: TargetStore,
     samples: Sequence[Sample],
-    masking: MaskConfig,
+    masking: MaskSettings,
     epoch: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Sheet]:
@@ -123,7 +124,7 @@ def inspect_targets(
     targets: str | Path,
     out: str | Path,
     *,
-    masking: MaskConfig,
+    masking: MaskSettings,
     keys: Sequence[str] = (),
     count: int = DEFAULT_COUNT,
     epoch: int = 0,

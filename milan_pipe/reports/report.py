@@ -24,7 +24,7 @@ from milan_pipe.reports.scores import Cell, transfer_table
 from milan_pipe.reports.sheet import file_url
 from milan_pipe.reports.store_facts import StoreFacts, store_facts
 from milan_pipe.storage import local_folder
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import TargetStore, open_targets
 
 _TARGET_SAMPLES, _STUDENT_SAMPLES = 2, 4
@@ -221,7 +221,7 @@ def _predictions(run: RunRecord, store: TargetStore, left_out: list[str]) -> dic
     }
 
 
-def _store_section(store: TargetStore, masking: MaskConfig, facts: StoreFacts) -> dict[str, Any]:
+def _store_section(store: TargetStore, masking: MaskSettings, facts: StoreFacts) -> dict[str, Any]:
     sheets = target_sheets(store, choose_samples(store, (), _TARGET_SAMPLES), masking, 0)
     return {"facts": facts.rows, "bad": facts.bad, "sheets": [embedded(sheet) for sheet in sheets]}
 
@@ -289,7 +289,7 @@ def write_report(
         store = stores.of(run)
         if store is not None:
             if str(store.place) not in sections:
-                masking = MaskConfig.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))
+                masking = MaskSettings.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))
                 sections[str(store.place)] = _store_section(store, masking, store_facts(store))
             drawn = _predictions(run, store, left_out)
             predictions += [drawn] if drawn is not None else []

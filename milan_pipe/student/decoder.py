@@ -7,39 +7,22 @@ decoder_pred. Shape suffixes are explained in `milan_pipe.student`.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.student.encoder import Grid, gather_tokens, init_like_mae, sincos_position_embedding
+from milan_pipe.student.encoder import gather_tokens, init_like_mae, sincos_position_embedding
 from milan_pipe.student.masking import MaskSplit
+from milan_pipe.student.settings import DecoderSettings, Grid
 
 NORM_EPS = 1e-6
 """Epsilon of every layer norm in the student, as in the published code and in timm's ViT."""
-
-
-class DecoderConfig(Settings):
-    """The decoder, which is thrown away after pretraining. The published ViT-B and ViT-L have 512 / 8 / 16.
-
-    Attributes:
-        kind: "prompting" updates the masked tokens only; "plain" is MAE's, where all tokens attend to all.
-        width: of the decoder's tokens; a multiple of 4, for the position embedding.
-        depth: number of blocks.
-        heads: of each block; must divide the width.
-    """
-
-    kind: Literal["prompting", "plain"] = "prompting"
-    width: int = Field(default=64, ge=4)
-    depth: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
 
 
 class Decoder(nn.Module):
@@ -240,14 +223,14 @@ class PlainDecoder(Decoder):
 
 
 def build_decoder(
-    config: DecoderConfig, encoder_width: int, grid: Grid, output_width: int
+    config: DecoderSettings, encoder_width: int, grid: Grid, output_width: int
 ) -> PromptingDecoder | PlainDecoder:
     """Build the decoder that the settings name.
 
     Args:
         config: kind and sizes.
         encoder_width: D of the encoder's tokens.
-        grid: patch rows and columns, as `StudentConfig.grid`.
+        grid: patch rows and columns, as `StudentSettings.grid`.
         output_width: T: the teacher's feature width, or the values of one patch's pixels.
 
     Raises:

@@ -12,62 +12,18 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import Field
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import SettingError, ShapeError
 from milan_pipe.student.masking import MaskSplit
-
-Grid = tuple[int, int]
-"""Patch rows and columns of an image."""
+from milan_pipe.student.settings import Grid, StudentSettings
 
 
-class StudentConfig(Settings):
-    """The backbone that is pretrained. None means the timm model's own value.
-
-    Attributes:
-        model: name of a timm ViT with a class token and no registers.
-        image_size: height and width of the input in pixels.
-        patch_size: height and width of a patch in pixels; must divide `image_size`.
-        width: of the tokens; a multiple of 4, for the position embedding.
-        depth: number of blocks.
-        heads: of each block; must divide the width.
-    """
-
-    model: str = "vit_tiny_patch16_224"
-    image_size: int = Field(default=64, ge=1)
-    patch_size: int | None = Field(default=8, ge=1)
-    width: int | None = Field(default=128, ge=4)
-    depth: int | None = Field(default=4, ge=1)
-    heads: int | None = Field(default=4, ge=1)
-
-    @property
-    def grid(self) -> Grid:
-        """Patch rows and columns.
-
-        Raises:
-            SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
-        """
-        height, width = (self.patch_size,) * 2 if self.patch_size is not None else _native_patch(self.model)
-        if self.image_size % height or self.image_size % width:
-            raise SettingError(
-                f"student: image_size {self.image_size} is no multiple of the patch, {height} x {width} pixels; "
-                "change image_size or patch_size"
-            )
-        return self.image_size // height, self.image_size // width
-
-    @property
-    def patches(self) -> int:
-        """L, the number of patches; raises as `grid`."""
-        return math.prod(self.grid)
-
-
-def build_encoder(config: StudentConfig) -> VisionTransformer:
+def build_encoder(config: StudentSettings) -> VisionTransformer:
     """Build the timm ViT without a classifier, ready for pretraining from scratch.
 
     Its `state_dict` loads with `strict=True` in the timm model of the same name and sizes. Weights are drawn as MAE
@@ -286,7 +242,7 @@ def _unfit(encoder: nn.Module) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _native_patch(model: str) -> Grid:
+def native_patch(model: str) -> Grid:
     """Patch height and width that the named timm model has when none is asked for."""
     with torch.device("meta"):  # shapes only: no memory and no random numbers are used
         height, width = _create(model).patch_embed.patch_size

@@ -9,31 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, SettingError, ShapeError
 
 _NOISE_STREAM = b"milan-mask-1"  # change it when the noise changes: old runs cannot then be resumed by accident
-
-
-class MaskConfig(Settings):
-    """How patches are hidden.
-
-    Attributes:
-        kind: "semantic" keeps patches with probability proportional to the teacher's importance; "random" ignores it.
-        ratio: share of patches that are masked, strictly between 0 and 1.
-        seed: first part of what every mask is a function of; the others are epoch and sample key.
-    """
-
-    kind: Literal["semantic", "random"] = "semantic"
-    ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
-    seed: int = 0
 
 
 @dataclass(frozen=True)

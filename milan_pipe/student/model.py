@@ -6,9 +6,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.errors import ShapeError
-from milan_pipe.student.decoder import DecoderConfig, PlainDecoder, PromptingDecoder, build_decoder
-from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_visible
+from milan_pipe.student.decoder import PlainDecoder, PromptingDecoder, build_decoder
+from milan_pipe.student.encoder import build_encoder, encode_visible
 from milan_pipe.student.masking import MaskSplit
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 
 class MaskedStudent(nn.Module):
@@ -57,7 +58,7 @@ class MaskedStudent(nn.Module):
         return prediction_BST
 
 
-def build_student(student: StudentConfig, decoder: DecoderConfig, output_width: int) -> MaskedStudent:
+def build_student(student: StudentSettings, decoder: DecoderSettings, output_width: int) -> MaskedStudent:
     """Build encoder and decoder with fresh weights from torch's global generator.
 
     Args:

@@ -10,40 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
+from milan_pipe.targets.settings import CodecSettings
 
 _FLOAT16_MAX = 65504.0
-
-
-class CodecConfig(Settings):
-    """How features are stored."""
-
-    name: Literal["int8", "float16", "klt"] = Field(
-        "int8",
-        description="int8: one byte a dimension and a scale per token; float16: two bytes, nearly exact; klt: fitted "
-        "to the data, the smallest",
-    )
-    quality: float = Field(0.999, gt=0, lt=1, description="klt: mean cosine to reach")
-    fit_samples: int = Field(512, ge=1, description="klt: pictures that it is fitted to")
-    zstd_level: int = Field(1, ge=0, le=19, description="entropy coder of the codes; 0 stores them as they are")
-
-    def header_fields(self) -> dict[str, Any]:
-        """What a store's header must say of the codec for a run with this setting to go on in it."""
-        return {
-            "name": self.name,
-            "zstd_level": self.zstd_level,
-            "quality": self.quality if self.name == "klt" else None,
-        }
 
 
 class Codec(Protocol):
@@ -140,7 +118,7 @@ class Int8Codec:
         return code_ST.float() * scale_S.float()[..., None]
 
 
-def build_codec(config: CodecConfig, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
+def build_codec(config: CodecSettings, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
     """The codec that a configuration names, for a store that begins; one that goes on has its codec in its header.
 
     Args:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
-from pydantic import Field
 from torch import Tensor, nn
 
-from milan_pipe.config.base import Settings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.schema import TeacherInfo
 from milan_pipe.teacher.checkpoint import load_tower_weights, read_tower_weights, weights_sha256
 from milan_pipe.teacher.hub import one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
-from milan_pipe.teacher.source import DEMO, TowerSource, find_source, portable_name
+from milan_pipe.teacher.settings import TeacherSettings
+from milan_pipe.teacher.source import TowerSource, find_source
 from milan_pipe.teacher.tower import (
     check_tower,
     choose_input_size,
@@ -36,37 +34,6 @@ FAULTS = (
     "attention that is zero for every patch",
 )
 """What makes a view's targets useless, in the order of `TeacherOutput.faults_BF`."""
-
-
-class TeacherConfig(Settings):
-    """Which CLIP or SigLIP image tower gives the targets."""
-
-    model: str = Field(
-        DEMO,
-        description="`demo`, the scenes' teacher that ships with the package, an open_clip name, `hf-hub:ORG/NAME`, or "
-        "`local-dir:PATH`",
-    )
-    pretrained: str | None = Field(
-        None,
-        description="open_clip tag, path of a local checkpoint, or `random` (untrained weights, for measurements); "
-        "none: the weights of `demo`, of the repository or of the folder",
-    )
-    normalization: Literal["clip", "imagenet"] = Field(
-        "clip", description="clip: the teacher's own mean and std; imagenet: as the published code feeds it"
-    )
-    image_size: int | None = Field(
-        None, ge=1, description="input side in pixels; none: where the teacher has as many patches as the student"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the forward pass; auto: bfloat16 autocast on CUDA, float32 elsewhere"
-    )
-
-    def header_fields(self) -> dict[str, str | None]:
-        """Model and weights as a store's header says them.
-
-        Where they lie says nothing of their content, the digest does: targets are the same on another machine.
-        """
-        return {"model": portable_name(self.model), "pretrained": self.pretrained and Path(self.pretrained).name}
 
 
 @dataclass(frozen=True)
@@ -166,7 +133,7 @@ def _resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device
 
 
 def load_teacher(
-    config: TeacherConfig, device: str | torch.device = "cpu", *, grid: tuple[int, int] | None = None
+    config: TeacherSettings, device: str | torch.device = "cpu", *, grid: tuple[int, int] | None = None
 ) -> Teacher:
     """Load a frozen teacher.
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from open_clip.model import CLIP
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from milan_pipe.images.scenes import SCENE_SIZE, SHAPES, render_scene
+from milan_pipe.teacher.settings import DemoTeacherSettings
 from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
 from milan_pipe.weights_file import write_weights
 
@@ -32,27 +32,6 @@ WEIGHTS_NAME = "milan-demo-ViT-S-8-64.safetensors"
 _IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _RENDER_CHUNK = 2000
-
-
-class DemoTeacherConfig(BaseModel):
-    """Settings of the contrastive training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    seed: int = Field(1_000_003, ge=0, description="scenes of this seed are trained on; use none that students see")
-    scenes: int = Field(200_000, ge=1, description="scenes rendered once and kept in memory, 12 KB each")
-    steps: int = Field(2800, ge=1)
-    batch_size: int = Field(256, ge=2)
-    lr: float = Field(1e-3, gt=0, description="AdamW: embeddings, norms, projections")
-    muon_lr: float = Field(0.02, gt=0, description="Muon: the matrices inside the blocks")
-    weight_decay: float = Field(0.02, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
-    keep_word: float = Field(0.5, gt=0, le=1, description="chance to mention size, colour and background, each")
-    shift: int = Field(6, ge=0, description="pictures are moved by up to this many pixels, edges mirrored")
-    test_scenes: int = Field(2000, ge=1)
-    evaluate_every: int = Field(200, ge=1)
-    compile: bool = True
 
 
 def _render_chunk(seed: int, start: int, stop: int) -> tuple[NDArray[np.uint8], list[str], list[int]]:
@@ -134,7 +113,7 @@ def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]
     return right / len(images)
 
 
-def _optimisers(model: CLIP, config: DemoTeacherConfig) -> list[torch.optim.Optimizer]:
+def _optimisers(model: CLIP, config: DemoTeacherSettings) -> list[torch.optim.Optimizer]:
     inside = {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2}
     outside = [p for n, p in model.named_parameters() if n not in inside]
     return [
@@ -150,7 +129,7 @@ def _optimisers(model: CLIP, config: DemoTeacherConfig) -> list[torch.optim.Opti
     ]
 
 
-def train_demo_teacher(out_dir: Path, config: DemoTeacherConfig) -> dict[str, float]:
+def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, float]:
     """Train the scenes' CLIP and write its weights, both towers, to `out_dir`.
 
     Returns:

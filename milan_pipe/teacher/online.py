@@ -7,10 +7,11 @@ from torch import Tensor
 
 from milan_pipe.pretraining.objective import Teach
 from milan_pipe.targets.schema import StoreHeader, require_same_header
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 
-def teacher_of(config: TeacherConfig | None, header: StoreHeader, device: torch.device, where: object) -> Teach:
+def teacher_of(config: TeacherSettings | None, header: StoreHeader, device: torch.device, where: object) -> Teach:
     """A function that labels pixels as extraction did.
 
     Args:
@@ -22,8 +23,8 @@ def teacher_of(config: TeacherConfig | None, header: StoreHeader, device: torch.
         MismatchError: it is not the one that wrote the store.
     """
     if config is None:
-        told = header.teacher.model_dump(include=set(TeacherConfig.model_fields))
-        config = TeacherConfig.parse(told, f"{where}, teacher")
+        told = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
+        config = TeacherSettings.parse(told, f"{where}, teacher")
     teacher = load_teacher(config, device, grid=header.teacher.grid)
     require_same_header(header, header.model_copy(update={"teacher": teacher.info}), where)
 

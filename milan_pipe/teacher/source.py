@@ -19,11 +19,9 @@ from open_clip.pretrained import _get_safe_alternatives
 from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.teacher.hub import hub_file, one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, stated_normalization
+from milan_pipe.teacher.settings import DEMO, FOLDER, RANDOM
 
-DEMO = "demo"
-RANDOM = "random"
 _DEMO_MODEL = "milan-demo-ViT-S-8-64"
-_FOLDER = "local-dir"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +52,6 @@ def demo_folder() -> Path:
     return Path(str(resources.files("milan_pipe.teacher") / "demo"))
 
 
-def portable_name(model: str) -> str:
-    """A model's name as another machine understands it: a folder goes by its last part alone."""
-    prefix, _, folder = model.partition(":")
-    return f"{prefix}:{Path(os.path.normpath(Path(folder).absolute())).name}" if prefix == _FOLDER else model
-
-
 def find_source(model: str, pretrained: str | None) -> TowerSource:
     """Look up a model, and where its weights are; of a model hub only the description is fetched.
 
@@ -82,7 +74,7 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
         ) from error
     if schema is None:
         return _known(model, pretrained)
-    return _in_folder(model, Path(place), pretrained) if schema == _FOLDER else _on_hub(model, place, pretrained)
+    return _in_folder(model, Path(place), pretrained) if schema == FOLDER else _on_hub(model, place, pretrained)
 
 
 def _bundled(pretrained: str | None) -> TowerSource:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import MilanError, MismatchError, RankLostError, SettingError, ToldElsewhereError
+from milan_pipe.training.settings import Parallel
 
-Parallel = Literal["ddp", "fsdp"]
 T = TypeVar("T")
 
 # What gloo and NCCL say when a peer has gone; torch has no type of its own for all of it.

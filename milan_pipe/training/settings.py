@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
-from milan_pipe.training.sinks import SinkName
-from milan_pipe.training.step import Precision
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Parallel = Literal["ddp", "fsdp"]
+SinkName = Literal["tensorboard", "wandb"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # What may change between two parts of a run: where and how fast it runs, and what is written down.
 FREE = {

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from dvclive.live import Live
 from PIL import Image
 
 from milan_pipe.errors import SettingError
-
-SinkName = Literal["tensorboard", "wandb"]
+from milan_pipe.training.settings import SinkName
 
 
 class Sink(Protocol):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+from milan_pipe.training.settings import Precision
+
 B = TypeVar("B")
 
 

@@ -15,7 +15,8 @@ from support.wild import Command
 from milan_pipe import terminal
 from milan_pipe.api import extract_targets
 from milan_pipe.config.params import load_params
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 
 FORMATS = ("zarr", "webdataset")
 HEADERS = {"zarr": "zarr.json", "webdataset": "header.json"}
@@ -40,7 +41,7 @@ def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    config = PrepareConfig(train_scenes=30, test_scenes=0, samples_per_shard=10)
+    config = PrepareSettings(train_scenes=30, test_scenes=0, samples_per_shard=10)
     prepare("demo", folder, config, workers=1)
     return folder
 

@@ -16,10 +16,9 @@ from PIL import Image
 from support.pages import PAGES, ROOT, blocks, commands, run, shell_lines
 from support.project import Project, params_file
 
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 # What a page takes for granted.
 GIVEN = {
@@ -123,7 +122,7 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (here / "classes.txt").write_text("ground\nthing\n")
     (here / "params.yaml").write_text(params_file(lars_probe={"batch_size": 16, "epochs": 2, "warmup_epochs": 1}))
     model = build_student(
-        StudentConfig(image_size=32, width=64, depth=2, heads=1), DecoderConfig(width=512, depth=1, heads=16), 24
+        StudentSettings(image_size=32, width=64, depth=2, heads=1), DecoderSettings(width=512, depth=1, heads=16), 24
     )
     torch.save({"model": published_state_dict(model)}, here / "milan_vit_base.pth")
     monkeypatch.setenv("HOME", str(home))

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from milan_pipe.errors import DataError, MissingError, SettingError, ShapeError
 from milan_pipe.evaluation.features import (
-    EmbedConfig,
     LabelledFeatures,
     centre_view,
     check_same_task,
     embed_shards,
     student_embedder,
 )
+from milan_pipe.evaluation.settings import EmbedSettings
 from milan_pipe.images.decode import MAX_PIXELS
-from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_all
+from milan_pipe.student.encoder import build_encoder, encode_all
+from milan_pipe.student.settings import StudentSettings
 
 SIZE = 8
 
@@ -64,7 +65,7 @@ def raw(pixels_BHWC: Tensor) -> Tensor:
 
 def tiny_encoder() -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_encoder(StudentConfig(image_size=SIZE, patch_size=4, width=16, depth=1, heads=2))
+    return build_encoder(StudentSettings(image_size=SIZE, patch_size=4, width=16, depth=1, heads=2))
 
 
 # --- the pixels
@@ -109,7 +110,7 @@ def test_features_labels_and_order(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", labelled(7, 4))
     write_tar(tmp_path / "a.tar", labelled(0, 7))
     told: list[int] = []
-    found = embed_shards(tmp_path, raw, SIZE, EmbedConfig(batch_size=3, threads=2, crop=0.8), on_progress=told.append)
+    found = embed_shards(tmp_path, raw, SIZE, EmbedSettings(batch_size=3, threads=2, crop=0.8), on_progress=told.append)
     expected = [centre_view(noise(n, 9 + n % 4, 9 + n % 7), SIZE, 0.8).ravel() for n in range(11)]
     np.testing.assert_array_equal(found.features_NF.numpy(), np.stack(expected))
     assert found.features_NF.dtype == torch.float32
@@ -121,7 +122,7 @@ def test_features_labels_and_order(tmp_path: Path) -> None:
 def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 70))
     embedder = student_embedder(tiny_encoder(), "mean", torch.device("cpu"))
-    one, four = (embed_shards(shard, embedder, SIZE, EmbedConfig(batch_size=16, threads=n)) for n in (1, 4))
+    one, four = (embed_shards(shard, embedder, SIZE, EmbedSettings(batch_size=16, threads=n)) for n in (1, 4))
     assert torch.equal(one.features_NF, four.features_NF)
     assert torch.equal(one.label_N, four.label_N)
 
@@ -145,7 +146,7 @@ def test_no_more_pictures_are_read_ahead_than_bounded(tmp_path: Path, monkeypatc
         return raw(pixels_BHWC)
 
     monkeypatch.setattr(features, "decode_image", counted)
-    embed_shards(shard, embedder, SIZE, EmbedConfig(batch_size=4, threads=1))
+    embed_shards(shard, embedder, SIZE, EmbedSettings(batch_size=4, threads=1))
     assert begun == done == 120
     assert lead <= 32
 
@@ -156,34 +157,34 @@ def test_unreadable_pictures_are_set_aside(tmp_path: Path) -> None:
     members |= {"bad_label.png": png(noise(9)), "bad_label.cls": b"cat"}
     bad: list[str] = []
     shard = write_tar(tmp_path / "a.tar", members)
-    found = embed_shards(shard, raw, SIZE, EmbedConfig(threads=1), on_bad=lambda key, _: bad.append(key))
+    found = embed_shards(shard, raw, SIZE, EmbedSettings(threads=1), on_bad=lambda key, _: bad.append(key))
     assert sorted(bad) == ["0002", "bad_label"]
     assert found.label_N.tolist() == [0, 1, 0, 1]
-    assert len(embed_shards(shard, raw, SIZE, EmbedConfig(threads=1)).label_N) == 4
+    assert len(embed_shards(shard, raw, SIZE, EmbedSettings(threads=1)).label_N) == 4
 
 
 def test_a_picture_without_label_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {**labelled(0, 2), "lonely.png": png(noise(5))})
     with pytest.raises(DataError, match=r"a\.tar: picture 'lonely' has no label.*milan-pipe prepare.*\.cls"):
-        embed_shards(shard, raw, SIZE, EmbedConfig(threads=1))
+        embed_shards(shard, raw, SIZE, EmbedSettings(threads=1))
 
 
 def test_nothing_readable(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"a.png": b"no picture", "a.cls": b"0", "b.png": b"", "b.cls": b"1"})
     with pytest.raises(DataError, match="none of the 2 pictures"):
-        embed_shards(shard, raw, SIZE, EmbedConfig(threads=1))
+        embed_shards(shard, raw, SIZE, EmbedSettings(threads=1))
     with pytest.raises(MissingError):
-        embed_shards(tmp_path / "absent", raw, SIZE, EmbedConfig())
+        embed_shards(tmp_path / "absent", raw, SIZE, EmbedSettings())
 
 
 def test_embedders_of_the_wrong_kind(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 2))
     with pytest.raises(ShapeError, match="expected \\(B, F\\)"):
-        embed_shards(shard, lambda pixels: pixels.float(), SIZE, EmbedConfig(threads=1))
+        embed_shards(shard, lambda pixels: pixels.float(), SIZE, EmbedSettings(threads=1))
     with pytest.raises(DataError, match="2 of 2 pictures are not finite"):
-        embed_shards(shard, lambda pixels: raw(pixels) * torch.nan, SIZE, EmbedConfig(threads=1))
+        embed_shards(shard, lambda pixels: raw(pixels) * torch.nan, SIZE, EmbedSettings(threads=1))
     with pytest.raises(SettingError, match="size"):
-        embed_shards(shard, raw, 0, EmbedConfig(threads=1))
+        embed_shards(shard, raw, 0, EmbedSettings(threads=1))
 
 
 # --- the student

@@ -12,9 +12,9 @@ from milan_pipe import api
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation import features as module
-from milan_pipe.evaluation.knn import KnnConfig
+from milan_pipe.evaluation.settings import KnnSettings
 
-PARAMS = Params(student=TINY, knn=KnnConfig(neighbours=(3,)))
+PARAMS = Params(student=TINY, knn=KnnSettings(neighbours=(3,)))
 
 
 @pytest.fixture

@@ -20,24 +20,26 @@ from support.pictures import NAMES, TINY, class_folders, labelled_shard, picture
 from support.training import StopAtError, killed_until_done, stop_at
 
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.evaluation.augment import AugmentConfig, TrainingPictures, build_mixup
+from milan_pipe.evaluation.augment import TrainingPictures, build_mixup
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
 from milan_pipe.evaluation.feed import Ask, StepPlan, share_of_classes
-from milan_pipe.evaluation.finetune import FinetuneConfig, finetune
-from milan_pipe.evaluation.lars_probe import LarsProbeConfig, lars_probe
+from milan_pipe.evaluation.finetune import finetune
+from milan_pipe.evaluation.lars_probe import lars_probe
 from milan_pipe.evaluation.randomness import permutation, seeded
+from milan_pipe.evaluation.settings import AugmentSettings, FinetuneSettings, LarsProbeSettings
 from milan_pipe.images.labelled import labelled_pictures
 from milan_pipe.interop.timm_layout import export_student
-from milan_pipe.student.encoder import StudentConfig, build_encoder, encode_all
+from milan_pipe.student.encoder import build_encoder, encode_all
+from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
 
-FULL = AugmentConfig(
+FULL = AugmentSettings(
     scale=(0.3, 1.0), auto_augment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
 )
-PLAIN = AugmentConfig(scale=(0.8, 1.0), auto_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
+PLAIN = AugmentSettings(scale=(0.8, 1.0), auto_augment=None, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
 NOTHING: dict[str, Any] = {}
 
 
@@ -50,7 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go(shards: Path, run: Path, *, augment: AugmentConfig = FULL, **change: Any) -> Any:
+def go(shards: Path, run: Path, *, augment: AugmentSettings = FULL, **change: Any) -> Any:
     told = change.pop("on_progress", lambda _: None)
     recipe = {"epochs": 4, "warmup_epochs": 1, "batch_size": 16, "lr": 0.05, "drop_path": 0.2, "log_every": 2}
     return finetune(
@@ -60,7 +62,7 @@ def go(shards: Path, run: Path, *, augment: AugmentConfig = FULL, **change: Any)
         run,
         student=TINY,
         augment=augment,
-        config=FinetuneConfig(**{**recipe, **change}),
+        config=FinetuneSettings(**{**recipe, **change}),
         on_progress=told,
     )
 
@@ -146,7 +148,7 @@ def test_the_step_multiplies_the_rate_with_the_scale() -> None:
     assert moved == pytest.approx([0.05, 0.1])
 
 
-def backbone(config: StudentConfig = TINY) -> Backbone:
+def backbone(config: StudentSettings = TINY) -> Backbone:
     return backbone_of("random", config, 0)
 
 
@@ -418,7 +420,7 @@ def probe(shards: Path, run: Path, **change: Any) -> Any:
         str(shards / "val-*.tar"),
         run,
         student=TINY,
-        config=LarsProbeConfig(**{**recipe, **change}),
+        config=LarsProbeSettings(**{**recipe, **change}),
         on_progress=told,
     )
 

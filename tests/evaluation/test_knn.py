@@ -10,7 +10,8 @@ import torch
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation import knn
 from milan_pipe.evaluation.features import LabelledFeatures
-from milan_pipe.evaluation.knn import KnnConfig, knn_accuracy
+from milan_pipe.evaluation.knn import knn_accuracy
+from milan_pipe.evaluation.settings import KnnSettings
 
 
 def draw(seed: int, samples: int, classes: int = 4, width: int = 6) -> LabelledFeatures:
@@ -41,7 +42,7 @@ def slow_accuracy(train: LabelledFeatures, test: LabelledFeatures, count: int, t
 def test_agrees_with_the_plain_loop(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "_CHUNK_VALUES", chunk)
     train, test = draw(1, 60), draw(2, 41)
-    found = knn_accuracy(train, test, KnnConfig(neighbours=(20, 1, 7, 60, 7), temperature=temperature))
+    found = knn_accuracy(train, test, KnnSettings(neighbours=(20, 1, 7, 60, 7), temperature=temperature))
     assert found == {count: slow_accuracy(train, test, count, temperature) for count in (1, 7, 20, 60)}
     assert list(found) == [1, 7, 20, 60]
     assert 0.3 < found[7] < 1
@@ -53,14 +54,14 @@ def test_separable_classes_are_all_right() -> None:
     data = LabelledFeatures(features_NF=features, label_N=label)
     # A temperature at which exp(cosine / temperature) itself is infinite.
     for temperature in (0.07, 1e-4):
-        assert knn_accuracy(data, data, KnnConfig(neighbours=(1, 10), temperature=temperature)) == {1: 1.0, 10: 1.0}
+        assert knn_accuracy(data, data, KnnSettings(neighbours=(1, 10), temperature=temperature)) == {1: 1.0, 10: 1.0}
 
 
 def test_length_does_not_matter() -> None:
     train, test = draw(1, 60), draw(2, 30)
     longer = LabelledFeatures(features_NF=train.features_NF * torch.arange(1, 61)[:, None], label_N=train.label_N)
-    assert knn_accuracy(longer, test, KnnConfig(neighbours=(5,))) == knn_accuracy(
-        train, test, KnnConfig(neighbours=(5,))
+    assert knn_accuracy(longer, test, KnnSettings(neighbours=(5,))) == knn_accuracy(
+        train, test, KnnSettings(neighbours=(5,))
     )
 
 
@@ -68,22 +69,22 @@ def test_length_does_not_matter() -> None:
 def test_of_equal_votes_the_lowest_class_wins(order: list[int]) -> None:
     train = LabelledFeatures(features_NF=torch.tensor([[1.0, 0.0], [0.0, 1.0]]), label_N=torch.tensor(order))
     test = LabelledFeatures(features_NF=torch.tensor([[1.0, 1.0]]), label_N=torch.tensor([3]))
-    assert knn_accuracy(train, test, KnnConfig(neighbours=(2,))) == {2: 1.0}
+    assert knn_accuracy(train, test, KnnSettings(neighbours=(2,))) == {2: 1.0}
 
 
 def test_more_neighbours_than_pictures() -> None:
     train, test = draw(1, 12), draw(2, 8)
-    assert list(knn_accuracy(train, test, KnnConfig(neighbours=(3, 12, 13)))) == [3, 12]
+    assert list(knn_accuracy(train, test, KnnSettings(neighbours=(3, 12, 13)))) == [3, 12]
     with pytest.raises(SettingError, match="asks for 20 and more, the train set has 12"):
-        knn_accuracy(train, test, KnnConfig(neighbours=(20, 100)))
+        knn_accuracy(train, test, KnnSettings(neighbours=(20, 100)))
 
 
 def test_classes_that_train_lacks() -> None:
     with pytest.raises(DataError, match="17"):
-        knn_accuracy(draw(1, 12, classes=3), draw(2, 12, classes=4), KnnConfig(neighbours=(3,)))
+        knn_accuracy(draw(1, 12, classes=3), draw(2, 12, classes=4), KnnSettings(neighbours=(3,)))
 
 
 @pytest.mark.parametrize("values", [{"neighbours": []}, {"neighbours": [0]}, {"temperature": 0}, {"k": 3}])
 def test_settings_are_checked(values: dict[str, object]) -> None:
     with pytest.raises(SettingError):
-        KnnConfig.parse(values, "knn")
+        KnnSettings.parse(values, "knn")

@@ -22,12 +22,14 @@ from support.training import StopAtError, killed_until_done, stop_at
 from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, MissingError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
-from milan_pipe.evaluation.segment import SegmentConfig, segment
+from milan_pipe.evaluation.segment import segment
+from milan_pipe.evaluation.settings import SegmentSettings
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
 from milan_pipe.images.masked import MaskRule, decode_mask, masked_pictures, read_classes
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
 from milan_pipe.images.scenes import MASK_CLASSES, render_scene
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.student.pixels import normalise
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.schedule import polynomial_lr
@@ -209,7 +211,7 @@ def test_masks_that_are_wrong(data: bytes, message: str) -> None:
 
 
 def test_scenes_come_with_their_masks(tmp_path: Path) -> None:
-    prepare("demo", tmp_path / "images", PrepareConfig(train_scenes=3, test_scenes=1), workers=1)
+    prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=3, test_scenes=1), workers=1)
     pictures = masked_pictures(str(tmp_path / "images" / "train-*.tar"), "train", lambda *_: None)
     assert pictures.classes == MASK_CLASSES
     assert len(pictures.classes) == 13
@@ -319,7 +321,7 @@ def go(shards: Path, run: Path, **change: Any) -> Any:
         change.pop("val", str(shards / "val-*.tar")),
         run,
         student=TINY.model_copy(update={"depth": 4}),
-        config=SegmentConfig(**{**recipe, **change}),
+        config=SegmentSettings(**{**recipe, **change}),
         on_progress=told,
     )
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from milan_pipe.extraction.run import ExtractConfig, extract_targets
-from milan_pipe.images.prepare import PrepareConfig, prepare
-from milan_pipe.images.views import ViewConfig
-from milan_pipe.targets.codec import CodecConfig
-from milan_pipe.teacher.clip import TeacherConfig
+from milan_pipe.extraction.run import extract_targets
+from milan_pipe.extraction.settings import ExtractSettings
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings, ViewSettings
+from milan_pipe.targets.settings import CodecSettings
+from milan_pipe.teacher.settings import TeacherSettings
 
-VIEWS = ViewConfig(count=2, seed=5)
+VIEWS = ViewSettings(count=2, seed=5)
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    prepare("demo", folder, PrepareConfig(train_scenes=60, test_scenes=0, samples_per_shard=25), workers=1)
+    prepare("demo", folder, PrepareSettings(train_scenes=60, test_scenes=0, samples_per_shard=25), workers=1)
     return folder
 
 
@@ -27,14 +28,14 @@ def extract():
     def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, **changes):
         arguments = ("on_progress", "shards", "redo", "verify_sources")
         more = {name: changes.pop(name) for name in arguments if name in changes}
-        settings = ExtractConfig(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
+        settings = ExtractSettings(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
         return extract_targets(
             images,
             targets,
-            teacher=teacher or TeacherConfig(),
+            teacher=teacher or TeacherSettings(),
             views=views,
             view_size=view_size,
-            codec=CodecConfig(name=codec),
+            codec=CodecSettings(name=codec),
             extract=settings,
             **more,
         )

@@ -22,7 +22,8 @@ from distributed.client import FutureCancelledError
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.cluster import _outcome
 from milan_pipe.extraction.run import ExtractProgress
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0
@@ -82,7 +83,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
 
 
 def unbroken(folder: Path, scenes: int, seed: int = 0) -> tuple[Path, Tree]:
-    sizes = PrepareConfig(train_scenes=scenes, test_scenes=0, samples_per_shard=10, seed=seed)
+    sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=10, seed=seed)
     prepare("demo", folder / "images", sizes, workers=1)
     subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", files(folder / "whole")

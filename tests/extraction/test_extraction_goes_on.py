@@ -13,9 +13,9 @@ import pytest
 from support.disks import small_disk
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.images.views import ViewConfig
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.targets.store import open_targets
-from milan_pipe.teacher.clip import TeacherConfig
+from milan_pipe.teacher.settings import TeacherSettings
 
 
 class Interrupted(BaseException):
@@ -93,12 +93,12 @@ def test_killed_process_goes_on(whole, images, tree, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"views": ViewConfig(count=3, seed=5)}, "views.count: store has 2, this run has 3"),
-        ({"views": ViewConfig(count=2, seed=6)}, "views.seed: store has 5, this run has 6"),
+        ({"views": ViewSettings(count=3, seed=5)}, "views.count: store has 2, this run has 3"),
+        ({"views": ViewSettings(count=2, seed=6)}, "views.seed: store has 5, this run has 6"),
         ({"codec": "float16"}, "codec.name: store has 'int8', this run has 'float16'"),
         ({"view_size": 48}, "views.size: store has 64, this run has 48"),
-        ({"teacher": TeacherConfig(normalization="imagenet")}, "store has 'clip', this run has 'imagenet'"),
-        ({"teacher": TeacherConfig(pretrained="random")}, "teacher.weights_sha256: store has"),
+        ({"teacher": TeacherSettings(normalization="imagenet")}, "store has 'clip', this run has 'imagenet'"),
+        ({"teacher": TeacherSettings(pretrained="random")}, "teacher.weights_sha256: store has"),
     ],
 )
 def test_another_configuration_is_refused(whole, images, extract, tree, change, told):

@@ -11,7 +11,8 @@ from support.disks import small_disk
 from support.targets import tree as store_tree
 
 from milan_pipe.errors import DataError, StoreError
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import verify_targets
@@ -60,7 +61,7 @@ def test_a_full_temporary_folder_is_named(images, extract, bucket, tmp_path, mon
 def eight(tmp_path_factory):
     """Eight shards of ten scenes; the first image of the first one is cut."""
     folder = tmp_path_factory.mktemp("eight") / "images"
-    prepare("demo", folder, PrepareConfig(train_scenes=80, test_scenes=0, samples_per_shard=10), workers=1)
+    prepare("demo", folder, PrepareSettings(train_scenes=80, test_scenes=0, samples_per_shard=10), workers=1)
     data = bytearray((folder / "train-000000.tar").read_bytes())
     start = data.index(b"\x89PNG") + 60
     data[start : start + 200] = bytes(200)

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0
@@ -43,7 +44,9 @@ def tree(root: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("killed")
-    prepare("demo", folder / "images", PrepareConfig(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1)
+    prepare(
+        "demo", folder / "images", PrepareSettings(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1
+    )
     subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return Job(folder / "images", tree(folder / "whole"))
 

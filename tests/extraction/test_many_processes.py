@@ -20,8 +20,8 @@ from support.disks import small_disk
 
 from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.extraction.run import ExtractProgress
-from milan_pipe.images.prepare import PrepareConfig, prepare
-from milan_pipe.images.views import ViewConfig
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings, ViewSettings
 from milan_pipe.targets.store import open_targets
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
@@ -49,7 +49,9 @@ def wait_for(condition: object, what: str) -> None:
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Twelve shards of ten scenes, and their targets from an unbroken run."""
     folder = tmp_path_factory.mktemp("many")
-    prepare("demo", folder / "images", PrepareConfig(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1)
+    prepare(
+        "demo", folder / "images", PrepareSettings(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1
+    )
     subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", folder / "whole"
 
@@ -276,7 +278,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str, m
         peaks = []
         for scenes, per_shard in (few, many):
             folder = tmp_path / f"{scenes}-{per_shard}"
-            sizes = PrepareConfig(train_scenes=scenes, test_scenes=0, samples_per_shard=per_shard)
+            sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=per_shard)
             prepare("demo", folder / "images", sizes, workers=1)
             peaks.append(peak_bytes(folder / "images", folder, "t"))
         print([f"{peak / 1e6:.0f} MB" for peak in peaks])
@@ -286,7 +288,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str, m
 def test_views_are_the_same_whatever_the_views_of_others(images: Path, extract, tmp_path: Path) -> None:
     """A run with more views begins with those of a run with fewer."""
     extract(images, tmp_path / "two")
-    extract(images, tmp_path / "three", views=ViewConfig(count=3, seed=5))
+    extract(images, tmp_path / "three", views=ViewSettings(count=3, seed=5))
     two, three = open_targets(tmp_path / "two"), open_targets(tmp_path / "three")
     for view in range(2):
         left, right = (store.read("000001", view, 0, 25) for store in (two, three))

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from milan_pipe.images.decode import decode_image
+from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
-from milan_pipe.images.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.store import open_targets
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 
 def runs(root):
@@ -49,19 +51,19 @@ def check_offline_is_online(root, teacher, least):
 
 def test_offline_is_online_int8(whole):
     targets, report = whole
-    assert check_offline_is_online(targets, load_teacher(TeacherConfig()), 0.9999) == 120
+    assert check_offline_is_online(targets, load_teacher(TeacherSettings()), 0.9999) == 120
     assert 0.9999 <= report.mean_cosine < 1
 
 
 def test_offline_is_online_float16(images, extract, tmp_path):
     report = extract(images / "train-000002.tar", tmp_path / "t", codec="float16")
-    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherConfig()), 0.999999) == 20
+    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.999999) == 20
     assert report.mean_cosine >= 0.999999
 
 
 def test_another_view_size_than_the_teachers(images, extract, tmp_path):
     extract(images / "train-000002.tar", tmp_path / "t", view_size=48)
-    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherConfig()), 0.9999) == 20
+    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.9999) == 20
     run = open_targets(tmp_path / "t").read("000000", 0, 0, 1)
     assert decode_jpeg(run.jpegs[0]).shape == (48, 48, 3)
 
@@ -77,7 +79,7 @@ def test_stored_crop_and_flip_give_the_stored_view(whole, images):
             top, left, height, width = run.crop_N4[row].tolist()
             stored = View(top=top, left=left, height=height, width=width, flip=bool(run.flip_N[row]))
             image = decode_image(sample.data)
-            assert stored == draw_view(ViewConfig(count=2, seed=5), sample.key, view, image.height, image.width)
+            assert stored == draw_view(ViewSettings(count=2, seed=5), sample.key, view, image.height, image.width)
             assert encode_jpeg(render_view(image, stored, 64), 95) == run.jpegs[row]
         flips += run.flip_N.tolist()
     assert {True, False} == set(flips)

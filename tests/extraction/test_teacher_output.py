@@ -13,7 +13,8 @@ from PIL import Image
 from milan_pipe.errors import DataError
 from milan_pipe.extraction import run
 from milan_pipe.extraction.worker import load_assigned_teacher
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.targets.store import open_targets
@@ -25,7 +26,7 @@ CALL, ROW, SAMPLE, VIEW = 7, 0, 2, 1
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few") / "images"
-    prepare("demo", folder, PrepareConfig(train_scenes=12, test_scenes=0, samples_per_shard=4), workers=1)
+    prepare("demo", folder, PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=4), workers=1)
     return folder
 
 

@@ -12,7 +12,8 @@ from support.s3 import Proxy
 
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.count import ImageCount, count_pictures, glance_at_pictures, indexed_pictures, spread_evenly
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.storage import place_of
@@ -98,7 +99,7 @@ def test_an_empty_shard_beside_others_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[", b'{"version": 99}'])
 def test_a_damaged_index_is_no_index(tmp_path: Path, damage: bytes) -> None:
-    prepare("demo", tmp_path / "i", PrepareConfig(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
+    prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
     assert indexed_pictures(expand_shards(tmp_path / "i")) == 12
     (tmp_path / "i" / "index.json").write_bytes(damage)
     assert indexed_pictures(expand_shards(tmp_path / "i")) is None
@@ -106,7 +107,7 @@ def test_a_damaged_index_is_no_index(tmp_path: Path, damage: bytes) -> None:
 
 
 def test_a_part_of_the_shards_has_its_part_of_the_index(tmp_path: Path) -> None:
-    prepare("demo", tmp_path / "i", PrepareConfig(train_scenes=12, test_scenes=4, samples_per_shard=5), workers=1)
+    prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=4, samples_per_shard=5), workers=1)
     assert counted(f"{tmp_path}/i/train-*.tar").pictures == 12
     assert counted(f"{tmp_path}/i/test-000000.tar").pictures == 4
     (tmp_path / "i" / "more.tar").write_bytes(tar_of(pictures(2)))
@@ -133,7 +134,7 @@ def test_large_shards_of_a_bucket_are_not_fetched_whole(proxied_bucket: str, s3_
 
 
 def test_a_bucket_with_an_index_is_not_read(proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path) -> None:
-    prepare("demo", tmp_path / "i", PrepareConfig(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
+    prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
     place = place_of(f"{proxied_bucket}/images")
     for path in (tmp_path / "i").iterdir():
         place.write(path.name, path.read_bytes())

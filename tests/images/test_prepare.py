@@ -23,12 +23,13 @@ from milan_pipe.errors import DataError, MismatchError, MissingError, SettingErr
 from milan_pipe.images import prepare as prepare_module
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.index import PREPARE_MARKER, read_index
-from milan_pipe.images.prepare import TEST_SCENE_OFFSET, PrepareConfig, PrepareReport, prepare
+from milan_pipe.images.prepare import PrepareReport, prepare
 from milan_pipe.images.scenes import SHAPES, render_scene
+from milan_pipe.images.settings import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import Sample, read_shard
 
-SMALL = PrepareConfig(train_scenes=5, test_scenes=2, samples_per_shard=2)
+SMALL = PrepareSettings(train_scenes=5, test_scenes=2, samples_per_shard=2)
 
 
 def picture(path: Path, colour: int = 0) -> bytes:
@@ -53,7 +54,7 @@ def samples(folder: Path, split: str = "") -> list[Sample]:
 
 
 def run(source: Path | str, images: Path, **values: object) -> PrepareReport:
-    return prepare(source, images, PrepareConfig(**values), workers=1)  # type: ignore[arg-type]
+    return prepare(source, images, PrepareSettings(**values), workers=1)  # type: ignore[arg-type]
 
 
 # --- demo
@@ -351,9 +352,9 @@ def test_source_errors(tmp_path: Path) -> None:
 )
 def test_settings_are_checked(values: dict[str, object]) -> None:
     with pytest.raises(SettingError, match="prepare"):
-        PrepareConfig.parse(values, "prepare")
+        PrepareSettings.parse(values, "prepare")
     with pytest.raises((ValidationError, SettingError)):
-        PrepareConfig(**values)  # type: ignore[arg-type]
+        PrepareSettings(**values)  # type: ignore[arg-type]
 
 
 def packing(folder: Path) -> subprocess.Popen[str]:

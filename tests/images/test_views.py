@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.views import View, ViewConfig, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.images.settings import ViewSettings
+from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
@@ -39,7 +40,7 @@ def noise(height: int, width: int) -> np.ndarray:
 @given(keys, st.integers(0, 2**64 - 1), sides, sides, st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_crop_lies_inside_any_image(key: str, index: int, height: int, width: int, seed: int) -> None:
-    view = draw_view(ViewConfig(seed=seed), key, index, height, width)
+    view = draw_view(ViewSettings(seed=seed), key, index, height, width)
     assert 0 <= view.top < view.top + view.height <= height
     assert 0 <= view.left < view.left + view.width <= width
 
@@ -48,14 +49,14 @@ def test_crop_lies_inside_any_image(key: str, index: int, height: int, width: in
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.01, 0.02), (50.0, 90.0), (1.0, 1.0)])
 def test_crop_lies_inside_extreme_images(height: int, width: int, ratio: tuple[float, float]) -> None:
     for index in range(50):
-        view = draw_view(ViewConfig(ratio=ratio, scale=(0.01, 1.0)), "k", index, height, width)
+        view = draw_view(ViewSettings(ratio=ratio, scale=(0.01, 1.0)), "k", index, height, width)
         assert 0 <= view.top < view.top + view.height <= height
         assert 0 <= view.left < view.left + view.width <= width
 
 
 def test_a_view_is_what_it_was() -> None:
     # Stored views must be drawn alike by every later version: change these numbers only with the store's schema.
-    drawn = [draw_view(ViewConfig(seed=7, scale=(0.2, 1.0)), "cat/001", index, 375, 500) for index in range(3)]
+    drawn = [draw_view(ViewSettings(seed=7, scale=(0.2, 1.0)), "cat/001", index, 375, 500) for index in range(3)]
     assert drawn == [
         View(top=32, left=0, height=318, width=383, flip=False),
         View(top=92, left=159, height=226, width=187, flip=True),
@@ -64,10 +65,10 @@ def test_a_view_is_what_it_was() -> None:
 
 
 def test_views_do_not_depend_on_neighbours_order_or_count() -> None:
-    config = ViewConfig(seed=3)
+    config = ViewSettings(seed=3)
     wanted = [(key, index) for key in ("a", "b", "ab") for index in range(6)]
     forward = {place: draw_view(config, *place, 300, 400) for place in wanted}
-    backward = {place: draw_view(ViewConfig(seed=3, count=9), *place, 300, 400) for place in reversed(wanted)}
+    backward = {place: draw_view(ViewSettings(seed=3, count=9), *place, 300, 400) for place in reversed(wanted)}
     alone = draw_view(config, "b", 4, 300, 400)
     assert forward == backward
     assert alone == forward["b", 4]
@@ -76,7 +77,7 @@ def test_views_do_not_depend_on_neighbours_order_or_count() -> None:
 
 def test_seeds_keys_and_indices_differ() -> None:
     views = {
-        draw_view(ViewConfig(seed=seed), key, index, 1000, 1000)
+        draw_view(ViewSettings(seed=seed), key, index, 1000, 1000)
         for seed in (0, 1, 2**63)
         for key in ("a", "b")
         for index in (0, 1, 2**32, 2**64 - 1)
@@ -85,21 +86,21 @@ def test_seeds_keys_and_indices_differ() -> None:
 
 
 def test_flip_does_not_depend_on_the_image_size() -> None:
-    config = ViewConfig(scale=(0.2, 1.0))
+    config = ViewSettings(scale=(0.2, 1.0))
     for index in range(40):
         assert len({draw_view(config, "k", index, side, 100).flip for side in (1, 90, 20000)}) == 1
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.25, 0.5, 1.0])
 def test_flip_share(flip: float) -> None:
-    config = ViewConfig(flip=flip)
+    config = ViewSettings(flip=flip)
     share = np.mean([draw_view(config, f"key {n}", n % 4, 64, 64).flip for n in range(4000)])
     # Four standard deviations of 4000 draws at worst.
     assert abs(share - flip) <= (0.032 if 0 < flip < 1 else 0)
 
 
 def test_area_and_ratio_are_spread_as_asked() -> None:
-    views = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 2000, 2000) for n in range(4000)]
+    views = [draw_view(ViewSettings(scale=(0.2, 1.0)), str(n), 0, 2000, 2000) for n in range(4000)]
     area = np.array([view.height * view.width / 4e6 for view in views])
     log_ratio = np.log([view.width / view.height for view in views])
     assert area.min() > 0.199
@@ -113,11 +114,11 @@ def test_area_and_ratio_are_spread_as_asked() -> None:
 
 
 def test_fallback_is_the_largest_centred_crop_in_ratio() -> None:
-    config = ViewConfig(scale=(1.0, 1.0))
+    config = ViewSettings(scale=(1.0, 1.0))
     wide, high = draw_view(config, "k", 0, 300, 1000), draw_view(config, "k", 0, 1000, 300)
     assert (wide.top, wide.left, wide.height, wide.width) == (0, 300, 300, 400)
     assert (high.top, high.left, high.height, high.width) == (300, 0, 400, 300)
-    whole = draw_view(ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "k", 0, 50, 50)
+    whole = draw_view(ViewSettings(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "k", 0, 50, 50)
     assert (whole.top, whole.left, whole.height, whole.width) == (0, 0, 50, 50)
 
 
@@ -127,7 +128,7 @@ def test_arithmetic_is_that_of_torchvision() -> None:
     image = torch.empty(1, 375, 500)
     torch.manual_seed(0)
     theirs = np.array([transforms.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3)) for _ in range(3000)])
-    drawn = [draw_view(ViewConfig(scale=(0.2, 1.0)), str(n), 0, 375, 500) for n in range(3000)]
+    drawn = [draw_view(ViewSettings(scale=(0.2, 1.0)), str(n), 0, 375, 500) for n in range(3000)]
     ours = np.array([(view.top, view.left, view.height, view.width) for view in drawn])
     for quantile in (0.1, 0.5, 0.9):
         apart = np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)
@@ -156,16 +157,16 @@ def test_arithmetic_is_that_of_torchvision() -> None:
 )
 def test_settings_are_checked(values: dict[str, object]) -> None:
     with pytest.raises(SettingError, match="views"):
-        ViewConfig.parse(values, "views")
+        ViewSettings.parse(values, "views")
     with pytest.raises((ValidationError, SettingError)):
-        ViewConfig(**values)  # type: ignore[arg-type]
+        ViewSettings(**values)  # type: ignore[arg-type]
 
 
 def test_draw_view_refuses_what_is_no_image() -> None:
     with pytest.raises(ShapeError):
-        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", 0, 0, 5)
+        draw_view(ViewSettings(scale=(0.2, 1.0)), "k", 0, 0, 5)
     with pytest.raises(SettingError):
-        draw_view(ViewConfig(scale=(0.2, 1.0)), "k", -1, 5, 5)
+        draw_view(ViewSettings(scale=(0.2, 1.0)), "k", -1, 5, 5)
 
 
 # --- render_view
@@ -175,7 +176,7 @@ def test_draw_view_refuses_what_is_no_image() -> None:
 @settings(deadline=None, max_examples=60)
 def test_render_equals_numpy_crop_and_resize(height: int, width: int, index: int, size: int) -> None:
     pixels = noise(height, width)
-    view = draw_view(ViewConfig(scale=(0.2, 1.0)), "k", index, height, width)
+    view = draw_view(ViewSettings(scale=(0.2, 1.0)), "k", index, height, width)
     window = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     expected = np.asarray(Image.fromarray(np.ascontiguousarray(window)).resize((size, size), Image.Resampling.BICUBIC))
     rendered = render_view(Image.fromarray(pixels), view, size)
@@ -221,7 +222,7 @@ def test_decoder_equals_pillow_on_photos(quality: int) -> None:
     for number, path in enumerate(photos(8)):
         source = path.read_bytes()
         image = decode_image(source)
-        view = draw_view(ViewConfig(scale=(0.2, 1.0)), path.stem, number, image.height, image.width)
+        view = draw_view(ViewSettings(scale=(0.2, 1.0)), path.stem, number, image.height, image.width)
         stored = encode_jpeg(render_view(image, view, 97 + 16 * number), quality)
         with Image.open(io.BytesIO(stored)) as opened:
             np.testing.assert_array_equal(decode_jpeg(stored), np.asarray(opened.convert("RGB")))

@@ -16,28 +16,27 @@ from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.interop.published_file import import_published
 from milan_pipe.interop.timm_layout import export_student
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.published import published_state_dict
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import open_checkpoint
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "milan_oracle_a.safetensors"
-STUDENT = StudentConfig(image_size=32, patch_size=8, width=64, depth=2, heads=1)
+STUDENT = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=1)
 
 
-def published(kind: str = "prompting", student: StudentConfig = STUDENT) -> dict[str, torch.Tensor]:
+def published(kind: str = "prompting", student: StudentSettings = STUDENT) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    decoder = DecoderConfig(kind=kind, width=32, depth=2, heads=4)  # type: ignore[arg-type]
+    decoder = DecoderSettings(kind=kind, width=32, depth=2, heads=4)  # type: ignore[arg-type]
     return published_state_dict(build_student(student, decoder, 24))
 
 
 def rebuilt(run: Path, output_width: int) -> MaskedStudent:
     opened = open_checkpoint(run)
     config, encoder = student_of(opened)
-    model = build_student(config, DecoderConfig(**opened.record["settings"]["decoder"]), output_width)
+    model = build_student(config, DecoderSettings(**opened.record["settings"]["decoder"]), output_width)
     load_weights(model.encoder, encoder.state_dict(), "encoder")
     load_weights(model.decoder, opened.weights("decoder"), "decoder")
     return model.eval()
@@ -54,7 +53,7 @@ def test_every_tensor_arrives(tmp_path: Path, kind: str, wrap: str) -> None:
         torch.save(state if wrap == "alone" else {wrap: state, "epoch": 399}, file)
     report = import_published(file, tmp_path / "run", decoder_heads=4)
     assert (report.decoder.kind, report.decoder.heads, report.output_width) == (kind, 4, 24)
-    assert report.student == StudentConfig(
+    assert report.student == StudentSettings(
         model="vit_base_patch16_224", image_size=32, patch_size=8, width=64, depth=2, heads=1
     )
     found = published_state_dict(rebuilt(tmp_path / "run", 24))
@@ -64,7 +63,7 @@ def test_every_tensor_arrives(tmp_path: Path, kind: str, wrap: str) -> None:
 
 
 def test_usual_sizes_get_timms_name(tmp_path: Path) -> None:
-    sizes = StudentConfig(model="vit_small_patch16_224", image_size=224, patch_size=16, width=384, depth=12, heads=6)
+    sizes = StudentSettings(model="vit_small_patch16_224", image_size=224, patch_size=16, width=384, depth=12, heads=6)
     save_file(published(student=sizes), tmp_path / "s.safetensors")
     assert import_published(tmp_path / "s.safetensors", tmp_path / "run", decoder_heads=4).student == sizes
 

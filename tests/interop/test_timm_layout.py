@@ -14,20 +14,20 @@ from timm.data import resolve_model_data_config
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.interop.timm_layout import export_student
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig, encode_all
+from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.model import MaskedStudent, build_student
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.checkpoint import save_checkpoint
 
-SMALL = StudentConfig(image_size=32, patch_size=8, width=64, depth=2, heads=4)
-NATIVE = StudentConfig(
+SMALL = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=4)
+NATIVE = StudentSettings(
     model="vit_tiny_patch16_224", image_size=224, patch_size=None, width=None, depth=None, heads=None
 )
 
 
-def saved(run: Path, config: StudentConfig, *, step: int = 7) -> MaskedStudent:
+def saved(run: Path, config: StudentSettings, *, step: int = 7) -> MaskedStudent:
     torch.manual_seed(0)
-    model = build_student(config, DecoderConfig(width=16, depth=1, heads=2), 8)
+    model = build_student(config, DecoderSettings(width=16, depth=1, heads=2), 8)
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones at the start would hide what is mixed up
             parameter.add_(0.05 * torch.randn(parameter.shape))
@@ -41,7 +41,7 @@ def saved(run: Path, config: StudentConfig, *, step: int = 7) -> MaskedStudent:
 
 
 @pytest.mark.parametrize("config", [SMALL, NATIVE], ids=["own sizes", "native sizes"])
-def test_timm_computes_the_same_features(tmp_path: Path, config: StudentConfig) -> None:
+def test_timm_computes_the_same_features(tmp_path: Path, config: StudentSettings) -> None:
     student = saved(tmp_path / "run", config)
     report = export_student(tmp_path / "run", tmp_path / "out")
     by_folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()

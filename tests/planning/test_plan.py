@@ -20,7 +20,8 @@ from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction import space
 from milan_pipe.images.count import ImageCount, count_pictures, indexed_pictures
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import teacher_flops
 from milan_pipe.planning.limits import limits
@@ -30,7 +31,8 @@ from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, 
 from milan_pipe.planning.store import StoreEstimate, sample_pictures
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.units import rate
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]
@@ -40,7 +42,7 @@ CHOICES = [(codec, store) for codec in ("float16", "int8", "klt") for store in (
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planned") / "images"
-    prepare("demo", folder, PrepareConfig(train_scenes=160, test_scenes=0, samples_per_shard=70), workers=1)
+    prepare("demo", folder, PrepareSettings(train_scenes=160, test_scenes=0, samples_per_shard=70), workers=1)
     return folder
 
 
@@ -295,7 +297,7 @@ def test_rates_follow_from_counted_arithmetic(elsewhere: PlanReport) -> None:
 
 def test_what_is_counted_is_what_a_transformer_does(scenes: Path) -> None:
     """Products of the bundled teacher, by hand: patches, the blocks' attention and MLP, the projection."""
-    model = load_teacher(TeacherConfig())
+    model = load_teacher(TeacherSettings())
     visual: Any = model.visual
     blocks, tokens = len(visual.transformer.resblocks), 65
     width = visual.conv1.weight.shape[0]

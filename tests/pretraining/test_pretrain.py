@@ -18,11 +18,9 @@ from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective
 from milan_pipe.pretraining.run import PretrainReport, pretrain
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
 from milan_pipe.student.model import build_student
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import (
     CodecInfo,
     SourceInfo,
@@ -39,8 +37,8 @@ from milan_pipe.training.recorder import TrainProgress
 
 module = import_module("milan_pipe.pretraining.objective")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)
-STUDENT = StudentConfig(image_size=SIZE, patch_size=8, width=16, depth=1, heads=2)
-DECODER = DecoderConfig(width=16, depth=2, heads=2)
+STUDENT = StudentSettings(image_size=SIZE, patch_size=8, width=16, depth=1, heads=2)
+DECODER = DecoderSettings(width=16, depth=2, heads=2)
 
 
 def header() -> StoreHeader:
@@ -96,13 +94,13 @@ def go(store: Path, run: Path, **change: Any) -> PretrainReport:
     given = {
         "student": STUDENT,
         "decoder": DECODER,
-        "masking": MaskConfig(),
+        "masking": MaskSettings(),
         "target": "clip",
         "on_progress": lambda _: None,
-        **{name: value for name, value in change.items() if name not in PretrainConfig.model_fields},
+        **{name: value for name, value in change.items() if name not in PretrainSettings.model_fields},
     }
-    settings = {name: value for name, value in change.items() if name in PretrainConfig.model_fields}
-    return pretrain(store, run, config=PretrainConfig(**{**recipe, **settings}), **given)
+    settings = {name: value for name, value in change.items() if name in PretrainSettings.model_fields}
+    return pretrain(store, run, config=PretrainSettings(**{**recipe, **settings}), **given)
 
 
 def test_the_loss_falls_and_the_report_adds_up(store: Path, tmp_path: Path) -> None:
@@ -155,7 +153,7 @@ def rows(batch: Batch, chosen: list[int]) -> Batch:
 def test_a_sample_has_one_mask_in_any_batch_and_a_new_one_each_epoch(
     masking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objective = Objective(build_student(STUDENT, DECODER, WIDTH), header(), MaskConfig(kind=masking), "clip", 8)  # type: ignore[arg-type]
+    objective = Objective(build_student(STUDENT, DECODER, WIDTH), header(), MaskSettings(kind=masking), "clip", 8)  # type: ignore[arg-type]
     kept: list[list[list[int]]] = []
     draw = module.draw_split
 
@@ -178,7 +176,7 @@ def test_the_mask_follows_the_attention_only_when_it_is_semantic() -> None:
     flat = batch_of(4)
     peaked = Batch(**{**vars(flat), "attention_BL": torch.linspace(0, 1, GRID**2).half().expand(4, -1)})
     for kind, same in (("random", True), ("semantic", False)):
-        objective = Objective(model, header(), MaskConfig(kind=kind), "clip", 8)  # type: ignore[arg-type]
+        objective = Objective(model, header(), MaskSettings(kind=kind), "clip", 8)  # type: ignore[arg-type]
         assert (objective(flat, 0).item() == objective(peaked, 0).item()) == same
 
 
@@ -193,7 +191,7 @@ def test_every_combination_trains_every_parameter(target: Any, decoder: Any, mas
         for parameter in model.parameters():  # zeros at the start hide what hangs together
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape))
-    objective = Objective(model, header(), MaskConfig(kind=masking), target, 8)
+    objective = Objective(model, header(), MaskSettings(kind=masking), target, 8)
     objective(batch_of(4), 0).backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -204,7 +202,7 @@ def test_every_combination_trains_every_parameter(target: Any, decoder: Any, mas
 @pytest.mark.parametrize(("target", "decoder"), [("pixels", "plain"), ("hog", "prompting"), ("clip", "plain")])
 def test_the_ablations_run_to_their_end(store: Path, tmp_path: Path, target: str, decoder: str) -> None:
     kind = DECODER.model_copy(update={"kind": decoder})
-    report = go(store, tmp_path / "run", target=target, decoder=kind, masking=MaskConfig(kind="random"))
+    report = go(store, tmp_path / "run", target=target, decoder=kind, masking=MaskSettings(kind="random"))
     width = {"clip": WIDTH, "pixels": 3 * 8**2, "hog": 3 * 9}[target]
     assert open_checkpoint(tmp_path / "run").weights("decoder")["decoder_pred.bias"].shape == (width,)
     assert np.isfinite(report.loss)
@@ -219,7 +217,7 @@ def test_the_ablations_run_to_their_end(store: Path, tmp_path: Path, target: str
     ids=["size", "grid"],
 )
 def test_targets_that_do_not_fit_are_refused_before_anything_is_written(
-    store: Path, tmp_path: Path, student: StudentConfig, message: str
+    store: Path, tmp_path: Path, student: StudentSettings, message: str
 ) -> None:
     with pytest.raises(MismatchError, match=message):
         go(store, tmp_path / "run", student=student)
@@ -315,7 +313,7 @@ def test_neither_images_nor_teacher_are_touched(store: Path, tmp_path: Path, mon
 def test_the_student_loads_into_timm_by_what_the_checkpoint_says(store: Path, tmp_path: Path) -> None:
     go(store, tmp_path / "run")
     opened = open_checkpoint(tmp_path / "run")
-    sizes = StudentConfig(**opened.record["student"])
+    sizes = StudentSettings(**opened.record["student"])
     assert sizes == STUDENT
     model = timm.create_model(
         sizes.model,
@@ -334,7 +332,7 @@ def test_the_student_loads_into_timm_by_what_the_checkpoint_says(store: Path, tm
 @pytest.mark.parametrize("bad", [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"seed": 2**63}, {"lr": 0}], ids=str)
 def test_recipes_that_the_optimiser_would_choke_on_are_refused_at_the_door(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(bad))):
-        PretrainConfig.parse(bad, "here")
+        PretrainSettings.parse(bad, "here")
 
 
 def test_settings_that_were_stated_must_be_the_stores(store: Path, tmp_path: Path) -> None:

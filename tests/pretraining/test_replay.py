@@ -18,15 +18,13 @@ from support.targets import header, random_blocks, write_blocks
 from milan_pipe.api import replay
 from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
 HEAD = header(format="zarr", shards=1)
 COUNT, BATCH = 60, 10
-STUDENT = StudentConfig(
+STUDENT = StudentSettings(
     image_size=HEAD.views.size, patch_size=HEAD.views.size // HEAD.teacher.grid[0], width=16, depth=2, heads=2
 )
 
@@ -47,10 +45,10 @@ def go(store: Path, run: Path, **change: Any) -> None:
         store,
         run,
         student=STUDENT,
-        decoder=DecoderConfig(width=16, depth=1, heads=2),
-        masking=MaskConfig(),
+        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        masking=MaskSettings(),
         target="clip",
-        config=PretrainConfig(**{**recipe, **change}),
+        config=PretrainSettings(**{**recipe, **change}),
     )
 
 

@@ -24,10 +24,8 @@ from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
 from milan_pipe.pretraining.run import PretrainReport, pretrain
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
@@ -48,9 +46,9 @@ def store(tmp_path_factory: pytest.TempPathFactory, head: StoreHeader) -> Path:
     return root
 
 
-def student_of(head: StoreHeader) -> StudentConfig:
+def student_of(head: StoreHeader) -> StudentSettings:
     side = head.views.size // head.teacher.grid[0]
-    return StudentConfig(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
+    return StudentSettings(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
 
 
 def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainReport:
@@ -64,8 +62,8 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainRepo
         "checkpoint_minutes": None,
     }
     told = change.pop("on_progress", lambda _: None)
-    decoder = change.pop("decoder", DecoderConfig(width=16, depth=1, heads=2))
-    masking = change.pop("masking", MaskConfig())
+    decoder = change.pop("decoder", DecoderSettings(width=16, depth=1, heads=2))
+    masking = change.pop("masking", MaskSettings())
     return pretrain(
         store,
         run,
@@ -73,7 +71,7 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainRepo
         decoder=decoder,
         masking=masking,
         target="clip",
-        config=PretrainConfig(**{**recipe, **change}),
+        config=PretrainSettings(**{**recipe, **change}),
         on_progress=told,
     )
 
@@ -180,7 +178,7 @@ def test_another_configuration_is_refused_and_says_what_differs(
             go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(MismatchError) as caught:
-        go(store, head, tmp_path / "run", lr=0.25, masking=MaskConfig(kind="random"), epochs=4)
+        go(store, head, tmp_path / "run", lr=0.25, masking=MaskSettings(kind="random"), epochs=4)
     for words in (
         "masking.kind: the run has 'semantic', the settings say 'random'",
         "pretrain.epochs: the run has 3, the settings say 4",

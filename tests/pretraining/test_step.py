@@ -13,12 +13,11 @@ from torch import nn
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective, build_objective
-from milan_pipe.pretraining.settings import PretrainConfig
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.pretraining.settings import PretrainSettings
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.step import Precision, Stepper, resolve_precision
+from milan_pipe.training.settings import Precision
+from milan_pipe.training.step import Stepper, resolve_precision
 
 CPU = torch.device("cpu")
 HEAD = header(size=32, grid=(4, 4), width=12)
@@ -27,11 +26,11 @@ HEAD = header(size=32, grid=(4, 4), width=12)
 def objective(kind: str = "prompting", **change: Any) -> Objective:
     return build_objective(
         HEAD,
-        student=StudentConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2),
-        decoder=DecoderConfig(kind=kind, width=16, depth=2, heads=2),  # type: ignore[arg-type]
-        masking=MaskConfig(),
+        student=StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2),
+        decoder=DecoderSettings(kind=kind, width=16, depth=2, heads=2),  # type: ignore[arg-type]
+        masking=MaskSettings(),
         target="clip",
-        config=PretrainConfig(**change),
+        config=PretrainSettings(**change),
         device=CPU,
     )
 

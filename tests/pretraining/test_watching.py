@@ -18,14 +18,12 @@ from milan_pipe.errors import SettingError, StoreError
 from milan_pipe.evaluation.features import LabelledFeatures, kept_features
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainConfig, Target
+from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.reports.masks import draw_masks, heat
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 
 HEAD = header(format="zarr", shards=1)
-STUDENT = StudentConfig(
+STUDENT = StudentSettings(
     image_size=HEAD.views.size, patch_size=HEAD.views.size // HEAD.teacher.grid[0], width=16, depth=1, heads=2
 )
 
@@ -43,10 +41,10 @@ def go(store: Path, run: Path, target: Target = "clip", **change: Any) -> None:
         store,
         run,
         student=STUDENT,
-        decoder=DecoderConfig(width=16, depth=1, heads=2),
-        masking=MaskConfig(),
+        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        masking=MaskSettings(),
         target=target,
-        config=PretrainConfig(**{**recipe, **change}),
+        config=PretrainSettings(**{**recipe, **change}),
     )
 
 

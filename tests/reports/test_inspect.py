@@ -21,7 +21,7 @@ from milan_pipe.loader.stream import read_batch
 from milan_pipe.reports.inspect_student import pretrained_objective
 from milan_pipe.reports.masks import draw_masks
 from milan_pipe.reports.samples import choose_samples, read_view
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 
@@ -116,7 +116,7 @@ def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: 
     assert report.step == checkpoint.record["step"] == 6
     assert report.cosine[0] == pytest.approx(float(cosine.mean()), abs=1e-6)
     assert report.masked_cosine[0] == pytest.approx(float(cosine.gather(1, split.masked_BM).mean()), abs=1e-6)
-    assert objective.masking == MaskConfig()
+    assert objective.masking == MaskSettings()
     assert Path(report.page).read_text().count("<figure>") == 5
 
 

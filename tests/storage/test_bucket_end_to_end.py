@@ -31,7 +31,8 @@ from milan_pipe import storage
 from milan_pipe.api import extract_targets
 from milan_pipe.config.params import load_params
 from milan_pipe.images.index import read_index
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.storage import place_of
 
 SETTINGS = {
@@ -74,7 +75,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, and their targets in both formats."""
     root = tmp_path_factory.mktemp("local")
-    config = PrepareConfig(train_scenes=SAMPLES, test_scenes=0, samples_per_shard=SAMPLES // SHARDS)
+    config = PrepareSettings(train_scenes=SAMPLES, test_scenes=0, samples_per_shard=SAMPLES // SHARDS)
     prepare("demo", root / "images", config, workers=1)
     threads = torch.get_num_threads()
     for store_format in FORMATS:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from milan_pipe.errors import StoreError
-from milan_pipe.evaluation.features import EmbedConfig, embed_shards
+from milan_pipe.evaluation.features import embed_shards
+from milan_pipe.evaluation.settings import EmbedSettings
 from milan_pipe.storage import place_of
 
 
@@ -36,7 +37,7 @@ def test_features_of_a_bucket(bucket: str, tmp_path: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / f"{number}.tar", 3 * number)
         place_of(bucket).write(f"set/{number}.tar", (tmp_path / f"{number}.tar").read_bytes())
-    config = EmbedConfig(batch_size=4, threads=1)
+    config = EmbedSettings(batch_size=4, threads=1)
     local = embed_shards(tmp_path, embed, 8, config)
     remote = embed_shards(f"{bucket}/set", embed, 8, config)
     assert remote.label_N.tolist() == local.label_N.tolist() == list(range(6))

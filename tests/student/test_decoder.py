@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.student.decoder import DecoderConfig, PlainDecoder, PromptingDecoder, build_decoder
+from milan_pipe.student.decoder import PlainDecoder, PromptingDecoder, build_decoder
 from milan_pipe.student.encoder import sincos_position_embedding
 from milan_pipe.student.masking import draw_split, mask_noise
+from milan_pipe.student.settings import DecoderSettings
 
 WIDTH, HEADS, GRID, OUT = 16, 4, (3, 4), 10
 PATCHES = GRID[0] * GRID[1]
@@ -21,7 +22,7 @@ PATCHES = GRID[0] * GRID[1]
 def perturbed(kind, depth=2):
     """A float64 decoder in which no bias is zero and no norm is one, so that each of them shows."""
     torch.manual_seed(1)
-    decoder = build_decoder(DecoderConfig(kind=kind, width=WIDTH, depth=depth, heads=HEADS), 20, GRID, OUT).double()
+    decoder = build_decoder(DecoderSettings(kind=kind, width=WIDTH, depth=depth, heads=HEADS), 20, GRID, OUT).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -120,39 +121,39 @@ def test_every_prompt_reaches_every_masked_token(case):
 
 
 def test_positions_are_fixed_and_named_as_published():
-    decoder = build_decoder(DecoderConfig(), 20, GRID, OUT)
+    decoder = build_decoder(DecoderSettings(), 20, GRID, OUT)
     assert not decoder.decoder_pos_embed.requires_grad
     assert_close(decoder.decoder_pos_embed.detach(), sincos_position_embedding(64, *GRID))
     heads = {name.split(".")[0] for name in decoder.state_dict()}
     published = {"mask_token", "decoder_pos_embed", "decoder_embed", "decoder_blocks", "decoder_norm", "decoder_pred"}
     assert heads == published
     assert isinstance(decoder, PromptingDecoder)
-    assert isinstance(build_decoder(DecoderConfig(kind="plain"), 20, GRID, OUT), PlainDecoder)
+    assert isinstance(build_decoder(DecoderSettings(kind="plain"), 20, GRID, OUT), PlainDecoder)
 
 
 @pytest.mark.parametrize("kind", ["prompting", "plain"])
 def test_shapes_that_do_not_fit_are_refused(kind, case):
     latent, split = case
-    decoder = build_decoder(DecoderConfig(kind=kind, width=WIDTH), 20, GRID, OUT)
+    decoder = build_decoder(DecoderSettings(kind=kind, width=WIDTH), 20, GRID, OUT)
     for wrong in (latent[:, 1:], latent[:2], latent[..., :19], latent[0]):
         with pytest.raises(ShapeError, match="latent"):
             decoder(wrong.float(), split)
     with pytest.raises(ShapeError, match="3 x 3 = 9"):
-        build_decoder(DecoderConfig(kind=kind, width=WIDTH), 20, (3, 3), OUT)(latent.float(), split)
+        build_decoder(DecoderSettings(kind=kind, width=WIDTH), 20, (3, 3), OUT)(latent.float(), split)
 
 
 @pytest.mark.parametrize("kind", ["prompting", "plain"])
 def test_sizes_that_do_not_fit_are_refused(kind):
     with pytest.raises(SettingError, match="heads 3"):
-        build_decoder(DecoderConfig(kind=kind, heads=3), 20, GRID, OUT)
+        build_decoder(DecoderSettings(kind=kind, heads=3), 20, GRID, OUT)
     with pytest.raises(SettingError, match="multiple of 4"):
-        build_decoder(DecoderConfig(kind=kind, width=6, heads=3), 20, GRID, OUT)
+        build_decoder(DecoderSettings(kind=kind, width=6, heads=3), 20, GRID, OUT)
 
 
 @pytest.mark.parametrize("kind", ["prompting", "plain"])
 def test_half_precision_autocast_runs(kind, case):
     latent, split = case
-    decoder = build_decoder(DecoderConfig(kind=kind, width=WIDTH), 20, GRID, OUT)
+    decoder = build_decoder(DecoderSettings(kind=kind, width=WIDTH), 20, GRID, OUT)
     plain = decoder(latent.float(), split)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = decoder(latent.float(), split)

@@ -10,16 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import (
-    StudentConfig,
-    build_encoder,
-    encode_all,
-    encode_visible,
-    sincos_position_embedding,
-)
+from milan_pipe.student.encoder import build_encoder, encode_all, encode_visible, sincos_position_embedding
 from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise
 from milan_pipe.student.model import MaskedStudent, build_student
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 SMALL = {"image_size": 24, "patch_size": 6, "width": 32, "depth": 2, "heads": 2}
 
@@ -27,7 +21,7 @@ SMALL = {"image_size": 24, "patch_size": 6, "width": 32, "depth": 2, "heads": 2}
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    built = build_encoder(StudentConfig(**SMALL))
+    built = build_encoder(StudentSettings(**SMALL))
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -95,7 +89,7 @@ def test_gradient_checkpointing_changes_nothing(encoder, images):
 
 
 def test_compiles_whole():
-    student = build_student(StudentConfig(**SMALL), DecoderConfig(width=16, depth=1), 10)
+    student = build_student(StudentSettings(**SMALL), DecoderSettings(width=16, depth=1), 10)
     images, split = torch.randn(2, 3, 24, 24), draw_split(None, mask_noise(0, 0, ["a", "b"], 16), 4)
     compiled = torch.compile(student, backend="eager", fullgraph=True)
     assert_close(compiled(images, split), student(images, split))
@@ -114,7 +108,7 @@ def test_position_embedding_against_its_formula():
 
 
 def test_fresh_weights_are_maes():
-    encoder = build_encoder(StudentConfig(**SMALL))
+    encoder = build_encoder(StudentSettings(**SMALL))
     table = sincos_position_embedding(32, 4, 4)
     assert_close(encoder.pos_embed.detach(), table, rtol=0, atol=0)
     assert [name for name, p in encoder.named_parameters() if not p.requires_grad] == ["pos_embed"]
@@ -128,7 +122,7 @@ def test_fresh_weights_are_maes():
 
 
 def test_the_models_own_sizes():
-    config = StudentConfig(
+    config = StudentSettings(
         model="vit_tiny_patch16_224", image_size=32, patch_size=None, width=None, depth=1, heads=None
     )
     assert config.grid == (2, 2)
@@ -158,7 +152,7 @@ def test_the_models_own_sizes():
 )
 def test_settings_that_cannot_work(change, match):
     with pytest.raises(SettingError, match=match):
-        build_encoder(StudentConfig(**{**SMALL, **change}))
+        build_encoder(StudentSettings(**{**SMALL, **change}))
 
 
 def test_shapes_that_do_not_fit_are_refused(encoder, images):
@@ -173,6 +167,6 @@ def test_shapes_that_do_not_fit_are_refused(encoder, images):
 
 
 def test_encoder_and_decoder_must_fit(encoder):
-    other = build_student(StudentConfig(**{**SMALL, "patch_size": 8}), DecoderConfig(), 10)
+    other = build_student(StudentSettings(**{**SMALL, "patch_size": 8}), DecoderSettings(), 10)
     with pytest.raises(ShapeError, match="decoder is for grid"):
         MaskedStudent(encoder, other.decoder)

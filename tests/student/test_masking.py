@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milan_pipe.errors import DataError, SettingError, ShapeError
-from milan_pipe.student.masking import MaskConfig, MaskSplit, draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
+from milan_pipe.student.settings import MaskSettings
 
 WEIGHTS = [0.4, 0.05, 0.25, 0.1, 0.2]
 DRAWS = 12_000
@@ -202,14 +203,14 @@ def test_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(SettingError, match="mask ratio"):
         visible_count(16, ratio)
     with pytest.raises(SettingError, match=r"params, mask\.ratio"):
-        MaskConfig.parse({"ratio": ratio}, "params, mask")
+        MaskSettings.parse({"ratio": ratio}, "params, mask")
 
 
 def test_unknown_mode_and_key_are_refused():
     with pytest.raises(SettingError, match="kind"):
-        MaskConfig.parse({"kind": "semantics"}, "mask")
+        MaskSettings.parse({"kind": "semantics"}, "mask")
     with pytest.raises(SettingError, match="did you mean 'ratio'"):
-        MaskConfig.parse({"ration": 0.5}, "mask")
+        MaskSettings.parse({"ration": 0.5}, "mask")
 
 
 def test_the_record_checks_itself():

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from milan_pipe.errors import MismatchError, SettingError
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig, encode_visible
+from milan_pipe.student.encoder import encode_visible
 from milan_pipe.student.loss import feature_loss
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict, student_from_published
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
@@ -75,8 +75,8 @@ def test_order_inside_the_split_does_not_matter(oracle):
 
 def tiny(kind="prompting", **student):
     sizes = {"image_size": 16, "patch_size": 4, "width": 64, "depth": 3, "heads": 1, **student}
-    decoder = DecoderConfig(kind=kind, width=24, depth=3, heads=3)
-    return build_student(StudentConfig(**sizes), decoder, output_width=10)
+    decoder = DecoderSettings(kind=kind, width=24, depth=3, heads=3)
+    return build_student(StudentSettings(**sizes), decoder, output_width=10)
 
 
 @pytest.mark.parametrize("kind", ["prompting", "plain"])

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from milan_pipe.student.encoder import StudentConfig
+from milan_pipe.student.settings import StudentSettings
 
-TINY = StudentConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2)
+TINY = StudentSettings(image_size=16, patch_size=4, width=16, depth=2, heads=2)
 NAMES = ("ant", "bee", "cat")
 
 

@@ -12,7 +12,7 @@ import torch
 
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.storage import place_of
-from milan_pipe.targets.codec import CodecConfig, build_codec
+from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     CodecInfo,
@@ -25,6 +25,7 @@ from milan_pipe.targets.schema import (
     ViewInfo,
     ViewRun,
 )
+from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 
 BAD = (("worse", "damaged"),)
@@ -33,7 +34,7 @@ BAD = (("worse", "damaged"),)
 @cache
 def codec_info(name: str, zstd_level: int, width: int) -> CodecInfo:
     """A codec of `width` dimensions; `klt` is fitted to noise."""
-    config = CodecConfig(name=name, zstd_level=zstd_level)  # type: ignore[arg-type]
+    config = CodecSettings(name=name, zstd_level=zstd_level)  # type: ignore[arg-type]
     features = torch.randn(32, 5, width, generator=torch.Generator().manual_seed(0))
     return build_codec(config, features).info
 

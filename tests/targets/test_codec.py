@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milan_pipe.errors import DataError, ShapeError
-from milan_pipe.targets.codec import CodecConfig, Float16Codec, Int8Codec, build_codec, codec_of, mean_cosine
+from milan_pipe.targets.codec import Float16Codec, Int8Codec, build_codec, codec_of, mean_cosine
 from milan_pipe.targets.schema import CodecInfo
+from milan_pipe.targets.settings import CodecSettings
 
 
 def features(seed, shape=(4, 17, 64), spread=1.0):
@@ -82,7 +83,7 @@ def test_mean_cosine_sees_the_seventh_digit():
 
 @pytest.mark.parametrize("name", ["int8", "float16"])
 def test_found_again_by_its_header(name):
-    codec = build_codec(CodecConfig(name=name))
+    codec = build_codec(CodecSettings(name=name))
     assert type(codec_of(codec.info)) is type(codec)
     code, scale = codec.encode(features(4))
     assert np.dtype(codec.dtype) == code.numpy().dtype
@@ -91,7 +92,7 @@ def test_found_again_by_its_header(name):
 
 @pytest.mark.parametrize("name", ["int8", "float16"])
 def test_header_says_only_what_concerns_the_codec(name):
-    config = CodecConfig(name=name, quality=0.9, fit_samples=7, zstd_level=3)
+    config = CodecSettings(name=name, quality=0.9, fit_samples=7, zstd_level=3)
     info = build_codec(config).info
     assert info == CodecInfo(name=name, zstd_level=3)
     assert codec_of(info).info == info
@@ -99,9 +100,9 @@ def test_header_says_only_what_concerns_the_codec(name):
 
 
 def test_header_fields_tell_settings_apart():
-    klt = CodecConfig(name="klt", quality=0.99).header_fields()
+    klt = CodecSettings(name="klt", quality=0.99).header_fields()
     assert klt == {"name": "klt", "zstd_level": 1, "quality": 0.99}
-    assert CodecConfig(name="int8", quality=0.99).header_fields() == CodecConfig().header_fields()
+    assert CodecSettings(name="int8", quality=0.99).header_fields() == CodecSettings().header_fields()
 
 
 def test_refusals():

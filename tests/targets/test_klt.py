@@ -14,10 +14,12 @@ from numcodecs import Zstd
 
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.images.scenes import render_scene
-from milan_pipe.targets.codec import CodecConfig, build_codec, codec_of, mean_cosine
+from milan_pipe.targets.codec import build_codec, codec_of, mean_cosine
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.targets.settings import CodecSettings
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 
 def features(seed, shape=(16, 17, 48), offset=1.0):
@@ -46,7 +48,7 @@ def bits_per_dimension(codec, values_pst):
 @pytest.fixture(scope="module")
 def scenes():
     """Features (P, S, T) of the bundled teacher, of pictures that it was not trained on."""
-    teacher = load_teacher(TeacherConfig(), torch.device("cpu"))
+    teacher = load_teacher(TeacherSettings(), torch.device("cpu"))
     pixels = np.stack([render_scene(7, index).image for index in range(288)])
     return torch.cat([teacher(batch).features_BST for batch in torch.from_numpy(pixels).split(64)])
 
@@ -112,7 +114,7 @@ def test_a_sample_in_batches_gives_the_same_codec():
 
 
 def test_found_again_by_its_header():
-    codec = build_codec(CodecConfig(name="klt", quality=0.995, zstd_level=3), features(0))
+    codec = build_codec(CodecSettings(name="klt", quality=0.995, zstd_level=3), features(0))
     again = codec_of(CodecInfo.model_validate_json(codec.info.model_dump_json()))
     assert again.info == codec.info
     assert (again.info.quality, again.info.zstd_level) == (0.995, 3)
@@ -229,7 +231,7 @@ def test_a_sample_that_says_nothing_is_refused():
     with pytest.raises(DataError, match="no features"):
         fit_klt([], 0.99)
     with pytest.raises(DataError, match=r"klt is fitted.*found none"):
-        build_codec(CodecConfig(name="klt"))
+        build_codec(CodecSettings(name="klt"))
     with pytest.raises(ShapeError, match=r"\(P, S, T\).*\(5, 6\)"):
         fit_klt(torch.ones(5, 6), 0.99)
     with pytest.raises(ShapeError, match="several"):
@@ -246,7 +248,7 @@ def test_impossible_quality_is_refused(quality):
     with pytest.raises(DataError, match="above 0 and below 1"):
         fit_klt(features(0), quality)
     with pytest.raises(ValueError, match="quality"):
-        CodecConfig(name="klt", quality=quality)
+        CodecSettings(name="klt", quality=quality)
 
 
 @pytest.mark.parametrize("change", [{"mean": None}, {"basis": None}, {"step": None}, {"quality": None}])

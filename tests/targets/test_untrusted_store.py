@@ -12,7 +12,7 @@ from support.targets import header, write_store
 
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.reports.inspect_targets import inspect_targets
-from milan_pipe.student.masking import MaskConfig
+from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets import ledger
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets
@@ -50,7 +50,7 @@ def test_a_shard_of_another_name_is_refused_by_every_reader(tmp_path: Path, stor
     asks: list[Callable[[], object]] = [
         lambda: open_targets(store),
         lambda: convert_targets(store, tmp_path / "new" / "store", format="zarr"),
-        lambda: inspect_targets(store, tmp_path / "looks", masking=MaskConfig()),
+        lambda: inspect_targets(store, tmp_path / "looks", masking=MaskSettings()),
     ]
     for ask in asks:
         with pytest.raises(DataError, match="not written by milan-pipe"):

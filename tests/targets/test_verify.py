@@ -17,7 +17,8 @@ from support.targets import header, random_blocks, source, tree, write_blocks, w
 from milan_pipe.api import extract_targets, verify_targets
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError
-from milan_pipe.images.prepare import PrepareConfig, prepare
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.targets import ledger
 from milan_pipe.targets.schema import TargetBlock, ViewRun
@@ -327,7 +328,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    config = PrepareConfig(train_scenes=136, test_scenes=0, samples_per_shard=132)
+    config = PrepareSettings(train_scenes=136, test_scenes=0, samples_per_shard=132)
     prepare("demo", folder, config, workers=1)
     return folder
 

@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
 from milan_pipe.images.scenes import render_scene
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
+from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.teacher.source import demo_folder
 
 DEMO_MODEL = "milan-demo-ViT-S-8-64"
@@ -25,7 +26,7 @@ DEMO_MODEL = "milan-demo-ViT-S-8-64"
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_teacher(TeacherConfig())
+    return load_teacher(TeacherSettings())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +60,7 @@ def scenes(count, seed=77):
 )
 def test_refused(settings, kind, message):
     with pytest.raises(kind, match=message) as caught:
-        load_teacher(TeacherConfig(**settings))
+        load_teacher(TeacherSettings(**settings))
     assert "\n" not in str(caught.value)
 
 
@@ -67,7 +68,7 @@ def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingError, match=r"laion2b_s34b_b79k.*cannot be had.*teacher.pretrained=PATH") as caught:
-        load_teacher(TeacherConfig(model="ViT-B-32", pretrained="laion2b_s34b_b79k"))
+        load_teacher(TeacherSettings(model="ViT-B-32", pretrained="laion2b_s34b_b79k"))
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +100,7 @@ def test_unusable_checkpoint_is_one_line(name, kind, message, tmp_path):
     path = tmp_path / name
     damaged(name, path)
     with pytest.raises(kind, match=message) as caught:
-        load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(path)))
+        load_teacher(TeacherSettings(model=DEMO_MODEL, pretrained=str(path)))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -110,7 +111,7 @@ def test_unusable_checkpoint_is_one_line(name, kind, message, tmp_path):
 def test_local_checkpoint_is_the_bundled_teacher(demo, tmp_path):
     path = tmp_path / "copy.safetensors"
     save_file(load_file(demo_folder() / WEIGHTS_NAME), path)
-    local = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(path)))
+    local = load_teacher(TeacherSettings(model=DEMO_MODEL, pretrained=str(path)))
     assert local.info.weights_sha256 == demo.info.weights_sha256
     # The place of a checkpoint is not part of the identity.
     assert local.info.pretrained == "copy.safetensors"
@@ -122,7 +123,7 @@ def test_digest_changes_with_one_weight(demo, tmp_path):
     weights = load_file(demo_folder() / WEIGHTS_NAME)
     weights["visual.transformer.resblocks.2.ln_1.bias"][7] += 1e-4
     save_file(weights, tmp_path / "changed.safetensors")
-    changed = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(tmp_path / "changed.safetensors")))
+    changed = load_teacher(TeacherSettings(model=DEMO_MODEL, pretrained=str(tmp_path / "changed.safetensors")))
     assert changed.info.weights_sha256 != demo.info.weights_sha256
 
 
@@ -130,20 +131,20 @@ def test_digest_ignores_the_text_tower(demo, tmp_path):
     weights = load_file(demo_folder() / WEIGHTS_NAME)
     weights["text_projection"] += 1
     save_file(weights, tmp_path / "text.safetensors")
-    changed = load_teacher(TeacherConfig(model=DEMO_MODEL, pretrained=str(tmp_path / "text.safetensors")))
+    changed = load_teacher(TeacherSettings(model=DEMO_MODEL, pretrained=str(tmp_path / "text.safetensors")))
     assert changed.info.weights_sha256 == demo.info.weights_sha256
 
 
 def test_random_weights_are_the_same_everywhere(demo):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
-    first = load_teacher(TeacherConfig(pretrained="random"))
+    first = load_teacher(TeacherSettings(pretrained="random"))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(9)
-    second = load_teacher(TeacherConfig(pretrained="random"))
+    second = load_teacher(TeacherSettings(pretrained="random"))
     code = (
-        "from milan_pipe.teacher.clip import TeacherConfig, load_teacher;"
-        "print(load_teacher(TeacherConfig(pretrained='random')).info.weights_sha256)"
+        "from milan_pipe.teacher.clip import TeacherSettings, load_teacher;"
+        "print(load_teacher(TeacherSettings(pretrained='random')).info.weights_sha256)"
     )
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert first.info.weights_sha256 == second.info.weights_sha256 == other[-1]
@@ -162,7 +163,7 @@ def test_info(demo):
 
 def test_normalisation_is_as_named(demo):
     pixels = scenes(3)
-    imagenet = load_teacher(TeacherConfig(normalization="imagenet"))
+    imagenet = load_teacher(TeacherSettings(normalization="imagenet"))
     assert imagenet.info.normalization == "imagenet"
     assert_close(imagenet.mean.flatten(), 255 * torch.tensor([0.485, 0.456, 0.406]))
     assert_close(imagenet.std.flatten(), 255 * torch.tensor([0.229, 0.224, 0.225]))
@@ -195,7 +196,7 @@ def test_other_sizes_are_resized(demo):
 
 
 def test_image_size_setting_changes_the_grid():
-    teacher = load_teacher(TeacherConfig(pretrained="random", image_size=32))
+    teacher = load_teacher(TeacherSettings(pretrained="random", image_size=32))
     assert (teacher.info.image_size, teacher.info.grid) == (32, (4, 4))
     assert teacher(scenes(1)).features_BST.shape == (1, 17, 128)
 

@@ -20,8 +20,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from milan_pipe.errors import DataError, MismatchError, SettingError
-from milan_pipe.teacher.clip import TeacherConfig, _build_tower, _resolve_precision, load_teacher
+from milan_pipe.teacher.clip import _build_tower, _resolve_precision, load_teacher
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
+from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size, grid_of, tower_outputs
 
@@ -76,12 +77,12 @@ def pictures(count=2, side=224):
 def trained(name):
     """A tower's tensors with other values than a fresh one has."""
     torch.manual_seed(11)
-    weights = load_teacher(TeacherConfig(model=name, pretrained="random")).visual.state_dict()
+    weights = load_teacher(TeacherSettings(model=name, pretrained="random")).visual.state_dict()
     return {key: value + 0.1 * torch.randn_like(value) for key, value in weights.items()}
 
 
 def loaded(name, path, **settings):
-    return load_teacher(TeacherConfig(model=name, pretrained=str(path), **settings))
+    return load_teacher(TeacherSettings(model=name, pretrained=str(path), **settings))
 
 
 # --- weights and identity -----------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_identity_is_of_the_image_towers_tensors(name, tmp_path):
     weights = trained(name)
     first = loaded(name, save_as("model.safetensors", weights, tmp_path)).info.weights_sha256
     assert first == loaded(name, save_as("epoch_3.pt", weights, tmp_path)).info.weights_sha256
-    seen = {first, load_teacher(TeacherConfig(model=name, pretrained="random")).info.weights_sha256}
+    seen = {first, load_teacher(TeacherSettings(model=name, pretrained="random")).info.weights_sha256}
     for key in [next(iter(weights)), list(weights)[-1]]:
         changed = {**weights, key: weights[key].clone()}
         changed[key].view(-1)[0] += 1e-3
@@ -133,9 +134,9 @@ def test_identity_is_of_the_image_towers_tensors(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_random_weights_do_not_depend_on_the_callers_generator(name):
     torch.manual_seed(1)
-    first = load_teacher(TeacherConfig(model=name, pretrained="random"))
+    first = load_teacher(TeacherSettings(model=name, pretrained="random"))
     torch.manual_seed(2)
-    second = load_teacher(TeacherConfig(model=name, pretrained="random"))
+    second = load_teacher(TeacherSettings(model=name, pretrained="random"))
     assert first.info == second.info
     assert torch.equal(first(pictures()).features_BST, second(pictures()).features_BST)
 
@@ -145,7 +146,7 @@ def test_tag_is_fetched_and_loaded_as_a_file_is(monkeypatch, tmp_path):
     tags = {"webli": {"url": "https://somewhere/model.safetensors", "mean": (0.4, 0.5, 0.6), "std": HALF}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, SIGLIP, tags)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda config: str(path) if config == tags["webli"] else "")
-    teacher = load_teacher(TeacherConfig(model=SIGLIP, pretrained="webli"))
+    teacher = load_teacher(TeacherSettings(model=SIGLIP, pretrained="webli"))
     assert teacher.info.pretrained == "webli"
     assert teacher.info.weights_sha256 == loaded(SIGLIP, path).info.weights_sha256
     assert_close(teacher.mean.flatten(), 255 * torch.tensor([0.4, 0.5, 0.6]))
@@ -225,7 +226,7 @@ def test_activation_is_the_one_that_the_weights_were_trained_with(model, pretrai
 @pytest.mark.parametrize("name", FAMILIES)
 def test_grid_of_the_student_sets_the_size(name, tmp_path):
     path = save_as("model.safetensors", trained(name), tmp_path)
-    config = TeacherConfig(model=name, pretrained=str(path))
+    config = TeacherSettings(model=name, pretrained=str(path))
     own, matched = load_teacher(config), load_teacher(config, grid=(14, 14))
     assert (own.info.image_size, own.info.grid) == (224, (16, 16))
     assert (matched.info.image_size, matched.info.grid) == (196, (14, 14))
@@ -246,7 +247,7 @@ def test_grid_of_the_student_sets_the_size(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stated_size_wins_over_the_grid(name):
-    teacher = load_teacher(TeacherConfig(model=name, pretrained="random", image_size=112), grid=(14, 14))
+    teacher = load_teacher(TeacherSettings(model=name, pretrained="random", image_size=112), grid=(14, 14))
     assert (teacher.info.image_size, teacher.info.grid) == (112, (8, 8))
 
 
@@ -254,7 +255,7 @@ def test_stated_size_wins_over_the_grid(name):
 def test_interpolated_position_is_open_clips_own(tmp_path):
     weights = trained(NATIVE)
     path = save_as("model.safetensors", weights, tmp_path)
-    teacher = load_teacher(TeacherConfig(model=NATIVE, pretrained=str(path)), grid=(14, 14))
+    teacher = load_teacher(TeacherSettings(model=NATIVE, pretrained=str(path)), grid=(14, 14))
     reference = open_clip.create_model(NATIVE, force_image_size=196)
     whole = {f"visual.{key}": value for key, value in weights.items()}
     open_clip.model.resize_pos_embed(whole, reference)
@@ -278,12 +279,12 @@ def test_checkpoint_of_another_size_is_interpolated(tmp_path):
 @pytest.mark.parametrize(("size", "near"), [(200, "196 or 210"), (10, "14")])
 def test_size_that_cuts_patches_is_refused(name, size, near):
     with pytest.raises(SettingError, match=rf"image_size is {size}, expected a multiple of 14.*as {near}$"):
-        load_teacher(TeacherConfig(model=name, pretrained="random", image_size=size))
+        load_teacher(TeacherSettings(model=name, pretrained="random", image_size=size))
 
 
 def test_oblong_grid_is_refused():
     with pytest.raises(SettingError, match=r"14 x 7 patches.*square"):
-        load_teacher(TeacherConfig(model=NATIVE, pretrained="random"), grid=(14, 7))
+        load_teacher(TeacherSettings(model=NATIVE, pretrained="random"), grid=(14, 7))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_local_checkpoint_is_normalised_as_its_model_or_its_description_says(tmp
 @torch.inference_mode()
 def test_pixels_are_normalised_as_named(name, mean):
     for kind, expected in [("clip", mean), ("imagenet", IMAGENET.mean)]:
-        teacher = load_teacher(TeacherConfig(model=name, pretrained="random", normalization=kind))
+        teacher = load_teacher(TeacherSettings(model=name, pretrained="random", normalization=kind))
         assert teacher.info.normalization == kind
         assert_close(teacher.mean.flatten(), 255 * torch.tensor(expected))
         std = {OPENAI.mean: OPENAI.std, HALF: HALF, IMAGENET.mean: IMAGENET.std}[expected]
@@ -370,12 +371,12 @@ def test_auto_follows_the_device():
     assert _resolve_precision("auto", torch.device("cuda:1")) == "bfloat16"
     assert _resolve_precision("auto", torch.device("cpu")) == "float32"
     assert _resolve_precision("float32", torch.device("cuda")) == "float32"
-    assert load_teacher(TeacherConfig(model=NATIVE, pretrained="random")).info.precision == "float32"
+    assert load_teacher(TeacherSettings(model=NATIVE, pretrained="random")).info.precision == "float32"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_residual_stream_stays_in_float32(name):
-    teacher = load_teacher(TeacherConfig(model=name, pretrained="random", precision="bfloat16"))
+    teacher = load_teacher(TeacherSettings(model=name, pretrained="random", precision="bfloat16"))
     norm = teacher.visual.ln_post if name == NATIVE else teacher.visual.trunk.norm
     seen = []
     norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))

@@ -24,7 +24,8 @@ from torch.testing import assert_close
 from milan_pipe import api
 from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
-from milan_pipe.teacher.clip import TeacherConfig, load_teacher
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.settings import TeacherSettings
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 NATIVE = {"image_size": 64, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
@@ -87,7 +88,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def load(model, **settings):
-    return load_teacher(TeacherConfig(model=model, **settings))
+    return load_teacher(TeacherSettings(model=model, **settings))
 
 
 def pixels(side):

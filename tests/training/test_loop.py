@@ -11,9 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from milan_pipe.student.decoder import DecoderConfig
-from milan_pipe.student.encoder import StudentConfig
 from milan_pipe.student.model import build_student
+from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw, decays
 from milan_pipe.training.schedule import cosine_lr
@@ -69,8 +68,8 @@ def test_decay_of_a_real_vit_goes_to_matrices_only() -> None:
 
 
 def test_the_masked_student_has_every_trainable_parameter_in_one_group() -> None:
-    sizes = StudentConfig(image_size=32, patch_size=8, width=16, depth=1, heads=2)
-    model = build_student(sizes, DecoderConfig(width=16, depth=1, heads=2), 8)
+    sizes = StudentSettings(image_size=32, patch_size=8, width=16, depth=1, heads=2)
+    model = build_student(sizes, DecoderSettings(width=16, depth=1, heads=2), 8)
     found = groups_by_name(model)
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert "encoder.pos_embed" not in found

@@ -1,0 +1,130 @@
+"""How a student is judged: features, neighbours, probes, fine-tuning and segmentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from milan_pipe.config.base import Settings
+from milan_pipe.training.settings import Beta, RunSettings
+
+Pool = Literal["cls", "mean"]
+"""Which tokens stand for the picture: the class token, or the mean of the patches."""
+
+
+class EmbedSettings(Settings):
+    """How pictures become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
+
+    batch_size: int = Field(256, ge=1, description="pictures in one forward pass")
+    threads: int = Field(0, ge=0, description="threads that decode pictures; 0: one per processor")
+    crop: float = Field(
+        1.0, gt=0, le=1, description="side of the centre square over the shorter side; ImageNet's custom is 0.875"
+    )
+    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
+
+
+class KnnSettings(Settings):
+    """How neighbours vote."""
+
+    neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (10, 20, 100, 200), min_length=1, description="each number of neighbours to report"
+    )
+    temperature: float = Field(
+        0.07, gt=0, allow_inf_nan=False, description="a neighbour's vote is exp(cosine / temperature)"
+    )
+
+
+class LinearProbeSettings(Settings):
+    """How the classifier is fitted. Minimised is mean cross-entropy + l2 / 2 * squared weights, the bias left free."""
+
+    l2: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="strengths to choose from; one alone is taken as it is"
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of the train pictures on which the strength is chosen"
+    )
+    max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
+    seed: int = Field(0, ge=0, description="draws the pictures on which the strength is chosen")
+
+
+class AugmentSettings(Settings):
+    """Augmentation of training pictures; defaults are those of the scenes, the recipes have ImageNet's."""
+
+    scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored picture")
+    auto_augment: str | None = Field(
+        None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
+    )
+    erasing: float = Field(0.0, ge=0, le=1, description="probability that a rectangle is replaced by noise")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
+    smoothing: float = Field(0.1, ge=0, lt=1, description="of the labels")
+
+
+PLAIN = AugmentSettings(smoothing=0.0)
+"""Crop and flip alone, as a linear probe takes them."""
+
+
+class FinetuneSettings(RunSettings):
+    """The recipe of fine-tuning; defaults are those of the scenes."""
+
+    epochs: int = Field(1, ge=1)
+    warmup_epochs: float = Field(0.2, ge=0)
+    batch_size: int = Field(64, ge=1, description="over all ranks")
+    lr: float = Field(4e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    min_lr: float = Field(1e-6, ge=0, description="at the end of the cosine")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(0.75, gt=0, le=1, description="of the learning rate, from each layer to the one below")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of a mean of the weights, which is then evaluated")
+    image_size: int | None = Field(None, ge=1, description="side of the input; none: the student's")
+    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the labels that is used, of each class")
+    eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
+
+
+class LarsProbeSettings(RunSettings):
+    """The protocol of the linear probe; defaults are those of the scenes."""
+
+    epochs: int = Field(20, ge=1)
+    warmup_epochs: float = Field(2, ge=0)
+    batch_size: int = Field(512, ge=1, description="over all ranks")
+    lr: float = Field(5.0, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    scale: tuple[float, float] = Field((0.08, 1.0), description="least and greatest share of the area that is cropped")
+    pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
+    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
+    eval_every: int = Field(5, ge=1, description="epochs between two evaluations")
+
+
+class SegmentSettings(RunSettings):
+    """The recipe of segmentation; defaults are those of the scenes."""
+
+    steps: int = Field(400, ge=1)
+    warmup_steps: int = Field(40, ge=0)
+    batch_size: int = Field(8, ge=1, description="over all ranks")
+    lr: float = Field(2e-3, gt=0, description="as it is used, whatever the batch")
+    power: float = Field(1.0, gt=0, description="of the polynomial decay")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(0.75, gt=0, le=1, description="of the learning rate, from each block to the one below")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
+    crop: int | None = Field(None, ge=1, description="side of training crops and of windows; none: the student's input")
+    short_side: int | None = Field(None, ge=1, description="of pictures, at ratio 1 and when tested; none: the crop")
+    ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training pictures")
+    stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="of pictures in a second evaluation at the end, each with its mirror; none: no such"
+    )
+    blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
+    channels: int = Field(32, ge=1, description="of UperNet's decoder")
+    auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
+    classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
+    ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
+    reduce_zero_label: bool | None = Field(
+        None, description="0 stands for no class, k for class k - 1; none: in ADE20K's layout alone"
+    )
+    eval_every: int = Field(400, ge=1, description="steps between two evaluations")
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the pictures that is trained on")

@@ -1,0 +1,30 @@
+"""How features are stored."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from milan_pipe.config.base import Settings
+
+
+class CodecSettings(Settings):
+    """How features are stored."""
+
+    name: Literal["int8", "float16", "klt"] = Field(
+        "int8",
+        description="int8: one byte a dimension and a scale per token; float16: two bytes, nearly exact; klt: fitted "
+        "to the data, the smallest",
+    )
+    quality: float = Field(0.999, gt=0, lt=1, description="klt: mean cosine to reach")
+    fit_samples: int = Field(512, ge=1, description="klt: pictures that it is fitted to")
+    zstd_level: int = Field(1, ge=0, le=19, description="entropy coder of the codes; 0 stores them as they are")
+
+    def header_fields(self) -> dict[str, Any]:
+        """What a store's header must say of the codec for a run with this setting to go on in it."""
+        return {
+            "name": self.name,
+            "zstd_level": self.zstd_level,
+            "quality": self.quality if self.name == "klt" else None,
+        }
