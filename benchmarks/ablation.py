@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from milan_pipe import api
+from milan_pipe.config.command import TEACHER
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.evaluation.backbone import RANDOM
 from milan_pipe.evaluation.features import LabelledFeatures, embed_shards
+from milan_pipe.evaluation.frozen import Subject, subject_of
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
-from milan_pipe.evaluation.subjects import TEACHER, Subject, subject_of
 
 ROWS = {
     "hog": ("HOG + plain + random (MaskFeat's target)", ("target=hog", "decoder.kind=plain", "masking.kind=random")),
@@ -39,14 +40,8 @@ POOLS = ("cls", "mean")
 
 
 def _subject(checkpoint: str, params: Params, pool: str) -> Subject:
-    return subject_of(
-        checkpoint,
-        student=params.student,
-        teacher=params.teacher,
-        embed=params.embed.model_copy(update={"pool": pool}),
-        device=params.pretrain.device,
-        seed=params.pretrain.seed,
-    )
+    embed = params.embed.model_copy(update={"pool": pool})
+    return subject_of(checkpoint, params.model_copy(update={"embed": embed}))
 
 
 def evaluate(checkpoint: str, images: Path, params: Params) -> dict[str, float]:

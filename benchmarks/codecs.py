@@ -25,6 +25,7 @@ from benchmarks.ablation import evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.images.views import decode_jpeg
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.teacher.clip import load_teacher
@@ -75,7 +76,7 @@ def fidelity(work: Path, row: str, params: Params) -> dict[str, float]:
     """Bits, cosines and speeds of a row."""
     store = open_targets(work / f"targets-{row}")
     pictures, code, scale = _stored(store)
-    teacher = load_teacher(params.teacher, torch.device("cpu"), grid=params.student.grid)
+    teacher = load_teacher(params.teacher, torch.device("cpu"), grid=grid_of(params.student))
     truth = torch.cat(
         [teacher(torch.from_numpy(np.stack(pictures[at : at + 64]))).features_BST for at in range(0, len(pictures), 64)]
     )

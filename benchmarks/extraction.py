@@ -33,17 +33,18 @@ import torch
 from dask.distributed import Client, LocalCluster
 from PIL import Image
 
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import render_sample
 from milan_pipe.extraction.run import ExtractReport, extract_targets
-from milan_pipe.extraction.settings import ExtractSettings
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.images.views import decode_jpeg
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.teacher.clip import Teacher, load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 SIZE, BATCH, SHARD_IMAGES = 224, 64, 250
 TEACHER = TeacherSettings(model="ViT-B-16", pretrained="random")
@@ -111,11 +112,12 @@ def _extract(images: Path, targets: Path, views: int, device: str, **extract: An
     return extract_targets(
         images,
         targets,
-        teacher=TEACHER,
-        views=ViewSettings(count=views, scale=(0.2, 1)),
-        view_size=SIZE,
-        codec=CodecSettings(),
-        extract=ExtractSettings(batch_size=BATCH, device=device, **extract),
+        Params(
+            teacher=TEACHER,
+            views=ViewSettings(count=views, scale=(0.2, 1)),
+            student=StudentSettings(image_size=SIZE, patch_size=16),
+            extract=ExtractSettings(batch_size=BATCH, device=device, **extract),
+        ),
     )
 
 
@@ -169,11 +171,7 @@ def dask_overhead(work: Path, shards: int) -> None:
         extract_targets(
             images,
             targets,
-            teacher=TeacherSettings(),
-            views=views,
-            view_size=64,
-            codec=CodecSettings(),
-            extract=ExtractSettings(device="cpu", threads=1, teacher_threads=1, **extract),
+            Params(views=views, extract=ExtractSettings(device="cpu", threads=1, teacher_threads=1, **extract)),
         )
         return time.perf_counter() - began
 

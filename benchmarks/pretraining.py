@@ -36,19 +36,20 @@ from PIL import Image
 
 from benchmarks.plain import PlainStudent, PlainTeacher
 from benchmarks.reading import _block, _header, _records
-from milan_pipe.images.settings import ViewSettings
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.images.views import draw_view, encode_jpeg, render_view
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainSettings
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.online import teacher_of
-from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision
@@ -118,13 +119,9 @@ def one_batch(store: Path, size: int) -> tuple[StoreHeader, Batch]:
 def objective_of(header: StoreHeader, device: torch.device, compiled: bool, teach: Any = None) -> Objective:
     return build_objective(
         header,
-        student=BASE,
-        decoder=DECODER,
-        masking=MaskSettings(),
-        target="clip",
-        config=PretrainSettings(compile=compiled),
-        device=device,
-        teach=teach,
+        Params(student=BASE, decoder=DECODER, pretrain=PretrainSettings(compile=compiled)),
+        device,
+        teach,
     )
 
 
@@ -282,12 +279,12 @@ def bench_wait(work: Path, photos: Path, options: argparse.Namespace) -> None:
     report = pretrain(
         store,
         run,
-        student=BASE,
-        decoder=DECODER,
-        masking=MaskSettings(),
-        target="clip",
-        config=PretrainSettings(
-            epochs=1, batch_size=64, lr=1.5e-4, device=options.device, precision=options.precision, log_every=1
+        Params(
+            student=BASE,
+            decoder=DECODER,
+            pretrain=PretrainSettings(
+                epochs=1, batch_size=64, lr=1.5e-4, device=options.device, precision=options.precision, log_every=1
+            ),
         ),
     )
     print(
@@ -304,12 +301,12 @@ def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
         pretrain(
             store,
             work / f"run-memory-{time.time_ns()}",
-            student=SMALL,
-            decoder=SMALL_DECODER,
-            masking=MaskSettings(),
-            target="clip",
-            # Windows of 400 samples, so that the smaller store has more than one of them too.
-            config=PretrainSettings(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
+            Params(
+                student=SMALL,
+                decoder=SMALL_DECODER,
+                # Windows of 400 samples, so that the smaller store has more than one of them too.
+                pretrain=PretrainSettings(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
+            ),
             on_progress=told.append,
         )
         print(json.dumps({now.step: now.memory for now in told}))

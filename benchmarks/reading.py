@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from milan_pipe import __version__
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.loader.order import EpochOrder
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import build_codec
@@ -42,7 +43,6 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     ViewInfo,
 )
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 
 GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, WINDOW = 14, 512, 24_000, 1024, 64, 16

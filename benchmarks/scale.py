@@ -32,13 +32,14 @@ import numpy as np
 import psutil
 
 from milan_pipe import api
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import load_params
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction import cluster
 from milan_pipe.extraction.render import ShardJob
-from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
@@ -55,7 +56,6 @@ from milan_pipe.targets.schema import (
     ViewInfo,
 )
 from milan_pipe.targets.store import TargetStoreWriter, header_file, open_targets
-from milan_pipe.teacher.settings import TeacherSettings
 
 BILLION, SHARD, VIEWS, JPEG_BYTES = 10**9, 10_000, 8, 24_000
 A100_TFLOPS = 39.0

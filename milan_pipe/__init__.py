@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     )
     from milan_pipe.config.params import Params, load_params
     from milan_pipe.interop.loading import load_student
-    from milan_pipe.targets.dataset import Target, TargetDataset, Targets, open_targets
+    from milan_pipe.loader.dataset import Target, TargetDataset, Targets, open_targets
 
 __all__ = [
     "Params",
@@ -65,12 +65,12 @@ __all__ = [
 
 _ELSEWHERE = {
     "Params": "milan_pipe.config.params",
-    "Target": "milan_pipe.targets.dataset",
-    "TargetDataset": "milan_pipe.targets.dataset",
-    "Targets": "milan_pipe.targets.dataset",
+    "Target": "milan_pipe.loader.dataset",
+    "TargetDataset": "milan_pipe.loader.dataset",
+    "Targets": "milan_pipe.loader.dataset",
     "load_params": "milan_pipe.config.params",
     "load_student": "milan_pipe.interop.loading",
-    "open_targets": "milan_pipe.targets.dataset",
+    "open_targets": "milan_pipe.loader.dataset",
 }
 
 

@@ -176,7 +176,7 @@ def convert_targets(
     Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
     """
     from milan_pipe import api
-    from milan_pipe.extraction.settings import ExtractSettings
+    from milan_pipe.config.extraction import ExtractSettings
 
     wanted = ExtractSettings.parse({"format": store_format}, "--format").format
     with progress("what") as update:

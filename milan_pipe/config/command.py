@@ -51,3 +51,24 @@ def command_of(name: str, arguments: Sequence[object], params: Params, sections:
         words += ["--set", setting]
     # Commands are kept in checkpoints and reports, which are passed on.
     return shlex.join(map(without_password, words))
+
+
+RANDOM, TEACHER = "random", "teacher"
+"""What stands for an untrained student and for the teacher where a checkpoint is named."""
+
+
+def student_sections(checkpoint: object, *sections: str) -> tuple[str, ...]:
+    """Sections that a command takes: a checkpoint has its student's sizes, `random` and `teacher` have none."""
+    of = {RANDOM: ("student",), TEACHER: ("student.image_size", "student.patch_size", "teacher")}
+    return (*of.get(str(checkpoint), ()), *sections)
+
+
+def record_of(
+    name: str, arguments: Sequence[object], params: Params, sections: Sequence[str], *, data: str
+) -> dict[str, Any]:
+    """What a run on a checkpoint, the first of `arguments`, keeps of how it came about: settings, data and command."""
+    return {
+        "settings": params.model_dump(mode="json", include=set(sections)),
+        "data": data,
+        "command": command_of(name, arguments, params, student_sections(arguments[0], *sections)),
+    }

@@ -10,9 +10,7 @@ import yaml
 from pydantic import Field
 
 from milan_pipe.config.base import Settings, unknown_key_message
-from milan_pipe.config.recipes import About, recipe_file, recipe_names
-from milan_pipe.errors import MissingError, SettingError
-from milan_pipe.evaluation.settings import (
+from milan_pipe.config.evaluation import (
     AugmentSettings,
     EmbedSettings,
     FinetuneSettings,
@@ -21,12 +19,14 @@ from milan_pipe.evaluation.settings import (
     LinearProbeSettings,
     SegmentSettings,
 )
-from milan_pipe.extraction.settings import ExtractSettings
-from milan_pipe.images.settings import PrepareSettings, ViewSettings
-from milan_pipe.pretraining.settings import PretrainSettings, Target
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
-from milan_pipe.targets.settings import CodecSettings
-from milan_pipe.teacher.settings import DemoTeacherSettings, TeacherSettings
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import PrepareSettings, ViewSettings
+from milan_pipe.config.pretraining import PretrainSettings, Target
+from milan_pipe.config.recipes import About, recipe_file, recipe_names
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
+from milan_pipe.config.targets import CodecSettings
+from milan_pipe.config.teacher import DemoTeacherSettings, TeacherSettings
+from milan_pipe.errors import MissingError, SettingError
 
 DEFAULT_FILE = Path("params.yaml")
 
@@ -144,3 +144,12 @@ def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for override in overrides:
         _apply_override(values, override)
     return _build(values, where)
+
+
+def stated_of(params: Params) -> dict[str, dict[str, Any]]:
+    """What settings say of teacher and views, without what was left to defaults, as a store's header has it."""
+    teacher = params.teacher.model_dump(mode="json", include=params.teacher.model_fields_set)
+    teacher.update((name, value) for name, value in params.teacher.header_fields().items() if name in teacher)
+    if teacher.get("precision") == "auto":
+        del teacher["precision"]
+    return {"teacher": teacher, "views": params.views.model_dump(mode="json", include=params.views.model_fields_set)}

@@ -14,11 +14,11 @@ from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
+from milan_pipe.config.evaluation import AugmentSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.features import centre_view
 from milan_pipe.evaluation.feed import Ask
 from milan_pipe.evaluation.randomness import seeded
-from milan_pipe.evaluation.settings import AugmentSettings
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledPictures
 from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise

@@ -12,14 +12,12 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from milan_pipe.config.command import RANDOM
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
-from milan_pipe.student.encoder import build_encoder
-from milan_pipe.student.settings import StudentSettings
+from milan_pipe.student.encoder import build_encoder, grid_of
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-
-RANDOM = "random"
-"""The CHECKPOINT argument that means a student with fresh weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> 
 def positions_on(backbone: Backbone, grid: tuple[int, int]) -> Tensor:
     """The position embedding (1, 1 + L, D) on another grid of patches: bicubic, as timm does; the same one stays."""
     position_1SD = backbone.weights["pos_embed"]
-    if grid == backbone.config.grid:
+    if grid == grid_of(backbone.config):
         return position_1SD
-    resampled: Tensor = resample_abs_pos_embed(position_1SD, list(grid), list(backbone.config.grid))
+    resampled: Tensor = resample_abs_pos_embed(position_1SD, list(grid), list(grid_of(backbone.config)))
     return resampled

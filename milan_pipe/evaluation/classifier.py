@@ -9,9 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.backbone import Backbone, positions_on
-from milan_pipe.student.settings import StudentSettings
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint
 
@@ -50,7 +51,7 @@ def build_classifier(
     place of the encoder's; classifier weights with deviation 2e-5.
     """
     config = backbone.config if image_size is None else backbone.config.model_copy(update={"image_size": image_size})
-    grid = config.grid
+    grid = grid_of(config)
     built: Any = timm.create_model(
         config.model,
         pretrained=False,

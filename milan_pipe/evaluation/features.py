@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from milan_pipe.config.evaluation import EmbedSettings, Pool
 from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
-from milan_pipe.evaluation.settings import EmbedSettings, Pool
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
 from milan_pipe.images.labelled import is_class_folder, labelled_pictures

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from milan_pipe.config.command import record_of
+from milan_pipe.config.params import Params
+from milan_pipe.config.training import FREE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import build_classifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
-from milan_pipe.evaluation.settings import AugmentSettings, FinetuneSettings
 from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
-from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
 
 
@@ -24,11 +23,8 @@ def finetune(
     train: str | Path,
     val: str | Path,
     run: str | Path,
+    params: Params,
     *,
-    student: StudentSettings,
-    augment: AugmentSettings,
-    config: FinetuneSettings,
-    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train student and classifier; writes RUN/checkpoints, RUN/best and RUN/metrics.
@@ -40,16 +36,20 @@ def finetune(
     Args:
         checkpoint: as `backbone_of` takes it.
         train, val: as `labelled_pictures` takes them.
-        student: sizes of a student with fresh weights.
+        params: `student` has the sizes of a student with fresh weights.
 
     Raises:
         MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `labelled_pictures`,
             `require_same_classes` and `run_supervised`.
     """
 
+    config = params.finetune
+    sections, data = ("augment", "finetune"), f"{train} -> {val}"
+    record = record_of("finetune", [checkpoint, train, val, run], params, sections, data=data)
+
     def build(ranks: Ranks, folder: Path) -> ClassifyTask:
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
-        backbone = backbone_of(checkpoint, student, config.seed)
+        backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
         pictures = find_pictures(train, val, bad)
         sizes, model = build_classifier(
@@ -76,7 +76,7 @@ def finetune(
             pictures=pictures,
             model=model,
             optimiser=optimiser,
-            augment=augment,
+            augment=params.augment,
             plan=ClassifyPlan(
                 epochs=config.epochs,
                 warmup_epochs=config.warmup_epochs,
@@ -91,7 +91,7 @@ def finetune(
             settings=settings,
             configuration={
                 "finetune": settings.model_dump(mode="json", exclude=FREE),
-                "augment": augment.model_dump(mode="json"),
+                "augment": params.augment.model_dump(mode="json"),
                 "student": {**sizes.model_dump(mode="json"), "weights": backbone.digest()},
             },
             record={
@@ -99,8 +99,7 @@ def finetune(
                 "classes": pictures.names or pictures.classes,
                 "crop": config.crop,
                 "backbone": backbone.name,
-                "settings": {},
-                **(record or {}),
+                **record,
             },
             ema=config.ema,
             bad=bad,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from milan_pipe.config.evaluation import KnnSettings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
-from milan_pipe.evaluation.settings import KnnSettings
 
 _CHUNK_VALUES = 2**24
 """Similarities (or votes) that are held at a time: 64 MiB of float32."""

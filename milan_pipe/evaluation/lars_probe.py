@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from timm.optim.lars import Lars
 
+from milan_pipe.config.command import record_of
+from milan_pipe.config.evaluation import PLAIN
+from milan_pipe.config.params import Params
+from milan_pipe.config.training import FREE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import LinearClassifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
-from milan_pipe.evaluation.settings import PLAIN, LarsProbeSettings
 from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
 from milan_pipe.student.encoder import build_encoder
-from milan_pipe.student.settings import StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
 
 
@@ -27,10 +28,8 @@ def lars_probe(
     train: str | Path,
     val: str | Path,
     run: str | Path,
+    params: Params,
     *,
-    student: StudentSettings,
-    config: LarsProbeSettings,
-    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train a linear classifier on the frozen student, pictures cropped and mirrored anew in every epoch.
@@ -40,9 +39,12 @@ def lars_probe(
     Source: arXiv 2111.06377, appendix A.1: LARS without weight decay, trust coefficient 0.001, the bias without it.
     """
 
+    config = params.lars_probe
+    record = record_of("linear-probe", [checkpoint, train, val, run], params, ("lars_probe",), data=f"{train} -> {val}")
+
     def build(ranks: Ranks, folder: Path) -> ClassifyTask:
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
-        backbone = backbone_of(checkpoint, student, config.seed)
+        backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
         pictures = find_pictures(train, val, bad)
         encoder = build_encoder(backbone.config)
@@ -88,7 +90,7 @@ def lars_probe(
                 "student": sizes,
                 "classes": pictures.names or pictures.classes,
                 "backbone": backbone.name,
-                **(record or {}),
+                **record,
             },
             bad=bad,
         )

@@ -12,9 +12,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from milan_pipe.config.evaluation import LinearProbeSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
-from milan_pipe.evaluation.settings import LinearProbeSettings
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

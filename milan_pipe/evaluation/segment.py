@@ -6,7 +6,7 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
+from milan_pipe.config.command import record_of
+from milan_pipe.config.evaluation import SegmentSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.training import FREE
+from milan_pipe.drawing.segmentation import draw_segmentations
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.badfile import bad_file
@@ -26,18 +31,14 @@ from milan_pipe.evaluation.feed import BadPictures, StepPlan, feed, in_turn, sha
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
-from milan_pipe.evaluation.settings import SegmentSettings
 from milan_pipe.evaluation.sliding import predict
 from milan_pipe.evaluation.supervised import SupervisedReport, Task, run_supervised
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
-from milan_pipe.reports.segmentation import draw_segmentations
-from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.schedule import polynomial_lr
-from milan_pipe.training.settings import FREE
 from milan_pipe.training.step import resolve_precision
 
 PER_CLASS_FILE = "per_class.json"
@@ -303,10 +304,8 @@ def segment(
     train: str | Path,
     val: str | Path,
     run: str | Path,
+    params: Params,
     *,
-    student: StudentSettings,
-    config: SegmentSettings,
-    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> SupervisedReport:
     """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/pictures and RUN/per_class.json.
@@ -316,7 +315,7 @@ def segment(
     Args:
         checkpoint: as `backbone_of` takes it.
         train, val: as `masked_pictures` takes them.
-        student: sizes of a student with fresh weights.
+        params: `student` has the sizes of a student with fresh weights.
 
     Raises:
         LabelError: a mask is of another size than its picture, in colours, or has a value that is no class.
@@ -324,9 +323,12 @@ def segment(
             `run_supervised`.
     """
 
+    config = params.segment
+    record = record_of("segment", [checkpoint, train, val, run], params, ("segment",), data=f"{train} -> {val}")
+
     def build(ranks: Ranks, folder: Path) -> SegmentTask:
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
-        backbone = backbone_of(checkpoint, student, config.seed)
+        backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
         first = masked_pictures(train, "train", lambda key, reason: bad.append((key, reason)))
         second = masked_pictures(val, "val", lambda key, reason: bad.append((key, reason)))
@@ -360,8 +362,7 @@ def segment(
                 "student": sizes.model_dump(mode="json"),
                 "classes": list(names),
                 "backbone": backbone.name,
-                "settings": {},
-                **(record or {}),
+                **record,
             },
             bad=bad,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from milan_pipe import __version__
+from milan_pipe.config.training import RunSettings
 from milan_pipe.errors import DataError, StoreError, resource_hint
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.storage import local_folder
@@ -35,7 +36,6 @@ from milan_pipe.training.resume import (
 )
 from milan_pipe.training.runner import run_steps
 from milan_pipe.training.saver import SavePolicy, Saver
-from milan_pipe.training.settings import RunSettings
 from milan_pipe.training.sinks import Sink, open_sinks
 from milan_pipe.training.step import Stepper, StepResult
 from milan_pipe.training.stopping import StopRequest, stop_requests

@@ -15,10 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, positions_on
 from milan_pipe.evaluation.classifier import timm_sizes
-from milan_pipe.student.settings import StudentSettings
+from milan_pipe.student.encoder import grid_of
 
 
 def default_blocks(depth: int) -> tuple[int, int, int, int]:
@@ -112,7 +113,7 @@ def build_upernet(
         SettingError: the patch does not divide `crop`, or there are no such blocks.
     """
     config = backbone.config if crop is None else backbone.config.model_copy(update={"image_size": crop})
-    grid = config.grid
+    grid = grid_of(config)
     model: Any = timm.create_model(
         config.model, pretrained=False, num_classes=0, drop_path_rate=drop_path, **timm_sizes(config)
     )

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import place_of
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets import ledger
 from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.schema import ViewRun, require_same_header
 from milan_pipe.targets.store import read_header
-from milan_pipe.targets.verify import Problem
+from milan_pipe.targets.verify import Problem, VerifyReport, verify_store
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 _ATTENTION_TOLERANCE = 0.02
 
@@ -99,3 +101,16 @@ class TeacherCheck:
 
     def _problem(self, shard: str, array: str, what: str) -> Problem:
         return Problem(shard=shard, array=array, what=what, mend=ledger.redo_command(self._place, shard))
+
+
+def verify_against_teacher(
+    targets: str | Path, params: Params, views: int, *, on_progress: Callable[[int, int], None] = lambda *_: None
+) -> VerifyReport:
+    """Check every byte of a store, and some views of each shard against the teacher run live.
+
+    Raises:
+        MissingError, DataError, MismatchError, StoreError: as `verify_store` and `TeacherCheck`.
+    """
+    teacher = params.teacher if params.teacher.model_fields_set else None
+    check = TeacherCheck(targets, teacher, grid_of(params.student), params.extract.device, views)
+    return verify_store(targets, on_run=check, on_progress=on_progress)

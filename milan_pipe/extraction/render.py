@@ -15,11 +15,11 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view

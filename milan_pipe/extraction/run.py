@@ -11,24 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from milan_pipe import __version__
+from milan_pipe.config.extraction import parse_share
+from milan_pipe.config.params import Params
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extraction.fit import sample_features
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.scratch import remove_abandoned
-from milan_pipe.extraction.settings import ExtractSettings, parse_share
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.space import extraction_space_warning
 from milan_pipe.extraction.worker import Assignment, ShardWorker, load_assigned_teacher
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.storage import place_of, require_writable
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.ledger import CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, SourceShard, StoreHeader, ViewInfo
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 _JUDGED_FROM_IMAGES, _JUDGED_FROM_SHARE = 1000, 0.1
 # Of sources that are out of reach each is tried for half a minute.
@@ -173,23 +173,22 @@ def _codec_info(
 def _header(
     teacher: Teacher,
     shards: Sequence[ShardFile],
-    views: ViewSettings,
-    view_size: int,
-    codec: CodecSettings,
-    extract: ExtractSettings,
+    params: Params,
     found: StoreHeader | None,
 ) -> StoreHeader:
+    views, codec, size = params.views, params.codec, params.student.image_size
+
     def fit() -> CodecInfo:
         if codec.name != "klt":
             return build_codec(codec).info
-        features = sample_features(teacher, shards, views, view_size, extract.batch_size, codec.fit_samples)
+        features = sample_features(teacher, shards, views, size, params.extract.batch_size, codec.fit_samples)
         return build_codec(codec, features).info
 
     return StoreHeader(
         package_version=__version__,
-        format=extract.format,
+        format=params.extract.format,
         teacher=teacher.info,
-        views=ViewInfo(size=view_size, **views.model_dump()),
+        views=ViewInfo(size=size, **views.model_dump()),
         codec=_codec_info(codec, found, fit),
         source=source_info(shards),
     )
@@ -242,13 +241,8 @@ def _is_stores_fault(error: Exception) -> bool:
 def extract_targets(
     images: str | Path,
     targets: str | Path,
+    params: Params,
     *,
-    teacher: TeacherSettings,
-    views: ViewSettings,
-    view_size: int,
-    grid: tuple[int, int] | None = None,
-    codec: CodecSettings,
-    extract: ExtractSettings,
     shards: str | None = None,
     redo: Sequence[str] = (),
     verify_sources: bool = False,
@@ -259,8 +253,7 @@ def extract_targets(
     Args:
         images: folder of shards, or shard paths with braces or globs; local or a URL.
         targets: folder of the target store; local or a URL.
-        view_size: rendered side in pixels, the student's input size.
-        grid: the student's patches down and across, to which the teacher's input size is fitted.
+        params: views are rendered at the student's input size; the teacher's input size is fitted to its grid.
         shards: `i/n`: do only every n-th shard, beginning with number i.
         redo: names of committed shards to do again, as `000123`.
         verify_sources: compare the sha256 of source shards that are done, and not their sizes alone.
@@ -277,9 +270,12 @@ def extract_targets(
     place = place_of(targets)
     require_writable(place)
     found = read_header(place)
-    assignment = Assignment(targets=str(targets), teacher=teacher, grid=grid, views=views, extract=extract)
+    extract = params.extract
+    assignment = Assignment(
+        targets=str(targets), teacher=params.teacher, grid=grid_of(params.student), views=params.views, extract=extract
+    )
     model = load_assigned_teacher(assignment)
-    header = _header(model, sources, views, view_size, codec, extract, found)
+    header = _header(model, sources, params, found)
     writer = TargetStoreWriter(targets, header)
     names = [shard_name(position) for position in range(len(sources))]
     own_names = set(names)
@@ -359,7 +355,7 @@ def extract_targets(
         seconds=seconds,
         views_per_second=tally.done_views / seconds,
         bytes=size,
-        bytes_per_view=size / (samples * views.count) if samples else 0.0,
+        bytes_per_view=size / (samples * params.views.count) if samples else 0.0,
         mean_cosine=tally.cosine / tally.done_views if tally.done_views else None,
         phases=dict(tally.phases),
     )

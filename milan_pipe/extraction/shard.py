@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import RenderAhead, RenderedSample, ShardJob, SourceFile
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.targets.codec import Codec, token_cosines
 from milan_pipe.targets.schema import ShardWriter, SourceShard, TargetBlock

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milan_pipe.config.targets import StoreFormat
 from milan_pipe.images.count import glance_at_pictures
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.storage import Place
-from milan_pipe.targets.schema import StoreFormat, StoreHeader
+from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.units import size as in_words
 
 # Photographs at quality 95 take half of it.

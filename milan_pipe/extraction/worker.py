@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import ShardJob
-from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.shard import Recipe, ShardResult, extract_shards
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher, load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ from loky import ProcessPoolExecutor
 from numpy.typing import NDArray
 from PIL import Image
 
+from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_PICTURE_SUFFIXES, read_file
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
-from milan_pipe.images.settings import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.storage import is_url, local_folder
 
 DEMO = "demo"

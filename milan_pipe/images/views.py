@@ -11,8 +11,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
-from milan_pipe.images.settings import ViewSettings
 
 _TRIES = 10
 _DRAWS = 1 + 4 * _TRIES

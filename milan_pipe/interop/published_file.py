@@ -9,13 +9,13 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe import __version__
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import MismatchError, StoreError
 from milan_pipe.student.decoder import PromptingDecoder
 from milan_pipe.student.encoder import build_encoder
 from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.published import student_from_published
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.weights_file import read_weights, require_folder_name
 

@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
 from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
-from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import give_mode, require_folder_name
 

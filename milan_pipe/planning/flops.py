@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from milan_pipe.planning.speed import Lesson, Speed, batch_of, build_lesson_objective
+from milan_pipe.config.params import Params
+from milan_pipe.planning.speed import Speed, batch_of
 from milan_pipe.planning.store import EncodedSample, PictureSample
+from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher
 
@@ -36,7 +38,7 @@ def teacher_flops(teacher: Teacher, pixels_NHWC: Tensor) -> int:
     return _count(lambda: teacher(pixels_NHWC[:1]))
 
 
-def student_flops(lesson: Lesson, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> int:
+def student_flops(params: Params, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> int:
     """Floating point operations of one picture's share of a step, forward and backward; counted on the CPU.
 
     Args:
@@ -45,7 +47,7 @@ def student_flops(lesson: Lesson, header: StoreHeader, sample: PictureSample, en
     Raises:
         SettingError: there is no such student.
     """
-    objective = build_lesson_objective(lesson, header, torch.device("cpu"))
+    objective = build_objective(header, params, torch.device("cpu"))
     batch = batch_of(sample, encoded, 1)
     return _count(lambda: objective(batch, 0).backward())
 

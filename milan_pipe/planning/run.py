@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
 from milan_pipe.extraction.worker import Assignment, load_assigned_teacher
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.count import ImageCount, count_pictures, like_these
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
 from milan_pipe.planning.limits import Limit, limits
 from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_pictures_per_core, node_load
 from milan_pipe.planning.speed import (
     ExtractionHours,
-    Lesson,
     PretrainingHours,
     Speed,
     device_counts,
@@ -43,11 +43,10 @@ from milan_pipe.planning.store import (
 )
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import Place, place_of
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
-from milan_pipe.teacher.settings import TeacherSettings
 
 DEFAULT_SAMPLE = 64
 DEFAULT_DEVICES = 1
@@ -142,10 +141,7 @@ class _Measured:
 def _measure(
     shards: Sequence[ShardFile],
     model: Teacher,
-    views: ViewSettings,
-    codec: CodecSettings,
-    extract: ExtractSettings,
-    lesson: Lesson,
+    params: Params,
     sample: int,
     elsewhere: Elsewhere,
     on_progress: Callable[[PlanProgress], None],
@@ -159,18 +155,18 @@ def _measure(
     images = count_pictures(shards, count_told)
     if elsewhere.pictures is not None:
         images = like_these(images, elsewhere.pictures, elsewhere.per_shard)
-    pictures = sample_pictures(shards, views, lesson.student.image_size, sample, render_told)
+    pictures = sample_pictures(shards, params.views, params.student.image_size, sample, render_told)
     on_progress(PlanProgress(what="teacher"))
-    output, speed = run_teacher(model, pictures.pixels_NHWC, extract.batch_size)
+    output, speed = run_teacher(model, pictures.pixels_NHWC, params.extract.batch_size)
     if elsewhere.tflops is not None:
-        speed = speed_at(elsewhere.tflops, teacher_flops(model, pictures.pixels_NHWC), extract.batch_size)
-    encoded, refused = _encodings(output, codec, on_progress)
+        speed = speed_at(elsewhere.tflops, teacher_flops(model, pictures.pixels_NHWC), params.extract.batch_size)
+    encoded, refused = _encodings(output, params.codec, on_progress)
     return _Measured(
         images=images,
         sample=pictures,
         info=model.info,
         teacher=speed,
-        online=_online(model, pictures, speed, lesson),
+        online=_online(model, pictures, speed, params),
         encoded=encoded,
         refused=refused,
     )
@@ -206,13 +202,9 @@ def _stores(
 
 def plan(
     images: str | Path,
-    targets: str | Path | None = None,
+    targets: str | Path | None,
+    params: Params,
     *,
-    teacher: TeacherSettings,
-    views: ViewSettings,
-    codec: CodecSettings,
-    extract: ExtractSettings,
-    lesson: Lesson,
     sample: int = DEFAULT_SAMPLE,
     elsewhere: Elsewhere | None = None,
     on_progress: Callable[[PlanProgress], None] = lambda _: None,
@@ -225,7 +217,6 @@ def plan(
         images: folder of shards, or shard paths with braces or globs; local or a URL.
         targets: where the store is meant to lie; none: a folder `targets` here. It need not be there, and a store that
             is there is not looked at.
-        lesson: pretraining's settings; its student decides size and grid of the views.
         sample: pictures to measure with, at least 1.
         elsewhere: pictures and devices that are not here; none plans for those that are.
 
@@ -235,36 +226,38 @@ def plan(
         MismatchError: student and teacher do not fit each other.
         StoreError: the temporary folder cannot be written.
     """
-    size = lesson.student.image_size
+    views, codec, extract, size = params.views, params.codec, params.extract, params.student.image_size
     asked = elsewhere or Elsewhere()
     place = place_of(targets if targets is not None else DEFAULT_TARGETS)
     shards = expand_shards(images)
     on_progress(PlanProgress(what="load teacher"))
-    assignment = Assignment(targets=str(place), teacher=teacher, grid=lesson.student.grid, views=views, extract=extract)
+    assignment = Assignment(
+        targets=str(place), teacher=params.teacher, grid=grid_of(params.student), views=views, extract=extract
+    )
     with same_threads():
         model = load_assigned_teacher(assignment)
         require_fit(
-            header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), lesson.student, images
+            header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), params.student, images
         )
-        measured = _measure(shards, model, views, codec, extract, lesson, sample, asked, on_progress)
+        measured = _measure(shards, model, params, sample, asked, on_progress)
     stores = _stores(measured, views, size, on_progress)
     encoded = measured.encoded[codec.name]
     header = header_of(model.info, views, size, encoded.info, extract.format)
     on_progress(PlanProgress(what="student"))
     if asked.tflops is None:
-        student = run_student(lesson, header, measured.sample, encoded)
+        student = run_student(params, header, measured.sample, encoded)
     else:
-        flops = student_flops(lesson, header, measured.sample, encoded)
-        student = speed_at(asked.tflops, flops, lesson.config.batch_size)
+        flops = student_flops(params, header, measured.sample, encoded)
+        student = speed_at(asked.tflops, flops, params.pretrain.batch_size)
     on_progress(PlanProgress(what="loader"))
-    per_core = _loader(header, measured.sample, encoded, lesson)
+    per_core = _loader(header, measured.sample, encoded, params)
     chosen = next(store for store in stores if (store.codec, store.format) == (codec.name, extract.format))
-    return _report(measured, stores, chosen, student, per_core, views, extract, lesson, asked, place)
+    return _report(measured, stores, chosen, student, per_core, params, asked, place)
 
 
-def _loader(header: StoreHeader, sample: PictureSample, encoded: EncodedSample, lesson: Lesson) -> float:
+def _loader(header: StoreHeader, sample: PictureSample, encoded: EncodedSample, params: Params) -> float:
     with sample_store(header, sample, encoded) as folder:
-        return loader_pictures_per_core(open_targets(folder), with_targets=lesson.target == "clip")
+        return loader_pictures_per_core(open_targets(folder), with_targets=params.target == "clip")
 
 
 def _report(
@@ -273,12 +266,11 @@ def _report(
     chosen: StoreEstimate,
     student: Speed,
     per_core: float,
-    views: ViewSettings,
-    extract: ExtractSettings,
-    lesson: Lesson,
+    params: Params,
     asked: Elsewhere,
     place: Place,
 ) -> PlanReport:
+    views, extract = params.views, params.extract
     images, rendering = measured.images, measured.sample.render_seconds
     threads, cores = thread_count(extract.threads), thread_count(0)
     extraction = extraction_hours(
@@ -311,7 +303,7 @@ def _report(
         render_threads=threads,
         extraction=extraction,
         pretraining=pretraining_hours(
-            images.pictures, lesson.config.epochs, student, measured.online, extraction.hours[1]
+            images.pictures, params.pretrain.epochs, student, measured.online, extraction.hours[1]
         ),
         cluster=cluster,
         node=node,
@@ -325,28 +317,28 @@ def _report(
             cores if asked.tflops is None else node.devices * threads,
         ),
         space=space,
-        warnings=(*_warnings(images, measured.sample, student, lesson, space), *measured.refused),
+        warnings=(*_warnings(images, measured.sample, student, params, space), *measured.refused),
     )
 
 
-def _online(model: Teacher, pictures: PictureSample, speed: Speed, lesson: Lesson) -> Speed | None:
+def _online(model: Teacher, pictures: PictureSample, speed: Speed, params: Params) -> Speed | None:
     """The teacher on batches of the student's size: as it would run beside the student in every step."""
-    if lesson.target != "clip":
+    if params.target != "clip":
         return None
-    batch_size = min(lesson.config.batch_size, len(pictures.rendered))
+    batch_size = min(params.pretrain.batch_size, len(pictures.rendered))
     if batch_size == speed.batch_size or not speed.batches:
         return speed
     return run_teacher(model, pictures.pixels_NHWC, batch_size)[1]
 
 
 def _warnings(
-    images: ImageCount, pictures: PictureSample, student: Speed, lesson: Lesson, space: FreeSpace
+    images: ImageCount, pictures: PictureSample, student: Speed, params: Params, space: FreeSpace
 ) -> list[str]:
     told = []
     short = free_space_warning(space)
     if short is not None:
         told.append(short)
-    batch_size = lesson.config.batch_size
+    batch_size = params.pretrain.batch_size
     if images.pictures < batch_size:
         told.append(
             f"pretrain cannot begin: {images.pictures} pictures are fewer than one batch of {batch_size}; lower "

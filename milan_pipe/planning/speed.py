@@ -14,12 +14,11 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
+from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.planning.store import EncodedSample, PictureSample
-from milan_pipe.pretraining.objective import Objective, build_objective
-from milan_pipe.pretraining.settings import PretrainSettings, Target
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
+from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 from milan_pipe.training.loop import StepReport, train
@@ -131,17 +130,6 @@ def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple
 # --- student ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """What pretraining's settings say of its step."""
-
-    student: StudentSettings
-    decoder: DecoderSettings
-    masking: MaskSettings
-    target: Target
-    config: PretrainSettings
-
-
 def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
     """The first `size` pictures of the sample, as the loader would give them."""
     return Batch(
@@ -153,20 +141,7 @@ def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
     )
 
 
-def build_lesson_objective(lesson: Lesson, header: StoreHeader, device: torch.device) -> Objective:
-    """A fresh student with its loss; raises as `build_objective`."""
-    return build_objective(
-        header,
-        student=lesson.student,
-        decoder=lesson.decoder,
-        masking=lesson.masking,
-        target=lesson.target,
-        config=lesson.config,
-        device=device,
-    )
-
-
-def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Speed:
+def run_student(params: Params, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Speed:
     """Pictures a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
 
     The batch has `pretrain.batch_size` pictures, or as many as the sample has where those are fewer.
@@ -177,13 +152,13 @@ def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, enco
     Raises:
         SettingError: there is no such student or device.
     """
-    device = resolve_device(lesson.config.device)
-    objective = build_lesson_objective(lesson, header, device)
-    precision = resolve_precision(lesson.config.precision, device)
+    device = resolve_device(params.pretrain.device)
+    objective = build_objective(header, params, device)
+    precision = resolve_precision(params.pretrain.precision, device)
     optimiser = build_adamw(
-        objective.student, lr=lesson.config.lr, betas=lesson.config.betas, weight_decay=lesson.config.weight_decay
+        objective.student, lr=params.pretrain.lr, betas=params.pretrain.betas, weight_decay=params.pretrain.weight_decay
     )
-    batch = batch_of(sample, encoded, min(lesson.config.batch_size, len(sample.rendered)))
+    batch = batch_of(sample, encoded, min(params.pretrain.batch_size, len(sample.rendered)))
     ends: list[float] = []
 
     def on_step(_: StepReport, __: Batch) -> None:
@@ -198,10 +173,10 @@ def run_student(lesson: Lesson, header: StoreHeader, sample: PictureSample, enco
     step_of = Stepper(
         optimiser,
         objective,
-        split=lambda whole: whole.parts(lesson.config.accumulate),
+        split=lambda whole: whole.parts(params.pretrain.accumulate),
         device=device,
         precision=precision,
-        clip_grad=lesson.config.clip_grad,
+        clip_grad=params.pretrain.clip_grad,
     )
     train(step_of, epochs=1, batches_of=batches, lr_of=lambda _: 0.0, on_step=on_step)
     steps = len(ends) - 1

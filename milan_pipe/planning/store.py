@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
 from milan_pipe.extraction.render import RenderedSample, render_sample
 from milan_pipe.images.count import ImageCount, spread_evenly
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.storage import place_of
@@ -33,13 +34,11 @@ from milan_pipe.targets.schema import (
     CodecInfo,
     SourceInfo,
     SourceShard,
-    StoreFormat,
     StoreHeader,
     TargetBlock,
     TeacherInfo,
     ViewInfo,
 )
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher.clip import TeacherOutput
 

@@ -13,16 +13,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.training import Precision
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
-from milan_pipe.pretraining.settings import PretrainSettings
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.settings import Precision
 from milan_pipe.training.step import Stepper
 from milan_pipe.weights_file import load_tensors, write_weights
 
@@ -144,16 +143,9 @@ def replay(
     where = str(file)
     chosen = resolve_device(device)
     # Not compiled, whatever the run was: what is compiled hides where a value went wrong.
-    config = PretrainSettings.parse(told["pretrain"], where)
-    objective = build_objective(
-        StoreHeader.model_validate(told["header"]),
-        student=StudentSettings.parse(told["student"], where),
-        decoder=DecoderSettings.parse(told["decoder"], where),
-        masking=MaskSettings.parse(told["masking"], where),
-        target=told["target"],
-        config=config,
-        device=chosen,
-    )
+    params = Params.parse({name: told[name] for name in ("student", "decoder", "masking", "target", "pretrain")}, where)
+    config = params.pretrain
+    objective = build_objective(StoreHeader.model_validate(told["header"]), params, chosen)
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)

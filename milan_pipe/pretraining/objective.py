@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import Target
+from milan_pipe.config.student import MaskSettings, StudentSettings
 from milan_pipe.errors import MismatchError
 from milan_pipe.loader.stream import Batch
-from milan_pipe.pretraining.settings import PretrainSettings, Target
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.student.hog import hog_target, hog_width
 from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
 from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.pixels import normalise
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 
@@ -26,7 +28,7 @@ Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Prediction:
     """What was predicted and what should have been; the target is (B, S, T), of pixels and HOG (B, L, T)."""
 
     split: MaskSplit
@@ -60,7 +62,7 @@ class Objective(nn.Module):
         self.patches = header.patches
         self.visible = visible_count(header.patches, masking.ratio)
 
-    def lesson(self, batch: Batch, epoch: int) -> Lesson:
+    def predict(self, batch: Batch, epoch: int) -> Prediction:
         """Prediction and target of one batch, with the masks of an epoch."""
         device = next(self.student.parameters()).device
         pixels_BHWC = batch.pixels_BHWC.to(device, non_blocking=True)
@@ -73,28 +75,28 @@ class Objective(nn.Module):
         prediction_BST = self.student(images_BCHW, split)
         if self.target != "clip":
             own_target = pixel_target if self.target == "pixels" else hog_target
-            return Lesson(split, prediction_BST, own_target(images_BCHW, self.patch_size))
+            return Prediction(split, prediction_BST, own_target(images_BCHW, self.patch_size))
         if taught is not None:
-            return Lesson(split, prediction_BST, taught[0])
+            return Prediction(split, prediction_BST, taught[0])
         scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
-        return Lesson(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+        return Prediction(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
         """Loss of one batch.
 
         Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
         """
-        lesson = self.lesson(batch, epoch)
+        found = self.predict(batch, epoch)
         if self.target != "clip":
-            return masked_loss(lesson.prediction_BST, lesson.target, lesson.split)
-        return feature_loss(lesson.prediction_BST, lesson.target)
+            return masked_loss(found.prediction_BST, found.target, found.split)
+        return feature_loss(found.prediction_BST, found.target)
 
     @torch.no_grad()
     def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
         """The masks of a batch, and the cosine (B, L) between prediction and target of each patch."""
-        lesson = self.lesson(batch, epoch)
-        target_BLT = lesson.target[:, 1:] if self.target == "clip" else lesson.target
-        return lesson.split, F.cosine_similarity(lesson.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
+        found = self.predict(batch, epoch)
+        target_BLT = found.target[:, 1:] if self.target == "clip" else found.target
+        return found.split, F.cosine_similarity(found.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
 
 
 def require_fit(header: StoreHeader, student: StudentSettings, where: object) -> None:
@@ -108,8 +110,8 @@ def require_fit(header: StoreHeader, student: StudentSettings, where: object) ->
             f"{where} has views of {header.views.size} pixels, the student reads {student.image_size}; set "
             f"student.image_size={header.views.size}, or extract with student.image_size={student.image_size}"
         )
-    if tuple(header.teacher.grid) != tuple(student.grid):
-        theirs, ours = header.teacher.grid, student.grid
+    if tuple(header.teacher.grid) != tuple(grid_of(student)):
+        theirs, ours = header.teacher.grid, grid_of(student)
         raise MismatchError(
             f"{where} has a grid of {theirs[0]} x {theirs[1]} patches (teacher {header.teacher.model!r} at "
             f"{header.teacher.image_size} pixels), the student has {ours[0]} x {ours[1]}; change student.patch_size, "
@@ -117,30 +119,21 @@ def require_fit(header: StoreHeader, student: StudentSettings, where: object) ->
         )
 
 
-def build_objective(
-    header: StoreHeader,
-    *,
-    student: StudentSettings,
-    decoder: DecoderSettings,
-    masking: MaskSettings,
-    target: Target,
-    config: PretrainSettings,
-    device: torch.device,
-    teach: Teach | None = None,
-) -> Objective:
+def build_objective(header: StoreHeader, params: Params, device: torch.device, teach: Teach | None = None) -> Objective:
     """A fresh student with its loss, on its device, as the settings say.
 
     Raises:
         SettingError: there is no such student or decoder.
     """
-    patch_size = student.image_size // student.grid[0]
+    student, config = params.student, params.pretrain
+    patch_size = student.image_size // grid_of(student)[0]
     widths = {"clip": header.teacher.width, "pixels": 3 * patch_size**2, "hog": hog_width(patch_size)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_student(student, decoder, widths[target]).to(device)
+        model = build_student(student, params.decoder, widths[params.target]).to(device)
     model.checkpoint_activations(config.checkpoint_activations)
     if config.compile:
         # What FSDP gathers one at a time is compiled one at a time.
         for module in model.units() if config.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
-    return Objective(model, header, masking, target, patch_size, teach)
+    return Objective(model, header, params.masking, params.target, patch_size, teach)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from milan_pipe.drawing.masks import draw_masks
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.pretraining.objective import Objective
-from milan_pipe.reports.masks import draw_masks
 from milan_pipe.targets.schema import TargetReader
 
 _SAMPLES = 8

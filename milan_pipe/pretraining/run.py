@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
+from milan_pipe.config.command import command_of
+from milan_pipe.config.params import Params, stated_of
+from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.errors import DataError, SettingError, StoreError, resource_hint
 from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, Prefetcher
@@ -22,10 +25,8 @@ from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
 from milan_pipe.pretraining.pictures import PictureBook
-from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.storage import local_folder
 from milan_pipe.student.model import MaskedStudent
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
@@ -49,6 +50,7 @@ from milan_pipe.training.step import Stepper, resolve_precision
 from milan_pipe.training.stopping import StopRequest, stop_requests
 
 _REPORT = "report.json"
+_SECTIONS = ("student", "masking", "decoder", "target", "pretrain")
 _ADVICE = "lower pretrain.lr, or check the targets"
 
 
@@ -300,15 +302,9 @@ def _plan_of(reader: TargetStore, config: PretrainSettings, ranks: Ranks) -> Bat
 def pretrain(
     targets: str | Path,
     run: str | Path,
+    params: Params,
     *,
-    student: StudentSettings,
-    decoder: DecoderSettings,
-    masking: MaskSettings,
-    target: Target,
-    config: PretrainSettings,
     teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
-    stated: Mapping[str, Mapping[str, Any]] | None = None,
-    record: Mapping[str, Any] | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> PretrainReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics.
@@ -322,11 +318,8 @@ def pretrain(
     Args:
         targets: folder or URL of the target store, of either format.
         run: folder of the run.
-        target: `clip`, the stored features, or of each patch itself: `pixels`, normalised, or `hog`, the
-            histograms of its gradients.
-        teacher_for: gives the teacher of a store on a device, where `config.targets` is `online`.
-        stated: settings of `teacher` and `views` that the store must have; see `require_stated`.
-        record: what to keep in the checkpoint beside what it needs itself; `settings` above all.
+        params: what is said in it of teacher and views the store must have; see `require_stated`.
+        teacher_for: gives the teacher of a store on a device, where `pretrain.targets` is `online`.
 
     Raises:
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
@@ -337,17 +330,19 @@ def pretrain(
         RankLostError: another rank has died.
         ToldElsewhereError: another rank raised the error that ends all of them.
     """
-    run = local_folder(run, "checkpoints and metrics")
-    with joined(config.device, lambda: tell_last_checkpoint(run)) as ranks, only_writer(run, ranks):
+    run, asked = local_folder(run, "checkpoints and metrics"), params
+    with joined(params.pretrain.device, lambda: tell_last_checkpoint(run)) as ranks, only_writer(run, ranks):
         reader = open_targets(targets)
         header = reader.header
-        require_stated(header, stated or {}, targets)
-        require_fit(header, student, targets)
-        config = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
+        require_stated(header, stated_of(params), targets)
+        require_fit(header, params.student, targets)
+        precision = resolve_precision(params.pretrain.precision, ranks.device)
+        config = params.pretrain.model_copy(update={"precision": precision})
+        params = params.model_copy(update={"pretrain": config})
         if config.parallel == "fsdp" and config.precision == "float16":
             raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
         plan = _plan_of(reader, config, ranks)
-        configuration = configuration_of(header, plan.order.samples, student, decoder, masking, target, config)
+        configuration = configuration_of(header, plan.order.samples, params)
         there = last_checkpoint(run)
         shared = f"the run's folder {run} must be one that all ranks share"
         ranks.require_same(there and there.path.name, "last checkpoints", shared)
@@ -358,31 +353,23 @@ def pretrain(
                 return _finished_report(run, there)
         teach = None
         if config.targets == "online":
-            if teacher_for is None or target != "clip":
+            if teacher_for is None or params.target != "clip":
                 raise SettingError(
-                    f"pretrain.targets is 'online' with target {target!r}; it needs target 'clip' and, from Python, "
-                    "teacher_for"
+                    f"pretrain.targets is 'online' with target {params.target!r}; it needs target 'clip' and, from "
+                    "Python, teacher_for"
                 )
             teach = teacher_for(header, ranks.device)
-        objective = build_objective(
-            header,
-            student=student,
-            decoder=decoder,
-            masking=masking,
-            target=target,
-            config=config,
-            device=ranks.device,
-            teach=teach,
-        )
+        objective = build_objective(header, params, ranks.device, teach)
         if there is not None:
             _restore_weights(objective.student, there)
         kept = {
             "package_version": __version__,
             "epochs": config.epochs,
-            "student": student.model_dump(mode="json"),
+            "student": params.student.model_dump(mode="json"),
             "teacher": header.teacher.model_dump(mode="json"),
-            "settings": {},
-            **(record or {}),
+            "settings": asked.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
+            "targets": str(targets),
+            "command": command_of("pretrain", [targets, run], asked, _SECTIONS),
             "configuration": configuration,
         }
         going = _Run(run, reader, objective, plan, config, ranks, configuration, kept)
@@ -390,4 +377,4 @@ def pretrain(
             going.resume(there)
             if ranks.first:
                 cut_metrics(run / "metrics", going.first_step)
-        return _go(going, target == "clip" and teach is None, on_progress)
+        return _go(going, params.target == "clip" and teach is None, on_progress)

@@ -1,4 +1,1 @@
-"""Looking at what was extracted and learned: pictures of targets and predictions, and the report of runs.
-
-Shape suffixes: H x W pixels, C channels, L patches, S = L + 1 tokens, T teacher width, G x G the patch grid.
-"""
+"""Pages about runs, stores and students: what they hold, what came out, and by what command."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from milan_pipe.reports.page import render, write_page
-from milan_pipe.reports.sheet import Sheet, data_url, draw_sheet, one_line, write_png
+from milan_pipe.drawing.page import render, write_page
+from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line, write_png
 
 PAGE = "index.html"
 _LONGEST = 160

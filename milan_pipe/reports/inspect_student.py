@@ -11,18 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
+from milan_pipe.drawing.grids import heat, on_pixels, only_visible
+from milan_pipe.drawing.pca import FeatureColours
+from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
-from milan_pipe.pretraining.settings import PretrainSettings, Target
 from milan_pipe.reports.gallery import Gallery, write_gallery
-from milan_pipe.reports.grids import heat, on_pixels, only_visible
-from milan_pipe.reports.pca import FeatureColours
 from milan_pipe.reports.samples import Sample, choose_samples
-from milan_pipe.reports.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.store import TargetStore, open_targets
@@ -71,25 +70,20 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     settings = record.get("settings")
     if record.get("task") is not None or not isinstance(settings, dict) or "decoder" not in settings:
         raise DataError(f"{where} holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote")
-    student = StudentSettings.parse(record["student"], where)
-    require_fit(header, student, "the store")
-    target: Target = settings.get("target", "clip")
+    trained = {
+        "student": record["student"],
+        **{k: settings[k] for k in ("decoder", "masking", "target") if k in settings},
+    }
+    params: Params = Params.parse(trained, where)
+    require_fit(header, params.student, "the store")
     taught = record.get("teacher")
-    if target == "clip" and taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
+    if params.target == "clip" and taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
         raise MismatchError(
             f"{where} learned from teacher {taught['model']!r} (weights {taught['weights_sha256'][:12]}), the store is "
             f"of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it was "
             "trained on, or others of the same teacher"
         )
-    objective = build_objective(
-        header,
-        student=student,
-        decoder=DecoderSettings.parse(settings["decoder"], where),
-        masking=MaskSettings.parse(settings.get("masking", {}), where),
-        target=target,
-        config=PretrainSettings(),
-        device=device,
-    )
+    objective = build_objective(header, params, device)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
     load_weights(objective.student.decoder, checkpoint.weights("decoder"), where)
     return objective.eval()
@@ -98,7 +92,7 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
 def _look(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Shown:
     batch = read_batch(store, sample.block(view))
     with torch.no_grad():
-        lesson = objective.lesson(batch, epoch)
+        lesson = objective.predict(batch, epoch)
     skip = lesson.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
     target_LT = lesson.target[0, skip:].float().cpu()
     predicted_LT = lesson.prediction_BST[0, 1:].float().cpu()

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from milan_pipe.config.student import MaskSettings
+from milan_pipe.drawing.grids import on_pixels, only_visible, overlaid
+from milan_pipe.drawing.pca import FeatureColours
+from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.reports.gallery import Gallery, write_gallery
-from milan_pipe.reports.grids import on_pixels, only_visible, overlaid
-from milan_pipe.reports.pca import FeatureColours
 from milan_pipe.reports.samples import Sample, StoredView, choose_samples, read_view
-from milan_pipe.reports.sheet import Panel, Row, Sheet
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import draw_split, mask_noise, visible_count
-from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import TargetStore, open_targets
 
 DEFAULT_COUNT = 4

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 import yaml
 
+from milan_pipe.config.student import MaskSettings
+from milan_pipe.drawing.charts import Curve, line_chart
+from milan_pipe.drawing.page import render, write_page
+from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
-from milan_pipe.reports.charts import Curve, line_chart
-from milan_pipe.reports.evaluations import read_evaluations
+from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.reports.gallery import embedded
 from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets
 from milan_pipe.reports.inspect_targets import target_sheets
-from milan_pipe.reports.page import render, write_page
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.reports.scores import Cell, transfer_table
-from milan_pipe.reports.sheet import file_url
 from milan_pipe.reports.store_facts import StoreFacts, store_facts
 from milan_pipe.storage import local_folder
-from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import TargetStore, open_targets
 
 _TARGET_SAMPLES, _STUDENT_SAMPLES = 2, 4

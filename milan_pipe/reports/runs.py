@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from milan_pipe.drawing.charts import Curve
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
-from milan_pipe.reports.charts import Curve
-from milan_pipe.reports.evaluations import FOLDER, Evaluation, read_evaluations
+from milan_pipe.evaluation.results import FOLDER, Evaluation, read_evaluations
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.training.metrics import metric_files, read_metric
 

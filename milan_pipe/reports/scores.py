@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from milan_pipe.reports.evaluations import Evaluation
+from milan_pipe.evaluation.results import Evaluation
 from milan_pipe.reports.runs import PRETRAIN, RunRecord
 
 _TITLES = {

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.student.encoder import gather_tokens, init_like_mae, sincos_position_embedding
+from milan_pipe.student.encoder import Grid, gather_tokens, init_like_mae, sincos_position_embedding
 from milan_pipe.student.masking import MaskSplit
-from milan_pipe.student.settings import DecoderSettings, Grid
 
 NORM_EPS = 1e-6
 """Epsilon of every layer norm in the student, as in the published code and in timm's ViT."""

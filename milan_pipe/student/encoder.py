@@ -18,9 +18,28 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import SettingError, ShapeError
 from milan_pipe.student.masking import MaskSplit
-from milan_pipe.student.settings import Grid, StudentSettings
+
+Grid = tuple[int, int]
+"""Patch rows and columns of an image."""
+
+
+def grid_of(settings: StudentSettings) -> Grid:
+    """Patch rows and columns of a student.
+
+    Raises:
+        SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
+    """
+    patch = settings.patch_size
+    height, width = (patch, patch) if patch is not None else native_patch(settings.model)
+    if settings.image_size % height or settings.image_size % width:
+        raise SettingError(
+            f"student: image_size {settings.image_size} is no multiple of the patch, {height} x {width} pixels; "
+            "change image_size or patch_size"
+        )
+    return settings.image_size // height, settings.image_size // width
 
 
 def build_encoder(config: StudentSettings) -> VisionTransformer:
@@ -36,7 +55,7 @@ def build_encoder(config: StudentSettings) -> VisionTransformer:
 
     Source: initialisation and position embedding: arXiv 2111.06377, section 4 and appendix A.1.
     """
-    grid = config.grid
+    grid = grid_of(config)
     sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
     sizes["num_heads"] = config.heads
     given = {name: value for name, value in sizes.items() if value is not None}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import ShapeError
 from milan_pipe.student.decoder import PlainDecoder, PromptingDecoder, build_decoder
-from milan_pipe.student.encoder import build_encoder, encode_visible
+from milan_pipe.student.encoder import build_encoder, encode_visible, grid_of
 from milan_pipe.student.masking import MaskSplit
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 
 class MaskedStudent(nn.Module):
@@ -70,4 +70,4 @@ def build_student(student: StudentSettings, decoder: DecoderSettings, output_wid
         SettingError: see `build_encoder` and `build_decoder`.
     """
     encoder = build_encoder(student)
-    return MaskedStudent(encoder, build_decoder(decoder, encoder.embed_dim, student.grid, output_width))
+    return MaskedStudent(encoder, build_decoder(decoder, encoder.embed_dim, grid_of(student), output_width))

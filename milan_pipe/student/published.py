@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.student.decoder import NORM_EPS, PlainDecoder, PromptingDecoder
-from milan_pipe.student.encoder import set_fixed_positions
+from milan_pipe.student.encoder import Grid, set_fixed_positions
 from milan_pipe.student.model import MaskedStudent
-from milan_pipe.student.settings import Grid
 
 _DECODER_KEYS = ("decoder_", "mask_token")
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
-from milan_pipe.targets.settings import CodecSettings
 
 _FLOAT16_MAX = 65504.0
 

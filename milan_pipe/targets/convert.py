@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.storage import Place, place_of
-from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreFormat, TargetBlock
+from milan_pipe.targets.schema import BLOCK_SAMPLES, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
 

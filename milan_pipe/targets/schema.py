@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
 from milan_pipe.config.base import Settings
+from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import MismatchError
 
 SCHEMA_VERSION = 2
 
 _MOST_SHOWN = 80
-
-StoreFormat = Literal["zarr", "webdataset"]
 
 # What a store says of itself is not trusted to name anything outside of it, nor to be removed or written over.
 ShardName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,9}$")]

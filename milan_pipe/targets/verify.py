@@ -317,7 +317,7 @@ def _digests(keys: Sequence[str]) -> NDArray[np.uint64]:
     return np.frombuffer(data, np.uint64)
 
 
-def verify_targets(
+def verify_store(
     where: str | Path,
     *,
     on_run: ShardCheck = lambda *_: iter(()),

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor
 
+from milan_pipe.config.teacher import DemoTeacherSettings
 from milan_pipe.images.scenes import SCENE_SIZE, SHAPES, render_scene
-from milan_pipe.teacher.settings import DemoTeacherSettings
 from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
 from milan_pipe.weights_file import write_weights
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from milan_pipe.pretraining.objective import Teach
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.targets.schema import StoreHeader, require_same_header
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 
-def teacher_of(config: TeacherSettings | None, header: StoreHeader, device: torch.device, where: object) -> Teach:
+def teacher_of(
+    config: TeacherSettings | None, header: StoreHeader, device: torch.device, where: object
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function that labels pixels as extraction did.
 
     Args:

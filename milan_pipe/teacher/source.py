@@ -16,10 +16,10 @@ from open_clip.constants import HF_CONFIG_NAME, HF_WEIGHTS_NAME
 from open_clip.factory import _find_checkpoint_in_dir, get_model_config, parse_model_name
 from open_clip.pretrained import _get_safe_alternatives
 
+from milan_pipe.config.teacher import DEMO, FOLDER, RANDOM
 from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.teacher.hub import hub_file, one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, stated_normalization
-from milan_pipe.teacher.settings import DEMO, FOLDER, RANDOM
 
 _DEMO_MODEL = "milan-demo-ViT-S-8-64"
 

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from milan_pipe.config.training import Parallel
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import MilanError, MismatchError, RankLostError, SettingError, ToldElsewhereError
-from milan_pipe.training.settings import Parallel
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ import numpy as np
 from dvclive.live import Live
 from PIL import Image
 
+from milan_pipe.config.training import SinkName
 from milan_pipe.errors import SettingError
-from milan_pipe.training.settings import SinkName
 
 
 class Sink(Protocol):

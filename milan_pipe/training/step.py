@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from milan_pipe.training.settings import Precision
+from milan_pipe.config.training import Precision
 
 B = TypeVar("B")
 

@@ -14,9 +14,9 @@ from support.wild import Command
 
 from milan_pipe import terminal
 from milan_pipe.api import extract_targets
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 
 FORMATS = ("zarr", "webdataset")
 HEADERS = {"zarr": "zarr.json", "webdataset": "header.json"}

@@ -12,6 +12,7 @@ import pytest
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.recipes import recipe_names
 from milan_pipe.errors import MissingError
+from milan_pipe.student.encoder import grid_of
 
 NAMES = recipe_names()
 
@@ -48,7 +49,7 @@ def test_every_imagenet_student_fits_its_teachers_grid() -> None:
         params = load_params(name)
         patch = {"ViT-B-16": 16, "ViT-L-14": 14, "demo": 8}[params.teacher.model]
         side = params.teacher.image_size or params.student.image_size
-        assert params.student.grid == (side // patch, side // patch)
+        assert grid_of(params.student) == (side // patch, side // patch)
 
 
 def test_the_scenes_are_the_defaults() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from support.pages import PAGES, ROOT, blocks, commands, run, shell_lines
 from support.project import Project, params_file
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 # What a page takes for granted.
 GIVEN = {

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from milan_pipe.config.evaluation import EmbedSettings
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MissingError, SettingError, ShapeError
 from milan_pipe.evaluation.features import (
     LabelledFeatures,
@@ -22,10 +24,8 @@ from milan_pipe.evaluation.features import (
     embed_shards,
     student_embedder,
 )
-from milan_pipe.evaluation.settings import EmbedSettings
 from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.student.encoder import build_encoder, encode_all
-from milan_pipe.student.settings import StudentSettings
 
 SIZE = 8
 

@@ -9,10 +9,10 @@ import pytest
 from support.pictures import TINY, class_folders, labelled_shard
 
 from milan_pipe import api
+from milan_pipe.config.evaluation import KnnSettings
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation import features as module
-from milan_pipe.evaluation.settings import KnnSettings
 
 PARAMS = Params(student=TINY, knn=KnnSettings(neighbours=(3,)))
 

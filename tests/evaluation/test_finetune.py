@@ -19,6 +19,9 @@ import torch
 from support.pictures import NAMES, TINY, class_folders, labelled_shard, picture, png, write_tar
 from support.training import StopAtError, killed_until_done, stop_at
 
+from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, LarsProbeSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.evaluation.augment import TrainingPictures, build_mixup
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
@@ -27,11 +30,9 @@ from milan_pipe.evaluation.feed import Ask, StepPlan, share_of_classes
 from milan_pipe.evaluation.finetune import finetune
 from milan_pipe.evaluation.lars_probe import lars_probe
 from milan_pipe.evaluation.randomness import permutation, seeded
-from milan_pipe.evaluation.settings import AugmentSettings, FinetuneSettings, LarsProbeSettings
 from milan_pipe.images.labelled import labelled_pictures
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
-from milan_pipe.student.settings import StudentSettings
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
@@ -60,9 +61,7 @@ def go(shards: Path, run: Path, *, augment: AugmentSettings = FULL, **change: An
         change.pop("train", str(shards / "train-*.tar")),
         change.pop("val", str(shards / "val-*.tar")),
         run,
-        student=TINY,
-        augment=augment,
-        config=FinetuneSettings(**{**recipe, **change}),
+        Params(student=TINY, augment=augment, finetune=FinetuneSettings(**{**recipe, **change})),
         on_progress=told,
     )
 
@@ -419,8 +418,7 @@ def probe(shards: Path, run: Path, **change: Any) -> Any:
         str(shards / "train-*.tar"),
         str(shards / "val-*.tar"),
         run,
-        student=TINY,
-        config=LarsProbeSettings(**{**recipe, **change}),
+        Params(student=TINY, lars_probe=LarsProbeSettings(**{**recipe, **change})),
         on_progress=told,
     )
 

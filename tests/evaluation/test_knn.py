@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from milan_pipe.config.evaluation import KnnSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation import knn
 from milan_pipe.evaluation.features import LabelledFeatures
 from milan_pipe.evaluation.knn import knn_accuracy
-from milan_pipe.evaluation.settings import KnnSettings
 
 
 def draw(seed: int, samples: int, classes: int = 4, width: int = 6) -> LabelledFeatures:

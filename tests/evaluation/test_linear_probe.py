@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from milan_pipe.config.evaluation import LinearProbeSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.features import LabelledFeatures
 from milan_pipe.evaluation.linear_probe import _held_out, linear_probe_accuracy
-from milan_pipe.evaluation.settings import LinearProbeSettings
 
 
 def two_gaussians(seed: int, samples: int, width: int = 5, distance: float = 2.0) -> LabelledFeatures:

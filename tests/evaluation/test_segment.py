@@ -19,17 +19,18 @@ from PIL import Image
 from support.pictures import TINY, labelled_shard, mask, mask_folders, picture, png
 from support.training import StopAtError, killed_until_done, stop_at
 
+from milan_pipe.config.evaluation import SegmentSettings
+from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, MissingError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment import segment
-from milan_pipe.evaluation.settings import SegmentSettings
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
 from milan_pipe.images.masked import MaskRule, decode_mask, masked_pictures, read_classes
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.scenes import MASK_CLASSES, render_scene
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.student.pixels import normalise
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.schedule import polynomial_lr
@@ -320,8 +321,7 @@ def go(shards: Path, run: Path, **change: Any) -> Any:
         change.pop("train", str(shards / "train-*.tar")),
         change.pop("val", str(shards / "val-*.tar")),
         run,
-        student=TINY.model_copy(update={"depth": 4}),
-        config=SegmentSettings(**{**recipe, **change}),
+        Params(student=TINY.model_copy(update={"depth": 4}), segment=SegmentSettings(**{**recipe, **change})),
         on_progress=told,
     )
 

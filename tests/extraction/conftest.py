@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import PrepareSettings, ViewSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.targets import CodecSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction.run import extract_targets
-from milan_pipe.extraction.settings import ExtractSettings
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings, ViewSettings
-from milan_pipe.targets.settings import CodecSettings
-from milan_pipe.teacher.settings import TeacherSettings
 
 VIEWS = ViewSettings(count=2, seed=5)
 
@@ -32,11 +34,14 @@ def extract():
         return extract_targets(
             images,
             targets,
-            teacher=teacher or TeacherSettings(),
-            views=views,
-            view_size=view_size,
-            codec=CodecSettings(name=codec),
-            extract=settings,
+            Params(
+                teacher=teacher or TeacherSettings(),
+                views=views,
+                # As many patches as the teacher has, whatever the size.
+                student=StudentSettings(image_size=view_size, patch_size=view_size // 8),
+                codec=CodecSettings(name=codec),
+                extract=settings,
+            ),
             **more,
         )
 

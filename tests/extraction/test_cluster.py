@@ -19,11 +19,11 @@ import psutil
 import pytest
 from distributed.client import FutureCancelledError
 
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.cluster import _outcome
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0

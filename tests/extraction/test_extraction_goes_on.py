@@ -12,10 +12,10 @@ import time
 import pytest
 from support.disks import small_disk
 
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.targets.store import open_targets
-from milan_pipe.teacher.settings import TeacherSettings
 
 
 class Interrupted(BaseException):

@@ -10,9 +10,9 @@ import pytest
 from support.disks import small_disk
 from support.targets import tree as store_tree
 
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, StoreError
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import verify_targets

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0

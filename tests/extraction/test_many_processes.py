@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from support.disks import small_disk
 
+from milan_pipe.config.images import PrepareSettings, ViewSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings, ViewSettings
 from milan_pipe.targets.store import open_targets
 
 SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 
 def runs(root):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError
 from milan_pipe.extraction import run
 from milan_pipe.extraction.worker import load_assigned_teacher
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.targets.store import open_targets

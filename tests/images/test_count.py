@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from support.s3 import Proxy
 
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.count import ImageCount, count_pictures, glance_at_pictures, indexed_pictures, spread_evenly
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.storage import place_of

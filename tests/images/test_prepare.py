@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images import prepare as prepare_module
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.index import PREPARE_MARKER, read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
 from milan_pipe.images.scenes import SHAPES, render_scene
-from milan_pipe.images.settings import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import Sample, read_shard
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.settings import ViewSettings
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"

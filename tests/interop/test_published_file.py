@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.interop.published_file import import_published
@@ -19,7 +20,6 @@ from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.published import published_state_dict
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import open_checkpoint
 

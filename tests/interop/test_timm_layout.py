@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from support.checkpoints import change_record
 from timm.data import resolve_model_data_config
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.model import MaskedStudent, build_student
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.checkpoint import save_checkpoint
 
 SMALL = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=4)

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milan_pipe import api, cli
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction import space
 from milan_pipe.images.count import ImageCount, count_pictures, indexed_pictures
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import teacher_flops
 from milan_pipe.planning.limits import limits
@@ -32,7 +33,6 @@ from milan_pipe.planning.store import StoreEstimate, sample_pictures
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import place_of
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.units import rate
 
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.teacher_threads=1", "pretrain.batch_size=16"]

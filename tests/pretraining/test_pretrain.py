@@ -13,14 +13,15 @@ import pytest
 import timm
 import torch
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective
 from milan_pipe.pretraining.run import PretrainReport, pretrain
-from milan_pipe.pretraining.settings import PretrainSettings
 from milan_pipe.student.model import build_student
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import (
     CodecInfo,
     SourceInfo,
@@ -91,16 +92,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(store: Path, run: Path, **change: Any) -> PretrainReport:
     recipe = {"epochs": 2, "batch_size": 8, "warmup_epochs": 0, "log_every": 1, "device": "cpu", "lr": 0.1}
-    given = {
-        "student": STUDENT,
-        "decoder": DECODER,
-        "masking": MaskSettings(),
-        "target": "clip",
-        "on_progress": lambda _: None,
-        **{name: value for name, value in change.items() if name not in PretrainSettings.model_fields},
-    }
+    told = change.pop("on_progress", lambda _: None)
     settings = {name: value for name, value in change.items() if name in PretrainSettings.model_fields}
-    return pretrain(store, run, config=PretrainSettings(**{**recipe, **settings}), **given)
+    given = {name: value for name, value in change.items() if name not in PretrainSettings.model_fields}
+    sections = {"student": STUDENT, "decoder": DECODER, **given, "pretrain": PretrainSettings(**{**recipe, **settings})}
+    return pretrain(store, run, Params(**sections), on_progress=told)
 
 
 def test_the_loss_falls_and_the_report_adds_up(store: Path, tmp_path: Path) -> None:
@@ -339,18 +335,17 @@ def test_settings_that_were_stated_must_be_the_stores(store: Path, tmp_path: Pat
     with pytest.raises(
         MismatchError, match=r"teacher\.model: store has '[^']+', the settings say 'ViT-B-16'"
     ) as caught:
-        go(store, tmp_path / "run", stated={"teacher": {"model": "ViT-B-16"}, "views": {"count": VIEWS + 1}})
+        go(store, tmp_path / "run", teacher={"model": "ViT-B-16"}, views={"count": VIEWS + 1})
     assert f"views.count: store has {VIEWS}, the settings say {VIEWS + 1}" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_was_left_to_defaults_is_not_stated() -> None:
-    from milan_pipe.api import _stated
-    from milan_pipe.config.params import Params, load_params
+def test_what_was_left_to_defaults_is_notstated_of() -> None:
+    from milan_pipe.config.params import load_params, stated_of
 
-    assert _stated(Params()) == {"teacher": {}, "views": {}}
+    assert stated_of(Params()) == {"teacher": {}, "views": {}}
     params = load_params(overrides=["teacher=ViT-B-16", "teacher.pretrained=/weights/b16.pt", "views.scale=[0.2, 1]"])
-    stated = _stated(params)
+    stated = stated_of(params)
     assert stated["teacher"]["model"] == "ViT-B-16"
     assert stated["teacher"]["pretrained"] == "b16.pt"
     assert stated["views"]["scale"] == [0.2, 1.0]

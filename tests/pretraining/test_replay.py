@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from support.targets import header, random_blocks, write_blocks
 
 from milan_pipe.api import replay
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainSettings
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
 HEAD = header(format="zarr", shards=1)
@@ -44,11 +45,11 @@ def go(store: Path, run: Path, **change: Any) -> None:
     pretrain(
         store,
         run,
-        student=STUDENT,
-        decoder=DecoderSettings(width=16, depth=1, heads=2),
-        masking=MaskSettings(),
-        target="clip",
-        config=PretrainSettings(**{**recipe, **change}),
+        Params(
+            student=STUDENT,
+            decoder=DecoderSettings(width=16, depth=1, heads=2),
+            pretrain=PretrainSettings(**{**recipe, **change}),
+        ),
     )
 
 

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import change_record
 from support.targets import header, write_store
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
 from milan_pipe.pretraining.run import PretrainReport, pretrain
-from milan_pipe.pretraining.settings import PretrainSettings
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
@@ -67,11 +68,12 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainRepo
     return pretrain(
         store,
         run,
-        student=student_of(head),
-        decoder=decoder,
-        masking=masking,
-        target="clip",
-        config=PretrainSettings(**{**recipe, **change}),
+        Params(
+            student=student_of(head),
+            decoder=decoder,
+            masking=masking,
+            pretrain=PretrainSettings(**{**recipe, **change}),
+        ),
         on_progress=told,
     )
 

@@ -10,13 +10,14 @@ import torch
 from support.targets import header
 from torch import nn
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.training import Precision
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective, build_objective
-from milan_pipe.pretraining.settings import PretrainSettings
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.settings import Precision
 from milan_pipe.training.step import Stepper, resolve_precision
 
 CPU = torch.device("cpu")
@@ -26,12 +27,12 @@ HEAD = header(size=32, grid=(4, 4), width=12)
 def objective(kind: str = "prompting", **change: Any) -> Objective:
     return build_objective(
         HEAD,
-        student=StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2),
-        decoder=DecoderSettings(kind=kind, width=16, depth=2, heads=2),  # type: ignore[arg-type]
-        masking=MaskSettings(),
-        target="clip",
-        config=PretrainSettings(**change),
-        device=CPU,
+        Params(
+            student=StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2),
+            decoder=DecoderSettings(kind=kind, width=16, depth=2, heads=2),  # type: ignore[arg-type]
+            pretrain=PretrainSettings(**change),
+        ),
+        CPU,
     )
 
 

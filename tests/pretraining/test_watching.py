@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from support.targets import header, write_store
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings, Target
+from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.drawing.masks import draw_masks, heat
 from milan_pipe.errors import SettingError, StoreError
 from milan_pipe.evaluation.features import LabelledFeatures, kept_features
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.settings import PretrainSettings, Target
-from milan_pipe.reports.masks import draw_masks, heat
-from milan_pipe.student.settings import DecoderSettings, MaskSettings, StudentSettings
 
 HEAD = header(format="zarr", shards=1)
 STUDENT = StudentSettings(
@@ -40,11 +41,12 @@ def go(store: Path, run: Path, target: Target = "clip", **change: Any) -> None:
     pretrain(
         store,
         run,
-        student=STUDENT,
-        decoder=DecoderSettings(width=16, depth=1, heads=2),
-        masking=MaskSettings(),
-        target=target,
-        config=PretrainSettings(**{**recipe, **change}),
+        Params(
+            student=STUDENT,
+            decoder=DecoderSettings(width=16, depth=1, heads=2),
+            target=target,
+            pretrain=PretrainSettings(**{**recipe, **change}),
+        ),
     )
 
 

@@ -13,7 +13,7 @@ import milan_pipe
 def test_names_are_functions_after_everything_is_imported() -> None:
     import milan_pipe.api
     import milan_pipe.cli
-    import milan_pipe.evaluation.subjects
+    import milan_pipe.evaluation.frozen
     import milan_pipe.pretraining
 
     for name in milan_pipe.__all__:

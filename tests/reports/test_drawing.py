@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from milan_pipe.reports.charts import Curve, line_chart
-from milan_pipe.reports.grids import heat, on_pixels, only_visible, overlaid
-from milan_pipe.reports.pca import FeatureColours
-from milan_pipe.reports.sheet import Panel, Row, Sheet, data_url, draw_sheet
+from milan_pipe.drawing.charts import Curve, line_chart
+from milan_pipe.drawing.grids import heat, on_pixels, only_visible, overlaid
+from milan_pipe.drawing.pca import FeatureColours
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, data_url, draw_sheet
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))

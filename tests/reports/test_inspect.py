@@ -15,13 +15,13 @@ from support.targets import header, write_store
 
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
+from milan_pipe.config.student import MaskSettings
+from milan_pipe.drawing.masks import draw_masks
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.reports.inspect_student import pretrained_objective
-from milan_pipe.reports.masks import draw_masks
 from milan_pipe.reports.samples import choose_samples, read_view
-from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 

@@ -14,9 +14,9 @@ from support.project import SETTINGS, Project
 
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
+from milan_pipe.drawing.page import render
 from milan_pipe.errors import DataError, MissingError, SettingError, StoreError
-from milan_pipe.reports.evaluations import read_evaluations
-from milan_pipe.reports.page import render
+from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.scores import transfer_table
 from milan_pipe.targets.store import open_targets

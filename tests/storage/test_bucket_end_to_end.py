@@ -29,10 +29,10 @@ from support.wild import Command, encoded, scene
 
 from milan_pipe import storage
 from milan_pipe.api import extract_targets
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.storage import place_of
 
 SETTINGS = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.features import embed_shards
-from milan_pipe.evaluation.settings import EmbedSettings
 from milan_pipe.storage import place_of
 
 

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import SettingError, ShapeError
 from milan_pipe.student.decoder import PlainDecoder, PromptingDecoder, build_decoder
 from milan_pipe.student.encoder import sincos_position_embedding
 from milan_pipe.student.masking import draw_split, mask_noise
-from milan_pipe.student.settings import DecoderSettings
 
 WIDTH, HEADS, GRID, OUT = 16, 4, (3, 4), 10
 PATCHES = GRID[0] * GRID[1]

@@ -9,11 +9,11 @@ import timm
 import torch
 from torch.testing import assert_close
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import SettingError, ShapeError
-from milan_pipe.student.encoder import build_encoder, encode_all, encode_visible, sincos_position_embedding
+from milan_pipe.student.encoder import build_encoder, encode_all, encode_visible, grid_of, sincos_position_embedding
 from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise
 from milan_pipe.student.model import MaskedStudent, build_student
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 SMALL = {"image_size": 24, "patch_size": 6, "width": 32, "depth": 2, "heads": 2}
 
@@ -125,9 +125,9 @@ def test_the_models_own_sizes():
     config = StudentSettings(
         model="vit_tiny_patch16_224", image_size=32, patch_size=None, width=None, depth=1, heads=None
     )
-    assert config.grid == (2, 2)
+    assert grid_of(config) == (2, 2)
     encoder = build_encoder(config)
-    assert (encoder.embed_dim, encoder.blocks[0].attn.num_heads, config.patches) == (192, 3, 4)
+    assert (encoder.embed_dim, encoder.blocks[0].attn.num_heads, math.prod(grid_of(config))) == (192, 3, 4)
     assert encoder.patch_embed.proj.weight.device.type == "cpu"
     assert encoder.norm.eps == 1e-6
 

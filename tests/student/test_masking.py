@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milan_pipe.config.student import MaskSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
-from milan_pipe.student.settings import MaskSettings
 
 WEIGHTS = [0.4, 0.05, 0.25, 0.1, 0.2]
 DRAWS = 12_000

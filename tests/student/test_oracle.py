@@ -9,13 +9,13 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.student.encoder import encode_visible
 from milan_pipe.student.loss import feature_loss
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict, student_from_published
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))

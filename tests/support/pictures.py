@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from milan_pipe.student.settings import StudentSettings
+from milan_pipe.config.student import StudentSettings
 
 TINY = StudentSettings(image_size=16, patch_size=4, width=16, depth=2, heads=2)
 NAMES = ("ant", "bee", "cat")

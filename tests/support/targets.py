@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.storage import place_of
 from milan_pipe.targets.codec import build_codec
@@ -25,7 +26,6 @@ from milan_pipe.targets.schema import (
     ViewInfo,
     ViewRun,
 )
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 
 BAD = (("worse", "damaged"),)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.codec import Float16Codec, Int8Codec, build_codec, codec_of, mean_cosine
 from milan_pipe.targets.schema import CodecInfo
-from milan_pipe.targets.settings import CodecSettings
 
 
 def features(seed, shape=(4, 17, 64), spread=1.0):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from support.targets import check_store, commit, header, random_blocks, tree, write_store
 
+from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.targets.convert import convert_targets
-from milan_pipe.targets.schema import StoreFormat
 from milan_pipe.targets.store import StoreShardWriter, TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_targets
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Zstd
 
+from milan_pipe.config.targets import CodecSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.images.scenes import render_scene
 from milan_pipe.targets.codec import build_codec, codec_of, mean_cosine
 from milan_pipe.targets.klt import KltCodec, fit_klt
 from milan_pipe.targets.schema import CodecInfo
-from milan_pipe.targets.settings import CodecSettings
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 
 def features(seed, shape=(16, 17, 48), offset=1.0):

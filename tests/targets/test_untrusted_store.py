@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support.targets import header, write_store
 
+from milan_pipe.config.student import MaskSettings
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.reports.inspect_targets import inspect_targets
-from milan_pipe.student.settings import MaskSettings
 from milan_pipe.targets import ledger
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets

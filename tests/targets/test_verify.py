@@ -15,10 +15,10 @@ import torch
 from support.targets import header, random_blocks, source, tree, write_blocks, write_store
 
 from milan_pipe.api import extract_targets, verify_targets
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.images.prepare import prepare
-from milan_pipe.images.settings import PrepareSettings
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.targets import ledger
 from milan_pipe.targets.schema import TargetBlock, ViewRun

@@ -14,11 +14,11 @@ from open_clip.factory import load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
 from milan_pipe.images.scenes import render_scene
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
-from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.teacher.source import demo_folder
 
 DEMO_MODEL = "milan-demo-ViT-S-8-64"

@@ -19,10 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.testing import assert_close
 
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.teacher.clip import _build_tower, _resolve_precision, load_teacher
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
-from milan_pipe.teacher.settings import TeacherSettings
 from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size, grid_of, tower_outputs
 

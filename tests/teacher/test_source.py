@@ -22,10 +22,10 @@ from support.s3 import free_port
 from torch.testing import assert_close
 
 from milan_pipe import api
-from milan_pipe.config.params import load_params
+from milan_pipe.config.params import load_params, stated_of
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.settings import TeacherSettings
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 NATIVE = {"image_size": 64, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
@@ -333,7 +333,7 @@ def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
     assert (report.shards, report.skipped) == (2, 1)
     assert str(tmp_path) not in (targets / "zarr.json").read_text()
     # Pretraining holds the settings against the store; this is as far as it must come.
-    assert api._stated(moved)["teacher"]["model"] == "local-dir:gelu"
+    assert stated_of(moved)["teacher"]["model"] == "local-dir:gelu"
     weights = load_file(there / WEIGHTS)
     weights["visual.proj"] += 1
     save_file(weights, there / WEIGHTS)

@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.student.model import build_student
-from milan_pipe.student.settings import DecoderSettings, StudentSettings
 from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw, decays
 from milan_pipe.training.schedule import cosine_lr

@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
-from milan_pipe.targets.schema import BLOCK_SAMPLES
-from milan_pipe.training.settings import Beta, Parallel, Precision, SinkName
+from milan_pipe.config.training import Beta, Parallel, Precision, SinkName
 
 Target = Literal["clip", "pixels", "hog"]
 
@@ -23,7 +22,7 @@ class PretrainSettings(Settings):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of samples")
-    window: int = Field(16, ge=1, description=f"blocks of {BLOCK_SAMPLES} samples that are shuffled together")
+    window: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")
     lanes: int = Field(
         1, ge=1, description="parts of the data that are read side by side; as many as ranks, or a multiple of them"
     )

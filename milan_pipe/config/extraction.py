@@ -7,8 +7,8 @@ import re
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
+from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import SettingError
-from milan_pipe.targets.schema import StoreFormat
 
 
 class ExtractSettings(Settings):

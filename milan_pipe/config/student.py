@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
-from milan_pipe.errors import SettingError
-
-Grid = tuple[int, int]
-"""Patch rows and columns of an image."""
 
 
 class StudentSettings(Settings):
@@ -25,30 +20,6 @@ class StudentSettings(Settings):
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")
     depth: int | None = Field(4, ge=1, description="number of blocks")
     heads: int | None = Field(4, ge=1, description="of each block; must divide the width")
-
-    @property
-    def grid(self) -> Grid:
-        """Patch rows and columns.
-
-        Raises:
-            SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
-        """
-        if self.patch_size is None:
-            # Settings are read without timm, which takes seconds to import; only this answer needs it.
-            from milan_pipe.student.encoder import native_patch
-
-        height, width = (self.patch_size,) * 2 if self.patch_size is not None else native_patch(self.model)
-        if self.image_size % height or self.image_size % width:
-            raise SettingError(
-                f"student: image_size {self.image_size} is no multiple of the patch, {height} x {width} pixels; "
-                "change image_size or patch_size"
-            )
-        return self.image_size // height, self.image_size // width
-
-    @property
-    def patches(self) -> int:
-        """L, the number of patches; raises as `grid`."""
-        return math.prod(self.grid)
 
 
 class DecoderSettings(Settings):
@@ -68,7 +39,8 @@ class MaskSettings(Settings):
 
     kind: Literal["semantic", "random"] = Field(
         "semantic",
-        description="`semantic` keeps patches with probability proportional to the teacher's importance; `random` ignores it",
+        description="`semantic` keeps patches with probability proportional to the teacher's importance; `random` "
+        "ignores it",
     )
     ratio: float = Field(0.75, gt=0.0, lt=1.0, description="share of patches that are masked, strictly between 0 and 1")
     seed: int = Field(0, description="of the masks, beside epoch and sample key")

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from milan_pipe.config.base import Settings
 
+StoreFormat = Literal["zarr", "webdataset"]
+
 
 class CodecSettings(Settings):
     """How features are stored."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from milan_pipe.reports.sheet import one_line, write_png
+from milan_pipe.drawing.sheet import one_line, write_png
 
 _SIDE, _GAP, _CAPTION = 224, 8, 18
 _NONE = np.array([255, 255, 255], np.uint8)

@@ -24,7 +24,7 @@ from milan_pipe.targets.store import TargetStore
 from milan_pipe.targets.store import open_targets as _open_store
 
 if TYPE_CHECKING:
-    from milan_pipe.targets.dask_arrays import DaskTargets
+    from milan_pipe.loader.dask_arrays import DaskTargets
 
 _SHOWN = 3
 
@@ -222,7 +222,7 @@ class Targets:
         Raises:
             DataError: the store is damaged; raised where a chunk is computed.
         """
-        from milan_pipe.targets.dask_arrays import dask_targets
+        from milan_pipe.loader.dask_arrays import dask_targets
 
         return dask_targets(self._store)
 

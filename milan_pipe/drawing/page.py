@@ -11,8 +11,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from milan_pipe import __version__
+from milan_pipe.drawing.sheet import one_line
 from milan_pipe.errors import StoreError
-from milan_pipe.reports.sheet import one_line
 
 
 def _template(name: str) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from milan_pipe.reports.grids import heat, on_pixels, only_visible
-from milan_pipe.reports.sheet import one_line, write_png
+from milan_pipe.drawing.grids import heat, on_pixels, only_visible
+from milan_pipe.drawing.sheet import one_line, write_png
 
 _SIDE, _GAP, _CAPTION = 192, 8, 18
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
-from milan_pipe.training.settings import Beta, RunSettings
+from milan_pipe.config.training import Beta, RunSettings
 
 Pool = Literal["cls", "mean"]
 """Which tokens stand for the picture: the class token, or the mean of the patches."""

@@ -1,0 +1,1 @@
+"""Arrays to images, charts and pages. It knows neither runs nor stores."""
