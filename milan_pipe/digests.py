@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def sha256_of(data: bytes) -> str:
@@ -14,14 +14,16 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_file(path: Path) -> str:
-    """Hexadecimal digest of a file, which is read in pieces.
+def sha256_of_file(file: Path | IO[bytes]) -> str:
+    """Hexadecimal digest of a file by its path, or of what is left of an open one; it is read in pieces.
 
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of_file(opened)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:

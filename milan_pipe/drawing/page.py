@@ -16,7 +16,7 @@ from milan_pipe.errors import StoreError
 
 
 def _template(name: str) -> str:
-    return (files("milan_pipe.reports") / "templates" / name).read_text(encoding="utf-8")
+    return (files("milan_pipe.drawing") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
@@ -39,7 +39,7 @@ def _shown(value: Any) -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template in `reporting/templates`; what is put in is escaped, and shown where it does not print."""
+    """The page of a template in `drawing/templates`; what is put in is escaped, and shown where it does not print."""
     return _environment().get_template(template).render(version=__version__, **values)
 
 

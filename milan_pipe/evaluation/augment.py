@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
@@ -21,7 +22,7 @@ from milan_pipe.evaluation.feed import Ask
 from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledPictures
-from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from milan_pipe.student.pixels import normalise
 
 
 def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
@@ -43,8 +44,8 @@ def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image],
             interpolation="bicubic",
             re_prob=config.erasing,
             re_mode="pixel",
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
         )
         for step in getattr(view, "transforms", ()):
             for op in getattr(step, "ops", ()):

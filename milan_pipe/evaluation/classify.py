@@ -22,13 +22,12 @@ from milan_pipe.config.evaluation import AugmentSettings
 from milan_pipe.config.training import RunSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.augment import TestPictures, TrainingPictures, build_mixup, require_labels
-from milan_pipe.evaluation.badfile import bad_file
-from milan_pipe.evaluation.feed import BadPictures, StepPlan, feed, in_turn, share_of_classes
+from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.randomness import seed_of, seeded
 from milan_pipe.evaluation.supervised import Task
 from milan_pipe.images.labelled import LabelledPictures, labelled_pictures, require_same_classes
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.schedule import cosine_lr
+from milan_pipe.training.optim import cosine_lr
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -216,3 +218,21 @@ def share_of_classes(label_N: NDArray[np.int64], fraction: float, seed: int) -> 
         of_class = order_N[label_N[order_N] == label]
         kept.append(of_class[: max(1, round(fraction * len(of_class)))])
     return np.sort(np.concatenate(kept))
+
+
+def bad_file(run: Path) -> OnBad:
+    """Adds a line to RUN/bad_samples.jsonl, once per key."""
+    file = run / "bad_samples.jsonl"
+    told: set[str] = set()
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            told.add(str(json.loads(line)["key"]))
+
+    def add(key: str, reason: str) -> None:
+        if key not in told:
+            told.add(key)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+
+    return add

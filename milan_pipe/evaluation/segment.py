@@ -26,8 +26,7 @@ from milan_pipe.config.training import FREE
 from milan_pipe.drawing.segmentation import draw_segmentations
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
-from milan_pipe.evaluation.badfile import bad_file
-from milan_pipe.evaluation.feed import BadPictures, StepPlan, feed, in_turn, share_of_classes
+from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
@@ -36,9 +35,8 @@ from milan_pipe.evaluation.supervised import SupervisedReport, Task, run_supervi
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.optim import build_adamw, layer_scale
+from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.schedule import polynomial_lr
 from milan_pipe.training.step import resolve_precision
 
 PER_CLASS_FILE = "per_class.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from milan_pipe import __version__
 from milan_pipe.config.training import RunSettings
@@ -395,9 +395,3 @@ def run_supervised(
             except NotFiniteError as error:
                 raise DataError(f"{error}. {tell_last_checkpoint(folder)}") from error
             return going.finish()
-
-
-def mean_loss(total: Tensor, count: Tensor, ranks: Ranks) -> tuple[float, float]:
-    """Sum over ranks of a loss and of the number of samples, as (mean, number)."""
-    sums = ranks.mean(torch.stack([total.double(), count.double()])) * ranks.count
-    return float(sums[0] / sums[1]), float(sums[1])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import queue
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -142,49 +140,19 @@ def _copy(data: bytes, to: IO[bytes]) -> None:
         ) from error
 
 
-class RenderAhead:
-    """Renders shards one after another on threads of its own, as far ahead as two blocks."""
+class Renderer:
+    """Renders shards one after another; see `Background` for how it runs ahead of the teacher."""
 
-    def __init__(self, jobs: Iterable[ShardJob], views: ViewSettings, size: int, threads: int, clock: Clock) -> None:
-        self._jobs = jobs
+    def __init__(self, views: ViewSettings, size: int, threads: int, clock: Clock) -> None:
         self._views = views
         self._size = size
         self._threads = threads
         self._clock = clock
-        self._queue: queue.Queue[RenderedBlock | BaseException | None] = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="render", daemon=True)
-        self._thread.start()
 
-    def __iter__(self) -> Iterator[RenderedBlock]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop rendering."""
-        self._stop.set()
-        self._thread.join()
-
-    def _put(self, item: RenderedBlock | BaseException | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def _run(self) -> None:
-        try:
-            for job in self._jobs:
-                for block in self._blocks(job):
-                    if not self._put(block):
-                        return
-            self._put(None)
-        except BaseException as error:  # handed over whole: whoever reads must not wait for ever
-            self._put(error)
+    def __call__(self, jobs: Iterable[ShardJob]) -> Iterator[RenderedBlock]:
+        """The blocks of all shards."""
+        for job in jobs:
+            yield from self._blocks(job)
 
     def _blocks(self, job: ShardJob) -> Iterator[RenderedBlock]:
         source = SourceFile()

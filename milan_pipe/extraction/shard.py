@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milan_pipe.background import Background
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.clock import Clock
-from milan_pipe.extraction.render import RenderAhead, RenderedSample, ShardJob, SourceFile
+from milan_pipe.extraction.render import RenderedSample, Renderer, ShardJob, SourceFile
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.targets.codec import Codec, token_cosines
-from milan_pipe.targets.schema import ShardWriter, SourceShard, TargetBlock
+from milan_pipe.targets.schema import SourceShard, TargetBlock
+from milan_pipe.targets.store import StoreShardWriter
 from milan_pipe.teacher.clip import Teacher, first_fault
+
+OpenWriter = Callable[[str], StoreShardWriter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +165,12 @@ def _encode(
 class _Shard:
     """One shard on its way through teacher and writer. Writing runs on a thread, one block behind the teacher."""
 
-    def __init__(self, job: ShardJob, recipe: Recipe, open_writer: Callable[[str], ShardWriter], clock: Clock) -> None:
+    def __init__(self, job: ShardJob, recipe: Recipe, open_writer: OpenWriter, clock: Clock) -> None:
         self._job = job
         self._recipe = recipe
         self._open_writer = open_writer
         self._clock = clock
-        self._writer: ShardWriter | None = None
+        self._writer: StoreShardWriter | None = None
         self._writing: Future[None] | None = None
         self._samples = 0
         self._cosine = 0.0
@@ -241,7 +245,7 @@ class _Shard:
 def extract_shards(
     recipe: Recipe,
     jobs: Iterable[ShardJob],
-    open_writer: Callable[[str], ShardWriter],
+    open_writer: OpenWriter,
     on_progress: Callable[[int, int], None],
 ) -> Iterator[ShardResult]:
     """Do shards one after another; the next one is rendered while the last one is encoded and written.
@@ -254,9 +258,10 @@ def extract_shards(
         One result per job, in order. A shard that fails is discarded and told of; the others go on.
     """
     clock = Clock()
+    render = Renderer(recipe.views, recipe.size, recipe.threads, clock)
     with (
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
-        closing(RenderAhead(jobs, recipe.views, recipe.size, recipe.threads, clock)) as blocks,
+        closing(Background(render(jobs), 1, "render")) as blocks,
     ):
         shard: _Shard | None = None
         ending: Future[ShardResult] | None = None

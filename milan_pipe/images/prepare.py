@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
+from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_PICTURE_SUFFIXES, read_file
@@ -456,9 +457,7 @@ def _pack(job: _Job, path: Path) -> _Packed:
     if not samples:
         path.unlink()
         return _Packed(samples=0, bytes=0, sha256="", bad=bad)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _Packed(samples=samples, bytes=path.stat().st_size, sha256=digest, bad=bad)
+    return _Packed(samples=samples, bytes=path.stat().st_size, sha256=sha256_of_file(path), bad=bad)
 
 
 def _set_aside(bad: list[tuple[str, str, str]], picture: _Picture, reason: str) -> None:

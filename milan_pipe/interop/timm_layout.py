@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
-from milan_pipe.student.pixels import IMAGENET_MEAN, IMAGENET_STD
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import give_mode, require_folder_name
 
@@ -56,8 +56,8 @@ def input_of(config: StudentSettings, classes: int, crop: float) -> dict[str, An
         "classifier": "head",
         "fixed_input_size": True,
         "input_size": (3, config.image_size, config.image_size),
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
         "crop_pct": crop,
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -196,42 +194,3 @@ def read_batch(reader: TargetReader, block: Block) -> Batch:
         scale_BS=None if run.scale_NS is None else torch.from_numpy(run.scale_NS),
         attention_BL=torch.from_numpy(run.attention_NL),
     )
-
-
-class Prefetcher:
-    """Runs an iterator of batches on a thread, a few batches ahead. An error there is raised here."""
-
-    def __init__(self, batches: Iterator[Batch], ahead: int) -> None:
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(batches,), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def _run(self, batches: Iterator[Batch]) -> None:
-        try:
-            for batch in batches:
-                if not self._put(batch):
-                    return
-            self._put(None)
-        except BaseException as error:  # handed over whole: the training thread must not wait for ever
-            self._put(error)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._stop.set()
-        self._thread.join()

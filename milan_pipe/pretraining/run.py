@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
+from milan_pipe.background import Background
 from milan_pipe.config.command import command_of
 from milan_pipe.config.params import Params, stated_of
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.errors import DataError, SettingError, StoreError, resource_hint
 from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
-from milan_pipe.loader.stream import Batch, Loader, Prefetcher
+from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
@@ -35,7 +36,7 @@ from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.lock import only_writer
 from milan_pipe.training.loop import StepReport
 from milan_pipe.training.metrics import cut_metrics
-from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.optim import build_adamw, cosine_lr
 from milan_pipe.training.recorder import LossWatch, NotFiniteError, Recorder, TrainProgress
 from milan_pipe.training.resume import (
     last_checkpoint,
@@ -44,7 +45,6 @@ from milan_pipe.training.resume import (
 )
 from milan_pipe.training.runner import run_steps
 from milan_pipe.training.saver import SavePolicy, Saver
-from milan_pipe.training.schedule import cosine_lr
 from milan_pipe.training.sinks import Sink, open_sinks
 from milan_pipe.training.step import Stepper, resolve_precision
 from milan_pipe.training.stopping import StopRequest, stop_requests
@@ -177,7 +177,7 @@ class _Run:
             self._draw(report, sinks)
 
         # One prefetcher for all epochs: it goes on across their borders, so that no epoch begins by waiting.
-        with closing(Prefetcher(self._batches(loader), ahead=8)) as prefetcher:
+        with closing(Background(self._batches(loader), 8, "prefetch")) as prefetcher:
             run_steps(
                 self.stepper,
                 iter(prefetcher),

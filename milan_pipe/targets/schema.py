@@ -280,19 +280,6 @@ class OpenShard(Protocol):
         """Samples `start` to `stop` of one view, all within the shard."""
 
 
-class ShardWriter(Protocol):
-    """Targets of one shard in the making: invisible to readers until `commit`."""
-
-    def append(self, block: TargetBlock) -> None:
-        """Write the next samples. All blocks but the last hold `BLOCK_SAMPLES` samples."""
-
-    def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
-        """Make the shard visible, whole."""
-
-    def discard(self) -> None:
-        """Remove what was written."""
-
-
 class TargetReader(Protocol):
     """A store that is read."""
 

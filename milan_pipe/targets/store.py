@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import Place, place_of, require_writable
 from milan_pipe.targets import ledger, tar_store, zarr_store
@@ -35,7 +35,6 @@ from milan_pipe.targets.schema import (
 _HEADER = "milan_pipe"
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
 _OPEN_SHARDS = 32
-_HASH_BYTES = 1024 * 1024
 _MOST_NAMED = 10
 _REMOVAL_PAUSES = (0.01, 0.1, 1.0)
 
@@ -99,16 +98,6 @@ def _header_and_digest(place: Place) -> tuple[StoreHeader | None, str]:
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
-
-
-def _digest(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while data := file.read(_HASH_BYTES):
-            digest.update(data)
-            size += len(data)
-    return FileRecord(bytes=size, sha256=digest.hexdigest())
 
 
 class StoreShardWriter:
@@ -187,7 +176,12 @@ class StoreShardWriter:
         with self._errors():
             blocks = self._files.close()
             paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
-            files = {path.relative_to(self._scratch).as_posix(): _digest(path) for path in paths}
+            files = {
+                path.relative_to(self._scratch).as_posix(): FileRecord(
+                    bytes=path.stat().st_size, sha256=sha256_of_file(path)
+                )
+                for path in paths
+            }
             if not self._is_own():
                 raise self._overtaken()
             self._place.publish(self._scratch, self._name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import Place, place_of
@@ -22,7 +23,6 @@ from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun
 from milan_pipe.targets.store import header_file, open_shard, read_header
 
-_HASH_BYTES = 4 * 1024 * 1024
 # A row of L float16 values that were rounded one by one.
 _SUM_TOLERANCE = 4e-3
 # Codes of one byte; -128 is never written.
@@ -219,11 +219,8 @@ class _Check:
         return good
 
     def _sha256(self, path: str) -> str:
-        digest = hashlib.sha256()
         with self.place.open(path) as file:
-            while data := file.read(_HASH_BYTES):
-                digest.update(data)
-        return digest.hexdigest()
+            return sha256_of_file(file)
 
     def _content(self, name: str, record: ShardRecord) -> None:
         """What the bytes say; they are those that were written, so this finds what was wrong from the start."""

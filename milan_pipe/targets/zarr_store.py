@@ -28,11 +28,11 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, ObjectStore, StorePath
 
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, MilanError, StoreError, resource_hint
 from milan_pipe.storage import Place
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
-from milan_pipe.targets.ledger import sha256_of
 from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, local_file
 from milan_pipe.targets.schema import BLOCK_SAMPLES, FileRecord, ShardRecord, StoreHeader, TargetBlock, ViewRun
 

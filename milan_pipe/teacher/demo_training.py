@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from open_clip.model import CLIP
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from milan_pipe.config.teacher import DemoTeacherSettings
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_CONFIG_PATH = Path(__file__).parent / "demo" / "milan-demo-ViT-S-8-64.json"
 WEIGHTS_NAME = "milan-demo-ViT-S-8-64.safetensors"
-_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _RENDER_CHUNK = 2000
 
 
@@ -96,7 +95,7 @@ def _augmented(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) 
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    return (pixels / 255 - torch.tensor(_IMAGE_MEAN)[:, None, None]) / torch.tensor(_IMAGE_STD)[:, None, None]
+    return (pixels / 255 - torch.tensor(OPENAI_CLIP_MEAN)[:, None, None]) / torch.tensor(OPENAI_CLIP_STD)[:, None, None]
 
 
 @torch.no_grad()

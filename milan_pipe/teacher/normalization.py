@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import open_clip
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from milan_pipe.errors import DataError
@@ -25,7 +26,7 @@ class MeanStd(NamedTuple):
     std: tuple[float, ...]
 
 
-IMAGENET = MeanStd((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = MeanStd(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 OPENAI = MeanStd(tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD))
 
 

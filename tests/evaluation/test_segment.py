@@ -33,7 +33,7 @@ from milan_pipe.images.prepare import prepare
 from milan_pipe.images.scenes import MASK_CLASSES, render_scene
 from milan_pipe.student.pixels import normalise
 from milan_pipe.training.checkpoint import open_checkpoint
-from milan_pipe.training.schedule import polynomial_lr
+from milan_pipe.training.optim import polynomial_lr
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from milan_pipe.background import Background
 from milan_pipe.errors import DataError
 from milan_pipe.images.views import decode_jpeg, encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
-from milan_pipe.loader.stream import Batch, Loader, Prefetcher
+from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, StoreHeader, TeacherInfo, ViewInfo, ViewRun
 
 PATCHES, WIDTH, VIEWS, SIZE = 4, 3, 2, 16
@@ -217,7 +218,7 @@ def some_batch() -> Batch:
 
 def test_prefetched_batches_are_all_there_in_order() -> None:
     whole = batches(MemoryReader((9, 6, 1)), size=3)
-    prefetcher = Prefetcher(iter(whole), ahead=1)
+    prefetcher = Background(iter(whole), 1, "prefetch")
     try:
         assert [batch.keys for batch in prefetcher] == [batch.keys for batch in whole]
     finally:
@@ -232,7 +233,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
         yield batch
         raise BoomError("the disk")
 
-    prefetcher = Prefetcher(broken(), ahead=8)
+    prefetcher = Background(broken(), 8, "prefetch")
     seen = 0
     with pytest.raises(BoomError, match="the disk"):  # noqa: PT012
         for _ in prefetcher:
@@ -255,7 +256,7 @@ def test_reading_ahead_is_bounded_and_ends_when_the_consumer_stops() -> None:
             yield batch
 
     before = threading.active_count()
-    prefetcher = Prefetcher(endless(), ahead=3)
+    prefetcher = Background(endless(), 3, "prefetch")
     next(iter(prefetcher))
     assert full.wait(10)
     closer = threading.Thread(target=prefetcher.close, daemon=True)

@@ -53,7 +53,8 @@ def test_it_works_outside_of_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path
     wheel.extractall(tmp_path / "site")
     code = (
         "import milan_pipe, sys; from milan_pipe.config.params import load_params; "
-        "from milan_pipe.teacher.clip import TeacherSettings, load_teacher; import torch; "
+        "from milan_pipe.config.teacher import TeacherSettings; from milan_pipe.teacher.clip import load_teacher; "
+        "import torch; "
         "load_params('demo'); load_teacher(TeacherSettings(), torch.device('cpu')); "
         "from milan_pipe.drawing.page import render; render('gallery.html.j2', title='', facts={}, sheets=[]); "
         "print(milan_pipe.__file__)"

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.student.model import build_student
 from milan_pipe.training.loop import StepReport, train
-from milan_pipe.training.optim import build_adamw, decays
-from milan_pipe.training.schedule import cosine_lr
+from milan_pipe.training.optim import build_adamw, cosine_lr, decays
 from milan_pipe.training.step import Stepper
 
 
