@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from milan_pipe.config.targets import StoreFormat
     from milan_pipe.config.training import Precision
     from milan_pipe.evaluation.frozen import KnnReport, LinearProbeReport
-    from milan_pipe.evaluation.supervised import SupervisedReport
     from milan_pipe.extraction.run import ExtractProgress, ExtractReport
     from milan_pipe.images.prepare import PrepareReport
     from milan_pipe.interop.published_file import ImportReport
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
     from milan_pipe.planning.doctor import DoctorReport
     from milan_pipe.planning.run import PlanProgress, PlanReport
     from milan_pipe.pretraining.bad_batch import ReplayReport
-    from milan_pipe.pretraining.run import PretrainReport
     from milan_pipe.reports.inspect_student import InspectStudentReport
     from milan_pipe.reports.inspect_targets import InspectTargetsReport
     from milan_pipe.reports.report import ReportReport
     from milan_pipe.targets.convert import ConvertReport
     from milan_pipe.targets.verify import VerifyReport
     from milan_pipe.training.recorder import TrainProgress
+    from milan_pipe.training.runner import RunReport
 
 
 def _ignore(*_: object) -> None:
@@ -136,7 +135,7 @@ def pretrain(
     params: Params | None = None,
     *,
     on_progress: Callable[[TrainProgress], None] = _ignore,
-) -> PretrainReport:
+) -> RunReport:
     """Train a student on a target store; see `milan_pipe.pretraining.run`."""
     from milan_pipe.pretraining.run import pretrain
 
@@ -271,7 +270,7 @@ def finetune(
     params: Params | None = None,
     *,
     on_progress: Callable[[TrainProgress], None] = _ignore,
-) -> SupervisedReport:
+) -> RunReport:
     """Train student and classifier on labelled pictures; see `milan_pipe.evaluation.finetune`."""
     from milan_pipe.evaluation.finetune import finetune
 
@@ -286,7 +285,7 @@ def segment(
     params: Params | None = None,
     *,
     on_progress: Callable[[TrainProgress], None] = _ignore,
-) -> SupervisedReport:
+) -> RunReport:
     """Train UperNet on the student; see `milan_pipe.evaluation.segment`."""
     from milan_pipe.evaluation.segment import segment
 
@@ -301,7 +300,7 @@ def lars_probe(
     params: Params | None = None,
     *,
     on_progress: Callable[[TrainProgress], None] = _ignore,
-) -> SupervisedReport:
+) -> RunReport:
     """Linear probe by protocol, with LARS; see `milan_pipe.evaluation.lars_probe`."""
     from milan_pipe.evaluation.lars_probe import lars_probe
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from milan_pipe.errors import DataError, MissingError, SettingError, StoreError, resource_hint
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError, resource_hint
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
@@ -157,3 +157,26 @@ def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) ->
     if not weights:
         raise DataError(f"checkpoint {path} holds no tensors; {_EXPECTED}")
     return weights
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load all tensors, in place; names and shapes must be the model's, every one.
+
+    Args:
+        where: names the source in messages.
+
+    Raises:
+        MismatchError: names the first tensors that are missing, not expected, or of another shape.
+    """
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not expected" for name in tensors if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise MismatchError(f"{where} does not fit the model: {'; '.join(problems[:_MOST_NAMED])}{more}")
+    model.load_state_dict(dict(tensors), strict=True)

@@ -27,7 +27,7 @@ def tell_training(update: Any) -> Any:
 
 
 def training_rows(report: Any) -> dict[str, str]:
-    """What a `SupervisedReport` says beside its scores, line by line."""
+    """What a `RunReport` says beside its scores, line by line."""
     return {
         "steps": str(report.steps)
         + (f" in {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")

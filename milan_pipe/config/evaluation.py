@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from milan_pipe.config.base import Settings
-from milan_pipe.config.training import Beta, RunSettings
+from milan_pipe.config.training import Beta, SupervisedSettings
 
 Pool = Literal["cls", "mean"]
 """Which tokens stand for the picture: the class token, or the mean of the patches."""
@@ -66,7 +66,7 @@ PLAIN = AugmentSettings(smoothing=0.0)
 """Crop and flip alone, as a linear probe takes them."""
 
 
-class FinetuneSettings(RunSettings):
+class FinetuneSettings(SupervisedSettings):
     """The recipe of fine-tuning; defaults are those of the scenes."""
 
     epochs: int = Field(1, ge=1)
@@ -85,7 +85,7 @@ class FinetuneSettings(RunSettings):
     eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
 
 
-class LarsProbeSettings(RunSettings):
+class LarsProbeSettings(SupervisedSettings):
     """The protocol of the linear probe; defaults are those of the scenes."""
 
     epochs: int = Field(20, ge=1)
@@ -99,7 +99,7 @@ class LarsProbeSettings(RunSettings):
     eval_every: int = Field(5, ge=1, description="epochs between two evaluations")
 
 
-class SegmentSettings(RunSettings):
+class SegmentSettings(SupervisedSettings):
     """The recipe of segmentation; defaults are those of the scenes."""
 
     steps: int = Field(400, ge=1)

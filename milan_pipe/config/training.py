@@ -1,4 +1,4 @@
-"""What every supervised run can be told of where and how it runs. The recipe of each task is beside its owner."""
+"""Where and how a run of any kind goes; what it learns is in the settings of its task."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ Parallel = Literal["ddp", "fsdp"]
 SinkName = Literal["tensorboard", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-# What may change between two parts of a run: where and how fast it runs, and what is written down.
-FREE = {
+RESUMABLE = {
     "accumulate",
     "compile",
     "checkpoint_activations",
+    "threads",
     "workers",
     "device",
+    "parallel",
     "sinks",
+    "picture_every",
     "log_every",
     "checkpoint_every",
     "checkpoint_minutes",
     "keep_checkpoints",
 }
+"""What may change between two parts of a run: where and how fast it runs, and what is written down."""
 
 
 class RunSettings(Settings):
-    """Where and how a supervised run goes; not what it learns."""
+    """Where and how a run goes; not what it learns."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="of fresh weights, the order of pictures and augmentation")
+    seed: int = Field(0, ge=0, lt=2**63, description="of fresh weights, the order of images and augmentation")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
-    workers: int = Field(0, ge=0, description="processes that decode and augment; 0: this one does it between steps")
     precision: Precision = Field("auto", description="of the forward pass; auto is bfloat16 on GPUs, else float32")
     accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, for its memory")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; none does not clip")
@@ -43,5 +45,11 @@ class RunSettings(Settings):
     sinks: tuple[SinkName, ...] = Field((), description="where metrics go beside dvclive: tensorboard, wandb")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between two checkpoints")
     checkpoint_minutes: float | None = Field(15, gt=0, description="minutes between two checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="the last ones are kept, beside the best one")
+    keep_checkpoints: int = Field(2, ge=1, description="the last ones are kept, beside the best one if there is one")
+
+
+class SupervisedSettings(RunSettings):
+    """Where and how a run on labelled images goes."""
+
+    workers: int = Field(0, ge=0, description="processes that decode and augment; 0: this one does it between steps")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable pictures that stops a run")

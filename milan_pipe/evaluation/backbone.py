@@ -16,8 +16,8 @@ from milan_pipe.config.command import RANDOM
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.student.encoder import build_encoder, grid_of
-from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.weights_file import load_weights
 
 
 @dataclass(frozen=True, kw_only=True)

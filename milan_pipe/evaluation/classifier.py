@@ -13,8 +13,8 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.backbone import Backbone, positions_on
 from milan_pipe.student.encoder import grid_of
-from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import Checkpoint
+from milan_pipe.weights_file import load_weights
 
 _HEAD_DEVIATION = 2e-5
 

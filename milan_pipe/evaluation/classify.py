@@ -6,7 +6,7 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from milan_pipe.config.evaluation import AugmentSettings
-from milan_pipe.config.training import RunSettings
+from milan_pipe.config.training import SupervisedSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.augment import TestPictures, TrainingPictures, build_mixup, require_labels
 from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.randomness import seed_of, seeded
-from milan_pipe.evaluation.supervised import Task
 from milan_pipe.images.labelled import LabelledPictures, labelled_pictures, require_same_classes
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import cosine_lr
+from milan_pipe.training.runner import Task
+from milan_pipe.training.step import StepReport
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class ClassifyTask(Task[PictureBatch]):
     """Training of a classifier, and its top-1 and top-5 accuracy."""
 
     main_score = "top1"
+    settings: SupervisedSettings
 
     def __init__(
         self,
@@ -116,10 +118,10 @@ class ClassifyTask(Task[PictureBatch]):
         ranks: Ranks,
         pictures: Pictures,
         model: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimiser: Callable[[], torch.optim.Optimizer],
         augment: AugmentSettings,
         plan: ClassifyPlan,
-        settings: RunSettings,
+        settings: SupervisedSettings,
         configuration: dict[str, Any],
         record: dict[str, Any],
         ema: float | None = None,
@@ -130,7 +132,8 @@ class ClassifyTask(Task[PictureBatch]):
         self.settings = settings
         self.model = model
         self.objective = ClassifierObjective(model, augment.smoothing)
-        self.optimiser = optimiser
+        self._optimiser = optimiser
+        self.advice = advice_of(section)
         self.record = record
         self.batch_size = plan.batch_size
         self._plan = plan
@@ -152,6 +155,8 @@ class ClassifyTask(Task[PictureBatch]):
         )
         self.steps_per_epoch = self._steps.steps_per_epoch
         self.steps = plan.epochs * self.steps_per_epoch
+        if settings.compile:
+            model.compile()
         share = self._steps.share
         self._mixup: Mixup | None = build_mixup(augment, pictures.classes, share.stop - share.start)
         self._take = TrainingPictures(pictures.train, augment, plan.image_size, settings.seed)
@@ -171,6 +176,14 @@ class ClassifyTask(Task[PictureBatch]):
                 "classes": pictures.names or pictures.classes,
             },
         }
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """That of the recipe."""
+        return self._optimiser()
+
+    def before_step(self, step: int) -> None:
+        """Drop path draws from the device's global generator."""
+        torch.manual_seed(seed_of(self.settings.seed, step, self._ranks.rank))
 
     def lr(self, step: int) -> float:
         """Cosine per step after a linear warm-up."""
@@ -208,10 +221,10 @@ class ClassifyTask(Task[PictureBatch]):
         """At the end of every few epochs."""
         return step % (self._plan.eval_every * self.steps_per_epoch) == 0
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, report: StepReport) -> None:
         """Move the mean of the weights."""
         if self._ema is not None:
-            self._ema.update(self.model, step)
+            self._ema.update(self.model, report.step)
 
     @torch.inference_mode()
     def evaluate(self, *, last: bool) -> dict[str, float]:
@@ -254,6 +267,11 @@ class ClassifyTask(Task[PictureBatch]):
 
 def _ignore(*_: object) -> None:
     """For ranks that do not write."""
+
+
+def advice_of(section: str) -> str:
+    """What to do about a loss that is not finite."""
+    return f"lower {section}.lr, or look at the images"
 
 
 def head_seed(seed: int) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from milan_pipe.config.command import record_of
 from milan_pipe.config.params import Params
-from milan_pipe.config.training import FREE
+from milan_pipe.config.training import RESUMABLE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import build_classifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
-from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import RunReport, run_task
 from milan_pipe.training.step import resolve_precision
 
 
@@ -26,7 +27,7 @@ def finetune(
     params: Params,
     *,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> SupervisedReport:
+) -> RunReport:
     """Train student and classifier; writes RUN/checkpoints, RUN/best and RUN/metrics.
 
     A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit,
@@ -40,7 +41,7 @@ def finetune(
 
     Raises:
         MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `labelled_pictures`,
-            `require_same_classes` and `run_supervised`.
+            `require_same_classes` and `run_task`.
     """
 
     config = params.finetune
@@ -62,7 +63,8 @@ def finetune(
         model.to(ranks.device).set_grad_checkpointing(config.checkpoint_activations)
         depth = len(model.blocks)
         peak = config.lr * config.batch_size / 256
-        optimiser = build_adamw(
+        optimiser = partial(
+            build_adamw,
             model,
             lr=peak,
             betas=config.betas,
@@ -90,7 +92,7 @@ def finetune(
             ),
             settings=settings,
             configuration={
-                "finetune": settings.model_dump(mode="json", exclude=FREE),
+                "finetune": settings.model_dump(mode="json", exclude=RESUMABLE),
                 "augment": params.augment.model_dump(mode="json"),
                 "student": {**sizes.model_dump(mode="json"), "weights": backbone.digest()},
             },
@@ -105,4 +107,4 @@ def finetune(
             bad=bad,
         )
 
-    return run_supervised(run, config.device, build, on_progress)
+    return run_task(run, config.device, build, on_progress)

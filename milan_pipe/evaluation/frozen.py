@@ -28,9 +28,9 @@ from milan_pipe.images.labelled import is_class_folder
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import local_folder
 from milan_pipe.student.encoder import build_encoder, grid_of
-from milan_pipe.student.weights import load_weights
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.training.checkpoint import run_of
+from milan_pipe.weights_file import load_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ from timm.optim.lars import Lars
 from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import PLAIN
 from milan_pipe.config.params import Params
-from milan_pipe.config.training import FREE
+from milan_pipe.config.training import RESUMABLE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import LinearClassifier
 from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
-from milan_pipe.evaluation.supervised import SupervisedReport, run_supervised
 from milan_pipe.student.encoder import build_encoder
-from milan_pipe.student.weights import load_weights
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import RunReport, run_task
 from milan_pipe.training.step import resolve_precision
+from milan_pipe.weights_file import load_weights
 
 
 def lars_probe(
@@ -31,7 +32,7 @@ def lars_probe(
     params: Params,
     *,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> SupervisedReport:
+) -> RunReport:
     """Train a linear classifier on the frozen student, pictures cropped and mirrored anew in every epoch.
 
     It goes on after an interruption as `finetune` does; arguments and errors are those.
@@ -51,7 +52,8 @@ def lars_probe(
         load_weights(encoder, backbone.weights, backbone.name)
         model = LinearClassifier(encoder, config.pool, pictures.classes, head_seed(config.seed)).to(ranks.device)
         peak = config.lr * config.batch_size / 256
-        optimiser = Lars(
+        optimiser = partial(
+            Lars,
             [
                 {"params": [model.head.weight], "always_adapt": True},
                 {"params": [model.head.bias], "always_adapt": False},
@@ -83,7 +85,7 @@ def lars_probe(
             ),
             settings=settings,
             configuration={
-                "lars_probe": settings.model_dump(mode="json", exclude=FREE),
+                "lars_probe": settings.model_dump(mode="json", exclude=RESUMABLE),
                 "student": {**sizes, "weights": backbone.digest()},
             },
             record={
@@ -95,4 +97,4 @@ def lars_probe(
             bad=bad,
         )
 
-    return run_supervised(run, config.device, build, on_progress)
+    return run_task(run, config.device, build, on_progress)

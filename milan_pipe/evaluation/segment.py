@@ -22,21 +22,22 @@ from torch.utils.data import default_collate
 from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.params import Params
-from milan_pipe.config.training import FREE
+from milan_pipe.config.training import RESUMABLE
 from milan_pipe.drawing.segmentation import draw_segmentations
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
+from milan_pipe.evaluation.classify import advice_of
 from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
-from milan_pipe.evaluation.supervised import SupervisedReport, Task, run_supervised
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import RunReport, Task, run_task
 from milan_pipe.training.step import resolve_precision
 
 PER_CLASS_FILE = "per_class.json"
@@ -111,6 +112,7 @@ class SegmentTask(Task[MaskBatch]):
 
     name = section = "segment"
     main_score = "miou"
+    settings: SegmentSettings
 
     def __init__(
         self,
@@ -130,21 +132,12 @@ class SegmentTask(Task[MaskBatch]):
     ) -> None:
         self.settings = settings
         self.config = settings
-        self.model = model
+        self.model = self._net = model
         self.modules = {"model": model}
         self.objective = SegmentObjective(model, settings.auxiliary)
-        depth = len(model.encoder.blocks)
-        self.optimiser = build_adamw(
-            model,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            scale_of=lambda name: (
-                layer_scale(name.removeprefix(_ENCODER), depth, settings.layer_decay)
-                if name.startswith(_ENCODER)
-                else 1.0
-            ),
-        )
+        self.advice = advice_of(self.section)
+        if settings.compile:
+            model.compile()
         self.record = record
         self.batch_size = settings.batch_size
         self.steps = settings.steps
@@ -186,6 +179,26 @@ class SegmentTask(Task[MaskBatch]):
             **configuration,
             "data": {"train": train.fingerprint, "val": val.fingerprint, "classes": list(names), "rule": asdict(rule)},
         }
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """AdamW with a rate that falls from each block to the one below."""
+        config, model = self.config, self._net
+        depth = len(model.encoder.blocks)
+        return build_adamw(
+            model,
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            scale_of=lambda name: (
+                layer_scale(name.removeprefix(_ENCODER), depth, config.layer_decay)
+                if name.startswith(_ENCODER)
+                else 1.0
+            ),
+        )
+
+    def before_step(self, step: int) -> None:
+        """Drop path draws from the device's global generator."""
+        torch.manual_seed(seed_of(self.settings.seed, step, self._ranks.rank))
 
     def lr(self, step: int) -> float:
         """Polynomial per step after a linear warm-up."""
@@ -275,7 +288,7 @@ class SegmentTask(Task[MaskBatch]):
             logits: Tensor = self.model(windows_BCHW)[0]
         return logits
 
-    def pictures(self, run: Path, step: int) -> Path | None:
+    def plot(self, run: Path, step: int) -> Path | None:
         """The first pictures of VAL, their masks and what was predicted, as RUN/pictures/step-NNNNNNNN.png."""
         if not self._shown:
             return None
@@ -305,7 +318,7 @@ def segment(
     params: Params,
     *,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> SupervisedReport:
+) -> RunReport:
     """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/pictures and RUN/per_class.json.
 
     A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit.
@@ -318,7 +331,7 @@ def segment(
     Raises:
         LabelError: a mask is of another size than its picture, in colours, or has a value that is no class.
         MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `masked_pictures` and
-            `run_supervised`.
+            `run_task`.
     """
 
     config = params.segment
@@ -353,7 +366,7 @@ def segment(
             side=sizes.image_size,
             settings=settings,
             configuration={
-                "segment": settings.model_dump(mode="json", exclude=FREE | {"classes"}),
+                "segment": settings.model_dump(mode="json", exclude=RESUMABLE | {"classes"}),
                 "student": {**sizes.model_dump(mode="json"), "weights": backbone.digest()},
             },
             record={
@@ -365,4 +378,4 @@ def segment(
             bad=bad,
         )
 
-    return run_supervised(run, config.device, build, on_progress)
+    return run_task(run, config.device, build, on_progress)

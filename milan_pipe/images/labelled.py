@@ -1,7 +1,7 @@
 """Labelled pictures by number: from image shards or class folders, each read when it is asked for.
 
 Fine-tuning takes every picture of an epoch in an order of its own, so that here a picture has a number and can be read
-alone, while `milan_pipe.images.images` reads shards from end to end.
+alone, while `milan_pipe.images.tar` reads shards from end to end.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from milan_pipe.planning.store import EncodedSample, PictureSample
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
-from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.step import Stepper, resolve_precision
+from milan_pipe.training.runner import run_steps
+from milan_pipe.training.step import Stepper, StepReport, resolve_precision
 
 DEVICES = (1, 8, 64)
 """Numbers of devices for which hours are told."""
@@ -165,7 +165,7 @@ def run_student(params: Params, header: StoreHeader, sample: PictureSample, enco
         _finish(device)
         ends.append(time.perf_counter())
 
-    def batches(_: int) -> Iterator[Batch]:
+    def batches() -> Iterator[Batch]:
         # One more: the first step warms up.
         while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
             yield batch
@@ -178,7 +178,8 @@ def run_student(params: Params, header: StoreHeader, sample: PictureSample, enco
         precision=precision,
         clip_grad=params.pretrain.clip_grad,
     )
-    train(step_of, epochs=1, batches_of=batches, lr_of=lambda _: 0.0, on_step=on_step)
+    steps = _MOST_BATCHES + 1
+    run_steps(step_of, batches(), steps=steps, steps_per_epoch=steps, lr_of=lambda _: 0.0, on_step=on_step)
     steps = len(ends) - 1
     return Speed(
         per_second=steps * len(batch.keys) / (ends[-1] - ends[0]),

@@ -19,11 +19,10 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
-from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.step import Stepper
-from milan_pipe.weights_file import load_tensors, write_weights
+from milan_pipe.weights_file import load_tensors, load_weights, write_weights
 
 _VERSION = "1"
 _TENSORS = ("pixels_BHWC", "code_BST", "scale_BS", "attention_BL")

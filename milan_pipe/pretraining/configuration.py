@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import FREE
+from milan_pipe.config.training import RESUMABLE
 from milan_pipe.targets.schema import StoreHeader
 
 
@@ -20,7 +20,7 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
         "decoder": params.decoder.model_dump(mode="json"),
         "masking": params.masking.model_dump(mode="json"),
         "target": params.target,
-        "pretrain": params.pretrain.model_dump(mode="json", exclude=FREE),
+        "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
         "targets": {
             **{name: stored[name] for name in ("teacher", "views")},
             "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),

@@ -22,10 +22,10 @@ from milan_pipe.pretraining.objective import Objective, build_objective, require
 from milan_pipe.reports.gallery import Gallery, write_gallery
 from milan_pipe.reports.samples import Sample, choose_samples
 from milan_pipe.storage import local_folder
-from milan_pipe.student.weights import load_weights
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.weights_file import load_weights
 
 DEFAULT_COUNT = 8
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from milan_pipe.devices import memory_in_use
 from milan_pipe.errors import DataError
-from milan_pipe.training.loop import StepReport
 from milan_pipe.training.sinks import Sink
+from milan_pipe.training.step import StepReport
 
 _METRICS = ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory")
 

@@ -31,6 +31,27 @@ class StepResult:
     grad_norm: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Told after every step.
+
+    Attributes:
+        step: steps done, 1 for the first.
+        epoch: counted from 0.
+        result: loss and gradient norm of this step's batch; read them only when needed, it makes an accelerator wait.
+        lr: used in this step.
+        seconds: since the loop began.
+        data_wait_seconds: of these, spent waiting for batches.
+    """
+
+    step: int
+    epoch: int
+    result: StepResult
+    lr: float
+    seconds: float
+    data_wait_seconds: float
+
+
 class Stepper(Generic[B]):
     """Does optimiser steps. Weights and their updates stay in float32 whatever the precision of the forward pass.
 

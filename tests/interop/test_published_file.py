@@ -20,8 +20,8 @@ from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.student.published import published_state_dict
-from milan_pipe.student.weights import load_weights
 from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.weights_file import load_weights
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "milan_oracle_a.safetensors"
 STUDENT = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=1)

@@ -20,7 +20,7 @@ from milan_pipe.errors import DataError, MismatchError, MissingError, SettingErr
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import Objective
-from milan_pipe.pretraining.run import PretrainReport, pretrain
+from milan_pipe.pretraining.run import pretrain
 from milan_pipe.student.model import build_student
 from milan_pipe.targets.schema import (
     CodecInfo,
@@ -35,6 +35,7 @@ from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import RunReport
 
 module = import_module("milan_pipe.pretraining.objective")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)
@@ -90,7 +91,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def go(store: Path, run: Path, **change: Any) -> PretrainReport:
+def go(store: Path, run: Path, **change: Any) -> RunReport:
     recipe = {"epochs": 2, "batch_size": 8, "warmup_epochs": 0, "log_every": 1, "device": "cpu", "lr": 0.1}
     told = change.pop("on_progress", lambda _: None)
     settings = {name: value for name, value in change.items() if name in PretrainSettings.model_fields}
@@ -302,7 +303,7 @@ def test_neither_images_nor_teacher_are_touched(store: Path, tmp_path: Path, mon
 
     for name in ("load_teacher", "Teacher"):
         monkeypatch.setattr(clip, name, refuse)
-    monkeypatch.setattr("milan_pipe.images.images.read_shard", refuse)
+    monkeypatch.setattr("milan_pipe.images.tar.read_shard", refuse)
     assert go(store, tmp_path / "run").steps == 6
 
 

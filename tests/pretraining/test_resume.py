@@ -26,10 +26,11 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
-from milan_pipe.pretraining.run import PretrainReport, pretrain
+from milan_pipe.pretraining.run import pretrain
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import RunReport
 
 SAMPLES, BATCH = [150, 90], 16
 STEPS_AN_EPOCH = 240 // BATCH
@@ -52,7 +53,7 @@ def student_of(head: StoreHeader) -> StudentSettings:
     return StudentSettings(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
 
 
-def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> PretrainReport:
+def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> RunReport:
     recipe: dict[str, Any] = {
         "epochs": 3,
         "batch_size": BATCH,

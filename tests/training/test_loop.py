@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.student.model import build_student
-from milan_pipe.training.loop import StepReport, train
 from milan_pipe.training.optim import build_adamw, cosine_lr, decays
-from milan_pipe.training.step import Stepper
+from milan_pipe.training.runner import run_steps
+from milan_pipe.training.step import Stepper, StepReport
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,11 @@ def step_of(optimiser: torch.optim.Optimizer, loss_of: Any) -> Stepper[float]:
 def test_the_loop_counts_steps_and_uses_the_rate_of_each() -> None:
     model = Weight()
     seen: list[tuple[StepReport, float, float]] = []
-    done = train(
+    done = run_steps(
         step_of(torch.optim.SGD(model.parameters(), lr=99.0), model),
-        epochs=2,
-        batches_of=lambda epoch: iter([1.0, 2.0] if epoch == 0 else [3.0]),
+        iter([1.0, 2.0, 3.0, 4.0]),
+        steps=3,
+        steps_per_epoch=2,
         lr_of=lambda step: 10.0**step,
         on_step=lambda report, batch: seen.append((report, batch, model.w.item())),
     )
@@ -139,10 +140,11 @@ def test_waiting_for_data_is_told_apart_from_work() -> None:
         time.sleep(0.1)
         return model(batch, epoch)  # type: ignore[no-any-return]
 
-    train(
+    run_steps(
         step_of(torch.optim.SGD(model.parameters()), busy),
-        epochs=1,
-        batches_of=lambda _: slow(),
+        slow(),
+        steps=2,
+        steps_per_epoch=2,
         lr_of=lambda _: 0.1,
         on_step=lambda report, _: reports.append(report),
     )
@@ -158,16 +160,14 @@ def test_no_batches_no_steps_and_a_listener_may_stop() -> None:
         if report.step == 2:
             raise RuntimeError("enough")
 
-    def none(_: int) -> Iterator[float]:
-        return iter([])
-
     step = step_of(optimiser, model)
-    assert train(step, epochs=3, batches_of=none, lr_of=lambda _: 1.0, on_step=stop) == 0
+    assert run_steps(step, iter([]), steps=3, steps_per_epoch=1, lr_of=lambda _: 1.0, on_step=stop) == 0
     with pytest.raises(RuntimeError, match="enough"):
-        train(
+        run_steps(
             step,
-            epochs=9,
-            batches_of=lambda _: iter([1.0]),
+            iter([1.0] * 9),
+            steps=9,
+            steps_per_epoch=1,
             lr_of=lambda _: 1.0,
             on_step=stop,
         )
