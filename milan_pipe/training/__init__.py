@@ -1,1 +1,1 @@
-"""The training loop and its parts: optimiser, schedule, checkpoint. It knows no model."""
+"""The runner of all training and its parts: steps, optimiser, checkpoints, ranks. It knows no model."""
