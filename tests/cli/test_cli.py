@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from milan_pipe import __version__, cli, terminal
+from milan_pipe import __version__, cli
+from milan_pipe.cli import console
 from milan_pipe.errors import DataError
 
 SMALL = {
@@ -46,7 +47,7 @@ COMMANDS = {
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
     """`milan-pipe WORDS` in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["milan-pipe", *map(str, words)])
-    monkeypatch.setattr(terminal.console, "width", 80)
+    monkeypatch.setattr(console.console, "width", 80)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     out, err = capsys.readouterr()
@@ -233,9 +234,9 @@ def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal.console, "width", 80)
+    monkeypatch.setattr(console.console, "width", 80)
     path = "/data/[ab]/" + "x" * 120
-    terminal.show(f"{path} -> [b]", {"checkpoint": path, "loss": "1"}, None, as_json=False)
+    console.show(f"{path} -> [b]", {"checkpoint": path, "loss": "1"}, None, as_json=False)
     err = capsys.readouterr().err
     assert f"{path} -> [b]" in err
     table = err.splitlines()[1:]

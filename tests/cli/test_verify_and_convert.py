@@ -12,8 +12,8 @@ import torch
 from support.targets import header, tree, write_store
 from support.wild import Command
 
-from milan_pipe import terminal
 from milan_pipe.api import extract_targets
+from milan_pipe.cli import console
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.prepare import prepare
@@ -34,7 +34,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(terminal.console, "width", 80)
+    monkeypatch.setattr(console.console, "width", 80)
     return Command(capsys, monkeypatch)
 
 

@@ -15,7 +15,7 @@ from milan_pipe.errors import DataError, StoreError
 from milan_pipe.images.prepare import prepare
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import open_targets
-from milan_pipe.targets.verify import verify_targets
+from milan_pipe.targets.verify import verify_store
 
 # The kernel answers a read of it with an input/output error, as a disk does that fails.
 UNREADABLE = Path("/proc/self/mem")
@@ -97,6 +97,6 @@ def test_the_same_command_twice_at_once_commits_nothing_that_is_damaged(eight, t
         assert process.returncode == 0 or "removed while it was written" in told or "shards are whole" in told
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
-    assert verify_targets(tmp_path / "t").problems == ()
+    assert verify_store(tmp_path / "t").problems == ()
     subprocess.run([*command[:5], str(tmp_path / "alone"), *command[6:]], check=True, capture_output=True)
     assert store_tree(tmp_path / "t") == store_tree(tmp_path / "alone")

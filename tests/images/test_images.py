@@ -20,12 +20,12 @@ from support.s3 import Proxy
 
 from milan_pipe import storage
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.images import images
+from milan_pipe.images import decode, tar
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.labelled import labelled_pictures
 from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.images.tar import Sample, read_shard
+from milan_pipe.images.tar import Sample, read_shard, split_member_name
 from milan_pipe.storage import place_of
 
 
@@ -212,12 +212,12 @@ def test_damaged_pictures_raise_nothing_but_data_error() -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9460, 13400, 60000])
 def test_bombs_are_refused_before_they_are_unpacked(side: int) -> None:
-    with pytest.raises(DataError, match=str(images.MAX_PIXELS)):
+    with pytest.raises(DataError, match=str(decode.MAX_PIXELS)):
         decode_image(png_by_hand(side, side, 8, 2, b""))
 
 
 def test_our_limit_is_the_one_that_pillow_documents() -> None:
-    assert Image.MAX_IMAGE_PIXELS == images.MAX_PIXELS
+    assert Image.MAX_IMAGE_PIXELS == decode.MAX_PIXELS
 
 
 # --- read_shard
@@ -274,7 +274,7 @@ def test_keys_are_those_of_webdataset() -> None:
     for name in names:
         prefix, suffix = base_plus_ext(name)
         expected = (prefix or "", (suffix or "").lower())
-        assert images.split_member_name(name) == expected
+        assert split_member_name(name) == expected
 
 
 def test_key_stays_with_its_neighbours_only(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_too_large_members_are_set_aside_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_ENCODED_BYTES", len(PNG))
+    monkeypatch.setattr(tar, "MAX_ENCODED_BYTES", len(PNG))
     samples, bad = read_all(write_tar(tmp_path / "a.tar", [("a.png", PNG + b"x"), ("b.png", PNG)]))
     assert [s.key for s in samples] == ["b"]
     assert [key for key, _ in bad] == ["a"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from milan_pipe.errors import SettingError
-from milan_pipe.images import demo
+from milan_pipe.images import scenes as module
 from milan_pipe.images.scenes import BACKGROUNDS, COLOURS, SCENE_SIZE, SHAPES, SIZES, Scene, render_scene
 
 COUNT = 1200
@@ -91,8 +91,8 @@ def test_colour_size_and_background_do_not_tell_the_shape(scenes: list[Scene]) -
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outlines_have_the_area_of_the_unit_disc(shape: str) -> None:
-    outlines = demo._unit_outlines(shape)
-    area = demo._signed_area(outlines[0]) - sum(demo._signed_area(hole) for hole in outlines[1:])
+    outlines = module._unit_outlines(shape)
+    area = module._signed_area(outlines[0]) - sum(module._signed_area(hole) for hole in outlines[1:])
     assert area == pytest.approx(math.pi)
     assert np.allclose(outlines[0].max(axis=0) + outlines[0].min(axis=0), 0)
 

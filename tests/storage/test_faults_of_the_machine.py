@@ -20,7 +20,7 @@ from milan_pipe.errors import DataError, StoreError, printable, resource_hint
 from milan_pipe.extraction.scratch import own_folder, remove_abandoned
 from milan_pipe.storage import place_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
-from milan_pipe.targets.verify import verify_targets
+from milan_pipe.targets.verify import verify_store
 
 FORMATS = ["zarr", "webdataset"]
 
@@ -133,7 +133,7 @@ def test_what_macos_leaves_is_no_content(tmp_path: Path) -> None:
     for name in ("._zarr.json", "000000/._zarr.json", "000000/.DS_Store", "manifest/._000000.json"):
         (tmp_path / name).write_bytes(b"x")
     assert not any("._" in path or ".DS_Store" in path for path in place.sizes())
-    assert verify_targets(tmp_path).problems == ()
+    assert verify_store(tmp_path).problems == ()
     (tmp_path / "manifest.json").unlink()
     assert sorted(TargetStoreWriter(tmp_path, head).committed(sizes=True)) == ["000000", "000001"]
     TargetStoreWriter(tmp_path, head).finish()

@@ -15,7 +15,7 @@ from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import StoreShardWriter, TargetStoreWriter, open_targets
-from milan_pipe.targets.verify import verify_targets
+from milan_pipe.targets.verify import verify_store
 
 FORMATS: tuple[StoreFormat, StoreFormat] = ("zarr", "webdataset")
 CODECS = [("int8", 1), ("int8", 0), ("float16", 1), ("float16", 0), ("klt", 1), ("klt", 0)]
@@ -48,7 +48,7 @@ def test_the_other_format_and_back(tmp_path: Path, store_format: StoreFormat, co
     assert report.bytes == sum(len(data) for data in tree(tmp_path / "converted").values())
     assert tree(tmp_path / "converted") == tree(tmp_path / "at once")
     check_store(open_targets(tmp_path / "converted"), written)
-    assert verify_targets(tmp_path / "converted").problems == ()
+    assert verify_store(tmp_path / "converted").problems == ()
     convert_targets(tmp_path / "converted", tmp_path / "back", format=store_format)
     assert tree(tmp_path / "back") == tree(tmp_path / "there")
 
@@ -64,7 +64,7 @@ def test_the_same_format_is_a_copy(tmp_path: Path, store_format: StoreFormat) ->
 def test_to_a_bucket_and_back(bucket: str, tmp_path: Path, store_format: StoreFormat) -> None:
     write_store(tmp_path / "t", header(format=store_format, shards=2), [130, 5])
     convert_targets(tmp_path / "t", f"{bucket}/t", format=other(store_format))
-    assert verify_targets(f"{bucket}/t").problems == ()
+    assert verify_store(f"{bucket}/t").problems == ()
     convert_targets(f"{bucket}/t", tmp_path / "back", format=store_format)
     assert tree(tmp_path / "back") == tree(tmp_path / "t")
     convert_targets(f"{bucket}/t", f"{bucket}/copy", format=other(store_format))
@@ -81,7 +81,7 @@ def test_no_teacher_is_loaded(tmp_path: Path) -> None:
         f"convert_targets({str(tmp_path / 't')!r}, {str(tmp_path / 'o')!r}, format='webdataset')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert verify_targets(tmp_path / "o").problems == ()
+    assert verify_store(tmp_path / "o").problems == ()
 
 
 # --- gone on with -------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_source_shard_done_again_is_converted_again(tmp_path: Path, store_form
     assert (report.skipped, report.samples) == (1, 12)
     convert_targets(tmp_path / "t", tmp_path / "fresh", format=into)
     assert tree(tmp_path / "o") == tree(tmp_path / "fresh")
-    assert verify_targets(tmp_path / "o").problems == ()
+    assert verify_store(tmp_path / "o").problems == ()
 
 
 # --- refused ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from milan_pipe.errors import MilanError
 from milan_pipe.storage import place_of
 from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import open_targets
-from milan_pipe.targets.verify import Problem, verify_targets
+from milan_pipe.targets.verify import Problem, verify_store
 
 SIZES = (130, 5)
 KINDS = [
@@ -92,7 +92,7 @@ CHANGES: list[Callable[[bytes, st.DataObject], bytes]] = [flipped, cut, lengthen
 def problems_of(root: str | Path) -> list[Problem] | None:
     """What `verify-targets` finds; None where the store cannot even be opened for it."""
     try:
-        return list(verify_targets(root).problems)
+        return list(verify_store(root).problems)
     except MilanError:
         return None
 
@@ -174,7 +174,7 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
     for paths in store.kinds.values():
         copy = store.root / f"{paths[0]}.copy"
         shutil.copy(store.root / paths[0], copy)
-        (problem,) = verify_targets(store.root).problems
+        (problem,) = verify_store(store.root).problems
         is_inside = paths[0].startswith("0")
         assert problem.mend == (f"rm -rf {copy}" if is_inside else f"mv {copy} ELSEWHERE")
         assert problem.what == "is not part of the " + ("shard" if is_inside else "store")
@@ -182,18 +182,18 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
         copy.unlink()
     folder = store.root / "000000"
     shutil.copytree(folder, store.root / "000007 copied")
-    (problem,) = verify_targets(store.root).problems
+    (problem,) = verify_store(store.root).problems
     assert (problem.shard, problem.array) == ("", "000007 copied")
     assert problem.mend == f"mv '{store.root / '000007 copied'}' ELSEWHERE"
     shutil.rmtree(store.root / "000007 copied")
-    assert verify_targets(store.root).problems == ()
+    assert verify_store(store.root).problems == ()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["-".join(map(str, kind)) for kind in KINDS])
 def test_the_stores_are_whole_to_begin_with(
     stores: dict[tuple[str, str, int], Store], kind: tuple[str, str, int]
 ) -> None:
-    report = verify_targets(stores[kind].root)
+    report = verify_store(stores[kind].root)
     assert report.problems == ()
     assert (report.shards, report.samples, report.views) == (2, sum(SIZES), 2 * sum(SIZES))
     assert list(wrong_values(stores[kind].root, stores[kind].truth)) == []
@@ -230,7 +230,7 @@ def test_shards_that_changed_places_are_told_before_there_is_a_summary(
         one.rename(tmp_path / "kept")
         other.rename(one)
         (tmp_path / "kept").rename(other)
-    told = verify_targets(root).problems
+    told = verify_store(root).problems
     assert {problem.shard for problem in told} == {"", *store.truth}
     read_all(Store(root, store.files, store.truth))
 

@@ -17,7 +17,7 @@ from milan_pipe.errors import MilanError, StoreError
 from milan_pipe.storage import SCRATCH, place_of
 from milan_pipe.targets import ledger
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
-from milan_pipe.targets.verify import verify_targets
+from milan_pipe.targets.verify import verify_store
 
 FORMATS = ["zarr", "webdataset"]
 TRIALS = 20
@@ -67,7 +67,7 @@ def test_races_for_one_shard_commit_nothing_that_is_damaged(tmp_path: Path, stor
         for thread in threads:
             thread.join()
         committed = ledger.committed_names(place_of(root))
-        if committed and (found := [p for p in verify_targets(root).problems if p.shard]):
+        if committed and (found := [p for p in verify_store(root).problems if p.shard]):
             damaged.append((trial, found))
         shutil.rmtree(root)
     assert damaged == []

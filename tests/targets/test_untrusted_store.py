@@ -16,7 +16,7 @@ from milan_pipe.reports.inspect_targets import inspect_targets
 from milan_pipe.targets import ledger
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets
-from milan_pipe.targets.verify import verify_targets
+from milan_pipe.targets.verify import verify_store
 
 FORMATS = ["zarr", "webdataset"]
 
@@ -55,7 +55,7 @@ def test_a_shard_of_another_name_is_refused_by_every_reader(tmp_path: Path, stor
     for ask in asks:
         with pytest.raises(DataError, match="not written by milan-pipe"):
             ask()
-    assert any("not written by milan-pipe" in problem.what for problem in verify_targets(store).problems)
+    assert any("not written by milan-pipe" in problem.what for problem in verify_store(store).problems)
     assert (victim / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "victim"]
 
@@ -73,7 +73,7 @@ def test_a_file_of_another_name_is_refused(tmp_path: Path, store_format: str, pa
     rewrite(store / "manifest" / "000000.json", name_another)
     with pytest.raises(DataError, match="not written by milan-pipe"):
         open_targets(store)
-    assert verify_targets(store).problems
+    assert verify_store(store).problems
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -108,7 +108,7 @@ def test_a_record_that_makes_no_sense_is_one_error(tmp_path: Path, store_format:
     with pytest.raises(MilanError) as caught:
         read()
     assert "\n" not in str(caught.value)
-    assert verify_targets(store).problems
+    assert verify_store(store).problems
 
 
 @pytest.mark.parametrize("section", ["teacher", "views", "source"])
