@@ -105,8 +105,9 @@ def test_from_pictures_to_scores(
     assert len(out.splitlines()) == 1
     assert trained.keys() == {
         "steps", "epochs", "loss", "images_per_second", "data_wait", "seconds", "checkpoint", "resumed_from",
-        "steps_now",
+        "steps_now", "scores", "best", "best_step", "best_checkpoint", "bad",
     }  # fmt: skip
+    assert (trained["scores"], trained["best"], trained["bad"]) == ({}, {}, 0)
     assert (trained["resumed_from"], trained["steps_now"]) == (0, 10)
     assert (trained["steps"], trained["checkpoint"]) == (10, "run/checkpoints/step-00000010")
     assert Path(trained["checkpoint"]).is_dir()
