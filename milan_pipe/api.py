@@ -7,6 +7,7 @@ part of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def pretrain(
         from milan_pipe.teacher.online import teacher_of
 
         teacher = params.teacher if params.teacher.model_fields_set else None
-        teacher_for = lambda header, device: teacher_of(teacher, header, device, targets)  # noqa: E731
+        teacher_for = partial(teacher_of, teacher, where=targets)
     return pretrain(targets, run, params, teacher_for=teacher_for, on_progress=on_progress)
 
 

@@ -8,7 +8,7 @@ from milan_pipe.units import size
 
 
 def tell_training(update: Any) -> Any:
-    """A listener of `TrainProgress` that shows it with `update`, which is what `terminal.progress` gives."""
+    """A listener of `TrainProgress` that shows it with `update`, which is what `console.progress` gives."""
     from milan_pipe.training.recorder import TrainProgress
 
     def tell(now: TrainProgress) -> None:

@@ -31,7 +31,7 @@ def _seed(text: str) -> int:
 
 
 class TeacherCheck:
-    """Compares a few views of each shard; a check for `verify_targets`."""
+    """Compares a few views of each shard; a check for `verify_store`."""
 
     def __init__(
         self,
