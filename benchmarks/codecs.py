@@ -55,18 +55,18 @@ def _views_per_second(work: Callable[[], Any], views: int) -> float:
 
 
 def _stored(store: TargetStore) -> tuple[list[np.ndarray[Any, Any]], Tensor, Tensor | None]:
-    """Pictures, codes and scales of the last shard, which klt was hardly fitted to."""
+    """Images, codes and scales of the last shard, which klt was hardly fitted to."""
     name = store.shards[-1]
     runs = [store.read(name, view, 0, store.samples(name)) for view in range(store.header.views.count)]
-    pictures = [decode_jpeg(jpeg) for run in runs for jpeg in run.jpegs][:VIEWS]
+    images = [decode_jpeg(jpeg) for run in runs for jpeg in run.jpegs][:VIEWS]
     code = torch.from_numpy(np.concatenate([run.code_NST for run in runs])[:VIEWS])
     scales = [run.scale_NS for run in runs if run.scale_NS is not None]
-    return pictures, code, torch.from_numpy(np.concatenate(scales)[:VIEWS]) if scales else None
+    return images, code, torch.from_numpy(np.concatenate(scales)[:VIEWS]) if scales else None
 
 
 def _bits(store: TargetStore) -> float:
     arrays = ("features/c/", "scale/c/")
-    sizes = store.place.sizes()
+    sizes = store.location.sizes()
     size = sum(size for path, size in sizes.items() if path.partition("/")[2].startswith(arrays))
     tokens = sum(store.samples(name) for name in store.shards) * store.header.views.count * store.header.tokens
     return 8 * size / (tokens * store.header.teacher.width)
@@ -75,10 +75,10 @@ def _bits(store: TargetStore) -> float:
 def fidelity(work: Path, row: str, params: Params) -> dict[str, float]:
     """Bits, cosines and speeds of a row."""
     store = open_targets(work / f"targets-{row}")
-    pictures, code, scale = _stored(store)
+    images, code, scale = _stored(store)
     teacher = load_teacher(params.teacher, torch.device("cpu"), grid=grid_of(params.student))
     truth = torch.cat(
-        [teacher(torch.from_numpy(np.stack(pictures[at : at + 64]))).features_BST for at in range(0, len(pictures), 64)]
+        [teacher(torch.from_numpy(np.stack(images[at : at + 64]))).features_BST for at in range(0, len(images), 64)]
     )
     codec: Codec = codec_of(store.header.codec)
     cosine = torch.nn.functional.cosine_similarity(truth.double(), codec.decode(code, scale).double(), dim=-1).ravel()

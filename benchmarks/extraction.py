@@ -12,7 +12,7 @@ batches run before the extraction and half after it, so that both meet the same 
 `extract_targets`:
 loading the teacher, reading, decoding, cropping, JPEG, forward pass, codec, checksums, writing and committing.
 
-The last part has shards of one tiny picture and the small bundled teacher, so that a shard is little more than its own
+The last part has shards of one tiny image and the small bundled teacher, so that a shard is little more than its own
 files: once in this process, once through a Dask scheduler with one worker, and the scheduler alone, with tasks that do
 nothing.
 """
@@ -75,7 +75,7 @@ def make_photos(work: Path, photos: Path, images: int) -> Path:
 
 
 def make_tiny(work: Path, shards: int) -> Path:
-    """Shards of one picture of 64 x 64."""
+    """Shards of one image of 64 x 64."""
     folder = work / f"tiny-{shards}"
     if folder.is_dir():
         return folder
@@ -90,12 +90,12 @@ def make_tiny(work: Path, shards: int) -> Path:
 
 def _rendered(images: Path, views: ViewSettings) -> torch.Tensor:
     """One batch of rendered views, as the teacher sees them."""
-    pictures: list[np.ndarray[Any, Any]] = []
+    rendered: list[np.ndarray[Any, Any]] = []
     for shard in expand_shards(images):
         for sample in read_shard(shard, lambda *_: None):
-            pictures += [decode_jpeg(jpeg) for jpeg in render_sample(sample, views, SIZE, Clock()).jpegs]
-            if len(pictures) >= BATCH:
-                return torch.from_numpy(np.stack(pictures[:BATCH]))
+            rendered += [decode_jpeg(jpeg) for jpeg in render_sample(sample, views, SIZE, Clock()).jpegs]
+            if len(rendered) >= BATCH:
+                return torch.from_numpy(np.stack(rendered[:BATCH]))
     raise SystemExit(f"{images} has fewer than {BATCH} views")
 
 

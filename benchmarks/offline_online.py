@@ -112,7 +112,7 @@ def _draw(work: Path) -> None:
         axes.axhspan(low, high, color=colour, alpha=0.15, label=f"teacher in every step, {label}")
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(row) for row in VIEWS], VIEWS)
-    axes.set_xlabel("stored views of each picture")
+    axes.set_xlabel("stored views of each image")
     axes.set_ylabel("linear probe, %")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)

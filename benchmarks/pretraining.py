@@ -54,7 +54,7 @@ from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision
 
-SIZE, WINDOW = 224, 16
+SIZE, SHUFFLE_BLOCKS = 224, 16
 BASE = StudentSettings(model="vit_base_patch16_224", image_size=224, patch_size=16, width=768, depth=12, heads=12)
 SMALL = StudentSettings(model="vit_tiny_patch16_224", image_size=224, patch_size=16, width=32, depth=1, heads=1)
 DECODER = DecoderSettings(width=512, depth=8, heads=16)
@@ -106,7 +106,7 @@ def make_store(work: Path, photos: Path, shards: int, samples: int) -> Path:
 def plan_of(store: Path, batch_size: int) -> tuple[Any, BatchPlan]:
     reader = open_targets(store)
     samples = tuple(reader.samples(shard) for shard in reader.shards)
-    order = EpochOrder(samples=samples, views=1, block=BLOCK_SAMPLES, window=WINDOW, seed=0)
+    order = EpochOrder(samples=samples, views=1, block=BLOCK_SAMPLES, shuffle_blocks=SHUFFLE_BLOCKS, seed=0)
     return reader, BatchPlan(order=order, batch_size=batch_size)
 
 
@@ -304,8 +304,8 @@ def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
             Params(
                 student=SMALL,
                 decoder=SMALL_DECODER,
-                # Windows of 400 samples, so that the smaller store has more than one of them too.
-                pretrain=PretrainSettings(epochs=epochs, batch_size=32, window=4, device="cpu", log_every=50),
+                # Groups of 400 samples, so that the smaller store has more than one of them too.
+                pretrain=PretrainSettings(epochs=epochs, batch_size=32, shuffle_blocks=4, device="cpu", log_every=50),
             ),
             on_progress=told.append,
         )

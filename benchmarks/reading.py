@@ -45,7 +45,7 @@ from milan_pipe.targets.schema import (
 )
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 
-GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, WINDOW = 14, 512, 24_000, 1024, 64, 16
+GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, SHUFFLE_BLOCKS = 14, 512, 24_000, 1024, 64, 16
 RECORD = np.dtype(
     [
         ("code", np.int8, (1 + GRID**2, WIDTH)),
@@ -139,7 +139,7 @@ def make(work: Path, samples: int) -> None:
 
 def _order(samples: int) -> EpochOrder:
     sizes = [min(SHARD_SAMPLES, samples - start) for start in range(0, samples, SHARD_SAMPLES)]
-    return EpochOrder(samples=tuple(sizes), views=1, block=BLOCK_SAMPLES, window=WINDOW, seed=0)
+    return EpochOrder(samples=tuple(sizes), views=1, block=BLOCK_SAMPLES, shuffle_blocks=SHUFFLE_BLOCKS, seed=0)
 
 
 def memmap_sequential(path: Path, samples: int) -> None:
@@ -181,7 +181,7 @@ def _read_anew(paths: Iterable[Path]) -> None:
 
 def memmap_shuffled(path: Path, samples: int) -> None:
     records = np.memmap(path, mode="r", dtype=RECORD, shape=(samples,))
-    for blocks, order in _order(samples).windows(0):
+    for blocks, order in _order(samples).groups(0):
         rows = np.concatenate([np.arange(b.start, b.stop) + b.shard * SHARD_SAMPLES for b in blocks])[order]
         for start in range(0, len(rows), BATCH):
             records[rows[start : start + BATCH]]
@@ -200,7 +200,7 @@ def store_sequential(path: Path, samples: int) -> None:
 
 def store_shuffled(path: Path, samples: int) -> None:
     store = open_targets(path)
-    for blocks, order in _order(samples).windows(0):
+    for blocks, order in _order(samples).groups(0):
         runs = [store.read(store.shards[b.shard], b.view, b.start, b.stop) for b in blocks]
         ends = np.cumsum([len(run.keys) for run in runs])
         for start in range(0, len(order), BATCH):

@@ -1,13 +1,13 @@
-"""What grows with the data set and not with the devices: Dask's scheduler, the order of samples, the ledger; and plans.
+"""What grows with the data set, not the devices: the Dask scheduler, the sample order, the manifest; and plans.
 
-    python -m benchmarks.scale WORK [--only scheduler order ledger plans] [--photos PHOTOS]
+    python -m benchmarks.scale WORK [--only scheduler order manifest plans] [--photos PHOTOS]
 
 - scheduler: `dask scheduler` in a process of its own, workers in another, and the extraction's own client, with a
   teacher that takes no time: a shard is done the moment that it is given out. Seconds are processor time of the
-  scheduler's process, so that the other processes do not blur them. `tellings` are reports of progress a shard.
-- order: what a rank needs to begin an epoch of a billion pictures in shards of 10,000.
-- ledger: shards of 10,000 pictures with 8 views of 24 KB, of which one is written and its record used again and again.
-- plans: `milan-pipe plan` for ImageNet-1K, ImageNet-21K and a billion pictures, with PHOTOS as the sample.
+  scheduler's process, so that the other processes do not blur them. `reports` are reports of progress a shard.
+- order: what a rank needs to begin an epoch of a billion images in shards of 10,000.
+- manifest: shards of 10,000 images with 8 views of 24 KB, of which one is written and its record used again and again.
+- plans: `milan-pipe plan` for ImageNet-1K, ImageNet-21K and a billion images, with PHOTOS as the sample.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from milan_pipe.extraction.worker import Assignment
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
-from milan_pipe.storage import place_of
-from milan_pipe.targets import ledger
+from milan_pipe.storage import location_of
+from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     CodecInfo,
@@ -76,13 +76,13 @@ def _source(name: str) -> SourceShard:
     return SourceShard(name=f"train-{name}.tar", bytes=10**9, sha256="0" * 64, samples=SHARD, bad=())
 
 
-def _workers(address: str, count: int, tellings: int) -> None:
+def _workers(address: str, count: int, reports: int) -> None:
     """So many workers in this process, each with a teacher that takes no time."""
     from distributed import Worker
 
-    def instant(_: Assignment, job: ShardJob, tell: Callable[[int, int], None]) -> ShardResult:
-        for _ in range(tellings):
-            tell(BLOCK_SAMPLES, 0)
+    def instant(_: Assignment, job: ShardJob, report: Callable[[int, int], None]) -> ShardResult:
+        for _ in range(reports):
+            report(BLOCK_SAMPLES, 0)
         return ShardResult(
             name=job.name, source=_source(job.name), error=None, views=SHARD * VIEWS, cosine_sum=0.0, seconds={}
         )
@@ -120,11 +120,11 @@ def _busy(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def scheduler(work: Path, tasks: int, workers: int, tellings: int) -> dict[str, Any]:
+def scheduler(work: Path, tasks: int, workers: int, reports: int) -> dict[str, Any]:
     """One extraction of `tasks` shards."""
     with _scheduler(work) as (address, process):
         doing = multiprocessing.get_context("spawn").Process(
-            target=_workers, args=(address, workers, tellings), daemon=True
+            target=_workers, args=(address, workers, reports), daemon=True
         )
         doing.start()
         from distributed import Client
@@ -138,9 +138,9 @@ def scheduler(work: Path, tasks: int, workers: int, tellings: int) -> dict[str, 
             views=ViewSettings(count=VIEWS),
             extract=ExtractSettings(scheduler=address),
         )
-        place = place_of(work)
+        location = location_of(work)
         jobs = [
-            ShardJob(name=f"{number:06d}", images=ShardFile(place, f"train-{number:06d}.tar", 10**9))
+            ShardJob(name=f"{number:06d}", images=ShardFile(location, f"train-{number:06d}.tar", 10**9))
             for number in range(tasks)
         ]
 
@@ -164,7 +164,7 @@ def scheduler(work: Path, tasks: int, workers: int, tellings: int) -> dict[str, 
     return {
         "tasks": done,
         "workers": workers,
-        "tellings": tellings,
+        "reports": reports,
         "seconds": round(seconds, 1),
         "scheduler_seconds": round(busy, 2),
         "scheduler_ms_a_task": round(1000 * busy / done, 3),
@@ -178,14 +178,14 @@ def scheduler(work: Path, tasks: int, workers: int, tellings: int) -> dict[str, 
 # --- order --------------------------------------------------------------------------------------------------------
 
 
-def order(samples: int, lanes: int = 4) -> dict[str, Any]:
-    """Seconds and memory until a rank has the first blocks of an epoch, from each of its lanes."""
+def order(samples: int, streams: int = 4) -> dict[str, Any]:
+    """Seconds and memory until a rank has the first blocks of an epoch, from each of its streams."""
     shards = (SHARD,) * (samples // SHARD)
-    whole = EpochOrder(samples=shards, views=VIEWS, block=BLOCK_SAMPLES, window=128, seed=0)
-    plan = BatchPlan(order=whole, batch_size=4096, lanes=32, rank=0, ranks=32 // lanes)
+    whole = EpochOrder(samples=shards, views=VIEWS, block=BLOCK_SAMPLES, shuffle_blocks=128, seed=0)
+    plan = BatchPlan(order=whole, batch_size=4096, canonical_streams=32, rank=0, ranks=32 // streams)
 
     def begin(epoch: int) -> int:
-        first = [next(iter(whole.windows(epoch, plan.lane(piece.lane)))) for piece in plan.pieces()]
+        first = [next(iter(whole.groups(epoch, plan.stream(piece.stream)))) for piece in plan.pieces()]
         return sum(len(blocks) for blocks, _ in first)
 
     began = time.perf_counter()
@@ -197,7 +197,7 @@ def order(samples: int, lanes: int = 4) -> dict[str, Any]:
     tracemalloc.stop()
     return {
         "samples": samples,
-        "lanes": lanes,
+        "streams": streams,
         "blocks": blocks,
         "seconds": round(seconds, 2),
         "most_mb": round(most / 1e6),
@@ -205,7 +205,7 @@ def order(samples: int, lanes: int = 4) -> dict[str, Any]:
     }
 
 
-# --- ledger -------------------------------------------------------------------------------------------------------
+# --- manifest -------------------------------------------------------------------------------------------------------
 
 
 def _header(store_format: str, shards: int) -> StoreHeader:
@@ -229,7 +229,7 @@ def _header(store_format: str, shards: int) -> StoreHeader:
 
 
 def _shard(writer: TargetStoreWriter, name: str) -> None:
-    """A whole shard of tiny pictures in one feature of 4 numbers: as many files as any other but for the JPEGs."""
+    """A whole shard of tiny images in one feature of 4 numbers: as many files as any other but for the JPEGs."""
     jpeg = encode_jpeg(np.zeros((16, 16, 3), np.uint8), 95)
     shard = writer.open_shard(name)
     for start in range(0, SHARD, BLOCK_SAMPLES):
@@ -249,13 +249,13 @@ def _shard(writer: TargetStoreWriter, name: str) -> None:
     shard.commit(_source(name), 0.9999)
 
 
-def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
+def manifests(work: Path, store_format: str, shards: int) -> dict[str, Any]:
     """What it takes to begin an extraction again, to end it, and to open the store."""
-    where = work / f"ledger-{store_format}"
+    where = work / f"manifest-{store_format}"
     shutil.rmtree(where, ignore_errors=True)
     writer = TargetStoreWriter(where, _header(store_format, shards))
     _shard(writer, "000000")
-    record = ledger.read_record(writer.place, "000000")
+    record = manifest.read_record(writer.location, "000000")
     if store_format == "zarr":
         # Of rendered views as large as those of photographs there are more files.
         files, blocks = dict(record.files), dict(record.blocks)
@@ -265,8 +265,8 @@ def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
             blocks[f"view_bytes/c/{number}"] = blocks[first]
         record = dataclasses.replace(record, files=files, blocks=blocks)
     for number in range(shards):
-        ledger.write_record(writer.place, f"{number:06d}", record)
-    size = writer.place.size(f"{ledger.FOLDER}/000000.json")
+        manifest.write_record(writer.location, f"{number:06d}", record)
+    size = writer.location.size(f"{manifest.FOLDER}/000000.json")
     began = time.perf_counter()
     committed = writer.committed()
     restart = time.perf_counter() - began
@@ -274,7 +274,7 @@ def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
     writer.committed()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    ledger.write_summary(writer.place, header_file(writer.header)[1], committed)
+    manifest.write_summary(writer.location, header_file(writer.header)[1], committed)
     began = time.perf_counter()
     opened = open_targets(where)
     opening = time.perf_counter() - began
@@ -286,7 +286,7 @@ def ledgers(work: Path, store_format: str, shards: int) -> dict[str, Any]:
         "restart_ms_a_shard": round(1000 * restart / shards, 2),
         "records_mb_a_second": round(size * shards / restart / 1e6, 1),
         "restart_most_kb_a_shard": round(most / shards / 1e3, 1),
-        "summary_bytes_a_shard": round(writer.place.size(ledger.SUMMARY) / shards),
+        "summary_bytes_a_shard": round(writer.location.size(manifest.SUMMARY) / shards),
         "open_ms_a_shard": round(1000 * opening / shards, 4),
     }
     shutil.rmtree(where)
@@ -302,7 +302,7 @@ def plans(work: Path, photos: Path, devices: int) -> Iterator[dict[str, Any]]:
     if not images.is_dir():
         api.prepare(str(photos), images, load_params(None, []))
     for model, recipe in MODELS.items():
-        for data, (pictures, per_shard, epochs) in DATA.items():
+        for data, (total, per_shard, epochs) in DATA.items():
             for views in (4, 8):
                 settings = [
                     "teacher.pretrained=random",
@@ -317,7 +317,7 @@ def plans(work: Path, photos: Path, devices: int) -> Iterator[dict[str, Any]]:
                     work / "targets",
                     load_params(recipe, settings),
                     sample=24,
-                    pictures=pictures,
+                    total=total,
                     devices=devices,
                     tflops=A100_TFLOPS,
                 )
@@ -341,7 +341,7 @@ def plans(work: Path, photos: Path, devices: int) -> Iterator[dict[str, Any]]:
                     "tasks": report.cluster.tasks,
                     "shard_seconds": round(3600 * report.cluster.shard_hours, 1),
                     "scheduler_share": round(report.cluster.scheduler_share, 4),
-                    "node_pictures_per_second": round(report.node.pictures_per_second),
+                    "node_images_per_second": round(report.node.images_per_second),
                     "node_mb_per_second": round(report.node.bytes_per_second / 1e6),
                     "node_cores": round(report.node.cores, 2),
                     "teacher_per_second": round(report.teacher.per_second),
@@ -354,13 +354,13 @@ def main() -> None:
     """Measure what was asked for, a line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    parts = ("scheduler", "order", "ledger", "plans")
+    parts = ("scheduler", "order", "manifest", "plans")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--photos", type=Path, help="a folder of photographs, for plans")
     parser.add_argument("--tasks", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--workers", type=int, default=32)
-    parser.add_argument("--tellings", type=int, default=500, help="of the run that measures what one costs")
-    parser.add_argument("--shards", type=int, default=1_000, help="records of the ledger")
+    parser.add_argument("--reports", type=int, default=500, help="of the run that measures what one costs")
+    parser.add_argument("--shards", type=int, default=1_000, help="records of the manifest")
     parser.add_argument("--devices", type=int, default=64, help="of the plans")
     arguments = parser.parse_args()
     work: Path = arguments.work.absolute()
@@ -373,13 +373,13 @@ def main() -> None:
     if "scheduler" in arguments.only:
         for tasks in arguments.tasks:
             tell(scheduler(work, tasks, arguments.workers, 0))
-        tell(scheduler(work, arguments.tasks[0], arguments.workers, arguments.tellings))
+        tell(scheduler(work, arguments.tasks[0], arguments.workers, arguments.reports))
     if "order" in arguments.only:
         for samples in (1_280_000, 14_200_000, BILLION):
             tell(order(samples))
-    if "ledger" in arguments.only:
+    if "manifest" in arguments.only:
         for store_format in ("zarr", "webdataset"):
-            tell(ledgers(work, store_format, arguments.shards))
+            tell(manifests(work, store_format, arguments.shards))
     if "plans" in arguments.only:
         if arguments.photos is None:
             parser.error("plans need --photos")

@@ -44,7 +44,7 @@ def prepare(
     *,
     on_progress: Callable[[int, int], None] = _ignore,
 ) -> PrepareReport:
-    """Write webdataset shards and an index from `demo` or a folder of pictures; see `milan_pipe.images.prepare`."""
+    """Write webdataset shards and an index from `demo` or a folder of images; see `milan_pipe.images.prepare`."""
     from milan_pipe.images.prepare import prepare
 
     return prepare(source, images, (params or Params()).prepare, on_progress)
@@ -56,23 +56,23 @@ def plan(
     params: Params | None = None,
     *,
     sample: int | None = None,
-    pictures: int | None = None,
+    total: int | None = None,
     devices: int = 1,
     tflops: float | None = None,
     on_progress: Callable[[PlanProgress], None] = _ignore,
 ) -> PlanReport:
-    """Say what extraction and pretraining will take, from a few pictures; see `milan_pipe.planning.run`.
+    """Say what extraction and pretraining will take, from a few images; see `milan_pipe.planning.run`.
 
     Args:
         sample: images to measure with; none: as many as `milan-pipe plan` takes.
-        pictures: plan for so many, of which IMAGES are a sample, in shards of `prepare.samples_per_shard`.
+        total: plan for so many images, of which IMAGES are a sample, in shards of `prepare.samples_per_shard`.
         devices: that both stages will have.
         tflops: TFLOP/s that each sustains, in place of measuring teacher and student here.
     """
     from milan_pipe.planning.run import DEFAULT_SAMPLE, Elsewhere, plan
 
     params = params or Params()
-    elsewhere = Elsewhere(pictures=pictures, per_shard=params.prepare.samples_per_shard, devices=devices, tflops=tflops)
+    elsewhere = Elsewhere(total=total, per_shard=params.prepare.samples_per_shard, devices=devices, tflops=tflops)
     return plan(images, targets, params, sample=sample or DEFAULT_SAMPLE, elsewhere=elsewhere, on_progress=on_progress)
 
 
@@ -272,7 +272,7 @@ def finetune(
     *,
     on_progress: Callable[[TrainProgress], None] = _ignore,
 ) -> RunReport:
-    """Train student and classifier on labelled pictures; see `milan_pipe.evaluation.finetune`."""
+    """Train student and classifier on labelled images; see `milan_pipe.evaluation.finetune`."""
     from milan_pipe.evaluation.finetune import finetune
 
     return finetune(checkpoint, train, val, run, params or Params(), on_progress=on_progress)

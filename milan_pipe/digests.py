@@ -31,12 +31,12 @@ def _canonical(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values and, under `sha256`, the digest of their canonical JSON: sorted keys, no spaces, UTF-8."""
     return {**values, "sha256": sha256_of(_canonical(values))}
 
 
-def unsealed(found: Any) -> dict[str, Any] | None:
+def verified(found: Any) -> dict[str, Any] | None:
     """Values without their digest; None where it does not fit."""
     if not isinstance(found, dict) or "sha256" not in found:
         return None

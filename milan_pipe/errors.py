@@ -62,7 +62,7 @@ class DataError(MilanError, ValueError):
 
 
 class LabelError(DataError):
-    """What is to be learnt of a sample is wrong; it is never passed over, as an unreadable picture may be."""
+    """What is to be learnt of a sample is wrong; it is never passed over, as an unreadable image may be."""
 
 
 class MissingError(MilanError, LookupError, FileNotFoundError):
@@ -89,7 +89,7 @@ class RankLostError(MilanError, RuntimeError):
     """One of several ranks has died; the others cannot go on."""
 
 
-class ToldElsewhereError(MilanError):
+class ReportedElsewhereError(MilanError):
     """Another rank says, or has said, what `cause` is; this one ends in silence."""
 
     def __init__(self, cause: MilanError) -> None:

@@ -76,7 +76,7 @@ def split_url(url: str) -> tuple[str, str]:
     return (f"{scheme}://{folder}", name) if folder else (f"{scheme}://{rest}", "")
 
 
-def place_of(where: str | Path) -> Place:
+def location_of(where: str | Path) -> Location:
     """The folder that a path or URL names; nothing is read or made yet.
 
     Raises:
@@ -112,15 +112,15 @@ def _require_whole(where: str | Path) -> None:
         raise SettingError(f"{where} has lost a slash of its URL, as Path does; give it as text, as {scheme}://{rest}")
 
 
-def require_writable(place: Place) -> None:
-    """Refuse a place that can only be read, before any work is done for it.
+def require_writable(location: Location) -> None:
+    """Refuse a location that can only be read, before any work is done for it.
 
     Raises:
         SettingError: it is on a web server.
     """
-    if not place.listable:
+    if not location.listable:
         raise SettingError(
-            f"{place} can only be read, as any web server; write to a local folder, s3://, gs:// or az://"
+            f"{location} can only be read, as any web server; write to a local folder, s3://, gs:// or az://"
         )
 
 
@@ -137,14 +137,14 @@ class Listing:
     folders: tuple[str, ...]
 
 
-class Place(ABC):
+class Location(ABC):
     """A folder. Paths are relative to it, with `/` between their parts. It can be sent to other processes."""
 
     name: str
     """The path or URL, for messages: without the password of a URL."""
 
     address: str
-    """The path or URL, by which `place_of` finds it again."""
+    """The path or URL, by which `location_of` finds it again."""
 
     local: Path | None = None
     """The folder itself, where it is a local one."""
@@ -156,19 +156,19 @@ class Place(ABC):
         return self.name
 
     def __repr__(self) -> str:
-        return f"place_of({self.name!r})"
+        return f"location_of({self.name!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return place_of, (self.address,)
+        return location_of, (self.address,)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and self.address == other.address
+        return isinstance(other, Location) and self.address == other.address
 
     def __hash__(self) -> int:
         return hash(self.address)
 
     @abstractmethod
-    def child(self, path: str) -> Place:
+    def child(self, path: str) -> Location:
         """A folder in this folder."""
 
     @abstractmethod
@@ -253,7 +253,7 @@ class Place(ABC):
         """Put the content of a scratch folder in the place of the folder `path`, and remove the scratch.
 
         Locally a folder is flushed to the disk and renamed; several at once leave the whole of one, and where it fails
-        what was there stays. In an object store the files come one after another, so a reader must be told by other
+        what was there stays. In an object store the files come one after another, so a reader must be message by other
         means that all are there, and processes that publish one folder at once must bring files of the same names.
 
         Raises:
@@ -318,12 +318,12 @@ def _flush_all(folder: Path) -> None:
 # --- local --------------------------------------------------------------------------------------------------------
 
 
-class _Folder(Place):
+class _Folder(Location):
     def __init__(self, path: Path) -> None:
         self.local: Path = path
         self.name = self.address = str(path)
 
-    def child(self, path: str) -> Place:
+    def child(self, path: str) -> Location:
         return _Folder(self.local / path)
 
     @contextmanager
@@ -578,7 +578,7 @@ def _profile() -> Any:
         raise SettingError(f"AWS_PROFILE is {profile} and cannot be used: {_one_line(str(error))}") from error
 
 
-class _Bucket(Place):
+class _Bucket(Location):
     def __init__(self, url: str, root: Any = None) -> None:
         self.address = url.rstrip("/")
         self.name = printable(self.address)
@@ -618,7 +618,7 @@ class _Bucket(Place):
     def _where(self, path: str) -> str:
         return f"{self.name}/{path}" if path else self.name
 
-    def child(self, path: str) -> Place:
+    def child(self, path: str) -> Location:
         return _Bucket(f"{self.address}/{path}", self._root)
 
     @contextmanager
@@ -636,7 +636,7 @@ class _Bucket(Place):
         where = self._where(path)
         if "NoSuchBucket" in text or "ContainerNotFound" in text or "The specified bucket does not exist" in text:
             return StoreError(
-                f"{where} cannot be {doing}: there is no bucket {self._bucket}; make it, or mend its name"
+                f"{where} cannot be {doing}: there is no bucket {self._bucket}; make it, or correct its name"
             )
         if isinstance(error, (FileNotFoundError, NotFoundError)) and doing != "written":
             return MissingError(f"{where} is not there")
@@ -882,15 +882,15 @@ _ADVICE = {
 
 def _reason(text: str, scheme: str) -> str:
     """One line for a person, from obstore's message, which holds addresses, XML and the debug form of its source."""
-    told, _, debug = text.partition("Debug source:")
+    message, _, debug = text.partition("Debug source:")
     request = re.search(
         r"Error performing (?P<method>[A-Z]+) (?P<url>\S+) in (?P<time>[\d.]+)(?P<unit>[^\d\s,]*s)"
         r"(?:, after (?P<retries>\d+) retries)?.*? - (?P<what>.*)",
-        told,
+        message,
         re.DOTALL,
     )
     if request is None:
-        return _one_line(told) + _cause(debug)
+        return _one_line(message) + _cause(debug)
     if any(part in request["url"] for part in _ASKS_FOR_CREDENTIALS) and scheme in _HOW_TO_SIGN:
         return f"no credentials were found; {_HOW_TO_SIGN[scheme]}"
     seconds = f"{float(request['time']):.0f} s" if request["unit"] == "s" else "less than a second"

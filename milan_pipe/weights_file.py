@@ -92,7 +92,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def _objects_in(path: Path) -> str:
-    """Names of the Python objects that the file would have unpickled, as far as torch tells them."""
+    """Names of the Python objects that the file would have unpickled, as far as torch names them."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     # Of a damaged file this fails in as many ways as loading does.

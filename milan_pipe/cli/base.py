@@ -28,7 +28,7 @@ app = typer.Typer(
     name="milan-pipe",
     cls=_Commands,
     help="Pretrain vision transformers on stored CLIP features.\n\n"
-    "Stage 1 (extract-targets) runs a CLIP image tower over your pictures once and stores patch features, attention "
+    "Stage 1 (extract-targets) runs a CLIP image tower over your images once and stores patch features, attention "
     "and rendered views. Stage 2 (pretrain) trains a masked student on them, with no teacher in memory.",
     no_args_is_help=True,
     add_completion=True,

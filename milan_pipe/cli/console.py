@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from milan_pipe.errors import MilanError, StoppedError, ToldElsewhereError, printable
+from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, printable
 
 console = Console(stderr=True)
 # Some programs that are started here close all descriptors that there may be.
@@ -105,8 +105,8 @@ def errors_as_one_line() -> Iterator[None]:
     except StoppedError as stopped:
         console.print(Text.assemble(("stopped:", "bold yellow"), " ", str(stopped)), soft_wrap=True)
         sys.exit(128 + stopped.signal)
-    except ToldElsewhereError as told:
-        sys.exit(128 + told.cause.signal if isinstance(told.cause, StoppedError) else 2)
+    except ReportedElsewhereError as reported:
+        sys.exit(128 + reported.cause.signal if isinstance(reported.cause, StoppedError) else 2)
     except MilanError as error:
         _fail(str(error))
     except OSError as error:

@@ -15,16 +15,16 @@ from milan_pipe.units import size
 
 @app.command()
 def doctor(
-    places: Annotated[
+    locations: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PLACE...]", help="Folders or URLs, to see whether they can be used."),
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Also write a small file to each place, and remove it.")
+        bool, typer.Option("--write", help="Also write a small file to each location, and remove it.")
     ] = False,
     as_json: JsonOption = False,
 ) -> Any:
-    """Say what this machine has to work with, and whether places can be reached.
+    """Say what this machine has to work with, and whether locations can be reached.
 
     Versions, devices with their memory, the codec pipeline, the params file that is in force here, and for each PLACE
     what lies there, free disk, and what is wrong with it. Exit code 1 where something is.
@@ -33,7 +33,7 @@ def doctor(
     """
     from milan_pipe import api
 
-    report = api.doctor(places or (), write=write)
+    report = api.doctor(locations or (), write=write)
     rows = {
         "python": report.python,
         "system": report.system,
@@ -48,11 +48,11 @@ def doctor(
         "zarr codecs": report.pipeline,
         "params": report.params or "built in: no params.yaml here",
     }
-    if report.places:
-        table = Table("place", "found", "free")
-        for check in report.places:
+    if report.locations:
+        table = Table("location", "found", "free")
+        for check in report.locations:
             free = size(check.free_bytes) if check.free_bytes is not None else "-"
-            table.add_row(*(plain(text, overflow="fold") for text in (check.place, check.found, free)))
+            table.add_row(*(plain(text, overflow="fold") for text in (check.location, check.found, free)))
         console.print(table)
     show("doctor", rows, report, as_json)
     for problem in report.problems:

@@ -25,7 +25,7 @@ from milan_pipe.cli.base import (
     read_settings,
 )
 from milan_pipe.cli.console import console, plain, progress, show
-from milan_pipe.cli.steps import tell_training, training_rows
+from milan_pipe.cli.steps import show_training, training_rows
 
 _MOST_CLASSES = 30
 
@@ -51,7 +51,7 @@ def knn(
     with progress() as update:
         report = api.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
-    rows["pictures"] = f"{report.train} train, {report.test} test ({report.bad} set aside)"
+    rows["images"] = f"{report.train} train, {report.test} test ({report.bad} skipped)"
     if report.kept is not None:
         rows["kept in"] = report.kept
     show(f"k-NN of {report.subject}", rows, report, as_json)
@@ -89,7 +89,7 @@ def finetune(
     if rank_of_environment():
         return api.finetune(checkpoint, train, val, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.finetune(checkpoint, train, val, run, settings, on_progress=tell_training(update))
+        report = api.finetune(checkpoint, train, val, run, settings, on_progress=show_training(update))
     rows = {
         "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
         "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
@@ -110,14 +110,14 @@ def segment(
         ),
     ],
     val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints, metrics and pictures.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints, metrics and images.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> Any:
     """Train UperNet on the student, and report mIoU, pixel and class accuracy.
 
-    Pictures are tested by sliding windows; with segment.scales also over scales and mirrors, at the end. Masks hold
+    Images are tested by sliding windows; with segment.scales also over scales and mirrors, at the end. Masks hold
     class indices, segment.ignore_index for none; in ADE20K's own layout 0 is no class. Given ADE20K's folder twice,
     training/ and validation/ are taken. The class list is segment.classes, or a classes.txt beside the folders.
 
@@ -133,7 +133,7 @@ def segment(
     if rank_of_environment():
         return api.segment(checkpoint, train, val, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.segment(checkpoint, train, val, run, settings, on_progress=tell_training(update))
+        report = api.segment(checkpoint, train, val, run, settings, on_progress=show_training(update))
     classes = json.loads((Path(run) / PER_CLASS_FILE).read_text(encoding="utf-8"))
     console.print(_class_table(classes))
     if len(classes) > _MOST_CLASSES:
@@ -172,7 +172,7 @@ def linear_probe(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Features once, of untouched pictures, and L-BFGS: a matter of minutes."),
+        typer.Option("--quick", help="Features once, of untouched images, and L-BFGS: a matter of minutes."),
     ] = False,
     features: FeaturesOption = None,
     keep: KeepOption = None,
@@ -206,7 +206,7 @@ def linear_probe(
         if rank_of_environment():
             return api.lars_probe(checkpoint, train, test, folder, settings)
         with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-            report = api.lars_probe(checkpoint, train, test, folder, settings, on_progress=tell_training(update))
+            report = api.lars_probe(checkpoint, train, test, folder, settings, on_progress=show_training(update))
     rows = {
         "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
         "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
@@ -237,7 +237,7 @@ def _quick_probe(
         "accuracy": f"{100 * report.accuracy:.2f} %",
         "on train": f"{100 * report.train_accuracy:.2f} %",
         "l2": f"{report.l2:g}" + ("" if report.converged else " (not converged: raise linear_probe.max_iterations)"),
-        "pictures": f"{report.train} train, {report.test} test ({report.bad} set aside)",
+        "images": f"{report.train} train, {report.test} test ({report.bad} skipped)",
     }
     if report.kept is not None:
         rows["kept in"] = report.kept

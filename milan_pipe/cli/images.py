@@ -1,4 +1,4 @@
-"""Commands that come before any work: pictures into shards, recipes, a plan."""
+"""Commands that come before any work: images into shards, recipes, a plan."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from milan_pipe.units import size
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of pictures.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of images.")],
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="Local folder for the shards.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> Any:
-    """Pack pictures into webdataset shards with an index.
+    """Pack images into webdataset shards with an index.
 
     SOURCE `demo` renders the built-in captioned scenes (splits train and test). A folder may be flat, hold one
-    subfolder per class, or hold train/ val/ test/ folders of either kind. Pictures are stored as they are.
+    subfolder per class, or hold train/ val/ test/ folders of either kind. Images are stored as they are.
 
-    Example: milan-pipe prepare ~/pictures data/images
+    Example: milan-pipe prepare ~/images data/images
     """
     from milan_pipe import api
 
     settings = read_settings(params, overrides)
     with progress() as update:
         report = api.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
-    rows = {"shards": str(report.shards), "pictures": str(report.samples), "size": size(report.bytes)}
+    rows = {"shards": str(report.shards), "images": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
-    rows["set aside"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
+    rows["skipped"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
     show(f"{source} -> {images}", rows, report, as_json)
     return report
 
@@ -77,15 +77,15 @@ def plan(
     params: ParamsOption = None,
     overrides: SetOption = None,
     sample: Annotated[
-        int, typer.Option("--sample", metavar="N", min=1, help="Pictures to measure with, spread over the shards.")
+        int, typer.Option("--sample", metavar="N", min=1, help="Images to measure with, spread over the shards.")
     ] = 64,
-    pictures: Annotated[
+    total: Annotated[
         int | None,
         typer.Option(
-            "--pictures",
+            "--total",
             metavar="N",
             min=1,
-            help="Plan for N pictures like these, in shards of prepare.samples_per_shard; IMAGES are then a sample.",
+            help="Plan for N images like these, in shards of prepare.samples_per_shard; IMAGES are then a sample.",
         ),
     ] = None,
     devices: Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Devices for both stages.")] = 1,
@@ -103,13 +103,13 @@ def plan(
 ) -> Any:
     """Say what extraction and pretraining will take, before anything is spent.
 
-    Counts the pictures, runs teacher, codecs, store, student and loader on a few of them, and extrapolates: size of the
+    Counts the images, runs teacher, codecs, store, student and loader on a few of them, and extrapolates: size of the
     store, hours, hours saved against a teacher in every step, load of a cluster's scheduler and of a node, and what
     gives in first. Nothing is left behind.
 
-    Pictures and devices need not be here: --pictures and --tflops plan for those of somewhere else.
+    Images and devices need not be here: --total and --tflops plan for those of somewhere else.
 
-    Example: milan-pipe plan images targets --pictures 1000000 --devices 64
+    Example: milan-pipe plan images targets --total 1000000 --devices 64
     """
     from milan_pipe import api
     from milan_pipe.planning.run import PlanProgress
@@ -118,7 +118,7 @@ def plan(
     settings = read_settings(params, overrides)
     with progress("what") as update:
 
-        def tell(now: PlanProgress) -> None:
+        def on_progress(now: PlanProgress) -> None:
             update(now.done, now.total, what=now.what)
 
         report = api.plan(
@@ -126,10 +126,10 @@ def plan(
             targets,
             settings,
             sample=sample,
-            pictures=pictures,
+            total=total,
             devices=devices,
             tflops=tflops,
-            on_progress=tell,
+            on_progress=on_progress,
         )
     console.print(store_table(report))
     show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)

@@ -87,7 +87,7 @@ def train_demo_teacher(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the scenes' small CLIP anew, from pictures and captions alone.
+    """Train the scenes' small CLIP anew, from images and captions alone.
 
     The package ships what this wrote. It takes about an hour on two cores.
     """

@@ -10,7 +10,7 @@ import typer
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
 from milan_pipe.cli.console import progress, show
-from milan_pipe.cli.steps import tell_training
+from milan_pipe.cli.steps import show_training
 
 _WORST = 8
 
@@ -45,7 +45,7 @@ def pretrain(
     if rank_of_environment():
         return api.pretrain(targets, run, settings)
     with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.pretrain(targets, run, settings, on_progress=tell_training(update))
+        report = api.pretrain(targets, run, settings, on_progress=show_training(update))
     rows = {
         "steps": f"{report.steps} in {report.epochs} epochs"
         + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
@@ -79,7 +79,7 @@ def replay(
     """Compute the batch again that stopped a run.
 
     When a loss or a gradient is not finite, pretrain writes the batch and the weights that met it to a file. This says
-    which samples, stored values and gradients are not finite; another --precision tells whether that was the cause.
+    which samples, stored values and gradients are not finite; another --precision shows whether that was the cause.
 
     Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
     """

@@ -43,7 +43,7 @@ def inspect_targets(
     features as colours: their three principal components over all that is drawn, so that one colour is one meaning.
     Masks are those of a run with the same settings (section masking).
 
-    OUT/index.html is one page with all pictures in it, OUT/KEY.png one picture for each sample.
+    OUT/index.html is one page with all images in it, OUT/KEY.png one image for each sample.
 
     Example: milan-pipe inspect-targets targets looks --keys scene-0000000003,scene-0000000017
     """
@@ -60,7 +60,7 @@ def inspect_targets(
             epoch=epoch,
             on_progress=lambda done, total: update(done, total, what="samples"),
         )
-    rows = {"page": report.page, "pictures": f"{len(report.pictures)}, {report.views} views each"}
+    rows = {"page": report.page, "images": f"{len(report.images)}, {report.views} views each"}
     show(f"{targets} -> {out}", rows, report, as_json)
     return report
 
@@ -84,7 +84,7 @@ def inspect_student(
     A view, what the student saw of it, target and prediction in the same colours (principal components of the targets
     drawn), and the cosine between them of each patch. Masks are those of its own run.
 
-    OUT/index.html is one page with all pictures in it, OUT/KEY.png one picture for each sample.
+    OUT/index.html is one page with all images in it, OUT/KEY.png one image for each sample.
 
     Example: milan-pipe inspect-student run targets looks --count 16
     """
@@ -105,7 +105,7 @@ def inspect_student(
     number = len(report.keys)
     rows = {
         "page": report.page,
-        "pictures": f"{len(report.pictures)}, after step {report.step}",
+        "images": f"{len(report.images)}, after step {report.step}",
         "cosine": f"{sum(report.cosine) / number:.4f}, of hidden patches {sum(report.masked_cosine) / number:.4f}",
     }
     show(f"{checkpoint}, {targets} -> {out}", rows, report, as_json)
@@ -146,25 +146,25 @@ def report(
 ) -> Any:
     """Write one page about one run, or several side by side.
 
-    Settings and where they differ, loss curves together, speed, the store (bytes, fidelity of the codec, pictures set
-    aside), every score with the command that makes it again, pictures of targets, predictions and segmentations. The
+    Settings and where they differ, loss curves together, speed, the store (bytes, fidelity of the codec, images
+    skipped), every score with the command that makes it again, images of targets, predictions and segmentations. The
     page holds all of it: it can be mailed, and asks no network.
 
-    Scores of knn and linear-probe are found in the runs that they were told of; runs of finetune, segment and
+    Scores of knn and linear-probe are found in the runs that they were given; runs of finetune, segment and
     linear-probe are named beside those that they began with.
 
     Example: milan-pipe report run mae tuned segmented --out report.html
     """
     from milan_pipe import api
 
-    told = _extraction(extraction)
+    timings = _extraction(extraction)
     with progress("what") as update:
         written = api.report(
             runs,
             out,
             targets=targets,
             evaluations=evaluations or (),
-            extraction=told,
+            extraction=timings,
             on_progress=lambda done, total: update(done, total, what="runs"),
         )
     rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}

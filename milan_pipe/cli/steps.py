@@ -7,11 +7,11 @@ from typing import Any
 from milan_pipe.units import size
 
 
-def tell_training(update: Any) -> Any:
+def show_training(update: Any) -> Any:
     """A listener of `TrainProgress` that shows it with `update`, which is what `console.progress` gives."""
     from milan_pipe.training.recorder import TrainProgress
 
-    def tell(now: TrainProgress) -> None:
+    def on_progress(now: TrainProgress) -> None:
         update(
             now.step,
             now.steps,
@@ -23,7 +23,7 @@ def tell_training(update: Any) -> Any:
             memory=size(now.memory),
         )
 
-    return tell
+    return on_progress
 
 
 def training_rows(report: Any) -> dict[str, str]:
@@ -34,7 +34,7 @@ def training_rows(report: Any) -> dict[str, str]:
         + (f", gone on from step {report.resumed_from}" if report.resumed_from and report.steps_now else ""),
         "loss": f"{report.loss:.4f}, mean of the last epoch",
         "speed": f"{report.images_per_second:.0f} images a second, {100 * report.data_wait:.1f} % waiting for data",
-        "set aside": f"{report.bad} pictures",
+        "skipped": f"{report.bad} images",
         "checkpoint": report.checkpoint,
         "best": f"{report.best_checkpoint}, of step {report.best_step}",
     }

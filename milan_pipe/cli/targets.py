@@ -54,11 +54,11 @@ def extract_targets(
     ] = False,
     as_json: JsonOption = False,
 ) -> Any:
-    """Run the teacher once over all pictures and store its targets.
+    """Run the teacher once over all images and store its targets.
 
-    Each picture gets views.count views (crop and flip). A view is rendered once, stored as JPEG, and the stored JPEG
+    Each image gets views.count views (crop and flip). A view is rendered once, stored as JPEG, and the stored JPEG
     is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped. A shard
-    that cannot be done is told of at the end, when all others are committed, and the exit code is not 0.
+    that cannot be done is reported at the end, when all others are committed, and the exit code is not 0.
 
     Example: milan-pipe extract-targets images targets
     """
@@ -71,9 +71,9 @@ def extract_targets(
     with progress("shards", "rate", "bad", "workers") as update:
         began: float | None = None
 
-        def tell(now: ExtractProgress) -> None:
+        def on_progress(now: ExtractProgress) -> None:
             nonlocal began
-            if began is None:  # told first when the teacher is loaded
+            if began is None:  # reported first when the teacher is loaded
                 began = time.monotonic()
             speed = now.views / max(time.monotonic() - began, 1e-9)
             update(
@@ -81,7 +81,7 @@ def extract_targets(
                 now.shards,
                 shards="shards",
                 rate=f"{now.views} views, {rate(speed)}/s",
-                bad=f"{now.bad} set aside",
+                bad=f"{now.bad} skipped",
                 workers=f"{now.workers} workers" if now.workers > 1 else "",
             )
 
@@ -92,11 +92,11 @@ def extract_targets(
             shards=shards,
             redo=redo.split(",") if redo else (),
             verify_sources=verify_sources,
-            on_progress=tell,
+            on_progress=on_progress,
         )
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)" + ("" if report.complete else ", not all yet"),
-        "pictures": f"{report.samples} ({report.bad} set aside"
+        "images": f"{report.samples} ({report.bad} skipped"
         + (f", see {targets}/bad_samples.jsonl)" if report.bad and report.complete else ")"),
         "views": f"{report.views} in {report.seconds:.1f} s, {report.views_per_second:.1f} a second",
         "size": f"{size(report.bytes)}, {size(report.bytes_per_view)} a view",
@@ -126,7 +126,7 @@ def verify_targets(
     """Check every file and every promise of a store.
 
     Presence, size and sha256 of each file; shapes; values finite; attention rows that sum to 1; views that decode; keys
-    that occur once; counts. Exit code 1 and a table of what is wrong, with the command that mends it, else 0.
+    that occur once; counts. Exit code 1 and a table of what is wrong, with the command that repairs it, else 0.
 
     Example: milan-pipe verify-targets targets --against-teacher 8
     """
@@ -142,7 +142,7 @@ def verify_targets(
         )
     rows = {
         "shards": str(report.shards),
-        "views": f"{report.views} of {report.samples} pictures",
+        "views": f"{report.views} of {report.samples} images",
         "files": f"{report.files}, {size(report.bytes)}",
         "problems": str(len(report.problems)) if report.problems else "none",
     }
@@ -156,8 +156,8 @@ def verify_targets(
     show(str(targets), rows, report, as_json)
     if report.problems:
         # One line each, however long, so that they can be copied.
-        console.print(Text("mend with, IMAGES and settings as they were:", style="bold"))
-        for command in report.mend:
+        console.print(Text("repair with, IMAGES and settings as they were:", style="bold"))
+        for command in report.repair:
             console.print(plain(f"  {command}"), soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
@@ -185,7 +185,7 @@ def convert_targets(
         )
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)",
-        "pictures": str(report.samples),
+        "images": str(report.samples),
         "size": size(report.bytes),
     }
     show(f"{source} -> {destination}", rows, report, as_json)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from milan_pipe.errors import SettingError
 
 
-def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """One line that names an unknown key, the nearest known one, and where it was found."""
+def unknown_key_message(key: str, known: Iterable[str], where: str, renamed: Mapping[str, str] | None = None) -> str:
+    """One line that names an unknown key, its new name or the nearest known one, and where it was found."""
+    if renamed and key in renamed:
+        return f"unknown key {key!r} in {where}: it is now {renamed[key]!r}"
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
@@ -20,7 +22,9 @@ def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
 
 
 class Settings(BaseModel):
-    """Values of one part, checked when built. `section` names it in messages and in params files."""
+    """Values of one part, checked when built. `renamed` has the former names of keys, and what they are called now."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -30,8 +34,12 @@ class Settings(BaseModel):
         if isinstance(values, Mapping):
             for key in values:
                 if key not in cls.model_fields:
-                    raise SettingError(unknown_key_message(str(key), cls.model_fields, f"{cls.__name__} settings"))
+                    raise SettingError(cls._unknown(key, f"{cls.__name__} settings"))
         return values
+
+    @classmethod
+    def _unknown(cls, key: Any, where: str) -> str:
+        return unknown_key_message(str(key), cls.model_fields, where, cls.renamed)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Any:
@@ -42,7 +50,7 @@ class Settings(BaseModel):
         """
         for key in values:
             if key not in cls.model_fields:
-                raise SettingError(unknown_key_message(str(key), cls.model_fields, where))
+                raise SettingError(cls._unknown(key, where))
         try:
             return cls(**values)
         except ValidationError as error:

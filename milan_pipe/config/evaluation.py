@@ -10,14 +10,14 @@ from milan_pipe.config.base import Settings
 from milan_pipe.config.training import Beta, SupervisedSettings
 
 Pool = Literal["cls", "mean"]
-"""Which tokens stand for the picture: the class token, or the mean of the patches."""
+"""Which tokens stand for the image: the class token, or the mean of the patches."""
 
 
 class EmbedSettings(Settings):
-    """How pictures become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
+    """How images become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
 
-    batch_size: int = Field(256, ge=1, description="pictures in one forward pass")
-    threads: int = Field(0, ge=0, description="threads that decode pictures; 0: one per processor")
+    batch_size: int = Field(256, ge=1, description="images in one forward pass")
+    threads: int = Field(0, ge=0, description="threads that decode images; 0: one per processor")
     crop: float = Field(
         1.0, gt=0, le=1, description="side of the centre square over the shorter side; ImageNet's custom is 0.875"
     )
@@ -42,17 +42,17 @@ class LinearProbeSettings(Settings):
         (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="strengths to choose from; one alone is taken as it is"
     )
     validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the train pictures on which the strength is chosen"
+        0.1, gt=0, lt=1, description="share of the train images on which the strength is chosen"
     )
     max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
-    seed: int = Field(0, ge=0, description="draws the pictures on which the strength is chosen")
+    seed: int = Field(0, ge=0, description="draws the images on which the strength is chosen")
 
 
 class AugmentSettings(Settings):
-    """Augmentation of training pictures; defaults are those of the scenes, the recipes have ImageNet's."""
+    """Augmentation of training images; defaults are those of the scenes, the recipes have ImageNet's."""
 
     scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored picture")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored image")
     auto_augment: str | None = Field(
         None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
     )
@@ -112,11 +112,11 @@ class SegmentSettings(SupervisedSettings):
     layer_decay: float = Field(0.75, gt=0, le=1, description="of the learning rate, from each block to the one below")
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
     crop: int | None = Field(None, ge=1, description="side of training crops and of windows; none: the student's input")
-    short_side: int | None = Field(None, ge=1, description="of pictures, at ratio 1 and when tested; none: the crop")
-    ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training pictures")
+    short_side: int | None = Field(None, ge=1, description="of images, at ratio 1 and when tested; none: the crop")
+    ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training images")
     stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="of pictures in a second evaluation at the end, each with its mirror; none: no such"
+        (), description="of images in a second evaluation at the end, each with its mirror; none: no such"
     )
     blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
     channels: int = Field(32, ge=1, description="of UperNet's decoder")
@@ -127,4 +127,4 @@ class SegmentSettings(SupervisedSettings):
         None, description="0 stands for no class, k for class k - 1; none: in ADE20K's layout alone"
     )
     eval_every: int = Field(400, ge=1, description="steps between two evaluations")
-    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the pictures that is trained on")
+    train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images that is trained on")

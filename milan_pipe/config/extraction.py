@@ -19,7 +19,7 @@ class ExtractSettings(Settings):
         64, ge=1, description="views in one teacher forward pass; part of the last bit's arithmetic"
     )
     threads: int = Field(
-        0, ge=0, description="threads of a worker that decode, crop and encode pictures; 0: its share of the processors"
+        0, ge=0, description="threads of a worker that decode, crop and encode images; 0: its share of the processors"
     )
     teacher_threads: int = Field(
         0,
@@ -29,7 +29,7 @@ class ExtractSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
     max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of unreadable pictures above which the run stops"
+        0.05, ge=0, le=1, description="share of unreadable images above which the run stops"
     )
     workers: int = Field(1, ge=1, description="processes of a Dask cluster on this machine; 1 starts no cluster")
     scheduler: str | None = Field(None, description="address of a Dask scheduler that runs already; overrides workers")

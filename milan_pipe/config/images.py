@@ -24,11 +24,11 @@ class PrepareSettings(Settings):
         le=TEST_SCENE_OFFSET,
         description="demo scenes in split `test`, 0 to 10**9; disjoint from the train scenes",
     )
-    samples_per_shard: int = Field(500, ge=1, le=1_000_000, description="most pictures in one shard")
+    samples_per_shard: int = Field(500, ge=1, le=1_000_000, description="most images in one shard")
     split: str = Field(
         "train",
         pattern=r"^[A-Za-z0-9_]+$",
-        description="name for a folder's pictures, where the folder itself is not divided into `SPLIT_FOLDERS`",
+        description="name for a folder's images, where the folder itself is not divided into `SPLIT_FOLDERS`",
     )
 
 

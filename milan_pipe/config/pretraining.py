@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,19 +15,25 @@ Target = Literal["clip", "pixels", "hog"]
 class PretrainSettings(RunSettings):
     """The recipe of pretraining; defaults are those of the scenes."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "window": "shuffle_blocks",
+        "lanes": "canonical_streams",
+        "picture_every": "plot_every",
+    }
+
     epochs: int = Field(10, ge=1)
     warmup_epochs: float = Field(1, ge=0)
     batch_size: int = Field(64, ge=1, description="over all ranks")
     lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
-    window: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")
-    lanes: int = Field(
-        1, ge=1, description="parts of the data that are read side by side; as many as ranks, or a multiple of them"
+    shuffle_blocks: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")
+    canonical_streams: int = Field(
+        1, ge=1, description="parts of the order that are read side by side: as many as ranks, or a multiple of them"
     )
     threads: int = Field(1, ge=1, description="threads that decode stored views")
     parallel: Parallel = Field("ddp", description="how ranks share the student: ddp copies it, fsdp shards it")
     targets: Literal["stored", "online"] = Field(
         "stored", description="online: the teacher runs in every step, on the stored views; the baseline"
     )
-    picture_every: int | None = Field(None, ge=1, description="epochs between two pictures of masks and predictions")
+    plot_every: int | None = Field(None, ge=1, description="epochs between two plots of masks and predictions")

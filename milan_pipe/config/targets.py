@@ -20,7 +20,7 @@ class CodecSettings(Settings):
         "to the data, the smallest",
     )
     quality: float = Field(0.999, gt=0, lt=1, description="klt: mean cosine to reach")
-    fit_samples: int = Field(512, ge=1, description="klt: pictures that it is fitted to")
+    fit_samples: int = Field(512, ge=1, description="klt: images that it is fitted to")
     zstd_level: int = Field(1, ge=0, le=19, description="entropy coder of the codes; 0 stores them as they are")
 
     def header_fields(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class DemoTeacherSettings(Settings):
     warmup_steps: int = Field(100, ge=0)
     decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
     keep_word: float = Field(0.5, gt=0, le=1, description="chance to mention size, colour and background, each")
-    shift: int = Field(6, ge=0, description="pictures are moved by up to this many pixels, edges mirrored")
+    shift: int = Field(6, ge=0, description="images are moved by up to this many pixels, edges mirrored")
     test_scenes: int = Field(2000, ge=1)
     evaluate_every: int = Field(200, ge=1)
     compile: bool = Field(True, description="compile the training step with torch.compile")

@@ -22,7 +22,7 @@ RESUMABLE = {
     "device",
     "parallel",
     "sinks",
-    "picture_every",
+    "plot_every",
     "log_every",
     "checkpoint_every",
     "checkpoint_minutes",
@@ -52,4 +52,4 @@ class SupervisedSettings(RunSettings):
     """Where and how a run on labelled images goes."""
 
     workers: int = Field(0, ge=0, description="processes that decode and augment; 0: this one does it between steps")
-    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable pictures that stops a run")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")

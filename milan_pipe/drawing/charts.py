@@ -52,7 +52,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve], *, log_y: bool = False) -> str:
-    """An SVG picture, as part of a page, with a curve for each name."""
+    """An SVG image, as part of a page, with a curve for each name."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()

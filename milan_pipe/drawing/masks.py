@@ -1,4 +1,4 @@
-"""A picture of views, masks and how well each patch was predicted."""
+"""An image of views, masks and how well each patch was predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture of segmentations: the picture, the truth and the prediction, side by side."""
+"""An image of segmentations: the image, the truth and the prediction, side by side."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw_segmentations(
     classes: int,
     title: str,
 ) -> None:
-    """Write a PNG with a row for each picture, which may be of any size; -1 is drawn white, as no class.
+    """Write a PNG with a row for each image, which may be of any size; -1 is drawn white, as no class.
 
     Args:
         images: (H, W, 3) each.

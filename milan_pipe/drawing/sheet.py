@@ -1,4 +1,4 @@
-"""Panels with captions, laid out in rows: as one PNG, and as the pictures of a page."""
+"""Panels with captions, laid out in rows: as one PNG, and as the images of a page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUALITY = 92
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture (H, W, 3) uint8 with what is said of it."""
+    """An image (H, W, 3) uint8 with what is said of it."""
 
     pixels: NDArray[np.uint8]
     caption: str
@@ -69,7 +69,7 @@ def _fitting(
 
 
 def write_png(file: Path, image: Image.Image) -> None:
-    """Write a picture, its folder too.
+    """Write an image, its folder too.
 
     Raises:
         StoreError: it cannot be written.
@@ -82,7 +82,7 @@ def write_png(file: Path, image: Image.Image) -> None:
 
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
-    """The sheet as one picture: panels enlarged by a whole number, a caption over each."""
+    """The sheet as one image: panels enlarged by a whole number, a caption over each."""
     large = [
         [panel.pixels.repeat(_enlargement(panel), 0).repeat(_enlargement(panel), 1) for panel in row.panels]
         for row in sheet.rows
@@ -111,7 +111,7 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
 
 
 def data_url(pixels: NDArray[np.uint8]) -> str:
-    """A picture as part of a page: a small one without loss, a larger one as JPEG."""
+    """An image as part of a page: a small one without loss, a larger one as JPEG."""
     small = max(pixels.shape[:2]) <= _SMALL
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)

@@ -1,5 +1,5 @@
 """What the pretrained student is worth: frozen features judged by their neighbours and by a linear map.
 
-Shape suffixes: B pictures of one forward pass, H and W pixels, C channels, S tokens (CLS first), D token width,
+Shape suffixes: B images of one forward pass, H and W pixels, C channels, S tokens (CLS first), D token width,
 N samples, F feature width, K neighbours, G classes.
 """

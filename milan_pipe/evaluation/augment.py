@@ -1,4 +1,4 @@
-"""What is done to a picture before a classifier learns from it, with timm's transforms.
+"""What is done to an image before a classifier learns from it, with timm's transforms.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from milan_pipe.config.evaluation import AugmentSettings
 from milan_pipe.errors import DataError, SettingError
+from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.features import centre_view
-from milan_pipe.evaluation.feed import Ask
 from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.labelled import LabelledPictures
+from milan_pipe.images.labelled import LabelledImages
 from milan_pipe.student.pixels import normalise
 
 
@@ -67,41 +67,41 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
-class TrainingPictures:
-    """Picture `Ask.number` as a training view of its epoch: (pixels_CHW, label)."""
+class TrainingImages:
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label)."""
 
-    def __init__(self, pictures: LabelledPictures, config: AugmentSettings, size: int, seed: int) -> None:
-        self._pictures = pictures
+    def __init__(self, images: LabelledImages, config: AugmentSettings, size: int, seed: int) -> None:
+        self._images = images
         self._view = training_view(config, size)
         self._seed = seed
 
-    def __call__(self, ask: Ask) -> tuple[Tensor, int]:
-        """Raises DataError where the picture cannot be read."""
-        image = decode_image(self._pictures.read(ask.number))
-        with seeded(self._seed, ask.epoch, self._pictures.keys[ask.number]):
-            return self._view(image), int(self._pictures.label_N[ask.number])
+    def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
+        """Raises DataError where the image cannot be read."""
+        image = decode_image(self._images.read(request.number))
+        with seeded(self._seed, request.epoch, self._images.keys[request.number]):
+            return self._view(image), int(self._images.label_N[request.number])
 
 
-class TestPictures:
-    """Picture `Ask.number` as it is shown at test time: (pixels_CHW, label)."""
+class TestImages:
+    """Image `SampleRequest.number` as it is shown at test time: (pixels_CHW, label)."""
 
-    def __init__(self, pictures: LabelledPictures, size: int, crop: float) -> None:
-        self._pictures = pictures
+    def __init__(self, images: LabelledImages, size: int, crop: float) -> None:
+        self._images = images
         self._size = size
         self._crop = crop
 
-    def __call__(self, ask: Ask) -> tuple[Tensor, int]:
-        """Raises DataError where the picture cannot be read."""
-        image = decode_image(self._pictures.read(ask.number))
+    def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
+        """Raises DataError where the image cannot be read."""
+        image = decode_image(self._images.read(request.number))
         pixels_HWC = torch.from_numpy(np.array(centre_view(image, self._size, self._crop)))
-        return normalise(pixels_HWC[None])[0], int(self._pictures.label_N[ask.number])
+        return normalise(pixels_HWC[None])[0], int(self._images.label_N[request.number])
 
 
 def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | None:
     """timm's mixup and cutmix of a batch with its own reverse, label smoothing included; None where both are off.
 
     Args:
-        part: pictures that are mixed with each other: a rank's share of the batch.
+        part: images that are mixed with each other: a rank's share of the batch.
 
     Raises:
         SettingError: it is odd.
@@ -110,7 +110,7 @@ def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | Non
         return None
     if part % 2:
         raise SettingError(
-            f"mixup and cutmix pair the pictures of a batch, {part} of them on this rank; choose a batch_size that "
+            f"mixup and cutmix pair the images of a batch, {part} of them on this rank; choose a batch_size that "
             "gives every rank an even number, or set augment.mixup=0 and augment.cutmix=0"
         )
     mixup: Mixup = Mixup(  # type: ignore[no-untyped-call]
@@ -119,11 +119,11 @@ def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | Non
     return mixup
 
 
-def require_labels(pictures: LabelledPictures) -> None:
+def require_labels(images: LabelledImages) -> None:
     """Refuse a training set of one class alone.
 
     Raises:
         DataError: there are not two classes.
     """
-    if len(np.unique(pictures.label_N)) < 2:
-        raise DataError(f"all pictures of {pictures.where} are of one class; a classifier needs two at least")
+    if len(np.unique(images.label_N)) < 2:
+        raise DataError(f"all images of {images.where} are of one class; a classifier needs two at least")

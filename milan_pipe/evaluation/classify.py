@@ -1,4 +1,4 @@
-"""A classifier is trained on labelled pictures: what fine-tuning and the linear probe by protocol have in common.
+"""A classifier is trained on labelled images: what fine-tuning and the linear probe by protocol have in common.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """
@@ -21,10 +21,10 @@ from torch.utils.data import default_collate
 from milan_pipe.config.evaluation import AugmentSettings
 from milan_pipe.config.training import SupervisedSettings
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.evaluation.augment import TestPictures, TrainingPictures, build_mixup, require_labels
-from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
+from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, require_labels
+from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
 from milan_pipe.evaluation.randomness import seed_of, seeded
-from milan_pipe.images.labelled import LabelledPictures, labelled_pictures, require_same_classes
+from milan_pipe.images.labelled import LabelledImages, labelled_images, require_same_classes
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import cosine_lr
 from milan_pipe.training.runner import Task
@@ -32,25 +32,25 @@ from milan_pipe.training.step import StepReport
 
 
 @dataclass(frozen=True)
-class PictureBatch:
-    """B training pictures: normalised floats, and class indices or, once mixed, shares of classes (B, G)."""
+class ImageBatch:
+    """B training images: normalised floats, and class indices or, once mixed, shares of classes (B, G)."""
 
     pixels_BCHW: Tensor
     target: Tensor
     keys: tuple[str, ...]
     step: int
 
-    def slice(self, part: slice) -> PictureBatch:
+    def slice(self, part: slice) -> ImageBatch:
         """Some of them."""
-        return PictureBatch(self.pixels_BCHW[part], self.target[part], self.keys[part], self.step)
+        return ImageBatch(self.pixels_BCHW[part], self.target[part], self.keys[part], self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class Images:
     """What a classifier learns from and is judged on."""
 
-    train: LabelledPictures
-    val: LabelledPictures
+    train: LabelledImages
+    val: LabelledImages
     classes: int
 
     @property
@@ -60,16 +60,16 @@ class Pictures:
         return None if names is None else list(names)
 
 
-def find_pictures(train: str | Path, val: str | Path, bad: list[tuple[str, str]]) -> Pictures:
-    """Find both sets and see that they have the same classes; see `labelled_pictures` and `require_same_classes`."""
+def find_images(train: str | Path, val: str | Path, bad: list[tuple[str, str]]) -> Images:
+    """Find both sets and see that they have the same classes; see `labelled_images` and `require_same_classes`."""
 
     def on_bad(key: str, reason: str) -> None:
         bad.append((key, reason))
 
-    first, second = labelled_pictures(train, on_bad), labelled_pictures(val, on_bad)
+    first, second = labelled_images(train, on_bad), labelled_images(val, on_bad)
     classes = require_same_classes(first, second)
     require_labels(first)
-    return Pictures(train=first, val=second, classes=classes)
+    return Images(train=first, val=second, classes=classes)
 
 
 class ClassifierObjective(nn.Module):
@@ -80,7 +80,7 @@ class ClassifierObjective(nn.Module):
         self.model = model
         self.smoothing = smoothing
 
-    def forward(self, batch: PictureBatch, epoch: int) -> Tensor:
+    def forward(self, batch: ImageBatch, epoch: int) -> Tensor:
         """Scalar mean over the batch."""
         del epoch
         logits_BG = self.model(batch.pixels_BCHW)
@@ -104,7 +104,7 @@ class ClassifyPlan:
     train_fraction: float
 
 
-class ClassifyTask(Task[PictureBatch]):
+class ClassifyTask(Task[ImageBatch]):
     """Training of a classifier, and its top-1 and top-5 accuracy."""
 
     main_score = "top1"
@@ -116,7 +116,7 @@ class ClassifyTask(Task[PictureBatch]):
         *,
         run: Path,
         ranks: Ranks,
-        pictures: Pictures,
+        images: Images,
         model: nn.Module,
         optimiser: Callable[[], torch.optim.Optimizer],
         augment: AugmentSettings,
@@ -138,12 +138,12 @@ class ClassifyTask(Task[PictureBatch]):
         self.batch_size = plan.batch_size
         self._plan = plan
         self._ranks = ranks
-        self._pictures = pictures
-        number_N = share_of_classes(pictures.train.label_N, plan.train_fraction, settings.seed)
+        self._images = images
+        number_N = share_of_classes(images.train.label_N, plan.train_fraction, settings.seed)
         if len(number_N) < plan.batch_size:
             raise SettingError(
-                f"{section}.batch_size is {plan.batch_size}, there are {len(number_N)} pictures to train on in "
-                f"{pictures.train.where}; set a smaller batch_size"
+                f"{section}.batch_size is {plan.batch_size}, there are {len(number_N)} images to train on in "
+                f"{images.train.where}; set a smaller batch_size"
             )
         if plan.batch_size // ranks.count < settings.accumulate:
             raise SettingError(
@@ -158,22 +158,22 @@ class ClassifyTask(Task[PictureBatch]):
         if settings.compile:
             model.compile()
         share = self._steps.share
-        self._mixup: Mixup | None = build_mixup(augment, pictures.classes, share.stop - share.start)
-        self._take = TrainingPictures(pictures.train, augment, plan.image_size, settings.seed)
-        self._show = TestPictures(pictures.val, plan.image_size, plan.crop)
+        self._mixup: Mixup | None = build_mixup(augment, images.classes, share.stop - share.start)
+        self._take = TrainingImages(images.train, augment, plan.image_size, settings.seed)
+        self._show = TestImages(images.val, plan.image_size, plan.crop)
         self._ema = ModelEmaV3(model, decay=ema) if ema is not None else None
         self.modules = {"model": model} | ({"ema": self._ema.module} if self._ema is not None else {})
         self._ema_decay = ema
-        listed = len(pictures.train) + len(pictures.val) + len(bad)
-        self._bad = BadPictures(listed, settings.max_bad_fraction, bad_file(run) if ranks.first else _ignore)
+        listed = len(images.train) + len(images.val) + len(bad)
+        self._bad = BadImages(listed, settings.max_bad_fraction, bad_file(run) if ranks.first else _ignore)
         for key, reason in bad:
             self._bad.add(key, reason)
         self.configuration = {
             **configuration,
             "data": {
-                "train": pictures.train.fingerprint,
-                "val": pictures.val.fingerprint,
-                "classes": pictures.names or pictures.classes,
+                "train": images.train.fingerprint,
+                "val": images.val.fingerprint,
+                "classes": images.names or images.classes,
             },
         }
 
@@ -191,28 +191,28 @@ class ClassifyTask(Task[PictureBatch]):
         warmup = round(plan.warmup_epochs * self.steps_per_epoch)
         return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=plan.peak_lr, final=plan.final_lr)
 
-    def batches(self, first_step: int) -> Iterator[PictureBatch]:
-        """This rank's pictures, augmented."""
-        fed = feed(
+    def batches(self, first_step: int) -> Iterator[ImageBatch]:
+        """This rank's images, augmented."""
+        fed = load_batches(
             self._take,
             default_collate,
-            self._pictures.train.keys,
+            self._images.train.keys,
             self._steps.batches(first_step, self.steps),
             workers=self.settings.workers,
             bad=self._bad,
         )
         for step, batch in enumerate(fed, first_step):
             pixels_BCHW, label_B = batch.value
-            yield PictureBatch(pixels_BCHW, label_B, batch.keys, step)
+            yield ImageBatch(pixels_BCHW, label_B, batch.keys, step)
 
-    def parts(self, batch: PictureBatch) -> Sequence[tuple[PictureBatch, float]]:
+    def parts(self, batch: ImageBatch) -> Sequence[tuple[ImageBatch, float]]:
         """Mixed on the device, and cut for accumulation."""
         device = self._ranks.device
         pixels_BCHW, target = batch.pixels_BCHW.to(device), batch.target.to(device)
         if self._mixup is not None:
             with seeded(self.settings.seed, "mix", batch.step, self._ranks.rank):
                 pixels_BCHW, target = self._mixup(pixels_BCHW, target)
-        mixed = PictureBatch(pixels_BCHW, target, batch.keys, batch.step)
+        mixed = ImageBatch(pixels_BCHW, target, batch.keys, batch.step)
         count, size = self.settings.accumulate, len(batch.keys)
         edges = [number * size // count for number in range(count + 1)]
         return [(mixed.slice(slice(start, stop)), (stop - start) / size) for start, stop in itertools.pairwise(edges)]
@@ -228,17 +228,17 @@ class ClassifyTask(Task[PictureBatch]):
 
     @torch.inference_mode()
     def evaluate(self, *, last: bool) -> dict[str, float]:
-        """Shares of VAL's pictures whose class is the first, or among the first five; of the mean weights, if any."""
+        """Shares of VAL's images whose class is the first, or among the first five; of the mean weights, if any."""
         del last
         ranks = self._ranks
         model = self.model if self._ema is None else self._ema.module
         batch = max(1, self.batch_size // ranks.count)
-        asked = in_turn(len(self._pictures.val), batch, ranks.rank, ranks.count)
+        asked = in_turn(len(self._images.val), batch, ranks.rank, ranks.count)
         sums = torch.zeros(4, dtype=torch.float64)
-        for shown in feed(
+        for shown in load_batches(
             self._show,
             default_collate,
-            self._pictures.val.keys,
+            self._images.val.keys,
             asked,
             workers=self.settings.workers,
             bad=self._bad,
@@ -254,14 +254,14 @@ class ClassifyTask(Task[PictureBatch]):
             hit_B5 = first_B5 == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)
-        sums = ranks.mean(sums) * ranks.count
+        sums = ranks.all_reduce_mean(sums) * ranks.count
         if not sums[3]:
-            raise DataError(f"none of the pictures of {self._pictures.val.where} can be read")
+            raise DataError(f"none of the images of {self._images.val.where} can be read")
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
         return {"top1": top1, "top5": top5, "loss": loss}
 
     def bad(self) -> int:
-        """Pictures that could not be read, on this rank."""
+        """Images that could not be read, on this rank."""
         return len(self._bad.keys)
 
 

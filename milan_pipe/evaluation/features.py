@@ -22,7 +22,7 @@ from milan_pipe.config.evaluation import EmbedSettings, Pool
 from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
-from milan_pipe.images.labelled import is_class_folder, labelled_pictures
+from milan_pipe.images.labelled import is_class_folder, labelled_images
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.encoder import encode_all
@@ -35,7 +35,7 @@ Embedder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
-    """Features of N pictures and the class of each, in the order of their shards.
+    """Features of N images and the class of each, in the order of their shards.
 
     Attributes:
         features_NF: float32, on the CPU.
@@ -64,7 +64,7 @@ class LabelledFeatures:
         broken = int((~features_NF.isfinite().all(dim=1)).sum())
         if broken:
             raise DataError(
-                f"features of {broken} of {len(label_N)} pictures are not finite; the encoder's weights may have "
+                f"features of {broken} of {len(label_N)} images are not finite; the encoder's weights may have "
                 "diverged: take an earlier checkpoint"
             )
         if int(label_N.min()) < 0:
@@ -87,7 +87,7 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
     if lacking:
         named = ", ".join(map(str, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
         raise DataError(
-            f"test pictures are of classes that no train picture has ({len(lacking)}): {named}; prepare both from "
+            f"test images are of classes that no train image has ({len(lacking)}): {named}; prepare both from "
             "folders of the same class names"
         )
 
@@ -160,13 +160,13 @@ def kept_features(
 
 
 def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:
-    """The picture's centre square, (size, size, 3), as pictures are shown at test time.
+    """The image's centre square, (size, size, 3), as images are shown at test time.
 
     The shorter side is resized to floor(size / crop), bicubic with antialiasing, the longer one in proportion and
     rounded down; then the centre is cut out.
 
     Raises:
-        DataError: so long and thin that the resized picture would pass `MAX_PIXELS`.
+        DataError: so long and thin that the resized image would pass `MAX_PIXELS`.
 
     Source: torchvision's Resize and CenterCrop, with timm's rule for the shorter side.
     """
@@ -188,23 +188,23 @@ def embed_shards(
     on_bad: OnBad | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> LabelledFeatures:
-    """Embed all labelled pictures of `images`, without gradients.
+    """Embed all labelled images of `images`, without gradients.
 
-    Pictures are decoded on threads, a bounded number of them ahead of the forward pass. The result, order included,
+    Images are decoded on threads, a bounded number of them ahead of the forward pass. The result, order included,
     does not depend on `config.threads`.
 
     Args:
         images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store. Or a folder
-            with one subfolder of pictures per class.
+            with one subfolder of images per class.
         embedder: as `student_embedder` makes.
         size: height and width of the pixels that `embedder` takes.
         config: `pool` is the embedder's concern and not read here.
-        on_bad: told key and reason of each picture that cannot be read and is left out.
-        on_progress: told after each forward pass how many pictures are done.
+        on_bad: called with key and reason of each image that cannot be read and is left out.
+        on_progress: called after each forward pass with how many images are done.
 
     Raises:
         MissingError: the shards are not there.
-        DataError: a shard is damaged, a picture has no label, no picture can be read, or a feature is not finite.
+        DataError: a shard is damaged, an image has no label, no image can be read, or a feature is not finite.
         ShapeError: the embedder does not return (B, F).
         SettingError: `size` is below 1.
         StoreError: the object store cannot be read.
@@ -213,7 +213,7 @@ def embed_shards(
         raise SettingError(f"size is {size} pixels, expected 1 or more")
     bad = 0
 
-    def set_aside(key: str, reason: str) -> None:
+    def skip(key: str, reason: str) -> None:
         nonlocal bad
         bad += 1
         if on_bad is not None:
@@ -222,11 +222,11 @@ def embed_shards(
     threads = thread_count(config.threads)
     ahead = max(config.batch_size, 32 * threads)
     views = decoded_ahead(
-        _labelled(images, set_aside),
+        _labelled(images, skip),
         lambda sample: _view(sample, size, config.crop),
         threads,
         ahead,
-        set_aside,
+        skip,
     )
     features: list[Tensor] = []
     labels: list[int] = []
@@ -236,34 +236,34 @@ def embed_shards(
             features_BF = embedder(pixels_BHWC)
         if features_BF.ndim != 2 or len(features_BF) != len(batch):
             raise ShapeError(
-                f"the embedder returned shape {tuple(features_BF.shape)} for {len(batch)} pictures, expected (B, F)"
+                f"the embedder returned shape {tuple(features_BF.shape)} for {len(batch)} images, expected (B, F)"
             )
         features.append(features_BF.to("cpu", torch.float32))
         labels.extend(label for _, label in batch)
         if on_progress is not None:
             on_progress(len(labels))
     if not labels:
-        raise DataError(f"none of the {bad} pictures of {images} can be read; prepare the shards again")
+        raise DataError(f"none of the {bad} images of {images} can be read; prepare the shards again")
     # Concatenated outside inference mode: the result is an ordinary tensor.
     return LabelledFeatures(features_NF=torch.cat(features), label_N=torch.tensor(labels))
 
 
 def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
     if is_class_folder(images):
-        pictures = labelled_pictures(images, on_bad)
-        for number, key in enumerate(pictures.keys):
+        folders = labelled_images(images, on_bad)
+        for number, key in enumerate(folders.keys):
             try:
-                data = pictures.read(number)
+                data = folders.read(number)
             except DataError as error:
                 on_bad(key, str(error))
             else:
-                yield Sample(key=key, data=data, label=int(pictures.label_N[number]), caption=None)
+                yield Sample(key=key, data=data, label=int(folders.label_N[number]), caption=None)
         return
     for shard in expand_shards(images):
         for sample in read_shard(shard, on_bad):
             if sample.label < 0:
                 raise DataError(
-                    f"shard {shard}: picture {sample.key!r} has no label; put pictures into one folder per class and "
+                    f"shard {shard}: image {sample.key!r} has no label; put images into one folder per class and "
                     "run `milan-pipe prepare`, or add a .cls member with the class index"
                 )
             yield sample

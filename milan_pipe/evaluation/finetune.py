@@ -11,7 +11,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import build_classifier
-from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
+from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_images, head_seed
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
@@ -31,16 +31,16 @@ def finetune(
     """Train student and classifier; writes RUN/checkpoints, RUN/best and RUN/metrics.
 
     A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit,
-    whatever the number of workers. Under torchrun all ranks call it: the order of pictures and their augmentation do
-    not depend on their number, while mixup pairs pictures of a rank.
+    whatever the number of workers. Under torchrun all ranks call it: the order of images and their augmentation do
+    not depend on their number, while mixup pairs images of a rank.
 
     Args:
         checkpoint: as `backbone_of` takes it.
-        train, val: as `labelled_pictures` takes them.
+        train, val: as `labelled_images` takes them.
         params: `student` has the sizes of a student with fresh weights.
 
     Raises:
-        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `labelled_pictures`,
+        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `labelled_images`,
             `require_same_classes` and `run_task`.
     """
 
@@ -52,10 +52,10 @@ def finetune(
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
         backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
-        pictures = find_pictures(train, val, bad)
+        images = find_images(train, val, bad)
         sizes, model = build_classifier(
             backbone,
-            classes=pictures.classes,
+            classes=images.classes,
             image_size=config.image_size,
             drop_path=config.drop_path,
             seed=head_seed(config.seed),
@@ -75,7 +75,7 @@ def finetune(
             "finetune",
             run=folder,
             ranks=ranks,
-            pictures=pictures,
+            images=images,
             model=model,
             optimiser=optimiser,
             augment=params.augment,
@@ -98,7 +98,7 @@ def finetune(
             },
             record={
                 "student": sizes.model_dump(mode="json"),
-                "classes": pictures.names or pictures.classes,
+                "classes": images.names or images.classes,
                 "crop": config.crop,
                 "backbone": backbone.name,
                 **record,

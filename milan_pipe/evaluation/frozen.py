@@ -94,10 +94,10 @@ def embed_both(
     on_progress: Callable[[int], None],
     features: str | Path | None = None,
 ) -> tuple[LabelledFeatures, LabelledFeatures]:
-    """Features of the train and of the test pictures; see `embed_shards`.
+    """Features of the train and of the test images; see `embed_shards`.
 
     Args:
-        features: folder where they are kept for the next time; pictures set aside are told the first time alone.
+        features: folder where they are kept for the next time; images skipped are reported the first time alone.
     """
 
     def embed(images: str | Path) -> LabelledFeatures:
@@ -120,12 +120,12 @@ def _identity_of(images: str | Path) -> list[str]:
     if is_class_folder(images):
         files = files_under(Path(images))
         return [f"{path.relative_to(images)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    told = []
+    lines = []
     for shard in expand_shards(images):
-        local = shard.place.local
+        local = shard.location.local
         changed = (local / shard.name).stat().st_mtime_ns if local is not None else ""
-        told.append(f"{shard} {shard.size()} {changed}")
-    return told
+        lines.append(f"{shard} {shard.size()} {changed}")
+    return lines
 
 
 # --- k-NN and the quick linear probe --------------------------------------------------------------------------------

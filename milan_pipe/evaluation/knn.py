@@ -17,20 +17,20 @@ _CHUNK_VALUES = 2**24
 
 
 def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSettings) -> dict[int, float]:
-    """Share of test pictures whose nearest train pictures vote for the right class.
+    """Share of test images whose nearest train images vote for the right class.
 
     Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64;
-    where classes draw, the lowest class index wins. Memory is bounded: test pictures go in chunks.
+    where classes draw, the lowest class index wins. Memory is bounded: test images go in chunks.
 
     Args:
         train, test: features of one encoder.
-        config: numbers of neighbours above the number of train pictures are left out of the answer.
+        config: numbers of neighbours above the number of train images are left out of the answer.
 
     Returns:
         Accuracy in 0..1 for each number of neighbours, in rising order.
 
     Raises:
-        SettingError: all of `config.neighbours` are above the number of train pictures.
+        SettingError: all of `config.neighbours` are above the number of train images.
         ShapeError, DataError: as `check_same_task`.
 
     Source: arXiv 1805.01978, section 3.4, as arXiv 2104.14294 (DINO) evaluates.
@@ -40,7 +40,7 @@ def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSet
     counts = sorted({count for count in config.neighbours if count <= samples})
     if not counts:
         raise SettingError(
-            f"knn.neighbours asks for {min(config.neighbours)} and more, the train set has {samples} pictures; "
+            f"knn.neighbours asks for {min(config.neighbours)} and more, the train set has {samples} images; "
             "give a smaller number"
         )
     # Sorted, so that the first of equal votes is the lowest class.

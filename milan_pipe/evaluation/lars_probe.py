@@ -15,7 +15,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import LinearClassifier
-from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_pictures, head_seed
+from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_images, head_seed
 from milan_pipe.student.encoder import build_encoder
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
@@ -33,7 +33,7 @@ def lars_probe(
     *,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> RunReport:
-    """Train a linear classifier on the frozen student, pictures cropped and mirrored anew in every epoch.
+    """Train a linear classifier on the frozen student, images cropped and mirrored anew in every epoch.
 
     It goes on after an interruption as `finetune` does; arguments and errors are those.
 
@@ -47,10 +47,10 @@ def lars_probe(
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
         backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
-        pictures = find_pictures(train, val, bad)
+        images = find_images(train, val, bad)
         encoder = build_encoder(backbone.config)
         load_weights(encoder, backbone.weights, backbone.name)
-        model = LinearClassifier(encoder, config.pool, pictures.classes, head_seed(config.seed)).to(ranks.device)
+        model = LinearClassifier(encoder, config.pool, images.classes, head_seed(config.seed)).to(ranks.device)
         peak = config.lr * config.batch_size / 256
         optimiser = partial(
             Lars,
@@ -68,7 +68,7 @@ def lars_probe(
             "linear-probe",
             run=folder,
             ranks=ranks,
-            pictures=pictures,
+            images=images,
             model=model,
             optimiser=optimiser,
             augment=PLAIN.model_copy(update={"scale": config.scale}),
@@ -90,7 +90,7 @@ def lars_probe(
             },
             record={
                 "student": sizes,
-                "classes": pictures.names or pictures.classes,
+                "classes": images.names or images.classes,
                 "backbone": backbone.name,
                 **record,
             },

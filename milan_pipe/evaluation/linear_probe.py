@@ -25,9 +25,9 @@ class ProbeResult:
     """What a linear probe came to.
 
     Attributes:
-        accuracy: on the test pictures, 0..1.
+        accuracy: on the test images, 0..1.
         l2: strength that was chosen.
-        train_accuracy: of the same classifier on the pictures it was fitted to.
+        train_accuracy: of the same classifier on the images it was fitted to.
         converged: False where the last fit stopped at `max_iterations` or for want of progress: raise
             `max_iterations`, or drop the smallest strengths.
     """
@@ -41,7 +41,7 @@ class ProbeResult:
 def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeSettings) -> ProbeResult:
     """Fit multinomial logistic regression on `train`, report it on `test`.
 
-    Each feature is shifted and scaled by mean and deviation of the pictures fitted to, a BatchNorm without affine
+    Each feature is shifted and scaled by mean and deviation of the images fitted to, a BatchNorm without affine
     part; constant features become 0. The strength is chosen on a held-out part of `train` (the strongest of equals),
     then the classifier is fitted to all of `train`. `test` is looked at once.
 
@@ -49,13 +49,13 @@ def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, confi
         The same record each time for the same arguments, up to the arithmetic of the machine's BLAS.
 
     Raises:
-        DataError: fewer than two classes, no train picture to hold out, or as `check_same_task`.
+        DataError: fewer than two classes, no train image to hold out, or as `check_same_task`.
         ShapeError: as `check_same_task`.
     """
     check_same_task(train, test)
     features_NF, label_N = _arrays(train)
     if len(np.unique(label_N)) < 2:
-        raise DataError(f"all train pictures are of class {label_N[0]}; a linear probe needs two classes at least")
+        raise DataError(f"all train images are of class {label_N[0]}; a linear probe needs two classes at least")
     l2 = config.l2[0] if len(set(config.l2)) == 1 else _choose_l2(features_NF, label_N, config)
     probe = _Probe(features_NF, label_N, config.max_iterations)
     probe.fit(l2)
@@ -125,8 +125,8 @@ def _held_out(label_N: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:
     spare = by_class_N[~first_N]
     if not len(spare):
         raise DataError(
-            "every class has one train picture, none can be held out to choose linear_probe.l2; give one l2, or more "
-            "pictures"
+            "every class has one train image, none can be held out to choose linear_probe.l2; give one l2, or more "
+            "images"
         )
     wanted = min(max(1, round(fraction * len(label_N))), len(spare))
     held_N = np.zeros(len(label_N), dtype=np.bool_)

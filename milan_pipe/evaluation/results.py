@@ -25,7 +25,7 @@ class Evaluation:
         identity: digest of its weights; the same for the same weights, wherever they lie.
         scores: shares between 0 and 1, by name; the first is what the task is known by.
         data: what it was trained on and judged by, as they were named.
-        train, test: numbers of pictures.
+        train, test: numbers of images.
         command: what makes it again.
     """
 
@@ -39,7 +39,7 @@ class Evaluation:
     command: str
 
 
-_ADVICE = "name another folder with --keep, which `milan-pipe report` is then told with --evaluations"
+_ADVICE = "name another folder with --keep, which `milan-pipe report` is then given with --evaluations"
 
 
 def make_folder(folder: Path) -> None:

@@ -26,14 +26,14 @@ from milan_pipe.config.training import RESUMABLE
 from milan_pipe.drawing.segmentation import draw_segmentations
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
+from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
 from milan_pipe.evaluation.classify import advice_of
-from milan_pipe.evaluation.feed import BadPictures, StepPlan, bad_file, feed, in_turn, share_of_classes
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
-from milan_pipe.images.masked import MaskedPictures, MaskRule, masked_pictures, read_classes
+from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
@@ -41,13 +41,13 @@ from milan_pipe.training.runner import RunReport, Task, run_task
 from milan_pipe.training.step import resolve_precision
 
 PER_CLASS_FILE = "per_class.json"
-_PICTURES = 6
+_IMAGES = 6
 _ENCODER = "encoder."
 
 
 @dataclass(frozen=True)
 class MaskBatch:
-    """B training pictures with their masks, -1 for no class."""
+    """B training images with their masks, -1 for no class."""
 
     pixels_BCHW: Tensor
     mask_BHW: Tensor
@@ -76,12 +76,12 @@ def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
 
 
 def _rule_and_names(
-    train: MaskedPictures, val: MaskedPictures, config: SegmentSettings
+    train: MaskedImages, val: MaskedImages, config: SegmentSettings
 ) -> tuple[MaskRule, tuple[str, ...]]:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         raise MismatchError(
-            f"TRAIN and VAL have different class lists: {train.where} {_told(train.classes)}, {val.where} "
-            f"{_told(val.classes)}"
+            f"TRAIN and VAL have different class lists: {train.where} {_described(train.classes)}, {val.where} "
+            f"{_described(val.classes)}"
         )
     given = config.classes if config.classes is not None else train.classes or val.classes
     if given is None:
@@ -103,7 +103,7 @@ def _rule_and_names(
     return rule, names
 
 
-def _told(classes: tuple[str, ...] | int) -> str:
+def _described(classes: tuple[str, ...] | int) -> str:
     return f"{classes} classes" if isinstance(classes, int) else f"{len(classes)} classes ({', '.join(classes[:5])})"
 
 
@@ -119,8 +119,8 @@ class SegmentTask(Task[MaskBatch]):
         *,
         run: Path,
         ranks: Ranks,
-        train: MaskedPictures,
-        val: MaskedPictures,
+        train: MaskedImages,
+        val: MaskedImages,
         rule: MaskRule,
         names: tuple[str, ...],
         model: UperNet,
@@ -151,14 +151,14 @@ class SegmentTask(Task[MaskBatch]):
         if least < 2:
             raise SettingError(
                 f"segment.batch_size {settings.batch_size} over {ranks.count} ranks with accumulate="
-                f"{settings.accumulate} leaves {least} pictures at a time; the batch norms of UperNet need two"
+                f"{settings.accumulate} leaves {least} images at a time; the batch norms of UperNet need two"
             )
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio must be two numbers with 0 < least <= greatest, found {settings.ratio}")
         number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
         if len(number_N) < settings.batch_size:
             raise SettingError(
-                f"segment.batch_size is {settings.batch_size}, {train.where} has {len(number_N)} pictures to train on; "
+                f"segment.batch_size is {settings.batch_size}, {train.where} has {len(number_N)} images to train on; "
                 "set a smaller batch_size"
             )
         self._steps = StepPlan(
@@ -167,7 +167,7 @@ class SegmentTask(Task[MaskBatch]):
         self.steps_per_epoch = self._steps.steps_per_epoch
         self._take = TrainingMasks(train, rule, side=side, short=self._short, ratio=settings.ratio, seed=settings.seed)
         self._show = TestMasks(val, rule)
-        self._bad = BadPictures(
+        self._bad = BadImages(
             len(train) + len(val) + len(bad),
             settings.max_bad_fraction,
             bad_file(run) if ranks.first else lambda *_: None,
@@ -209,7 +209,7 @@ class SegmentTask(Task[MaskBatch]):
 
     def batches(self, first_step: int) -> Iterator[MaskBatch]:
         """This rank's crops."""
-        for batch in feed(
+        for batch in load_batches(
             self._take,
             default_collate,
             self._train.keys,
@@ -252,7 +252,7 @@ class SegmentTask(Task[MaskBatch]):
         ranks, classes = self._ranks, len(self._names)
         counts_GG = torch.zeros((classes, classes), dtype=torch.int64)
         self._shown.clear()
-        for shown in feed(
+        for shown in load_batches(
             self._show,
             list,
             self._val.keys,
@@ -272,9 +272,9 @@ class SegmentTask(Task[MaskBatch]):
                     device=ranks.device,
                 ).cpu()
                 counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
-                if ranks.first and len(self._shown) < _PICTURES:
+                if ranks.first and len(self._shown) < _IMAGES:
                     self._shown.append((key, image, mask_HW, predicted_HW.numpy()))
-        counts_GG = (ranks.mean(counts_GG.double()) * ranks.count).round().long()
+        counts_GG = (ranks.all_reduce_mean(counts_GG.double()) * ranks.count).round().long()
         if not counts_GG.sum():
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
         return counts_GG
@@ -289,11 +289,11 @@ class SegmentTask(Task[MaskBatch]):
         return logits
 
     def plot(self, run: Path, step: int) -> Path | None:
-        """The first pictures of VAL, their masks and what was predicted, as RUN/pictures/step-NNNNNNNN.png."""
+        """The first images of VAL, their masks and what was predicted, as RUN/images/step-NNNNNNNN.png."""
         if not self._shown:
             return None
         keys, images, truths, predictions = zip(*self._shown, strict=True)
-        file = run / "pictures" / f"step-{step:08d}.png"
+        file = run / "images" / f"step-{step:08d}.png"
         draw_segmentations(
             file,
             keys,
@@ -306,7 +306,7 @@ class SegmentTask(Task[MaskBatch]):
         return file
 
     def bad(self) -> int:
-        """Pictures that could not be read, on this rank."""
+        """Images that could not be read, on this rank."""
         return len(self._bad.keys)
 
 
@@ -319,18 +319,18 @@ def segment(
     *,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> RunReport:
-    """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/pictures and RUN/per_class.json.
+    """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/images and RUN/per_class.json.
 
     A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit.
 
     Args:
         checkpoint: as `backbone_of` takes it.
-        train, val: as `masked_pictures` takes them.
+        train, val: as `masked_images` takes them.
         params: `student` has the sizes of a student with fresh weights.
 
     Raises:
-        LabelError: a mask is of another size than its picture, in colours, or has a value that is no class.
-        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `masked_pictures` and
+        LabelError: a mask is of another size than its image, in colours, or has a value that is no class.
+        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `masked_images` and
             `run_task`.
     """
 
@@ -341,8 +341,8 @@ def segment(
         settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
         backbone = backbone_of(checkpoint, params.student, config.seed)
         bad: list[tuple[str, str]] = []
-        first = masked_pictures(train, "train", lambda key, reason: bad.append((key, reason)))
-        second = masked_pictures(val, "val", lambda key, reason: bad.append((key, reason)))
+        first = masked_images(train, "train", lambda key, reason: bad.append((key, reason)))
+        second = masked_images(val, "val", lambda key, reason: bad.append((key, reason)))
         rule, names = _rule_and_names(first, second, config)
         sizes, model = build_upernet(
             backbone,

@@ -1,4 +1,4 @@
-"""What is done to a picture and its mask before a segmentation learns from them.
+"""What is done to an image and its mask before a segmentation learns from them.
 
 Every draw is a function of seed, epoch and key. Shape suffixes are explained in `milan_pipe.evaluation`.
 """
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from milan_pipe.evaluation.feed import Ask
+from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.sliding import scaled_size
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.masked import MaskedPictures, MaskRule, decode_mask
+from milan_pipe.images.masked import MaskedImages, MaskRule, decode_mask
 from milan_pipe.student.pixels import normalise
 
 _TRIES = 10
@@ -38,7 +38,7 @@ def photometric(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     saturation = np.float32(rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else None
     hue = int(rng.integers(-18, 19)) if rng.random() < 0.5 else 0
     if saturation is not None or hue:
-        hsv = np.asarray(_picture(pixels).convert("HSV"), dtype=np.float32).copy()
+        hsv = np.asarray(_image(pixels).convert("HSV"), dtype=np.float32).copy()
         if saturation is not None:
             hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
         hsv[..., 0] = (hsv[..., 0] + hue * 256 / 180) % 256
@@ -46,10 +46,10 @@ def photometric(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         pixels = np.asarray(rgb, dtype=np.float32)
     if not early and contrast is not None:
         pixels = pixels * contrast
-    return _picture(pixels)
+    return _image(pixels)
 
 
-def _picture(pixels: NDArray[np.float32]) -> Image.Image:
+def _image(pixels: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
@@ -67,29 +67,29 @@ def crop_corner(mask_HW: NDArray[np.int64], side: int, rng: np.random.Generator)
 
 
 class TrainingMasks:
-    """Picture `Ask.number` as a training view of its epoch: (pixels_CHW, mask_HW), both `side` squares, -1 no class.
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
 
     Args:
-        short: shorter side of the picture at ratio 1.
+        short: shorter side of the image at ratio 1.
         ratio: least and greatest ratio by which it is resized.
     """
 
     def __init__(
-        self, pictures: MaskedPictures, rule: MaskRule, *, side: int, short: int, ratio: tuple[float, float], seed: int
+        self, images: MaskedImages, rule: MaskRule, *, side: int, short: int, ratio: tuple[float, float], seed: int
     ) -> None:
-        self._pictures = pictures
+        self._images = images
         self._rule = rule
         self._side = side
         self._short = short
         self._ratio = ratio
         self._seed = seed
 
-    def __call__(self, ask: Ask) -> tuple[Tensor, Tensor]:
-        """Raises DataError where the picture cannot be read, LabelError where its mask is wrong."""
-        key = self._pictures.keys[ask.number]
-        image = decode_image(self._pictures.picture(ask.number))
-        mask_HW = decode_mask(self._pictures.mask(ask.number), self._rule, (image.height, image.width), key)
-        rng = np.random.Generator(np.random.Philox(key=seed_of(self._seed, ask.epoch, key)))
+    def __call__(self, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        """Raises DataError where the image cannot be read, LabelError where its mask is wrong."""
+        key = self._images.keys[request.number]
+        image = decode_image(self._images.image(request.number))
+        mask_HW = decode_mask(self._images.mask(request.number), self._rule, (image.height, image.width), key)
+        rng = np.random.Generator(np.random.Philox(key=seed_of(self._seed, request.epoch, key)))
         short = self._short * rng.uniform(*self._ratio)
         height, width = scaled_size(mask_HW.shape, short, 4 * short)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -110,18 +110,18 @@ class TrainingMasks:
 
 
 class TestMasks:
-    """Picture `Ask.number` and its mask, untouched: (image, mask_HW).
+    """Image `SampleRequest.number` and its mask, untouched: (image, mask_HW).
 
-    Their sizes differ, so that they are not stacked; neither is a tensor, see `feed`.
+    Their sizes differ, so that they are not stacked; neither is a tensor, see `load_batches`.
     """
 
-    def __init__(self, pictures: MaskedPictures, rule: MaskRule) -> None:
-        self._pictures = pictures
+    def __init__(self, images: MaskedImages, rule: MaskRule) -> None:
+        self._images = images
         self._rule = rule
 
-    def __call__(self, ask: Ask) -> tuple[Image.Image, NDArray[np.int64]]:
+    def __call__(self, request: SampleRequest) -> tuple[Image.Image, NDArray[np.int64]]:
         """Raises as `TrainingMasks`."""
-        image = decode_image(self._pictures.picture(ask.number))
-        key = self._pictures.keys[ask.number]
+        image = decode_image(self._images.image(request.number))
+        key = self._images.keys[request.number]
         size = image.height, image.width
-        return image, decode_mask(self._pictures.mask(ask.number), self._rule, size, key)
+        return image, decode_mask(self._images.mask(request.number), self._rule, size, key)

@@ -1,4 +1,4 @@
-"""A picture of any size through a model of one input size: windows, scales and mirrors, averaged.
+"""An image of any size through a model of one input size: windows, scales and mirrors, averaged.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """
@@ -66,15 +66,15 @@ def predict(
     flip: bool,
     device: torch.device,
 ) -> Tensor:
-    """(H, W) class indices of a picture, at its own size.
+    """(H, W) class indices of an image, at its own size.
 
-    At each scale the picture is resized (bilinear, antialiased), its shorter side to `short` x scale and its longer to
-    four times that at most; logits come from windows, are resized to the picture, and their softmax is averaged over
+    At each scale the image is resized (bilinear, antialiased), its shorter side to `short` x scale and its longer to
+    four times that at most; logits come from windows, are resized to the image, and their softmax is averaged over
     scales and mirrors.
 
     Args:
         image: RGB.
-        flip: also of the mirrored picture.
+        flip: also of the mirrored image.
     """
     size = image.height, image.width
     total_GHW: Tensor | None = None

@@ -14,9 +14,9 @@ from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.views import decode_jpeg
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.student.encoder import grid_of
-from milan_pipe.targets import ledger
+from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of, mean_cosine
 from milan_pipe.targets.schema import ViewRun, require_same_header
 from milan_pipe.targets.store import read_header
@@ -50,19 +50,19 @@ class TeacherCheck:
             MissingError: there is no store.
             MismatchError: the teacher that the settings name is not the store's.
         """
-        place = place_of(targets)
-        header = read_header(place)
+        location = location_of(targets)
+        header = read_header(location)
         if header is None:
-            raise MissingError(f"{place} is not a target store")
+            raise MissingError(f"{location} is not a target store")
         if teacher is None:
-            told = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
-            teacher = TeacherSettings.parse(told, f"{place}, teacher")
+            stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
+            teacher = TeacherSettings.parse(stored, f"{location}, teacher")
         self._teacher = load_teacher(teacher, resolve_device(device), grid=grid)
-        require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), place)
+        require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), location)
         self._codec = codec_of(header.codec)
         self._views = header.views.count
         self._per_shard = views_per_shard
-        self._place = place
+        self._location = location
 
     def _rows(self, shard: str, samples: int, view: int) -> list[int]:
         """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
@@ -78,7 +78,7 @@ class TeacherCheck:
         try:
             pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
         except DataError:
-            return  # told by the check of the views themselves
+            return  # reported by the check of the views themselves
         live = self._teacher(torch.from_numpy(pixels))
         scale = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
         stored = self._codec.decode(torch.from_numpy(run.code_NST[rows]), scale)
@@ -100,7 +100,7 @@ class TeacherCheck:
                 )
 
     def _problem(self, shard: str, array: str, what: str) -> Problem:
-        return Problem(shard=shard, array=array, what=what, mend=ledger.redo_command(self._place, shard))
+        return Problem(shard=shard, array=array, what=what, repair=manifest.redo_command(self._location, shard))
 
 
 def verify_against_teacher(

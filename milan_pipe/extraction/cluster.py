@@ -29,7 +29,7 @@ _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
 _ABOVE_CRITICAL = logging.CRITICAL + 1
-# The scheduler hears each worker so often, and is asked so often who they are. It keeps what it is told, and names all
+# The scheduler hears each worker so often, and is asked so often who they are. It keeps what it is sent, and names all
 # workers to who asks: neither is to grow with batches and shards.
 _TELL_SECONDS = 1.0
 
@@ -53,18 +53,18 @@ def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> Sh
     worker = get_worker()
     run = uuid.uuid4().hex
     due = _Every(_TELL_SECONDS)
-    untold = [0, 0]
+    unreported = [0, 0]
 
-    def tell(views: int, bad: int) -> None:
-        untold[0] += views
-        untold[1] += bad
-        # What the last second did is told by the shard's end.
+    def report(views: int, bad: int) -> None:
+        unreported[0] += views
+        unreported[1] += bad
+        # What the last second did is reported by the shard's end.
         if due():
-            worker.log_event(topic, (job.name, run, *untold))
-            untold[:] = 0, 0
+            worker.log_event(topic, (job.name, run, *unreported))
+            unreported[:] = 0, 0
 
     # Shared out here, as the processors are this machine's.
-    result = do_shard(assignment.with_share(sharing), job, tell)
+    result = do_shard(assignment.with_share(sharing), job, report)
     if result.error is not None:
         raise result.error
     return result
@@ -88,7 +88,7 @@ class _Counts:
             self._raise_to(shard, *runs[run])
 
     def end(self, shard: str, views: int, bad: int) -> None:
-        """A shard is committed; what was told of it may still be on its way."""
+        """A shard is committed; what was reported of it may still be on its way."""
         with self._lock:
             self._raise_to(shard, views, bad)
 
@@ -177,9 +177,9 @@ def _local_cluster(folder: str) -> LocalCluster:
 
 
 def _silence_dask() -> None:
-    # It tells of each worker that comes, goes or hangs at length; what matters of it is told here, in a line. Some of
-    # its loggers have levels and handlers of their own, which those above them do not rule. A client that leaves while
-    # its tasks still report is, to the scheduler, critical.
+    # It reports each worker that comes, goes or hangs at length; what matters of it is reported here, in a line. Some
+    # of its loggers have levels and handlers of their own, which those above them do not rule. A client that leaves
+    # while its tasks still report is, to the scheduler, critical.
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(_ABOVE_CRITICAL)
@@ -215,8 +215,8 @@ def extract_on_cluster(
     """Do shards on a cluster of this machine, or on one that runs already.
 
     Args:
-        on_progress: told views done and samples set aside, from whichever worker.
-        on_workers: told how many workers there are.
+        on_progress: called with views done and samples skipped, from whichever worker.
+        on_workers: called with how many workers there are.
 
     Yields:
         One result per job, as they come. A shard that failed three times comes with its error.

@@ -24,10 +24,10 @@ _MOST_SHARDS = 16
 def sample_features(
     teacher: Teacher, shards: Sequence[ShardFile], views: ViewSettings, size: int, batch_size: int, count: int
 ) -> Tensor:
-    """Features (count, S, T), on the CPU, of the first view of pictures from up to 16 shards, spread evenly.
+    """Features (count, S, T), on the CPU, of the first view of images from up to 16 shards, spread evenly.
 
     Raises:
-        DataError: no picture can be read, or the teacher's output for one is not fit to be stored.
+        DataError: no image can be read, or the teacher's output for one is not fit to be stored.
     """
     used = [shards[i * len(shards) // min(_MOST_SHARDS, len(shards))] for i in range(min(_MOST_SHARDS, len(shards)))]
     one = views.model_copy(update={"count": 1})
@@ -39,7 +39,7 @@ def sample_features(
             names.append(f"{shard}: {key}")
             pixels.append(torch.from_numpy(view))
     if not pixels:
-        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable picture to fit the codec on")
+        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable image to fit the codec on")
     features, faults = [], []
     for batch in torch.split(torch.stack(pixels), batch_size):
         output = teacher(batch)
@@ -58,6 +58,6 @@ def _rendered(
     for sample in read_shard(shard, lambda *_: None):
         try:
             yield sample.key, render_sample(sample, views, size, clock).pixels_KHWC[0]
-        # Told when the shard is extracted.
+        # Reported when the shard is extracted.
         except DataError:
             continue

@@ -45,10 +45,10 @@ class RenderedSample:
 
 
 def render_sample(sample: Sample, config: ViewSettings, size: int, clock: Clock) -> RenderedSample:
-    """Decode a picture once and render its K views at `size` pixels.
+    """Decode an image once and render its K views at `size` pixels.
 
     Raises:
-        DataError: the picture cannot be read.
+        DataError: the image cannot be read.
     """
     with clock.of("decode"):
         image = decode_image(sample.data)
@@ -160,29 +160,29 @@ class Renderer:
         try:
             for samples in self._samples(job, source):
                 yield RenderedBlock(job=job, source=source, samples=samples)
-        # A shard that fails must not take the others with it; what it was is told where the shard is committed.
+        # A shard that fails must not take the others with it; what it was is reported where the shard is committed.
         except Exception as caught:
             error = caught
         yield RenderedBlock(job=job, source=source, samples=[], error=error)
 
     def _samples(self, job: ShardJob, source: SourceFile) -> Iterator[list[RenderedSample]]:
-        def set_aside(key: str, reason: str) -> None:
+        def skip(key: str, reason: str) -> None:
             source.bad.append((key, reason))
 
         with ExitStack() as stack:
             copy = None
-            if job.images.place.local is None:
+            if job.images.location.local is None:
                 # Fetched once and read here, from a file without a name: nothing of it outlives this process.
                 copy = stack.enter_context(tempfile.TemporaryFile())
             with self._clock.of("read"):
                 source.bytes, source.sha256 = digest(job.images, copy)
-            samples = read_shard(job.images, set_aside, copy)
+            samples = read_shard(job.images, skip, copy)
             rendered = decoded_ahead(
                 self._timed(job.images, samples),
                 lambda sample: render_sample(sample, self._views, self._size, self._clock),
                 self._threads,
                 _AHEAD_PER_THREAD * self._threads,
-                set_aside,
+                skip,
             )
             while block := list(islice(rendered, BLOCK_SAMPLES)):
                 yield block

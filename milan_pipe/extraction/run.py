@@ -22,10 +22,10 @@ from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.space import extraction_space_warning
 from milan_pipe.extraction.worker import Assignment, ShardWorker, load_assigned_teacher
 from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.storage import place_of, require_writable
+from milan_pipe.storage import location_of, require_writable
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.codec import build_codec
-from milan_pipe.targets.ledger import CommittedShard, write_bad_samples
+from milan_pipe.targets.manifest import CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import CodecInfo, SourceInfo, SourceShard, StoreHeader, ViewInfo
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher
@@ -37,7 +37,7 @@ _MOST_UNREADABLE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractProgress:
-    """Told while extraction goes on: shards of the store, totals of this run, processes at work."""
+    """Reported while extraction goes on: shards of the store, totals of this run, processes at work."""
 
     shards_done: int
     shards: int
@@ -106,8 +106,8 @@ class _Tally:
             if source.bad and not self.bad_example:
                 self.bad_example = f"{source.name}: {source.bad[0][0]}: {source.bad[0][1]}"
 
-    def tell(self, views: int = 0, bad: int = 0) -> None:
-        with self.lock:  # a cluster's client tells from a thread of its own
+    def report(self, views: int = 0, bad: int = 0) -> None:
+        with self.lock:  # a cluster's client reports from a thread of its own
             self.views += views
             self.bad += bad
             self.on_progress(
@@ -133,7 +133,7 @@ class _Tally:
             self.cosine += result.cosine_sum
             for phase, seconds in result.seconds.items():
                 self.phases[phase] = self.phases.get(phase, 0.0) + seconds
-        self.tell()
+        self.report()
 
     def has_too_many_bad(self, limit: float) -> bool:
         """Over the whole store, earlier runs included: to run the same command again must not get past the limit.
@@ -223,14 +223,14 @@ def _require_same_sources(
 def _in_process(
     assignment: Assignment, teacher: Teacher, header: StoreHeader, jobs: Iterable[ShardJob], tally: _Tally
 ) -> Iterator[ShardResult]:
-    return ShardWorker(assignment, teacher, header).run(jobs, tally.tell)
+    return ShardWorker(assignment, teacher, header).run(jobs, tally.report)
 
 
 def _on_cluster(assignment: Assignment, jobs: Sequence[ShardJob], tally: _Tally) -> Iterator[ShardResult]:
     # Dask takes a second to import, and only a cluster needs it.
     from milan_pipe.extraction.cluster import extract_on_cluster
 
-    return extract_on_cluster(assignment, jobs, tally.tell, tally.set_workers)
+    return extract_on_cluster(assignment, jobs, tally.report, tally.set_workers)
 
 
 def _is_stores_fault(error: Exception) -> bool:
@@ -267,9 +267,9 @@ def extract_targets(
     began = time.monotonic()
     share, shares = parse_share(shards) if shards is not None else (0, 1)
     sources = expand_shards(images)
-    place = place_of(targets)
-    require_writable(place)
-    found = read_header(place)
+    location = location_of(targets)
+    require_writable(location)
+    found = read_header(location)
     extract = params.extract
     assignment = Assignment(
         targets=str(targets), teacher=params.teacher, grid=grid_of(params.student), views=params.views, extract=extract
@@ -281,7 +281,7 @@ def extract_targets(
     own_names = set(names)
     for name in redo:
         if name not in own_names:
-            raise DataError(f"there is no shard {name!r} to do again; {place} has {names[0]} to {names[-1]}")
+            raise DataError(f"there is no shard {name!r} to do again; {location} has {names[0]} to {names[-1]}")
         writer.forget(name)
     known = writer.committed(sizes=True)
     _require_same_sources(sources, known, verify_sources)
@@ -290,16 +290,16 @@ def extract_targets(
         for position, (name, source) in enumerate(zip(names, sources, strict=True))
         if name not in known and position % shares == share
     ]
-    space = extraction_space_warning(header, [job.images for job in jobs], place)
+    space = extraction_space_warning(header, [job.images for job in jobs], location)
     if space is not None:
         warnings.warn(space, UserWarning, stacklevel=2)
     tally = _Tally(shards=len(sources), on_progress=on_progress, committed=dict(known))
-    tally.tell()
+    tally.report()
 
     def require_few_bad() -> None:
         if tally.has_too_many_bad(extract.max_bad_fraction):
             bad, seen = tally.bad_samples, tally.bad_samples + tally.kept_samples
-            listed = write_bad_samples(place, writer.committed())
+            listed = write_bad_samples(location, writer.committed())
             raise DataError(
                 f"{bad} of {seen} images are unreadable, more than extract.max_bad_fraction "
                 f"{extract.max_bad_fraction:g} allows ({tally.bad_example}). {listed} lists them: repair the source, "
@@ -344,7 +344,7 @@ def extract_targets(
     seconds = time.monotonic() - began
     committed = [shard.source for shard in tally.committed.values() if shard.source is not None]
     samples = sum(source.samples for source in committed)
-    size = sum(place.sizes().values())
+    size = sum(location.sizes().values())
     return ExtractReport(
         shards=len(committed),
         complete=complete,

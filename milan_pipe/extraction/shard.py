@@ -185,7 +185,7 @@ class _Shard:
             block, cosine = _encode(self._recipe, self._job.images, samples, self._clock, on_views)
             self._await_writing()
             self._writing = pool.submit(self._timed, self._writer.append, block)
-        except Exception as error:  # told with the shard's result
+        except Exception as error:  # reported with the shard's result
             self.error = error
             return
         self._samples += len(samples)
@@ -215,19 +215,19 @@ class _Shard:
                 self._await_writing()
                 if self._writer is None:
                     first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
-                    raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} set aside{first})")
+                    raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} skipped{first})")
                 committed = SourceShard(
                     name=self._job.images.name,
                     bytes=source.bytes,
                     sha256=source.sha256,
                     samples=self._samples,
-                    # Threads may tell of bad samples out of turn; sorted, the record is the same each time.
+                    # Threads may report bad samples out of turn; sorted, the record is the same each time.
                     bad=tuple(sorted(source.bad)),
                 )
                 views = self._samples * self._recipe.views.count
                 # Six digits: what is below them may depend on the order of a sum.
                 self._timed(self._writer.commit, committed, round(self._cosine / views, 6))
-        except Exception as caught:  # told with the shard's result
+        except Exception as caught:  # reported with the shard's result
             self.error = caught
         if self.error is not None:
             self.discard()
@@ -252,10 +252,10 @@ def extract_shards(
 
     Args:
         open_writer: called with a shard's name before its first block.
-        on_progress: told views done and samples set aside since its last call.
+        on_progress: called with views done and samples skipped since its last call.
 
     Yields:
-        One result per job, in order. A shard that fails is discarded and told of; the others go on.
+        One result per job, in order. A shard that fails is discarded and reported; the others go on.
     """
     clock = Clock()
     render = Renderer(recipe.views, recipe.size, recipe.threads, clock)
@@ -265,18 +265,18 @@ def extract_shards(
     ):
         shard: _Shard | None = None
         ending: Future[ShardResult] | None = None
-        told_bad = 0
+        reported_bad = 0
         try:
             for block in blocks:
                 if shard is None:
                     shard = _Shard(block.job, recipe, open_writer, clock)
-                    told_bad = 0
+                    reported_bad = 0
                 if block.samples:
-                    # A block may take minutes: its batches tell of themselves.
+                    # A block may take minutes: its batches report themselves.
                     shard.add(block.samples, pool, lambda views: on_progress(views, 0))
                 bad = len(block.source.bad)
-                on_progress(0, bad - told_bad)
-                told_bad = bad
+                on_progress(0, bad - reported_bad)
+                reported_bad = bad
                 if not block.samples:
                     if ending is not None:
                         yield ending.result()

@@ -1,4 +1,4 @@
-"""Whether a store will fit where it is to be written, told before the first view is made."""
+"""Whether a store will fit where it is to be written, reported before the first view is made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.config.targets import StoreFormat
-from milan_pipe.images.count import glance_at_pictures
+from milan_pipe.images.count import glance_at_images
 from milan_pipe.images.shards import ShardFile
-from milan_pipe.storage import Place
+from milan_pipe.storage import Location
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.units import size as in_words
 
@@ -43,16 +43,16 @@ class FreeSpace:
         return self.free_bytes is not None and self.free_bytes < self.needed_bytes
 
 
-def free_space(place: Place, needed_bytes: float) -> FreeSpace:
+def free_space(location: Location, needed_bytes: float) -> FreeSpace:
     """Look how much is free on the disk of a folder, which need not be there yet."""
-    return FreeSpace(folder=str(place), needed_bytes=round(needed_bytes), free_bytes=_free_bytes(place.local))
+    return FreeSpace(folder=str(location), needed_bytes=round(needed_bytes), free_bytes=_free_bytes(location.local))
 
 
-def free_files(place: Place) -> int | None:
+def free_files(location: Location) -> int | None:
     """Files that may still be made on the disk of a folder; None where nobody counts them, as in a bucket."""
     if not hasattr(os, "statvfs"):
         return None
-    return _ask_disk(place.local, lambda folder: os.statvfs(folder).f_favail) or None
+    return _ask_disk(location.local, lambda folder: os.statvfs(folder).f_favail) or None
 
 
 def _free_bytes(folder: Path | None) -> int | None:
@@ -66,7 +66,7 @@ def _ask_disk(folder: Path | None, ask: Callable[[Path], int]) -> int | None:
     for there in (folder.absolute(), *folder.absolute().parents):
         try:
             return ask(there)
-        # Not made yet, or a file in the way, of which whoever writes will tell.
+        # Not made yet, or a file in the way, of which whoever writes will report.
         except OSError:
             continue
     return None
@@ -98,14 +98,14 @@ def most_bytes_per_view(header: StoreHeader) -> int:
     return features + jpeg + header.patches * _ATTENTION_BYTES + _FIXED_BYTES[header.format]
 
 
-def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], place: Place) -> str | None:
-    """One line where the targets of these shards may not fit at `place`; costs a look at their index or a few of them.
+def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], location: Location) -> str | None:
+    """One line where the targets of these shards may not fit; costs a look at their index or a few of them.
 
     Returns:
-        None where they fit, and where it cannot be told: in a bucket, or where the number of pictures is not known.
+        None where they fit, and where it cannot be known: in a bucket, or where the number of images is not known.
     """
-    pictures = glance_at_pictures(shards) if place.local is not None and shards else None
-    if pictures is None:
+    images = glance_at_images(shards) if location.local is not None and shards else None
+    if images is None:
         return None
-    bound = pictures * header.views.count * most_bytes_per_view(header)
-    return free_space_warning(free_space(place, bound), at_most=True)
+    bound = images * header.views.count * most_bytes_per_view(header)
+    return free_space_warning(free_space(location, bound), at_most=True)

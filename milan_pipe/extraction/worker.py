@@ -16,7 +16,7 @@ from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import Recipe, ShardResult, extract_shards
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, read_header
@@ -85,14 +85,14 @@ def _worker_of(assignment: Assignment) -> ShardWorker:
     if assignment not in _loaded:
         # One job at a time has its teacher in memory.
         _loaded.clear()
-        place = place_of(assignment.targets)
-        header = read_header(place)
+        location = location_of(assignment.targets)
+        header = read_header(location)
         if header is None:
             raise DataError(
-                f"{place} is not a target store as seen from this worker; it must be a shared folder or bucket"
+                f"{location} is not a target store as seen from this worker; it must be a shared folder or bucket"
             )
         teacher = load_assigned_teacher(assignment)
-        require_same_header(header, header.model_copy(update={"teacher": teacher.info}), place)
+        require_same_header(header, header.model_copy(update={"teacher": teacher.info}), location)
         _loaded[assignment] = ShardWorker(assignment, teacher, header)
     return _loaded[assignment]
 

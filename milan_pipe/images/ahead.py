@@ -1,4 +1,4 @@
-"""Pictures decoded on threads, ahead of whoever uses them, in their own order."""
+"""Images decoded on threads, ahead of whoever uses them, in their own order."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def decoded_ahead(
     """`decode` of each sample, in the order of `samples` whatever the number of threads.
 
     Args:
-        decode: runs on a thread; a `DataError` from it sets the sample aside.
+        decode: runs on a thread; a `DataError` from it skips the sample.
         ahead: most samples under way or waiting, which bounds memory.
-        on_bad: told key and reason of a sample that is set aside.
+        on_bad: called with key and reason of a sample that is skipped.
     """
     pending: deque[tuple[str, Future[T]]] = deque()
 

@@ -10,27 +10,27 @@ from PIL import Image, UnidentifiedImageError
 from milan_pipe.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Height x width above which a picture is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
+"""Height x width above which an image is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode a picture to RGB, turned as its EXIF orientation says.
+    """Decode an image to RGB, turned as its EXIF orientation says.
 
     The first frame of an animation is taken; transparency is laid on white; 16-bit grey keeps its high byte, as
     16-bit colour does in Pillow; CMYK is converted without a colour profile. Always decoded at full size: the JPEG
     decoder's own down-scaling would change the pixels.
 
     Args:
-        data: encoded picture: JPEG, PNG, WebP, GIF or BMP, whatever the file was called.
+        data: encoded image: JPEG, PNG, WebP, GIF or BMP, whatever the file was called.
 
     Returns:
         A loaded Pillow image of mode RGB.
 
     Raises:
         DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; the message is one short
-            line without the picture's name.
+            line without the image's name.
     """
     if not data:
         raise DataError("empty file")
@@ -43,7 +43,7 @@ def decode_image(data: bytes) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DataError("not a JPEG, PNG, WebP, GIF or BMP picture, or its header is damaged") from None
+        raise DataError("not a JPEG, PNG, WebP, GIF or BMP image, or its header is damaged") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"more than the {MAX_PIXELS} pixels that are read") from None
     # Pillow's parsers raise SyntaxError, struct.error, IndexError and more on damaged files.
@@ -77,7 +77,7 @@ _TURNS = {
 def _turned(rgb: Image.Image, image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(0x0112)
-    # A damaged EXIF block says nothing about the pixels: viewers show such a picture as it is stored.
+    # A damaged EXIF block says nothing about the pixels: viewers show such an image as it is stored.
     except Exception:
         return rgb
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None

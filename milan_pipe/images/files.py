@@ -9,22 +9,22 @@ from milan_pipe.errors import DataError
 from milan_pipe.storage import open_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""Suffixes, in lower case and without the dot, of the pictures that are read."""
+"""Suffixes, in lower case and without the dot, of the images that are read."""
 
-OTHER_PICTURE_SUFFIXES = (
+OTHER_IMAGE_SUFFIXES = (
     *("apng", "avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe"),
     *("jxl", "pbm", "pgm", "pnm", "ppm", "tif", "tiff"),
 )
-"""Suffixes that show a picture which is not read: they are reported, never passed over in silence."""
+"""Suffixes that show an image which is not read: they are reported, never passed over in silence."""
 
 MASK_SUFFIX = "mask.png"
-"""Suffix of a sample's segmentation, a picture of class indices, as it is written."""
+"""Suffix of a sample's segmentation, an image of class indices, as it is written."""
 
 MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
 """Suffixes that are read as such."""
 
 MAX_ENCODED_BYTES = 2**28
-"""Size in bytes above which an encoded picture is refused unread."""
+"""Size in bytes above which an encoded image is refused unread."""
 
 
 def read_regular(path: Path) -> bytes:
@@ -38,7 +38,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_file(path: Path) -> bytes:
-    """Bytes of an encoded picture.
+    """Bytes of an encoded image.
 
     Raises:
         DataError: it is larger than `MAX_ENCODED_BYTES`, or cannot be read.

@@ -26,7 +26,7 @@ class ShardRecord:
     Attributes:
         name: file name inside the folder.
         split: "train", "test" or as the source's folder says.
-        samples: number of pictures, at least 1.
+        samples: number of images, at least 1.
         bytes: size of the tar file.
         sha256: hex digest of the tar file.
     """
@@ -45,7 +45,7 @@ class ImageIndex:
     Attributes:
         shards: in name order within each split.
         classes: class names, a sample's label is an index into them; None where there are no labels.
-        source: plain data that says where the pictures came from.
+        source: plain data that says where the images came from.
         mask_classes: names of the classes in the samples' masks; None where there are no masks.
     """
 

@@ -1,6 +1,6 @@
-"""Labelled pictures by number: from image shards or class folders, each read when it is asked for.
+"""Labelled images by number: from image shards or class folders, each read when it is asked for.
 
-Fine-tuning takes every picture of an epoch in an order of its own, so that here a picture has a number and can be read
+Fine-tuning takes every image of an epoch in an order of its own, so that here an image has a number and can be read
 alone, while `milan_pipe.images.tar` reads shards from end to end.
 """
 
@@ -25,12 +25,12 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledPictures:
-    """N pictures that are not read yet.
+class LabelledImages:
+    """N images that are not read yet.
 
     Attributes:
         where: what was named, for messages.
-        keys: of each picture: webdataset's key, or its path inside the folder.
+        keys: of each image: webdataset's key, or its path inside the folder.
         label_N: int64 class indices, 0 or more.
         classes: names of the classes where they are known.
         fingerprint: changes with keys, labels and names of the shards.
@@ -48,7 +48,7 @@ class LabelledPictures:
         return len(self.keys)
 
     def read(self, number: int) -> bytes:
-        """The encoded picture.
+        """The encoded image.
 
         Raises:
             DataError: it is larger than `MAX_ENCODED_BYTES`, or cannot be read.
@@ -57,20 +57,20 @@ class LabelledPictures:
         if self._files:
             return read_file(self._files[number])
         shard, at = self._located[number]
-        return shard.place.read_range(shard.name, at.picture.start, at.picture.stop)
+        return shard.location.read_range(shard.name, at.image.start, at.image.stop)
 
 
-def labelled_pictures(where: str | Path, on_bad: OnBad) -> LabelledPictures:
-    """Find labelled pictures; none is decoded.
+def labelled_images(where: str | Path, on_bad: OnBad) -> LabelledImages:
+    """Find labelled images; none is decoded.
 
     Args:
         where: shards as `expand_shards` takes them, each sample with a class index (`.cls`, or `label` in `.json`); or
             a folder with one subfolder per class, as ImageNet's `train`, classes numbered in the order of their names.
-        on_bad: told key and reason of each sample that is left out.
+        on_bad: called with key and reason of each sample that is left out.
 
     Raises:
         MissingError: nothing is there.
-        DataError: there are no pictures, one has no label, or a shard is damaged.
+        DataError: there are no images, one has no label, or a shard is damaged.
         StoreError: the object store cannot be read.
     """
     if is_class_folder(where):
@@ -86,7 +86,7 @@ def is_class_folder(where: str | Path) -> bool:
     return not (folder / PREPARE_MARKER).exists()
 
 
-def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
+def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
     try:
         names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
@@ -94,7 +94,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
     if not names:
         raise DataError(
             f"{root} holds neither .tar shards nor class folders; expected shards that `milan-pipe prepare` writes, or "
-            "one subfolder of pictures per class"
+            "one subfolder of images per class"
         )
     files: list[Path] = []
     labels: list[int] = []
@@ -104,20 +104,20 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
                 files.append(path)
                 labels.append(label)
             else:
-                on_bad(path.relative_to(root).as_posix(), f"no picture of type {', '.join(IMAGE_SUFFIXES)}")
+                on_bad(path.relative_to(root).as_posix(), f"no image of type {', '.join(IMAGE_SUFFIXES)}")
     if not files:
         raise MissingError(
-            f"{root} has {len(names)} subfolders, as {names[0]}, and no pictures in them; expected one subfolder of "
-            f"pictures ({', '.join(IMAGE_SUFFIXES)}) per class"
+            f"{root} has {len(names)} subfolders, as {names[0]}, and no images in them; expected one subfolder of "
+            f"images ({', '.join(IMAGE_SUFFIXES)}) per class"
         )
     empty = sorted(set(range(len(names))) - set(labels))
     if empty:
         raise DataError(
-            f"{len(empty)} of the {len(names)} class folders of {root} hold no pictures, as {names[empty[0]]}; remove "
+            f"{len(empty)} of the {len(names)} class folders of {root} hold no images, as {names[empty[0]]}; remove "
             "them or fill them"
         )
     keys = [path.relative_to(root).as_posix() for path in files]
-    return LabelledPictures(
+    return LabelledImages(
         where=str(root),
         keys=keys,
         label_N=np.array(labels, dtype=np.int64),
@@ -127,22 +127,22 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledPictures:
     )
 
 
-def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledPictures:
+def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
     shards = expand_shards(where)
     located: list[tuple[ShardFile, Located]] = []
     for shard in shards:
         for at in locate_samples(shard, on_bad):
             if at.label < 0:
                 raise DataError(
-                    f"shard {shard}: picture {at.key!r} has no label; put pictures into one folder per class and run "
+                    f"shard {shard}: image {at.key!r} has no label; put images into one folder per class and run "
                     "`milan-pipe prepare`, or add a .cls member with the class index"
                 )
             located.append((shard, at))
     if not located:
-        raise DataError(f"none of the pictures of {where} can be used; prepare the shards again")
+        raise DataError(f"none of the images of {where} can be used; prepare the shards again")
     keys = [at.key for _, at in located]
     labels = [at.label for _, at in located]
-    return LabelledPictures(
+    return LabelledImages(
         where=str(where),
         keys=keys,
         label_N=np.array(labels, dtype=np.int64),
@@ -154,9 +154,9 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledPictures:
 
 def _class_names(shards: Sequence[ShardFile]) -> tuple[str, ...] | None:
     """Names from the index that `prepare` wrote beside the shards, if all of them lie in one such folder."""
-    places = {shard.place for shard in shards}
-    local = shards[0].place.local
-    if len(places) > 1 or local is None or not (local / INDEX_NAME).is_file():
+    locations = {shard.location for shard in shards}
+    local = shards[0].location.local
+    if len(locations) > 1 or local is None or not (local / INDEX_NAME).is_file():
         return None
     return read_index(local).classes
 
@@ -168,7 +168,7 @@ def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def require_same_classes(train: LabelledPictures, val: LabelledPictures) -> int:
+def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
     """The number of classes that both share.
 
     Raises:
@@ -177,14 +177,14 @@ def require_same_classes(train: LabelledPictures, val: LabelledPictures) -> int:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         only_train = [name for name in train.classes if name not in val.classes]
         only_val = [name for name in val.classes if name not in train.classes]
-        told = "; ".join(
+        changes = "; ".join(
             f"only {side} has {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
             for side, names in ((train.where, only_train), (val.where, only_val))
             if names
         )
         raise DataError(
-            f"TRAIN and VAL have different classes: {told or 'their order differs'}; a label is the number of a class "
-            "name in order, so both need the same names"
+            f"TRAIN and VAL have different classes: {changes or 'their order differs'}; a label is the number of a "
+            "class name in order, so both need the same names"
         )
     named = train.classes or val.classes
     classes = int(train.label_N.max()) + 1 if named is None else len(named)
@@ -194,7 +194,7 @@ def require_same_classes(train: LabelledPictures, val: LabelledPictures) -> int:
             number = int(side.label_N.argmax())
             known = f"{classes} classes are named" if named is not None else f"TRAIN has labels 0 to {classes - 1}"
             raise DataError(
-                f"{side.where}: picture {side.keys[number]!r} has label {largest}, {known}; prepare both from folders "
+                f"{side.where}: image {side.keys[number]!r} has label {largest}, {known}; prepare both from folders "
                 "of the same class names"
             )
     return classes

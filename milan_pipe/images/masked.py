@@ -1,4 +1,4 @@
-"""Pictures with masks of class indices, by number: from image shards, ADE20K's folders, or any two folders."""
+"""Images with masks of class indices, by number: from image shards, ADE20K's folders, or any two folders."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _MASK_SUFFIXES = ("png", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedPictures:
-    """N pictures with masks that are not read yet.
+class MaskedImages:
+    """N images with masks that are not read yet.
 
     Attributes:
         where: what was named, for messages.
-        keys: of each picture.
+        keys: of each image.
         classes: names of the classes, or their number, where it is known.
         zero_is_ignored: True where the layout says so: ADE20K's 0 means no class.
         fingerprint: changes with the keys.
-        picture, mask: give the encoded picture and the encoded mask of a number.
+        image, mask: give the encoded image and the encoded mask of a number.
     """
 
     where: str
@@ -46,28 +46,28 @@ class MaskedPictures:
     classes: tuple[str, ...] | int | None
     zero_is_ignored: bool
     fingerprint: str
-    picture: Callable[[int], bytes]
+    image: Callable[[int], bytes]
     mask: Callable[[int], bytes]
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def masked_pictures(where: str | Path, split: str, on_bad: OnBad) -> MaskedPictures:
-    """Find pictures and their masks; none is decoded.
+def masked_images(where: str | Path, split: str, on_bad: OnBad) -> MaskedImages:
+    """Find images and their masks; none is decoded.
 
     Args:
         where: shards whose samples have a `mask.png`; or ADE20K's folder, with `images/` and `annotations/` that hold
             `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or
             `annotations/`, `labels/`); or a folder inside of `images/`, with the masks in the folder of the same name
-            inside of `masks/`; or two folders as `IMAGES,MASKS`. A picture and its mask have the same name but for the
+            inside of `masks/`; or two folders as `IMAGES,MASKS`. An image and its mask have the same name but for the
             suffix.
         split: "train" or "val": which half of ADE20K's folder.
-        on_bad: told key and reason of each picture that is left out.
+        on_bad: called with key and reason of each image that is left out.
 
     Raises:
-        MissingError: nothing is there, or a picture has no mask.
-        DataError: no pictures.
+        MissingError: nothing is there, or an image has no mask.
+        DataError: no images.
     """
     text = str(where)
     if not is_url(text):
@@ -99,37 +99,37 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
             if masks.is_dir():
                 return folder, masks
     raise MissingError(
-        f"{folder} holds neither .tar shards nor pictures with masks; expected images/ and masks/ (or annotations/) in "
+        f"{folder} holds neither .tar shards nor images with masks; expected images/ and masks/ (or annotations/) in "
         "it, a folder inside of images/ with one of the same name inside of masks/, or two folders as IMAGES,MASKS"
     )
 
 
-def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedPictures:
+def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImages:
     for folder in (images, masks):
         if not folder.is_dir():
-            raise MissingError(f"{folder} is not there; expected a folder of pictures and one of masks")
+            raise MissingError(f"{folder} is not there; expected a folder of images and one of masks")
     found = {
         path.relative_to(masks).with_suffix("").as_posix(): path
         for path in files_under(masks)
         if path.suffix[1:].lower() in _MASK_SUFFIXES
     }
-    pictures = [path for path in files_under(images) if path.suffix[1:].lower() in IMAGE_SUFFIXES]
-    keys = [path.relative_to(images).with_suffix("").as_posix() for path in pictures]
-    if not pictures:
-        raise DataError(f"{images} holds no pictures; expected {', '.join(IMAGE_SUFFIXES)}")
+    files = [path for path in files_under(images) if path.suffix[1:].lower() in IMAGE_SUFFIXES]
+    keys = [path.relative_to(images).with_suffix("").as_posix() for path in files]
+    if not files:
+        raise DataError(f"{images} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
     lacking = [key for key in keys if key not in found]
     if lacking:
         raise MissingError(
-            f"{len(lacking)} of the {len(keys)} pictures of {images} have no mask in {masks}, as {lacking[0]}; "
+            f"{len(lacking)} of the {len(keys)} images of {images} have no mask in {masks}, as {lacking[0]}; "
             f"expected {masks / lacking[0]}.png"
         )
-    return MaskedPictures(
+    return MaskedImages(
         where=where,
         keys=keys,
         classes=_class_list(images, ade=ade),
         zero_is_ignored=ade,
         fingerprint=_fingerprint(keys),
-        picture=partial(_read_file, pictures),
+        image=partial(_read_file, files),
         mask=partial(_read_file, [found[key] for key in keys]),
     )
 
@@ -166,35 +166,35 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _shards(where: str, on_bad: OnBad) -> MaskedPictures:
+def _shards(where: str, on_bad: OnBad) -> MaskedImages:
     shards = expand_shards(where)
     located = [(shard, at) for shard in shards for at in locate_samples(shard, on_bad)]
     lacking = [at.key for _, at in located if at.mask is None]
     if lacking:
         raise MissingError(
-            f"{len(lacking)} of the {len(located)} pictures of {where} have no mask, as {lacking[0]!r}; expected a "
-            f"member {lacking[0]}.{MASK_SUFFIX} beside each picture"
+            f"{len(lacking)} of the {len(located)} images of {where} have no mask, as {lacking[0]!r}; expected a "
+            f"member {lacking[0]}.{MASK_SUFFIX} beside each image"
         )
     if not located:
-        raise DataError(f"none of the pictures of {where} can be used; prepare the shards again")
-    local = shards[0].place.local
-    one_folder = len({shard.place for shard in shards}) == 1
+        raise DataError(f"none of the images of {where} can be used; prepare the shards again")
+    local = shards[0].location.local
+    one_folder = len({shard.location for shard in shards}) == 1
     known = local is not None and one_folder and (local / INDEX_NAME).is_file()
     keys = [at.key for _, at in located]
-    return MaskedPictures(
+    return MaskedImages(
         where=where,
         keys=keys,
         classes=read_index(local).mask_classes if known and local is not None else None,
         zero_is_ignored=False,
         fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located]),
-        picture=partial(_read_span, [(shard, at.picture) for shard, at in located]),
+        image=partial(_read_span, [(shard, at.image) for shard, at in located]),
         mask=partial(_read_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
     )
 
 
 def _read_span(spans: Sequence[tuple[ShardFile, Span]], number: int) -> bytes:
     shard, span = spans[number]
-    return shard.place.read_range(shard.name, span.start, span.stop)
+    return shard.location.read_range(shard.name, span.start, span.stop)
 
 
 def _read_file(paths: Sequence[Path], number: int) -> bytes:
@@ -224,7 +224,7 @@ def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) ->
     """(H, W) class indices, -1 where there is none.
 
     Args:
-        size: height and width of the picture.
+        size: height and width of the image.
 
     Raises:
         LabelError: the mask is damaged, of another size, in colours, or has a value that is no class.
@@ -246,8 +246,8 @@ def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) ->
         )
     if values.shape != size:
         raise LabelError(
-            f"mask of {key!r} has {values.shape[0]} x {values.shape[1]} pixels, its picture {size[0]} x {size[1]}; "
-            "they must be of one size (height x width, after the picture's EXIF turn)"
+            f"mask of {key!r} has {values.shape[0]} x {values.shape[1]} pixels, its image {size[0]} x {size[1]}; "
+            "they must be of one size (height x width, after the image's EXIF turn)"
         )
     index = values.astype(np.int64)
     none = index == rule.ignore_index

@@ -1,6 +1,6 @@
-"""Pack pictures, or the demo's scenes, into webdataset shards that are the same bytes each time.
+"""Pack images, or the demo's scenes, into webdataset shards that are the same bytes each time.
 
-Work is cut into jobs of `samples_per_shard` pictures that run in a process pool. A job writes its tar beside its
+Work is cut into jobs of `samples_per_shard` images that run in a process pool. A job writes its tar beside its
 place; this process gives the tars their final names in job order, and writes `index.json` last. A marker file stands
 in the folder meanwhile, so that after a kill the same command knows its own leftovers and starts over.
 """
@@ -30,7 +30,7 @@ from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_PICTURE_SUFFIXES, read_file
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, read_file
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
 from milan_pipe.storage import is_url, local_folder
@@ -53,9 +53,9 @@ class PrepareReport:
 
     Attributes:
         shards: number of shards written.
-        samples: number of pictures in them.
+        samples: number of images in them.
         bytes: their size together.
-        bad: (file name relative to the source, reason) of each picture that was set aside.
+        bad: (file name relative to the source, reason) of each image that was skipped.
         classes: class names, labels are indices into them; None where there are none.
     """
 
@@ -67,7 +67,7 @@ class PrepareReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Picture:
+class _Image:
     """A file to pack. `name` is its path relative to the source, in printable characters."""
 
     path: Path
@@ -90,7 +90,7 @@ class _Job:
     """What goes into one tar."""
 
     split: str
-    content: _Scenes | tuple[_Picture, ...]
+    content: _Scenes | tuple[_Image, ...]
 
     @property
     def size(self) -> int:
@@ -122,18 +122,18 @@ def prepare(
     *,
     workers: int | None = None,
 ) -> PrepareReport:
-    """Write the pictures of `source` as shards, `index.json` and, if any are bad, `bad_samples.jsonl` into `images`.
+    """Write the images of `source` as shards, `index.json` and, if any are bad, `bad_samples.jsonl` into `images`.
 
     A folder is read with all its subfolders; hidden files are passed over. If it holds nothing but `SPLIT_FOLDERS`,
-    each is a split. Within a split the first subfolder is the class, and a picture that lies in none has label -1.
-    Classes are sorted, over all splits together. Pictures are decoded once to see that they are whole and stored with
+    each is a split. Within a split the first subfolder is the class, and an image that lies in none has label -1.
+    Classes are sorted, over all splits together. Images are decoded once to see that they are whole and stored with
     their bytes unchanged. Keys are the path in the source, with "-" for "/" and "_" for dots and unprintable
     characters; where two meet, the later one gets a part of its path's hash.
 
     The same source and settings give the same bytes, with any number of workers.
 
     Args:
-        source: the word "demo", or a folder of pictures.
+        source: the word "demo", or a folder of images.
         images: the folder to write; made if it is not there. What an earlier run on the same source wrote in it is
             replaced.
         progress: called with (samples done, samples in all) after each shard.
@@ -141,7 +141,7 @@ def prepare(
 
     Raises:
         MissingError: the source is not there.
-        DataError: the source is a file, empty, holds no picture that can be read, or mixes splits with other folders.
+        DataError: the source is a file, empty, holds no image that can be read, or mixes splits with other folders.
         MismatchError: `images` holds shards that were not prepared from this source.
         StoreError: `images` cannot be written.
         SettingError: `images` is a URL.
@@ -168,11 +168,11 @@ def prepare(
     except OSError as error:
         raise StoreError(
             f"{error.filename or images} cannot be written: {error.strerror or error}; run the same command again "
-            "when that is mended"
+            "when that is repaired"
         ) from error
     if not shards:
         _, name, reason = bad[0]
-        raise DataError(f"none of the {len(bad)} pictures in {source} can be read; the first is {name}: {reason}")
+        raise DataError(f"none of the {len(bad)} images in {source} can be read; the first is {name}: {reason}")
     return PrepareReport(
         shards=len(shards),
         samples=sum(shard.samples for shard in shards),
@@ -197,7 +197,7 @@ def _plan_demo(config: PrepareSettings) -> _Plan:
 def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
     root = Path(source)
     _check_source(source, root, images)
-    files = _pictures_under(root)
+    files = _images_under(root)
     if not files:
         raise DataError(_what_else(root))
     splits = _splits(root, files, config.split)
@@ -207,8 +207,8 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
     taken: set[str] = set()
     jobs = []
     for split, inner in splits:
-        pictures = [
-            _Picture(
+        members = [
+            _Image(
                 path=root.joinpath(*file),
                 name=_printable("/".join(file)),
                 key=_free_key(file, taken),
@@ -216,8 +216,8 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
             )
             for file, parts in inner
         ]
-        starts = range(0, len(pictures), config.samples_per_shard)
-        contents = (tuple(pictures[start : start + config.samples_per_shard]) for start in starts)
+        starts = range(0, len(members), config.samples_per_shard)
+        contents = (tuple(members[start : start + config.samples_per_shard]) for start in starts)
         jobs += [_Job(split=split, content=content) for content in contents]
     described = None if classes is None else tuple(_printable(name) for name in classes)
     return _Plan(jobs=jobs, classes=described, source={"kind": "folder", "path": _printable(root.as_posix())})
@@ -226,23 +226,23 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
 def _check_source(source: str | Path, root: Path, images: Path) -> None:
     if is_url(source):
         raise DataError(
-            f"source {source} is a URL, expected a local folder of pictures; copy the pictures to a disk. Shards in a "
+            f"source {source} is a URL, expected a local folder of images; copy the images to a disk. Shards in a "
             "bucket are used as images without `prepare`"
         )
     if not root.exists():
         near = isinstance(source, str) and get_close_matches(source.lower(), [DEMO], n=1, cutoff=0.6)
-        hint = f"did you mean {DEMO!r}?" if near else f"give a folder of pictures, or the word {DEMO!r}"
+        hint = f"did you mean {DEMO!r}?" if near else f"give a folder of images, or the word {DEMO!r}"
         raise MissingError(f"source {str(source)!r} is not there; {hint}")
     if not root.is_dir():
         packed = root.suffix == ".tar"
         what = "it is a shard already, use it as images without `prepare`" if packed else "name the folder it lies in"
-        raise DataError(f"source {root} is a file, expected a folder of pictures or the word {DEMO!r}; {what}")
+        raise DataError(f"source {root} is a file, expected a folder of images or the word {DEMO!r}; {what}")
     if images.exists() and images.resolve() == root.resolve():
         raise DataError(f"source and images are the same folder, {root}; choose another one to write shards into")
 
 
-def _pictures_under(root: Path) -> list[tuple[str, ...]]:
-    """Paths, as parts relative to `root`, of all files with a picture's suffix, sorted; links to folders followed."""
+def _images_under(root: Path) -> list[tuple[str, ...]]:
+    """Paths, as parts relative to `root`, of all files with an image's suffix, sorted; links to folders followed."""
     found: list[tuple[str, ...]] = []
     entered: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
@@ -255,7 +255,7 @@ def _pictures_under(root: Path) -> list[tuple[str, ...]]:
         parts = Path(folder).relative_to(root).parts
         for name in names:
             suffix = Path(name).suffix[1:].lower()
-            if not name.startswith(".") and (suffix in IMAGE_SUFFIXES or suffix in OTHER_PICTURE_SUFFIXES):
+            if not name.startswith(".") and (suffix in IMAGE_SUFFIXES or suffix in OTHER_IMAGE_SUFFIXES):
                 found.append((*parts, name))
     return sorted(found)
 
@@ -267,13 +267,11 @@ def _cannot_list(error: OSError) -> None:
 def _what_else(root: Path) -> str:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if not names:
-        return (
-            f"source {root} is empty; expected pictures ({', '.join(IMAGE_SUFFIXES)}), in class folders or right there"
-        )
+        return f"source {root} is empty; expected images ({', '.join(IMAGE_SUFFIXES)}), in class folders or right there"
     if any(name.endswith(".tar") for name in names):
-        return f"source {root} holds .tar shards and no pictures; use it as images without `prepare`"
+        return f"source {root} holds .tar shards and no images; use it as images without `prepare`"
     return (
-        f"source {root} holds no pictures; found {len(names)} other files, as {_printable(names[0])}; "
+        f"source {root} holds no images; found {len(names)} other files, as {_printable(names[0])}; "
         f"expected {', '.join(IMAGE_SUFFIXES)}"
     )
 
@@ -290,7 +288,7 @@ def _splits(root: Path, files: list[tuple[str, ...]], default: str) -> list[tupl
         return [(name, [(file, file[1:]) for file in files if file[0] == name]) for name in present]
     # One such name among others is a class, as "train" among vehicles. Two are splits with something beside them.
     if len(present) > 1:
-        beside = _printable(others[0]) or "pictures"
+        beside = _printable(others[0]) or "images"
         raise DataError(
             f"source {root} holds the splits {', '.join(present)} beside {beside}; expected only split folders or only "
             "class folders: move the rest elsewhere"
@@ -328,7 +326,7 @@ def _claim(images: Path, source: Mapping[str, Any]) -> None:
     images.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in images.iterdir() if path.suffix == ".tar"}
     marker = images / PREPARE_MARKER
-    told = json.dumps(dict(source), sort_keys=True) + "\n"
+    described = json.dumps(dict(source), sort_keys=True) + "\n"
     own: set[str] = set()
     earlier: Mapping[str, Any] | None = None
     if (images / INDEX_NAME).exists():
@@ -337,7 +335,7 @@ def _claim(images: Path, source: Mapping[str, Any]) -> None:
     if marker.exists():
         # An earlier run was killed: every shard of our naming is its work, or of the index that it was replacing.
         own |= {name for name in present if _SHARD_NAME.fullmatch(name)}
-        earlier = earlier or _told(marker)
+        earlier = earlier or _described(marker)
     foreign = sorted(present - own)
     if foreign:
         raise MismatchError(
@@ -349,7 +347,7 @@ def _claim(images: Path, source: Mapping[str, Any]) -> None:
             f"{images} holds shards of {_place(earlier)}, asked for {_place(source)}; choose another folder, or delete "
             "this one"
         )
-    marker.write_text(told, encoding="utf-8")
+    marker.write_text(described, encoding="utf-8")
     (images / INDEX_NAME).unlink(missing_ok=True)
     (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
     for name in own & present:
@@ -358,7 +356,7 @@ def _claim(images: Path, source: Mapping[str, Any]) -> None:
         left.unlink()
 
 
-def _told(marker: Path) -> Mapping[str, Any] | None:
+def _described(marker: Path) -> Mapping[str, Any] | None:
     try:
         plain = json.loads(marker.read_bytes())
     except ValueError:
@@ -390,7 +388,7 @@ def _write_bad(images: Path, bad: Sequence[tuple[str, str, str]]) -> None:
 def _pack_all(
     images: Path, plan: _Plan, progress: Callable[[int, int], None] | None, workers: int | None
 ) -> tuple[list[ShardRecord], list[tuple[str, str, str]]]:
-    """Run all jobs; final names are given in job order, so that a job without a readable picture leaves no gap."""
+    """Run all jobs; final names are given in job order, so that a job without a readable image leaves no gap."""
     total, done = sum(job.size for job in plan.jobs), 0
     paths = [images / f".{number:06d}.tar.partial" for number in range(len(plan.jobs))]
     shards: list[ShardRecord] = []
@@ -438,10 +436,8 @@ def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterato
 def _pack(job: _Job, path: Path) -> _Packed:
     """Write one tar. Runs in a worker process."""
     bad: list[tuple[str, str, str]] = []
-    set_aside = partial(_set_aside, bad)
-    members = (
-        _scene_members(job.content) if isinstance(job.content, _Scenes) else _picture_members(job.content, set_aside)
-    )
+    skip = partial(_skip, bad)
+    members = _scene_members(job.content) if isinstance(job.content, _Scenes) else _image_members(job.content, skip)
     samples = 0
     with path.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
@@ -460,8 +456,8 @@ def _pack(job: _Job, path: Path) -> _Packed:
     return _Packed(samples=samples, bytes=path.stat().st_size, sha256=sha256_of_file(path), bad=bad)
 
 
-def _set_aside(bad: list[tuple[str, str, str]], picture: _Picture, reason: str) -> None:
-    bad.append((picture.key, picture.name, reason))
+def _skip(bad: list[tuple[str, str, str]], image: _Image, reason: str) -> None:
+    bad.append((image.key, image.name, reason))
 
 
 def _scene_members(scenes: _Scenes) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -482,18 +478,18 @@ def _png(values: NDArray[np.uint8]) -> bytes:
     return png.getvalue()
 
 
-def _picture_members(
-    pictures: Sequence[_Picture], set_aside: Callable[[_Picture, str], None]
+def _image_members(
+    images: Sequence[_Image], skip: Callable[[_Image, str], None]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for picture in pictures:
-        suffix = picture.path.suffix[1:].lower()
-        if suffix in OTHER_PICTURE_SUFFIXES:
-            set_aside(picture, f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+    for image in images:
+        suffix = image.path.suffix[1:].lower()
+        if suffix in OTHER_IMAGE_SUFFIXES:
+            skip(image, f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
             continue
         try:
-            data = read_file(picture.path)
+            data = read_file(image.path)
             decode_image(data)
         except DataError as error:
-            set_aside(picture, str(error))
+            skip(image, str(error))
         else:
-            yield picture.key, {suffix: data} | ({"cls": str(picture.label).encode()} if picture.label >= 0 else {})
+            yield image.key, {suffix: data} | ({"cls": str(image.label).encode()} if image.label >= 0 else {})

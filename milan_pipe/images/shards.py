@@ -13,7 +13,7 @@ from typing import IO
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.index import PREPARE_MARKER
-from milan_pipe.storage import Listing, Place, is_url, place_of, split_url
+from milan_pipe.storage import Listing, Location, is_url, location_of, split_url
 
 _MAX_BRACE_NAMES = 1_000_000
 
@@ -23,17 +23,19 @@ class ShardFile:
     """A shard's tar file, local or in an object store. It can be sent to other processes, and sorts by its address.
 
     Attributes:
-        place: its folder.
+        location: its folder.
         name: its file name.
-        known_size: bytes, where a listing has told them.
+        known_size: bytes, where a listing has given them.
     """
 
-    place: Place
+    location: Location
     name: str
     known_size: int | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return str(self.place.local / self.name) if self.place.local is not None else f"{self.place}/{self.name}"
+        return (
+            str(self.location.local / self.name) if self.location.local is not None else f"{self.location}/{self.name}"
+        )
 
     def __lt__(self, other: ShardFile) -> bool:
         return str(self) < str(other)
@@ -45,17 +47,17 @@ class ShardFile:
             MissingError: it is not there.
             StoreError: it cannot be read.
         """
-        return self.place.size(self.name) if self.known_size is None else self.known_size
+        return self.location.size(self.name) if self.known_size is None else self.known_size
 
     def open(self) -> IO[bytes]:
         """A seekable file to read from. Raises as `size`, also while it is read."""
-        return self.place.open(self.name)
+        return self.location.open(self.name)
 
 
 def shard_file(where: str | Path) -> ShardFile:
     """The shard of this path or URL; whether it is there is not looked at."""
     folder, name = split_url(str(where))
-    return ShardFile(place_of(folder), name)
+    return ShardFile(location_of(folder), name)
 
 
 def expand_shards(spec: str | Path) -> list[ShardFile]:
@@ -117,8 +119,8 @@ def _remote_shards(url: str) -> list[ShardFile]:
     if "{" in text:
         return _remote_braces(text)
     folder, name = split_url(text)
-    place = place_of(folder)
-    if not place.listable and (glob.has_magic(text) or not name.endswith(".tar")):
+    location = location_of(folder)
+    if not location.listable and (glob.has_magic(text) or not name.endswith(".tar")):
         raise DataError(
             f"{text} cannot be listed, as no web server can; name its shards one by one or by braces, as "
             "https://host/folder/train-{000000..000127}.tar"
@@ -128,13 +130,13 @@ def _remote_shards(url: str) -> list[ShardFile]:
         if not shards:
             raise MissingError(f"no file matches {text}")
         return shards
-    size = place.present([name]).get(name) if name else None
+    size = location.present([name]).get(name) if name else None
     if size is not None:
-        return [ShardFile(place, name, size)]
-    folder_place = place_of(text)
-    listing = folder_place.listing() if place.listable else Listing(files={}, folders=())
+        return [ShardFile(location, name, size)]
+    folder_place = location_of(text)
+    listing = folder_place.listing() if location.listable else Listing(files={}, folders=())
     if not listing.files and not listing.folders:
-        expected = "a folder of .tar shards, a shard, braces or a glob" if place.listable else "a shard or braces"
+        expected = "a folder of .tar shards, a shard, braces or a glob" if location.listable else "a shard or braces"
         raise MissingError(f"{text} is not there; expected {expected}")
     return _shards_of(folder_place, listing.files, listing.folders)
 
@@ -146,10 +148,10 @@ def _remote_braces(text: str) -> list[ShardFile]:
         names.setdefault(folder, []).append(name)
     shards, missing = [], []
     for folder, wanted in names.items():
-        place = place_of(folder)
-        sizes = place.present(wanted)
-        shards += [ShardFile(place, name, size) for name, size in sizes.items()]
-        missing += [ShardFile(place, name) for name in wanted if name not in sizes]
+        location = location_of(folder)
+        sizes = location.present(wanted)
+        shards += [ShardFile(location, name, size) for name, size in sizes.items()]
+        missing += [ShardFile(location, name) for name in wanted if name not in sizes]
     if missing:
         raise _missing(sorted(missing), len(urls), text)
     return sorted(shards)
@@ -161,23 +163,23 @@ def _remote_glob(url: str) -> Iterator[ShardFile]:
     plain = next(index for index, part in enumerate([*parts, "*"]) if glob.has_magic(part))
     if glob.has_magic(bucket) or plain == len(parts):
         raise DataError(f"{url} has a pattern in its bucket; patterns are for what lies in a bucket")
-    yield from _matches(place_of("/".join([f"{scheme}://{bucket}", *parts[:plain]])), parts[plain:])
+    yield from _matches(location_of("/".join([f"{scheme}://{bucket}", *parts[:plain]])), parts[plain:])
 
 
-def _matches(place: Place, patterns: list[str]) -> Iterator[ShardFile]:
-    """Files whose parts below `place` match the patterns, as in a shell; `**` is any number of folders."""
+def _matches(location: Location, patterns: list[str]) -> Iterator[ShardFile]:
+    """Files whose parts below `location` match the patterns, as in a shell; `**` is any number of folders."""
     pattern, *below = patterns
-    listing = place.listing()
+    listing = location.listing()
     if pattern == "**":
-        yield from _matches(place, below or ["*"])
+        yield from _matches(location, below or ["*"])
         for folder in listing.folders:
             if not folder.startswith("."):
-                yield from _matches(place.child(folder), patterns)
+                yield from _matches(location.child(folder), patterns)
     elif below:
         for folder in _like(listing.folders, pattern):
-            yield from _matches(place.child(folder), below)
+            yield from _matches(location.child(folder), below)
     else:
-        yield from (ShardFile(place, name, listing.files[name]) for name in _like(listing.files, pattern))
+        yield from (ShardFile(location, name, listing.files[name]) for name in _like(listing.files, pattern))
 
 
 def _like(names: Iterable[str], pattern: str) -> list[str]:
@@ -192,31 +194,31 @@ def _shards_in(folder: Path) -> list[ShardFile]:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
     folders = [entry.name for entry in entries if entry.is_dir()]
     files = {entry.name: None for entry in entries if not entry.is_dir()}
-    shards = _shards_of(place_of(folder), files, folders)
+    shards = _shards_of(location_of(folder), files, folders)
     dangling = [shard for shard in shards if not (folder / shard.name).exists()]
     if dangling:
         raise MissingError(f"{dangling[0]} is a link to a file that is not there")
     return _regular(shards)
 
 
-def _shards_of(place: Place, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:
+def _shards_of(location: Location, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:
     """The shards of a folder that holds these files, with their sizes where they are known, and these folders."""
     if PREPARE_MARKER in files:
-        raise DataError(f"{place} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
+        raise DataError(f"{location} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
     names = sorted(name for name in files if not name.startswith("."))
-    shards = [ShardFile(place, name, files[name]) for name in names if name.endswith(".tar")]
+    shards = [ShardFile(location, name, files[name]) for name in names if name.endswith(".tar")]
     if shards:
         return shards
-    pictures = sum(suffix_of(name) in IMAGE_SUFFIXES for name in names)
+    images = sum(suffix_of(name) in IMAGE_SUFFIXES for name in names)
     subfolders = sum(not name.startswith(".") for name in folders)
-    if pictures or subfolders:
-        found = " and ".join(f"{n} {noun}" for n, noun in ((pictures, "pictures"), (subfolders, "subfolders")) if n)
+    if images or subfolders:
+        found = " and ".join(f"{n} {noun}" for n, noun in ((images, "images"), (subfolders, "subfolders")) if n)
         raise DataError(
-            f"{place} holds {found} and no .tar shards; run `milan-pipe prepare` to pack pictures into shards"
+            f"{location} holds {found} and no .tar shards; run `milan-pipe prepare` to pack images into shards"
         )
     if not names:
-        raise DataError(f"{place} is empty; expected .tar shards, which `milan-pipe prepare` writes")
-    raise DataError(f"{place} holds no .tar shards; found {len(names)} other files, as {names[0]}")
+        raise DataError(f"{location} is empty; expected .tar shards, which `milan-pipe prepare` writes")
+    raise DataError(f"{location} holds no .tar shards; found {len(names)} other files, as {names[0]}")
 
 
 def _expand_braces(text: str) -> list[str]:

@@ -21,7 +21,7 @@ from milan_pipe.images.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     MAX_ENCODED_BYTES,
-    OTHER_PICTURE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
     suffix_of,
 )
 from milan_pipe.images.shards import ShardFile, shard_file
@@ -29,16 +29,16 @@ from milan_pipe.images.shards import ShardFile, shard_file
 _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
 
 OnBad = Callable[[str, str], None]
-"""Takes the key and a one-line reason of a sample that is set aside."""
+"""Takes the key and a one-line reason of a sample that is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One picture of a shard, still encoded.
+    """One image of a shard, still encoded.
 
     Attributes:
         key: webdataset key: the member's path up to the first dot of its last part.
-        data: the encoded picture, at least one byte.
+        data: the encoded image, at least one byte.
         label: class index, -1 where there is none.
         caption: None where there is none.
     """
@@ -62,25 +62,25 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Where one picture of a shard lies, and what is said of it.
+    """Where one image of a shard lies, and what is said of it.
 
     Attributes:
         key, label: as of a `Sample`.
-        picture: of the encoded picture, at least one byte.
+        image: of the encoded image, at least one byte.
         mask: of the sample's `MASK_SUFFIX` member; None where there is none.
     """
 
     key: str
     label: int
-    picture: Span
+    image: Span
     mask: Span | None
 
 
 @dataclass(kw_only=True)
 class _Group:
-    """Members of one key, in the order of the tar. `fault` is the first reason to set the sample aside.
+    """Members of one key, in the order of the tar. `fault` is the first reason to skip the sample.
 
-    `dotted` are names as `a.v2.jpg`: of one more file of a sample, or of a picture with a dot in its name.
+    `dotted` are names as `a.v2.jpg`: of one more file of a sample, or of an image with a dot in its name.
     """
 
     key: str
@@ -97,20 +97,20 @@ class _Group:
 def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None) -> Iterator[Sample]:
     """Read a shard's samples, in their order, one at a time; nothing is unpickled or written to disk.
 
-    Neighbouring members of one key are one sample: a picture (`IMAGE_SUFFIXES`), and where there are such `cls` (a
+    Neighbouring members of one key are one sample: an image (`IMAGE_SUFFIXES`), and where there are such `cls` (a
     whole number), `txt` (caption) and `json` (label under "label" or "cls", caption under "caption" or "txt"; `cls`
     and `txt` win). Other members are skipped unread.
 
     Args:
         shard: a plain tar file, or its path or URL.
         on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
-            reported, its first sample stays. Keys without a picture are passed over, but not where its name has a
+            reported, its first sample stays. Keys without an image are passed over, but not where its name has a
             second dot: `a.v2.jpg` is file `v2.jpg` of sample `a`.
         copy: the shard's bytes, where they have been fetched; a seekable file, left open.
 
     Raises:
         MissingError: the shard is not there.
-        DataError: the shard cannot be read, is no plain tar, holds no picture at all, or is cut or damaged; in
+        DataError: the shard cannot be read, is no plain tar, holds no image at all, or is cut or damaged; in
             this last case after the samples before the damage. Raised while iterating.
         StoreError: the object store cannot be read, or no longer.
     """
@@ -120,39 +120,39 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
 
 
 def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
-    """Find a shard's samples by its headers, without reading a picture; else as `read_shard`."""
+    """Find a shard's samples by its headers, without reading an image; else as `read_shard`."""
     for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
         assert isinstance(group.image, Span)
-        yield Located(key=group.key, label=label, picture=group.image, mask=group.mask)
+        yield Located(key=group.key, label=label, image=group.image, mask=group.mask)
 
 
 def _whole_groups(
     shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None, *, locate: bool
 ) -> Iterator[tuple[_Group, int, str | None]]:
-    """Groups with a picture and no fault, with label (-1: none) and caption."""
+    """Groups with an image and no fault, with label (-1: none) and caption."""
     shard = shard if isinstance(shard, ShardFile) else shard_file(shard)
     seen: set[str] = set()
-    pictures = 0
+    images = 0
     for group in _groups(shard, copy, locate=locate):
         if group.key in seen:
             on_bad(group.key, "duplicate key: the shard holds it twice, or its members do not stand side by side")
             continue
         seen.add(group.key)
         if group.image is None and group.fault is None:
-            # One by one, as each may be a picture of its own and counts as lost.
+            # One by one, as each may be an image of its own and counts as lost.
             for name in group.dotted:
                 on_bad(name, _DOTTED)
-            pictures += len(group.dotted)
+            images += len(group.dotted)
             continue
-        pictures += 1
+        images += 1
         try:
-            label, caption = _told_of(group)
+            label, caption = _label_and_caption(group)
         except DataError as error:
             on_bad(group.key, str(error))
         else:
             yield group, label, caption
-    if not pictures:
-        raise DataError(f"{shard} holds no pictures; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+    if not images:
+        raise DataError(f"{shard} holds no images; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
 
 
 def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Group]:
@@ -178,12 +178,12 @@ def _utf8(name: str) -> str:
 def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
     if suffix in MASK_SUFFIXES and _is_plain(info):
         group.mask = Span(start=info.offset_data, stop=info.offset_data + info.size)
-    if suffix in OTHER_PICTURE_SUFFIXES:
-        group.spoil(f"pictures of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+    if suffix in OTHER_IMAGE_SUFFIXES:
+        group.spoil(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
         return
     if suffix not in _WANTED:
         # With no name before the first dot it is a hidden file.
-        if "." in suffix and suffix_of(suffix) in _PICTURES and not prefix.endswith("/"):
+        if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
         return
     is_image = suffix in IMAGE_SUFFIXES
@@ -195,7 +195,7 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
             group.parts[suffix] = b""
         return
     if is_image and group.image is not None:
-        group.spoil("two pictures of one key")
+        group.spoil("two images of one key")
     elif suffix in group.parts:
         group.spoil(f"two .{suffix} members of one key")
     elif is_image:
@@ -214,8 +214,8 @@ def _is_plain(info: tarfile.TarInfo) -> bool:
     return info.isreg() and not info.issparse()
 
 
-_PICTURES = frozenset((*IMAGE_SUFFIXES, *OTHER_PICTURE_SUFFIXES))
-_DOTTED = "its sample has no picture: a key ends at the first dot of a name; rename, or use `milan-pipe prepare`"
+_IMAGES = frozenset((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
+_DOTTED = "its sample has no image: a key ends at the first dot of a name; rename, or use `milan-pipe prepare`"
 _WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
 
@@ -234,7 +234,7 @@ def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Itera
     """Name, header and bytes of each member; bytes are read only for suffixes that are of use.
 
     Args:
-        locate: say of pictures where their bytes lie, and leave them unread.
+        locate: say of images where their bytes lie, and leave them unread.
     """
     try:
         if copy is not None:
@@ -245,7 +245,7 @@ def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Itera
     except MissingError as error:
         raise MissingError(f"shard {error}") from None
     except MilanError as error:
-        if not isinstance(error, StoreError) or shard.place.local is None:
+        if not isinstance(error, StoreError) or shard.location.local is None:
             raise
         raise DataError(f"shard {error}") from error
     except OSError as error:
@@ -304,8 +304,8 @@ def _damaged(shard: ShardFile, offset: int) -> DataError:
     return DataError(f"shard {shard} is cut or damaged at byte {offset}; copy or prepare it again")
 
 
-def _told_of(group: _Group) -> tuple[int, str | None]:
-    """Label, -1 for none, and caption; raises where the sample is to be set aside."""
+def _label_and_caption(group: _Group) -> tuple[int, str | None]:
+    """Label, -1 for none, and caption; raises where the sample is to be skipped."""
     if group.fault is not None:
         raise DataError(group.fault)
     if not group.image:

@@ -1,4 +1,4 @@
-"""Views: which crop and flip of a picture, as pure arithmetic; and how one is rendered and encoded."""
+"""Views: which crop and flip of an image, as pure arithmetic; and how one is rendered and encoded."""
 
 from __future__ import annotations
 

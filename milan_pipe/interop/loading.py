@@ -21,7 +21,7 @@ def load_student(path: str | Path) -> VisionTransformer:
     """The student of a checkpoint, a run, or a folder that `export` wrote, in evaluation mode on the CPU.
 
     `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` gives the
-    logits. Pictures are RGB, normalised with ImageNet's mean and deviation:
+    logits. Images are RGB, normalised with ImageNet's mean and deviation:
     `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does all of it.
 
     Raises:

@@ -107,8 +107,8 @@ def import_published(
     Raises:
         MissingError, DataError: the file is not there, is damaged, or holds Python objects, which are refused.
         MismatchError: its tensors are not those of a student.
-        SettingError: RUN has the name of a weights file; heads cannot be told from the tensors, or do not divide the
-            width.
+        SettingError: RUN has the name of a weights file; the number of heads does not follow from the tensors, or do
+        not divide the     width.
         StoreError: RUN holds checkpoints, or cannot be written.
     """
     path, folder = Path(file), Path(run)

@@ -47,7 +47,7 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def input_of(config: StudentSettings, classes: int, crop: float) -> dict[str, Any]:
-    """What timm is told of the input: its `resolve_data_config` reads it."""
+    """What timm is given of the input: its `resolve_data_config` reads it."""
     # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
     return {
         "architecture": config.model,

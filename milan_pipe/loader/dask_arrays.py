@@ -41,7 +41,7 @@ class DaskTargets:
 
 @lru_cache(maxsize=8)
 def _opened(where: str, identity: str) -> TargetStore:
-    # By identity as well: a store that is written anew in the same place is another one.
+    # By identity as well: a store that is written anew in the same location is another one.
     del identity
     return open_targets(where)
 
@@ -71,7 +71,7 @@ def dask_targets(store: TargetStore) -> DaskTargets:
     A chunk is one view of a block of samples, which is what lies together on disk; of one chunk, all arrays come from
     one read. Workers elsewhere need the store under the same name.
     """
-    where, header = str(store.place), store.header
+    where, header = str(store.location), store.header
     shards = "".join(f"{shard} {store.samples(shard)}\n" for shard in store.shards)
     identity = hashlib.sha256(f"{header.model_dump_json()}\n{shards}".encode()).hexdigest()
     tails: dict[str, tuple[tuple[int, ...], type]] = {

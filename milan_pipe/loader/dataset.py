@@ -78,8 +78,8 @@ class Targets:
     def __repr__(self) -> str:
         header = self._store.header
         return (
-            f"<Targets {self._store.place}: {len(self)} samples, {self.views} views, teacher {header.teacher.model!r}, "
-            f"grid {self.grid[0]} x {self.grid[1]}, codec {header.codec.name!r}>"
+            f"<Targets {self._store.location}: {len(self)} samples, {self.views} views, teacher "
+            f"{header.teacher.model!r}, grid {self.grid[0]} x {self.grid[1]}, codec {header.codec.name!r}>"
         )
 
     @property
@@ -135,7 +135,7 @@ class Targets:
         found = self._by_key.get(key)
         if found is None:
             some = ", ".join(list(self._by_key)[-_SHOWN:])
-            raise MissingError(f"{self._store.place} has no sample {key!r}; its keys are such as {some}")
+            raise MissingError(f"{self._store.location} has no sample {key!r}; its keys are such as {some}")
         return found
 
     def __contains__(self, key: object) -> bool:
@@ -147,7 +147,7 @@ class Targets:
             return False
         return True
 
-    def place(self, number: int) -> tuple[int, int]:
+    def location(self, number: int) -> tuple[int, int]:
         """Number of the shard, and of the row in it; negative numbers count from the end.
 
         Raises:
@@ -155,7 +155,7 @@ class Targets:
         """
         count = len(self)
         if not -count <= number < count:
-            raise IndexError(f"{self._store.place}: sample {number} was asked for, it has {count}")
+            raise IndexError(f"{self._store.location}: sample {number} was asked for, it has {count}")
         number %= count
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
@@ -163,8 +163,8 @@ class Targets:
     def run(self, index: int, view: int) -> ViewRun:
         """One view of one sample as it is stored; raises as indexing does."""
         if not 0 <= view < self.views:
-            raise IndexError(f"{self._store.place}: view {view} was asked for, it has views 0 to {self.views - 1}")
-        shard, row = self.place(index)
+            raise IndexError(f"{self._store.location}: view {view} was asked for, it has views 0 to {self.views - 1}")
+        shard, row = self.location(index)
         return self._store.read(self._store.shards[shard], view, row, row + 1)
 
     def decode(self, run: ViewRun) -> Tensor:
@@ -238,14 +238,14 @@ class TargetDataset(Dataset[Any]):
         self, targets: Targets, *, view: int | None, seed: int, transform: Callable[[Target], Any] | None
     ) -> None:
         if view is not None and not 0 <= view < targets.views:
-            raise SettingError(f"view {view}: {targets.store.place} has views 0 to {targets.views - 1}")
+            raise SettingError(f"view {view}: {targets.store.location} has views 0 to {targets.views - 1}")
         self.targets = targets
         self._view = view
         self._transform = transform
         self._epoch = 0
         store = targets.store
         sizes = tuple(store.samples(shard) for shard in store.shards)
-        self._order = EpochOrder(samples=sizes, views=targets.views, block=BLOCK_SAMPLES, window=1, seed=seed)
+        self._order = EpochOrder(samples=sizes, views=targets.views, block=BLOCK_SAMPLES, shuffle_blocks=1, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the views of this epoch; call it before a DataLoader's workers start."""
@@ -257,7 +257,7 @@ class TargetDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         view = self._view
         if view is None:
-            view = self._order.view_of(self._epoch, self.targets.place(index)[0])
+            view = self._order.view_of(self._epoch, self.targets.location(index)[0])
         target = self.targets[index, view]
         if self._transform is not None:
             return self._transform(target)

@@ -1,15 +1,16 @@
 """Which sample comes when: arithmetic on seed, epoch and position, nothing remembered.
 
-An epoch visits every block of every shard once, in an order drawn for that epoch. `window` blocks at a time are read,
-their samples are shuffled together, and batches are cut from the resulting sequence. Reading stays sequential inside a
-block, and mixing reaches `window` blocks far, which lie anywhere in the data set.
+An epoch visits every block of every shard once, in an order drawn for that epoch. `shuffle_blocks` blocks at a time are
+read, their samples are shuffled together, and batches are cut from the resulting sequence. Reading stays sequential
+inside a block, and mixing reaches `shuffle_blocks` blocks far, which lie anywhere in the data set.
 
 Each shard shows its K views in turn: in any K consecutive epochs every view is used once, and shards do not move in
 step.
 
 Several ranks take each their part of every batch. So that a rank need not read what the others use, the sequence of
-blocks can be cut into lanes: a batch is then put together of a part from every lane. The number of lanes belongs to the
-order, the number of ranks does not: who reads what changes with the ranks, which samples make up a batch never does.
+blocks can be cut into canonical streams: a batch is then put together of a part from every stream. The number of
+streams belongs to the order, the number of ranks does not: who reads what changes with the ranks, which samples make up
+a batch never does.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _rng(stream: int, seed: int, *position: int) -> np.random.Generator:
 
 @lru_cache(maxsize=1)
 def _numbers(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """Numbers of an epoch's blocks in reading order; every lane asks for the same ones."""
+    """Numbers of an epoch's blocks in reading order; every stream asks for the same ones."""
     numbers = _rng(_BLOCK_STREAM, seed, epoch).permutation(count)
     numbers.flags.writeable = False
     return numbers
@@ -51,8 +52,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Lane:
-    """Positions `start` to `stop` of an epoch's blocks laid end to end: lane `number` of `count`."""
+class CanonicalStream:
+    """Positions `start` to `stop` of an epoch's blocks laid end to end: stream `number` of `count`."""
 
     number: int
     count: int
@@ -62,9 +63,9 @@ class Lane:
 
 @dataclass(frozen=True)
 class Piece:
-    """Of each batch, samples `start` to `stop` of the part that a lane gives to it."""
+    """Of each batch, samples `start` to `stop` of the part that a stream gives to it."""
 
-    lane: int
+    stream: int
     start: int
     stop: int
 
@@ -129,21 +130,21 @@ class EpochOrder:
         samples: number of samples of each shard.
         views: K.
         block: most samples in one block.
-        window: blocks that are shuffled together.
+        shuffle_blocks: blocks that are shuffled together.
         seed: of all draws.
     """
 
     samples: tuple[int, ...]
     views: int
     block: int
-    window: int
+    shuffle_blocks: int
     seed: int
 
     def __post_init__(self) -> None:
-        if min(self.views, self.block, self.window) < 1 or not sum(self.samples):
+        if min(self.views, self.block, self.shuffle_blocks) < 1 or not sum(self.samples):
             raise SettingError(
-                f"an order needs samples, views, block and window of at least 1, found {sum(self.samples)} samples, "
-                f"{self.views} views, block {self.block}, window {self.window}"
+                f"an order needs samples, views, block and shuffle_blocks of at least 1, found {sum(self.samples)} "
+                f"samples, {self.views} views, block {self.block}, shuffle_blocks {self.shuffle_blocks}"
             )
 
     def _rng(self, stream: int, *position: int) -> np.random.Generator:
@@ -177,20 +178,22 @@ class EpochOrder:
         """All blocks of an epoch in reading order."""
         return Blocks(self, epoch, _numbers(self.seed, epoch, int(self._first_block[-1])))
 
-    def windows(self, epoch: int, lane: Lane | None = None) -> Iterator[tuple[Sequence[Block], NDArray[np.int64]]]:
+    def groups(
+        self, epoch: int, stream: CanonicalStream | None = None
+    ) -> Iterator[tuple[Sequence[Block], NDArray[np.int64]]]:
         """Blocks to read together, and in which order to hand out their samples.
 
-        The order indexes the blocks' samples laid end to end. A lane's windows are smaller by the number of lanes, as
-        all lanes are open at a time.
+        The order indexes the blocks' samples laid end to end. A stream's groups are smaller by the number of streams,
+        as all streams are open at a time.
         """
         blocks = self.blocks(epoch)
         number, count = 0, 1
-        if lane is not None:
-            blocks = blocks.cut(lane.start, lane.stop)
-            number, count = lane.number, lane.count
-        window = max(1, self.window // count)
-        for index, start in enumerate(range(0, len(blocks), window)):
-            chosen = blocks[start : start + window]
+        if stream is not None:
+            blocks = blocks.cut(stream.start, stream.stop)
+            number, count = stream.number, stream.count
+        step = max(1, self.shuffle_blocks // count)
+        for index, start in enumerate(range(0, len(blocks), step)):
+            chosen = blocks[start : start + step]
             size = sum(block.stop - block.start for block in chosen)
             yield chosen, self._rng(_SAMPLE_STREAM, epoch, index * count + number).permutation(size)
 
@@ -214,21 +217,21 @@ class BatchPlan:
 
     Attributes:
         batch_size: B, over all ranks.
-        lanes: parts that the sequence of blocks is cut into; no more than B are used.
+        canonical_streams: parts that the sequence of blocks is cut into; no more than B are used.
         rank: takes samples B * rank // ranks to B * (rank + 1) // ranks of each batch.
     """
 
     order: EpochOrder
     batch_size: int
-    lanes: int = 1
+    canonical_streams: int = 1
     rank: int = 0
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.ranks <= self.batch_size or self.lanes < 1:
+        if not 0 <= self.rank < self.ranks <= self.batch_size or self.canonical_streams < 1:
             raise SettingError(
-                f"a batch of {self.batch_size} in {self.lanes} lanes cannot be shared by {self.ranks} ranks; "
-                "pretrain.batch_size is over all ranks and must be at least their number"
+                f"a batch of {self.batch_size} in {self.canonical_streams} canonical streams cannot be shared by "
+                f"{self.ranks} ranks; pretrain.batch_size is over all ranks and must be at least their number"
             )
 
     @property
@@ -242,18 +245,18 @@ class BatchPlan:
         return sum(piece.stop - piece.start for piece in self.pieces())
 
     def _borders(self) -> list[int]:
-        count = min(self.lanes, self.batch_size)
+        count = min(self.canonical_streams, self.batch_size)
         return [self.batch_size * number // count for number in range(count + 1)]
 
-    def lane(self, number: int) -> Lane:
-        """Where a lane lies in an epoch. The last one also has what no whole batch takes."""
+    def stream(self, number: int) -> CanonicalStream:
+        """Where a stream lies in an epoch. The last one also has what no whole batch takes."""
         borders = self._borders()
         last = number == len(borders) - 2
         stop = sum(self.order.samples) if last else self.steps * borders[number + 1]
-        return Lane(number, len(borders) - 1, self.steps * borders[number], stop)
+        return CanonicalStream(number, len(borders) - 1, self.steps * borders[number], stop)
 
-    def lane_size(self, number: int) -> int:
-        """Samples that a lane gives to each batch."""
+    def stream_size(self, number: int) -> int:
+        """Samples that a stream gives to each batch."""
         borders = self._borders()
         return borders[number + 1] - borders[number]
 

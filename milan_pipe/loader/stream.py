@@ -55,7 +55,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Window:
+class _Group:
     """Several runs laid end to end."""
 
     keys: list[str]
@@ -65,9 +65,9 @@ class _Window:
     attention: Tensor
 
     @staticmethod
-    def of(runs: list[ViewRun]) -> _Window:
+    def of(runs: list[ViewRun]) -> _Group:
         scales = [run.scale_NS for run in runs if run.scale_NS is not None]
-        return _Window(
+        return _Group(
             keys=[key for run in runs for key in run.keys],
             jpegs=[jpeg for run in runs for jpeg in run.jpegs],
             code=torch.from_numpy(np.concatenate([run.code_NST for run in runs])),
@@ -76,8 +76,8 @@ class _Window:
         )
 
 
-_Fragment = tuple[_Window, list[int]]
-"""Rows of a window, in the order in which they are handed out."""
+_Fragment = tuple[_Group, list[int]]
+"""Rows of a group, in the order in which they are handed out."""
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -87,8 +87,8 @@ def _cat(parts: list[Tensor]) -> Tensor:
 class Loader:
     """Reads and decodes what one rank takes of every batch.
 
-    Windows are read by `READERS` threads, each lane's next one while the one before is handed out: two windows are in
-    memory. Use it as a context manager: its threads end with it.
+    Groups of shuffle blocks are read by `READERS` threads, each stream's next one while the one before is handed out:
+    two groups are in memory. Use it as a context manager: its threads end with it.
 
     Args:
         threads: threads that decode views.
@@ -115,23 +115,23 @@ class Loader:
         """All whole batches of one epoch, in order.
 
         Args:
-            skip: batches to leave out at the beginning; windows that lie in them whole are not read.
+            skip: batches to leave out at the beginning; groups that lie in them whole are not read.
 
         Raises:
             DataError: the store is damaged.
         """
-        lanes = [self._lane(epoch, piece, skip) for piece in self.plan.pieces()]
+        streams = [self._stream(epoch, piece, skip) for piece in self.plan.pieces()]
         for _ in range(skip, self.plan.steps):
-            yield self._batch([fragment for lane in lanes for fragment in next(lane)])
+            yield self._batch([fragment for stream in streams for fragment in next(stream)])
 
-    def _read(self, blocks: Sequence[Block]) -> _Window:
+    def _read(self, blocks: Sequence[Block]) -> _Group:
         reader = self._reader
-        return _Window.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
+        return _Group.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
 
-    def _windows(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[_Fragment]:
-        """What is left of a lane after its first `unwanted` samples, window after window, the next one under way."""
-        pending: tuple[Future[_Window], list[int]] | None = None
-        for blocks, order in self.plan.order.windows(epoch, self.plan.lane(piece.lane)):
+    def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[_Fragment]:
+        """What is left of a stream after its first `unwanted` samples, group after group, the next one under way."""
+        pending: tuple[Future[_Group], list[int]] | None = None
+        for blocks, order in self.plan.order.groups(epoch, self.plan.stream(piece.stream)):
             rows = order[unwanted:].tolist()
             unwanted -= len(order) - len(rows)
             if not rows:
@@ -143,18 +143,18 @@ class Loader:
         if pending is not None:
             yield pending[0].result(), pending[1]
 
-    def _lane(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Fragment]]:
-        """This rank's rows of each batch, from one lane."""
-        size = self.plan.lane_size(piece.lane)
+    def _stream(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Fragment]]:
+        """This rank's rows of each batch, from one stream."""
+        size = self.plan.stream_size(piece.stream)
         fragments: list[_Fragment] = []
-        position = 0  # within the lane's part of a batch
-        for window, rows in self._windows(epoch, piece, skip * size):
+        position = 0  # within the stream's part of a batch
+        for group, rows in self._groups(epoch, piece, skip * size):
             used = 0
             while used < len(rows):
                 stop = min(size, position + len(rows) - used)
                 first, last = max(position, piece.start), min(stop, piece.stop)
                 if first < last:
-                    fragments.append((window, rows[used + first - position : used + last - position]))
+                    fragments.append((group, rows[used + first - position : used + last - position]))
                 used += stop - position
                 position = stop % size
                 if not position:
@@ -162,21 +162,21 @@ class Loader:
                     fragments = []
 
     def _batch(self, fragments: list[_Fragment]) -> Batch:
-        keys = tuple(window.keys[row] for window, rows in fragments for row in rows)
-        jpegs = [window.jpegs[row] for window, rows in fragments for row in rows]
+        keys = tuple(group.keys[row] for group, rows in fragments for row in rows)
+        jpegs = [group.jpegs[row] for group, rows in fragments for row in rows]
         try:
             pixels = np.stack(list(self._decoders.map(decode_jpeg, jpegs)))
         except DataError as error:
             raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
-        taken = [(window, torch.tensor(rows)) for window, rows in fragments]
+        taken = [(group, torch.tensor(rows)) for group, rows in fragments]
         coded = taken if self._with_targets else []
-        scales = [window.scale[index] for window, index in coded if window.scale is not None]
+        scales = [group.scale[index] for group, index in coded if group.scale is not None]
         return Batch(
             keys=keys,
             pixels_BHWC=torch.from_numpy(pixels),
-            code_BST=_cat([window.code[index] for window, index in coded]) if coded else taken[0][0].code[:0],
+            code_BST=_cat([group.code[index] for group, index in coded]) if coded else taken[0][0].code[:0],
             scale_BS=_cat(scales) if scales else None,
-            attention_BL=_cat([window.attention[index] for window, index in taken]),
+            attention_BL=_cat([group.attention[index] for group, index in taken]),
         )
 
 

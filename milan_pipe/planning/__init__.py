@@ -1,1 +1,1 @@
-"""What extraction and pretraining will take, told before either is begun."""
+"""What extraction and pretraining will take, reported before either is begun."""

@@ -1,4 +1,4 @@
-"""What this machine has to work with: versions, devices, codecs, room, and whether places can be reached."""
+"""What this machine has to work with: versions, devices, codecs, room, and whether locations can be reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from milan_pipe.errors import MilanError
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.storage import Place, place_of
+from milan_pipe.storage import Location, location_of
 from milan_pipe.targets.store import open_targets, read_header
 from milan_pipe.targets.zarr_store import use_fast_pipeline
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device that torch sees; memory in bytes; whether it computes in bfloat16, None where torch does not tell."""
+    """A device that torch sees; memory in bytes; whether it computes in bfloat16, None where torch does not say."""
 
     name: str
     what: str
@@ -38,10 +38,10 @@ class Device:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceCheck:
-    """What was found at a place; `problem` is None where it can be used."""
+class LocationCheck:
+    """What was found at a location; `problem` is None where it can be used."""
 
-    place: str
+    location: str
     found: str
     free_bytes: int | None
     problem: str | None
@@ -66,7 +66,7 @@ class DoctorReport:
     memory: int
     pipeline: str
     params: str | None
-    places: tuple[PlaceCheck, ...]
+    locations: tuple[LocationCheck, ...]
     problems: tuple[str, ...]
 
 
@@ -106,72 +106,72 @@ def _nearest(folder: Path) -> Path:
     return path
 
 
-def _contents(place: Place) -> str:
-    header = read_header(place)
+def _contents(location: Location) -> str:
+    header = read_header(location)
     if header is None:
-        if place.local is None and not place.listable:
+        if location.local is None and not location.listable:
             return "no target store"
-        listed = place.listing()
+        listed = location.listing()
         count = len(listed.files) + len(listed.folders)
         return f"no target store; {count} entries" if count else "empty"
-    store = open_targets(place.name)
+    store = open_targets(location.name)
     samples = sum(store.samples(shard) for shard in store.shards)
     done = len(store.shards) == header.source.shards
     return (
-        f"target store, {header.format}: {samples} pictures, {header.views.count} views, teacher "
+        f"target store, {header.format}: {samples} images, {header.views.count} views, teacher "
         f"{header.teacher.model!r}, grid {header.teacher.grid[0]} x {header.teacher.grid[1]}, codec "
         f"{header.codec.name!r}, {len(store.shards)} of {header.source.shards} shards"
         + ("" if done else ", not complete")
     )
 
 
-def _try_writing(place: Place) -> None:
+def _try_writing(location: Location) -> None:
     name = f".milan-pipe-doctor-{uuid.uuid4().hex}"
-    place.write(name, b"milan-pipe doctor")
+    location.write(name, b"milan-pipe doctor")
     try:
-        place.read(name)
+        location.read(name)
     finally:
-        place.remove(name)
+        location.remove(name)
 
 
-def _check(where: str, write: bool) -> PlaceCheck:
+def _check(where: str, write: bool) -> LocationCheck:
     free = None
     found = "-"
     try:
-        place = place_of(where)
-        if place.local is not None:
-            there = _nearest(place.local)
+        location = location_of(where)
+        if location.local is not None:
+            there = _nearest(location.local)
             free = shutil.disk_usage(there).free
-            if not place.local.exists():
+            if not location.local.exists():
                 found = "not there yet"
                 problem = None
                 if not there.is_dir():
                     problem = f"{there} is no folder"
                 elif not os.access(there, os.W_OK):
                     problem = f"{there} cannot be written"
-                return PlaceCheck(place=where, found=found, free_bytes=free, problem=problem)
-        found = _contents(place)
+                return LocationCheck(location=where, found=found, free_bytes=free, problem=problem)
+        found = _contents(location)
         if write:
-            _try_writing(place)
+            _try_writing(location)
             found += "; written to and cleaned"
     except (MilanError, OSError) as error:
-        return PlaceCheck(place=where, found=found, free_bytes=free, problem=" ".join(str(error).split()))
-    return PlaceCheck(place=where, found=found, free_bytes=free, problem=None)
+        return LocationCheck(location=where, found=found, free_bytes=free, problem=" ".join(str(error).split()))
+    return LocationCheck(location=where, found=found, free_bytes=free, problem=None)
 
 
-def doctor(places: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
+def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
     """Look at this machine, and at places where images or targets are or shall be.
 
     Args:
-        places: folders or URLs; what is there is told, and whether it can be read.
+        locations: folders or URLs; what is there is reported, and whether it can be read.
         write: also write a small file to each and remove it.
     """
     versions = {package: _version_of(package) for package in PACKAGES}
     fast = use_fast_pipeline() if versions["zarrs"] is not None else False
-    checks = tuple(_check(str(where), write) for where in places)
+    checks = tuple(_check(str(where), write) for where in locations)
     params = Path("params.yaml")
     problems = [f"package {name} is not installed" for name, found in versions.items() if found is None]
-    problems += [f"{check.place}: {check.problem}" for check in checks if check.problem is not None]
+    problems += [f"{check.location}: {check.problem}" for check in checks if check.problem is not None]
     return DoctorReport(
         python=f"{sys.version.split()[0]} at {sys.executable}",
         system=platform.platform(),
@@ -181,6 +181,6 @@ def doctor(places: Sequence[str | Path] = (), *, write: bool = False) -> DoctorR
         memory=psutil.virtual_memory().total,
         pipeline="zarrs" if fast else "zarr-python's own, which is slower",
         params=str(params.absolute()) if params.is_file() else None,
-        places=checks,
+        locations=checks,
         problems=tuple(problems),
     )

@@ -1,4 +1,4 @@
-"""Arithmetic of one picture, counted: what a rate comes to on a device that is not here."""
+"""Arithmetic of one image, counted: what a rate comes to on a device that is not here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan_pipe.config.params import Params
 from milan_pipe.planning.speed import Speed, batch_of
-from milan_pipe.planning.store import EncodedSample, PictureSample
+from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher
@@ -38,8 +38,8 @@ def teacher_flops(teacher: Teacher, pixels_NHWC: Tensor) -> int:
     return _count(lambda: teacher(pixels_NHWC[:1]))
 
 
-def student_flops(params: Params, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> int:
-    """Floating point operations of one picture's share of a step, forward and backward; counted on the CPU.
+def student_flops(params: Params, header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> int:
+    """Floating point operations of one image's share of a step, forward and backward; counted on the CPU.
 
     Args:
         header: of the store that it would learn from.

@@ -25,8 +25,8 @@ _LOADER_SECONDS = 1.0
 _HOUR = 3600
 
 
-def loader_pictures_per_core(reader: TargetReader, with_targets: bool) -> float:
-    """Pictures that the loader reads, checks, decodes and batches in a second of one processor.
+def loader_images_per_core(reader: TargetReader, with_targets: bool) -> float:
+    """Images that the loader reads, checks, decodes and batches in a second of one processor.
 
     Args:
         reader: of a store with at least one sample; read over and over, from the page cache.
@@ -36,7 +36,7 @@ def loader_pictures_per_core(reader: TargetReader, with_targets: bool) -> float:
         DataError: the store is damaged.
     """
     samples = tuple(reader.samples(shard) for shard in reader.shards)
-    order = EpochOrder(samples=samples, views=reader.header.views.count, block=BLOCK_SAMPLES, window=1, seed=0)
+    order = EpochOrder(samples=samples, views=reader.header.views.count, block=BLOCK_SAMPLES, shuffle_blocks=1, seed=0)
     read, epoch = 0, 0
     with Loader(
         reader, BatchPlan(order=order, batch_size=sum(samples)), threads=1, with_targets=with_targets
@@ -84,14 +84,14 @@ class NodeLoad:
 
     Attributes:
         devices: of the node.
-        pictures_per_second: that they take together.
+        images_per_second: that they take together.
         bytes_per_second: to be read for them.
-        loader_per_core: pictures a second that one processor gives; measured.
+        loader_per_core: images a second that one processor gives; measured.
         cores: processors that the loader needs.
     """
 
     devices: int
-    pictures_per_second: float
+    images_per_second: float
     bytes_per_second: float
     loader_per_core: float
     cores: float
@@ -100,11 +100,11 @@ class NodeLoad:
 def node_load(student: Speed, store: StoreEstimate, loader_per_core: float, devices: int) -> NodeLoad:
     """Extrapolate to the devices of one node, at most `NODE_DEVICES`."""
     here = min(devices, NODE_DEVICES)
-    pictures = here * student.per_second
+    images = here * student.per_second
     return NodeLoad(
         devices=here,
-        pictures_per_second=pictures,
-        bytes_per_second=pictures * store.bytes_per_view,
+        images_per_second=images,
+        bytes_per_second=images * store.bytes_per_view,
         loader_per_core=loader_per_core,
-        cores=pictures / loader_per_core,
+        cores=images / loader_per_core,
     )

@@ -13,11 +13,11 @@ from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
 from milan_pipe.extraction.worker import Assignment, load_assigned_teacher
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.count import ImageCount, count_pictures, like_these
+from milan_pipe.images.count import ImageCount, count_images, like_these
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
 from milan_pipe.planning.limits import Limit, limits
-from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_pictures_per_core, node_load
+from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_images_per_core, node_load
 from milan_pipe.planning.speed import (
     ExtractionHours,
     PretrainingHours,
@@ -33,16 +33,16 @@ from milan_pipe.planning.store import (
     CODECS,
     FORMATS,
     EncodedSample,
-    PictureSample,
+    ImageSample,
     StoreEstimate,
     encode_sample,
     estimate_store,
     header_of,
-    sample_pictures,
+    sample_images,
     sample_store,
 )
 from milan_pipe.pretraining.objective import require_fit
-from milan_pipe.storage import Place, place_of
+from milan_pipe.storage import Location, location_of
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
 from milan_pipe.targets.store import open_targets
@@ -55,22 +55,22 @@ DEFAULT_TARGETS = "targets"
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
-    """What is planned for is not here: another number of pictures, other devices.
+    """What is planned for is not here: another number of images, other devices.
 
     Attributes:
-        pictures: of which those that are there are a sample; none plans for these.
-        per_shard: pictures of a shard, where `pictures` says how many there are.
+        total: images of which those that are there are a sample; none plans for these.
+        per_shard: images of a shard, where `total` says how many there are.
         devices: for extraction and pretraining.
         tflops: that a device sustains, in TFLOP/s; none measures teacher and student here.
     """
 
-    pictures: int | None = None
+    total: int | None = None
     per_shard: int = 1
     devices: int = DEFAULT_DEVICES
     tflops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "per_shard", "devices", "tflops"):
+        for name in ("total", "per_shard", "devices", "tflops"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"{name} is {value}; a plan needs a number above 0")
@@ -78,7 +78,7 @@ class Elsewhere:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanProgress:
-    """Told while a plan is made: which of its steps goes on, and how far that is; `total` None: not known."""
+    """Reported while a plan is made: which of its steps goes on, and how far that is; `total` None: not known."""
 
     what: str
     done: int = 0
@@ -90,7 +90,7 @@ class PlanReport:
     """A plan. What is measured and what is extrapolated is said where each part is defined.
 
     Attributes:
-        sample, sample_bad: pictures measured with, and met that could not be read.
+        sample, sample_bad: images measured with, and met that could not be read.
         stores: of every codec that fits, in both formats.
         chosen: the one of these that the settings name.
         teacher: on batches of `extract.batch_size`.
@@ -103,7 +103,7 @@ class PlanReport:
     """
 
     images: ImageCount
-    views_per_picture: int
+    views_per_image: int
     views: int
     sample: int
     sample_bad: int
@@ -130,7 +130,7 @@ class _Measured:
     """Stage 1, counted and measured; `refused` says which codecs do not fit, and why."""
 
     images: ImageCount
-    sample: PictureSample
+    sample: ImageSample
     info: TeacherInfo
     teacher: Speed
     online: Speed | None
@@ -146,27 +146,27 @@ def _measure(
     elsewhere: Elsewhere,
     on_progress: Callable[[PlanProgress], None],
 ) -> _Measured:
-    def count_told(done: int, total: int) -> None:
+    def counted(done: int, total: int) -> None:
         on_progress(PlanProgress(what="count", done=done, total=total))
 
-    def render_told(done: int) -> None:
+    def rendered(done: int) -> None:
         on_progress(PlanProgress(what="render", done=done, total=sample))
 
-    images = count_pictures(shards, count_told)
-    if elsewhere.pictures is not None:
-        images = like_these(images, elsewhere.pictures, elsewhere.per_shard)
-    pictures = sample_pictures(shards, params.views, params.student.image_size, sample, render_told)
+    images = count_images(shards, counted)
+    if elsewhere.total is not None:
+        images = like_these(images, elsewhere.total, elsewhere.per_shard)
+    image_sample = sample_images(shards, params.views, params.student.image_size, sample, rendered)
     on_progress(PlanProgress(what="teacher"))
-    output, speed = run_teacher(model, pictures.pixels_NHWC, params.extract.batch_size)
+    output, speed = run_teacher(model, image_sample.pixels_NHWC, params.extract.batch_size)
     if elsewhere.tflops is not None:
-        speed = speed_at(elsewhere.tflops, teacher_flops(model, pictures.pixels_NHWC), params.extract.batch_size)
+        speed = speed_at(elsewhere.tflops, teacher_flops(model, image_sample.pixels_NHWC), params.extract.batch_size)
     encoded, refused = _encodings(output, params.codec, on_progress)
     return _Measured(
         images=images,
-        sample=pictures,
+        sample=image_sample,
         info=model.info,
         teacher=speed,
-        online=_online(model, pictures, speed, params),
+        online=_online(model, image_sample, speed, params),
         encoded=encoded,
         refused=refused,
     )
@@ -209,7 +209,7 @@ def plan(
     elsewhere: Elsewhere | None = None,
     on_progress: Callable[[PlanProgress], None] = lambda _: None,
 ) -> PlanReport:
-    """Count the pictures, measure teacher, codecs, store and student on a few of them, and extrapolate.
+    """Count the images, measure teacher, codecs, store and student on a few of them, and extrapolate.
 
     Nothing is left behind: what is written goes to the temporary folder and is removed.
 
@@ -217,8 +217,8 @@ def plan(
         images: folder of shards, or shard paths with braces or globs; local or a URL.
         targets: where the store is meant to lie; none: a folder `targets` here. It need not be there, and a store that
             is there is not looked at.
-        sample: pictures to measure with, at least 1.
-        elsewhere: pictures and devices that are not here; none plans for those that are.
+        sample: images to measure with, at least 1.
+        elsewhere: images and devices that are not here; none plans for those that are.
 
     Raises:
         MissingError, DataError: images are not there or cannot be read.
@@ -228,11 +228,11 @@ def plan(
     """
     views, codec, extract, size = params.views, params.codec, params.extract, params.student.image_size
     asked = elsewhere or Elsewhere()
-    place = place_of(targets if targets is not None else DEFAULT_TARGETS)
+    location = location_of(targets if targets is not None else DEFAULT_TARGETS)
     shards = expand_shards(images)
     on_progress(PlanProgress(what="load teacher"))
     assignment = Assignment(
-        targets=str(place), teacher=params.teacher, grid=grid_of(params.student), views=views, extract=extract
+        targets=str(location), teacher=params.teacher, grid=grid_of(params.student), views=views, extract=extract
     )
     with same_threads():
         model = load_assigned_teacher(assignment)
@@ -252,12 +252,12 @@ def plan(
     on_progress(PlanProgress(what="loader"))
     per_core = _loader(header, measured.sample, encoded, params)
     chosen = next(store for store in stores if (store.codec, store.format) == (codec.name, extract.format))
-    return _report(measured, stores, chosen, student, per_core, params, asked, place)
+    return _report(measured, stores, chosen, student, per_core, params, asked, location)
 
 
-def _loader(header: StoreHeader, sample: PictureSample, encoded: EncodedSample, params: Params) -> float:
+def _loader(header: StoreHeader, sample: ImageSample, encoded: EncodedSample, params: Params) -> float:
     with sample_store(header, sample, encoded) as folder:
-        return loader_pictures_per_core(open_targets(folder), with_targets=params.target == "clip")
+        return loader_images_per_core(open_targets(folder), with_targets=params.target == "clip")
 
 
 def _report(
@@ -268,13 +268,13 @@ def _report(
     per_core: float,
     params: Params,
     asked: Elsewhere,
-    place: Place,
+    location: Location,
 ) -> PlanReport:
     views, extract = params.views, params.extract
     images, rendering = measured.images, measured.sample.render_seconds
     threads, cores = thread_count(extract.threads), thread_count(0)
     extraction = extraction_hours(
-        images.pictures * views.count,
+        images.total * views.count,
         images.shards,
         measured.teacher,
         rendering,
@@ -285,11 +285,11 @@ def _report(
     )
     cluster = cluster_load(images, extraction, asked.devices)
     node = node_load(student, chosen, per_core, asked.devices)
-    space = free_space(place, chosen.bytes)
+    space = free_space(location, chosen.bytes)
     return PlanReport(
         images=images,
-        views_per_picture=views.count,
-        views=images.pictures * views.count,
+        views_per_image=views.count,
+        views=images.total * views.count,
         sample=len(measured.sample.rendered),
         sample_bad=measured.sample.bad,
         stores=stores,
@@ -303,7 +303,7 @@ def _report(
         render_threads=threads,
         extraction=extraction,
         pretraining=pretraining_hours(
-            images.pictures, params.pretrain.epochs, student, measured.online, extraction.hours[1]
+            images.total, params.pretrain.epochs, student, measured.online, extraction.hours[1]
         ),
         cluster=cluster,
         node=node,
@@ -311,7 +311,7 @@ def _report(
             images,
             chosen,
             space,
-            free_files(place),
+            free_files(location),
             cluster,
             node,
             cores if asked.tflops is None else node.devices * threads,
@@ -321,37 +321,37 @@ def _report(
     )
 
 
-def _online(model: Teacher, pictures: PictureSample, speed: Speed, params: Params) -> Speed | None:
+def _online(model: Teacher, image_sample: ImageSample, speed: Speed, params: Params) -> Speed | None:
     """The teacher on batches of the student's size: as it would run beside the student in every step."""
     if params.target != "clip":
         return None
-    batch_size = min(params.pretrain.batch_size, len(pictures.rendered))
+    batch_size = min(params.pretrain.batch_size, len(image_sample.rendered))
     if batch_size == speed.batch_size or not speed.batches:
         return speed
-    return run_teacher(model, pictures.pixels_NHWC, batch_size)[1]
+    return run_teacher(model, image_sample.pixels_NHWC, batch_size)[1]
 
 
 def _warnings(
-    images: ImageCount, pictures: PictureSample, student: Speed, params: Params, space: FreeSpace
+    images: ImageCount, image_sample: ImageSample, student: Speed, params: Params, space: FreeSpace
 ) -> list[str]:
-    told = []
+    found = []
     short = free_space_warning(space)
     if short is not None:
-        told.append(short)
+        found.append(short)
     batch_size = params.pretrain.batch_size
-    if images.pictures < batch_size:
-        told.append(
-            f"pretrain cannot begin: {images.pictures} pictures are fewer than one batch of {batch_size}; lower "
+    if images.total < batch_size:
+        found.append(
+            f"pretrain cannot begin: {images.total} images are fewer than one batch of {batch_size}; lower "
             "pretrain.batch_size"
         )
-    elif student.batches and len(pictures.rendered) < batch_size:
-        told.append(
-            f"the student was measured on a batch of {len(pictures.rendered)} and not of {batch_size}, which an "
+    elif student.batches and len(image_sample.rendered) < batch_size:
+        found.append(
+            f"the student was measured on a batch of {len(image_sample.rendered)} and not of {batch_size}, which an "
             f"accelerator does faster; take --sample {batch_size} to measure what will run"
         )
-    if pictures.bad:
-        told.append(
-            f"{pictures.bad} of {pictures.bad + len(pictures.rendered)} pictures of the sample cannot be read; "
-            "extract-targets sets such aside, and they are counted here"
+    if image_sample.bad:
+        found.append(
+            f"{image_sample.bad} of {image_sample.bad + len(image_sample.rendered)} sampled images cannot be read; "
+            "extract-targets skips such, and they are counted here"
         )
-    return told
+    return found

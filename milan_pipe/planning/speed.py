@@ -1,6 +1,6 @@
 """How fast teacher and student are on this machine, and what that comes to in hours.
 
-Shape suffixes: N pictures of the sample, one view of each; the others as in `milan_pipe.pretraining`.
+Shape suffixes: N images of the sample, one view of each; the others as in `milan_pipe.pretraining`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
-from milan_pipe.planning.store import EncodedSample, PictureSample
+from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
@@ -26,7 +26,7 @@ from milan_pipe.training.runner import run_steps
 from milan_pipe.training.step import Stepper, StepReport, resolve_precision
 
 DEVICES = (1, 8, 64)
-"""Numbers of devices for which hours are told."""
+"""Numbers of devices for which hours are given."""
 
 # A measurement ends after so many seconds, but not before the first batch behind the warm-up.
 _LONGEST_SECONDS = 8.0
@@ -40,7 +40,7 @@ class Speed:
     """A rate that was measured here, after a warm-up, or one that follows from counted arithmetic.
 
     Attributes:
-        per_second: views of the teacher, or pictures of the student.
+        per_second: views of the teacher, or images of the student.
         device: where it ran, with the accelerator's name; of a counted one, how it was reckoned.
         precision: of the teacher's forward pass, or of the student's weights.
         batch_size: of the measurement.
@@ -130,8 +130,8 @@ def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple
 # --- student ------------------------------------------------------------------------------------------------------
 
 
-def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
-    """The first `size` pictures of the sample, as the loader would give them."""
+def batch_of(sample: ImageSample, encoded: EncodedSample, size: int) -> Batch:
+    """The first `size` images of the sample, as the loader would give them."""
     return Batch(
         keys=tuple(rendered.key for rendered in sample.rendered[:size]),
         pixels_BHWC=sample.pixels_NHWC[:size],
@@ -141,10 +141,10 @@ def batch_of(sample: PictureSample, encoded: EncodedSample, size: int) -> Batch:
     )
 
 
-def run_student(params: Params, header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Speed:
-    """Pictures a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
+def run_student(params: Params, header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> Speed:
+    """Images a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
 
-    The batch has `pretrain.batch_size` pictures, or as many as the sample has where those are fewer.
+    The batch has `pretrain.batch_size` images, or as many as the sample has where those are fewer.
 
     Args:
         header: of the store that it would learn from.
@@ -211,7 +211,7 @@ class ExtractionHours:
 
 
 def device_counts(devices: int) -> tuple[int, ...]:
-    """Numbers of devices to tell hours for: the usual ones, and that which was asked for."""
+    """Numbers of devices to give hours for: the usual ones, and that which was asked for."""
     return tuple(sorted({*DEVICES, devices}))
 
 
@@ -231,7 +231,7 @@ def extraction_hours(
         render_seconds: of one thread for one view.
         threads: that render.
         cores: processors that rendering, and a teacher on the CPU, share.
-        devices: numbers of devices to tell hours for.
+        devices: numbers of devices to give hours for.
     """
     alone = 1 / teacher.per_second
     rendering = render_seconds / min(threads, cores)
@@ -251,7 +251,7 @@ def extraction_hours(
 class PretrainingHours:
     """Stage 2 with stored targets against the same with its teacher in every step; one device, extrapolated.
 
-    Neither counts how its pictures are read.
+    Neither counts how its images are read.
 
     Attributes:
         pretrain_hours: of the student's steps.
@@ -270,7 +270,7 @@ class PretrainingHours:
 
 
 def pretraining_hours(
-    pictures: int, epochs: int, student: Speed, teacher: Speed | None, extraction: float
+    images: int, epochs: int, student: Speed, teacher: Speed | None, extraction: float
 ) -> PretrainingHours:
     """Compare the two ways.
 
@@ -278,8 +278,8 @@ def pretraining_hours(
         teacher: on batches of the student's size; None where the target needs no teacher.
         extraction: hours of one device.
     """
-    steps = epochs * pictures / student.per_second / _HOUR
-    teaching = pictures / teacher.per_second / _HOUR if teacher is not None else 0.0
+    steps = epochs * images / student.per_second / _HOUR
+    teaching = images / teacher.per_second / _HOUR if teacher is not None else 0.0
     return PretrainingHours(
         epochs=epochs,
         pretrain_hours=steps,

@@ -1,4 +1,4 @@
-"""Bytes and files of a store that is to come, measured on stores of a few pictures that are really written.
+"""Bytes and files of a store that is to come, measured on stores of a few images that are really written.
 
 Shape suffixes as in `milan_pipe.targets.schema`; K = 1 here.
 """
@@ -27,7 +27,7 @@ from milan_pipe.extraction.render import RenderedSample, render_sample
 from milan_pipe.images.count import ImageCount, spread_evenly
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import OnBad, read_shard
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.codec import Codec, build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
@@ -50,20 +50,20 @@ _MOST_LOCAL_SHARDS = 16
 _MOST_REMOTE_SHARDS = 4
 _SHARD = "000000"
 _STORE_FILES = 3  # header, summary, bad_samples.jsonl
-# Of a record, measured on those of shards of 10,000 pictures.
+# Of a record, measured on those of shards of 10,000 images.
 _FILE_ENTRY_BYTES, _BLOCK_ENTRY_BYTES = 190, 42
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSample:
-    """Pictures spread over the shards, the first view of each.
+class ImageSample:
+    """Images spread over the shards, the first view of each.
 
     Attributes:
-        bad: pictures met that cannot be read.
-        render_seconds: of one thread, for one view, a picture's decoding shared by all its views.
+        bad: images met that cannot be read.
+        render_seconds: of one thread, for one view, an image's decoding shared by all its views.
     """
 
     rendered: tuple[RenderedSample, ...]
@@ -81,36 +81,36 @@ class PictureSample:
         return sum(len(sample.jpegs[0]) for sample in self.rendered) / len(self.rendered)
 
 
-def sample_pictures(
+def sample_images(
     shards: Sequence[ShardFile], views: ViewSettings, size: int, count: int, on_progress: Callable[[int], None]
-) -> PictureSample:
-    """Render one view of up to `count` pictures, the first of some shards, as an extraction would.
+) -> ImageSample:
+    """Render one view of up to `count` images, the first of some shards, as an extraction would.
 
     Args:
         size: rendered side in pixels.
-        on_progress: told how many pictures are rendered.
+        on_progress: called with how many images are rendered.
 
     Raises:
-        DataError: no picture can be read, or a shard is empty, damaged or no tar.
+        DataError: no image can be read, or a shard is empty, damaged or no tar.
         MissingError, StoreError: a shard cannot be read.
     """
-    local = all(shard.place.local is not None for shard in shards)
+    local = all(shard.location.local is not None for shard in shards)
     used = spread_evenly(shards, _MOST_LOCAL_SHARDS if local else _MOST_REMOTE_SHARDS)
     clock, one = Clock(), views.model_copy(update={"count": 1})
     bad: list[tuple[str, str]] = []
     rendered: list[RenderedSample] = []
     for position, shard in enumerate(used):
-        # A shard with few pictures leaves its share to the next.
+        # A shard with few images leaves its share to the next.
         wanted = count * (position + 1) // len(used) - len(rendered)
-        for sample in islice(_rendered(shard, one, size, clock, lambda *told: bad.append(told)), wanted):
+        for sample in islice(_rendered(shard, one, size, clock, lambda *found: bad.append(found)), wanted):
             rendered.append(sample)
             on_progress(len(rendered))
     if not rendered:
         first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
-        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable picture to measure with{first}")
+        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable image to measure with{first}")
     seconds = clock.take()
     each_view = seconds["decode"] / views.count + seconds["crop"] + seconds["jpeg"]
-    return PictureSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
+    return ImageSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
 
 
 def _rendered(
@@ -210,12 +210,12 @@ class StoreEstimate:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a store of one shard and one view per picture is made of.
+    """What a store of one shard and one view per image is made of.
 
     Attributes:
         view_bytes: all that grows with the views.
         shard_bytes: metadata of the shard.
-        record_bytes, files: of the shard's record, and how many files it tells of.
+        record_bytes, files: of the shard's record, and how many files it names.
         store_bytes: header, summary and list of bad samples.
         fixed_files: files of the shard whose number does not depend on the views.
         jpeg_file_bytes: after which the rendered views go on in another file; 0 where they lie beside the features.
@@ -231,9 +231,9 @@ class _Parts:
 
 
 def estimate_store(
-    header: StoreHeader, sample: PictureSample, encoded: EncodedSample, images: ImageCount
+    header: StoreHeader, sample: ImageSample, encoded: EncodedSample, images: ImageCount
 ) -> StoreEstimate:
-    """Write the sample into a store in a temporary folder, and extrapolate to all pictures and views.
+    """Write the sample into a store in a temporary folder, and extrapolate to all images and views.
 
     Args:
         header: of the store that is meant, with all its views.
@@ -242,12 +242,12 @@ def estimate_store(
         StoreError: the temporary folder cannot be written.
     """
     parts = _measured(header, sample, encoded)
-    pictures = images.pictures / images.shards
-    files = _files_of_shard(header, parts, pictures, sample.jpeg_bytes)
+    per_shard = images.total / images.shards
+    files = _files_of_shard(header, parts, per_shard, sample.jpeg_bytes)
     per_view = parts.view_bytes / len(sample.rendered)
-    records = images.shards * _record_bytes(header, parts, files, pictures)
+    records = images.shards * _record_bytes(header, parts, files, per_shard)
     metadata = parts.store_bytes + images.shards * parts.shard_bytes + records
-    total = metadata + images.pictures * header.views.count * per_view
+    total = metadata + images.total * header.views.count * per_view
     return StoreEstimate(
         codec=header.codec.name,
         format=header.format,
@@ -260,23 +260,23 @@ def estimate_store(
     )
 
 
-def _files_of_shard(header: StoreHeader, parts: _Parts, pictures: float, jpeg_bytes: float) -> int:
+def _files_of_shard(header: StoreHeader, parts: _Parts, per_shard: float, jpeg_bytes: float) -> int:
     if header.format == "webdataset":
         return header.views.count
-    blocks = ceil(pictures / BLOCK_SAMPLES)
-    jpeg_files = ceil(pictures * header.views.count * jpeg_bytes / parts.jpeg_file_bytes)
+    blocks = ceil(per_shard / BLOCK_SAMPLES)
+    jpeg_files = ceil(per_shard * header.views.count * jpeg_bytes / parts.jpeg_file_bytes)
     return parts.fixed_files + header.views.count * blocks + jpeg_files
 
 
-def _record_bytes(header: StoreHeader, parts: _Parts, files: int, pictures: float) -> float:
+def _record_bytes(header: StoreHeader, parts: _Parts, files: int, per_shard: float) -> float:
     """For each file a record has size, digest and, of large arrays, its end; of a tar also where each block begins."""
-    blocks = header.views.count * ceil(pictures / BLOCK_SAMPLES) if header.format == "webdataset" else 0
+    blocks = header.views.count * ceil(per_shard / BLOCK_SAMPLES) if header.format == "webdataset" else 0
     return parts.record_bytes + _FILE_ENTRY_BYTES * (files - parts.files) + _BLOCK_ENTRY_BYTES * blocks
 
 
 @contextmanager
-def sample_store(header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> Iterator[Path]:
-    """A store of one view of each picture of the sample, in a temporary folder that goes with the context.
+def sample_store(header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> Iterator[Path]:
+    """A store of one view of each image of the sample, in a temporary folder that goes with the context.
 
     Args:
         header: of the store that is meant, with all its views.
@@ -295,9 +295,9 @@ def sample_store(header: StoreHeader, sample: PictureSample, encoded: EncodedSam
         yield Path(folder)
 
 
-def _measured(header: StoreHeader, sample: PictureSample, encoded: EncodedSample) -> _Parts:
+def _measured(header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> _Parts:
     with sample_store(header, sample, encoded) as folder:
-        sizes = place_of(folder).sizes()
+        sizes = location_of(folder).sizes()
         jpeg_file_bytes, chunk_bytes = _jpeg_layout(folder) if header.format == "zarr" else (0, 0)
     of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
     metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))

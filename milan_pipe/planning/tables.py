@@ -59,13 +59,13 @@ def _stage1(report: PlanReport) -> dict[str, str]:
     first, *more = (
         f"{duration(hours)} on {count}{' device' if count == 1 else ''}" for count, hours in extraction.hours.items()
     )
-    sample = f"{report.sample} pictures, one view of each"
+    sample = f"{report.sample} images, one view of each"
     speed = f"{rate(extraction.views_per_second)} views a second, limited by the {extraction.limited_by}"
     cluster = report.cluster
     few = f"; of {images.shards} shards each is done by one device" if images.shards < max(extraction.hours) else ""
     return {
-        "pictures": str(images),
-        "views": f"{report.views:,}, {report.views_per_picture} of each picture",
+        "images": str(images),
+        "views": f"{report.views:,}, {report.views_per_image} of each image",
         "measured on": f"{sample}; {report.sample_bad} more cannot be read" if report.sample_bad else sample,
         "store": f"about {size(report.chosen.bytes)}, {report.chosen.codec} in {report.chosen.format} (extrapolated)",
         "teacher": f"{rate(report.teacher.per_second)} views a second ({report.teacher.source}: {report.teacher_model} "
@@ -89,7 +89,7 @@ def _stage2(report: PlanReport) -> dict[str, str]:
     else:
         beside = f"the teacher in every step, {rate(online.per_second)} views a second ({online.source}: {online})"
     return {
-        "student": f"{rate(report.student.per_second)} pictures a second ({report.student.source}: {report.student})",
+        "student": f"{rate(report.student.per_second)} images a second ({report.student.source}: {report.student})",
         "stored targets": f"{duration(plan.pretrain_hours)} for {plan.epochs} epochs + "
         f"{duration(plan.extraction_hours)} of extraction = {duration(offline)} on one device (extrapolated)",
         "online teacher": f"{duration(plan.online_hours)} for {plan.epochs} epochs on one device (extrapolated; "
@@ -117,9 +117,9 @@ def _shared(report: PlanReport) -> dict[str, str]:
     )
     return {
         **({f"{devices} devices": shared} if devices > 1 else {}),
-        "a node": f"{rate(node.pictures_per_second)} pictures and {size(node.bytes_per_second)} a second go to "
+        "a node": f"{rate(node.images_per_second)} images and {size(node.bytes_per_second)} a second go to "
         f"{_devices(node.devices)}, for which the loader needs {rate(node.cores)} processors (measured: "
-        f"{rate(node.loader_per_core)} pictures a second and processor)",
+        f"{rate(node.loader_per_core)} images a second and processor)",
         "gives in first": verdict,
     }
 

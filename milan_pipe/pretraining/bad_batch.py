@@ -75,7 +75,7 @@ def write_bad_batch(
     tensors = {f"batch/{name}": value for name in _TENSORS if (value := getattr(batch, name)) is not None}
     for part, values in weights.items():
         tensors.update({f"{part}/{name}": value for name, value in values.items()})
-    told = {
+    metadata = {
         "version": _VERSION,
         "step": step,
         "epoch": epoch,
@@ -85,7 +85,7 @@ def write_bad_batch(
     }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(tensors, file, {"milan_pipe": json.dumps(told)})
+        write_weights(tensors, file, {"milan_pipe": json.dumps(metadata)})
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return file
@@ -97,9 +97,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors = load_tensors(file)
         with safe_open(file, "pt") as opened:
-            told = json.loads((opened.metadata() or {})["milan_pipe"])
-        if told["version"] != _VERSION:
-            raise DataError(f"{file} has version {told['version']}, this milan-pipe reads {_VERSION}")
+            metadata = json.loads((opened.metadata() or {})["milan_pipe"])
+        if metadata["version"] != _VERSION:
+            raise DataError(f"{file} has version {metadata['version']}, this milan-pipe reads {_VERSION}")
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -108,7 +108,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise DataError(
             f"{file} cannot be read ({type(error).__name__}); expected a file that a run wrote under RUN/not-finite"
         ) from error
-    return told, tensors
+    return metadata, tensors
 
 
 def _not_finite(tensor: Tensor) -> int:
@@ -126,25 +126,26 @@ def replay(
 
     Args:
         precision: none takes the run's.
-        on_progress: told samples done, samples.
+        on_progress: called with samples done, samples.
 
     Raises:
         MissingError, DataError, StoreError: no such file, or it is damaged or cannot be read.
         SettingError: no such device.
     """
-    told, tensors = _read(Path(file))
+    metadata, tensors = _read(Path(file))
     of = {
         part: {name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")}
         for part in ("batch", "student", "decoder")
     }
-    keys = tuple(told["keys"])
+    keys = tuple(metadata["keys"])
     batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})  # type: ignore[arg-type]
     where = str(file)
     chosen = resolve_device(device)
     # Not compiled, whatever the run was: what is compiled hides where a value went wrong.
-    params = Params.parse({name: told[name] for name in ("student", "decoder", "masking", "target", "pretrain")}, where)
+    sections = ("student", "decoder", "masking", "target", "pretrain")
+    params = Params.parse({name: metadata[name] for name in sections}, where)
     config = params.pretrain
-    objective = build_objective(StoreHeader.model_validate(told["header"]), params, chosen)
+    objective = build_objective(StoreHeader.model_validate(metadata["header"]), params, chosen)
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)
@@ -159,15 +160,15 @@ def replay(
     by_key: dict[str, float] = {}
     for row, key in enumerate(keys):
         with torch.no_grad():
-            by_key[key] = float(stepper.loss(batch.rows(row, row + 1), told["epoch"]))
+            by_key[key] = float(stepper.loss(batch.rows(row, row + 1), metadata["epoch"]))
         on_progress(row + 1, len(keys))
-    result = stepper(batch, told["epoch"], 0.0)
+    result = stepper(batch, metadata["epoch"], 0.0)
     gradient = tuple(
         name for name, value in model.named_parameters() if value.grad is not None and _not_finite(value.grad)
     )
     return ReplayReport(
-        step=told["step"],
-        epoch=told["epoch"],
+        step=metadata["step"],
+        epoch=metadata["epoch"],
         precision=precision or config.precision,
         loss=float(result.loss),
         grad_norm=float(result.grad_norm),

@@ -20,7 +20,7 @@ from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.pretraining.bad_batch import write_bad_batch
 from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
-from milan_pipe.pretraining.pictures import PictureBook
+from milan_pipe.pretraining.plotter import PredictionPlotter
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.distributed import Ranks
@@ -66,8 +66,8 @@ class PretrainTask(Task[Batch]):
             "student": params.student.model_dump(mode="json"),
             "teacher": reader.header.teacher.model_dump(mode="json"),
             "settings": params.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
-            "targets": str(reader.place),
-            "command": command_of("pretrain", [reader.place, run], params, _SECTIONS),
+            "targets": str(reader.location),
+            "command": command_of("pretrain", [reader.location, run], params, _SECTIONS),
         }
 
     def build(self) -> None:
@@ -85,8 +85,8 @@ class PretrainTask(Task[Batch]):
         self.objective: Objective = build_objective(self._reader.header, params, device, teach)
         self.model = student = self.objective.student
         self.modules = {"student": student.encoder, "decoder": student.decoder}
-        every, first = self._config.picture_every, self._ranks.first
-        self._pictures = PictureBook(self._run, self._reader, self.objective, every, first) if every else None
+        every, first = self._config.plot_every, self._ranks.first
+        self._images = PredictionPlotter(self._run, self._reader, self.objective, every, first) if every else None
 
     def optimiser(self) -> torch.optim.Optimizer:
         """AdamW; its rate is set before each step."""
@@ -122,15 +122,15 @@ class PretrainTask(Task[Batch]):
 
     def after_step(self, report: StepReport) -> Path | None:
         """Draw predictions at the end of every few epochs."""
-        if self._pictures is None or report.step % self.steps_per_epoch:
+        if self._images is None or report.step % self.steps_per_epoch:
             return None
-        return self._pictures.after_epoch(report.epoch)
+        return self._images.after_epoch(report.epoch)
 
     def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:
         """Have the first rank write the batch of a step, all ranks' parts of it, with the weights that met it."""
         met = weights()
         file = self._write_bad_batch(error, met) if self._ranks.first else None
-        file = self._ranks.of_first(file or self._run)
+        file = self._ranks.broadcast(file or self._run)
         return f". `milan-pipe replay {file}` computes the batch again, with the weights that met it"
 
     def _write_bad_batch(self, error: NotFiniteError, weights: Mapping[str, Mapping[str, Tensor]]) -> Path:
@@ -160,10 +160,10 @@ def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
             f"pretrain.batch_size is {config.batch_size}: {ranks.count} ranks with pretrain.accumulate="
             f"{config.accumulate} need at least {ranks.count * config.accumulate}"
         )
-    if ranks.first and config.lanes < ranks.count:
+    if ranks.first and config.canonical_streams < ranks.count:
         warnings.warn(
-            f"pretrain.lanes is {config.lanes} for {ranks.count} ranks: some read what others use; set it to a "
-            f"multiple of {ranks.count} for a new run",
+            f"pretrain.canonical_streams is {config.canonical_streams} for {ranks.count} ranks: some read what others "
+            f"use; set it to a multiple of {ranks.count} for a new run",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -171,11 +171,17 @@ def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
         samples=tuple(reader.samples(shard) for shard in reader.shards),
         views=reader.header.views.count,
         block=BLOCK_SAMPLES,
-        window=config.window,
+        shuffle_blocks=config.shuffle_blocks,
         seed=config.seed,
     )
     batches_per_epoch(sum(order.samples), config.batch_size)
-    return BatchPlan(order=order, batch_size=config.batch_size, lanes=config.lanes, rank=ranks.rank, ranks=ranks.count)
+    return BatchPlan(
+        order=order,
+        batch_size=config.batch_size,
+        canonical_streams=config.canonical_streams,
+        rank=ranks.rank,
+        ranks=ranks.count,
+    )
 
 
 def pretrain(
@@ -201,7 +207,7 @@ def pretrain(
         MissingError, DataError: the store is not there or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student or the settings, or RUN holds a run of another configuration.
         SettingError: the store has fewer samples than a batch, RUN is a URL, or online targets are not to be had.
-        StoreError, StoppedError, RankLostError, ToldElsewhereError: as `run_task`.
+        StoreError, StoppedError, RankLostError, ReportedElsewhereError: as `run_task`.
     """
 
     def task_of(ranks: Ranks, folder: Path) -> PretrainTask:

@@ -1,4 +1,4 @@
-"""A folder of pictures with a page that holds all of them."""
+"""A folder of images with a page that holds all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Gallery:
 
 
 def embedded(sheet: Sheet) -> dict[str, Any]:
-    """A sheet as the templates take it, pictures included."""
+    """A sheet as the templates take it, images included."""
     return {
         "title": one_line(sheet.title),
         "rows": [
@@ -54,11 +54,11 @@ def write_gallery(folder: Path, gallery: Gallery) -> tuple[Path, list[Path]]:
     Raises:
         StoreError: they cannot be written.
     """
-    pictures = []
+    images = []
     for key, sheet in zip(gallery.keys, gallery.sheets, strict=True):
-        pictures.append(folder / _file_name(key))
-        write_png(pictures[-1], draw_sheet(sheet))
+        images.append(folder / _file_name(key))
+        write_png(images[-1], draw_sheet(sheet))
     sheets = [embedded(sheet) for sheet in gallery.sheets]
     page = folder / PAGE
     write_page(page, render("gallery.html.j2", title=gallery.title, facts=gallery.facts, sheets=sheets))
-    return page, pictures
+    return page, images

@@ -1,4 +1,4 @@
-"""Pictures of what a student predicts, beside what it should have."""
+"""Images of what a student predicts, beside what it should have."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DEFAULT_COUNT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class InspectStudentReport:
-    """What was drawn: `page` is self-contained, `pictures` has one PNG for each of `keys`.
+    """What was drawn: `page` is self-contained, `images` has one PNG for each of `keys`.
 
     Attributes:
         cosine: of each sample, the mean over all its patches.
@@ -40,7 +40,7 @@ class InspectStudentReport:
     """
 
     page: str
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     keys: tuple[str, ...]
     step: int
     cosine: tuple[float, ...]
@@ -92,14 +92,14 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
 def _look(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Shown:
     batch = read_batch(store, sample.block(view))
     with torch.no_grad():
-        lesson = objective.predict(batch, epoch)
-    skip = lesson.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
-    target_LT = lesson.target[0, skip:].float().cpu()
-    predicted_LT = lesson.prediction_BST[0, 1:].float().cpu()
+        predicted = objective.predict(batch, epoch)
+    skip = predicted.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
+    target_LT = predicted.target[0, skip:].float().cpu()
+    predicted_LT = predicted.prediction_BST[0, 1:].float().cpu()
     return _Shown(
         sample=sample,
         pixels_HWC=batch.pixels_BHWC[0].numpy(),
-        visible_L=~lesson.split.masked_map()[0].cpu().numpy(),
+        visible_L=~predicted.split.masked_map()[0].cpu().numpy(),
         target_LT=target_LT.numpy(),
         predicted_LT=predicted_LT.numpy(),
         cosine_L=F.cosine_similarity(predicted_LT, target_LT, dim=-1).numpy(),
@@ -143,7 +143,7 @@ def student_sheets(
         SettingError: the store has no such view.
     """
     if not 0 <= view < store.header.views.count:
-        raise SettingError(f"view {view}: {store.place} has views 0 to {store.header.views.count - 1}")
+        raise SettingError(f"view {view}: {store.location} has views 0 to {store.header.views.count - 1}")
     shown = []
     for number, sample in enumerate(samples):
         shown.append(_look(store, sample, view, objective, epoch))
@@ -169,7 +169,7 @@ def inspect_student(
 
     Args:
         checkpoint: folder of a checkpoint, or of a run.
-        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one picture a sample.
+        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one image a sample.
         keys: of the samples; none takes `count` of them, spread over the store.
         epoch: whose masks are drawn, counted from 0.
 
@@ -180,7 +180,7 @@ def inspect_student(
         SettingError: no such view or device, or OUT is a URL.
         StoreError: OUT cannot be written.
     """
-    folder = local_folder(out, "pictures")
+    folder = local_folder(out, "images")
     opened = open_checkpoint(checkpoint)
     store = open_targets(targets)
     objective = pretrained_objective(opened, store.header, resolve_device(device))
@@ -188,7 +188,7 @@ def inspect_student(
     sheets, cosines = student_sheets(store, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
     facts = {
         "checkpoint": str(opened.path),
-        "targets": str(store.place),
+        "targets": str(store.location),
         "target": objective.target,
         "masks": f"{objective.masking.kind}, {objective.visible} of {objective.patches} patches seen, those of epoch "
         f"{epoch + 1}",
@@ -196,10 +196,10 @@ def inspect_student(
         "cosine": f"dark 0 or below, bright 1; mean {np.mean([all_ for all_, _ in cosines]):.3f}, of hidden patches "
         f"{np.mean([hidden for _, hidden in cosines]):.3f}",
     }
-    page, pictures = write_gallery(folder, Gallery("Predictions", facts, [s.key for s in samples], sheets))
+    page, images = write_gallery(folder, Gallery("Predictions", facts, [s.key for s in samples], sheets))
     return InspectStudentReport(
         page=str(page),
-        pictures=tuple(map(str, pictures)),
+        images=tuple(map(str, images)),
         keys=tuple(sample.key for sample in samples),
         step=int(opened.record["step"]),
         cosine=tuple(all_ for all_, _ in cosines),

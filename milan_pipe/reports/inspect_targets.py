@@ -1,4 +1,4 @@
-"""Pictures of what a target store holds."""
+"""Images of what a target store holds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ DEFAULT_COUNT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class InspectTargetsReport:
-    """What was drawn: `page` is self-contained, `pictures` has one PNG for each of `keys`."""
+    """What was drawn: `page` is self-contained, `images` has one PNG for each of `keys`."""
 
     page: str
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     keys: tuple[str, ...]
     views: int
 
@@ -133,7 +133,7 @@ def inspect_targets(
     """Draw all views of a few samples: attention, a mask, features.
 
     Args:
-        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one picture a sample.
+        out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one image a sample.
         masking: how masks are drawn; they are those of a run with the same settings.
         keys: of the samples; none takes `count` of them, spread over the store.
         epoch: whose masks are drawn, counted from 0.
@@ -144,26 +144,26 @@ def inspect_targets(
         SettingError: the mask ratio leaves no patch, or OUT is a URL.
         StoreError: OUT cannot be written.
     """
-    folder = local_folder(out, "pictures")
+    folder = local_folder(out, "images")
     store = open_targets(targets)
     samples = choose_samples(store, keys, count)
     sheets = target_sheets(store, samples, masking, epoch, on_progress)
     header = store.header
     facts = {
-        "store": str(store.place),
+        "store": str(store.location),
         "teacher": f"{header.teacher.model}"
         + (f", {header.teacher.pretrained}" if header.teacher.pretrained else "")
         + f", input of {header.teacher.image_size} pixels",
-        "views": f"{header.views.count} of each picture, {header.views.size} pixels, scale "
+        "views": f"{header.views.count} of each image, {header.views.size} pixels, scale "
         f"{header.views.scale[0]:g} to {header.views.scale[1]:g}, seed {header.views.seed}",
         "patches": f"{header.teacher.grid[0]} x {header.teacher.grid[1]}, features of {header.teacher.width}",
         "codec": header.codec.name,
         "samples": f"{sum(store.samples(shard) for shard in store.shards)} in {len(store.shards)} shards",
     }
-    page, pictures = write_gallery(folder, Gallery("Targets", facts, [s.key for s in samples], sheets))
+    page, images = write_gallery(folder, Gallery("Targets", facts, [s.key for s in samples], sheets))
     return InspectTargetsReport(
         page=str(page),
-        pictures=tuple(map(str, pictures)),
+        images=tuple(map(str, images)),
         keys=tuple(sample.key for sample in samples),
         views=header.views.count,
     )

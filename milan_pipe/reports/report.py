@@ -36,7 +36,7 @@ _LOSSES = {
 _CURVES = {
     "train/lr": ("Learning rate", "learning rate"),
     "train/grad_norm": ("Norm of the gradient", "norm"),
-    "train/images_per_second": ("Throughput since the start", "pictures a second"),
+    "train/images_per_second": ("Throughput since the start", "images a second"),
     "train/data_wait": ("Share of the time spent waiting for data", "share"),
 }
 _TRANSFER_CURVES = {
@@ -94,7 +94,7 @@ def _overview(runs: Sequence[RunRecord]) -> _Table:
                 _number(report.get("seconds"), "{:.0f} s"),
             )
         )
-    columns = "run, target, decoder, masks, student (width / blocks / heads), epochs, steps, loss, pictures/s, waiting"
+    columns = "run, target, decoder, masks, student (width / blocks / heads), epochs, steps, loss, images/s, waiting"
     return _Table([*columns.split(", "), "time"], rows)
 
 
@@ -163,19 +163,17 @@ def _differences(runs: Sequence[RunRecord]) -> _Table | None:
     return _Table(["setting", *(run.name for run in runs)], rows, text=True) if len(runs) > 1 and rows else None
 
 
-def _segment_pictures(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     shown = []
     for run in runs:
-        files = sorted((run.folder / "pictures").glob("*.png")) if run.task == "segment" else []
+        files = sorted((run.folder / "images").glob("*.png")) if run.task == "segment" else []
         if files:
-            shown.append(
-                {"url": file_url(files[-1].read_bytes()), "caption": f"{run.name}: picture, truth, prediction"}
-            )
+            shown.append({"url": file_url(files[-1].read_bytes()), "caption": f"{run.name}: image, truth, prediction"})
     return shown
 
 
 class _Stores:
-    """The stores of the runs, opened once each; what cannot be opened is told and left out."""
+    """The stores of the runs, opened once each; what cannot be opened is reported and left out."""
 
     def __init__(self, given: str | Path | None, left_out: list[str]) -> None:
         self._given = given
@@ -191,7 +189,7 @@ class _Stores:
         recorded = run.record.get("targets")
         if recorded is None:
             self._left_out.append(
-                f"pictures of {run.name}: it does not say where its targets lie; name them with --targets"
+                f"images of {run.name}: it does not say where its targets lie; name them with --targets"
             )
             return None
         where = str(recorded)
@@ -200,7 +198,7 @@ class _Stores:
                 self._open[where] = open_targets(where)
             except MilanError as error:
                 self._open[where] = None
-                self._left_out.append(f"store and pictures of {run.name}: {error}; name its place with --targets")
+                self._left_out.append(f"store and images of {run.name}: {error}; name its place with --targets")
         return self._open[where]
 
 
@@ -258,7 +256,7 @@ def write_report(
     extraction: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ReportReport:
-    """Write one page about runs: settings, store, speed, curves, scores, pictures, and the commands behind them.
+    """Write one page about runs: settings, store, speed, curves, scores, images, and the commands behind them.
 
     Args:
         runs: folders of runs of `pretrain`, `finetune`, `segment` and `linear-probe`, finished or not.
@@ -266,7 +264,7 @@ def write_report(
         targets: the runs' target store; none takes the one that each run names.
         evaluations: folders with results of probes, besides those that lie in the runs.
         extraction: what `extract-targets --json` printed.
-        on_progress: told runs done, runs.
+        on_progress: called with runs done, runs.
 
     Raises:
         SettingError: no run is named, or OUT is a URL.
@@ -288,9 +286,9 @@ def write_report(
     for number, run in enumerate(pretrained):
         store = stores.of(run)
         if store is not None:
-            if str(store.place) not in sections:
+            if str(store.location) not in sections:
                 masking = MaskSettings.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))
-                sections[str(store.place)] = _store_section(store, masking, store_facts(store))
+                sections[str(store.location)] = _store_section(store, masking, store_facts(store))
             drawn = _predictions(run, store, left_out)
             predictions += [drawn] if drawn is not None else []
         on_progress(number + 1, len(pretrained))
@@ -305,7 +303,7 @@ def write_report(
         stores=sections,
         extraction=_times(extraction),
         predictions=predictions,
-        segmentations=_segment_pictures(others),
+        segmentations=_segment_images(others),
         differences=_differences(pretrained),
         commands=[(run.name, run.task, str(run.record.get("command", "not recorded"))) for run in found],
         settings=[(f"{run.name}: {run.task}", yaml.safe_dump(_settings(run), sort_keys=False)) for run in found],

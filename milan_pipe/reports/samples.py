@@ -38,7 +38,7 @@ class StoredView:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A sample's place in the store; `shard` counts the shards, `row` within it."""
+    """A sample's location in the store; `shard` counts the shards, `row` within it."""
 
     key: str
     shard: int
@@ -61,7 +61,7 @@ def _by_key(store: TargetStore, keys: Sequence[str]) -> list[Sample]:
     missing = [key for key in keys if key not in found]
     if missing:
         some = ", ".join(store.keys(store.shards[0])[:_SHOWN])
-        raise MissingError(f"{store.place} has no sample {', '.join(missing)}; its keys are such as {some}")
+        raise MissingError(f"{store.location} has no sample {', '.join(missing)}; its keys are such as {some}")
     return [found[key] for key in keys]
 
 
@@ -75,7 +75,7 @@ def choose_samples(store: TargetStore, keys: Sequence[str], count: int) -> list[
     if keys:
         return _by_key(store, keys)
     if count < 1:
-        raise SettingError(f"number of pictures: found {count}, expected at least 1")
+        raise SettingError(f"number of images: found {count}, expected at least 1")
     sizes = [store.samples(shard) for shard in store.shards]
     ends = np.cumsum(sizes)
     total = int(ends[-1])

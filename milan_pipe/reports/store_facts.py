@@ -1,4 +1,4 @@
-"""What a store says of itself: size, fidelity, and what was set aside."""
+"""What a store says of itself: size, fidelity, and what was skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_BAD = 20
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """Lines to print, and the first samples that were set aside: key and reason."""
+    """Lines to print, and the first samples that were skipped: key and reason."""
 
     rows: Mapping[str, str]
     bad: Sequence[tuple[str, str]]
@@ -26,7 +26,7 @@ def store_facts(store: TargetStore) -> StoreFacts:
         DataError: one is damaged.
     """
     header = store.header
-    samples = taken = features = files = aside = 0
+    samples = taken = features = files = skipped = 0
     known, known_samples = 0.0, 0
     bad: list[tuple[str, str]] = []
     # Record after record: together they may be larger than memory.
@@ -38,7 +38,7 @@ def store_facts(store: TargetStore) -> StoreFacts:
         features += sum(
             file.bytes for path, file in record.files.items() if path.split("/")[0] in ("features", "scale")
         )
-        aside += len(record.source.bad)
+        skipped += len(record.source.bad)
         bad += record.source.bad[: _MOST_BAD - len(bad)]
         if record.mean_cosine is not None:
             known += record.mean_cosine * record.source.samples
@@ -51,12 +51,12 @@ def store_facts(store: TargetStore) -> StoreFacts:
         fidelity = f"mean cosine {mean:.6f} of decoded and teacher's tokens, over all views"
     teacher = header.teacher
     rows = {
-        "store": str(store.place),
+        "store": str(store.location),
         "format": f"{header.format}, schema {header.schema_version}, written by milan-pipe {header.package_version}",
         "teacher": f"{teacher.model}{f' ({teacher.pretrained})' if teacher.pretrained else ''}, {teacher.image_size} "
         f"pixels, {teacher.precision}, {teacher.normalization} normalisation, weights {teacher.weights_sha256[:12]}",
         "patches": f"{teacher.grid[0]} x {teacher.grid[1]}, features of {teacher.width}",
-        "pictures": f"{samples:,} in {len(store.shards)} of {header.source.shards} shards, {aside} set aside",
+        "images": f"{samples:,} in {len(store.shards)} of {header.source.shards} shards, {skipped} skipped",
         "views": f"{header.views.count} of each, {header.views.size} pixels, scale {header.views.scale[0]:g} to "
         f"{header.views.scale[1]:g}, mirrored with probability {header.views.flip:g}, seed {header.views.seed}",
         "size": f"{size(taken)} in {files:,} files, {size(taken / views)} a view",

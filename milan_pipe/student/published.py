@@ -42,7 +42,7 @@ def student_from_published(
 
     Raises:
         MismatchError: keys are missing or unexpected, or shapes contradict each other; they are named.
-        SettingError: heads do not divide the width, or cannot be told from it.
+        SettingError: heads do not divide the width, or cannot be derived from it.
     """
     state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     kind = PlainDecoder if "decoder_blocks.0.attn.qkv.weight" in state else PromptingDecoder
@@ -96,7 +96,7 @@ class _Sizes:
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         if key not in self._state:
             raise MismatchError(
-                f"state dict: {self._prefix + key!r} is missing, one of the keys that tell the model's sizes; found "
+                f"state dict: {self._prefix + key!r} is missing, one of the keys that give the model's sizes; found "
                 f"{_listed(self._state)}; if all names share a prefix, name it in `prefix`"
             )
         shape = tuple(self._state[key].shape)
@@ -132,7 +132,7 @@ def _grid(patches: int, patch: Grid, image_size: int | tuple[int, int] | None) -
 def _encoder_heads(width: int, heads: int | None) -> int:
     if heads is None:
         if width % 64:
-            raise SettingError(f"encoder width {width} is no multiple of 64, which tells no heads; give encoder_heads")
+            raise SettingError(f"encoder width {width} is no multiple of 64, so heads are unknown; give encoder_heads")
         return width // 64
     if heads < 1 or width % heads:
         raise SettingError(f"encoder_heads {heads} does not divide the encoder's width {width}")
@@ -161,7 +161,7 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pref
     }
     parts = [f"{fault}: {'; '.join(names)}" for fault, names in faults.items() if names]
     if parts:
-        raise MismatchError(f"state dict does not fit a student of the sizes it tells. {'. '.join(parts)}")
+        raise MismatchError(f"state dict does not fit a student of the sizes it has. {'. '.join(parts)}")
 
 
 def _listed(keys: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 Encoding and decoding are torch code, so that they run where the data is: encoding beside the teacher, decoding on the
 training device. Entropy coding is the backends': they know how codes lie in their files.
 
-S tokens of a picture, T width of the teacher; C = T coefficients of codec `klt`.
+S tokens of an image, T width of the teacher; C = T coefficients of codec `klt`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def build_codec(config: CodecSettings, features: Tensor | Iterable[Tensor] | Non
     """The codec that a configuration names, for a store that begins; one that goes on has its codec in its header.
 
     Args:
-        features: (P, S, T) of `config.fit_samples` pictures, or batches of them; codec `klt` is fitted to them, the
+        features: (P, S, T) of `config.fit_samples` images, or batches of them; codec `klt` is fitted to them, the
             others need none.
 
     Raises:

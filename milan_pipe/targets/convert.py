@@ -10,7 +10,7 @@ import numpy as np
 
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.storage import Place, place_of
+from milan_pipe.storage import Location, location_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
@@ -40,7 +40,7 @@ def _block(store: TargetStore, shard: str, start: int, stop: int) -> TargetBlock
     )
 
 
-def _require_apart(source: Place, destination: Place) -> None:
+def _require_apart(source: Location, destination: Location) -> None:
     if source.local is not None and destination.local is not None:
         one, other = source.local.resolve().parts, destination.local.resolve().parts
     else:
@@ -61,14 +61,14 @@ def convert_targets(
 
     Args:
         format: of the new store.
-        on_progress: told shards done and shards in all.
+        on_progress: called with shards done and shards in all.
 
     Raises:
         MissingError, DataError, MismatchError, StoreError: the source cannot be read, is damaged or not complete, or
             the destination holds something else.
         SettingError: one lies within the other.
     """
-    _require_apart(place_of(source), place_of(destination))
+    _require_apart(location_of(source), location_of(destination))
     store = open_targets(source)
     if len(store.shards) != store.header.source.shards:
         raise DataError(
@@ -84,7 +84,7 @@ def convert_targets(
             skipped += 1
             continue
         if shard in there:
-            # The source has been extracted again since, from other pictures.
+            # The source has been extracted again since, from other images.
             writer.forget(shard)
         making = writer.open_shard(shard)
         try:
@@ -101,5 +101,5 @@ def convert_targets(
         shards=len(store.shards),
         skipped=skipped,
         samples=sum(store.samples(shard) for shard in store.shards),
-        bytes=sum(writer.place.sizes().values()),
+        bytes=sum(writer.location.sizes().values()),
     )

@@ -7,7 +7,7 @@ does so best where codes of like strength lie together (`coefficient_major`). Th
 
 Source: Goyal, "Theoretical Foundations of Transform Coding", IEEE Signal Processing Magazine 18(5), 2001.
 
-P pictures, S tokens of one, N tokens of many, T width; C = T coefficients, strongest first.
+P images, S tokens of one, N tokens of many, T width; C = T coefficients, strongest first.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 # A reconstruction shorter than this has lost its direction; to divide by its length would only blow up the scale.
 _SHORTEST = 1e-3
 
-_TOKENS_PER_PICTURE = 64
+_TOKENS_PER_IMAGE = 64
 _MEASURE_EVERY = 4
-# Share of the allowed loss that is not spent on the sample, so that other pictures reach the quality too.
+# Share of the allowed loss that is not spent on the sample, so that other images reach the quality too.
 _SPENT = 0.99
 # Codes must reach further than the mean's own coefficients, or no vector could be shortened into their range.
 _MEAN_ROOM = 1.25
@@ -223,38 +223,38 @@ def _unit(feature_ST: Tensor) -> tuple[Tensor, Tensor]:
     return scaled_ST / norm_S.clamp(min=_SMALLEST_NORM)[..., None], norm_S * largest_S
 
 
-def _pictures(features: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Up to 64 tokens (N, T) of each picture, spread evenly."""
-    pictures: list[Tensor] = []
+def _images(features: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Up to 64 tokens (N, T) of each image, spread evenly."""
+    images: list[Tensor] = []
     for batch_PST in [features] if isinstance(features, Tensor) else features:
         if batch_PST.ndim != 3:
             raise ShapeError(f"codec klt is fitted to features (P, S, T), found shape {tuple(batch_PST.shape)}")
-        stride = max(1, math.ceil(batch_PST.shape[1] / _TOKENS_PER_PICTURE))
-        for picture_ST in batch_PST.detach().to("cpu", torch.float32):
+        stride = max(1, math.ceil(batch_PST.shape[1] / _TOKENS_PER_IMAGE))
+        for image_ST in batch_PST.detach().to("cpu", torch.float32):
             # Not the same tokens of each, so that CLS counts for as much as it does in the loss.
-            first = len(pictures) // _MEASURE_EVERY % stride
-            pictures.append(picture_ST[first::stride].clone())
-    if len({picture.shape[-1] for picture in pictures}) > 1:
+            first = len(images) // _MEASURE_EVERY % stride
+            images.append(image_ST[first::stride].clone())
+    if len({image.shape[-1] for image in images}) > 1:
         raise ShapeError("codec klt is fitted to features of one width, found several")
-    return pictures
+    return images
 
 
-def _split(pictures: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) for the basis, and others, of other pictures where there are enough, to measure with.
+def _split(images: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens (N, T) for the basis, and others, of other images where there are enough, to measure with.
 
     A basis flatters the tokens that it was fitted to, hence the two. Zero vectors have no direction and are left out.
     """
-    tokens_NT = torch.cat(pictures) if pictures else torch.empty(0, 1)
-    owner_N = torch.cat([torch.full((len(p),), i) for i, p in enumerate(pictures)]) if pictures else torch.empty(0)
-    told = tokens_NT.abs().amax(dim=-1) != 0
-    tokens_NT, owner_N = tokens_NT[told], owner_N[told]
+    tokens_NT = torch.cat(images) if images else torch.empty(0, 1)
+    owner_N = torch.cat([torch.full((len(p),), i) for i, p in enumerate(images)]) if images else torch.empty(0)
+    non_zero = tokens_NT.abs().amax(dim=-1) != 0
+    tokens_NT, owner_N = tokens_NT[non_zero], owner_N[non_zero]
     if not len(tokens_NT):
         raise DataError("codec klt has no features but zeros to be fitted to; check the teacher, or use codec int8")
     owners, rank_N = torch.unique(owner_N, return_inverse=True)
     if len(owners) < _MEASURE_EVERY:
         rank_N = torch.arange(len(tokens_NT))
-    aside = rank_N % _MEASURE_EVERY == _MEASURE_EVERY - 1
-    return tokens_NT[~aside], tokens_NT[aside] if bool(aside.any()) else tokens_NT
+    held_out = rank_N % _MEASURE_EVERY == _MEASURE_EVERY - 1
+    return tokens_NT[~held_out], tokens_NT[held_out] if bool(held_out.any()) else tokens_NT
 
 
 @dataclass(frozen=True)
@@ -299,15 +299,15 @@ def _measured(codec: KltCodec, tokens_NT: Tensor) -> float:
 def fit_klt(features: Tensor | Iterable[Tensor], quality: float, zstd_level: int = 1) -> KltCodec:
     """Fit the codec to a sample of the data: the same features give the same codec.
 
-    Memory holds up to 64 tokens of each picture. Errors of T coefficients with a variance of step²/12 each make a mean
+    Memory holds up to 64 tokens of each image. Errors of T coefficients with a variance of step²/12 each make a mean
     cosine of about 1 - T step² / 24; coefficients that round to zero err less, so the step that is looked for by
-    bisection is wider than this says, up to twice as wide: where the sample is flat and other pictures are not, they
+    bisection is wider than this says, up to twice as wide: where the sample is flat and other images are not, they
     lose no more than four times what they should.
 
     Args:
-        features: (P, S, T) of P pictures, or batches of them. Pictures should lie spread over the data.
+        features: (P, S, T) of P images, or batches of them. Images should lie spread over the data.
         quality: mean cosine over tokens, in (0, 1).
-        zstd_level: told in the header, for the backends.
+        zstd_level: kept in the header, for the backends.
 
     Raises:
         DataError: features are not finite or all zero, or codes of one byte cannot reach the quality.
@@ -315,7 +315,7 @@ def fit_klt(features: Tensor | Iterable[Tensor], quality: float, zstd_level: int
     """
     if not 0 < quality < 1:
         raise DataError(f"codec klt reaches a mean cosine above 0 and below 1, asked for {quality}")
-    basis_NT, measure_NT = _split(_pictures(features))
+    basis_NT, measure_NT = _split(_images(features))
     spectrum = _spectrum(basis_NT)
     target = 1 - _SPENT * (1 - quality)
     plain = math.sqrt(24 * (1 - quality) / len(spectrum.mean_T))

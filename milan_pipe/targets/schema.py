@@ -86,7 +86,7 @@ class CodecInfo(Settings):
 class SourceInfo(Settings):
     """Where the images came from: number of source shards and a digest over their names.
 
-    What is in a shard is told by its own record, so that one that changes does not condemn the others.
+    What is in a shard is said by its own record, so that one that changes does not condemn the others.
     """
 
     shards: PositiveInt
@@ -123,7 +123,7 @@ def _short(value: object) -> str:
 def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
     """Settings in which two headers differ, as `teacher.model: store has 'a', this run has 'b'`.
 
-    The package version is told and not compared: the schema version says whether the layout changed.
+    The package version is recorded and not compared: the schema version says whether the layout changed.
     """
     differences = []
     left, right = found.model_dump(mode="json"), expected.model_dump(mode="json")
@@ -185,7 +185,7 @@ class SourceShard:
         bytes: size.
         sha256: of the whole file.
         samples: samples kept.
-        bad: key and reason of each sample set aside.
+        bad: key and reason of each sample skipped.
     """
 
     name: str
@@ -212,7 +212,8 @@ class ShardRecord:
         files: all files, by path below the shard's folder.
         blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
             large file of zarr its end.
-        mean_cosine: of the stored tokens with those that the teacher gave, over all views; None where it was not told.
+        mean_cosine: of the stored tokens with those that the teacher gave, over all views; None where it was not
+        reported.
     """
 
     source: SourceShard

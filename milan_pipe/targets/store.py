@@ -1,4 +1,4 @@
-"""A target store as a whole: its header, its ledger, and the backend that its header names."""
+"""A target store as a whole: its header, its manifest, and the backend that its header names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, resource_hint
-from milan_pipe.storage import Place, place_of, require_writable
-from milan_pipe.targets import ledger, tar_store, zarr_store
-from milan_pipe.targets.ledger import CommittedShard, ShardSummary
+from milan_pipe.storage import Location, location_of, require_writable
+from milan_pipe.targets import manifest, tar_store, zarr_store
+from milan_pipe.targets.manifest import CommittedShard, ShardSummary
 from milan_pipe.targets.schema import (
     SCHEMA_VERSION,
     FileRecord,
@@ -44,14 +44,14 @@ _REMOVAL_PAUSES = (0.01, 0.1, 1.0)
 
 def header_file(header: StoreHeader) -> tuple[str, bytes]:
     """Name and content of the file that makes a folder a store."""
-    values = ledger.sealed(header.model_dump(mode="json"))
+    values = manifest.with_digest(header.model_dump(mode="json"))
     if header.format == "zarr":
         group = {"zarr_format": 3, "node_type": "group", "attributes": {_HEADER: values}}
         return zarr_store.HEADER_FILE, json.dumps(group, indent=2).encode() + b"\n"
     return tar_store.HEADER_FILE, json.dumps({_HEADER: values}, indent=2).encode() + b"\n"
 
 
-def _sealed_header(data: bytes) -> Any:
+def _header_of_file(data: bytes) -> Any:
     try:
         content = json.loads(data)
         return content.get("attributes", content)[_HEADER]
@@ -59,41 +59,41 @@ def _sealed_header(data: bytes) -> Any:
         return None
 
 
-def read_header(place: Place) -> StoreHeader | None:
+def read_header(location: Location) -> StoreHeader | None:
     """The header of a store, or None where there is no store.
 
     Raises:
         DataError: the header is damaged, or the file is not one.
         MismatchError: another schema version.
     """
-    header, _ = _header_and_digest(place)
+    header, _ = _header_and_digest(location)
     return header
 
 
-def _header_and_digest(place: Place) -> tuple[StoreHeader | None, str]:
+def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
     for name in (zarr_store.HEADER_FILE, tar_store.HEADER_FILE):
         try:
-            data = place.read(name)
+            data = location.read(name)
         except MissingError:
             continue
-        found = _sealed_header(data)
+        found = _header_of_file(data)
         if not isinstance(found, dict):
-            raise DataError(f"{place}/{name} is not the header of a target store; extract into another folder")
-        # The version goes first: the seal may change with it.
+            raise DataError(f"{location}/{name} is not the header of a target store; extract into another folder")
+        # The version goes first: the digest may change with it.
         version = found.get("schema_version")
         if version != SCHEMA_VERSION:
             raise MismatchError(
-                f"{place} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
+                f"{location} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
                 f"extract the targets again, or use the version that wrote them ({found.get('package_version')})"
             )
-        values = ledger.unsealed(found)
+        values = manifest.verified(found)
         if values is None:
             raise DataError(
-                f"{place}/{name} is damaged: its content does not fit its digest. Remove it and run the same "
+                f"{location}/{name} is damaged: its content does not fit its digest. Remove it and run the same "
                 "`milan-pipe extract-targets` again: where all shards had been committed, it writes the header anew"
             )
-        header: StoreHeader = StoreHeader.parse(values, f"{place}/{name}")
-        return header, ledger.sha256_of(data)
+        header: StoreHeader = StoreHeader.parse(values, f"{location}/{name}")
+        return header, manifest.sha256_of(data)
     return None, ""
 
 
@@ -108,10 +108,10 @@ class StoreShardWriter:
     anew that was removed while they wrote: what is committed must lie in the very folder that was begun.
     """
 
-    def __init__(self, place: Place, name: str, header: StoreHeader) -> None:
-        self._place = place
+    def __init__(self, location: Location, name: str, header: StoreHeader) -> None:
+        self._location = location
         self._name = name
-        self._scratch = place.scratch(name)
+        self._scratch = location.scratch(name)
         self._begun = -1
         self._samples = 0
         make = zarr_store.ZarrShardFiles if header.format == "zarr" else tar_store.TarShardFiles
@@ -146,7 +146,7 @@ class StoreShardWriter:
 
     def _overtaken(self) -> StoreError:
         return StoreError(
-            f"{self._place}/{self._name}: {self._scratch} was removed while it was written, by another process that "
+            f"{self._location}/{self._name}: {self._scratch} was removed while it was written, by another process that "
             "does the same shard or has finished the store; run one extraction, or share the shards out with --shards"
         )
 
@@ -169,10 +169,12 @@ class StoreShardWriter:
             mean_cosine: see `ShardRecord`.
 
         Raises:
-            StoreError: it cannot be written, or does not have the samples that `source` tells of.
+            StoreError: it cannot be written, or does not have the samples that `source` names.
         """
         if not self._samples or source.samples != self._samples:
-            raise StoreError(f"{self._place}/{self._name}: {self._samples} samples written, {source.samples} announced")
+            raise StoreError(
+                f"{self._location}/{self._name}: {self._samples} samples written, {source.samples} announced"
+            )
         with self._errors():
             blocks = self._files.close()
             paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
@@ -184,9 +186,9 @@ class StoreShardWriter:
             }
             if not self._is_own():
                 raise self._overtaken()
-            self._place.publish(self._scratch, self._name)
+            self._location.publish(self._scratch, self._name)
         record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
-        ledger.write_record(self._place, self._name, record)
+        manifest.write_record(self._location, self._name, record)
         self._close()
 
     def discard(self) -> None:
@@ -216,30 +218,30 @@ class TargetStoreWriter:
             DataError: the folder holds something else.
             StoreError: the folder cannot be written.
         """
-        self.place = place_of(where)
-        require_writable(self.place)
+        self.location = location_of(where)
+        require_writable(self.location)
         self.header = header
         name, content = header_file(header)
-        found = read_header(self.place)
+        found = read_header(self.location)
         if found is None:
             self._require_free(content)
-            if not self.place.write(name, content, replace=False):
+            if not self.location.write(name, content, replace=False):
                 # Another process of the same job was first.
-                found = read_header(self.place)
+                found = read_header(self.location)
         if found is not None:
-            require_same_header(found, header, self.place)
+            require_same_header(found, header, self.location)
             # Its package version stays, and with it its bytes.
             self.header = found
 
     def _require_free(self, header: bytes) -> None:
         """Refuse a folder that holds anything but a store that has lost this very header."""
-        there = self.place.sizes()
+        there = self.location.sizes()
         if not there:
             return
-        summary = ledger.read_summary(self.place)
-        if summary is None or summary.header_sha256 != ledger.sha256_of(header):
+        summary = manifest.read_summary(self.location)
+        if summary is None or summary.header_sha256 != manifest.sha256_of(header):
             raise DataError(
-                f"{self.place} is not a target store and not empty (it holds {min(there)}); name another folder"
+                f"{self.location} is not a target store and not empty (it holds {min(there)}); name another folder"
             )
 
     def committed(self, *, sizes: bool = False) -> dict[str, CommittedShard]:
@@ -250,11 +252,11 @@ class TargetStoreWriter:
         Args:
             sizes: leave those out as well whose files are not all there in full length.
         """
-        found, broken = ledger.read_committed(self.place, ledger.committed_names(self.place), sizes=sizes)
+        found, broken = manifest.read_committed(self.location, manifest.committed_names(self.location), sizes=sizes)
         if broken:
             first = min(broken)
             warnings.warn(
-                f"{self.place}: {len(broken)} shards are not as they were written and are done again: "
+                f"{self.location}: {len(broken)} shards are not as they were written and are done again: "
                 f"{_listed(sorted(broken))} (the first: {broken[first]})",
                 RuntimeWarning,
                 stacklevel=3,
@@ -263,15 +265,15 @@ class TargetStoreWriter:
 
     def open_shard(self, name: str) -> StoreShardWriter:
         """Begin a shard; what an interrupted attempt left is removed."""
-        self.place.clear_scratch(name)
-        self.place.child(ledger.FOLDER).clear_scratch(f"{name}.json")
-        return StoreShardWriter(self.place, name, self.header)
+        self.location.clear_scratch(name)
+        self.location.child(manifest.FOLDER).clear_scratch(f"{name}.json")
+        return StoreShardWriter(self.location, name, self.header)
 
     def forget(self, name: str) -> None:
         """Take a shard back, so that it is done again."""
-        self.place.remove(ledger.SUMMARY)
-        self.place.remove(f"{ledger.FOLDER}/{name}.json")
-        self.place.remove(name)
+        self.location.remove(manifest.SUMMARY)
+        self.location.remove(f"{manifest.FOLDER}/{name}.json")
+        self.location.remove(name)
 
     def finish(self) -> None:
         """Write `bad_samples.jsonl` and the summary; call it when all shards are committed."""
@@ -279,15 +281,15 @@ class TargetStoreWriter:
         committed = self.committed()
         if len(committed) != self.header.source.shards:
             raise StoreError(
-                f"{self.place}: {len(committed)} of {self.header.source.shards} shards are whole; run the same command "
-                "again"
+                f"{self.location}: {len(committed)} of {self.header.source.shards} shards are whole; run the same "
+                "command again"
             )
         try:
-            ledger.write_summary(self.place, self.place.read(name), committed)
+            manifest.write_summary(self.location, self.location.read(name), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
-        self.place.clear_scratch()
-        self.place.child(ledger.FOLDER).clear_scratch()
+        self.location.clear_scratch()
+        self.location.child(manifest.FOLDER).clear_scratch()
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -301,8 +303,8 @@ def _listed(names: Sequence[str]) -> str:
 class TargetStore:
     """A store that is read, by any number of threads; see `open_targets`."""
 
-    def __init__(self, place: Place, header: StoreHeader, shards: Mapping[str, ShardSummary]) -> None:
-        self.place = place
+    def __init__(self, location: Location, header: StoreHeader, shards: Mapping[str, ShardSummary]) -> None:
+        self.location = location
         self.header = header
         self.shards = tuple(shards)
         self._summaries = dict(shards)
@@ -326,14 +328,14 @@ class TargetStore:
         """
         expected = self._summaries[shard]
         try:
-            return ledger.read_record(self.place, shard, expected)
+            return manifest.read_record(self.location, shard, expected)
         except MissingError as error:
-            raise damaged(self.place, shard, str(error)) from error
+            raise damaged(self.location, shard, str(error)) from error
 
     def _shard(self, name: str) -> OpenShard:
         with self._opening:
             if name not in self._open:
-                self._open[name] = open_shard(self.place, name, self.header, self.record(name))
+                self._open[name] = open_shard(self.location, name, self.header, self.record(name))
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(name)
@@ -349,7 +351,7 @@ class TargetStore:
         try:
             return self._shard(shard).keys()
         except MissingError as error:
-            raise damaged(self.place, shard, str(error)) from error
+            raise damaged(self.location, shard, str(error)) from error
 
     def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view of a shard.
@@ -361,40 +363,42 @@ class TargetStore:
         count = self._summaries[shard].samples if shard in self._summaries else 0
         if not (0 <= view < self.header.views.count and 0 <= start < stop <= count):
             raise IndexError(
-                f"{self.place}: samples {start}:{stop} of view {view} of shard {shard!r} were asked for; "
+                f"{self.location}: samples {start}:{stop} of view {view} of shard {shard!r} were asked for; "
                 f"it has {count} samples, {self.header.views.count} views"
             )
         try:
             return self._shard(shard).read(view, start, stop)
         except MissingError as error:
-            raise damaged(self.place, shard, str(error)) from error
+            raise damaged(self.location, shard, str(error)) from error
 
     def bytes(self) -> int:
         """Size of all files of the store."""
-        return sum(self.place.sizes().values())
+        return sum(self.location.sizes().values())
 
 
-def damaged(place: Place, shard: str, what: str) -> DataError:
+def damaged(location: Location, shard: str, what: str) -> DataError:
     """The error for a shard that cannot be read as it was written."""
-    return DataError(f"{place}, shard {shard}: {what}. Write it again with `{ledger.redo_command(place, shard)}`")
+    return DataError(
+        f"{location}, shard {shard}: {what}. Write it again with `{manifest.redo_command(location, shard)}`"
+    )
 
 
-def open_shard(place: Place, name: str, header: StoreHeader, record: ShardRecord) -> OpenShard:
+def open_shard(location: Location, name: str, header: StoreHeader, record: ShardRecord) -> OpenShard:
     """Open one shard for reading, after a look whether all its files are there in full length.
 
     Raises:
         DataError: files are missing, cut, too long, or their metadata is damaged.
     """
-    wrong = ledger.wrong_size(place, name, record)
+    wrong = manifest.wrong_size(location, name, record)
     if wrong is not None:
-        raise damaged(place, name, wrong)
+        raise damaged(location, name, wrong)
 
     def fail(what: str) -> DataError:
-        return damaged(place, name, what)
+        return damaged(location, name, what)
 
     if header.format == "zarr":
-        return zarr_store.ZarrShard(place.child(name), header, record, fail)
-    return tar_store.TarShard(place.child(name), header, record, fail)
+        return zarr_store.ZarrShard(location.child(name), header, record, fail)
+    return tar_store.TarShard(location.child(name), header, record, fail)
 
 
 def open_targets(where: str | Path) -> TargetStore:
@@ -406,40 +410,40 @@ def open_targets(where: str | Path) -> TargetStore:
         MismatchError: another schema version.
         StoreError: it cannot be reached.
     """
-    place = place_of(where)
-    header, digest = _header_and_digest(place)
-    advice = f"write targets with `milan-pipe extract-targets IMAGES {place}`"
+    location = location_of(where)
+    header, digest = _header_and_digest(location)
+    advice = f"write targets with `milan-pipe extract-targets IMAGES {location}`"
     if header is None:
-        if place.local is not None and place.local.is_dir():
+        if location.local is not None and location.local.is_dir():
             raise DataError(
-                f"{place} is not a target store: it has neither {zarr_store.HEADER_FILE} nor {tar_store.HEADER_FILE}; "
-                f"{advice}"
+                f"{location} is not a target store: it has neither {zarr_store.HEADER_FILE} nor "
+                f"{tar_store.HEADER_FILE}; {advice}"
             )
-        raise MissingError(f"{place} is not there; {advice}")
-    summary = ledger.read_summary(place)
+        raise MissingError(f"{location} is not there; {advice}")
+    summary = manifest.read_summary(location)
     if summary is None:
-        return TargetStore(place, header, _committed_so_far(place, header))
+        return TargetStore(location, header, _committed_so_far(location, header))
     if digest != summary.header_sha256:
         raise DataError(
-            f"{place}: the header does not fit its digest in {ledger.SUMMARY}: one of them is of another store; bring "
+            f"{location}: the header does not fit its digest in {manifest.SUMMARY}: one is of another store; bring "
             "back the true one, or extract the targets again into another folder"
         )
-    return TargetStore(place, header, dict(sorted(summary.shards.items())))
+    return TargetStore(location, header, dict(sorted(summary.shards.items())))
 
 
-def _committed_so_far(place: Place, header: StoreHeader) -> dict[str, ShardSummary]:
-    committed, broken = ledger.read_committed(place, ledger.committed_names(place))
+def _committed_so_far(location: Location, header: StoreHeader) -> dict[str, ShardSummary]:
+    committed, broken = manifest.read_committed(location, manifest.committed_names(location))
     if broken:
         first, names = min(broken), ",".join(sorted(broken))
         raise DataError(
-            f"{place}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them again "
-            f"with `{ledger.redo_command(place, names)}`"
+            f"{location}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them "
+            f"again with `{manifest.redo_command(location, names)}`"
         )
     if not committed:
-        raise DataError(f"{place} has no committed shard; run extract-targets again to finish it")
+        raise DataError(f"{location} has no committed shard; run extract-targets again to finish it")
     warnings.warn(
-        f"{place} has no {ledger.SUMMARY}: {len(committed)} of {header.source.shards} shards are read; run the same "
-        "extract-targets again to finish it",
+        f"{location} has no {manifest.SUMMARY}: {len(committed)} of {header.source.shards} shards are read; run the "
+        "same extract-targets again to finish it",
         RuntimeWarning,
         stacklevel=3,
     )

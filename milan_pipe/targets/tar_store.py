@@ -28,7 +28,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from milan_pipe.errors import DataError, StoreError
-from milan_pipe.storage import Place
+from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
@@ -180,14 +180,14 @@ class TarShard:
     """Tars of one shard."""
 
     def __init__(
-        self, place: Place, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
+        self, location: Location, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
     ) -> None:
-        """Open the shard in the folder `place`, whose files are all there.
+        """Open the shard in the folder `location`, whose files are all there.
 
         Args:
             fail: makes the error of what is found damaged.
         """
-        self._place = place
+        self._location = location
         self._fail = fail
         self._header = header
         self._record = record
@@ -224,7 +224,7 @@ class TarShard:
         name = _tar_name(view)
         table = self._record.blocks[name]
         (start, crc), (stop, _) = table[block], table[block + 1]
-        data = self._place.read_range(name, start, stop)
+        data = self._location.read_range(name, start, stop)
         if len(data) != stop - start or crc32c(data) != crc:
             raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
         samples: list[dict[str, memoryview]] = []

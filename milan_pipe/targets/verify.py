@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.views import decode_jpeg
-from milan_pipe.storage import Place, place_of
-from milan_pipe.targets import ledger
+from milan_pipe.storage import Location, location_of
+from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun
 from milan_pipe.targets.store import header_file, open_shard, read_header
@@ -41,13 +41,13 @@ class Problem:
         shard: name, or "" for the store's own files.
         array: array, file or folder.
         what: what was found and what was expected.
-        mend: what to run.
+        repair: what to run.
     """
 
     shard: str
     array: str
     what: str
-    mend: str
+    repair: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class VerifyReport:
     Attributes:
         shards, samples, views, files, bytes: what was looked at.
         problems: all of them; none means that the store is whole.
-        mend: what to run, one after another, to be rid of all of them.
+        repair: what to run, one after another, to be rid of all of them.
     """
 
     shards: int
@@ -66,12 +66,12 @@ class VerifyReport:
     files: int
     bytes: int
     problems: tuple[Problem, ...]
-    mend: tuple[str, ...]
+    repair: tuple[str, ...]
 
 
 class _Check:
-    def __init__(self, place: Place, header: StoreHeader, on_run: ShardCheck) -> None:
-        self.place = place
+    def __init__(self, location: Location, header: StoreHeader, on_run: ShardCheck) -> None:
+        self.location = location
         self.header = header
         self.on_run = on_run
         self.problems: list[Problem] = []
@@ -80,112 +80,112 @@ class _Check:
         self._removals: list[str] = []
         self._keys: dict[str, NDArray[np.uint64]] = {}
 
-    def blame(self, shard: str, array: str, what: str) -> None:
-        mend = ledger.redo_command(self.place, shard) if shard else ledger.extract_command(self.place)
-        self.problems.append(Problem(shard=shard, array=array, what=what, mend=mend))
+    def report(self, shard: str, array: str, what: str) -> None:
+        repair = manifest.redo_command(self.location, shard) if shard else manifest.extract_command(self.location)
+        self.problems.append(Problem(shard=shard, array=array, what=what, repair=repair))
 
-    def blame_header(self, name: str, what: str) -> None:
-        mend = f"{self._removal(name)}; {ledger.extract_command(self.place)}"
-        self.problems.append(Problem(shard="", array=name, what=what, mend=mend))
+    def report_header(self, name: str, what: str) -> None:
+        repair = f"{self._removal(name)}; {manifest.extract_command(self.location)}"
+        self.problems.append(Problem(shard="", array=name, what=what, repair=repair))
 
-    def blame_stray(self, shard: str, path: str, what: str) -> None:
+    def report_stray(self, shard: str, path: str, what: str) -> None:
         # What has not a store's own name is the user's, as a run that was put here, and is never advised away.
         is_own = shard or re.fullmatch(r"[0-9]{6,9}|manifest/[0-9]{6,9}\.json|zarr\.json|header\.json", path)
         inside = f"{shard}/{path}" if shard else path
-        mend = self._removal(inside) if is_own else self._move(inside)
-        self.problems.append(Problem(shard=shard, array=path, what=what, mend=mend))
+        repair = self._removal(inside) if is_own else self._move(inside)
+        self.problems.append(Problem(shard=shard, array=path, what=what, repair=repair))
 
     def _removal(self, path: str) -> str:
-        drop = "rm -rf" if self.place.local is not None else "remove"
-        self._removals.append(f"{drop} {shlex.quote(f'{self.place}/{path}')}")
+        drop = "rm -rf" if self.location.local is not None else "remove"
+        self._removals.append(f"{drop} {shlex.quote(f'{self.location}/{path}')}")
         return self._removals[-1]
 
     def _move(self, path: str) -> str:
-        move = "mv" if self.place.local is not None else "move"
-        self._removals.append(f"{move} {shlex.quote(f'{self.place}/{path}')} ELSEWHERE")
+        move = "mv" if self.location.local is not None else "move"
+        self._removals.append(f"{move} {shlex.quote(f'{self.location}/{path}')} ELSEWHERE")
         return self._removals[-1]
 
-    def mend(self) -> tuple[str, ...]:
-        """What mends all problems: one extraction, after what is too much is gone."""
-        rest = [problem for problem in self.problems if problem.mend not in self._removals]
+    def repair(self) -> tuple[str, ...]:
+        """What repairs all problems: one extraction, after what is too much is gone."""
+        rest = [problem for problem in self.problems if problem.repair not in self._removals]
         shards = sorted({problem.shard for problem in rest} - {""})
         if shards:
-            last = [ledger.redo_command(self.place, ",".join(shards))]
+            last = [manifest.redo_command(self.location, ",".join(shards))]
         else:
-            last = [ledger.extract_command(self.place)] if rest else []
+            last = [manifest.extract_command(self.location)] if rest else []
         return (*dict.fromkeys(self._removals), *last)
 
     def store(self) -> dict[str, int]:
         """Check header, summary and bad samples. Returns samples by shard."""
         name, content = header_file(self.header)
-        data = self.place.read(name)
+        data = self.location.read(name)
         if data != content:
-            self.blame_header(name, "differs from what was written")
+            self.report_header(name, "differs from what was written")
         try:
-            summary = ledger.read_summary(self.place)
+            summary = manifest.read_summary(self.location)
         except DataError as error:
-            self.blame("", ledger.SUMMARY, str(error))
+            self.report("", manifest.SUMMARY, str(error))
             summary = None
         else:
             if summary is None:
-                self.blame("", ledger.SUMMARY, "is missing: extraction has not come to its end")
+                self.report("", manifest.SUMMARY, "is missing: extraction has not come to its end")
         self.finished = summary is not None
         committed = self._committed(summary)
         if summary is None:
             return dict.fromkeys(committed, -1)
-        if ledger.sha256_of(data) != summary.header_sha256:
-            self.blame_header(name, "does not fit the digest in the summary")
+        if manifest.sha256_of(data) != summary.header_sha256:
+            self.report_header(name, "does not fit the digest in the summary")
         try:
-            bad = ledger.sha256_of(self.place.read(ledger.BAD_SAMPLES))
+            bad = manifest.sha256_of(self.location.read(manifest.BAD_SAMPLES))
         except MissingError:
             bad = ""
         if bad != summary.bad_samples_sha256:
-            self.blame("", ledger.BAD_SAMPLES, "does not fit its digest" if bad else "is missing")
+            self.report("", manifest.BAD_SAMPLES, "does not fit its digest" if bad else "is missing")
         if len(summary.shards) != self.header.source.shards:
-            self.blame("", ledger.SUMMARY, f"has {len(summary.shards)} of {self.header.source.shards} shards")
+            self.report("", manifest.SUMMARY, f"has {len(summary.shards)} of {self.header.source.shards} shards")
         for shard in sorted(summary.shards.keys() - set(committed)):
-            self.blame(shard, f"{ledger.FOLDER}/{shard}.json", "is missing")
+            self.report(shard, f"{manifest.FOLDER}/{shard}.json", "is missing")
         for shard in sorted(summary.shards.keys() & set(committed)):
-            record = ledger.sha256_of(self.place.read(f"{ledger.FOLDER}/{shard}.json"))
+            record = manifest.sha256_of(self.location.read(f"{manifest.FOLDER}/{shard}.json"))
             if record != summary.shards[shard].record_sha256:
-                self.blame(shard, f"{ledger.FOLDER}/{shard}.json", "does not fit its digest in the summary")
+                self.report(shard, f"{manifest.FOLDER}/{shard}.json", "does not fit its digest in the summary")
         return {shard: summary.shards[shard].samples for shard in summary.shards if shard in committed}
 
-    def _committed(self, summary: ledger.Summary | None) -> tuple[str, ...]:
-        if self.place.listable:
-            return ledger.committed_names(self.place)
+    def _committed(self, summary: manifest.Summary | None) -> tuple[str, ...]:
+        if self.location.listable:
+            return manifest.committed_names(self.location)
         # A web server has what its summary names, as far as it is there.
         shards = summary.shards if summary is not None else ()
-        there = self.place.sizes(ledger.FOLDER, [f"{shard}.json" for shard in shards])
+        there = self.location.sizes(manifest.FOLDER, [f"{shard}.json" for shard in shards])
         return tuple(path.removesuffix(".json") for path in there)
 
     def strays(self, shards: set[str]) -> None:
         """Files of a store that nothing refers to; a folder of them counts as one."""
         name, _ = header_file(self.header)
-        own = {name, ledger.SUMMARY, ledger.BAD_SAMPLES, *(f"{ledger.FOLDER}/{shard}.json" for shard in shards)}
+        own = {name, manifest.SUMMARY, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
         strays: dict[str, int] = {}
-        for path in self.place.sizes():
+        for path in self.location.sizes():
             top, _, inside = path.partition("/")
             # The next shard of a store that is not finished may lie there before it is committed.
             begun = inside and top.isdigit() and not self.finished
             if path not in own and top not in shards and not begun:
-                entry = path if top == ledger.FOLDER else top
+                entry = path if top == manifest.FOLDER else top
                 strays[entry] = strays.get(entry, 0) + 1
         for entry, files in strays.items():
             what = "is not part of the store"
-            self.blame_stray("", entry, what if files == 1 else f"{what}, with {files} files")
+            self.report_stray("", entry, what if files == 1 else f"{what}, with {files} files")
 
     def shard(self, name: str, samples: int) -> None:
         try:
-            record = ledger.read_record(self.place, name)
+            record = manifest.read_record(self.location, name)
         except MilanError as error:
-            self.blame(name, f"{ledger.FOLDER}/{name}.json", str(error))
+            self.report(name, f"{manifest.FOLDER}/{name}.json", str(error))
             return
         if samples not in (-1, record.source.samples):
-            self.blame(name, f"{ledger.FOLDER}/{name}.json", f"tells of {record.source.samples} samples, not {samples}")
+            self.report(name, f"{manifest.FOLDER}/{name}.json", f"has {record.source.samples} samples, not {samples}")
         least = codec_of(self.header.codec).least_cosine
         if record.mean_cosine is not None and not record.mean_cosine >= least:
-            self.blame(
+            self.report(
                 name,
                 "features",
                 f"a mean cosine of {record.mean_cosine:g} to the teacher's, expected at least {least:g}",
@@ -194,10 +194,10 @@ class _Check:
             self._content(name, record)
 
     def _files(self, name: str, record: ShardRecord) -> bool:
-        sizes = self.place.sizes(name, record.files)
+        sizes = self.location.sizes(name, record.files)
         readable = [path for path, file in record.files.items() if sizes.get(path) == file.bytes]
         # Far away each file takes a while to answer.
-        with ThreadPoolExecutor(1 if self.place.local is not None else _PARALLEL_READS) as pool:
+        with ThreadPoolExecutor(1 if self.location.local is not None else _PARALLEL_READS) as pool:
             digests = dict(zip(readable, pool.map(self._sha256, (f"{name}/{path}" for path in readable)), strict=True))
         good = True
         for path, file in record.files.items():
@@ -213,19 +213,19 @@ class _Check:
                 self.bytes += file.bytes
                 continue
             good = False
-            self.blame(name, path.partition("/")[0], f"{path} {what}")
+            self.report(name, path.partition("/")[0], f"{path} {what}")
         for path in sorted(sizes.keys() - record.files.keys()):
-            self.blame_stray(name, path, "is not part of the shard")
+            self.report_stray(name, path, "is not part of the shard")
         return good
 
     def _sha256(self, path: str) -> str:
-        with self.place.open(path) as file:
+        with self.location.open(path) as file:
             return sha256_of_file(file)
 
     def _content(self, name: str, record: ShardRecord) -> None:
         """What the bytes say; they are those that were written, so this finds what was wrong from the start."""
         try:
-            opened = open_shard(self.place, name, self.header, record)
+            opened = open_shard(self.location, name, self.header, record)
             keys: list[list[str]] = []
             for view in range(self.header.views.count):
                 seen: list[str] = []
@@ -236,13 +236,13 @@ class _Check:
                 keys.append(seen)
         except (DataError, MissingError) as error:
             array = re.search(r"array '(\w+)'|(view-\d+\.tar)", str(error))
-            self.blame(name, (array[1] or array[2]) if array is not None else "", str(error))
+            self.report(name, (array[1] or array[2]) if array is not None else "", str(error))
             return
         repeated = sorted(key for key, count in Counter(keys[0]).items() if count > 1)
         if repeated:
-            self.blame(name, "key", f"{_named(repeated)} more than once in the shard; rename in IMAGES first")
+            self.report(name, "key", f"{_named(repeated)} more than once in the shard; rename in IMAGES first")
         if any(seen != keys[0] for seen in keys):
-            self.blame(name, "key", "the views do not have the same keys")
+            self.report(name, "key", "the views do not have the same keys")
         self._keys[name] = np.unique(_digests(keys[0]))
         self.samples += record.source.samples
 
@@ -259,46 +259,47 @@ class _Check:
         for owner in np.unique(owners[again]):
             here = again[owners[again] == owner]
             name, other = names[owner], names[owners[here[0] - 1]]
-            record = ledger.read_record(self.place, name)
-            opened, samples = open_shard(self.place, name, self.header, record), record.source.samples
+            record = manifest.read_record(self.location, name)
+            opened, samples = open_shard(self.location, name, self.header, record), record.source.samples
             keys = [
                 key
                 for start in range(0, samples, BLOCK_SAMPLES)
                 for key in opened.read(0, start, min(start + BLOCK_SAMPLES, samples)).keys
             ]
             wanted = set(digests[here].tolist())
-            told = sorted({key for key, digest in zip(keys, _digests(keys).tolist(), strict=True) if digest in wanted})
-            self.blame(name, "key", f"{_named(told)} in another shard too, as {other}; rename in IMAGES first")
+            repeated = zip(keys, _digests(keys).tolist(), strict=True)
+            shared = sorted({key for key, digest in repeated if digest in wanted})
+            self.report(name, "key", f"{_named(shared)} in another shard too, as {other}; rename in IMAGES first")
 
     def _run(self, name: str, samples: int, view: int, start: int, run: ViewRun) -> None:
         where = f"view {view}, samples from {start}"
         codec = codec_of(self.header.codec)
         if not codec.coefficient_major and not run.code_NST.any(axis=2).all():
-            self.blame(name, "features", f"{where}: tokens that are all zero, which point nowhere")
+            self.report(name, "features", f"{where}: tokens that are all zero, which point nowhere")
         if codec.dtype.kind == "f" and not np.isfinite(run.code_NST).all():
-            self.blame(name, "features", f"{where}: values that are not finite")
+            self.report(name, "features", f"{where}: values that are not finite")
         if codec.dtype.kind == "i" and run.code_NST.min() < -_MOST_CODE:
-            self.blame(name, "features", f"{where}: codes out of their range, -{_MOST_CODE} to {_MOST_CODE}")
+            self.report(name, "features", f"{where}: codes out of their range, -{_MOST_CODE} to {_MOST_CODE}")
         if run.scale_NS is not None and not (np.isfinite(run.scale_NS).all() and (run.scale_NS >= 0).all()):
-            self.blame(name, "scale", f"{where}: values that are not finite, or negative")
+            self.report(name, "scale", f"{where}: values that are not finite, or negative")
         attention = run.attention_NL.astype(np.float64)
         sums = attention.sum(axis=1)
         worst = sums[np.abs(sums - 1).argmax()]
         if not abs(worst - 1) <= _SUM_TOLERANCE:
-            self.blame(name, "attention", f"{where}: a row sums to {worst:g}, expected 1")
+            self.report(name, "attention", f"{where}: a row sums to {worst:g}, expected 1")
         elif attention.min() < 0:
-            self.blame(name, "attention", f"{where}: a row has a negative value, {attention.min():g}")
+            self.report(name, "attention", f"{where}: a row has a negative value, {attention.min():g}")
         if (run.crop_N4[:, 2:] < 1).any() or (run.crop_N4[:, :2] < 0).any():
-            self.blame(name, "crop", f"{where}: a box that is empty, or outside of its picture")
+            self.report(name, "crop", f"{where}: a box that is empty, or outside of its image")
         size = self.header.views.size
         for key, jpeg in zip(run.keys, run.jpegs, strict=True):
             try:
                 shape = decode_jpeg(jpeg).shape
             except DataError as error:
-                self.blame(name, "view_bytes", f"{where}: {key}: {error}")
+                self.report(name, "view_bytes", f"{where}: {key}: {error}")
                 continue
             if shape != (size, size, 3):
-                self.blame(name, "view_bytes", f"{where}: {key} is {shape}, expected {(size, size, 3)}")
+                self.report(name, "view_bytes", f"{where}: {key} is {shape}, expected {(size, size, 3)}")
         self.views += len(run.keys)
         self.problems += self.on_run(name, samples, view, start, run)
 
@@ -324,18 +325,20 @@ def verify_store(
 
     Args:
         on_run: a further check, called with shard, view, number of the first sample, and the samples.
-        on_progress: told shards done and shards in all.
+        on_progress: called with shards done and shards in all.
 
     Raises:
         MissingError: no store there.
         DataError, MismatchError: its header is damaged, or of another schema version.
         StoreError: it cannot be reached.
     """
-    place = place_of(where)
-    header = read_header(place)
+    location = location_of(where)
+    header = read_header(location)
     if header is None:
-        raise MissingError(f"{place} is not a target store; write one with `milan-pipe extract-targets IMAGES {place}`")
-    check = _Check(place, header, on_run)
+        raise MissingError(
+            f"{location} is not a target store; write one with `milan-pipe extract-targets IMAGES {location}`"
+        )
+    check = _Check(location, header, on_run)
     shards = check.store()
     check.strays(set(shards) | {problem.shard for problem in check.problems})
     for done, (name, samples) in enumerate(shards.items()):
@@ -350,5 +353,5 @@ def verify_store(
         files=check.files,
         bytes=check.bytes,
         problems=tuple(check.problems),
-        mend=check.mend(),
+        repair=check.repair(),
     )

@@ -30,7 +30,7 @@ from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, MilanError, StoreError, resource_hint
-from milan_pipe.storage import Place
+from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.mapped_array import ChunkFile, MappedArray, decode_column, local_file
@@ -39,7 +39,7 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES, FileRecord, ShardRecord, St
 HEADER_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
 # One block of zstd, which has statistics of its own.
-_BAND, _BAND_CHUNK_BYTES = 32, 128 * 1024
+_COEFFICIENTS_PER_CHUNK, _COEFFICIENT_CHUNK_BYTES = 32, 128 * 1024
 _VIEW_CHUNK_BYTES = 64 * 1024
 _VIEW_SHARD_BYTES = 8 * 1024 * 1024
 # The checksum inside of zstd's frame is not one too many: where a read takes a part of a chunk, `zarrs` cuts the crc32c
@@ -63,7 +63,7 @@ def use_fast_pipeline() -> bool:
         warnings.warn("the zarrs codec pipeline is not installed: reading will be slower", RuntimeWarning, stacklevel=2)
         return False
     if zarr.config.get("codec_pipeline.path") != _FAST_PIPELINE:
-        # `zarrs` opens a store in an object store anew, and tells of it each time.
+        # `zarrs` opens a store in an object store anew, and reports it each time.
         warnings.filterwarnings("ignore", message="Successfully reconstructed a store", category=RuntimeWarning)
         zarr.config.set({"codec_pipeline.path": _FAST_PIPELINE})
     return True
@@ -84,7 +84,7 @@ def _create(group: zarr.Group, name: str, **layout: Any) -> zarr.Array[Any]:
 def _put(array: zarr.Array[Any], selection: Any, values: NDArray[Any]) -> None:
     try:
         array[selection] = values
-    # `zarrs` tells of a full disk in this way.
+    # `zarrs` reports a full disk in this way.
     except RuntimeError as error:
         raise OSError(" ".join(str(error).split())) from error
 
@@ -100,20 +100,20 @@ def _most_samples(sample_bytes: int, chunk_bytes: int) -> int:
 def _features_layout(codec: Codec, tokens: int, width: int) -> dict[str, Any]:
     """Inner chunk and codecs of the features."""
     level, item = codec.info.zstd_level, codec.dtype.itemsize
-    # Coefficients that are sorted by strength shrink best beside their like: a band of them is a chunk of its own.
-    band = min(_BAND, width) if codec.coefficient_major else width
+    # Coefficients that are sorted by strength shrink best beside their like, so neighbours share a chunk.
+    coefficients = min(_COEFFICIENTS_PER_CHUNK, width) if codec.coefficient_major else width
     if level == 0:
         # Without zstd the crc32c stands alone, and is checked where whole chunks are read: one sample each.
         samples, compressors = 1, list[Any]([_CRC32C])
-        band = width
+        coefficients = width
     else:
-        most = _BAND_CHUNK_BYTES if codec.coefficient_major else _FEATURE_CHUNK_BYTES
-        samples = _most_samples(tokens * band * item, most)
+        most = _COEFFICIENT_CHUNK_BYTES if codec.coefficient_major else _FEATURE_CHUNK_BYTES
+        samples = _most_samples(tokens * coefficients * item, most)
         compressors = [ZstdCodec(level=level, checksum=True), _CRC32C]
     return {
         "dtype": codec.dtype,
-        "chunks": (1, samples, tokens, band),
-        "shards": (1, BLOCK_SAMPLES, tokens, -(-width // band) * band),
+        "chunks": (1, samples, tokens, coefficients),
+        "shards": (1, BLOCK_SAMPLES, tokens, -(-width // coefficients) * coefficients),
         "compressors": compressors,
     }
 
@@ -288,16 +288,16 @@ class _ZarrRows:
 class _FetchedFile:
     """A file in an object store. Small ones are fetched whole; of others the end, which has the index, is kept."""
 
-    def __init__(self, place: Place, path: str, size: int, end: tuple[int, bytes]) -> None:
+    def __init__(self, location: Location, path: str, size: int, end: tuple[int, bytes]) -> None:
         self.size = size
-        self._place, self._path = place, path
-        self._kept_from, self._kept = end if size > _WHOLE_BYTES else (0, place.read(path))
+        self._location, self._path = location, path
+        self._kept_from, self._kept = end if size > _WHOLE_BYTES else (0, location.read(path))
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         if start >= self._kept_from:
             data = self._kept[start - self._kept_from : stop - self._kept_from]
         else:
-            data = self._place.read_range(self._path, start, stop)
+            data = self._location.read_range(self._path, start, stop)
         if len(data) != stop - start:
             raise ValueError(f"{self._path} ends at byte {start + len(data)}, expected {stop} and more")
         return np.frombuffer(data, np.uint8)
@@ -308,22 +308,22 @@ def _local_of(array: Path, path: str) -> ChunkFile | None:
 
 
 def _fetched_of(
-    place: Place, name: str, files: Mapping[str, FileRecord], ends: dict[str, tuple[int, bytes]], path: str
+    location: Location, name: str, files: Mapping[str, FileRecord], ends: dict[str, tuple[int, bytes]], path: str
 ) -> ChunkFile | None:
     path = f"{name}/{path}"
     file = files.get(path)
     if file is None:
         return None
-    return _FetchedFile(place, path, file.bytes, ends.pop(path, (file.bytes, b"")))
+    return _FetchedFile(location, path, file.bytes, ends.pop(path, (file.bytes, b"")))
 
 
 _DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError)
 
 
 @contextmanager
-def _reads_of(place: Place) -> Iterator[Callable[..., Iterable[Any]]]:
+def _reads_of(location: Location) -> Iterator[Callable[..., Iterable[Any]]]:
     """A `map` for small reads: side by side where each is a request, one after another on a disk."""
-    if place.local is not None:
+    if location.local is not None:
         yield map
         return
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
@@ -334,15 +334,15 @@ class ZarrShard:
     """Arrays of one shard; keys and labels are in memory."""
 
     def __init__(
-        self, place: Place, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
+        self, location: Location, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
     ) -> None:
-        """Open the shard in the folder `place`, whose files are all there.
+        """Open the shard in the folder `location`, whose files are all there.
 
         Args:
             fail: makes the error of what is found damaged.
         """
         use_fast_pipeline()
-        self._place = place
+        self._location = location
         self._record = record
         self._fail = fail
         self._known: set[str] = set()
@@ -350,7 +350,7 @@ class ZarrShard:
         has_scale = codec_of(header.codec).has_scale
         names = ["features", *_SHARD_COLUMNS, "view_bytes", "label", "key"]
         names = [name for name in names if name != "scale" or has_scale]
-        with _reads_of(place) as together:
+        with _reads_of(location) as together:
             metadata = dict(zip(names, together(self._metadata, names), strict=True))
             with self._damage("zarr.json"):
                 grids = {n: values["chunk_grid"]["configuration"]["chunk_shape"] for n, values in metadata.items()}
@@ -376,7 +376,7 @@ class ZarrShard:
         return values
 
     def _whole_file(self, path: str) -> bytes:
-        file, data = self._record.files.get(path), self._place.read(path)
+        file, data = self._record.files.get(path), self._location.read(path)
         if file is None or sha256_of(data) != file.sha256:
             raise self._fail(f"array {path.partition('/')[0]!r}: {path} does not fit its digest")
         return data
@@ -388,14 +388,14 @@ class ZarrShard:
         file = self._record.files.get(path)
         if file is None:
             # A file of zeros alone was not written; zarr would read any that is there all the same.
-            if self._place.present([path]):
+            if self._location.present([path]):
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is not part of the shard")
         elif path in self._record.blocks:
             offset, crc = self._record.blocks[path][0]
-            end = self._place.read_range(path, offset, file.bytes)
+            end = self._location.read_range(path, offset, file.bytes)
             if crc32c(end) != crc:
                 raise self._fail(f"array {path.partition('/')[0]!r}: {path} is damaged, or belongs elsewhere")
-            if self._place.local is None:
+            if self._location.local is None:
                 self._ends[path] = (offset, end)
         else:
             self._whole_file(path)
@@ -433,17 +433,17 @@ class ZarrShard:
     def _mapped(self, name: str, metadata: dict[str, Any]) -> MappedArray | None:
         # Neither function knows this object: arrays that led back to it would keep their files until the garbage
         # collector comes, long after the shard was put away.
-        local = self._place.local
+        local = self._location.local
         if local is not None:
             return MappedArray.of(partial(_local_of, local / name), metadata)
-        return MappedArray.of(partial(_fetched_of, self._place, name, self._record.files, self._ends), metadata)
+        return MappedArray.of(partial(_fetched_of, self._location, name, self._record.files, self._ends), metadata)
 
     def _where(self, name: str) -> StorePath:
-        local = self._place.local
+        local = self._location.local
         return StorePath(LocalStore(local, read_only=True) if local is not None else ObjectStore(self._remote()), name)
 
     def _remote(self) -> Any:
-        return cast(Any, self._place).store
+        return cast(Any, self._location).store
 
     def _column(self, name: str, metadata: dict[str, Any]) -> NDArray[Any]:
         path = f"{name}/c/0"
@@ -462,7 +462,7 @@ class ZarrShard:
         except _DAMAGE as error:
             hint = resource_hint(error)
             if hint is not None or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
-                raise StoreError(f"{self._place}, array {name!r} cannot be read: {hint or error}") from error
+                raise StoreError(f"{self._location}, array {name!r} cannot be read: {hint or error}") from error
             raise self._fail(f"array {name!r} is damaged ({' '.join(str(error).split())[:200]})") from error
 
     def _rows(self, name: str, view: int, start: int, stop: int) -> NDArray[Any]:

@@ -1,8 +1,8 @@
-"""Contrastive training of the small CLIP that ships with the package: pictures of scenes and their captions, no labels.
+"""Contrastive training of the small CLIP that ships with the package: images of scenes and their captions, no labels.
 
 Captions vary in detail, as captions do: size, colour and background are each left out half of the time. A caption
-counts as true of every picture in the batch whose full caption has all of its words, so that "a star" is not held
-against another picture of a star. This needs nothing but the captions.
+counts as true of every image in the batch whose full caption has all of its words, so that "a star" is not held
+against another image of a star. This needs nothing but the captions.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def shorten_caption(caption: str, keep: tuple[bool, bool, bool]) -> str:
 
 
 def caption_matches(short_ids: Tensor, full_ids: Tensor) -> Tensor:
-    """(B, B) bool: does caption j hold for picture i, that is, does i's full caption have all of j's words?"""
+    """(B, B) bool: does caption j hold for image i, that is, does i's full caption have all of j's words?"""
 
     def bag(ids: Tensor) -> Tensor:
         words = torch.zeros(len(ids), VOCABULARY_SIZE).scatter_(1, ids, 1.0)
@@ -100,7 +100,7 @@ def _normalised(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]) -> float:
-    """Share of pictures whose nearest caption among "a circle", "a square", ... names the main shape."""
+    """Share of images whose nearest caption among "a circle", "a square", ... names the main shape."""
     model.eval()
     text = F.normalize(model.encode_text(tokenize([f"a {shape}" for shape in SHAPES])), dim=-1)
     right = 0
@@ -132,7 +132,7 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
     """Train the scenes' CLIP and write its weights, both towers, to `out_dir`.
 
     Returns:
-        zero-shot accuracy on unseen scenes, pictures seen, seconds.
+        zero-shot accuracy on unseen scenes, images seen, seconds.
     """
     began = time.monotonic()
     torch.manual_seed(config.seed)

@@ -67,7 +67,7 @@ def hub_file(repository: str, *names: str) -> Path:
                 problem = error
                 break
     assert problem is not None, "no file was named"
-    raise MissingError(_told(problem, repository, names)) from problem
+    raise MissingError(_described(problem, repository, names)) from problem
 
 
 def _silence(repository: str, name: str) -> Exception | None:
@@ -84,7 +84,7 @@ def _silence(repository: str, name: str) -> Exception | None:
     return None
 
 
-def _told(problem: BaseException, repository: str, names: tuple[str, ...]) -> str:
+def _described(problem: BaseException, repository: str, names: tuple[str, ...]) -> str:
     hub = constants.ENDPOINT
     files = " or ".join(names)
     access = "log in with `hf auth login`, or set HF_TOKEN"

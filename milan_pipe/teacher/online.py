@@ -26,8 +26,8 @@ def teacher_of(
         MismatchError: it is not the one that wrote the store.
     """
     if config is None:
-        told = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
-        config = TeacherSettings.parse(told, f"{where}, teacher")
+        stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
+        config = TeacherSettings.parse(stored, f"{where}, teacher")
     teacher = load_teacher(config, device, grid=header.teacher.grid)
     require_same_header(header, header.model_copy(update={"teacher": teacher.info}), where)
 

@@ -108,14 +108,14 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
             "the path of a local checkpoint, or `random`"
         )
     if pretrained in tags:
-        told = open_clip.get_pretrained_cfg(name, pretrained)
+        preset = open_clip.get_pretrained_cfg(name, pretrained)
         return TowerSource(
             model=name,
             config=config,
             # The activation is the weights' own: open_clip only warns where ViT-B-16 is asked for OpenAI's weights.
-            quick_gelu=bool(told.get("quick_gelu", False)),
+            quick_gelu=bool(preset.get("quick_gelu", False)),
             tag=pretrained,
-            checkpoint=lambda: _of_tag(name, pretrained, told),
+            checkpoint=lambda: _of_tag(name, pretrained, preset),
         )
     if pretrained != RANDOM and not Path(pretrained).is_file():
         raise MissingError(
@@ -135,14 +135,14 @@ def _with_file(source: TowerSource, pretrained: str) -> TowerSource:
     return replace(source, checkpoint=lambda: Path(pretrained), own_file=True)
 
 
-def _of_tag(name: str, tag: str, told: dict[str, Any]) -> Path:
+def _of_tag(name: str, tag: str, preset: dict[str, Any]) -> Path:
     """The checkpoint that a tag stands for, fetched once."""
     try:
-        if told.get("hf_hub"):
-            repository, file = os.path.split(told["hf_hub"])
+        if preset.get("hf_hub"):
+            repository, file = os.path.split(preset["hf_hub"])
             return _hub_weights(repository, file)
         with quiet(None):
-            return Path(open_clip.download_pretrained(told))
+            return Path(open_clip.download_pretrained(preset))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise MissingError(
             f"weights {tag!r} of teacher {name!r} cannot be had ({one_line(error)}). Connect to the model hub once, "
@@ -195,8 +195,8 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
 def _described(model: str, path: Path) -> TowerSource:
     """A model by its `open_clip_config.json`, untrained."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        config, preprocess = told["model_cfg"], told.get("preprocess_cfg") or {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        config, preprocess = found["model_cfg"], found.get("preprocess_cfg") or {}
         complete = isinstance(config["embed_dim"], int) and isinstance(config["vision_cfg"], dict)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)

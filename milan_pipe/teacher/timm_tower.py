@@ -29,7 +29,7 @@ _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 def _keys_as_attended(attention: Any, heads: Heads) -> Tensor:
     """Keys after what the attention does between their norm and the scores.
 
-    Prefix tokens have no place in the picture and are not rotated; the CLS query, a prefix token, needs no rotation.
+    Prefix tokens have no place in the image and are not rotated; the CLS query, a prefix token, needs no rotation.
     """
     key_BNKE = heads.key_BNKE
     if heads.rope is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from milan_pipe.digests import sealed, sha256_of_file, unsealed
+from milan_pipe.digests import sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import flush
 from milan_pipe.weights_file import load_tensors, write_weights
@@ -83,11 +83,11 @@ class Checkpoint:
 
 def _advice(path: Path) -> str:
     """What to do about a checkpoint that is damaged."""
-    there = _checkpoints_in(path.parent)
-    earlier = there[: there.index(path)] if path in there else []
+    present = _checkpoints_in(path.parent)
+    earlier = present[: present.index(path)] if path in present else []
     if earlier:
-        return f"use the earlier checkpoint {earlier[-1]}; with {path.name} removed, its run goes on from there"
-    return f"there is no earlier checkpoint; copy it again, or remove {path} to begin its run again"
+        return f"use the earlier checkpoint {earlier[-1]}; with {path.name} removed, its run goes on from present"
+    return f"present is no earlier checkpoint; copy it again, or remove {path} to begin its run again"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -118,7 +118,7 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
         }
         # Through JSON, as it will be read: the digest is of what is there then.
         content = json.loads(json.dumps({"version": CHECKPOINT_VERSION, "step": step, **record, "files": files}))
-        text = json.dumps(sealed(content), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(with_digest(content), indent=2, sort_keys=True) + "\n"
         (partial / _RECORD).write_text(text, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -206,7 +206,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise MismatchError(f"{folder} has checkpoint version {version}, this milan-pipe reads {CHECKPOINT_VERSION}")
     if not {"sha256", "files"} & found.keys():
         return Checkpoint(path=folder, record=found)
-    record = unsealed(found)
+    record = verified(found)
     if record is None or "files" not in record:
         raise DataError(f"{file} is damaged: its values do not fit their digest; {_advice(folder)}")
     files = record.pop("files")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from milan_pipe.config.training import Parallel
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import MilanError, MismatchError, RankLostError, SettingError, ToldElsewhereError
+from milan_pipe.errors import MilanError, MismatchError, RankLostError, ReportedElsewhereError, SettingError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ _LOST = (
 
 
 def rank_of_environment() -> int:
-    """This process's rank as torchrun tells it; 0 without torchrun."""
+    """This process's rank as torchrun sets it; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -55,7 +55,7 @@ class Ranks:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    def mean(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """Mean over ranks, on the CPU, in double precision."""
         values = values.detach().to("cpu", torch.float64)
         if self.count > 1:
@@ -63,7 +63,7 @@ class Ranks:
             values /= self.count
         return values
 
-    def largest(self, values: Iterable[int]) -> list[int]:
+    def all_reduce_max(self, values: Iterable[int]) -> list[int]:
         """The largest of each value over ranks."""
         if self.count == 1:
             return list(values)
@@ -71,7 +71,7 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(value) for value in tensor]
 
-    def of_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first rank has."""
         if self.count == 1:
             return value
@@ -90,15 +90,15 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value)
         if any(other != found[0] for other in found):
-            told = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
-            raise MismatchError(f"the ranks see different {what} ({told}); {todo}")
+            values = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
+            raise MismatchError(f"the ranks see different {what} ({values}); {todo}")
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank is here."""
         # Not a barrier, which would take the accelerators' backend where there is one.
-        self.largest([0])
+        self.all_reduce_max([0])
 
-    def spread(
+    def parallelize(
         self, module: nn.Module, parallel: Parallel, units: Iterable[nn.Module], root: nn.Module
     ) -> tuple[nn.Module, Callable[[bool], AbstractContextManager[Any]]]:
         """Have gradients averaged over ranks.
@@ -109,8 +109,8 @@ class Ranks:
             root: what is trained, a part of `module`.
 
         Returns:
-            What to call in place of `module`, and a context for each forward and backward pass, told whether gradients
-            are to be exchanged in it.
+            What to call in place of `module`, and a context for each forward and backward pass, values whether
+            gradients are to be exchanged in it.
         """
         if self.count == 1:
             return module, lambda _: nullcontext()
@@ -169,17 +169,17 @@ def _lost(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def joined(device: str, told: Callable[[], str]) -> Iterator[Ranks]:
+def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
     """Join the ranks that torchrun has started; without torchrun, a single one.
 
     Args:
         device: a setting; with `auto` each rank takes the CUDA device of its local rank, where there is CUDA.
-        told: what to say of the run's state when a rank is lost.
+        values: what to say of the run's state when a rank is lost.
 
     Raises:
         SettingError: no such device, or one device named for several ranks.
         RankLostError: another rank has died.
-        ToldElsewhereError: another rank has said what is wrong.
+        ReportedElsewhereError: another rank has said what is wrong.
     """
     count = int(os.environ.get("WORLD_SIZE", "1") or "1")
     if count == 1:
@@ -198,17 +198,17 @@ def joined(device: str, told: Callable[[], str]) -> Iterator[Ranks]:
         yield ranks
     except MilanError as error:
         if not ranks.speaks():
-            raise ToldElsewhereError(error) from error
+            raise ReportedElsewhereError(error) from error
         raise
     except RuntimeError as error:
         if not _lost(error):
             ranks.speaks()  # this one's traceback says more than the others could
             raise
         lost = RankLostError(
-            f"one of {count} ranks was lost. {told()}; the same command goes on with the run, on any number of ranks"
+            f"one of {count} ranks was lost. {values()}; the same command goes on with the run, on any number of ranks"
         )
         if not ranks.speaks():
-            raise ToldElsewhereError(lost) from error
+            raise ReportedElsewhereError(lost) from error
         raise lost from error
     finally:
         dist.destroy_process_group()

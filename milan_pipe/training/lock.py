@@ -46,7 +46,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
             except StoreError as error:
                 problem = str(error)
         # All of them end, and none waits for one that has.
-        problem = ranks.of_first(problem)
+        problem = ranks.broadcast(problem)
         if problem is not None:
             raise StoreError(problem)
         yield
@@ -115,7 +115,7 @@ def _taken(run: Path, file: Path) -> int | None:
                 _write(handle)
                 if owner:
                     warnings.warn(
-                        f"{run} was being written by {_told(owner)}, which is gone; its run is taken over",
+                        f"{run} was being written by {_described(owner)}, which is gone; its run is taken over",
                         RuntimeWarning,
                         stacklevel=2,
                     )
@@ -136,13 +136,13 @@ def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
     except OSError as error:
         owner = _owner(handle)
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise StoreError(f"{run} is being written by {_told(owner)}; {_TODO}") from None
+            raise StoreError(f"{run} is being written by {_described(owner)}; {_TODO}") from None
         if error.errno not in _NO_LOCKS:
             raise
         # The file system has no locks: a process of this host can be looked for, another host's cannot.
         if owner and not _is_gone(owner):
             raise StoreError(
-                f"{run} is being written by {_told(owner)}; {_TODO}. If that process is gone, remove {file}"
+                f"{run} is being written by {_described(owner)}; {_TODO}. If that process is gone, remove {file}"
             ) from None
         return owner
     return _owner(handle)
@@ -156,7 +156,7 @@ def _owner(handle: int) -> dict[str, Any]:
     return {}
 
 
-def _told(owner: dict[str, Any]) -> str:
+def _described(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"

@@ -1,6 +1,6 @@
-"""Files of a run's metrics, as dvclive writes them: read, cut back where a run goes on, set aside where damaged.
+"""Files of a run's metrics, as dvclive writes them: read, cut back where a run goes on, moved away where damaged.
 
-Metrics are not worth a run: what cannot be read of them is told and never stops it.
+Metrics are not worth a run: what cannot be read of them is reported and never stops it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.errors import StoreError, resource_hint
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 _LATEST = "metrics.json"
 
@@ -44,7 +44,7 @@ def metric_files(folder: Path) -> list[Path]:
 
 
 def read_metric(file: Path) -> MetricFile:
-    """Read a metric; damage is told, not raised.
+    """Read a metric; damage is reported, not raised.
 
     Raises:
         StoreError: the file cannot be read.
@@ -83,14 +83,14 @@ def cut_metrics(folder: Path, step: int) -> None:
         data = _bytes_of(file)
         found = _parsed(data)
         if found.damage is not None:
-            _set_aside(file, found.damage)
+            _move_damaged(file, found.damage)
         kept = [line for at, _, line in found.rows if at <= step]
         content = "".join(f"{line}\n" for line in (found.header, *kept)).encode()
         if found.header and content != data:
-            place_of(file.parent).write(file.name, content)
+            location_of(file.parent).write(file.name, content)
     latest = folder / _LATEST
     if latest.is_file() and not _is_summary(_bytes_of(latest)):
-        _set_aside(latest, "is damaged")
+        _move_damaged(latest, "is damaged")
 
 
 def _bytes_of(file: Path) -> bytes:
@@ -113,7 +113,7 @@ def _is_summary(data: bytes) -> bool:
     )
 
 
-def _set_aside(file: Path, damage: str) -> None:
+def _move_damaged(file: Path, damage: str) -> None:
     aside = file.with_name(f"{file.name}.damaged")
     number = 1
     while aside.exists():

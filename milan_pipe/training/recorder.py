@@ -28,7 +28,7 @@ class Keyed(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgress:
-    """Told every few steps; `memory` in bytes, see `milan_pipe.devices.memory_in_use`.
+    """Reported every few steps; `memory` in bytes, see `milan_pipe.devices.memory_in_use`.
 
     `loss` is the mean since the last time, `grad_norm` that of the last step, before clipping.
     """
@@ -133,7 +133,7 @@ class LossWatch:
 
 
 class Recorder:
-    """Measures, and tells the sinks and the listener every few steps."""
+    """Measures, and reports to the sinks and the listener every few steps."""
 
     def __init__(
         self,

@@ -17,14 +17,14 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     Raises:
         DataError, MismatchError: it is damaged, or of another version.
     """
-    there = checkpoints_of(run)
-    return open_checkpoint(there[-1]) if there else None
+    found = checkpoints_of(run)
+    return open_checkpoint(found[-1]) if found else None
 
 
-def tell_last_checkpoint(run: Path) -> str:
+def describe_last_checkpoint(run: Path) -> str:
     """What to say of a run's last checkpoint when the run ends early."""
-    there = checkpoints_of(run)
-    return f"The last good checkpoint is {there[-1]}" if there else "No checkpoint was written"
+    found = checkpoints_of(run)
+    return f"The last good checkpoint is {found[-1]}" if found else "No checkpoint was written"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

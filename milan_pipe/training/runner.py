@@ -29,7 +29,7 @@ from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.lock import only_writer
 from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import Keyed, LossWatch, NotFiniteError, Recorder, TrainProgress
-from milan_pipe.training.resume import last_checkpoint, require_same_configuration, tell_last_checkpoint
+from milan_pipe.training.resume import describe_last_checkpoint, last_checkpoint, require_same_configuration
 from milan_pipe.training.saver import SavePolicy, Saver
 from milan_pipe.training.sinks import Sink, open_sinks
 from milan_pipe.training.step import Stepper, StepReport, StepResult
@@ -169,7 +169,7 @@ def average_buffers(model: nn.Module, ranks: Ranks) -> None:
         return
     for buffer in model.buffers():
         if buffer.is_floating_point():
-            buffer.copy_(ranks.mean(buffer).to(buffer.dtype))
+            buffer.copy_(ranks.all_reduce_mean(buffer).to(buffer.dtype))
 
 
 def run_steps(
@@ -182,7 +182,7 @@ def run_steps(
     on_step: Callable[[StepReport, B], None],
     first_step: int = 0,
 ) -> int:
-    """The one loop of all training: batches in, losses out, steps counted, time told apart.
+    """The one loop of all training: batches in, losses out, steps counted, time distinguished.
 
     Args:
         step_of: does one step with a batch, its epoch and a learning rate.
@@ -226,7 +226,7 @@ class _Run(Generic[B]):
         if previous is not None:
             for name, module in task.modules.items():
                 load_weights(module, previous.weights(name), str(previous.path))
-        loss_of, exchange = ranks.spread(task.objective, task.parallel, task.units(), task.model)
+        loss_of, exchange = ranks.parallelize(task.objective, task.parallel, task.units(), task.model)
         optimiser = task.optimiser()
         weight = _share(ranks, task.batch_size)
         self.stepper = Stepper[B](
@@ -258,7 +258,7 @@ class _Run(Generic[B]):
             advice=task.advice,
         )
         self.losses = LossWatch(
-            ranks.mean, norm_must_be_finite=not self.stepper.scaler.is_enabled(), advice=task.advice
+            ranks.all_reduce_mean, norm_must_be_finite=not self.stepper.scaler.is_enabled(), advice=task.advice
         )
         self.first_step = 0
         self.scores: dict[str, float] = {}
@@ -300,7 +300,7 @@ class _Run(Generic[B]):
             folder = self.run / _BEST
             save_checkpoint(folder, step, parts, {**self.record, "finished": True, "scores": self.scores})
             keep_last(folder, 1)
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def go(self, on_progress: Callable[[TrainProgress], None], stop: StopRequest, sinks: Sequence[Sink]) -> None:
         """All steps that are left."""
@@ -353,7 +353,7 @@ class _Run(Generic[B]):
 
     def _save_or_stop(self, step: int, stop: StopRequest) -> None:
         # The ranks have to agree on it.
-        number, due = self.ranks.largest([stop.signal or 0, self.ranks.first and self.saver.due(step)])
+        number, due = self.ranks.all_reduce_max([stop.signal or 0, self.ranks.first and self.saver.due(step)])
         if not number and not due:
             return
         path = self.saver.save(step, self.state(), finished=False)
@@ -394,7 +394,7 @@ class _Run(Generic[B]):
 def _show(sinks: Sequence[Sink], step: int, file: Path | None) -> None:
     for sink in sinks if file is not None else ():
         assert file is not None
-        sink.picture(step, file)
+        sink.image(step, file)
 
 
 def _share(ranks: Ranks, batch_size: int) -> float:
@@ -453,11 +453,11 @@ def run_task(
         DataError: a loss is not finite, or the data cannot be used.
         StoreError: RUN cannot be written, or another process writes it.
         StoppedError: SIGTERM, SIGHUP or Ctrl-C came; a checkpoint was written.
-        RankLostError, ToldElsewhereError: see `milan_pipe.training.distributed`.
+        RankLostError, ReportedElsewhereError: see `milan_pipe.training.distributed`.
     """
     folder = local_folder(run, "checkpoints and metrics")
     with (
-        joined(device, lambda: tell_last_checkpoint(folder)) as ranks,
+        joined(device, lambda: describe_last_checkpoint(folder)) as ranks,
         only_writer(folder, ranks),
         torch.random.fork_rng(devices=[]),
     ):
@@ -489,5 +489,5 @@ def run_task(
                 going.go(on_progress, stop, sinks)
             except NotFiniteError as error:
                 more = task.explain(error, going.saver.weights)
-                raise DataError(f"{error}. {tell_last_checkpoint(folder)}{more}") from error
+                raise DataError(f"{error}. {describe_last_checkpoint(folder)}{more}") from error
             return going.finish()

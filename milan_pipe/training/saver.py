@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from milan_pipe.errors import DataError
 from milan_pipe.training.checkpoint import Checkpoint, checkpoint_path, keep_last, save_checkpoint
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.resume import tell_last_checkpoint
+from milan_pipe.training.resume import describe_last_checkpoint
 from milan_pipe.training.state import first_not_finite, gathered, load_optimiser, optimiser_tensors
 
 
@@ -28,7 +28,7 @@ class SavePolicy:
 
 
 class Saver:
-    """Writes checkpoints when they are due, and when the run is told to stop.
+    """Writes checkpoints when they are due, and when the run is asked to stop.
 
     Args:
         modules: what a checkpoint holds, by the names of its files.
@@ -87,12 +87,12 @@ class Saver:
                 if broken is not None:
                     raise DataError(
                         f"after step {step} {broken!r} of the {name} is not finite; {self._advice}. "
-                        f"{tell_last_checkpoint(self._run)}"
+                        f"{describe_last_checkpoint(self._run)}"
                     )
             record = {**self._record, **state, "finished": finished, "scaler": self._scaler.state_dict()}
             save_checkpoint(self._run, step, parts, record)
             keep_last(self._run, self._policy.keep)
-        self._ranks.wait()
+        self._ranks.barrier()
         self._saved_at = time.monotonic()
         return checkpoint_path(self._run, step)
 

@@ -18,12 +18,12 @@ from milan_pipe.errors import SettingError
 
 
 class Sink(Protocol):
-    """Takes points of the metrics and pictures."""
+    """Takes points of the metrics and images."""
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
         """Values by name, measured after `step` steps."""
 
-    def picture(self, step: int, file: Path) -> None:
+    def image(self, step: int, file: Path) -> None:
         """A PNG that was drawn after `step` steps."""
 
 
@@ -37,7 +37,7 @@ class _Dvclive:
             self._live.log_metric(name, value)
         self._live.sync()  # type: ignore[no-untyped-call]
 
-    def picture(self, step: int, file: Path) -> None:
+    def image(self, step: int, file: Path) -> None:
         """It lies in the run's folder already."""
 
 
@@ -50,9 +50,9 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def picture(self, step: int, file: Path) -> None:
+    def image(self, step: int, file: Path) -> None:
         with Image.open(file) as opened:
-            self._writer.add_image("pictures", np.asarray(opened), step, dataformats="HWC")
+            self._writer.add_image("images", np.asarray(opened), step, dataformats="HWC")
 
 
 class _Wandb:
@@ -63,8 +63,8 @@ class _Wandb:
     def point(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def picture(self, step: int, file: Path) -> None:
-        self._run.log({"pictures": self._module.Image(str(file))}, step=step)
+    def image(self, step: int, file: Path) -> None:
+        self._run.log({"images": self._module.Image(str(file))}, step=step)
 
 
 def _module(name: str, package: str) -> Any:
@@ -82,7 +82,7 @@ def open_sinks(
 
     Args:
         goes_on: steps that were done and recorded before; 0 in a fresh run.
-        configuration: told to Weights & Biases.
+        configuration: given to Weights & Biases.
 
     Raises:
         SettingError: a sink's package is not installed.

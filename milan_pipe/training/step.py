@@ -33,7 +33,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Told after every step.
+    """Reported after every step.
 
     Attributes:
         step: steps done, 1 for the first.
@@ -80,7 +80,7 @@ class Stepper(Generic[B]):
             loss_of: scalar loss of a batch in an epoch.
             split: a batch's parts with their shares of it, for gradient accumulation.
             clip_grad: largest L2 norm of the gradient over all parameters.
-            exchange: context of each part's passes, told whether gradients are exchanged between ranks in it.
+            exchange: context of each part's passes, given whether gradients are exchanged between ranks in it.
         """
         self._exchange = exchange
         self._optimiser = optimiser
@@ -91,7 +91,7 @@ class Stepper(Generic[B]):
         self._clip_grad = clip_grad
         self._parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         self._broken = torch.zeros((), device=device)
-        # Fused optimisers alone can be told on the device to leave a step out.
+        # Fused optimisers alone can leave a step out on the device.
         self._skips = bool(optimiser.defaults.get("fused")) and self._precision != "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "float16")
 

@@ -84,7 +84,7 @@ def last_json(text: str) -> dict[str, Any]:
     return found
 
 
-def test_from_pictures_to_scores(
+def test_from_images_to_scores(
     chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)

@@ -26,7 +26,7 @@ def test_places_of_every_kind(tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("t", "full", "none/deeper", "file/below")]
     report = api.doctor(places, write=True)
     store, full, none, below = report.places
-    assert store.found.startswith("target store, zarr: 5 pictures, 2 views, teacher 'demo', grid 2 x 2, codec 'int8'")
+    assert store.found.startswith("target store, zarr: 5 images, 2 views, teacher 'demo', grid 2 x 2, codec 'int8'")
     assert "2 of 3 shards, not complete" in store.found
     assert full.found.startswith("no target store; 1 entries")
     assert (none.found, none.problem) == ("not there yet", None)

@@ -1,4 +1,4 @@
-"""`verify-targets` and `convert-targets` as users meet them: exit codes, tables, JSON, and commands that mend."""
+"""`verify-targets` and `convert-targets` as users meet them: exit codes, tables, JSON, and commands that repair."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_a_whole_store(milan: Command, extracted: tuple[str, dict[str, bytes]], 
     done = milan("verify-targets", targets, "--against-teacher", 4, *WORDS)
     assert (done.code, done.out) == (0, "")
     assert "none" in done.err
-    assert "mend" not in done.err
+    assert "repair" not in done.err
     done = milan("verify-targets", targets, "--json")
     assert done.code == 0
     report = json.loads(done.out.splitlines()[-1])
     assert len(done.out.splitlines()) == 1
-    assert (report["problems"], report["mend"]) == ([], [])
+    assert (report["problems"], report["repair"]) == ([], [])
     shards = {path: data for path, data in extracted[1].items() if path.startswith("0")}
     assert (report["shards"], report["samples"], report["views"]) == (3, 30, 60)
     assert (report["files"], report["bytes"]) == (len(shards), sum(map(len, shards.values())))
@@ -90,10 +90,10 @@ def test_the_printed_commands_mend(
     chunk = next(path for path in before if path.startswith("000000/") and before[path])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    ledgers = ["manifest/000001.json", "manifest.json", "bad_samples.jsonl"]
+    manifests = ["manifest/000001.json", "manifest.json", "bad_samples.jsonl"]
     changes: list[tuple[list[str], Callable[[Path], object]]] = [
         ([chunk], lambda file: file.write_bytes(file.read_bytes()[:-1])),
-        ([chunk, *ledgers], lambda file: file.unlink()),
+        ([chunk, *manifests], lambda file: file.unlink()),
         (["manifest/000001.json", "manifest/000002.json"], lambda file: file.write_bytes(b"{}")),
         (["manifest.json"], lambda file: file.write_bytes(b"{}")),
         (["bad_samples.jsonl"], lambda file: file.write_bytes(b"{}\n")),
@@ -105,7 +105,7 @@ def test_the_printed_commands_mend(
             change(targets / path)
         told = milan("verify-targets", targets)
         assert (told.code, told.out) == (1, "")
-        *_, commands = told.err.partition("mend with, IMAGES and settings as they were:\n")
+        *_, commands = told.err.partition("repair with, IMAGES and settings as they were:\n")
         assert commands
         for line in commands.splitlines():
             # As a shell would take it.
@@ -113,10 +113,10 @@ def test_the_printed_commands_mend(
                 ["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
             ).stdout.split("\0")[:-1]
             if words[0] == "milan-pipe":
-                mended = milan(
+                repaired = milan(
                     *[images if word == "IMAGES" else word for word in words[1:]], "--format", store_format, *WORDS
                 )
-                assert mended.code == 0, mended.err
+                assert repaired.code == 0, repaired.err
             else:
                 assert words[0] in ("rm", "mv")
                 subprocess.run([str(elsewhere) if word == "ELSEWHERE" else word for word in words], check=True)
@@ -133,9 +133,9 @@ def test_problems_are_a_table_and_json(milan: Command, tmp_path: Path) -> None:
     report = json.loads(done.out)
     command = f"milan-pipe extract-targets IMAGES {targets} --redo 000001"
     assert report["problems"] == [
-        {"shard": "000001", "array": "attention", "what": "attention/zarr.json is missing", "mend": command}
+        {"shard": "000001", "array": "attention", "what": "attention/zarr.json is missing", "repair": command}
     ]
-    assert report["mend"] == [command]
+    assert report["repair"] == [command]
     assert (report["shards"], report["samples"]) == (3, 10)
     assert all(word in done.err for word in ("000001", "attention", "is missing"))
     assert f"\n  {command}\n" in done.err, "in one piece, however wide the terminal is"
@@ -151,7 +151,7 @@ def test_of_many_problems_some_are_shown_and_all_are_mended(milan: Command, tmp_
     assert "and 10 more: see --json" in done.err
     report = json.loads(done.out)
     assert len(report["problems"]) == 60
-    assert report["mend"][0].endswith(",".join(f"{shard:06d}" for shard in range(60)))
+    assert report["repair"][0].endswith(",".join(f"{shard:06d}" for shard in range(60)))
 
 
 def test_what_cannot_be_checked(milan: Command, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_word_keeps_what_the_file_says_of_the_section(tmp_path: Path) -> None:
     [
         ("pretrian.epochs=3", r"'pretrian'.*did you mean 'pretrain'"),
         ("pretrain.epoch=3", r"'epoch'.*pretrain; did you mean 'epochs'"),
+        ("pretrain.window=3", r"'window'.*pretrain: it is now 'shuffle_blocks'"),
         ("zzz=3", r"'zzz'.*known are .*pretrain"),
         ("pretrain.lr.x=3", r"'lr\.x'"),
         ("pretrain.epochs=0", r"pretrain\.epochs: .*greater than or equal to 1, found 0"),

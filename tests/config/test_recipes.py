@@ -26,11 +26,11 @@ def test_a_recipe_loads_and_names_itself_in_its_commands(name: str) -> None:
     assert [step for step in steps if any(step in command for command in params.about.commands)] == list(steps)
     ranks = [int(command.split()[2]) for command in params.about.commands if command.startswith("torchrun")]
     for count in ranks:
-        # Mixup pairs a rank's pictures, and UperNet's batch norms need two.
+        # Mixup pairs a rank's images, and UperNet's batch norms need two.
         assert params.finetune.batch_size % (2 * count) == 0
         assert params.segment.batch_size // count >= 2
         assert params.lars_probe.batch_size % count == 0
-        assert params.pretrain.lanes % count == 0
+        assert params.pretrain.canonical_streams % count == 0
         assert params.pretrain.batch_size % count == 0
 
 

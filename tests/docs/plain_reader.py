@@ -32,7 +32,7 @@ UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, StopIte
 
 @dataclass(frozen=True)
 class Sample:
-    """One view of one picture, with its targets decoded."""
+    """One view of one image, with its targets decoded."""
 
     shard: str
     view: int
@@ -47,13 +47,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Store:
-    """A verified store; the samples are in order of shard, view and picture."""
+    """A verified store; the samples are in order of shard, view and image."""
 
     header: Json
     samples: list[Sample]
 
 
-# Seals and digests
+# Digests
 
 
 def digest(data: bytes) -> str:
@@ -80,12 +80,12 @@ def parse_json(data: bytes, name: object) -> Json:
     return values
 
 
-def check_seal(values: Json, name: object) -> Json:
-    """Compare the seal with the other values, in the one spelling of JSON over which it was taken."""
+def check_digest(values: Json, name: object) -> Json:
+    """Compare the digest with the other values, in the one spelling of JSON over which it was taken."""
     rest = {key: value for key, value in values.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if values.get("sha256") != digest(text.encode()):
-        raise ValueError(f"{name}: its seal (sha256) does not match its values")
+        raise ValueError(f"{name}: its digest (sha256) does not match its values")
     return values
 
 
@@ -96,7 +96,7 @@ def read_header(folder: Path) -> tuple[Json, str]:
         path, form = folder / "zarr.json", "zarr"
     data = read_bytes(path)
     values = parse_json(data, path)
-    header = check_seal((values.get("attributes", {}) if form == "zarr" else values).get("milan_pipe", {}), path)
+    header = check_digest((values.get("attributes", {}) if form == "zarr" else values).get("milan_pipe", {}), path)
     if (header.get("schema_version"), header.get("format")) != (2, form):
         raise ValueError(f"{path}: not schema version 2 of format {form}")
     return header, digest(data)
@@ -105,7 +105,7 @@ def read_header(folder: Path) -> tuple[Json, str]:
 def read_records(folder: Path, header_digest: str) -> dict[str, Json]:
     """Read the records by the name of their shard; those in the folder must be those that the summary lists."""
     path = folder / "manifest.json"
-    summary = check_seal(parse_json(read_bytes(path), path), path)
+    summary = check_digest(parse_json(read_bytes(path), path), path)
     for name in {p.stem for p in (folder / "manifest").glob("*.json")} - summary["shards"].keys():
         raise ValueError(f"{folder / 'manifest' / name}.json: is not in the summary")
     if summary["header_sha256"] != header_digest:
@@ -118,7 +118,7 @@ def read_records(folder: Path, header_digest: str) -> dict[str, Json]:
         data = read_bytes(record)
         if digest(data) != entry["record_sha256"]:
             raise ValueError(f"{record}: is not the record that the summary names")
-        records[name] = check_seal(parse_json(data, record), record)
+        records[name] = check_digest(parse_json(data, record), record)
     return records
 
 
@@ -268,7 +268,7 @@ def zarr_samples(header: Json, files: Files, folder: Path) -> Iterator[Sample]:
     for view, i in np.ndindex(arrays["flip"].shape):
         start, length = int(arrays["view_offset"][view, i]), int(arrays["view_length"][view, i])
         if not 0 <= start <= start + length <= len(arrays["view_bytes"]):
-            raise ValueError(f"{folder / 'view_offset'}: view {view} of picture {i} is outside of view_bytes")
+            raise ValueError(f"{folder / 'view_offset'}: view {view} of image {i} is outside of view_bytes")
         top, left, height, width = arrays["crop"][view, i].tolist()
         scale = arrays["scale"][view, i] if decode.scaled else None
         yield Sample(
@@ -363,7 +363,7 @@ class Decoder:
 
 
 def shard_samples(header: Json, folder: Path, record: Json) -> Iterator[Sample]:
-    """Samples of a shard of either format, in order of view and picture."""
+    """Samples of a shard of either format, in order of view and image."""
     files = read_files(folder, record)
     if header["format"] == "zarr":
         yield from zarr_samples(header, files, folder)

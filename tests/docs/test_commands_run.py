@@ -26,7 +26,7 @@ GIVEN = {
     "cluster.md": (),
     "commands.md": ("mae",),
     "exchange.md": ("run",),
-    "mending.md": (),
+    "repair.md": (),
     "object-storage.md": (),
     "own-images.md": (),
     "plan.md": (),
@@ -89,7 +89,7 @@ def test_tests_that_are_named_are_there() -> None:
     assert set(GIVEN) <= {page.name for page in PAGES}
 
 
-def pictures(folder: Path, count: int) -> None:
+def images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(len(str(folder)))
     for number in range(count):
@@ -97,12 +97,12 @@ def pictures(folder: Path, count: int) -> None:
 
 
 def masked(folder: Path, count: int) -> None:
-    pictures(folder / "images", count)
+    images(folder / "images", count)
     (folder / "masks").mkdir()
-    for picture in (folder / "images").iterdir():
+    for image in (folder / "images").iterdir():
         mask = np.zeros((70, 90), np.uint8)
         mask[20:50, 30:60] = 1
-        Image.fromarray(mask).save(folder / "masks" / f"{picture.stem}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{image.stem}.png")
 
 
 @pytest.fixture
@@ -111,8 +111,8 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     home, here = tmp_path / "home", tmp_path / "here"
     for split in ("train", "test"):
         for kind in ("cat", "dog"):
-            pictures(home / "pictures" / split / kind, 12)
-    shutil.copytree(home / "pictures", here / "pictures")
+            images(home / "images" / split / kind, 12)
+    shutil.copytree(home / "images", here / "images")
     for split in ("train", "val"):
         masked(here / "own" / split, 6)
         (here / f"images-{split}").mkdir()
@@ -151,10 +151,10 @@ def test_a_page_runs_as_it_stands(name: str, world: Path, project: Project, requ
     if any("s3://bucket" in line for line in lines):
         bucket = request.getfixturevalue("bucket")
         if name == "object-storage.md":
-            from milan_pipe.storage import place_of
+            from milan_pipe.storage import location_of
 
             for shard in sorted((project.root / "images").glob("train-*.tar")):
-                place_of(f"{bucket}/images").write(shard.name, shard.read_bytes())
+                location_of(f"{bucket}/images").write(shard.name, shard.read_bytes())
         lines = [line.replace("s3://bucket", bucket).replace("{000000..000127}", "{000000..000001}") for line in lines]
     for line in lines:
         if line not in scripts:
@@ -171,16 +171,16 @@ def test_the_archives_of_imagenet_become_shards_as_the_page_says(
     (script,) = in_shell(ROOT / "docs" / "transfer.md")
     pack = tmp_path / "pack"
     for kind in ("n01514668", "n02088094"):
-        pictures(pack / kind, 3)
+        images(pack / kind, 3)
         subprocess.run(["tar", "-cf", f"../{kind}.tar", "."], cwd=pack / kind, check=True)
     subprocess.run(
         ["tar", "-cf", "../ILSVRC2012_img_train.tar", "n01514668.tar", "n02088094.tar"], cwd=pack, check=True
     )
-    pictures(tmp_path / "val", 2)
+    images(tmp_path / "val", 2)
     names = []
-    for number, picture in enumerate(sorted((tmp_path / "val").iterdir()), 1):
+    for number, image in enumerate(sorted((tmp_path / "val").iterdir()), 1):
         names.append(f"ILSVRC2012_val_0000000{number}")
-        picture.rename(tmp_path / "val" / f"{names[-1]}.JPEG")
+        image.rename(tmp_path / "val" / f"{names[-1]}.JPEG")
     subprocess.run(["tar", "-cf", "../ILSVRC2012_img_val.tar", "."], cwd=tmp_path / "val", check=True)
     (tmp_path / "LOC_val_solution.csv").write_text(
         f"ImageId,PredictionString\n{names[0]},n01514668 1 2 3 4 \n{names[1]},n02088094 1 2 3 4 n02088094 5 6 7 8 \n"

@@ -1,4 +1,4 @@
-"""Shards to features: the right pixels, the right order, and no picture lost without a word."""
+"""Shards to features: the right pixels, the right order, and no image lost without a word."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_centre_view_is_that_of_torchvision(height: int, width: int, crop: float
     np.testing.assert_array_equal(centre_view(image, 8, crop), torchvision_view(image, 8, crop))
 
 
-def test_centre_of_a_picture_of_the_right_height_is_cut_out_unchanged() -> None:
+def test_centre_of_a_image_of_the_right_height_is_cut_out_unchanged() -> None:
     image = noise(1, SIZE, 20)
     np.testing.assert_array_equal(centre_view(image, SIZE, 1.0), np.asarray(image)[:, 6 : 6 + SIZE])
     np.testing.assert_array_equal(
@@ -98,7 +98,7 @@ def test_centre_view_with_pillow_alone() -> None:
     np.testing.assert_array_equal(centre_view(image, 8, 0.5), np.asarray(reference))
 
 
-def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory() -> None:
+def test_a_thread_of_a_image_is_refused_before_it_fills_the_memory() -> None:
     with pytest.raises(DataError, match="too long and thin"):
         centre_view(Image.new("RGB", (MAX_PIXELS // 64 // 64 + 64, 1)), 64, 1.0)
 
@@ -127,7 +127,7 @@ def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
     assert torch.equal(one.label_N, four.label_N)
 
 
-def test_no_more_pictures_are_read_ahead_than_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_images_are_read_ahead_than_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from milan_pipe.evaluation import features
 
     shard = write_tar(tmp_path / "a.tar", labelled(0, 120))
@@ -151,7 +151,7 @@ def test_no_more_pictures_are_read_ahead_than_bounded(tmp_path: Path, monkeypatc
     assert lead <= 32
 
 
-def test_unreadable_pictures_are_set_aside(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped(tmp_path: Path) -> None:
     members = labelled(0, 5)
     members["0002.png"] = members["0002.png"][:60]
     members |= {"bad_label.png": png(noise(9)), "bad_label.cls": b"cat"}
@@ -163,15 +163,15 @@ def test_unreadable_pictures_are_set_aside(tmp_path: Path) -> None:
     assert len(embed_shards(shard, raw, SIZE, EmbedSettings(threads=1)).label_N) == 4
 
 
-def test_a_picture_without_label_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_image_without_label_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {**labelled(0, 2), "lonely.png": png(noise(5))})
-    with pytest.raises(DataError, match=r"a\.tar: picture 'lonely' has no label.*milan-pipe prepare.*\.cls"):
+    with pytest.raises(DataError, match=r"a\.tar: image 'lonely' has no label.*milan-pipe prepare.*\.cls"):
         embed_shards(shard, raw, SIZE, EmbedSettings(threads=1))
 
 
 def test_nothing_readable(tmp_path: Path) -> None:
-    shard = write_tar(tmp_path / "a.tar", {"a.png": b"no picture", "a.cls": b"0", "b.png": b"", "b.cls": b"1"})
-    with pytest.raises(DataError, match="none of the 2 pictures"):
+    shard = write_tar(tmp_path / "a.tar", {"a.png": b"no image", "a.cls": b"0", "b.png": b"", "b.cls": b"1"})
+    with pytest.raises(DataError, match="none of the 2 images"):
         embed_shards(shard, raw, SIZE, EmbedSettings(threads=1))
     with pytest.raises(MissingError):
         embed_shards(tmp_path / "absent", raw, SIZE, EmbedSettings())
@@ -181,7 +181,7 @@ def test_embedders_of_the_wrong_kind(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 2))
     with pytest.raises(ShapeError, match="expected \\(B, F\\)"):
         embed_shards(shard, lambda pixels: pixels.float(), SIZE, EmbedSettings(threads=1))
-    with pytest.raises(DataError, match="2 of 2 pictures are not finite"):
+    with pytest.raises(DataError, match="2 of 2 images are not finite"):
         embed_shards(shard, lambda pixels: raw(pixels) * torch.nan, SIZE, EmbedSettings(threads=1))
     with pytest.raises(SettingError, match="size"):
         embed_shards(shard, raw, 0, EmbedSettings(threads=1))
@@ -234,7 +234,7 @@ def test_partners_must_fit() -> None:
     train = LabelledFeatures(features_NF=torch.ones(2, 3), label_N=torch.tensor([0, 1]))
     with pytest.raises(ShapeError, match="3 wide"):
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(1, 4), label_N=torch.tensor([0])))
-    with pytest.raises(DataError, match="no train picture has \\(2\\): 5, 7"):
+    with pytest.raises(DataError, match="no train image has \\(2\\): 5, 7"):
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(3, 3), label_N=torch.tensor([7, 0, 5])))
 
 

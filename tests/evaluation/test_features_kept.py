@@ -1,4 +1,4 @@
-"""Features that are kept: the same scores, no second embedding, and other features for other weights or pictures."""
+"""Features that are kept: the same scores, no second embedding, and other features for other weights or images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.pictures import TINY, class_folders, labelled_shard
+from support.images import TINY, class_folders, labelled_shard
 
 from milan_pipe import api
 from milan_pipe.config.evaluation import KnnSettings
@@ -40,7 +40,7 @@ def test_kept_features_give_the_same_scores(
     assert api.linear_probe("random", *sets, PARAMS, features=kept).train == 30
 
 
-def test_other_weights_settings_or_pictures_are_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
+def test_other_weights_settings_or_images_are_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
     kept = tmp_path / "features"
     api.knn("random", *sets, PARAMS, features=kept)
     for number, changed in enumerate(

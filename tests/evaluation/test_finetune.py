@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 import timm
 import torch
-from support.pictures import NAMES, TINY, class_folders, labelled_shard, picture, png, write_tar
+from support.images import NAMES, TINY, class_folders, image, labelled_shard, png, write_tar
 from support.training import StopAtError, killed_until_done, stop_at
 
 from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, LarsProbeSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.evaluation.augment import TrainingPictures, build_mixup
+from milan_pipe.evaluation.augment import TrainingImages, build_mixup
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
+from milan_pipe.evaluation.batches import SampleRequest, StepPlan, share_of_classes
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
-from milan_pipe.evaluation.feed import Ask, StepPlan, share_of_classes
 from milan_pipe.evaluation.finetune import finetune
 from milan_pipe.evaluation.lars_probe import lars_probe
 from milan_pipe.evaluation.randomness import permutation, seeded
-from milan_pipe.images.labelled import labelled_pictures
+from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
@@ -201,16 +201,16 @@ def test_positions_are_interpolated_to_another_size() -> None:
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_takes_every_picture_once_whatever_the_ranks() -> None:
+def test_an_epoch_takes_every_image_once_whatever_the_ranks() -> None:
     numbers = np.arange(50)
 
-    def asked(rank: int, ranks: int, first: int = 0) -> list[list[Ask]]:
+    def asked(rank: int, ranks: int, first: int = 0) -> list[list[SampleRequest]]:
         return list(StepPlan(number_N=numbers, batch_size=8, seed=3, rank=rank, ranks=ranks).batches(first, 12))
 
     whole = asked(0, 1)
-    first = [ask.number for batch in whole[:6] for ask in batch]
+    first = [request.number for batch in whole[:6] for request in batch]
     assert len(first) == len(set(first)) == 48
-    assert first != [ask.number for batch in whole[6:] for ask in batch]
+    assert first != [request.number for batch in whole[6:] for request in batch]
     parted = zip(*(asked(rank, 3) for rank in range(3)), strict=True)
     assert [functools.reduce(operator.iadd, parts, []) for parts in parted] == whole
     assert asked(0, 1, first=7) == whole[7:]
@@ -230,25 +230,25 @@ def test_permutation_is_pinned() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_key_alone(shards: Path) -> None:
-    pictures = labelled_pictures(str(shards / "train-*.tar"), lambda *_: None)
-    views = TrainingPictures(pictures, FULL, 16, seed=0)
+    images = labelled_images(str(shards / "train-*.tar"), lambda *_: None)
+    views = TrainingImages(images, FULL, 16, seed=0)
     random.seed(1)
-    first = views(Ask(2, 7))[0]
+    first = views(SampleRequest(2, 7))[0]
     state = random.getstate(), torch.get_rng_state()
-    views(Ask(2, 8))
+    views(SampleRequest(2, 8))
     assert random.getstate() == state[0]
     assert torch.equal(torch.get_rng_state(), state[1])
-    assert torch.equal(views(Ask(2, 7))[0], first)
-    assert not torch.equal(views(Ask(3, 7))[0], first)
+    assert torch.equal(views(SampleRequest(2, 7))[0], first)
+    assert not torch.equal(views(SampleRequest(3, 7))[0], first)
     assert first.shape == (3, 16, 16)
     assert first.dtype == torch.float32
 
 
 def test_the_strongest_augmentation_never_fails(shards: Path) -> None:
-    pictures = labelled_pictures(str(shards / "train-*.tar"), lambda *_: None)
-    views = TrainingPictures(pictures, FULL.model_copy(update={"auto_augment": "rand-m10-n15-mstd2-inc1"}), 16, seed=0)
+    images = labelled_images(str(shards / "train-*.tar"), lambda *_: None)
+    views = TrainingImages(images, FULL.model_copy(update={"auto_augment": "rand-m10-n15-mstd2-inc1"}), 16, seed=0)
     for epoch in range(20):
-        assert bool(torch.isfinite(views(Ask(epoch, epoch))[0]).all())
+        assert bool(torch.isfinite(views(SampleRequest(epoch, epoch))[0]).all())
 
 
 def test_mixup_shares_out_the_classes() -> None:
@@ -267,8 +267,8 @@ def test_mixup_shares_out_the_classes() -> None:
 
 
 def test_class_folders_and_shards_are_the_same_task(tmp_path: Path) -> None:
-    folders = labelled_pictures(class_folders(tmp_path / "folders", range(12)), lambda *_: None)
-    shards = labelled_pictures(labelled_shard(tmp_path / "s" / "train.tar", range(12)), lambda *_: None)
+    folders = labelled_images(class_folders(tmp_path / "folders", range(12)), lambda *_: None)
+    shards = labelled_images(labelled_shard(tmp_path / "s" / "train.tar", range(12)), lambda *_: None)
     assert folders.classes == NAMES
     by_bytes = {shards.read(n): int(shards.label_N[n]) for n in range(12)}
     assert {folders.read(n): int(folders.label_N[n]) for n in range(12)} == by_bytes
@@ -288,7 +288,7 @@ def test_it_learns_and_says_so(shards: Path, tmp_path: Path) -> None:
     _, model = classifier_of(opened)
     right = 0
     for number in range(100, 133):
-        pixels = torch.from_numpy(picture(number, number % 3))
+        pixels = torch.from_numpy(image(number, number % 3))
         square = torch.nn.functional.interpolate(
             pixels.permute(2, 0, 1)[None].float(), size=(16, 16), mode="bicubic", antialias=True
         )
@@ -447,12 +447,12 @@ def test_other_classes_in_val(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_label_that_train_has_not(shards: Path, tmp_path: Path) -> None:
-    val = write_tar(tmp_path / "val.tar", {"a.png": png(picture(0, 0)), "a.cls": b"7"})
-    with pytest.raises(DataError, match=r"picture 'a' has label 7, TRAIN has labels 0 to 2"):
+    val = write_tar(tmp_path / "val.tar", {"a.png": png(image(0, 0)), "a.cls": b"7"})
+    with pytest.raises(DataError, match=r"image 'a' has label 7, TRAIN has labels 0 to 2"):
         go(shards, tmp_path / "run", val=val)
 
 
-def test_pictures_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
     train = class_folders(tmp_path / "train", range(60))
     for number in (4, 5):
         (train / NAMES[number % 3] / f"{number:04d}.png").write_bytes(b"broken")
@@ -460,16 +460,16 @@ def test_pictures_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
     assert report.bad == 2
     told = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(line["key"] for line in told) == ["bee/0004.png", "cat/0005.png"]
-    with pytest.raises(DataError, match=r"of 69 pictures cannot be read.*max_bad_fraction"):
+    with pytest.raises(DataError, match=r"of 69 images cannot be read.*max_bad_fraction"):
         go(shards, tmp_path / "r2", train=train, val=tmp_path / "v", max_bad_fraction=0.01)
 
 
 @pytest.mark.timeout(60)
-def test_pictures_that_are_no_regular_files(tmp_path: Path) -> None:
+def test_images_that_are_no_regular_files(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "train", range(3))
     os.mkfifo(root / "ant" / "0001.png")
     (root / "ant" / "0002.png").symlink_to("/dev/zero")
-    found = labelled_pictures(root, lambda *_: None)
+    found = labelled_images(root, lambda *_: None)
     for number in (1, 2):
         with pytest.raises(DataError, match="not a regular file"):
             found.read(number)
@@ -486,7 +486,7 @@ def _without(path: Path, *kept: str) -> Path:
     ("change", "kind", "message"),
     [
         ({"checkpoint": "missing"}, MissingError, "missing is not there"),
-        ({"batch_size": 64}, SettingError, "finetune.batch_size is 64, there are 60 pictures"),
+        ({"batch_size": 64}, SettingError, "finetune.batch_size is 64, there are 60 images"),
         ({"batch_size": 15}, SettingError, "even number"),
         ({"image_size": 18}, SettingError, "no multiple of the patch"),
         ({"train": "nowhere"}, MissingError, "nowhere is not there"),
@@ -505,11 +505,11 @@ def test_mistakes_are_one_line(
 def test_folders_that_are_no_classes(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither \.tar shards nor class folders"):
         go(shards, tmp_path / "run", train=_without(tmp_path / "none"))
-    with pytest.raises(MissingError, match="no pictures in them"):
+    with pytest.raises(MissingError, match="no images in them"):
         go(shards, tmp_path / "run", train=_without(tmp_path / "hollow", "a", "b"))
     half = class_folders(tmp_path / "half", range(30))
     (half / "empty").mkdir()
-    with pytest.raises(DataError, match=r"1 of the 4 class folders .* hold no pictures, as empty"):
+    with pytest.raises(DataError, match=r"1 of the 4 class folders .* hold no images, as empty"):
         go(shards, tmp_path / "run", train=half)
 
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.pictures import TINY, labelled_shard, mask, mask_folders, picture, png
+from support.images import TINY, image, labelled_shard, mask, mask_folders, png
 from support.training import StopAtError, killed_until_done, stop_at
 
 from milan_pipe.config.evaluation import SegmentSettings
@@ -28,7 +28,7 @@ from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_sco
 from milan_pipe.evaluation.segment import segment
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
-from milan_pipe.images.masked import MaskRule, decode_mask, masked_pictures, read_classes
+from milan_pipe.images.masked import MaskRule, decode_mask, masked_images, read_classes
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.scenes import MASK_CLASSES, render_scene
 from milan_pipe.student.pixels import normalise
@@ -71,7 +71,7 @@ def classify(pixels_BCHW: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.conv2d(pixels_BCHW, kernel, padding=2) + ramp
 
 
-def test_a_window_over_the_whole_picture_is_the_picture() -> None:
+def test_a_window_over_the_whole_image_is_the_image() -> None:
     pixels = torch.randn(3, 16, 16)
     assert torch.equal(sliding_logits(classify, pixels, 16, 11), classify(pixels[None])[0])
 
@@ -188,10 +188,10 @@ def test_masks_of_every_kind() -> None:
         Image.fromarray(values.astype(np.uint16)),
         Image.fromarray(values.astype(np.int32)),
     ]
-    for image in kinds:
+    for kind in kinds:
         file = __import__("io").BytesIO()
-        image.save(file, "TIFF" if image.mode == "I" else "PNG")
-        assert decode_mask(file.getvalue(), RULE, (2, 2), "k").tolist() == expected, image.mode
+        kind.save(file, "TIFF" if kind.mode == "I" else "PNG")
+        assert decode_mask(file.getvalue(), RULE, (2, 2), "k").tolist() == expected, kind.mode
     ade = MaskRule(classes=2, ignore_index=255, zero_is_ignored=True)
     assert decode_mask(png(values), ade, (2, 2), "k").tolist() == [[-1, 0], [1, -1]]
 
@@ -200,9 +200,9 @@ def test_masks_of_every_kind() -> None:
     ("data", "message"),
     [
         (png(np.zeros((2, 2, 3), np.uint8)), r"mask of 'k' has colours \(mode RGB\), expected one channel"),
-        (png(np.zeros((3, 2), np.uint8)), r"mask of 'k' has 3 x 2 pixels, its picture 2 x 2"),
+        (png(np.zeros((3, 2), np.uint8)), r"mask of 'k' has 3 x 2 pixels, its image 2 x 2"),
         (png(np.full((2, 2), 7, np.uint8)), r"mask of 'k' has value 7 in 4 pixels, expected 0 to 2, or 255"),
-        (b"no picture", r"mask of 'k' cannot be decoded"),
+        (b"no image", r"mask of 'k' cannot be decoded"),
         (png(np.zeros((2, 2), np.uint8))[:-32], r"mask of 'k' cannot be decoded"),
     ],
 )
@@ -213,12 +213,12 @@ def test_masks_that_are_wrong(data: bytes, message: str) -> None:
 
 def test_scenes_come_with_their_masks(tmp_path: Path) -> None:
     prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=3, test_scenes=1), workers=1)
-    pictures = masked_pictures(str(tmp_path / "images" / "train-*.tar"), "train", lambda *_: None)
-    assert pictures.classes == MASK_CLASSES
-    assert len(pictures.classes) == 13
+    images = masked_images(str(tmp_path / "images" / "train-*.tar"), "train", lambda *_: None)
+    assert images.classes == MASK_CLASSES
+    assert len(images.classes) == 13
     rule = MaskRule(classes=13, ignore_index=255, zero_is_ignored=False)
     for number in range(3):
-        found = decode_mask(pictures.mask(number), rule, (64, 64), "k")
+        found = decode_mask(images.mask(number), rule, (64, 64), "k")
         assert np.array_equal(found, render_scene(0, number).segmentation)
 
 
@@ -232,39 +232,39 @@ def ade20k(root: Path) -> Path:
 def test_every_layout_is_found(tmp_path: Path) -> None:
     root = ade20k(tmp_path / "ade")
     (root / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.1\twall, stuff\n2\t0.1\tsky\n")
-    by_root = masked_pictures(root, "val", lambda *_: None)
-    by_split = masked_pictures(root / "images" / "validation", "val", lambda *_: None)
-    by_pair = masked_pictures(f"{root}/images/validation,{root}/annotations/validation", "val", lambda *_: None)
+    by_root = masked_images(root, "val", lambda *_: None)
+    by_split = masked_images(root / "images" / "validation", "val", lambda *_: None)
+    by_pair = masked_images(f"{root}/images/validation,{root}/annotations/validation", "val", lambda *_: None)
     assert by_root.keys == by_split.keys == by_pair.keys == [f"{number:04d}" for number in range(50, 54)]
     assert by_root.zero_is_ignored
     assert by_split.zero_is_ignored
     assert not by_pair.zero_is_ignored
     assert by_root.classes == ("wall", "sky")
     mask_folders(tmp_path / "own" / "images", tmp_path / "own" / "masks", range(2))
-    assert masked_pictures(tmp_path / "own", "train", lambda *_: None).classes is None
+    assert masked_images(tmp_path / "own", "train", lambda *_: None).classes is None
     (tmp_path / "own" / "classes.txt").write_text("left\nright\n")
-    assert masked_pictures(tmp_path / "own", "train", lambda *_: None).classes == ("left", "right")
+    assert masked_images(tmp_path / "own", "train", lambda *_: None).classes == ("left", "right")
 
 
 def test_splits_by_their_short_names(tmp_path: Path) -> None:
     for part, numbers in (("train", range(3)), ("val", range(5, 7))):
         mask_folders(tmp_path / "images" / part, tmp_path / "masks" / part, numbers)
-    assert list(masked_pictures(tmp_path, "train", lambda *_: None).keys) == ["0000", "0001", "0002"]
-    val = masked_pictures(tmp_path, "val", lambda *_: None)
+    assert list(masked_images(tmp_path, "train", lambda *_: None).keys) == ["0000", "0001", "0002"]
+    val = masked_images(tmp_path, "val", lambda *_: None)
     assert list(val.keys) == ["0005", "0006"]
     assert not val.zero_is_ignored
 
 
-def test_a_picture_without_a_mask(tmp_path: Path) -> None:
+def test_a_image_without_a_mask(tmp_path: Path) -> None:
     mask_folders(tmp_path / "images", tmp_path / "masks", range(3))
     (tmp_path / "masks" / "0001.png").unlink()
-    with pytest.raises(MissingError, match=r"1 of the 3 pictures .* have no mask in .*, as 0001; expected .*0001.png"):
-        masked_pictures(tmp_path, "train", lambda *_: None)
+    with pytest.raises(MissingError, match=r"1 of the 3 images .* have no mask in .*, as 0001; expected .*0001.png"):
+        masked_images(tmp_path, "train", lambda *_: None)
     with pytest.raises(MissingError, match="expected images/ and masks/"):
-        masked_pictures(_made(tmp_path / "nothing"), "train", lambda *_: None)
+        masked_images(_made(tmp_path / "nothing"), "train", lambda *_: None)
     shard = labelled_shard(tmp_path / "s" / "a.tar", range(2))
-    with pytest.raises(MissingError, match=r"2 of the 2 pictures .* have no mask, as '0000'; expected a member"):
-        masked_pictures(shard, "train", lambda *_: None)
+    with pytest.raises(MissingError, match=r"2 of the 2 images .* have no mask, as '0000'; expected a member"):
+        masked_images(shard, "train", lambda *_: None)
 
 
 def _made(path: Path) -> Path:
@@ -293,8 +293,8 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
         os.mkfifo(path)
     (tmp_path / "images" / "0002.jpg").unlink()
     (tmp_path / "images" / "0002.jpg").symlink_to("/dev/zero")
-    found = masked_pictures(tmp_path, "train", lambda *_: None)
-    for read in (lambda: found.picture(0), lambda: found.mask(1), lambda: found.picture(2)):
+    found = masked_images(tmp_path, "train", lambda *_: None)
+    for read in (lambda: found.image(0), lambda: found.mask(1), lambda: found.image(2)):
         with pytest.raises(DataError, match="not a regular file"):
             read()
     with pytest.raises(DataError, match=r"class list .*not a regular file"):
@@ -357,7 +357,7 @@ def test_it_learns_what_is_bright(shards: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in table] == ["class 0", "class 1"]
     assert report.scores["miou"] == pytest.approx(np.mean([row["iou"] for row in table]))
     assert sum(row["pixels"] for row in table) == sum(int((mask(number) != 255).sum()) for number in range(100, 106))
-    with Image.open(tmp_path / "run" / "pictures" / "step-00000040.png") as sheet:
+    with Image.open(tmp_path / "run" / "images" / "step-00000040.png") as sheet:
         assert sheet.width > 600
 
 
@@ -407,7 +407,7 @@ def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
         ({"classes": None}, SettingError, "are not known; set segment.classes"),
         ({"classes": 1}, SettingError, "needs two at least"),
         ({"classes": "no.txt"}, MissingError, r"class list no.txt is not there"),
-        ({"batch_size": 32}, SettingError, "has 24 pictures to train on"),
+        ({"batch_size": 32}, SettingError, "has 24 images to train on"),
         ({"batch_size": 8, "accumulate": 8}, SettingError, "batch norms of UperNet need two"),
         ({"crop": 18}, SettingError, "no multiple of the patch"),
         ({"ratio": (2.0, 1.0)}, SettingError, "least <= greatest"),
@@ -425,7 +425,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_wrong_mask_stops_the_run(shards: Path, tmp_path: Path, workers: int) -> None:
     mask_folders(tmp_path / "images", tmp_path / "masks", range(16))
-    (tmp_path / "masks" / "0003.png").write_bytes(png(np.full(picture(3, 0).shape[:2], 9, np.uint8)))
+    (tmp_path / "masks" / "0003.png").write_bytes(png(np.full(image(3, 0).shape[:2], 9, np.uint8)))
     with pytest.raises(LabelError, match=r"mask of '0003' has value 9 .* expected 0 to 1, or 255"):
         go(shards, tmp_path / "run", train=tmp_path, workers=workers)
 

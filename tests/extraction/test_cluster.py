@@ -78,7 +78,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
-    """As `eight`, of other pictures."""
+    """As `eight`, of other images."""
     return unbroken(tmp_path_factory.mktemp("others"), 40, seed=9)
 
 

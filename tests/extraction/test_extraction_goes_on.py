@@ -122,11 +122,11 @@ def test_no_images(extract, tmp_path):
     assert not (tmp_path / "t").exists()
 
 
-# --- bad pictures -------------------------------------------------------------------------------------------------
+# --- bad images -------------------------------------------------------------------------------------------------
 
 
 def shards_with_bad(images, folder, bad_in):
-    """Copies of the shards; in each, the pictures at the given rows are cut in half."""
+    """Copies of the shards; in each, the images at the given rows are cut in half."""
     folder.mkdir()
     keys = []
     for number, path in enumerate(sorted(images.glob("*.tar"))):
@@ -134,16 +134,16 @@ def shards_with_bad(images, folder, bad_in):
             row = -1
             for member in source:
                 file = source.extractfile(member)
-                picture = member.name.endswith(".png") and not member.name.endswith(".mask.png")
-                row += picture
-                if picture and row in bad_in.get(number, ()):
+                image = member.name.endswith(".png") and not member.name.endswith(".mask.png")
+                row += image
+                if image and row in bad_in.get(number, ()):
                     keys.append(member.name.removesuffix(".png"))
                     member.size //= 2
                 target.addfile(member, file)
     return keys
 
 
-def test_bad_pictures_are_set_aside(whole, images, extract, tree, tmp_path):
+def test_bad_images_are_skipped(whole, images, extract, tree, tmp_path):
     keys = shards_with_bad(images, tmp_path / "images", {0: [3], 1: [0, 24]})
     report = extract(tmp_path / "images", tmp_path / "t", max_bad_fraction=0.1)
     assert (report.samples, report.bad, report.views) == (57, 3, 114)
@@ -161,7 +161,7 @@ def test_bad_pictures_are_set_aside(whole, images, extract, tree, tmp_path):
         assert tree(tmp_path / f"t{threads}") == tree(tmp_path / "t")
 
 
-def test_too_many_bad_pictures_stop_each_time(images, extract, tmp_path):
+def test_too_many_bad_images_stop_each_time(images, extract, tmp_path):
     keys = shards_with_bad(images, tmp_path / "images", {1: [2, 4, 6], 2: [1]})
     # A second run skips the bad shard; it must not pass for a good one.
     for _ in range(2):
@@ -173,18 +173,18 @@ def test_too_many_bad_pictures_stop_each_time(images, extract, tmp_path):
     assert (report.shards, report.skipped, report.bad) == (3, 3, 4)
 
 
-def test_shard_without_a_readable_picture(images, extract, tmp_path):
+def test_shard_without_a_readable_image(images, extract, tmp_path):
     shards_with_bad(images, tmp_path / "images", {1: range(25)})
-    with pytest.raises(DataError, match=r"train-000001.tar has no readable image \(25 set aside; the first: scene-"):
+    with pytest.raises(DataError, match=r"train-000001.tar has no readable image \(25 skipped; the first: scene-"):
         extract(tmp_path / "images", tmp_path / "t", max_bad_fraction=1)
     assert open_targets(tmp_path / "t").shards == ("000000", "000002")
     assert not list((tmp_path / "t").glob(".*"))
 
 
-def test_shard_without_pictures(extract, tmp_path):
+def test_shard_without_images(extract, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("notes.md"))
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         extract(tmp_path / "a.tar", tmp_path / "t")
 
 

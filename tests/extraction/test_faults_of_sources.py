@@ -13,7 +13,7 @@ from support.targets import tree as store_tree
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, StoreError
 from milan_pipe.images.prepare import prepare
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import verify_store
 
@@ -47,7 +47,7 @@ def test_sources_that_are_all_out_of_reach_end_the_run(images, extract, tmp_path
 
 def test_a_full_temporary_folder_is_named(images, extract, bucket, tmp_path, monkeypatch):
     for shard in images.glob("*.tar"):
-        place_of(f"{bucket}/images").write(shard.name, shard.read_bytes())
+        location_of(f"{bucket}/images").write(shard.name, shard.read_bytes())
     with small_disk(tmp_path / "tmp", 32 * 1024):
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
         with pytest.raises(StoreError, match=rf"^{tmp_path / 'tmp'} cannot be written: No space left.*set TMPDIR"):

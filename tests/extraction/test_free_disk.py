@@ -14,7 +14,7 @@ from support.disks import small_disk
 from milan_pipe import cli
 from milan_pipe.errors import StoreError
 from milan_pipe.extraction import space
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.store import read_header
 
 
@@ -45,7 +45,7 @@ def free(monkeypatch):
     return lambda count: monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
 
 
-def test_a_small_disk_is_told_of_before_the_first_view(images, extract, tmp_path):
+def test_a_small_disk_is_label_and_caption_before_the_first_view(images, extract, tmp_path):
     with small_disk(tmp_path / "disk", 300 * 1024) as disk:
         told, views = warned(lambda **more: extract(images, disk / "t", **more))
         assert len(told) == 1
@@ -71,7 +71,7 @@ def test_only_what_is_missing_counts(images, extract, whole, tmp_path, free):
     assert told == []
     first, _ = warned(lambda **more: extract(images, targets, redo=["000002"], **more))
     every, _ = warned(lambda **more: extract(images, tmp_path / "u", **more))
-    # The last of three shards has 10 of 60 pictures.
+    # The last of three shards has 10 of 60 images.
     assert needed(first[0]) == pytest.approx(needed(every[0]) / 6, rel=0.01)
 
 
@@ -93,7 +93,7 @@ def test_a_disk_with_room_is_passed_over_in_silence(images, extract, tmp_path):
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
 def test_the_bound_is_one(images, extract, tmp_path, codec, store_format):
     report = extract(images, tmp_path / "t", codec=codec, format=store_format)
-    header = read_header(place_of(tmp_path / "t"))
+    header = read_header(location_of(tmp_path / "t"))
     bound = space.most_bytes_per_view(header)
     assert report.bytes_per_view < bound < 4 * report.bytes_per_view
 

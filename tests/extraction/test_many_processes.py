@@ -170,21 +170,21 @@ def test_no_such_share(images: Path, extract, tmp_path: Path, share: str) -> Non
 # --- sources that change ------------------------------------------------------------------------------------------
 
 
-def other_pictures(images: Path, number: int) -> None:
-    """Exchange two pictures of a shard: the same size, other bytes."""
+def other_images(images: Path, number: int) -> None:
+    """Exchange two images of a shard: the same size, other bytes."""
     path = sorted(images.glob("*.tar"))[number]
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar if member.isfile()]  # type: ignore[union-attr]
 
-    def is_picture(name: str) -> bool:
+    def is_image(name: str) -> bool:
         return name.endswith(".png") and not name.endswith(".mask.png")
 
-    pictures = [data for member, data in members if is_picture(member.name)]
-    pictures = [*pictures[1:], pictures[0]]
+    contents = [data for member, data in members if is_image(member.name)]
+    contents = [*contents[1:], contents[0]]
     size = path.stat().st_size
     with tarfile.open(path, "w") as tar:
         for member, data in members:
-            content = pictures.pop(0) if is_picture(member.name) else data
+            content = contents.pop(0) if is_image(member.name) else data
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     assert path.stat().st_size == size
@@ -195,7 +195,7 @@ def test_a_changed_source_is_found_and_done_again(images: Path, extract, tree, t
     shutil.copytree(images, own)
     extract(own, targets)
     before = tree(targets)
-    other_pictures(own, 1)
+    other_images(own, 1)
     assert extract(own, targets).skipped == 3
     with pytest.raises(MismatchError, match=r"1 source shards have changed.*another sha256.*--redo 000001"):
         extract(own, targets, verify_sources=True)
@@ -272,7 +272,7 @@ def peak_bytes(images: object, folder: Path, name: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two hundred shards need what ten need, and a shard of 4,000 pictures what one of 500 needs."""
+    """Two hundred shards need what ten need, and a shard of 4,000 images what one of 500 needs."""
     monkeypatch.setitem(globals(), "SETTINGS", [*SETTINGS, f"extract.format={store_format}"])
     for few, many in (((200, 20), (4000, 20)), ((500, 500), (4000, 4000))):
         peaks = []

@@ -69,10 +69,10 @@ def test_another_view_size_than_the_teachers(images, extract, tmp_path):
 
 
 def test_stored_crop_and_flip_give_the_stored_view(whole, images):
-    pictures = [list(read_shard(path, lambda *bad: pytest.fail(str(bad)))) for path in expand_shards(images)]
+    shards = [list(read_shard(path, lambda *bad: pytest.fail(str(bad)))) for path in expand_shards(images)]
     flips = []
     for shard, view, run in runs(whole[0]):
-        samples = pictures[shard]
+        samples = shards[shard]
         assert list(run.keys) == [sample.key for sample in samples]
         assert run.label_N.tolist() == [sample.label for sample in samples]
         for row, sample in enumerate(samples):

@@ -1,4 +1,4 @@
-"""Pictures are counted without being read: what counts, what is only estimated, what is left to the reader."""
+"""Images are counted without being read: what counts, what is only estimated, what is left to the reader."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support.s3 import Proxy
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, MissingError
-from milan_pipe.images.count import ImageCount, count_pictures, glance_at_pictures, indexed_pictures, spread_evenly
+from milan_pipe.images.count import ImageCount, count_images, glance_at_images, indexed_images, spread_evenly
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 
 def tar_of(members: Sequence[tuple[str, bytes]]) -> bytes:
@@ -29,14 +29,14 @@ def tar_of(members: Sequence[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(count: int, size: int = 3000) -> list[tuple[str, bytes]]:
-    """Members that look like samples of a picture, a label and a caption."""
+def images(count: int, size: int = 3000) -> list[tuple[str, bytes]]:
+    """Members that look like samples of an image, a label and a caption."""
     parts = (("jpg", bytes(size)), ("cls", b"1"), ("txt", b"words"))
     return [(f"{row:06d}.{suffix}", data) for row in range(count) for suffix, data in parts]
 
 
 def counted(where: str | Path) -> ImageCount:
-    return count_pictures(expand_shards(where), lambda *_: None)
+    return count_images(expand_shards(where), lambda *_: None)
 
 
 def test_members_that_the_reader_passes_over_do_not_count(tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ def test_members_that_the_reader_passes_over_do_not_count(tmp_path: Path) -> Non
     others = ["d.v2.jpg", "e.gif", "f.json", "__x__/g.jpg", ".h.jpg", "no suffix"]
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of([(name, b"1") for name in readable + others]))
-    assert counted(path).pictures == 3
+    assert counted(path).total == 3
     bad: list[str] = []
     keys = {sample.key for sample in read_shard(path, lambda key, _: bad.append(key))}
-    # `a` has two pictures; of names that are no picture's the reader tells, and they will not be in the store.
+    # `a` has two images; of names that are no image's the reader tells, and they will not be in the store.
     assert keys | {"a"} == {"a", "B", "d/c"}
 
 
@@ -61,7 +61,7 @@ def test_links_and_folders_do_not_disturb(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 700
             tar.addfile(info, io.BytesIO(bytes(700)))
-    assert (counted(path).pictures, counted(path).source) == (2, "headers")
+    assert (counted(path).total, counted(path).source) == (2, "headers")
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -72,12 +72,12 @@ def test_long_names_are_counted_in_every_kind_of_tar(tmp_path: Path, format: int
             info = tarfile.TarInfo(f"{'folder/' * 15}{row}.jpg")
             info.size = 10
             tar.addfile(info, io.BytesIO(bytes(10)))
-    assert counted(path).pictures == 5
+    assert counted(path).total == 5
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.77])
 def test_a_cut_shard_is_an_error_that_says_where(tmp_path: Path, keep: float) -> None:
-    data = tar_of(pictures(30))
+    data = tar_of(images(30))
     (tmp_path / "whole.tar").write_bytes(data)
     (tmp_path / "cut.tar").write_bytes(data[: int(keep * len(data))])
     with pytest.raises(DataError, match=r"cut\.tar is cut or damaged at byte \d+"):
@@ -91,7 +91,7 @@ def test_a_shard_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_shard_beside_others_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(tar_of(pictures(3)))
+    (tmp_path / "a.tar").write_bytes(tar_of(images(3)))
     (tmp_path / "b.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"b\.tar is an empty file"):
         counted(tmp_path)
@@ -100,57 +100,57 @@ def test_an_empty_shard_beside_others_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[", b'{"version": 99}'])
 def test_a_damaged_index_is_no_index(tmp_path: Path, damage: bytes) -> None:
     prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
-    assert indexed_pictures(expand_shards(tmp_path / "i")) == 12
+    assert indexed_images(expand_shards(tmp_path / "i")) == 12
     (tmp_path / "i" / "index.json").write_bytes(damage)
-    assert indexed_pictures(expand_shards(tmp_path / "i")) is None
-    assert (counted(tmp_path / "i").pictures, counted(tmp_path / "i").source) == (12, "headers")
+    assert indexed_images(expand_shards(tmp_path / "i")) is None
+    assert (counted(tmp_path / "i").total, counted(tmp_path / "i").source) == (12, "headers")
 
 
 def test_a_part_of_the_shards_has_its_part_of_the_index(tmp_path: Path) -> None:
     prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=4, samples_per_shard=5), workers=1)
-    assert counted(f"{tmp_path}/i/train-*.tar").pictures == 12
-    assert counted(f"{tmp_path}/i/test-000000.tar").pictures == 4
-    (tmp_path / "i" / "more.tar").write_bytes(tar_of(pictures(2)))
-    assert (counted(tmp_path / "i").pictures, counted(tmp_path / "i").source) == (18, "headers")
+    assert counted(f"{tmp_path}/i/train-*.tar").total == 12
+    assert counted(f"{tmp_path}/i/test-000000.tar").total == 4
+    (tmp_path / "i" / "more.tar").write_bytes(tar_of(images(2)))
+    assert (counted(tmp_path / "i").total, counted(tmp_path / "i").source) == (18, "headers")
 
 
 def test_progress_names_what_is_looked_at(tmp_path: Path) -> None:
     for number in range(20):
-        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of(pictures(2)))
+        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of(images(2)))
     told: list[tuple[int, int]] = []
-    count_pictures(expand_shards(tmp_path), lambda *now: told.append(now))
+    count_images(expand_shards(tmp_path), lambda *now: told.append(now))
     assert told == [(done, 16) for done in range(1, 17)]
 
 
 def test_large_shards_of_a_bucket_are_not_fetched_whole(proxied_bucket: str, s3_proxy: Proxy) -> None:
-    place = place_of(f"{proxied_bucket}/images")
+    location = location_of(f"{proxied_bucket}/images")
     for number in range(12):
-        place.write(f"{number:02d}.tar", tar_of(pictures(100 + 10 * (number % 3), 60_000)))
+        location.write(f"{number:02d}.tar", tar_of(images(100 + 10 * (number % 3), 60_000)))
     s3_proxy.requests.clear()
     found = counted(f"{proxied_bucket}/images")
     assert (found.source, found.shards, found.looked_at) == ("estimate", 12, 8)
-    assert found.pictures == pytest.approx(4 * (100 + 110 + 120), rel=0.03)
+    assert found.total == pytest.approx(4 * (100 + 110 + 120), rel=0.03)
     assert s3_proxy.bytes_sent(".tar") <= 8 * 4 * 1024 * 1024
 
 
 def test_a_bucket_with_an_index_is_not_read(proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path) -> None:
     prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
-    place = place_of(f"{proxied_bucket}/images")
+    location = location_of(f"{proxied_bucket}/images")
     for path in (tmp_path / "i").iterdir():
-        place.write(path.name, path.read_bytes())
+        location.write(path.name, path.read_bytes())
     s3_proxy.requests.clear()
     found = counted(f"{proxied_bucket}/images")
-    assert (found.pictures, found.source) == (12, "index")
+    assert (found.total, found.source) == (12, "index")
     assert s3_proxy.count("GET", ".tar") == 0
 
 
 def test_a_bucket_that_lost_a_shard_is_an_error(bucket: str) -> None:
-    place = place_of(f"{bucket}/images")
-    place.write("a.tar", tar_of(pictures(3)))
+    location = location_of(f"{bucket}/images")
+    location.write("a.tar", tar_of(images(3)))
     shards = expand_shards(f"{bucket}/images")
-    place.remove("a.tar")
+    location.remove("a.tar")
     with pytest.raises(MissingError, match=r"a\.tar is not there"):
-        count_pictures(shards, lambda *_: None)
+        count_images(shards, lambda *_: None)
 
 
 # --- at a glance --------------------------------------------------------------------------------------------------
@@ -158,20 +158,20 @@ def test_a_bucket_that_lost_a_shard_is_an_error(bucket: str) -> None:
 
 def test_a_glance_is_near_and_never_fails(tmp_path: Path) -> None:
     for number in range(12):
-        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of(pictures(20 + number)))
+        (tmp_path / f"{number:02d}.tar").write_bytes(tar_of(images(20 + number)))
     shards = expand_shards(tmp_path)
-    assert glance_at_pictures(shards) == pytest.approx(sum(20 + number for number in range(12)), rel=0.05)
+    assert glance_at_images(shards) == pytest.approx(sum(20 + number for number in range(12)), rel=0.05)
     # Two of those that it looks at are damaged, and no longer have their size: it goes by the others.
-    (tmp_path / "00.tar").write_bytes(tar_of(pictures(20))[:5000])
+    (tmp_path / "00.tar").write_bytes(tar_of(images(20))[:5000])
     (tmp_path / "03.tar").write_bytes(b"")
     left = sum(20 + number for number in range(12) if number not in (0, 3))
-    assert glance_at_pictures(shards) == pytest.approx(left, rel=0.05)
+    assert glance_at_images(shards) == pytest.approx(left, rel=0.05)
     for path in tmp_path.iterdir():
         path.write_bytes(b"no tar")
-    assert glance_at_pictures(shards) is None
+    assert glance_at_images(shards) is None
     for path in tmp_path.iterdir():
         path.unlink()
-    assert glance_at_pictures(shards) is None
+    assert glance_at_images(shards) is None
 
 
 def test_spread_evenly() -> None:

@@ -1,4 +1,4 @@
-"""Odd pictures, odd tars, odd names: read exactly, or set aside with a reason; never a silent loss."""
+"""Odd images, odd tars, odd names: read exactly, or skipped with a reason; never a silent loss."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from milan_pipe.errors import DataError, MismatchError, MissingError, SettingErr
 from milan_pipe.images import decode, tar
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
-from milan_pipe.images.labelled import labelled_pictures
+from milan_pipe.images.labelled import labelled_images
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.images.tar import Sample, read_shard, split_member_name
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -81,7 +81,7 @@ def test_exif_turn_equals_what_exif_says(orientation: int, kind: str) -> None:
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     flat = np.asarray(decode_image(encoded(source, kind, **options)))
     turned = np.asarray(decode_image(encoded(source, kind, exif=exif, **options)))
-    # EXIF 2.3, tag 0x0112: where row 0 and column 0 of the stored picture lie when it is seen.
+    # EXIF 2.3, tag 0x0112: where row 0 and column 0 of the stored image lie when it is seen.
     expected = {
         1: flat,
         2: flat[:, ::-1],
@@ -96,7 +96,7 @@ def test_exif_turn_equals_what_exif_says(orientation: int, kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_is_no_reason_to_lose_a_picture() -> None:
+def test_damaged_exif_is_no_reason_to_lose_a_image() -> None:
     data = encoded(Image.fromarray(noise(8, 8)), "JPEG")
     payload = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken"
     damaged = data[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[2:]
@@ -179,7 +179,7 @@ def test_animation_gives_its_first_frame(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.8])
-def test_truncated_pictures_are_errors_of_one_line(kind: str, share: float) -> None:
+def test_truncated_images_are_errors_of_one_line(kind: str, share: float) -> None:
     data = encoded(Image.fromarray(noise(40, 40)), kind)
     with pytest.raises(DataError) as caught:
         decode_image(data[: int(share * len(data))])
@@ -198,7 +198,7 @@ def test_other_formats_are_refused_with_the_same_words_each_time(data: bytes) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_pictures_raise_nothing_but_data_error() -> None:
+def test_damaged_images_raise_nothing_but_data_error() -> None:
     rng = np.random.default_rng(0)
     whole = [encoded(Image.fromarray(noise(12, 12)), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP")]
     for number in range(300):
@@ -230,7 +230,7 @@ def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
             ("cat/001.JPG", PNG),
             ("cat/001.cls", b" 3\n"),
             ("cat/001.txt", "eine Katze, größer".encode()),
-            ("./b.left.png", b"not the picture"),
+            ("./b.left.png", b"not the image"),
             ("./b.png", PNG),
             ("c.json", b'{"label": 7, "caption": "seven"}'),
             ("c.webp", PNG),
@@ -239,7 +239,7 @@ def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
             ("d.txt", b"yes"),
             ("d.cls", b"-1"),
             ("e v.1.png", b"extension is 1.png"),
-            ("e v.2.PNG", b"so it is no picture of its own"),
+            ("e v.2.PNG", b"so it is no image of its own"),
             ("x/.hidden.png", b"is passed over"),
             ("ünï côde.png", PNG),
         ],
@@ -326,8 +326,8 @@ def test_pickles_stay_bytes_and_names_stay_names(tmp_path: Path) -> None:
         ([("a.png", PNG), ("a.json", b"{")], "json"),
         ([("a.png", PNG), ("a.json", b"[" * 100_000)], "json"),
         ([("a.png", PNG), ("a.json", b'{"label": true}')], "True"),
-        ([("a.png", PNG), ("a.png", PNG)], "two pictures"),
-        ([("a.png", PNG), ("a.jpg", PNG)], "two pictures"),
+        ([("a.png", PNG), ("a.png", PNG)], "two images"),
+        ([("a.png", PNG), ("a.jpg", PNG)], "two images"),
         ([("a.png", PNG), ("a.cls", b"1"), ("a.cls", b"2")], "two .cls"),
         ([("a.tiff", b"II*")], "convert"),
     ],
@@ -371,7 +371,7 @@ def test_links_and_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert "UTF-8" in bad[2][1]
 
 
-def test_too_large_members_are_set_aside_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_members_are_skip_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar, "MAX_ENCODED_BYTES", len(PNG))
     samples, bad = read_all(write_tar(tmp_path / "a.tar", [("a.png", PNG + b"x"), ("b.png", PNG)]))
     assert [s.key for s in samples] == ["b"]
@@ -424,9 +424,9 @@ def test_damaged_tars_raise_nothing_but_data_error(tmp_path: Path) -> None:
 def test_whole_shards_that_are_of_no_use(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="gone"):
         read_all(tmp_path / "gone.tar")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         read_all(write_tar(tmp_path / "a.tar", [("a.txt", b"x"), ("a.pkl", b"x")]))
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         read_all(write_tar(tmp_path / "b.tar", []))
     (tmp_path / "c.tar").write_bytes(b"")
     with pytest.raises(DataError, match="empty"):
@@ -473,7 +473,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_expand_shards(folder: Path, spec: str, names: list[str]) -> None:
-    expected = [ShardFile(place_of(folder), name) for name in names]
+    expected = [ShardFile(location_of(folder), name) for name in names]
     assert expand_shards(f"{folder}{spec}") == expected
     assert expand_shards(Path(f"{folder}{spec}")) == expected
     assert [str(shard) for shard in expected] == [str(folder / name) for name in names]
@@ -527,7 +527,7 @@ def test_folders_without_shards_say_what_was_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.csv"):
         expand_shards(tmp_path)
     (tmp_path / "a.JPG").write_bytes(PNG)
-    with pytest.raises(DataError, match=r"1 pictures and no .tar shards; run `milan-pipe prepare`"):
+    with pytest.raises(DataError, match=r"1 images and no .tar shards; run `milan-pipe prepare`"):
         expand_shards(tmp_path)
     (tmp_path / "a.tar").symlink_to(tmp_path / "gone.tar")
     with pytest.raises(MissingError, match=r"a\.tar is a link"):
@@ -546,7 +546,7 @@ def test_a_shard_that_is_no_regular_file(tmp_path: Path) -> None:
     (tmp_path / "pipe.tar").unlink()
     (tmp_path / "zeros.tar").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=r"zeros\.tar is not a regular file"):
-        labelled_pictures(tmp_path, lambda *_: None)
+        labelled_images(tmp_path, lambda *_: None)
 
 
 # --- shards in object stores
@@ -554,7 +554,7 @@ def test_a_shard_that_is_no_regular_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def remote(bucket: str) -> str:
-    place = place_of(bucket)
+    location = location_of(bucket)
     for name in (
         "t-000002.tar",
         "t-000000.tar",
@@ -564,9 +564,9 @@ def remote(bucket: str) -> str:
         "guitar",
         ".t-000009.tar",
     ):
-        place.write(f"set/{name}", b"x")
-    place.write("set/sub.tar/t-000000.tar", b"xx")
-    place.write("set/deep/er/t-000000.tar", b"xxx")
+        location.write(f"set/{name}", b"x")
+    location.write("set/sub.tar/t-000000.tar", b"xx")
+    location.write("set/deep/er/t-000000.tar", b"xxx")
     return bucket
 
 
@@ -590,14 +590,14 @@ def remote(bucket: str) -> str:
 def test_expand_shards_of_a_bucket(remote: str, spec: str, names: list[str]) -> None:
     shards = expand_shards(remote + spec)
     assert [str(shard) for shard in shards] == [f"{remote}/set/{name}" for name in names]
-    assert [shard.size() for shard in shards] == [shard.place.size(shard.name) for shard in shards]
+    assert [shard.size() for shard in shards] == [shard.location.size(shard.name) for shard in shards]
     assert pickle.loads(pickle.dumps(shards)) == shards == sorted({*shards})
 
 
 def test_globs_are_those_of_a_shell(bucket: str, tmp_path: Path) -> None:
     for path in ("a/b/1.tar", "a/b/c/2.tar", "a/3.tar", "a/.h/4.tar", "a/b/.5.tar", "ab/6.tar", "a/b.tar/7.tar"):
-        place_of(bucket).write(path, b"x")
-        place_of(tmp_path).write(path, b"x")
+        location_of(bucket).write(path, b"x")
+        location_of(tmp_path).write(path, b"x")
     patterns = ("*/*.tar", "a/**/*.tar", "a/**", "**/*.tar", "a/*/[!2].tar", "?b/*", "a/.h/*.tar", "a/**/c/*.tar")
     for pattern in patterns:
         names = [str(shard).removeprefix(f"{tmp_path}/") for shard in expand_shards(f"{tmp_path}/{pattern}")]
@@ -622,22 +622,22 @@ def test_expand_shards_errors_of_a_bucket(remote: str, spec: str, error: type[Ex
 
 
 def test_remote_folders_without_shards_say_what_was_found(bucket: str) -> None:
-    place = place_of(bucket)
-    place.write("a/x.csv", b"")
+    location = location_of(bucket)
+    location.write("a/x.csv", b"")
     with pytest.raises(DataError, match=r"holds no \.tar shards; found 1 other files, as x\.csv"):
         expand_shards(f"{bucket}/a")
-    place.write("a/a.JPG", PNG)
-    with pytest.raises(DataError, match=r"1 pictures and no .tar shards; run `milan-pipe prepare`"):
+    location.write("a/a.JPG", PNG)
+    with pytest.raises(DataError, match=r"1 images and no .tar shards; run `milan-pipe prepare`"):
         expand_shards(f"{bucket}/a")
-    place.write(f"a/{PREPARE_MARKER}", b"")
-    place.write("a/a.tar", b"")
+    location.write(f"a/{PREPARE_MARKER}", b"")
+    location.write("a/a.tar", b"")
     with pytest.raises(DataError, match="not complete"):
         expand_shards(f"{bucket}/a")
 
 
 def test_many_shards_are_looked_for_by_one_listing(proxied_bucket: str, s3_proxy: Proxy) -> None:
     for number in range(70):
-        place_of(proxied_bucket).write(f"a/{number:06d}.tar", b"x")
+        location_of(proxied_bucket).write(f"a/{number:06d}.tar", b"x")
     s3_proxy.requests.clear()
     shards = expand_shards(f"{proxied_bucket}/a/{{000000..000069}}.tar")
     assert sum(shard.size() for shard in shards) == 70
@@ -649,7 +649,7 @@ def blocks_of_80_kb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("milan_pipe.storage._READ_AHEAD_BYTES", 80_000)
 
 
-def pictures_of_many_sizes() -> list[tuple[str, bytes]]:
+def images_of_many_sizes() -> list[tuple[str, bytes]]:
     sizes = np.random.default_rng(0).integers(1, 12_000, 100)
     members = [(f"{n:03d}.png", PNG + b"x" * int(size)) for n, size in enumerate(sizes)]
     return [member for n, (name, data) in enumerate(members) for member in ((name, data), (f"{n:03d}.cls", b"7"))]
@@ -659,8 +659,8 @@ def pictures_of_many_sizes() -> list[tuple[str, bytes]]:
 def test_a_remote_shard_is_read_as_the_local_one_and_its_bytes_come_once(
     proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path
 ) -> None:
-    local = write_tar(tmp_path / "a.tar", pictures_of_many_sizes())
-    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    local = write_tar(tmp_path / "a.tar", images_of_many_sizes())
+    location_of(proxied_bucket).write("a.tar", local.read_bytes())
     (shard,) = expand_shards(proxied_bucket)
     samples, bad = read_all(shard)
     assert (samples, bad) == read_all(local)
@@ -674,22 +674,22 @@ def test_a_remote_shard_is_read_as_the_local_one_and_its_bytes_come_once(
 @pytest.mark.usefixtures("blocks_of_80_kb")
 def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path) -> None:
     local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.npy", bytes(5_000_000)), ("b.png", PNG)])
-    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    location_of(proxied_bucket).write("a.tar", local.read_bytes())
     assert [sample.key for sample in read_all(f"{proxied_bucket}/a.tar")[0]] == ["a", "b"]
     assert s3_proxy.bytes_sent("/a.tar") < 500_000
 
 
 @pytest.mark.usefixtures("blocks_of_80_kb")
-@pytest.mark.parametrize("rest", ["pictures", "headers"])
+@pytest.mark.parametrize("rest", ["images", "headers"])
 def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
     proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
 ) -> None:
     monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
-    members = pictures_of_many_sizes()
+    members = images_of_many_sizes()
     if rest == "headers":
         members[4:] = [(f"{n:03d}.npy", bytes(5000)) for n in range(100)]
     local = write_tar(tmp_path / "a.tar", members)
-    place_of(proxied_bucket).write("a.tar", local.read_bytes())
+    location_of(proxied_bucket).write("a.tar", local.read_bytes())
     reader = read_shard(f"{proxied_bucket}/a.tar", lambda *_: None)
     assert next(reader).key == "000"
     s3_proxy.fail_every = 1
@@ -699,17 +699,17 @@ def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
 
 
 def test_remote_shards_of_no_use(bucket: str, tmp_path: Path) -> None:
-    place = place_of(bucket)
+    location = location_of(bucket)
     with pytest.raises(MissingError, match=rf"shard {bucket}/gone\.tar is not there"):
         read_all(f"{bucket}/gone.tar")
-    place.write("c.tar", b"")
+    location.write("c.tar", b"")
     with pytest.raises(DataError, match=rf"shard {bucket}/c\.tar is an empty file"):
         read_all(f"{bucket}/c.tar")
-    place.write("d.tar", PNG * 20)
+    location.write("d.tar", PNG * 20)
     with pytest.raises(DataError, match="not a plain tar"):
         read_all(f"{bucket}/d.tar")
     whole = write_tar(tmp_path / "e.tar", [("a.png", PNG), ("b.png", PNG)]).read_bytes()
-    place.write("e.tar", whole[:1400])
+    location.write("e.tar", whole[:1400])
     with pytest.raises(DataError, match="cut or damaged at byte"):
         read_all(f"{bucket}/e.tar")
 
@@ -723,7 +723,7 @@ def web(bucket: str, s3_proxy: Proxy) -> str:
 def test_shards_of_a_web_server(bucket: str, web: str, tmp_path: Path) -> None:
     local = write_tar(tmp_path / "a.tar", [("a.png", PNG), ("a.cls", b"3")])
     for number in range(3):
-        place_of(bucket).write(f"set/t-{number:06d}.tar", local.read_bytes())
+        location_of(bucket).write(f"set/t-{number:06d}.tar", local.read_bytes())
     shards = expand_shards(f"{web}/set/t-{{000000..000002}}.tar")
     assert [str(shard) for shard in shards] == [f"{web}/set/t-{number:06d}.tar" for number in range(3)]
     assert [shard.size() for shard in shards] == [local.stat().st_size] * 3

@@ -32,7 +32,7 @@ from milan_pipe.images.tar import Sample, read_shard
 SMALL = PrepareSettings(train_scenes=5, test_scenes=2, samples_per_shard=2)
 
 
-def picture(path: Path, colour: int = 0) -> bytes:
+def image(path: Path, colour: int = 0) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
@@ -101,8 +101,8 @@ def test_headers_tell_nothing_of_the_machine(tmp_path: Path) -> None:
 
 def test_webdataset_reads_it_alike(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
-    picture(tmp_path / "in" / "größe & mehr" / "a b.v2.jpg")
-    picture(tmp_path / "in" / "x" / ("long " * 30 + ".png"))
+    image(tmp_path / "in" / "größe & mehr" / "a b.v2.jpg")
+    image(tmp_path / "in" / "x" / ("long " * 30 + ".png"))
     run(tmp_path / "in", tmp_path / "out")
     theirs = list(webdataset.WebDataset(str(tmp_path / "out" / "train-000000.tar"), shardshuffle=False))
     ours = samples(tmp_path / "out")
@@ -116,9 +116,9 @@ def test_webdataset_reads_it_alike(tmp_path: Path) -> None:
 
 def test_class_folders(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    stored = [picture(source / name) for name in ("Zebra/1.jpg", "ape/deep/2.PNG", "ape/3.webp", "über/4.jpeg")]
-    picture(source / ".hidden" / "x.jpg")
-    picture(source / "ape" / "._3.jpg")
+    stored = [image(source / name) for name in ("Zebra/1.jpg", "ape/deep/2.PNG", "ape/3.webp", "über/4.jpeg")]
+    image(source / ".hidden" / "x.jpg")
+    image(source / "ape" / "._3.jpg")
     (source / "empty").mkdir()
     (source / "ape" / "notes.txt").write_text("x")
     report = run(source, tmp_path / "out")
@@ -130,23 +130,23 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_flat_folder_and_split_name(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.jpg", "c.jpg"):
-        picture(tmp_path / "in" / name)
+        image(tmp_path / "in" / name)
     report = run(tmp_path / "in", tmp_path / "out", split="val", samples_per_shard=2)
     assert report.classes is None
     assert [s.name for s in read_index(tmp_path / "out").shards] == ["val-000000.tar", "val-000001.tar"]
     assert [(s.key, s.label) for s in samples(tmp_path / "out")] == [("a", -1), ("b", -1), ("c", -1)]
 
 
-def test_loose_pictures_beside_class_folders_have_no_label(tmp_path: Path) -> None:
-    picture(tmp_path / "in" / "loose.jpg")
-    picture(tmp_path / "in" / "ape" / "1.jpg")
+def test_loose_images_beside_class_folders_have_no_label(tmp_path: Path) -> None:
+    image(tmp_path / "in" / "loose.jpg")
+    image(tmp_path / "in" / "ape" / "1.jpg")
     run(tmp_path / "in", tmp_path / "out")
     assert [(s.key, s.label) for s in samples(tmp_path / "out")] == [("ape-1", 0), ("loose", -1)]
 
 
 def test_split_folders_share_their_classes(tmp_path: Path) -> None:
     for name in ("train/b/1.jpg", "train/a/1.jpg", "val/c/1.jpg", "test/x.jpg"):
-        picture(tmp_path / "in" / name)
+        image(tmp_path / "in" / name)
     report = run(tmp_path / "in", tmp_path / "out")
     assert report.classes == ("a", "b", "c")
     assert [(s.key, s.label) for s in samples(tmp_path / "out", "train")] == [("train-a-1", 0), ("train-b-1", 1)]
@@ -156,9 +156,9 @@ def test_split_folders_share_their_classes(tmp_path: Path) -> None:
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     for name in ("train/1.jpg", "bus/1.jpg"):
-        picture(tmp_path / "in" / name)
+        image(tmp_path / "in" / name)
     assert run(tmp_path / "in", tmp_path / "out").classes == ("bus", "train")
-    picture(tmp_path / "in" / "test" / "1.jpg")
+    image(tmp_path / "in" / "test" / "1.jpg")
     with pytest.raises(DataError, match="train, test beside bus"):
         run(tmp_path / "in", tmp_path / "out")
 
@@ -166,8 +166,8 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 def test_keys_are_unique_and_safe(tmp_path: Path) -> None:
     names = ["a/b.jpg", "a-b.jpg", "a/b.png", "a.b.c.jpg", "a_b_c.jpg", "tab\there.jpg", "ü ñ.jpg", "x..jpg"]
     for name in names:
-        picture(tmp_path / "in" / name)
-    picture(tmp_path / "in" / os.fsdecode(b"latin\xff.jpg"))
+        image(tmp_path / "in" / name)
+    image(tmp_path / "in" / os.fsdecode(b"latin\xff.jpg"))
     run(tmp_path / "in", tmp_path / "out")
     keys = [s.key for s in samples(tmp_path / "out")]
     assert len(keys) == len(set(keys)) == len(names) + 1
@@ -176,14 +176,14 @@ def test_keys_are_unique_and_safe(tmp_path: Path) -> None:
 
 
 def test_links_that_lead_back_up_end(tmp_path: Path) -> None:
-    picture(tmp_path / "in" / "a" / "1.jpg")
+    image(tmp_path / "in" / "a" / "1.jpg")
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
     assert run(tmp_path / "in", tmp_path / "out").samples == 1
 
 
-def test_bad_pictures_are_set_aside_and_leave_no_gap(tmp_path: Path) -> None:
+def test_bad_images_are_skip_and_leave_no_gap(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    good = picture(source / "3.jpg")
+    good = image(source / "3.jpg")
     (source / "1.jpg").write_bytes(b"")
     (source / "2.jpg").write_bytes(good[: len(good) // 2])
     (source / "4.jpg").write_bytes(b"<html>")
@@ -198,7 +198,7 @@ def test_bad_pictures_are_set_aside_and_leave_no_gap(tmp_path: Path) -> None:
         (name.split(".")[0], name, reason) for name, reason in report.bad
     ]
     assert report.bad[0][1] == "empty file"
-    # Mended, the same command leaves no trace of them.
+    # Repaired, the same command leaves no trace of them.
     for name in ("1.jpg", "2.jpg", "4.jpg", "5.gif", "6.jpg"):
         (source / name).unlink()
     run(source, out, samples_per_shard=1)
@@ -209,7 +209,7 @@ def test_bad_pictures_are_set_aside_and_leave_no_gap(tmp_path: Path) -> None:
 def test_what_is_no_regular_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe would be waited for for ever, and a device read until the memory is full."""
     source = tmp_path / "source"
-    picture(source / "ant" / "good.jpg")
+    image(source / "ant" / "good.jpg")
     os.mkfifo(source / "ant" / "pipe.jpg")
     (source / "ant" / "device.png").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -225,7 +225,7 @@ def test_what_is_no_regular_file_is_skipped(tmp_path: Path, monkeypatch: pytest.
 def test_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of the 1 pictures .* a\.jpg: empty file"):
+    with pytest.raises(DataError, match=r"none of the 1 images .* a\.jpg: empty file"):
         run(tmp_path / "in", tmp_path / "out")
     assert sorted(content(tmp_path / "out")) == ["bad_samples.jsonl"]
 
@@ -258,7 +258,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path: Path, m
         with pytest.raises(DataError, match="not complete"):
             expand_shards(out)
     monkeypatch.undo()
-    picture(tmp_path / "in" / "a.jpg")
+    image(tmp_path / "in" / "a.jpg")
     with pytest.raises(MismatchError, match="shards of demo"):
         run(tmp_path / "in", out)
     prepare("demo", out, SMALL, workers=1)
@@ -282,8 +282,8 @@ def test_foreign_shards_stay(tmp_path: Path) -> None:
 
 
 def test_shards_of_another_source_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "one" / "a.jpg")
-    picture(tmp_path / "two" / "a.jpg")
+    image(tmp_path / "one" / "a.jpg")
+    image(tmp_path / "two" / "a.jpg")
     run(tmp_path / "one", tmp_path / "out")
     before = content(tmp_path / "out")
     for source in (tmp_path / "two", "demo"):
@@ -329,7 +329,7 @@ def test_source_errors(tmp_path: Path) -> None:
         run(empty, out)
     with pytest.raises(DataError, match="shard already"):
         run(empty / "a.tar", out)
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     with pytest.raises(DataError, match="is a file, expected a folder"):
         run(tmp_path / "a.jpg", out)
     with pytest.raises(DataError, match="same folder"):

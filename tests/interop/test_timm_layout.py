@@ -61,7 +61,7 @@ def test_a_classifier_can_be_put_on_top(tmp_path: Path) -> None:
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
 
 
-def test_the_config_says_how_pictures_are_fed_and_where_the_weights_come_from(tmp_path: Path) -> None:
+def test_the_config_says_how_images_are_fed_and_where_the_weights_come_from(tmp_path: Path) -> None:
     saved(tmp_path / "run", SMALL)
     report = export_student(tmp_path / "run", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -127,7 +127,7 @@ def test_views_of_an_epoch_are_those_that_pretrain_reads(written: tuple) -> None
     from milan_pipe.loader.order import EpochOrder
 
     dataset = milan_pipe.open_targets(written[0]).as_torch_dataset(seed=7)
-    order = EpochOrder(samples=tuple(SIZES), views=3, block=128, window=16, seed=7)
+    order = EpochOrder(samples=tuple(SIZES), views=3, block=128, shuffle_blocks=16, seed=7)
     for epoch in range(4):
         dataset.set_epoch(epoch)
         shown = {block.shard: block.view for block in order.blocks(epoch)}
@@ -146,7 +146,7 @@ def test_a_pickled_store_is_opened_anew(written: tuple) -> None:
 def test_places_are_those_of_the_shards_end_to_end(number: int) -> None:
     targets = milan_pipe.Targets.__new__(milan_pipe.Targets)
     targets._ends = list(np.cumsum(SIZES))
-    shard, row = targets.place(number)
+    shard, row = targets.location(number)
     assert sum(SIZES[:shard]) + row == number % 134
     assert 0 <= row < SIZES[shard]
 

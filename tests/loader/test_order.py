@@ -11,14 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from milan_pipe.errors import SettingError
-from milan_pipe.loader.order import BatchPlan, Block, EpochOrder, Lane, batches_per_epoch
+from milan_pipe.loader.order import BatchPlan, Block, CanonicalStream, EpochOrder, batches_per_epoch
 
 orders = st.builds(
     EpochOrder,
     samples=st.lists(st.integers(1, 40), min_size=1, max_size=5).map(tuple),
     views=st.integers(1, 5),
     block=st.integers(1, 16),
-    window=st.integers(1, 8),
+    shuffle_blocks=st.integers(1, 8),
     seed=st.integers(0, 2**63 - 1),
 )
 
@@ -26,7 +26,7 @@ orders = st.builds(
 def sequence(order: EpochOrder, epoch: int) -> list[tuple[int, int, int]]:
     """(shard, view, row) of each sample in the order in which it is handed out."""
     result = []
-    for blocks, sample_order in order.windows(epoch):
+    for blocks, sample_order in order.groups(epoch):
         end_to_end = [(b.shard, b.view, row) for b in blocks for row in range(b.start, b.stop)]
         result += [end_to_end[i] for i in sample_order]
     return result
@@ -101,8 +101,8 @@ def test_blocks_made_when_they_are_asked_for_are_those_of_a_list(
 
 
 def test_an_epoch_of_a_billion_samples_begins_at_once() -> None:
-    order = EpochOrder(samples=(10_000,) * 100_000, views=8, block=128, window=4, seed=0)
-    blocks, rows = next(order.windows(3, Lane(1, 4, 250_000_001, 500_000_000)))
+    order = EpochOrder(samples=(10_000,) * 100_000, views=8, block=128, shuffle_blocks=4, seed=0)
+    blocks, rows = next(order.groups(3, CanonicalStream(1, 4, 250_000_001, 500_000_000)))
     assert (len(blocks), len(rows)) == (1, blocks[0].stop - blocks[0].start)
 
 
@@ -110,14 +110,18 @@ def test_an_epoch_of_a_billion_samples_begins_at_once() -> None:
 @given(order=orders)
 def test_epoch_five_needs_no_epoch_before_it(order: EpochOrder) -> None:
     fresh = EpochOrder(
-        samples=order.samples, views=order.views, block=order.block, window=order.window, seed=order.seed
+        samples=order.samples,
+        views=order.views,
+        block=order.block,
+        shuffle_blocks=order.shuffle_blocks,
+        seed=order.seed,
     )
     expected = [sequence(order, epoch) for epoch in range(6)][5]
     assert sequence(fresh, 5) == expected
 
 
-def big(seed: int = 0, window: int = 1000) -> EpochOrder:
-    return EpochOrder(samples=(500, 300, 700), views=4, block=64, window=window, seed=seed)
+def big(seed: int = 0, shuffle_blocks: int = 1000) -> EpochOrder:
+    return EpochOrder(samples=(500, 300, 700), views=4, block=64, shuffle_blocks=shuffle_blocks, seed=seed)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -128,7 +132,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_shards_do_not_move_through_their_views_in_step() -> None:
-    order = EpochOrder(samples=(1,) * 200, views=4, block=1, window=1, seed=0)
+    order = EpochOrder(samples=(1,) * 200, views=4, block=1, shuffle_blocks=1, seed=0)
     counts = Counter(order.view_of(0, shard) for shard in range(200))
     assert set(counts) == {0, 1, 2, 3}
     assert max(counts.values()) < 80  # 50 expected, deviation 6
@@ -137,7 +141,7 @@ def test_shards_do_not_move_through_their_views_in_step() -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_a_wide_window_leaves_no_trace_of_the_stored_order(epoch: int) -> None:
+def test_a_wide_group_leaves_no_trace_of_the_stored_order(epoch: int) -> None:
     order = big()
     offsets = np.cumsum([0, *order.samples])
     stored = np.array([offsets[shard] + row for shard, _, row in sequence(order, epoch)])
@@ -147,24 +151,24 @@ def test_a_wide_window_leaves_no_trace_of_the_stored_order(epoch: int) -> None:
     assert np.abs(stored - place).mean() == pytest.approx(len(stored) / 3, rel=0.1)
 
 
-def test_a_narrow_window_still_takes_blocks_from_everywhere() -> None:
-    order = EpochOrder(samples=(100,) * 20, views=1, block=10, window=16, seed=0)
+def test_a_narrow_group_still_takes_blocks_from_everywhere() -> None:
+    order = EpochOrder(samples=(100,) * 20, views=1, block=10, shuffle_blocks=16, seed=0)
     first = sequence(order, 0)[:160]
     assert len({shard for shard, _, _ in first}) > 8
     assert [row for _, _, row in first[:10]] != sorted(row for _, _, row in first[:10])
 
 
-def test_two_epochs_put_different_blocks_into_one_window() -> None:
-    order = big(window=4)
-    windows = [{(b.shard, b.start) for b in next(iter(order.windows(epoch)))[0]} for epoch in range(3)]
-    assert windows[0] != windows[1] != windows[2]
+def test_two_epochs_put_different_blocks_into_one_group() -> None:
+    order = big(shuffle_blocks=4)
+    groups = [{(b.shard, b.start) for b in next(iter(order.groups(epoch)))[0]} for epoch in range(3)]
+    assert groups[0] != groups[1] != groups[2]
 
 
 @pytest.mark.parametrize(
-    "change", [{"samples": ()}, {"samples": (0, 0)}, {"views": 0}, {"block": 0}, {"window": 0}], ids=str
+    "change", [{"samples": ()}, {"samples": (0, 0)}, {"views": 0}, {"block": 0}, {"shuffle_blocks": 0}], ids=str
 )
 def test_an_order_of_nothing_is_refused(change: dict[str, object]) -> None:
-    good: dict[str, object] = {"samples": (3,), "views": 1, "block": 1, "window": 1, "seed": 0}
+    good: dict[str, object] = {"samples": (3,), "views": 1, "block": 1, "shuffle_blocks": 1, "seed": 0}
     with pytest.raises(SettingError, match="at least 1"):
         EpochOrder(**{**good, **change})  # type: ignore[arg-type]
 
@@ -176,13 +180,13 @@ def test_whole_batches_are_counted_and_a_batch_above_the_data_is_refused() -> No
 
 
 def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
-    """(shard, row) of each sample of each batch, put together from the lanes as the plan says."""
+    """(shard, row) of each sample of each batch, put together from the canonical_streams as the plan says."""
     pieces = plan.pieces()
-    lanes = {}
+    canonical_streams = {}
     for piece in pieces:
-        lanes[piece.lane] = [
+        canonical_streams[piece.stream] = [
             end_to_end[i]
-            for blocks, sample_order in plan.order.windows(epoch, plan.lane(piece.lane))
+            for blocks, sample_order in plan.order.groups(epoch, plan.stream(piece.stream))
             for end_to_end in [[(b.shard, row) for b in blocks for row in range(b.start, b.stop)]]
             for i in sample_order
         ]
@@ -190,8 +194,8 @@ def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
     for step in range(plan.steps):
         batch = []
         for piece in pieces:
-            first = step * plan.lane_size(piece.lane)
-            batch += lanes[piece.lane][first + piece.start : first + piece.stop]
+            first = step * plan.stream_size(piece.stream)
+            batch += canonical_streams[piece.stream][first + piece.start : first + piece.stop]
         batches.append(batch)
     return batches
 
@@ -201,14 +205,14 @@ def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
     order=orders,
     epoch=st.integers(0, 100),
     batch_size=st.integers(1, 30),
-    lanes=st.integers(1, 9),
+    canonical_streams=st.integers(1, 9),
     ranks=st.integers(1, 9),
 )
 def test_ranks_and_lanes_share_an_epoch_whole(
-    order: EpochOrder, epoch: int, batch_size: int, lanes: int, ranks: int
+    order: EpochOrder, epoch: int, batch_size: int, canonical_streams: int, ranks: int
 ) -> None:
     assume(ranks <= batch_size <= sum(order.samples))
-    plan = BatchPlan(order=order, batch_size=batch_size, lanes=lanes)
+    plan = BatchPlan(order=order, batch_size=batch_size, canonical_streams=canonical_streams)
     whole = taken(plan, epoch)
     assert len(whole) == sum(order.samples) // batch_size
     assert {len(batch) for batch in whole} == {batch_size}
@@ -231,17 +235,17 @@ def test_one_lane_is_the_order_itself(order: EpochOrder, epoch: int, batch_size:
     assert [sample for batch in taken(plan, epoch) for sample in batch] == expected[: plan.steps * batch_size]
 
 
-@pytest.mark.parametrize("lanes", [1, 4, 8])
-def test_lanes_mix_as_far_as_one_does(lanes: int) -> None:
-    order = EpochOrder(samples=(1000,) * 16, views=1, block=50, window=16, seed=0)
-    batches = taken(BatchPlan(order=order, batch_size=64, lanes=lanes), 0)
+@pytest.mark.parametrize("canonical_streams", [1, 4, 8])
+def test_lanes_mix_as_far_as_one_does(canonical_streams: int) -> None:
+    order = EpochOrder(samples=(1000,) * 16, views=1, block=50, shuffle_blocks=16, seed=0)
+    batches = taken(BatchPlan(order=order, batch_size=64, canonical_streams=canonical_streams), 0)
     shards = [len({shard for shard, _ in batch}) for batch in batches]
     # 16 blocks of 320 in the air: of 16 shards, drawn 16 times, 1 - (15/16)^16 = 64 % are met, 10.3.
     assert 9 < sum(shards) / len(shards) < 12
 
 
-@pytest.mark.parametrize("change", [{"ranks": 5}, {"rank": 2}, {"rank": -1}, {"lanes": 0}])
+@pytest.mark.parametrize("change", [{"ranks": 5}, {"rank": 2}, {"rank": -1}, {"canonical_streams": 0}])
 def test_a_plan_that_cannot_be_shared_is_refused(change: dict[str, int]) -> None:
-    order = EpochOrder(samples=(9,), views=1, block=4, window=1, seed=0)
+    order = EpochOrder(samples=(9,), views=1, block=4, shuffle_blocks=1, seed=0)
     with pytest.raises(SettingError, match="over all ranks"):
         BatchPlan(**{"order": order, "batch_size": 4, "ranks": 2, **change})  # type: ignore[arg-type]

@@ -69,9 +69,9 @@ class MemoryReader:
         )
 
 
-def order_of(reader: MemoryReader, window: int = 2, block: int = 4) -> EpochOrder:
+def order_of(reader: MemoryReader, shuffle_blocks: int = 2, block: int = 4) -> EpochOrder:
     samples = tuple(reader.samples(shard) for shard in reader.shards)
-    return EpochOrder(samples=samples, views=VIEWS, block=block, window=window, seed=7)
+    return EpochOrder(samples=samples, views=VIEWS, block=block, shuffle_blocks=shuffle_blocks, seed=7)
 
 
 def read(
@@ -82,19 +82,25 @@ def read(
 
 
 def batches(
-    reader: MemoryReader, epoch: int = 0, size: int = 5, *, threads: int = 1, window: int = 2, with_targets: bool = True
+    reader: MemoryReader,
+    epoch: int = 0,
+    size: int = 5,
+    *,
+    threads: int = 1,
+    shuffle_blocks: int = 2,
+    with_targets: bool = True,
 ) -> list[Batch]:
-    plan = BatchPlan(order=order_of(reader, window), batch_size=size)
+    plan = BatchPlan(order=order_of(reader, shuffle_blocks), batch_size=size)
     return read(reader, plan, epoch, threads=threads, with_targets=with_targets)
 
 
 @pytest.mark.parametrize("with_scale", [True, False], ids=["scale", "no scale"])
-@pytest.mark.parametrize("window", [1, 2, 100])
+@pytest.mark.parametrize("shuffle_blocks", [1, 2, 100])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_each_key_comes_with_its_own_values(epoch: int, window: int, with_scale: bool) -> None:
+def test_each_key_comes_with_its_own_values(epoch: int, shuffle_blocks: int, with_scale: bool) -> None:
     reader = MemoryReader((9, 6, 1), with_scale=with_scale)
-    order = order_of(reader, window)
-    for batch in batches(reader, epoch, size=5, window=window):
+    order = order_of(reader, shuffle_blocks)
+    for batch in batches(reader, epoch, size=5, shuffle_blocks=shuffle_blocks):
         for row, key in enumerate(batch.keys):
             shard, position = key.split("/")
             view = order.view_of(epoch, int(shard))
@@ -111,7 +117,7 @@ def test_each_key_comes_with_its_own_values(epoch: int, window: int, with_scale:
 def test_batches_are_whole_and_follow_the_order(size: int) -> None:
     reader = MemoryReader((9, 6, 1))
     expected = []
-    for blocks, sample_order in order_of(reader).windows(0):
+    for blocks, sample_order in order_of(reader).groups(0):
         keys = [f"{reader.shards[b.shard]}/{row}" for b in blocks for row in range(b.start, b.stop)]
         expected += [keys[i] for i in sample_order]
     found = batches(reader, size=size)
@@ -152,12 +158,12 @@ def test_a_damaged_view_stops_the_epoch_and_names_its_batch() -> None:
         batches(reader)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@pytest.mark.parametrize("canonical_streams", [1, 2, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("skip", [0, 1, 4])
-def test_ranks_share_the_same_batches(lanes: int, ranks: int, skip: int) -> None:
+def test_ranks_share_the_same_batches(canonical_streams: int, ranks: int, skip: int) -> None:
     reader = MemoryReader((9, 6, 1, 13))
-    plan = BatchPlan(order=order_of(reader), batch_size=5, lanes=lanes)
+    plan = BatchPlan(order=order_of(reader), batch_size=5, canonical_streams=canonical_streams)
     whole = read(reader, plan)
     parts = [read(reader, plan.of_rank(rank, ranks), skip=skip) for rank in range(ranks)]
     assert len(whole) == 5
@@ -168,7 +174,7 @@ def test_ranks_share_the_same_batches(lanes: int, ranks: int, skip: int) -> None
             assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(batch, name))
 
 
-def test_a_rank_with_lanes_of_its_own_reads_what_it_uses_and_no_more() -> None:
+def test_a_rank_with_streams_of_its_own_reads_what_it_uses_and_no_more() -> None:
     class CountingReader(MemoryReader):
         read_samples = 0
 
@@ -177,17 +183,17 @@ def test_a_rank_with_lanes_of_its_own_reads_what_it_uses_and_no_more() -> None:
             return super().read(shard, view, start, stop)
 
     reader = CountingReader((40, 40, 48))
-    plan = BatchPlan(order=order_of(reader), batch_size=16, lanes=4)
+    plan = BatchPlan(order=order_of(reader), batch_size=16, canonical_streams=4)
     for rank in range(4):
         reader.read_samples = 0
         read(reader, plan.of_rank(rank, 4))
         assert reader.read_samples == 32
     reader.read_samples = 0
     read(reader, plan.of_rank(3, 4), skip=7)
-    assert reader.read_samples <= 8  # the last window
+    assert reader.read_samples <= 8  # the last group
 
 
-def test_the_next_window_is_read_while_one_is_handed_out() -> None:
+def test_the_next_group_is_read_while_one_is_handed_out() -> None:
     class SlowReader(MemoryReader):
         def __init__(self) -> None:
             super().__init__((8, 8))
@@ -199,7 +205,7 @@ def test_the_next_window_is_read_while_one_is_handed_out() -> None:
 
     reader = SlowReader()
     with Loader(
-        reader, BatchPlan(order=order_of(reader, window=1), batch_size=4), threads=1, with_targets=True
+        reader, BatchPlan(order=order_of(reader, shuffle_blocks=1), batch_size=4), threads=1, with_targets=True
     ) as loader:
         found = loader.batches(0)
         next(found)

@@ -21,7 +21,7 @@ from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction import space
-from milan_pipe.images.count import ImageCount, count_pictures, indexed_pictures
+from milan_pipe.images.count import ImageCount, count_images, indexed_images
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import teacher_flops
@@ -29,9 +29,9 @@ from milan_pipe.planning.limits import limits
 from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
 from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
-from milan_pipe.planning.store import StoreEstimate, sample_pictures
+from milan_pipe.planning.store import StoreEstimate, sample_images
 from milan_pipe.planning.tables import duration, rows
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.units import rate
 
@@ -60,7 +60,7 @@ def nothing(*_: object) -> None:
 
 
 def counted(where: str | Path) -> ImageCount:
-    return count_pictures(expand_shards(where), nothing)
+    return count_images(expand_shards(where), nothing)
 
 
 # --- counting -----------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 def test_an_index_tells_without_a_look(scenes: Path) -> None:
     assert counted(scenes) == ImageCount(
-        pictures=160, source="index", shards=3, looked_at=0, bytes=sum(p.stat().st_size for p in scenes.glob("*.tar"))
+        total=160, source="index", shards=3, looked_at=0, bytes=sum(p.stat().st_size for p in scenes.glob("*.tar"))
     )
 
 
@@ -84,7 +84,7 @@ def test_without_an_index_the_headers_tell(scenes: Path, tmp_path: Path) -> None
     for path in scenes.glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     found = counted(tmp_path)
-    assert (found.pictures, found.source, found.looked_at) == (160, "headers", 3)
+    assert (found.total, found.source, found.looked_at) == (160, "headers", 3)
 
 
 def test_an_index_that_no_longer_fits_is_not_believed(scenes: Path, tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ def test_an_index_that_no_longer_fits_is_not_believed(scenes: Path, tmp_path: Pa
         (tmp_path / path.name).write_bytes(path.read_bytes())
     first = min(tmp_path.glob("*.tar"))
     pack(first, [("a.jpg", b"x"), ("b.jpg", b"y")])
-    assert (counted(tmp_path).pictures, counted(tmp_path).source) == (92, "headers")
+    assert (counted(tmp_path).total, counted(tmp_path).source) == (92, "headers")
 
 
-def test_only_pictures_count_and_each_once(tmp_path: Path) -> None:
+def test_only_images_count_and_each_once(tmp_path: Path) -> None:
     names = ["a.jpg", "a.json", "b.PNG", "b.txt", "c.json", "dir/a.webp"]
     members = [(name, b"1") for name in names]
     pack(tmp_path / "x.tar", members)
-    assert counted(tmp_path / "x.tar").pictures == 3
+    assert counted(tmp_path / "x.tar").total == 3
 
 
 def test_many_shards_are_estimated_by_their_size(tmp_path: Path) -> None:
@@ -108,16 +108,16 @@ def test_many_shards_are_estimated_by_their_size(tmp_path: Path) -> None:
     found = counted(tmp_path)
     truth = sum(20 + number % 5 for number in range(40))
     assert (found.source, found.looked_at, found.shards) == ("estimate", 16, 40)
-    assert found.pictures == pytest.approx(truth, rel=0.05)
+    assert found.total == pytest.approx(truth, rel=0.05)
 
 
 def test_a_bucket_is_counted_from_the_beginnings_of_its_shards(bucket: str, scenes: Path) -> None:
-    place = place_of(f"{bucket}/images")
+    location = location_of(f"{bucket}/images")
     for path in sorted(scenes.glob("*.tar")):
-        place.write(path.name, path.read_bytes())
+        location.write(path.name, path.read_bytes())
     found = counted(f"{bucket}/images")
     assert found.shards == found.looked_at == 3
-    assert found.pictures == pytest.approx(160, rel=0.05)
+    assert found.total == pytest.approx(160, rel=0.05)
 
 
 def test_shards_that_cannot_be_counted(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_shards_that_cannot_be_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar"):
         counted(tmp_path / "a.tar")
     pack(tmp_path / "b.tar", [("a.json", b"1")])
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         counted(tmp_path / "b.tar")
 
 
@@ -146,7 +146,7 @@ def test_a_store_takes_what_was_told(
 
 
 def test_the_report_adds_up(report: PlanReport) -> None:
-    assert (report.images.pictures, report.views, report.sample, report.sample_bad) == (160, 320, 48, 0)
+    assert (report.images.total, report.views, report.sample, report.sample_bad) == (160, 320, 48, 0)
     assert (report.chosen.codec, report.chosen.format) == ("int8", "zarr")
     assert len(report.stores) == 6
     assert report.teacher.per_second > 0
@@ -161,8 +161,8 @@ def test_the_report_adds_up(report: PlanReport) -> None:
 
 def test_every_line_says_where_it_comes_from(report: PlanReport) -> None:
     told = rows(report)
-    assert told["pictures"] == "160 in 3 shards (index.json)"
-    assert told["measured on"] == "48 pictures, one view of each"
+    assert told["total"] == "160 in 3 shards (index.json)"
+    assert told["measured on"] == "48 images, one view of each"
     assert "of 3 shards each is done by one device" in told["extraction"]
     for line in ("teacher", "rendering", "student"):
         assert "measured" in told[line]
@@ -170,29 +170,29 @@ def test_every_line_says_where_it_comes_from(report: PlanReport) -> None:
         assert "extrapolated" in told[line]
 
 
-def test_pictures_that_cannot_be_read_are_told_of(scenes: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_label_and_caption(scenes: Path, tmp_path: Path) -> None:
     with tarfile.open(min(scenes.glob("*.tar"))) as tar:
         found = [(name, tar.extractfile(name)) for name in tar.getnames() if re.search(r"\d\.png$", name)]
         good = [(name, file.read()) for name, file in found if file is not None]
     (tmp_path / "images").mkdir()
-    pack(tmp_path / "images" / "x.tar", [("0.jpg", b"no picture"), *good[:30], ("z.jpg", b"nor this")])
+    pack(tmp_path / "images" / "x.tar", [("0.jpg", b"no image"), *good[:30], ("z.jpg", b"nor this")])
     report = api.plan(tmp_path / "images", tmp_path / "t", params(), sample=64)
-    assert (report.images.pictures, report.sample, report.sample_bad) == (32, 30, 2)
-    assert any("2 of 32 pictures of the sample cannot be read" in line for line in report.warnings)
-    assert rows(report)["measured on"] == "30 pictures, one view of each; 2 more cannot be read"
+    assert (report.images.total, report.sample, report.sample_bad) == (32, 30, 2)
+    assert any("2 of 32 images of the sample cannot be read" in line for line in report.warnings)
+    assert rows(report)["measured on"] == "30 images, one view of each; 2 more cannot be read"
 
 
 def test_an_images_bucket_is_planned_for(scenes: Path, report: PlanReport, bucket: str) -> None:
-    place = place_of(f"{bucket}/images")
+    location = location_of(f"{bucket}/images")
     for path in scenes.iterdir():
-        place.write(path.name, path.read_bytes())
+        location.write(path.name, path.read_bytes())
     told = api.plan(f"{bucket}/images", f"{bucket}/targets", params(), sample=48)
     assert told.images == report.images
-    # Of a bucket's shards other pictures may be taken.
+    # Of a bucket's shards other images may be taken.
     assert told.chosen.bytes == pytest.approx(report.chosen.bytes, rel=0.03)
     assert (told.space.free_bytes, told.space.short) == (None, False)
     assert "not checked" in rows(told)["free disk"]
-    assert place_of(bucket).listing().folders == ("images",)
+    assert location_of(bucket).listing().folders == ("images",)
 
 
 def test_nothing_stays(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,18 +263,18 @@ def test_pixels_need_no_teacher() -> None:
     assert (plan.saved_hours, plan.pays_from_epochs) == (-1.0, None)
 
 
-# --- pictures and devices that are not here -----------------------------------------------------------------------
+# --- images and devices that are not here -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def elsewhere(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
     settings = params("prepare.samples_per_shard=10000", "pretrain.epochs=8", "extract.threads=12")
     targets = tmp_path_factory.mktemp("far") / "targets"
-    return api.plan(scenes, targets, settings, sample=16, pictures=10**9, devices=64, tflops=39.0)
+    return api.plan(scenes, targets, settings, sample=16, total=10**9, devices=64, tflops=39.0)
 
 
-def test_a_billion_pictures_like_these(elsewhere: PlanReport, report: PlanReport) -> None:
-    assert (elsewhere.images.pictures, elsewhere.images.shards, elsewhere.views) == (10**9, 100_000, 2 * 10**9)
+def test_a_billion_images_like_these(elsewhere: PlanReport, report: PlanReport) -> None:
+    assert (elsewhere.images.total, elsewhere.images.shards, elsewhere.views) == (10**9, 100_000, 2 * 10**9)
     assert str(elsewhere.images) == "1,000,000,000 in 100,000 shards (as given)"
     assert elsewhere.chosen.bytes / elsewhere.views == pytest.approx(report.chosen.bytes_per_view, rel=0.05)
     assert elsewhere.cluster.tasks == 100_000
@@ -305,16 +305,16 @@ def test_what_is_counted_is_what_a_transformer_does(scenes: Path) -> None:
     expected = 64 * width * 8 * 8 * 3
     expected += blocks * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden)
     expected += tokens * width * model.info.width
-    pixels = sample_pictures(expand_shards(scenes), load_params(None).views, 64, 1, nothing).pixels_NHWC
+    pixels = sample_images(expand_shards(scenes), load_params(None).views, 64, 1, nothing).pixels_NHWC
     assert teacher_flops(model, pixels) == pytest.approx(2 * expected, rel=0.005)
 
 
 def test_a_node_reads_what_its_devices_take(elsewhere: PlanReport) -> None:
     node = elsewhere.node
     assert node.devices == 8
-    assert node.pictures_per_second == pytest.approx(8 * elsewhere.student.per_second)
-    assert node.bytes_per_second == pytest.approx(node.pictures_per_second * elsewhere.chosen.bytes_per_view)
-    assert node.cores == pytest.approx(node.pictures_per_second / node.loader_per_core)
+    assert node.images_per_second == pytest.approx(8 * elsewhere.student.per_second)
+    assert node.bytes_per_second == pytest.approx(node.images_per_second * elsewhere.chosen.bytes_per_view)
+    assert node.cores == pytest.approx(node.images_per_second / node.loader_per_core)
 
 
 def test_what_gives_in_first_comes_first(elsewhere: PlanReport) -> None:
@@ -330,7 +330,7 @@ def test_what_gives_in_first_comes_first(elsewhere: PlanReport) -> None:
 
 def limit_of(**more: Any) -> dict[str, float]:
     values: dict[str, Any] = {"shards": 1000, "hours": 10.0, "devices": 8, "cores": 4, "files": 10**6, **more}
-    images = ImageCount(pictures=10**6, source="given", shards=values["shards"], looked_at=0, bytes=0)
+    images = ImageCount(total=10**6, source="given", shards=values["shards"], looked_at=0, bytes=0)
     store = StoreEstimate(
         codec="int8", format="zarr", bytes_per_view=1e5, bytes=10**11, files=10**5, record_bytes=10**9, mean_cosine=1
     )
@@ -363,11 +363,11 @@ def test_each_limit_is_a_share_of_what_there_is() -> None:
 
 
 def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: Path, bucket: str) -> None:
-    assert space.free_files(place_of(tmp_path / "not" / "there")) == space.free_files(place_of(tmp_path))
-    assert space.free_files(place_of(f"{bucket}/t")) is None
+    assert space.free_files(location_of(tmp_path / "not" / "there")) == space.free_files(location_of(tmp_path))
+    assert space.free_files(location_of(f"{bucket}/t")) is None
 
 
-@pytest.mark.parametrize("wrong", [{"pictures": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
+@pytest.mark.parametrize("wrong", [{"images": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
 def test_numbers_that_make_no_plan_are_refused(scenes: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="above 0"):
         api.plan(scenes, None, params(), **wrong)
@@ -403,11 +403,11 @@ def test_extraction_warns_before_the_first_view(
     assert [warning for warning in recwarn if "free at" in str(warning.message)] == []
 
 
-def test_a_disk_with_room_and_a_bucket_are_not_told_of(scenes: Path, bucket: str) -> None:
+def test_a_disk_with_room_and_a_bucket_are_not_label_and_caption(scenes: Path, bucket: str) -> None:
     shards = expand_shards(scenes)
-    assert space.free_space_warning(space.free_space(place_of("somewhere/new"), 1)) is None
-    assert space.free_space(place_of(f"{bucket}/t"), 10**18).free_bytes is None
-    assert indexed_pictures(shards) == 160
+    assert space.free_space_warning(space.free_space(location_of("somewhere/new"), 1)) is None
+    assert space.free_space(location_of(f"{bucket}/t"), 10**18).free_bytes is None
+    assert indexed_images(shards) == 160
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -427,11 +427,11 @@ def test_the_command(
 ) -> None:
     monkeypatch.setattr("milan_pipe.cli.console.console.width", 80)
     words = [part for text in SETTINGS for part in ("--set", text)]
-    more = ["--pictures", 10**9, "--devices", 512, "--tflops", 39] if far else []
+    more = ["--total", 10**9, "--devices", 512, "--tflops", 39] if far else []
     code, out, err = run(capsys, monkeypatch, scenes, "--sample", 8, "--json", *more, *words)
     assert code == 0
     values: dict[str, Any] = json.loads(out)
-    assert values["images"]["pictures"] == (10**9 if far else 160)
+    assert values["images"]["total"] == (10**9 if far else 160)
     assert ("512" in values["extraction"]["hours"]) == far
     assert [store["codec"] for store in values["stores"]] == ["float16", "float16", "int8", "int8", "klt", "klt"]
     assert max(len(line) for line in err.splitlines() if "warning:" not in line) <= 80

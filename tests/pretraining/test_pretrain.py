@@ -64,7 +64,7 @@ def header() -> StoreHeader:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 noise pictures; their features share a direction, which is soon learnt."""
+    """24 noise images; their features share a direction, which is soon learnt."""
     root = tmp_path_factory.mktemp("store") / "targets"
     writer = TargetStoreWriter(root, header())
     rng = np.random.default_rng(0)

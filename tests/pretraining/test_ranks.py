@@ -32,8 +32,8 @@ SETTINGS: dict[str, Any] = {
     "decoder.width": 16,
     "decoder.heads": 2,
     "pretrain.batch_size": BATCH,
-    "pretrain.window": 4,
-    "pretrain.lanes": 2,
+    "pretrain.shuffle_blocks": 4,
+    "pretrain.canonical_streams": 2,
     "pretrain.epochs": 3,
     "pretrain.log_every": 1,
     "pretrain.device": "cpu",
@@ -127,7 +127,7 @@ def test_a_sharded_student_has_them_too(store: Path, alone: Path, tmp_path: Path
 @pytest.mark.slow
 def test_more_ranks_than_lanes_and_cores(store: Path, tmp_path: Path) -> None:
     for ranks in (1, 3):
-        go(store, tmp_path / f"of-{ranks}", ranks, batch_size=20, epochs=2, lanes=1, accumulate=ranks)
+        go(store, tmp_path / f"of-{ranks}", ranks, batch_size=20, epochs=2, canonical_streams=1, accumulate=ranks)
     assert_close(tmp_path / "of-3", tmp_path / "of-1")
 
 

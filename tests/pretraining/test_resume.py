@@ -59,7 +59,7 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> RunReport:
         "batch_size": BATCH,
         "warmup_epochs": 0.5,
         "log_every": 4,
-        "window": 1,
+        "shuffle_blocks": 1,
         "device": "cpu",
         "checkpoint_minutes": None,
     }
@@ -294,7 +294,7 @@ def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]
         "decoder.width": 16,
         "decoder.heads": 2,
         "pretrain.batch_size": BATCH,
-        "pretrain.window": 1,
+        "pretrain.shuffle_blocks": 1,
         "pretrain.epochs": epochs,
         "pretrain.device": "cpu",
         "pretrain.checkpoint_every": 11,

@@ -1,4 +1,4 @@
-"""Pictures of masks and predictions, and the places that metrics go to."""
+"""Images of masks and predictions, and the places that metrics go to."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def losses(run: Path) -> list[str]:
 def test_files_and_folders_follow_the_umask(store: Path, tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        go(store, tmp_path / "run", picture_every=2, checkpoint_every=3)
+        go(store, tmp_path / "run", plot_every=2, checkpoint_every=3)
         export_student(tmp_path / "run", tmp_path / "out")
         features = LabelledFeatures(features_NF=torch.ones(2, 3), label_N=torch.zeros(2, dtype=torch.int64))
         kept_features(tmp_path / "features", {}, lambda: features)
@@ -76,19 +76,19 @@ def test_files_and_folders_follow_the_umask(store: Path, tmp_path: Path, umask: 
 
 
 @pytest.mark.parametrize("target", ["clip", "pixels", "hog"])
-def test_pictures_come_when_they_are_due_and_change_nothing(store: Path, tmp_path: Path, target: Target) -> None:
-    go(store, tmp_path / "with", target, picture_every=2)
+def test_images_come_when_they_are_due_and_change_nothing(store: Path, tmp_path: Path, target: Target) -> None:
+    go(store, tmp_path / "with", target, plot_every=2)
     go(store, tmp_path / "without", target)
-    files = sorted(path.name for path in (tmp_path / "with" / "pictures").iterdir())
+    files = sorted(path.name for path in (tmp_path / "with" / "predictions").iterdir())
     assert files == ["epoch-0002.png", "epoch-0004.png"]
-    assert not (tmp_path / "without" / "pictures").exists()
+    assert not (tmp_path / "without" / "predictions").exists()
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
-    first, second = (np.asarray(Image.open(tmp_path / "with" / "pictures" / name)) for name in files)
+    first, second = (np.asarray(Image.open(tmp_path / "with" / "predictions" / name)) for name in files)
     assert first.shape == second.shape
     assert (first != second).any()
 
 
-def test_a_picture_shows_view_mask_and_cosine_where_they_are(tmp_path: Path) -> None:
+def test_a_image_shows_view_mask_and_cosine_where_they_are(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
     visible = np.array([[True, False, False, True]])
     cosine = np.array([[0.0, 1.0, 0.5, float("nan")]])
@@ -116,7 +116,7 @@ def test_tensorboard_has_the_same_points(store: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    go(store, tmp_path / "run", sinks=("tensorboard",), picture_every=4)
+    go(store, tmp_path / "run", sinks=("tensorboard",), plot_every=4)
     events = EventAccumulator(str(tmp_path / "run" / "metrics" / "tensorboard"))
     events.Reload()
     found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars("train/loss")]
@@ -124,7 +124,7 @@ def test_tensorboard_has_the_same_points(store: Path, tmp_path: Path) -> None:
     at = [lines[0].split("\t").index(name) for name in ("step", "loss")]
     points = [tuple(line.split("\t")[column] for column in at) for line in lines[1:]]
     assert [(int(step), float(value)) for step, value in points] == found
-    assert [image.step for image in events.Images("pictures")] == [16]
+    assert [image.step for image in events.Images("images")] == [16]
 
 
 def test_wandb_takes_a_run_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

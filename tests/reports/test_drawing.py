@@ -1,4 +1,4 @@
-"""Pixels of pictures: patches lie where they lie, colours mean the same everywhere."""
+"""Pixels of images: patches lie where they lie, colours mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_sheet_enlarges_by_whole_pixels_and_takes_panels_of_any_size() -> None
 
 
 @pytest.mark.parametrize(("side", "exact"), [(64, True), (300, False)])
-def test_small_pictures_are_embedded_without_loss(side: int, exact: bool) -> None:
+def test_small_images_are_embedded_without_loss(side: int, exact: bool) -> None:
     pixels = np.random.default_rng(4).integers(0, 256, (side, side, 3), np.uint8)
     match = re.fullmatch(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/=]+)", data_url(pixels))
     assert match is not None

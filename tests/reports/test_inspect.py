@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.pictures import png, write_tar
+from support.images import png, write_tar
 from support.project import Project
 from support.targets import header, write_store
 
@@ -50,10 +50,10 @@ def test_samples_are_spread_and_found_by_key(tmp_path: Path, store_format: str) 
 def test_any_grid_and_size_is_drawn(tmp_path: Path, grid: tuple[int, int], size: int) -> None:
     write_store(tmp_path / "t", header(size=size, views=3, grid=grid, image_size=size), [4])
     report = api.inspect_targets(tmp_path / "t", tmp_path / "o", load_params(None, ["masking.ratio=0.5"]), count=2)
-    assert (report.views, len(report.pictures)) == (3, 2)
-    assert [Path(name).name for name in report.pictures] == [f"dir%2Fk%C3%A9y-0-{row}.png" for row in (1, 3)]
-    for picture in report.pictures:
-        Image.open(picture).verify()
+    assert (report.views, len(report.images)) == (3, 2)
+    assert [Path(name).name for name in report.images] == [f"dir%2Fk%C3%A9y-0-{row}.png" for row in (1, 3)]
+    for image in report.images:
+        Image.open(image).verify()
     page = Path(report.page).read_text(encoding="utf-8")
     assert page.count("<figure>") == 2 * 4 * 3
     assert page.count('src="data:image/') == 2 * 4 * 3
@@ -80,8 +80,8 @@ def test_keys_that_do_not_print_are_shown_escaped(project: Project, tmp_path: Pa
         assert report.keys == tuple(strange)
         page = Path(report.page).read_text(encoding="utf-8")
         assert all(f"<h3>{shown}</h3>" in page for shown in strange.values())
-        for picture in report.pictures:
-            Image.open(picture).verify()
+        for image in report.images:
+            Image.open(image).verify()
     page = api.report(project.runs[:1], tmp_path / "r.html", targets=tmp_path / "t").page
     assert r"csi\x9b2J</h3>" in Path(page).read_text(encoding="utf-8")
     draw_masks(

@@ -41,7 +41,7 @@ def test_it_has_every_part(page: Path) -> None:
     for part in ("runs", "transfer", "curves", "targets", "predictions", "segmentation", "commands", "settings"):
         assert f'<h2 id="{part}">' in text
         assert f'href="#{part}"' in text
-    for word in ("random initialisation", "75.0 %", "decoder.kind", "int8", "mean cosine 0.9999", "0 set aside"):
+    for word in ("random initialisation", "75.0 %", "decoder.kind", "int8", "mean cosine 0.9999", "0 skipped"):
         assert word in text, word
     # Two samples of two views and four rows; four samples of five panels for each of two students.
     assert text.count("<figure><img") >= 2 * 2 * 4 + 2 * 4 * 5
@@ -106,7 +106,7 @@ def test_a_store_that_is_gone_is_told_and_left_out(project: Project, tmp_path: P
     shutil.copytree(project.runs[0], copy)
     (file,) = copy.glob("checkpoints/*/checkpoint.json")
     change_record(file.parent, lambda record: record.update(targets=str(tmp_path / "gone")))
-    with pytest.warns(RuntimeWarning, match="the report is without store and pictures of run: .*gone is not there"):
+    with pytest.warns(RuntimeWarning, match="the report is without store and images of run: .*gone is not there"):
         report = api.report([copy], tmp_path / "r.html")
     assert "name its place with --targets" in report.left_out[0]
     assert "gone is not there" in (tmp_path / "r.html").read_text()
@@ -208,7 +208,7 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_it(page: Path, width: int) -> None:
-    """No error, nothing asked of the network, every picture there, nothing wider than the window."""
+    """No error, nothing asked of the network, every image there, nothing wider than the window."""
     from playwright.sync_api import sync_playwright
 
     told: list[str] = []

@@ -33,7 +33,7 @@ from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import prepare
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 SETTINGS = {
     "views.count": 2,
@@ -100,17 +100,17 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def upload(folder: Path, where: str) -> str:
-    place = place_of(where)
+    location = location_of(where)
     for path, data in tree(folder).items():
-        place.write(path, data)
+        location.write(path, data)
     return where
 
 
 def nothing_left(where: str) -> None:
     """Neither in the bucket, unfinished names and parts included, nor in the folder for temporary files."""
-    place = place_of(where)
-    paths = [entry["path"] for batch in obstore.list(place.store) for entry in batch]
-    assert sorted(paths) == sorted(place.sizes())
+    location = location_of(where)
+    paths = [entry["path"] for batch in obstore.list(location.store) for entry in batch]
+    assert sorted(paths) == sorted(location.sizes())
     assert sorted(Path(tempfile.gettempdir()).iterdir()) == []
 
 
@@ -155,7 +155,7 @@ def kill_and_go_on(local: Path, bucket: str, proxy: Proxy, store_format: str, ki
     command = ("extract-targets", images, targets, "--format", store_format, *words(SETTINGS))
     rng = np.random.default_rng(seed)
     for _ in range(kills):
-        left = len(expected) - len(place_of(targets).sizes())
+        left = len(expected) - len(location_of(targets).sizes())
         # Seven objects, say, are there before the first shard is committed, or between two commits.
         stop = proxy.count("PUT") + int(rng.integers(1, max(2, left // 2)))
         process = begin(*command)
@@ -163,7 +163,7 @@ def kill_and_go_on(local: Path, bucket: str, proxy: Proxy, store_format: str, ki
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-        assert "manifest.json" not in place_of(targets).sizes()
+        assert "manifest.json" not in location_of(targets).sizes()
     ended_well(begin(*command))
     assert tree(targets) == expected
     nothing_left(bucket)
@@ -198,17 +198,17 @@ def test_processes_that_share_a_bucket(local: Path, bucket: str, store_format: s
 
 
 @pytest.mark.parametrize("store_format", FORMATS)
-def test_from_pictures_in_a_bucket_to_a_student(
+def test_from_images_in_a_bucket_to_a_student(
     local: Path, bucket: str, milan: Command, tmp_path: Path, store_format: str
 ) -> None:
     images, targets = upload(local / "images", f"{bucket}/images"), f"{bucket}/targets"
     extract = ("extract-targets", images, targets, "--format", store_format, *words(SETTINGS))
     first = milan(*extract, "--shards", "0/2", "--json")
     assert (first.code, first.report["complete"], first.report["shards"]) == (0, False, 2)
-    # Everything up to here was another's: the rest is done on the disk's own copy of the same pictures.
+    # Everything up to here was another's: the rest is done on the disk's own copy of the same images.
     second = milan("extract-targets", local / "images", *extract[2:], "--shards", "1/2", "--json")
     assert (second.code, second.report["complete"], second.report["skipped"]) == (0, True, 2)
-    assert second.report["bytes"] == sum(place_of(targets).sizes().values())
+    assert second.report["bytes"] == sum(location_of(targets).sizes().values())
     expected = tree(local / store_format)
     assert tree(targets) == expected
     assert milan("verify-targets", targets, "--against-teacher", 1, *words(SETTINGS)).code == 0
@@ -220,14 +220,14 @@ def test_from_pictures_in_a_bucket_to_a_student(
     assert weights(tmp_path / "there") == weights(tmp_path / "here") != {}
 
     # A byte of one object, a part of another, and a third one that is gone.
-    place = place_of(targets)
+    location = location_of(targets)
     paths = {shard: max(name for name in expected if name.startswith(f"{shard}/")) for shard in ("000001", "000002")}
     spoilt = bytearray(expected[paths["000001"]])
     spoilt[len(spoilt) // 2] ^= 1
-    place.write(paths["000001"], bytes(spoilt))
-    place.write(paths["000002"], expected[paths["000002"]][:-9])
+    location.write(paths["000001"], bytes(spoilt))
+    location.write(paths["000002"], expected[paths["000002"]][:-9])
     gone = min(name for name in expected if name.startswith("000003/"))
-    place.remove(gone)
+    location.remove(gone)
     told = milan("verify-targets", targets, "--json")
     assert told.code == 1
     assert [found["shard"] for found in told.report["problems"]] == ["000001", "000002", "000003"]
@@ -235,12 +235,12 @@ def test_from_pictures_in_a_bucket_to_a_student(
         name.partition("/")[2] in found["what"]
         for name, found in zip((*paths.values(), gone), told.report["problems"], strict=True)
     ] == [True] * 3
-    mend = told.report["problems"][0]["mend"]
-    assert mend == f"milan-pipe extract-targets IMAGES {targets} --redo 000001"
+    repair = told.report["problems"][0]["repair"]
+    assert repair == f"milan-pipe extract-targets IMAGES {targets} --redo 000001"
     refused = milan("pretrain", targets, tmp_path / "refused", *words(SETTINGS | STUDENT))
     assert "--redo 00000" in refused.error
-    mended = milan(*extract, "--redo", "000001,000002,000003", "--json")
-    assert (mended.code, mended.report["skipped"]) == (0, 1)
+    repaired = milan(*extract, "--redo", "000001,000002,000003", "--json")
+    assert (repaired.code, repaired.report["skipped"]) == (0, 1)
     assert tree(targets) == expected
     assert milan("verify-targets", targets).code == 0
 
@@ -328,7 +328,7 @@ def test_a_store_that_is_lost_in_mid_run(
     assert "answered 500" in lost.error
     assert "of 4 shards are whole; the same command goes on from there" in lost.error
     s3_proxy.fail_every = 0
-    committed = {path for path in place_of(targets).sizes() if path.startswith("manifest/")}
+    committed = {path for path in location_of(targets).sizes() if path.startswith("manifest/")}
     done = milan(*extract, "--json")
     assert (done.code, done.report["skipped"]) == (0, len(committed))
     assert len(committed) < SHARDS
@@ -363,7 +363,7 @@ def test_nobody_at_the_endpoint(
 
 def test_a_bucket_that_is_not_there(local: Path, bucket: str, milan: Command) -> None:
     told = milan("extract-targets", local / "images", f"{bucket}-not/t", *words(SETTINGS)).error
-    assert f"there is no bucket {bucket.removeprefix('s3://')}-not; make it, or mend its name" in told
+    assert f"there is no bucket {bucket.removeprefix('s3://')}-not; make it, or correct its name" in told
     told = milan("extract-targets", f"{bucket}/nothing", f"{bucket}/t", *words(SETTINGS)).error
     assert f"{bucket}/nothing is not there" in told
     upload(local / "images", f"{bucket}/images")
@@ -456,8 +456,8 @@ def test_a_web_server_is_read_and_not_written_to(
         told = milan(*command).error
         assert "can only be read, as any web server; write to a local folder, s3://" in told
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
-    place = place_of(f"{bucket}/{store_format}")
-    place.remove(max(path for path in place.sizes() if path.startswith("000002/")))
+    location = location_of(f"{bucket}/{store_format}")
+    location.remove(max(path for path in location.sizes() if path.startswith("000002/")))
     told = milan("verify-targets", targets, "--json")
     assert (told.code, {found["shard"] for found in told.report["problems"]}) == (1, {"000002"})
     assert list(Path.cwd().iterdir()) == []
@@ -482,8 +482,8 @@ def test_https_with_an_issuer_of_ones_own(
         told = milan("verify-targets", web).error
         assert "its certificate is not accepted (UnknownIssuer); set SSL_CERT_FILE" in told
         monkeypatch.setenv("SSL_CERT_FILE", str(root))
-        assert place_of(web).read("zarr.json") == (local / "zarr" / "zarr.json").read_bytes()
-        assert place_of(web).present(["zarr.json", "gone"]).keys() == {"zarr.json"}
+        assert location_of(web).read("zarr.json") == (local / "zarr" / "zarr.json").read_bytes()
+        assert location_of(web).present(["zarr.json", "gone"]).keys() == {"zarr.json"}
 
 
 def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: P
     for source in ("demo", tmp_path / "in"):
         told = milan("prepare", source, "s3://bucket/images").error
         assert "s3://bucket/images is a URL, and shards are written to a local folder only" in told
-    assert "is a URL, expected a local folder of pictures" in milan("prepare", "s3://bucket/a", tmp_path / "out").error
+    assert "is a URL, expected a local folder of images" in milan("prepare", "s3://bucket/a", tmp_path / "out").error
     told = milan("pretrain", local / "zarr", "s3://bucket/run", *words(STUDENT)).error
     assert "s3://bucket/run is a URL, and checkpoints and metrics are written to a local folder only" in told
     told = milan("extract-targets", local / "images", Path("s3://bucket/t"), *words(SETTINGS)).error

@@ -20,7 +20,7 @@ from support.s3 import Proxy, free_port
 
 from milan_pipe import storage
 from milan_pipe.errors import MissingError, SettingError, StoreError
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 
 @pytest.fixture
@@ -46,45 +46,45 @@ def test_patience_is_bounded_and_pauses_grow() -> None:
 
 
 def test_every_third_request_fails_and_all_goes_on(flaky_bucket: str, s3_proxy: Proxy) -> None:
-    place = place_of(flaky_bucket)
+    location = location_of(flaky_bucket)
     data = os.urandom(6_000_000)
     for number in range(4):
-        place.write(f"a/{number}", data)
-        assert place.read(f"a/{number}") == data
-    assert not place.write("a/0", b"", replace=False)
-    assert place.sizes("a") == {str(number): len(data) for number in range(4)}
-    scratch = place.scratch("shard")
+        location.write(f"a/{number}", data)
+        assert location.read(f"a/{number}") == data
+    assert not location.write("a/0", b"", replace=False)
+    assert location.sizes("a") == {str(number): len(data) for number in range(4)}
+    scratch = location.scratch("shard")
     for number in range(6):
         (scratch / str(number)).write_bytes(bytes([number]))
-    place.publish(scratch, "shard")
-    with place.open("a/1") as file:
+    location.publish(scratch, "shard")
+    with location.open("a/1") as file:
         assert file.read() == data
-    assert {name: place.read(f"shard/{name}") for name in place.sizes("shard")} == {
+    assert {name: location.read(f"shard/{name}") for name in location.sizes("shard")} == {
         str(n): bytes([n]) for n in range(6)
     }
-    place.remove("a")
-    assert list(place.sizes()) == [f"shard/{n}" for n in range(6)]
+    location.remove("a")
+    assert list(location.sizes()) == [f"shard/{n}" for n in range(6)]
     assert sum(request.status == 500 for request in s3_proxy.requests) > 10
 
 
 def test_dropped_connections_are_taken_up_where_they_broke(proxied_bucket: str, s3_proxy: Proxy) -> None:
-    place = place_of(proxied_bucket)
+    location = location_of(proxied_bucket)
     data = os.urandom(20_000_000)
-    place.write("a", data)
+    location.write("a", data)
     s3_proxy.drop_every = 2
-    with place.open("a") as file:
+    with location.open("a") as file:
         assert file.read() == data
-    assert place.read("a") == data
-    assert place.read_range("a", 5, 9_000_000) == data[5:9_000_000]
+    assert location.read("a") == data
+    assert location.read_range("a", 5, 9_000_000) == data[5:9_000_000]
     assert s3_proxy.bytes_sent("/a") < 3.1 * len(data)
 
 
 @pytest.mark.usefixtures("soon")
 def test_a_server_that_always_hangs_up_ends_in_one_line(proxied_bucket: str, s3_proxy: Proxy) -> None:
-    place = place_of(proxied_bucket)
-    place.write("a", os.urandom(200_000))
+    location = location_of(proxied_bucket)
+    location.write("a", os.urandom(200_000))
     s3_proxy.drop_every = 1
-    with place.open("a") as file:
+    with location.open("a") as file:
         with pytest.raises(StoreError, match="/a cannot be read: ") as caught:
             file.read()
         message(caught)
@@ -95,7 +95,7 @@ def test_a_server_that_always_fails_ends_in_one_line(proxied_bucket: str, s3_pro
     s3_proxy.fail_every = 1
     begin = time.monotonic()
     with pytest.raises(StoreError) as caught:
-        place_of(f"{proxied_bucket}/x").write("a", b"1")
+        location_of(f"{proxied_bucket}/x").write("a", b"1")
     assert time.monotonic() - begin < 10
     expected = (
         rf"{proxied_bucket}/x/a cannot be written: {s3_proxy.endpoint} answered 500 Internal Server Error, "
@@ -109,10 +109,10 @@ def test_a_server_that_always_fails_ends_in_one_line(proxied_bucket: str, s3_pro
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    place = place_of("s3://bucket/x")
+    location = location_of("s3://bucket/x")
     begin = time.monotonic()
     with pytest.raises(StoreError, match=rf"s3://bucket/x/a cannot be read: no answer from {endpoint}: ") as caught:
-        place.read("a")
+        location.read("a")
     assert re.search(r"Connection refused.* \(tried \d+ times in \d s\)", message(caught))
     assert time.monotonic() - begin < 10
 
@@ -132,7 +132,7 @@ def test_nobody_answers(silent_endpoint: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("AWS_ENDPOINT_URL", silent_endpoint)
     begin = time.monotonic()
     with pytest.raises(StoreError, match=rf"no answer from {silent_endpoint}: ") as caught:
-        place_of("s3://bucket").read("a")
+        location_of("s3://bucket").read("a")
     message(caught)
     assert time.monotonic() - begin < 10
 
@@ -144,7 +144,7 @@ def test_without_credentials_it_says_what_to_set(bucket: str, monkeypatch: pytes
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     begin = time.monotonic()
     with pytest.raises(StoreError, match=r"no credentials were found; set AWS_ACCESS_KEY_ID and") as caught:
-        place_of(bucket).read("a")
+        location_of(bucket).read("a")
     assert "AWS_SKIP_SIGNATURE=true" in message(caught)
     assert time.monotonic() - begin < 10
 
@@ -152,15 +152,15 @@ def test_without_credentials_it_says_what_to_set(bucket: str, monkeypatch: pytes
 def test_public_buckets_are_read_unsigned(
     proxied_bucket: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place_of(proxied_bucket).write("a", b"1")
+    location_of(proxied_bucket).write("a", b"1")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     with pytest.raises(StoreError, match=r"answered 403 Forbidden.*; check the credentials") as caught:
-        place_of(proxied_bucket).read("a")
+        location_of(proxied_bucket).read("a")
     message(caught)
     s3_proxy.sign = True
-    assert place_of(proxied_bucket).read("a") == b"1"
+    assert location_of(proxied_bucket).read("a") == b"1"
     assert [request.signed_by for request in s3_proxy.requests] == ["test-key", "", ""]
 
 
@@ -176,27 +176,27 @@ def test_profiles_of_the_aws_tools(
         "[other]\naws_access_key_id = key-of-other\naws_secret_access_key = x\n"
     )
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
-    place_of(proxied_bucket).write("a", b"1")
+    location_of(proxied_bucket).write("a", b"1")
     monkeypatch.setenv("AWS_PROFILE", "other")
-    place_of(proxied_bucket).child("b").write("a", b"1")
+    location_of(proxied_bucket).child("b").write("a", b"1")
     assert [request.signed_by for request in s3_proxy.requests] == ["key-of-default", "key-of-other"]
     monkeypatch.setenv("AWS_PROFILE", "third")
     with pytest.raises(SettingError, match=r"AWS_PROFILE is third and cannot be used: .*third") as caught:
-        place_of(proxied_bucket)
+        location_of(proxied_bucket)
     message(caught)
     monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
     with pytest.raises(SettingError, match=r"AWS_PROFILE is third and boto3, .* is not installed"):
-        place_of(proxied_bucket)
+        location_of(proxied_bucket)
 
 
 def test_a_file_that_is_replaced_while_it_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 1000)
-    place = place_of(bucket)
-    place.write("a", b"1" * 10_000)
-    with place.open("a") as file:
+    location = location_of(bucket)
+    location.write("a", b"1" * 10_000)
+    with location.open("a") as file:
         raw = file.raw  # type: ignore[attr-defined]
         assert raw.read(10) == b"1" * 10
-        place.write("a", b"2" * 10_000)
+        location.write("a", b"2" * 10_000)
         raw.seek(5000)
         with pytest.raises(StoreError, match="it was replaced meanwhile; run again") as caught:
             raw.read(10)
@@ -208,9 +208,9 @@ def test_reading_ahead_fetches_each_byte_once(
 ) -> None:
     monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 300_000)
     data = os.urandom(2_000_000)
-    place = place_of(proxied_bucket)
-    place.write("a", data)
-    with place.open("a") as file:
+    location = location_of(proxied_bucket)
+    location.write("a", data)
+    with location.open("a") as file:
         for position in range(0, len(data), 1000):
             # As tar readers do: one byte back, and on.
             file.seek(max(0, position - 1))
@@ -240,13 +240,13 @@ def test_the_next_block_comes_while_one_is_used() -> None:
 
 
 def test_a_forked_process_is_told_and_does_not_hang(bucket: str) -> None:
-    place = place_of(bucket)
-    place.write("a", b"1")
+    location = location_of(bucket)
+    location.write("a", b"1")
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            place.read("a")
+            location.read("a")
         except BaseException as error:
             os.write(write_end, f"{type(error).__name__}: {error}".encode())
         os._exit(0)
@@ -258,7 +258,7 @@ def test_a_forked_process_is_told_and_does_not_hang(bucket: str) -> None:
     os.waitpid(child, 0)
     assert text.startswith("StoreError")
     assert "start worker processes by spawn" in text
-    assert place.read("a") == b"1"
+    assert location.read("a") == b"1"
 
 
 # --- web servers
@@ -273,29 +273,29 @@ def web(bucket: str, s3_proxy: Proxy) -> str:
 
 def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy) -> None:
     data = os.urandom(9_000_000)
-    place_of(bucket).write("a b/ü.bin", data)
-    place_of(bucket).write("a b/c/d", b"22")
-    place = place_of(f"{web}/a%20b")
-    assert not place.listable
-    assert place.read("%C3%BC.bin") == place.read("ü.bin") == data
-    assert place.read_range("ü.bin", 5, 9) == data[5:9]
-    with place.open("ü.bin") as file:
+    location_of(bucket).write("a b/ü.bin", data)
+    location_of(bucket).write("a b/c/d", b"22")
+    location = location_of(f"{web}/a%20b")
+    assert not location.listable
+    assert location.read("%C3%BC.bin") == location.read("ü.bin") == data
+    assert location.read_range("ü.bin", 5, 9) == data[5:9]
+    with location.open("ü.bin") as file:
         assert file.read() == data
-    assert place.child("c").size("d") == 2
+    assert location.child("c").size("d") == 2
     with pytest.raises(MissingError, match="a%20b/gone is not there"):
-        place.read("gone")
-    assert place.sizes("", ["c/d", "gone"]) == {"c/d": 2}
-    assert place.sizes("c", ["d"]) == {"d": 2}
-    assert place.present([*map(str, range(100)), "ü.bin"]) == {"ü.bin": len(data)}
+        location.read("gone")
+    assert location.sizes("", ["c/d", "gone"]) == {"c/d": 2}
+    assert location.sizes("c", ["d"]) == {"d": 2}
+    assert location.present([*map(str, range(100)), "ü.bin"]) == {"ü.bin": len(data)}
     with pytest.raises(StoreError, match="cannot be listed") as caught:
-        place.listing()
+        location.listing()
     message(caught)
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
 
 
 def test_a_web_server_without_ranges_is_refused_in_one_line(bucket: str, web: str, s3_proxy: Proxy) -> None:
-    place_of(bucket).write("a", b"123")
+    location_of(bucket).write("a", b"123")
     s3_proxy.hide = frozenset(("range",))
-    with place_of(web).open("a") as file, pytest.raises(StoreError, match="/a cannot be read: ") as caught:
+    with location_of(web).open("a") as file, pytest.raises(StoreError, match="/a cannot be read: ") as caught:
         file.read()
     assert "does not send parts of files; copy it to a disk" in message(caught)

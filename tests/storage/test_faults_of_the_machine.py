@@ -18,7 +18,7 @@ from support.targets import check_store, header, tree, write_store
 
 from milan_pipe.errors import DataError, StoreError, printable, resource_hint
 from milan_pipe.extraction.scratch import own_folder, remove_abandoned
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_store
 
@@ -119,20 +119,20 @@ def test_a_file_that_is_cut_while_the_store_is_open_is_one_error(tmp_path: Path,
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a")
-    place = place_of(tmp_path)
-    for ask in (lambda: place.read("a"), lambda: place.open("a"), lambda: place.read_range("a", 0, 5)):
+    location = location_of(tmp_path)
+    for ask in (lambda: location.read("a"), lambda: location.open("a"), lambda: location.read_range("a", 0, 5)):
         with pytest.raises(StoreError, match="a cannot be read: not a regular file"):
             ask()
 
 
 def test_what_macos_leaves_is_no_content(tmp_path: Path) -> None:
-    place = place_of(tmp_path)
+    location = location_of(tmp_path)
     (tmp_path / ".DS_Store").write_bytes(b"x")
     head = header(shards=2)
     written = write_store(tmp_path, head, [5, 5])
     for name in ("._zarr.json", "000000/._zarr.json", "000000/.DS_Store", "manifest/._000000.json"):
         (tmp_path / name).write_bytes(b"x")
-    assert not any("._" in path or ".DS_Store" in path for path in place.sizes())
+    assert not any("._" in path or ".DS_Store" in path for path in location.sizes())
     assert verify_store(tmp_path).problems == ()
     (tmp_path / "manifest.json").unlink()
     assert sorted(TargetStoreWriter(tmp_path, head).committed(sizes=True)) == ["000000", "000001"]
@@ -148,7 +148,7 @@ def test_a_file_system_without_links_holds_a_new_store(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "link", refuse)
     written = write_store(tmp_path, header(), [5])
     check_store(open_targets(tmp_path), written)
-    assert not place_of(tmp_path).write("zarr.json", b"another", replace=False)
+    assert not location_of(tmp_path).write("zarr.json", b"another", replace=False)
     check_store(open_targets(tmp_path), written)
 
 
@@ -176,9 +176,9 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 
 
 def test_passwords_of_urls_are_not_shown() -> None:
-    place = place_of("https://anna:secret@example.org/data").child("deep")
-    assert "secret" not in f"{place} {place!r}"
-    assert place.address == "https://anna:secret@example.org/data/deep"
+    location = location_of("https://anna:secret@example.org/data").child("deep")
+    assert "secret" not in f"{location} {location!r}"
+    assert location.address == "https://anna:secret@example.org/data/deep"
     assert "secret" not in str(StoreError("s3://key:secret@bucket/x cannot be read"))
     assert str(StoreError("mail a@b.org, see https://x.org/a@b")) == "mail a@b.org, see https://x.org/a@b"
 

@@ -1,4 +1,4 @@
-"""Frozen features of pictures in a bucket are those of the same pictures on the disk."""
+"""Frozen features of images in a bucket are those of the same images on the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.features import embed_shards
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 
 
 def embed(pixels_BHWC: torch.Tensor) -> torch.Tensor:
@@ -24,10 +24,10 @@ def embed(pixels_BHWC: torch.Tensor) -> torch.Tensor:
 def write_shard(path: Path, first: int) -> None:
     with tarfile.open(path, "w") as tar:
         for number in range(first, first + 3):
-            picture = io.BytesIO()
+            image = io.BytesIO()
             pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(picture, "PNG")
-            for name, data in ((f"{number}.png", picture.getvalue()), (f"{number}.cls", str(number).encode())):
+            Image.fromarray(pixels).save(image, "PNG")
+            for name, data in ((f"{number}.png", image.getvalue()), (f"{number}.cls", str(number).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -36,7 +36,7 @@ def write_shard(path: Path, first: int) -> None:
 def test_features_of_a_bucket(bucket: str, tmp_path: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / f"{number}.tar", 3 * number)
-        place_of(bucket).write(f"set/{number}.tar", (tmp_path / f"{number}.tar").read_bytes())
+        location_of(bucket).write(f"set/{number}.tar", (tmp_path / f"{number}.tar").read_bytes())
     config = EmbedSettings(batch_size=4, threads=1)
     local = embed_shards(tmp_path, embed, 8, config)
     remote = embed_shards(f"{bucket}/set", embed, 8, config)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def change_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change `checkpoint.json` and seal it anew, digests of the files beside it too; written from the docs alone."""
+    """Change `checkpoint.json` and its digest, digests of the files beside it too; written from the docs alone."""
     file = folder / "checkpoint.json"
     record = json.loads(file.read_text())
     record.pop("sha256", None)

@@ -12,7 +12,7 @@ import torch
 
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.images.views import encode_jpeg
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
@@ -87,7 +87,7 @@ def random_block(head: StoreHeader, keys: Sequence[str], rng: np.random.Generato
         attention_KNL=(attention / attention.sum(-1, keepdims=True)).astype(np.float16),
         crop_KN4=rng.integers(1, 500, (k, n, 4), np.int32),
         flip_KN=rng.random((k, n)) < 0.5,
-        jpegs=[[encode_jpeg(picture, head.views.jpeg_quality) for picture in view] for view in pixels],
+        jpegs=[[encode_jpeg(image, head.views.jpeg_quality) for image in view] for view in pixels],
     )
 
 
@@ -107,7 +107,7 @@ def source(samples: int, name: str = "train-000000.tar", bad: Sequence[tuple[str
 
 
 def commit(writer: TargetStoreWriter, name: str, blocks: Sequence[TargetBlock]) -> None:
-    """Write one shard, with one sample set aside."""
+    """Write one shard, with one sample skipped."""
     shard = writer.open_shard(name)
     for block in blocks:
         shard.append(block)
@@ -134,8 +134,8 @@ def write_blocks(
 
 def tree(where: str | Path) -> dict[str, bytes]:
     """Path and bytes of every file of a store."""
-    place = place_of(where)
-    return {path: place.read(path) for path in place.sizes()}
+    location = location_of(where)
+    return {path: location.read(path) for path in location.sizes()}
 
 
 def joined(blocks: Sequence[TargetBlock], view: int) -> ViewRun:

@@ -1,4 +1,4 @@
-"""Pictures as they are found in the wild, tars that are packed as no tool should, and the command line in-process."""
+"""Images as they are found in the wild, tars that are packed as no tool should, and the command line in-process."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _STORED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class WildPicture:
+class WildImage:
     """A file, and what becomes of it.
 
     Attributes:
         name: of the file, with its suffix.
         data: its bytes.
         shown: (height, width, 3) uint8, what a viewer shows; None where there is nothing to show or read.
-        reason: part of the reason that it is set aside with; empty where it is read.
+        reason: part of the reason that it is skipped with; empty where it is read.
     """
 
     name: str
@@ -73,7 +73,7 @@ def scene() -> NDArray[np.uint8]:
 
 
 def encoded(pixels: NDArray[Any] | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """A picture's file."""
+    """An image's file."""
     buffer = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(buffer, kind, **options)
@@ -96,7 +96,7 @@ def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(np.asarray(Image.fromarray(pixels).convert("L"))[..., None], 3, axis=2)
 
 
-def _modes() -> list[WildPicture]:
+def _modes() -> list[WildImage]:
     seen = scene()
     image = Image.fromarray(seen)
     on_white = seen.copy()
@@ -110,16 +110,16 @@ def _modes() -> list[WildPicture]:
     palette = image.quantize(8)
     hidden = palette.getpixel((0, 0))
     return [
-        WildPicture(name="cmyk.jpg", data=encoded(image.convert("CMYK"), "JPEG", quality=95), shown=seen),
-        WildPicture(name="grey.jpg", data=encoded(image.convert("L"), "JPEG", quality=95), shown=_grey(seen)),
-        WildPicture(name="grey 16 bit.png", data=encoded(grey.astype(np.uint16) * 257), shown=_grey(seen)),
-        WildPicture(name="one bit.png", data=encoded(Image.fromarray(seen[..., 0] > 128)), shown=_one_bit(seen)),
-        WildPicture(name="palette.png", data=encoded(palette), shown=seen),
-        WildPicture(name="palette clear.png", data=encoded(palette, transparency=hidden), shown=on_white),
-        WildPicture(name="rgba.png", data=encoded(alpha), shown=on_white),
-        WildPicture(name="rgba.webp", data=encoded(alpha, "WEBP", lossless=True), shown=on_white),
-        WildPicture(name="la.png", data=encoded(alpha.convert("LA")), shown=grey_on_white),
-        WildPicture(name="float.tiff", data=encoded(image.convert("F"), "TIFF"), reason=".tiff are not read"),
+        WildImage(name="cmyk.jpg", data=encoded(image.convert("CMYK"), "JPEG", quality=95), shown=seen),
+        WildImage(name="grey.jpg", data=encoded(image.convert("L"), "JPEG", quality=95), shown=_grey(seen)),
+        WildImage(name="grey 16 bit.png", data=encoded(grey.astype(np.uint16) * 257), shown=_grey(seen)),
+        WildImage(name="one bit.png", data=encoded(Image.fromarray(seen[..., 0] > 128)), shown=_one_bit(seen)),
+        WildImage(name="palette.png", data=encoded(palette), shown=seen),
+        WildImage(name="palette clear.png", data=encoded(palette, transparency=hidden), shown=on_white),
+        WildImage(name="rgba.png", data=encoded(alpha), shown=on_white),
+        WildImage(name="rgba.webp", data=encoded(alpha, "WEBP", lossless=True), shown=on_white),
+        WildImage(name="la.png", data=encoded(alpha.convert("LA")), shown=grey_on_white),
+        WildImage(name="float.tiff", data=encoded(image.convert("F"), "TIFF"), reason=".tiff are not read"),
     ]
 
 
@@ -127,83 +127,83 @@ def _one_bit(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(np.where(pixels[..., :1] > 128, 255, 0), 3, axis=2).astype(np.uint8)
 
 
-def _moving() -> list[WildPicture]:
+def _moving() -> list[WildImage]:
     seen = scene()
     image = Image.fromarray(seen)
     more: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(255 - seen)], "duration": 100}
     gif = encoded(image, "GIF", **more)
     return [
-        WildPicture(name="moving.gif", data=gif, reason=".gif are not read"),
-        WildPicture(name="a gif that is called.jpg", data=gif, shown=seen),
-        WildPicture(name="moving.webp", data=encoded(image, "WEBP", lossless=True, **more), shown=seen),
-        WildPicture(name="moving.png", data=encoded(image, "PNG", **more), shown=seen),
-        WildPicture(name="two shots.jpg", data=encoded(image, "MPO", quality=95, **more), shown=seen),
+        WildImage(name="moving.gif", data=gif, reason=".gif are not read"),
+        WildImage(name="a gif that is called.jpg", data=gif, shown=seen),
+        WildImage(name="moving.webp", data=encoded(image, "WEBP", lossless=True, **more), shown=seen),
+        WildImage(name="moving.png", data=encoded(image, "PNG", **more), shown=seen),
+        WildImage(name="two shots.jpg", data=encoded(image, "MPO", quality=95, **more), shown=seen),
     ]
 
 
-def _turned() -> list[WildPicture]:
+def _turned() -> list[WildImage]:
     found = []
     for orientation, stored in _STORED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = encoded(np.ascontiguousarray(stored(scene())), "JPEG", quality=95, exif=exif)
-        found.append(WildPicture(name=f"turned {orientation}.jpg", data=data, shown=scene()))
+        found.append(WildImage(name=f"turned {orientation}.jpg", data=data, shown=scene()))
     return found
 
 
-def _sizes() -> list[WildPicture]:
+def _sizes() -> list[WildImage]:
     long = np.full((10, 20_000, 3), (200, 40, 90), np.uint8)
     return [
-        WildPicture(name="one pixel.png", data=encoded(long[:1, :1]), shown=long[:1, :1]),
-        WildPicture(name="long.jpg", data=encoded(long, "JPEG", quality=95), shown=long),
-        WildPicture(name="high.png", data=encoded(long.transpose(1, 0, 2).copy()), shown=long.transpose(1, 0, 2)),
-        WildPicture(name="bomb.png", data=bomb(), reason="more than the 89478485"),
+        WildImage(name="one pixel.png", data=encoded(long[:1, :1]), shown=long[:1, :1]),
+        WildImage(name="long.jpg", data=encoded(long, "JPEG", quality=95), shown=long),
+        WildImage(name="high.png", data=encoded(long.transpose(1, 0, 2).copy()), shown=long.transpose(1, 0, 2)),
+        WildImage(name="bomb.png", data=bomb(), reason="more than the 89478485"),
     ]
 
 
-def _damaged() -> list[WildPicture]:
+def _damaged() -> list[WildImage]:
     seen = scene()
     jpeg = encoded(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "JPEG", quality=95)
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 2_000_000, zip=True)
     return [
-        WildPicture(name="cut.jpg", data=jpeg[: len(jpeg) // 2], reason="truncated or damaged"),
-        WildPicture(name="header only.jpg", data=jpeg[:100], reason="damaged"),
-        WildPicture(name="cut.png", data=encoded(seen)[:-30], reason="truncated or damaged"),
-        WildPicture(name="empty.jpg", data=b"", reason="empty file"),
-        WildPicture(name="text.jpg", data=b"not a picture\n", reason="not a JPEG, PNG"),
-        WildPicture(name="page.png", data=b"<!DOCTYPE html><html></html>", reason="not a JPEG, PNG"),
-        WildPicture(name="pickle.jpg", data=pickle.dumps({}), reason="not a JPEG, PNG"),
-        WildPicture(name="with a long text.png", data=encoded(seen, pnginfo=text), reason="damaged: Decompressed data"),
-        WildPicture(name="garbage behind.jpg", data=encoded(seen, "JPEG", quality=95) + b"\0garbage" * 99, shown=seen),
+        WildImage(name="cut.jpg", data=jpeg[: len(jpeg) // 2], reason="truncated or damaged"),
+        WildImage(name="header only.jpg", data=jpeg[:100], reason="damaged"),
+        WildImage(name="cut.png", data=encoded(seen)[:-30], reason="truncated or damaged"),
+        WildImage(name="empty.jpg", data=b"", reason="empty file"),
+        WildImage(name="text.jpg", data=b"not an image\n", reason="not a JPEG, PNG"),
+        WildImage(name="page.png", data=b"<!DOCTYPE html><html></html>", reason="not a JPEG, PNG"),
+        WildImage(name="pickle.jpg", data=pickle.dumps({}), reason="not a JPEG, PNG"),
+        WildImage(name="with a long text.png", data=encoded(seen, pnginfo=text), reason="damaged: Decompressed data"),
+        WildImage(name="garbage behind.jpg", data=encoded(seen, "JPEG", quality=95) + b"\0garbage" * 99, shown=seen),
     ]
 
 
-def _kinds() -> list[WildPicture]:
+def _kinds() -> list[WildImage]:
     seen = scene()
     tiff = encoded(seen, "TIFF")
     return [
-        WildPicture(name="plain.jpg", data=encoded(seen, "JPEG", quality=95), shown=seen),
-        WildPicture(name="SHOUTED.JPEG", data=encoded(seen, "JPEG", quality=95), shown=seen),
-        WildPicture(name="waves.jpg", data=encoded(seen, "JPEG", quality=95, progressive=True), shown=seen),
-        WildPicture(name="arithmetic.jpg", data=_ARITHMETIC, shown=seen),
-        WildPicture(name="a png that is called.jpg", data=encoded(seen), shown=seen),
-        WildPicture(name="a jpeg that is called.png", data=encoded(seen, "JPEG", quality=95), shown=seen),
-        WildPicture(name="a bmp that is called.png", data=encoded(seen, "BMP"), shown=seen),
-        WildPicture(name="a tiff that is called.jpg", data=tiff, reason="not a JPEG, PNG"),
-        WildPicture(name="plain.tif", data=tiff, reason=".tif are not read"),
-        WildPicture(name="plain.BMP", data=encoded(seen, "BMP"), reason=".bmp are not read"),
-        WildPicture(name="from the web.jfif", data=encoded(seen, "JPEG"), reason=".jfif are not read"),
+        WildImage(name="plain.jpg", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildImage(name="SHOUTED.JPEG", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildImage(name="waves.jpg", data=encoded(seen, "JPEG", quality=95, progressive=True), shown=seen),
+        WildImage(name="arithmetic.jpg", data=_ARITHMETIC, shown=seen),
+        WildImage(name="a png that is called.jpg", data=encoded(seen), shown=seen),
+        WildImage(name="a jpeg that is called.png", data=encoded(seen, "JPEG", quality=95), shown=seen),
+        WildImage(name="a bmp that is called.png", data=encoded(seen, "BMP"), shown=seen),
+        WildImage(name="a tiff that is called.jpg", data=tiff, reason="not a JPEG, PNG"),
+        WildImage(name="plain.tif", data=tiff, reason=".tif are not read"),
+        WildImage(name="plain.BMP", data=encoded(seen, "BMP"), reason=".bmp are not read"),
+        WildImage(name="from the web.jfif", data=encoded(seen, "JPEG"), reason=".jfif are not read"),
     ]
 
 
-def _names() -> list[WildPicture]:
+def _names() -> list[WildImage]:
     seen, png = scene(), encoded(scene())
     names = ["  spaces  ", "Stra\u00dfe \u20ac \U0001f600", "caf\u00e9", "cafe\u0301", "-rf", "%41%2f", "$(touch x)"]
-    return [WildPicture(name=f"{name}.png", data=png, shown=seen) for name in (*names, "a'b", "\u0440" * 120)]
+    return [WildImage(name=f"{name}.png", data=png, shown=seen) for name in (*names, "a'b", "\u0440" * 120)]
 
 
-def wild_pictures() -> list[WildPicture]:
+def wild_images() -> list[WildImage]:
     """All of them, each with a name and a stem of its own, but for `plain`, `cut`, `moving` and `rgba`."""
     return [*_modes(), *_moving(), *_turned(), *_sizes(), *_damaged(), *_kinds(), *_names()]
 
@@ -234,7 +234,7 @@ def pack(path: Path, members: Iterable[Member]) -> Path:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for member in members:
             info = tarfile.TarInfo()
-            # Set here, as the constructor would mend it.
+            # Set here, as the constructor would correct it.
             info.name, info.type, info.linkname, info.size = member.name, member.kind, member.link, len(member.data)
             tar.addfile(info, io.BytesIO(member.data))
     return path

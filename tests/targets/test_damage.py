@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.targets import check_store, header, joined, tree, write_store, wrong_values
 
 from milan_pipe.errors import MilanError
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import Problem, verify_store
@@ -119,7 +119,7 @@ def check_found(store: Store, path: str) -> None:
     if shard in store.truth:
         told = [problem for problem in problems if problem.shard == shard]
         assert told
-        assert any(problem.mend.endswith(f"--redo {shard}") for problem in told)
+        assert any(problem.repair.endswith(f"--redo {shard}") for problem in told)
         if not path.startswith("manifest"):
             assert any(problem.array in (inside, inside.partition("/")[0]) for problem in told)
     else:
@@ -176,7 +176,7 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
         shutil.copy(store.root / paths[0], copy)
         (problem,) = verify_store(store.root).problems
         is_inside = paths[0].startswith("0")
-        assert problem.mend == (f"rm -rf {copy}" if is_inside else f"mv {copy} ELSEWHERE")
+        assert problem.repair == (f"rm -rf {copy}" if is_inside else f"mv {copy} ELSEWHERE")
         assert problem.what == "is not part of the " + ("shard" if is_inside else "store")
         assert list(wrong_values(store.root, store.truth)) == []
         copy.unlink()
@@ -184,7 +184,7 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
     shutil.copytree(folder, store.root / "000007 copied")
     (problem,) = verify_store(store.root).problems
     assert (problem.shard, problem.array) == ("", "000007 copied")
-    assert problem.mend == f"mv '{store.root / '000007 copied'}' ELSEWHERE"
+    assert problem.repair == f"mv '{store.root / '000007 copied'}' ELSEWHERE"
     shutil.rmtree(store.root / "000007 copied")
     assert verify_store(store.root).problems == ()
 
@@ -260,7 +260,7 @@ def test_damage_in_a_bucket_is_found(bucket: str, store_format: str) -> None:
     head = header("int8", format=store_format, width=8)
     where = f"{bucket}/t"
     written = write_store(where, head, [130])
-    place = place_of(where)
+    location = location_of(where)
     truth = {name: [joined(blocks, view) for view in range(2)] for name, blocks in written.items()}
     store = Store(where, tree(where), truth)
     for number, paths in enumerate(store.kinds.values()):
@@ -270,11 +270,11 @@ def test_damage_in_a_bucket_is_found(bucket: str, store_format: str) -> None:
         # Each check costs a hundred requests; the folder above has had them all.
         replacement = (damaged, before[:middle], None)[number % 3]
         if replacement is None:
-            place.remove(path)
+            location.remove(path)
         else:
-            place.write(path, replacement)
+            location.write(path, replacement)
         check_found(store, path)
         read_all(store)
-        place.write(path, before)
+        location.write(path, before)
     assert problems_of(where) == []
     check_store(open_targets(where), written)

@@ -38,7 +38,7 @@ def round_trip(codec, values):
 
 
 def bits_per_dimension(codec, values_pst):
-    """Codes in chunks of some pictures and 32 coefficients, and scales, both after zstd, over (P, S, T)."""
+    """Codes in chunks of some images and 32 coefficients, and scales, both after zstd, over (P, S, T)."""
     code, scale = codec.encode(values_pst)
     parts = [part.contiguous().numpy() for band in code.split(32, dim=-1) for part in band.split(32)]
     zstd = Zstd(level=1)
@@ -47,7 +47,7 @@ def bits_per_dimension(codec, values_pst):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Features (P, S, T) of the bundled teacher, of pictures that it was not trained on."""
+    """Features (P, S, T) of the bundled teacher, of images that it was not trained on."""
     teacher = load_teacher(TeacherSettings(), torch.device("cpu"))
     pixels = np.stack([render_scene(7, index).image for index in range(288)])
     return torch.cat([teacher(batch).features_BST for batch in torch.from_numpy(pixels).split(64)])
@@ -134,7 +134,7 @@ def test_the_neighbours_in_a_batch_do_not_matter():
     # A token out of range must not change how the others are coded.
     values[0, 0] = -torch.from_numpy(codec.mean_T)
     code, scale = codec.encode(values)
-    alone = [codec.encode(picture) for picture in values]
+    alone = [codec.encode(image) for image in values]
     apart = torch.stack([code for code, _ in alone]).int() - code.int()
     assert apart.abs().max() <= 1
     assert (apart != 0).float().mean() < 1e-3

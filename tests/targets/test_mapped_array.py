@@ -99,7 +99,7 @@ def test_rows_that_lie_in_a_row_are_read_only_and_not_copied_again(arrays):
         ({"shape": (1, 4, 6), "chunks": (1, 1, 6), "shards": (1, 4, 6)}, (BloscCodec(), CRC)),
         ({"shape": (1, 4, 6), "chunks": (1, 1, 6), "shards": (1, 4, 6), "fill_value": 1}, (CRC,)),
     ],
-    ids=["bands", "no shards", "another coder", "another fill value"],
+    ids=["coefficient chunks", "no shards", "another coder", "another fill value"],
 )
 def test_other_arrays_are_left_to_zarr(tmp_path, layout, compressors):
     zarr.create_array(tmp_path / "a", dtype="int8", filters=None, compressors=compressors, **layout)

@@ -31,8 +31,8 @@ from support.targets import (
 )
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.storage import place_of
-from milan_pipe.targets import ledger
+from milan_pipe.storage import location_of
+from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, TargetBlock, header_differences, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
@@ -141,7 +141,7 @@ class TestContract:
         write_store(where, head, [130, 5])
         files, committed = tree(where), TargetStoreWriter(where, head).committed()
         for name, samples in (("000000", 130), ("000001", 5)):
-            record = ledger.read_record(place_of(where), name)
+            record = manifest.read_record(location_of(where), name)
             assert committed[name].source == record.source
             assert record.source == source(samples, f"train-{name}.tar", [("worse", "damaged")])
             own = {path.partition("/")[2]: len(data) for path, data in files.items() if path.startswith(f"{name}/")}
@@ -185,10 +185,10 @@ class TestContract:
     def test_another_schema_version(self, where: str, store_format: str) -> None:
         head = header(format=store_format)
         write_store(where, head, [3])
-        place, name = place_of(where), header_name(head)
-        content = json.loads(place.read(name))
+        location, name = location_of(where), header_name(head)
+        content = json.loads(location.read(name))
         content.get("attributes", content)["milan_pipe"]["schema_version"] = 99
-        place.write(name, json.dumps(content).encode())
+        location.write(name, json.dumps(content).encode())
         for attempt in (open_targets, lambda root: TargetStoreWriter(root, head)):
             with pytest.raises(MismatchError, match=r"schema version 99.* reads 2.*0\.test"):
                 attempt(where)
@@ -197,7 +197,7 @@ class TestContract:
         head = header(format=store_format)
         write_store(where, head, [3])
         before = tree(where)
-        place_of(where).remove(header_name(head))
+        location_of(where).remove(header_name(head))
         with pytest.raises(DataError, match="not empty"):
             TargetStoreWriter(where, header(format=store_format, views=3))
         with pytest.raises((DataError, MissingError), match="extract-targets"):
@@ -209,7 +209,7 @@ class TestContract:
         head = header(format=store_format)
         write_store(where, head, [3])
         TargetStoreWriter(f"{where}-other", header(format=store_format, weights_sha256="ef" * 32))
-        place_of(where).write(header_name(head), tree(f"{where}-other")[header_name(head)])
+        location_of(where).write(header_name(head), tree(f"{where}-other")[header_name(head)])
         with pytest.raises(DataError, match="header does not fit its digest"):
             open_targets(where)
 
@@ -285,7 +285,7 @@ class TestContract:
         write_store(where, header(format=store_format), [130])
         store = open_targets(where)
         store.read("000000", 0, 0, 128)
-        place_of(where).child("000000").remove("features/c/1" if store_format == "zarr" else "view-1.tar")
+        location_of(where).child("000000").remove("features/c/1" if store_format == "zarr" else "view-1.tar")
         with pytest.raises(DataError, match=r"shard 000000: .*--redo 000000"):
             store.read("000000", 1, 0, 128)
 

@@ -14,8 +14,8 @@ import pytest
 from support.targets import header, random_blocks, source, write_store
 
 from milan_pipe.errors import MilanError, StoreError
-from milan_pipe.storage import SCRATCH, place_of
-from milan_pipe.targets import ledger
+from milan_pipe.storage import SCRATCH, location_of
+from milan_pipe.targets import manifest
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_store
 
@@ -66,7 +66,7 @@ def test_races_for_one_shard_commit_nothing_that_is_damaged(tmp_path: Path, stor
             thread.start()
         for thread in threads:
             thread.join()
-        committed = ledger.committed_names(place_of(root))
+        committed = manifest.committed_names(location_of(root))
         if committed and (found := [p for p in verify_store(root).problems if p.shard]):
             damaged.append((trial, found))
         shutil.rmtree(root)
@@ -97,14 +97,14 @@ def test_a_folder_that_was_made_anew_is_never_committed(tmp_path: Path, store_fo
         remake("commit")
         shard.commit(source(130))
     shard.discard()
-    assert ledger.committed_names(place_of(tmp_path)) == ()
+    assert manifest.committed_names(location_of(tmp_path)) == ()
     assert not (tmp_path / "000000").exists()
 
 
 def test_unfinished_work_goes_in_one_step(tmp_path: Path) -> None:
     """An owner that writes meanwhile must fail: removed in place, its folder would be filled again."""
-    place = place_of(tmp_path)
-    scratch = place.scratch("000000")
+    location = location_of(tmp_path)
+    scratch = location.scratch("000000")
     (scratch / "deep").mkdir()
     (scratch / "deep" / "file").write_bytes(b"1")
     seen: list[bool] = []
@@ -116,9 +116,9 @@ def test_unfinished_work_goes_in_one_step(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", watched)
-        place.clear_scratch("000000")
-        place.write("000001/x", b"1")
-        place.remove("000001")
+        location.clear_scratch("000000")
+        location.write("000001/x", b"1")
+        location.remove("000001")
     assert seen == [False, False]
     assert list(tmp_path.iterdir()) == []
 
@@ -127,9 +127,9 @@ def test_unfinished_work_goes_in_one_step(tmp_path: Path) -> None:
 def test_the_old_folder_stays_where_the_new_one_cannot_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    place = place_of(tmp_path)
-    place.write("000000/file", b"committed")
-    scratch = place.scratch("000000")
+    location = location_of(tmp_path)
+    location.write("000000/file", b"committed")
+    scratch = location.scratch("000000")
     (scratch / "file").write_bytes(b"new")
     rename = Path.rename
 
@@ -150,8 +150,8 @@ def test_the_old_folder_stays_where_the_new_one_cannot_follow(
 
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(StoreError):
-        place.publish(scratch, "000000")
-    assert place.read("000000/file") == b"committed"
+        location.publish(scratch, "000000")
+    assert location.read("000000/file") == b"committed"
 
 
 # --- a power cut --------------------------------------------------------------------------------------------------

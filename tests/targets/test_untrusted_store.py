@@ -13,7 +13,7 @@ from support.targets import header, write_store
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.reports.inspect_targets import inspect_targets
-from milan_pipe.targets import ledger
+from milan_pipe.targets import manifest
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import verify_store
@@ -22,11 +22,11 @@ FORMATS = ["zarr", "webdataset"]
 
 
 def rewrite(file: Path, change: Callable[[Any], Any]) -> None:
-    """Change a sealed file and give it the digest of its new content."""
+    """Change a file with a digest and give it the digest of its new content."""
     values = json.loads(file.read_text())
     del values["sha256"]
     change(values)
-    file.write_bytes(ledger.to_file(values))
+    file.write_bytes(manifest.to_file(values))
 
 
 def hostile_store(root: Path, store_format: str, name: str) -> Path:
@@ -119,7 +119,7 @@ def test_a_header_of_impossible_sizes_is_refused(tmp_path: Path, section: str) -
     values = content["attributes"]["milan_pipe"]
     del values["sha256"]
     values[section][key] = value
-    content["attributes"]["milan_pipe"] = ledger.sealed(values)
+    content["attributes"]["milan_pipe"] = manifest.with_digest(values)
     (tmp_path / "zarr.json").write_text(json.dumps(content))
     with pytest.raises(MilanError, match=f"{section}.{key}"):
         open_targets(tmp_path)

@@ -20,7 +20,7 @@ from milan_pipe.config.params import Params, load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.views import encode_jpeg
-from milan_pipe.targets import ledger
+from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import TargetBlock, ViewRun
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, header_file, open_targets
 from milan_pipe.targets.verify import Problem, VerifyReport
@@ -95,11 +95,11 @@ WRONG: dict[str, tuple[str, Change, str, str]] = {
     "attention negative": ("int8", negative, "attention", "a negative value, -0.5"),
     "view empty": ("int8", jpeg(lambda _: b""), "view_bytes", "cannot be decoded: empty"),
     "view cut": ("int8", jpeg(lambda data: data[: len(data) // 2]), "view_bytes", "cannot be decoded"),
-    "view no picture": ("int8", jpeg(lambda data: b"<html>" + bytes(len(data))), "view_bytes", "cannot be decoded"),
+    "view no image": ("int8", jpeg(lambda data: b"<html>" + bytes(len(data))), "view_bytes", "cannot be decoded"),
     "view of another size": ("int8", jpeg(lambda _: grey(24)), "view_bytes", "is (24, 24, 3), expected (16, 16, 3)"),
     "box without height": ("int8", one_value("crop_KN4", (1, 3, 2), 0), "crop", "empty"),
     "box of negative width": ("int8", one_value("crop_KN4", (1, 3, 3), -4), "crop", "empty"),
-    "box left of its picture": ("int8", one_value("crop_KN4", (1, 3, 1), -1), "crop", "outside"),
+    "box left of its image": ("int8", one_value("crop_KN4", (1, 3, 1), -1), "crop", "outside"),
 }
 
 
@@ -116,8 +116,8 @@ def test_content_that_was_wrong_from_the_start(tmp_path: Path, store_format: str
     assert (problem.shard, problem.array) == ("000001", array)
     assert what in problem.what
     assert "view 1" in problem.what
-    assert problem.mend == f"milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001"
-    assert report.mend == (problem.mend,)
+    assert problem.repair == f"milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001"
+    assert report.repair == (problem.repair,)
 
 
 def test_features_that_the_codec_did_not_keep(tmp_path: Path) -> None:
@@ -169,18 +169,18 @@ def test_keys_that_occur_twice(tmp_path: Path, store_format: str) -> None:
     within, across = (problem.what for problem in report.problems)
     assert within == "key '0-0' is more than once in the shard; rename in IMAGES first"
     assert across == "key '1-130' and 1 more are in another shard too, as 000001; rename in IMAGES first"
-    assert report.mend == (f"milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000000,000002",)
+    assert report.repair == (f"milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000000,000002",)
 
 
 @pytest.mark.parametrize("store_format", FORMATS)
-def test_more_samples_told_of_than_there_are(tmp_path: Path, store_format: str) -> None:
+def test_more_samples_label_and_caption_than_there_are(tmp_path: Path, store_format: str) -> None:
     """A record and a summary that agree with each other, and not with the files."""
     head = header(format=store_format)
     write_store(tmp_path / "t", head, [5])
     writer = TargetStoreWriter(tmp_path / "t", head)
-    record = dataclasses.replace(ledger.read_record(writer.place, "000000"), source=source(6))
-    ledger.write_record(writer.place, "000000", record)
-    ledger.write_summary(writer.place, header_file(head)[1], writer.committed())
+    record = dataclasses.replace(manifest.read_record(writer.location, "000000"), source=source(6))
+    manifest.write_record(writer.location, "000000", record)
+    manifest.write_summary(writer.location, header_file(head)[1], writer.committed())
     problems = verify_targets(tmp_path / "t").problems
     assert {problem.shard for problem in problems} == {"000000"}
 
@@ -201,7 +201,7 @@ def test_a_store_that_is_not_finished(tmp_path: Path) -> None:
             (tmp_path / "t" / path).write_bytes(data)
     report = verify_targets(tmp_path / "t")
     assert told(report) == [("", "manifest.json")]
-    assert report.mend == (f"milan-pipe extract-targets IMAGES {tmp_path / 't'}",)
+    assert report.repair == (f"milan-pipe extract-targets IMAGES {tmp_path / 't'}",)
     assert (report.shards, report.samples) == (1, 5)
 
 
@@ -232,12 +232,12 @@ def test_foreign_files_are_reported_and_only_the_stores_own_are_removed(tmp_path
         ("000000", ".z"),
         ("000001", "features/c/0/7/0/0"),
     ]
-    foreign = [command for command in report.mend if not command.startswith("rm -rf ")]
+    foreign = [command for command in report.repair if not command.startswith("rm -rf ")]
     assert [shlex.split(command) for command in foreign] == [
         ["mv", f"{root}/{path}", "ELSEWHERE"] for path in ("a folder", "manifest/a.txt", "note.txt")
     ]
     (tmp_path / "elsewhere").mkdir()
-    for command in report.mend:
+    for command in report.repair:
         subprocess.run(command.replace("ELSEWHERE", shlex.quote(f"{tmp_path}/elsewhere/")), shell=True, check=True)
     assert (tmp_path / "elsewhere" / "a folder" / "deep" / "y").read_bytes() == b"z"
     assert verify_targets(root).problems == ()
@@ -260,7 +260,7 @@ def test_what_mends_several_problems_is_one_extraction(tmp_path: Path) -> None:
         ("000002", "crop"),
         ("000002", "key"),
     ]
-    assert report.mend == (
+    assert report.repair == (
         f"mv {root}/x ELSEWHERE",
         f"milan-pipe extract-targets IMAGES {root} --redo 000000,000002",
     )
@@ -271,7 +271,7 @@ def test_one_stray_file_is_one_problem(tmp_path: Path) -> None:
     (tmp_path / "t" / "x").touch()
     report = verify_targets(tmp_path / "t")
     assert report.problems == (
-        Problem(shard="", array="x", what="is not part of the store", mend=f"mv {tmp_path / 't' / 'x'} ELSEWHERE"),
+        Problem(shard="", array="x", what="is not part of the store", repair=f"mv {tmp_path / 't' / 'x'} ELSEWHERE"),
     )
 
 
@@ -299,12 +299,15 @@ def test_a_store_in_a_bucket(bucket: str, store_format: str) -> None:
     where = f"{bucket}/t"
     write_blocks(where, head, shards)
     writer = TargetStoreWriter(where, head)
-    writer.place.write("stray", b"z")
+    writer.location.write("stray", b"z")
     report = verify_targets(where)
     assert told(report) == [("", "stray"), ("000001", "attention")]
-    assert report.mend == (f"move {where}/stray ELSEWHERE", f"milan-pipe extract-targets IMAGES {where} --redo 000001")
+    assert report.repair == (
+        f"move {where}/stray ELSEWHERE",
+        f"milan-pipe extract-targets IMAGES {where} --redo 000001",
+    )
     assert (report.shards, report.samples, report.views) == (2, 10, 20)
-    assert report.files == sum(len(ledger.read_record(writer.place, name).files) for name in ("000000", "000001"))
+    assert report.files == sum(len(manifest.read_record(writer.location, name).files) for name in ("000000", "000001"))
 
 
 # --- against the teacher ------------------------------------------------------------------------------------------
@@ -378,7 +381,7 @@ def test_a_true_store_agrees_with_the_teacher(extracted: Path) -> None:
 
 
 def other_row(block: TargetBlock) -> TargetBlock:
-    """Features of the picture before."""
+    """Features of the image before."""
     scale = None if block.scale_KNS is None else np.roll(block.scale_KNS, 1, axis=1)
     return dataclasses.replace(block, code_KNST=np.roll(block.code_KNST, 1, axis=1), scale_KNS=scale)
 
@@ -421,7 +424,7 @@ def test_a_store_that_only_claims_its_teacher_is_told(
     assert set(told(report)) == {("000000", array)}
     assert len(report.problems) == 3
     assert len({problem.what.split(":")[0] for problem in report.problems}) == 3, "three views, each named"
-    assert report.mend == (f"milan-pipe extract-targets IMAGES {false} --redo 000000",)
+    assert report.repair == (f"milan-pipe extract-targets IMAGES {false} --redo 000000",)
 
 
 def test_views_to_compare_are_spread_over_the_whole_shard(extracted: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def _tiny_models(tmp_path_factory):
         yield
 
 
-def pictures(count=2, side=224):
+def images(count=2, side=224):
     generator = torch.Generator().manual_seed(5)
     coarse = torch.rand(count, 3, 8, 8, generator=generator) * 255
     return F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
@@ -111,7 +111,7 @@ def test_local_checkpoint(name, form, tmp_path):
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[key], value) for key, value in weights.items())
     assert teacher.info.pretrained == form
-    output = teacher(pictures())
+    output = teacher(images())
     assert output.features_BST.shape == (2, 257, 32)
     assert output.importance_BL.shape == (2, 256)
     assert not teacher.visual.training
@@ -138,7 +138,7 @@ def test_random_weights_do_not_depend_on_the_callers_generator(name):
     torch.manual_seed(2)
     second = load_teacher(TeacherSettings(model=name, pretrained="random"))
     assert first.info == second.info
-    assert torch.equal(first(pictures()).features_BST, second(pictures()).features_BST)
+    assert torch.equal(first(images()).features_BST, second(images()).features_BST)
 
 
 def test_tag_is_fetched_and_loaded_as_a_file_is(monkeypatch, tmp_path):
@@ -232,14 +232,14 @@ def test_grid_of_the_student_sets_the_size(name, tmp_path):
     assert (matched.info.image_size, matched.info.grid) == (196, (14, 14))
     # The same weights at another size are the same teacher.
     assert matched.info.weights_sha256 == own.info.weights_sha256
-    output = matched(pictures())
+    output = matched(images())
     assert output.features_BST.shape == (2, 197, 32)
     assert output.importance_BL.shape == (2, 196)
     explicit = loaded(name, path, image_size=196)
     assert explicit.info == matched.info
-    assert torch.equal(explicit(pictures()).features_BST, output.features_BST)
+    assert torch.equal(explicit(images()).features_BST, output.features_BST)
     # Views of 224 pixels are resized to the 196 that the tower reads.
-    small = F.interpolate(pictures().permute(0, 3, 1, 2).float(), (196, 196), mode="bicubic", antialias=True)
+    small = F.interpolate(images().permute(0, 3, 1, 2).float(), (196, 196), mode="bicubic", antialias=True)
     normalised = (small.clamp(0, 255) - matched.mean) / matched.std
     with torch.inference_mode():
         assert_close(output.features_BST, tower_outputs(matched.visual, normalised)[0])
@@ -359,9 +359,9 @@ def test_pixels_are_normalised_as_named(name, mean):
         assert teacher.info.normalization == kind
         assert_close(teacher.mean.flatten(), 255 * torch.tensor(expected))
         std = {OPENAI.mean: OPENAI.std, HALF: HALF, IMAGENET.mean: IMAGENET.std}[expected]
-        unit = pictures().permute(0, 3, 1, 2) / 255
+        unit = images().permute(0, 3, 1, 2) / 255
         normal = (unit - torch.tensor(expected).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        assert_close(teacher(pictures()).features_BST[:, 0], teacher.visual(normal), rtol=1e-4, atol=1e-5)
+        assert_close(teacher(images()).features_BST[:, 0], teacher.visual(normal), rtol=1e-4, atol=1e-5)
 
 
 # --- precision ----------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_residual_stream_stays_in_float32(name):
     norm = teacher.visual.ln_post if name == NATIVE else teacher.visual.trunk.norm
     seen = []
     norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))
-    teacher(pictures())
+    teacher(images())
     assert seen == [torch.float32]
 
 
@@ -390,8 +390,8 @@ def test_bfloat16(name, tmp_path):
     exact, fast = loaded(name, path), loaded(name, path, precision="bfloat16")
     assert (exact.info.precision, fast.info.precision) == ("float32", "bfloat16")
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = exact(pictures()), fast(pictures())
-    assert torch.equal(a.features_BST, exact(pictures()).features_BST)
+        a, b = exact(images()), fast(images())
+    assert torch.equal(a.features_BST, exact(images()).features_BST)
     assert b.features_BST.dtype == b.importance_BL.dtype == torch.float32
     assert not torch.equal(a.features_BST, b.features_BST)
     assert F.cosine_similarity(a.features_BST, b.features_BST, dim=-1).min() > 0.999

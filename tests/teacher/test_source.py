@@ -124,7 +124,7 @@ def test_folder(kind, models):
     check_as_open_clip(teacher, f"local-dir:{models / kind}")
 
 
-def test_place_of_a_folder_is_not_part_of_the_identity(models, tmp_path, monkeypatch):
+def test_location_of_a_folder_is_not_part_of_the_identity(models, tmp_path, monkeypatch):
     expected = load(f"local-dir:{models / 'gelu'}").info
     copied(models / "gelu", tmp_path / "gelu")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Captions: words to ids, which caption is true of which picture, and the loss over them."""
+"""Captions: words to ids, which caption is true of which image, and the loss over them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_matches_by_hand():
     full = [FULL, "a large red star on a noisy background", "a small blue ring on a plain background"]
     short = ["a star", "a large star", "a ring on a plain background"]
     match = caption_matches(tokenize(short), tokenize(full))
-    # Row: picture, column: caption.
+    # Row: image, column: caption.
     assert match.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 
@@ -66,12 +66,12 @@ def test_loss_by_hand():
     eye, scale = torch.eye(2), torch.tensor(2.0)
     alone = contrastive_loss(3 * eye, 5 * eye, scale, torch.eye(2, dtype=torch.bool))
     assert alone.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
-    # Both captions true of both pictures: half of the target lies on the cosine of 0.
+    # Both captions true of both images: half of the target lies on the cosine of 0.
     shared = contrastive_loss(eye, eye, scale, torch.ones(2, 2, dtype=torch.bool))
     assert shared.item() == pytest.approx(math.log(math.exp(2) + 1) - 1, abs=1e-6)
 
 
-def test_loss_is_symmetric_in_picture_and_text():
+def test_loss_is_symmetric_in_image_and_text():
     torch.manual_seed(0)
     image, text = torch.randn(4, 6), torch.randn(4, 6)
     match = torch.eye(4, dtype=torch.bool)

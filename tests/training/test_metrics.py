@@ -48,7 +48,7 @@ def goes_on(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_set_aside_and_the_run_goes_on(folder: Path, loss: Path, kind: str) -> None:
+def test_a_damaged_file_is_skip_and_the_run_goes_on(folder: Path, loss: Path, kind: str) -> None:
     data, kept = DAMAGED[kind]
     loss.write_bytes(data)
     with pytest.warns(RuntimeWarning, match=r"loss\.tsv .*; it is now loss\.tsv\.damaged, and the run goes on"):
@@ -78,7 +78,7 @@ def test_a_last_line_that_was_cut_is_no_damage(folder: Path, loss: Path, tail: s
 @pytest.mark.parametrize(
     "data", [b"", b"{", bytes(500), b"\xff", b"[]", b"null", b'{"step": "x"}', b'{"train": 1, "step": 20}']
 )
-def test_damaged_last_values_are_set_aside(folder: Path, data: bytes) -> None:
+def test_damaged_last_values_are_moved(folder: Path, data: bytes) -> None:
     (folder / "metrics.json").write_bytes(data)
     with pytest.warns(RuntimeWarning, match=r"metrics\.json is damaged; it is now metrics\.json\.damaged"):
         goes_on(folder, 20)

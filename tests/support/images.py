@@ -1,4 +1,4 @@
-"""Labelled pictures and masks for tests: easy to learn, of odd sizes, in shards and in folders."""
+"""Labelled images and masks for tests: easy to learn, of odd sizes, in shards and in folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def png(values: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def picture(number: int, label: int) -> NDArray[np.uint8]:
+def image(number: int, label: int) -> NDArray[np.uint8]:
     """Noise of a size of its own, brighter in the channel of its class."""
     rng = np.random.default_rng(number)
     height, width = 17 + number % 5, 20 + number % 7
@@ -32,8 +32,8 @@ def picture(number: int, label: int) -> NDArray[np.uint8]:
 
 
 def halves(number: int) -> NDArray[np.uint8]:
-    """A picture that is brighter where `mask` has class 1."""
-    values = picture(number, 0)
+    """An image that is brighter where `mask` has class 1."""
+    values = image(number, 0)
     values[..., 0] -= 120
     values[:, values.shape[1] // 2 :] += 130
     return values
@@ -41,7 +41,7 @@ def halves(number: int) -> NDArray[np.uint8]:
 
 def mask(number: int) -> NDArray[np.uint8]:
     """Two classes, left and right, and a row of no class."""
-    height, width = picture(number, 0).shape[:2]
+    height, width = image(number, 0).shape[:2]
     values = np.zeros((height, width), np.uint8)
     values[:, width // 2 :] = 1
     values[0] = 255
@@ -61,7 +61,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def labelled_shard(path: Path, numbers: range, *, masks: bool = False) -> Path:
     members: dict[str, bytes] = {}
     for number in numbers:
-        members[f"{number:04d}.png"] = png(halves(number) if masks else picture(number, number % 3))
+        members[f"{number:04d}.png"] = png(halves(number) if masks else image(number, number % 3))
         members[f"{number:04d}.cls"] = str(number % 3).encode()
         if masks:
             members[f"{number:04d}.mask.png"] = png(mask(number))
@@ -72,12 +72,12 @@ def class_folders(root: Path, numbers: range, names: tuple[str, ...] = NAMES) ->
     for number in numbers:
         folder = root / names[number % len(names)]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:04d}.png").write_bytes(png(picture(number, number % len(names))))
+        (folder / f"{number:04d}.png").write_bytes(png(image(number, number % len(names))))
     return root
 
 
 def mask_folders(images: Path, masks: Path, numbers: range, *, shift: int = 0) -> None:
-    """Pictures and masks of equal names; `shift` is added to classes, 255 stays."""
+    """Images and masks of equal names; `shift` is added to classes, 255 stays."""
     for folder in (images, masks):
         folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:

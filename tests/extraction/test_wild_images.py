@@ -1,4 +1,4 @@
-"""From a wild folder, or tars that nobody should have packed, to a store: shown as a viewer does, or set aside."""
+"""From a wild folder, or tars that nobody should have packed, to a store: shown as a viewer does, or skipped."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 from support.targets import tree
-from support.wild import Command, Marker, Member, WildPicture, encoded, pack, scene, wild_pictures
+from support.wild import Command, Marker, Member, WildImage, encoded, pack, scene, wild_images
 
 from milan_pipe.images.views import decode_jpeg
-from milan_pipe.storage import place_of
+from milan_pipe.storage import location_of
 from milan_pipe.targets.store import open_targets
 
-# A view is the whole picture, so that it can be compared with what a viewer shows.
+# A view is the whole image, so that it can be compared with what a viewer shows.
 SETTINGS = {
     "views.count": 2,
     "views.scale": [1, 1],
@@ -58,13 +58,13 @@ def stored(targets: Path) -> list[tuple[str, int, np.ndarray]]:
     return found
 
 
-def seems(pixels: np.ndarray, picture: WildPicture) -> bool:
+def seems(pixels: np.ndarray, image: WildImage) -> bool:
     """Whether a stored view is what a viewer shows, but for two JPEG encodings."""
-    assert picture.shown is not None
-    height, width, _ = picture.shown.shape
+    assert image.shown is not None
+    height, width, _ = image.shown.shape
     # Of what is longer than it may be, one piece is as good as another: it has one colour.
-    image = Image.fromarray(np.ascontiguousarray(picture.shown[: 10 * width, : 10 * height]))
-    expected = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC))
+    scaled = Image.fromarray(np.ascontiguousarray(image.shown[: 10 * width, : 10 * height]))
+    expected = np.asarray(scaled.resize((64, 64), Image.Resampling.BICUBIC))
     return float(np.abs(pixels.astype(float) - expected).mean()) < 8
 
 
@@ -73,31 +73,31 @@ def bad_lines(targets: Path) -> list[dict[str, str]]:
 
 
 def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
-    pictures = wild_pictures()
+    wild = wild_images()
     root, images = tmp_path / "wild f\u00f6lder", tmp_path / "images"
-    expected: dict[tuple[str, ...], WildPicture] = {}
-    for number, picture in enumerate(pictures):
-        folder = ("Caf\u00e9 v1.2",) if number % 3 == 0 and picture.name != "plain.jpg" else ()
-        expected[*folder, picture.name] = picture
-        path = root.joinpath(*folder, picture.name)
+    expected: dict[tuple[str, ...], WildImage] = {}
+    for number, image in enumerate(wild):
+        folder = ("Caf\u00e9 v1.2",) if number % 3 == 0 and image.name != "plain.jpg" else ()
+        expected[*folder, image.name] = image
+        path = root.joinpath(*folder, image.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.data)
+        path.write_bytes(image.data)
     for hidden in (".hidden.png", "._plain.jpg", "Caf\u00e9 v1.2/.a.png"):
         (root / hidden).write_bytes(PNG)
     (root / "a.pkl").write_bytes(b"\x80")
     (root / "link.png").symlink_to(root / "plain.jpg")
     (root / "broken link.png").symlink_to(root / "gone.png")
-    expected["link.png",] = next(picture for picture in pictures if picture.name == "plain.jpg")
-    expected["broken link.png",] = WildPicture(name="broken link.png", data=b"", reason="cannot be read")
+    expected["link.png",] = next(image for image in wild if image.name == "plain.jpg")
+    expected["broken link.png",] = WildImage(name="broken link.png", data=b"", reason="cannot be read")
     ordered = [expected[parts] for parts in sorted(expected)]
-    good = [picture for picture in ordered if not picture.reason]
+    good = [image for image in ordered if not image.reason]
 
     prepared = milan("prepare", root, images, "--set", "prepare.samples_per_shard=20", "--json")
     assert prepared.code == 0, prepared.err
     assert prepared.report["samples"] == len(good)
     lines = [json.loads(line) for line in (images / "bad_samples.jsonl").read_bytes().decode().split("\n") if line]
     told = {line["file"]: line["reason"] for line in lines}
-    assert told.keys() == {"/".join(parts) for parts, picture in expected.items() if picture.reason}
+    assert told.keys() == {"/".join(parts) for parts, image in expected.items() if image.reason}
     wrong = {name: told[name] for parts, p in expected.items() if p.reason not in told.get(name := "/".join(parts), "")}
     assert wrong == {}
 
@@ -124,21 +124,20 @@ def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
 # --- tars by hand -------------------------------------------------------------------------------------------------
 
 
-def wild_tars(folder: Path, outside: Path) -> tuple[list[WildPicture], list[str], dict[str, str]]:
-    """Two shards. Returns pictures that are read, their keys, and key and reason of what is set aside.
+def wild_tars(folder: Path, outside: Path) -> tuple[list[WildImage], list[str], dict[str, str]]:
+    """Two shards. Returns images that are read, their keys, and key and reason of what is skipped.
 
     What would be made by unpickling, or by unpacking, lies in `outside`.
     """
-    numbered = [(f"{number:02d} {picture.stem}", picture) for number, picture in enumerate(wild_pictures())]
+    numbered = [(f"{number:02d} {image.stem}", image) for number, image in enumerate(wild_images())]
     files = [
-        (key, picture, Member(name=f"{key}.{picture.name.rpartition('.')[2]}", data=picture.data))
-        for key, picture in numbered
+        (key, image, Member(name=f"{key}.{image.name.rpartition('.')[2]}", data=image.data)) for key, image in numbered
     ]
-    plain = WildPicture(name="plain.png", data=PNG, shown=scene())
+    plain = WildImage(name="plain.png", data=PNG, shown=scene())
     gone = str(outside / "absolute.png")
     marker = Member(name="", data=pickle.dumps(Marker(outside / "unpickled")))
     odd = ["line\nbreak", "sep\u2028arator", "tab\tstop", "./dot", "a/b/c", "d" * 90 + "/" + "e" * 200, "x.y/z"]
-    aside = {
+    skipped = {
         "../up": "'..'",
         "x/../../../up": "'..'",
         gone.removesuffix(".png"): "absolute",
@@ -147,7 +146,7 @@ def wild_tars(folder: Path, outside: Path) -> tuple[list[WildPicture], list[str]
         "device": "a link or special file",
         "pipe": "a link or special file",
         "twice": "duplicate key",
-        "two": "two pictures of one key",
+        "two": "two images of one key",
         "label": "cls is not a whole number",
         "holiday.2020.jpg": "ends at the first dot",
         "holiday.2021.JPG": "ends at the first dot",
@@ -155,15 +154,15 @@ def wild_tars(folder: Path, outside: Path) -> tuple[list[WildPicture], list[str]
     second = [
         *(Member(name=f"{key}.png", data=PNG) for key in odd),
         Member(name="lonely.pkl", data=marker.data),
-        Member(name="picture.pkl", data=marker.data),
-        Member(name="picture.png", data=PNG),
-        Member(name="picture.pth", data=marker.data),
+        Member(name="image.pkl", data=marker.data),
+        Member(name="image.png", data=PNG),
+        Member(name="image.pth", data=marker.data),
         Member(name="twice.png", data=PNG),
         Member(name="../up.png", data=PNG),
         Member(name="x/../../../up.png", data=PNG),
         Member(name=gone, data=PNG),
         Member(name="symlink.png", kind=tarfile.SYMTYPE, link="/etc/hostname"),
-        Member(name="hardlink.png", kind=tarfile.LNKTYPE, link="picture.png"),
+        Member(name="hardlink.png", kind=tarfile.LNKTYPE, link="image.png"),
         Member(name="device.png", kind=tarfile.CHRTYPE),
         Member(name="pipe.png", kind=tarfile.FIFOTYPE),
         Member(name="folder.png", kind=tarfile.DIRTYPE),
@@ -181,12 +180,12 @@ def wild_tars(folder: Path, outside: Path) -> tuple[list[WildPicture], list[str]
     half = len(files) // 2
     pack(folder / "wild-000000.tar", [member for _, _, member in files[:half]])
     pack(folder / "wild-000001.tar", [*second, *(member for _, _, member in files[half:])])
-    read = [(key, picture) for key, picture, _ in files if not picture.reason]
-    cut = sum(not picture.reason for _, picture, _ in files[:half])
-    mine = [(key, plain) for key in (*odd, "picture", "twice")]
-    keys, pictures = zip(*[*read[:cut], *mine, *read[cut:]], strict=True)
-    aside |= {key: picture.reason for key, picture, _ in files if picture.reason}
-    return list(pictures), list(keys), aside
+    read = [(key, image) for key, image, _ in files if not image.reason]
+    cut = sum(not image.reason for _, image, _ in files[:half])
+    mine = [(key, plain) for key in (*odd, "image", "twice")]
+    keys, shown = zip(*[*read[:cut], *mine, *read[cut:]], strict=True)
+    skipped |= {key: image.reason for key, image, _ in files if image.reason}
+    return list(shown), list(keys), skipped
 
 
 def everything_below(folder: Path) -> set[Path]:
@@ -199,7 +198,7 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     here = tmp_path / "a" / "b" / "c"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
-    pictures, keys, aside = wild_tars(images, outside)
+    shown, keys, skipped = wild_tars(images, outside)
     before = everything_below(tmp_path)
 
     # A first run, and one that finds shards of the first: neither may pass for a good one.
@@ -211,14 +210,14 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
         targets = tmp_path / store_format
         done = milan("extract-targets", images, targets, "--format", store_format, *WORDS, "--json")
         assert done.code == 0, done.err
-        assert (done.report["samples"], done.report["bad"]) == (len(keys), len(aside))
+        assert (done.report["samples"], done.report["bad"]) == (len(keys), len(skipped))
         assert milan("verify-targets", targets).code == 0
         found = stored(targets)
         assert [key for key, _, _ in found] == keys
-        assert [k for p, (k, _, pixels) in zip(pictures, found, strict=True) if not seems(pixels, p)] == []
+        assert [k for p, (k, _, pixels) in zip(shown, found, strict=True) if not seems(pixels, p)] == []
         lines = bad_lines(targets)
-        assert sorted(line["key"] for line in lines) == sorted(aside)
-        assert [line for line in lines if aside[line["key"]] not in line["reason"]] == []
+        assert sorted(line["key"] for line in lines) == sorted(skipped)
+        assert [line for line in lines if skipped[line["key"]] not in line["reason"]] == []
         order = [(line["shard"], line["key"]) for line in lines]
         assert order == sorted(order)
         assert all("\n" not in line["reason"] and len(line["reason"]) < 200 for line in lines)
@@ -229,7 +228,7 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
 
     # Two processes, from a bucket to a bucket.
     for path, data in tree(images).items():
-        place_of(f"{bucket}/images").write(path, data)
+        location_of(f"{bucket}/images").write(path, data)
     process = subprocess.run(
         [
             sys.executable,
@@ -258,7 +257,7 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     assert made == set()
 
 
-def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:
+def test_tars_of_no_use_are_label_and_caption_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:
     images, targets = tmp_path / "images", tmp_path / "targets"
     whole = pack(images / "0.tar", [Member(name=f"{n}.png", data=PNG) for n in range(3)])
     data = whole.read_bytes()
@@ -266,7 +265,7 @@ def test_tars_of_no_use_are_told_of_and_the_others_are_done(milan: Command, tmp_
     spoilt[spoilt.index(b"1.png")] ^= 1
     reasons = {
         "1": (b"", "is an empty file"),
-        "2": (pack(tmp_path / "none.tar", []).read_bytes(), "holds no pictures"),
+        "2": (pack(tmp_path / "none.tar", []).read_bytes(), "holds no images"),
         "3": (gzip.compress(data), "is not a plain tar file (a compressed one must be unpacked first)"),
         "4": (data[: data.index(b"1.png") + 700], "is cut or damaged at byte"),
         "5": (bytes(spoilt), "is cut or damaged at byte"),
@@ -299,14 +298,14 @@ def open_targets_names(targets: Path) -> tuple[str, ...]:
         return open_targets(targets).shards
 
 
-def test_only_unreadable_pictures(milan: Command, tmp_path: Path) -> None:
+def test_only_unreadable_images(milan: Command, tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", [Member(name="a.jpg", data=b"text"), Member(name="b.v2.jpg", data=PNG)])
     told = milan("extract-targets", tmp_path / "a.tar", tmp_path / "t", *WORDS).error
-    assert re.search(r"a\.tar has no readable image \(2 set aside; the first: ", told)
+    assert re.search(r"a\.tar has no readable image \(2 skipped; the first: ", told)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"text")
     told = milan("prepare", tmp_path / "in", tmp_path / "out").error
-    assert "none of the 1 pictures" in told
+    assert "none of the 1 images" in told
     assert "a.jpg: not a JPEG" in told
     os.truncate(tmp_path / "in" / "a.jpg", 0)
     assert "empty file" in milan("prepare", tmp_path / "in", tmp_path / "out").error

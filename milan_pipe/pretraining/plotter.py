@@ -15,8 +15,8 @@ from milan_pipe.targets.schema import TargetReader
 _SAMPLES = 8
 
 
-class PictureBook:
-    """Draws RUN/pictures/epoch-NNNN.png.
+class PredictionPlotter:
+    """Draws RUN/images/epoch-NNNN.png.
 
     Args:
         draws: False only computes, for ranks that hold shards of the student and do not write.
@@ -32,7 +32,7 @@ class PictureBook:
         self._batch: Batch = read_batch(reader, Block(0, 0, 0, min(_SAMPLES, reader.samples(shard))))
 
     def after_epoch(self, epoch: int) -> Path | None:
-        """Draw the picture of an epoch, counted from 0, if it is due; returns its file.
+        """Draw the image of an epoch, counted from 0, if it is due; returns its file.
 
         Raises:
             StoreError: it cannot be written.
@@ -44,7 +44,7 @@ class PictureBook:
             return None
         visible_BL = torch.zeros(cosine_BL.shape, dtype=torch.bool)
         visible_BL.scatter_(1, split.keep_BV.cpu(), True)
-        file = self._run / "pictures" / f"epoch-{epoch + 1:04d}.png"
+        file = self._run / "predictions" / f"epoch-{epoch + 1:04d}.png"
         draw_masks(
             file,
             self._batch.keys,

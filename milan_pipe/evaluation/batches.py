@@ -1,4 +1,4 @@
-"""Pictures to batches: which ones each step takes, decoded and augmented in processes, in an order that is arithmetic.
+"""Images to batches: which ones each step takes, decoded and augmented in processes, in an order that is arithmetic.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """
@@ -26,7 +26,7 @@ _TRIES = 16
 
 
 @dataclass(frozen=True)
-class Ask:
+class SampleRequest:
     """One sample of a training epoch; of an evaluation, `epoch` is -1."""
 
     epoch: int
@@ -43,7 +43,7 @@ class Batch(Generic[B]):
 
 @dataclass(frozen=True)
 class _Answer(Generic[B]):
-    """What a worker says to a list of asks: the batch, None where nothing is in it, and key and reason of bad ones.
+    """What a worker says to a list of requests: the batch, None where nothing is in it, and key and reason of bad ones.
 
     Errors are handed over as values: the loader would wrap what is raised into its own text and traceback.
     """
@@ -55,10 +55,10 @@ class _Answer(Generic[B]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """Which pictures each step takes: every epoch all of them in another order, the last incomplete batch left out.
+    """Which images each step takes: every epoch all of them in another order, the last incomplete batch left out.
 
     Attributes:
-        number_N: the pictures that are trained on.
+        number_N: the images that are trained on.
         batch_size: over all ranks; a rank takes its contiguous share.
     """
 
@@ -78,39 +78,41 @@ class StepPlan:
         """This rank's part of a batch."""
         return slice(self.rank * self.batch_size // self.ranks, (self.rank + 1) * self.batch_size // self.ranks)
 
-    def batches(self, first_step: int, steps: int) -> Iterator[list[Ask]]:
+    def batches(self, first_step: int, steps: int) -> Iterator[list[SampleRequest]]:
         """What this rank takes in steps `first_step` to `steps` - 1."""
         for step in range(first_step, steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if step == first_step or place == 0:
                 order_N = self.number_N[permutation(len(self.number_N), self.seed, epoch)]
             batch = order_N[place * self.batch_size : (place + 1) * self.batch_size][self.share]
-            yield [Ask(epoch, int(number)) for number in batch]
+            yield [SampleRequest(epoch, int(number)) for number in batch]
 
 
 class _Batches(Dataset[Any], Generic[T, B]):
-    def __init__(self, take: Callable[[Ask], T], collate: Callable[[list[T]], B], keys: Sequence[str]) -> None:
+    def __init__(
+        self, take: Callable[[SampleRequest], T], collate: Callable[[list[T]], B], keys: Sequence[str]
+    ) -> None:
         self._take = take
         self._collate = collate
         self._keys = keys
 
-    def __getitem__(self, asked: list[Ask]) -> _Answer[B]:
+    def __getitem__(self, asked: list[SampleRequest]) -> _Answer[B]:
         bad: list[tuple[str, str]] = []
         try:
-            read = [sample for ask in asked for sample in self._read(ask, bad)]
+            read = [sample for request in asked for sample in self._read(request, bad)]
         except MilanError as error:
             return _Answer(None, tuple(bad), error)
         keys = tuple(key for key, _ in read)
         batch = Batch(self._collate([value for _, value in read]), keys) if read else None
         return _Answer(batch, tuple(bad))
 
-    def _read(self, ask: Ask, bad: list[tuple[str, str]]) -> Iterator[tuple[str, T]]:
+    def _read(self, request: SampleRequest, bad: list[tuple[str, str]]) -> Iterator[tuple[str, T]]:
         """Key and sample of the first that can be read; none where that is allowed."""
-        training = ask.epoch >= 0
+        training = request.epoch >= 0
         for offset in range(_TRIES if training else 1):
-            number = (ask.number + offset) % len(self._keys)
+            number = (request.number + offset) % len(self._keys)
             try:
-                yield self._keys[number], self._take(Ask(ask.epoch, number))
+                yield self._keys[number], self._take(SampleRequest(request.epoch, number))
                 return
             except LabelError:
                 raise
@@ -118,19 +120,19 @@ class _Batches(Dataset[Any], Generic[T, B]):
                 bad.append((self._keys[number], str(error)))
         if training:
             key, reason = bad[-_TRIES]
-            raise DataError(f"{_TRIES} pictures in a row cannot be read, the first is {key!r}: {reason}")
+            raise DataError(f"{_TRIES} images in a row cannot be read, the first is {key!r}: {reason}")
 
 
-class BadPictures:
-    """Pictures that cannot be read, each once; too many of them end the run.
+class BadImages:
+    """Images that cannot be read, each once; too many of them end the run.
 
     Args:
-        on_bad: told key and reason.
+        on_bad: called with key and reason.
     """
 
-    def __init__(self, pictures: int, max_fraction: float, on_bad: OnBad) -> None:
-        self._most = max_fraction * pictures
-        self._pictures = pictures
+    def __init__(self, images: int, max_fraction: float, on_bad: OnBad) -> None:
+        self._most = max_fraction * images
+        self._images = images
         self._on_bad = on_bad
         self.keys: set[str] = set()
 
@@ -142,34 +144,34 @@ class BadPictures:
         self._on_bad(key, reason)
         if len(self.keys) > self._most:
             raise DataError(
-                f"{len(self.keys)} of {self._pictures} pictures cannot be read, the last is {key!r}: {reason}; mend "
+                f"{len(self.keys)} of {self._images} images cannot be read, the last is {key!r}: {reason}; repair "
                 "them, or raise max_bad_fraction"
             )
 
 
-def feed(
-    take: Callable[[Ask], T],
+def load_batches(
+    take: Callable[[SampleRequest], T],
     collate: Callable[[list[T]], B],
     keys: Sequence[str],
-    batches: Iterator[list[Ask]],
+    batches: Iterator[list[SampleRequest]],
     *,
     workers: int,
-    bad: BadPictures,
+    bad: BadImages,
 ) -> Iterator[Batch[B]]:
     """The batches, in order, read ahead by processes.
 
-    In training a picture that cannot be read gives its place to the next one that can; in evaluation it is left out,
+    In training an image that cannot be read gives its place to the next one that can; in evaluation it is left out,
     and a batch without any as well.
 
     Args:
         take: makes a sample of what is asked for; runs in a worker process, and may raise DataError.
         collate: makes one value of the samples; runs there as well. Every torch tensor in it takes a file descriptor
             of both processes as long as it lives, so it has a few tensors, however many samples there are.
-        keys: of all pictures, by number.
+        keys: of all images, by number.
         workers: processes; 0 makes them here, when they are asked for.
 
     Raises:
-        DataError: too many pictures cannot be read.
+        DataError: too many images cannot be read.
     """
     loader: DataLoader[Any] = DataLoader(
         _Batches(take, collate, keys),
@@ -189,11 +191,11 @@ def feed(
             yield answer.batch
 
 
-class _Listed(torch.utils.data.Sampler[list[Ask]]):
-    def __init__(self, batches: Iterator[list[Ask]]) -> None:
+class _Listed(torch.utils.data.Sampler[list[SampleRequest]]):
+    def __init__(self, batches: Iterator[list[SampleRequest]]) -> None:
         self._batches = batches
 
-    def __iter__(self) -> Iterator[list[Ask]]:
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
         return self._batches
 
 
@@ -201,15 +203,15 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def in_turn(count: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[Ask]]:
+def in_turn(count: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[SampleRequest]]:
     """Numbers 0 to `count` - 1 for an evaluation: a rank takes every `ranks`-th."""
     mine = range(rank, count, ranks)
     for start in range(0, len(mine), batch_size):
-        yield [Ask(-1, number) for number in mine[start : start + batch_size]]
+        yield [SampleRequest(-1, number) for number in mine[start : start + batch_size]]
 
 
 def share_of_classes(label_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Numbers of a share of each class, one picture at least, rising; 1.0 is all of them."""
+    """Numbers of a share of each class, one image at least, rising; 1.0 is all of them."""
     if fraction == 1.0:
         return np.arange(len(label_N))
     order_N = permutation(len(label_N), seed, "fraction")
@@ -223,14 +225,14 @@ def share_of_classes(label_N: NDArray[np.int64], fraction: float, seed: int) -> 
 def bad_file(run: Path) -> OnBad:
     """Adds a line to RUN/bad_samples.jsonl, once per key."""
     file = run / "bad_samples.jsonl"
-    told: set[str] = set()
+    seen: set[str] = set()
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
-            told.add(str(json.loads(line)["key"]))
+            seen.add(str(json.loads(line)["key"]))
 
     def add(key: str, reason: str) -> None:
-        if key not in told:
-            told.add(key)
+        if key not in seen:
+            seen.add(key)
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")

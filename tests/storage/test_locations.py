@@ -18,7 +18,7 @@ import pytest
 
 from milan_pipe import storage
 from milan_pipe.errors import MissingError, SettingError, StoreError
-from milan_pipe.storage import SCRATCH, Place, is_url, place_of, split_url
+from milan_pipe.storage import SCRATCH, Location, is_url, location_of, split_url
 
 
 def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -38,52 +38,52 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 class PlaceContract:
-    """What every place that can be written does. Subclasses give a `place` that does not exist yet."""
+    """What every location that can be written does. Subclasses give a `location` that does not exist yet."""
 
-    def test_a_file_comes_back_as_it_was_written(self, place: Place) -> None:
+    def test_a_file_comes_back_as_it_was_written(self, location: Location) -> None:
         data = os.urandom(100_000)
         for path in ("a", "folder/b.tar", "größe 1/#%41+&.bin"):
-            assert place.write(path, data)
-            assert place.read(path) == data
-            assert place.size(path) == len(data)
-        assert place.write("a", b"")
-        assert place.read("a") == b""
-        assert place.size("a") == 0
+            assert location.write(path, data)
+            assert location.read(path) == data
+            assert location.size(path) == len(data)
+        assert location.write("a", b"")
+        assert location.read("a") == b""
+        assert location.size("a") == 0
 
-    def test_ranges(self, place: Place) -> None:
-        place.write("a", bytes(range(100)))
-        assert place.read_range("a", 0, 100) == bytes(range(100))
-        assert place.read_range("a", 10, 12) == bytes([10, 11])
-        assert place.read_range("a", 98, 200) == bytes([98, 99])
-        assert place.read_range("a", 100, 200) == b""
-        assert place.read_range("a", 500, 600) == b""
-        assert place.read_range("a", 5, 5) == b""
+    def test_ranges(self, location: Location) -> None:
+        location.write("a", bytes(range(100)))
+        assert location.read_range("a", 0, 100) == bytes(range(100))
+        assert location.read_range("a", 10, 12) == bytes([10, 11])
+        assert location.read_range("a", 98, 200) == bytes([98, 99])
+        assert location.read_range("a", 100, 200) == b""
+        assert location.read_range("a", 500, 600) == b""
+        assert location.read_range("a", 5, 5) == b""
 
-    def test_what_is_not_there(self, place: Place) -> None:
-        place.write("there", b"1")
+    def test_what_is_not_there(self, location: Location) -> None:
+        location.write("there", b"1")
         asks: list[Callable[[], object]] = [
-            lambda: place.read("gone/a"),
-            lambda: place.read_range("gone/a", 0, 1),
-            lambda: place.read_range("gone/a", 0, 0),
-            lambda: place.size("gone/a"),
-            lambda: place.open("gone/a"),
+            lambda: location.read("gone/a"),
+            lambda: location.read_range("gone/a", 0, 1),
+            lambda: location.read_range("gone/a", 0, 0),
+            lambda: location.size("gone/a"),
+            lambda: location.open("gone/a"),
         ]
-        for ask in asks[: 2 if place.local else None]:
+        for ask in asks[: 2 if location.local else None]:
             with pytest.raises(MissingError, match="gone/a is not there") as caught:
                 ask()
             one_line(caught)
-        assert place.child("gone").sizes() == {}
-        assert place.child("gone").listing() == storage.Listing(files={}, folders=())
-        assert place.child("gone").present(["a"]) == {}
+        assert location.child("gone").sizes() == {}
+        assert location.child("gone").listing() == storage.Listing(files={}, folders=())
+        assert location.child("gone").present(["a"]) == {}
 
     def test_an_open_file_seeks_and_reads_like_any_other(
-        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, location: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 100_000)
         data = os.urandom(1_000_000)
-        place.write("a", data)
+        location.write("a", data)
         (tmp_path / "same").write_bytes(data)
-        with place.open("a") as file, (tmp_path / "same").open("rb") as same:
+        with location.open("a") as file, (tmp_path / "same").open("rb") as same:
             steps = [
                 (0, 512),
                 (511, 1),
@@ -112,71 +112,71 @@ class PlaceContract:
         with pytest.raises(ValueError, match="closed"):
             file.read(1)
 
-    def test_an_empty_file_opens(self, place: Place) -> None:
-        place.write("a", b"")
-        with place.open("a") as file:
+    def test_an_empty_file_opens(self, location: Location) -> None:
+        location.write("a", b"")
+        with location.open("a") as file:
             assert file.read() == b""
 
-    def test_lists_leave_scratch_and_neighbours_out(self, place: Place) -> None:
+    def test_lists_leave_scratch_and_neighbours_out(self, location: Location) -> None:
         for path in ("a/1", "a/b/22", "a/b/c/333", "ab/1", f"a/{SCRATCH}x/1", f"a/b/{SCRATCH}y", "top"):
-            place.write(path, b"x" * len(path.rpartition("/")[2]))
-        assert place.sizes("a") == {"1": 1, "b/22": 2, "b/c/333": 3}
-        assert list(place.sizes()) == ["a/1", "a/b/22", "a/b/c/333", "ab/1", "top"]
-        assert place.child("a").sizes("b") == {"22": 2, "c/333": 3}
-        assert place.child("a").listing() == storage.Listing(files={"1": 1}, folders=("b",))
-        assert place.listing() == storage.Listing(files={"top": 3}, folders=("a", "ab"))
-        assert place.present(["top", "a", "gone"]) == {"top": 3}
+            location.write(path, b"x" * len(path.rpartition("/")[2]))
+        assert location.sizes("a") == {"1": 1, "b/22": 2, "b/c/333": 3}
+        assert list(location.sizes()) == ["a/1", "a/b/22", "a/b/c/333", "ab/1", "top"]
+        assert location.child("a").sizes("b") == {"22": 2, "c/333": 3}
+        assert location.child("a").listing() == storage.Listing(files={"1": 1}, folders=("b",))
+        assert location.listing() == storage.Listing(files={"top": 3}, folders=("a", "ab"))
+        assert location.present(["top", "a", "gone"]) == {"top": 3}
 
-    def test_many_names_are_found_as_few_are(self, place: Place) -> None:
+    def test_many_names_are_found_as_few_are(self, location: Location) -> None:
         for name in ("3", "30", "5000"):
-            place.write(name, name.encode())
-        assert place.present(str(number) for number in range(100)) == {"3": 1, "30": 2}
+            location.write(name, name.encode())
+        assert location.present(str(number) for number in range(100)) == {"3": 1, "30": 2}
 
-    def test_create_only(self, place: Place) -> None:
-        assert place.write("folder/a", b"first", replace=False)
-        assert not place.write("folder/a", b"second", replace=False)
-        assert place.read("folder/a") == b"first"
-        assert place.write("folder/a", b"third")
-        assert place.read("folder/a") == b"third"
-        assert place.sizes() == {"folder/a": 5}
+    def test_create_only(self, location: Location) -> None:
+        assert location.write("folder/a", b"first", replace=False)
+        assert not location.write("folder/a", b"second", replace=False)
+        assert location.read("folder/a") == b"first"
+        assert location.write("folder/a", b"third")
+        assert location.read("folder/a") == b"third"
+        assert location.sizes() == {"folder/a": 5}
 
-    def test_remove(self, place: Place) -> None:
+    def test_remove(self, location: Location) -> None:
         for path in ("a", "b/1", "b/c/2", "bc/3", "b.json"):
-            place.write(path, b"x")
-        place.remove("b")
-        assert list(place.sizes()) == ["a", "b.json", "bc/3"]
-        place.remove("a")
-        place.remove("a")
-        place.remove("gone/for/long")
-        assert list(place.sizes()) == ["b.json", "bc/3"]
+            location.write(path, b"x")
+        location.remove("b")
+        assert list(location.sizes()) == ["a", "b.json", "bc/3"]
+        location.remove("a")
+        location.remove("a")
+        location.remove("gone/for/long")
+        assert list(location.sizes()) == ["b.json", "bc/3"]
 
-    def test_publish_puts_the_whole_in_the_place_of_what_was_there(self, place: Place) -> None:
+    def test_publish_puts_the_whole_in_the_location_of_what_was_there(self, location: Location) -> None:
         for files in ({"x": b"1", "deep/er/y": b"22", "stray/z": b"3"}, {"x": b"4", "deep/er/w": b"5" * 20}):
-            scratch = fill(place.scratch("shard"), files)
-            place.publish(scratch, "shard")
+            scratch = fill(location.scratch("shard"), files)
+            location.publish(scratch, "shard")
             assert not scratch.exists()
-            assert {path: place.read(f"shard/{path}") for path in place.sizes("shard")} == files
+            assert {path: location.read(f"shard/{path}") for path in location.sizes("shard")} == files
 
-    def test_scratch_is_cleared_by_its_own_name(self, place: Place) -> None:
-        place.clear_scratch("a")
-        mine, too, other = (place.scratch(name) for name in ("a", "a", "a-b"))
+    def test_scratch_is_cleared_by_its_own_name(self, location: Location) -> None:
+        location.clear_scratch("a")
+        mine, too, other = (location.scratch(name) for name in ("a", "a", "a-b"))
         fill(mine, {"x/y": b"1"})
         assert mine != too
-        place.clear_scratch("a")
+        location.clear_scratch("a")
         assert [path.exists() for path in (mine, too, other)] == [False, False, True]
-        place.clear_scratch()
+        location.clear_scratch()
         assert not other.exists()
-        place.clear_scratch()
+        location.clear_scratch()
 
-    def test_children_and_copies_in_other_processes_are_the_same_place(self, place: Place) -> None:
-        child = place.child("a/b")
+    def test_children_and_copies_in_other_processes_are_the_same_place(self, location: Location) -> None:
+        child = location.child("a/b")
         child.write("c", b"1")
-        assert place.read("a/b/c") == b"1"
+        assert location.read("a/b/c") == b"1"
         copy = pickle.loads(pickle.dumps(child))
         assert copy == child
         assert hash(copy) == hash(child)
         assert copy.read("c") == b"1"
-        assert str(child) == f"{place}/a/b"
+        assert str(child) == f"{location}/a/b"
         script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read('c'))"
         done = subprocess.run(
             [sys.executable, "-c", script], input=pickle.dumps(child), capture_output=True, check=True
@@ -186,22 +186,22 @@ class PlaceContract:
 
 class TestFolder(PlaceContract):
     @pytest.fixture
-    def place(self, tmp_path: Path) -> Place:
-        return place_of(tmp_path / "place")
+    def location(self, tmp_path: Path) -> Location:
+        return location_of(tmp_path / "location")
 
     def test_what_stands_in_the_way_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"mine")
-        place = place_of(tmp_path / "file" / "store")
-        for attempt in (lambda: place.write("a", b"1"), lambda: place.scratch("a"), lambda: place.read("a")):
+        location = location_of(tmp_path / "file" / "store")
+        for attempt in (lambda: location.write("a", b"1"), lambda: location.scratch("a"), lambda: location.read("a")):
             with pytest.raises(
                 StoreError, match=r"file/store/.*: Not a directory|file/store/.*: File exists"
             ) as caught:
                 attempt()
             one_line(caught)
-        place = place_of(tmp_path)
-        scratch = fill(place.scratch("file"), {"x": b"1"})
+        location = location_of(tmp_path)
+        scratch = fill(location.scratch("file"), {"x": b"1"})
         with pytest.raises(StoreError, match="file cannot be written: Not a directory"):
-            place.publish(scratch, "file")
+            location.publish(scratch, "file")
         assert (tmp_path / "file").read_bytes() == b"mine"
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([scratch.name, "file"])
 
@@ -212,18 +212,18 @@ class TestFolder(PlaceContract):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
         monkeypatch.setattr(os, "scandir", refuse)
-        for ask in (place_of(tmp_path).sizes, place_of(tmp_path).listing):
+        for ask in (location_of(tmp_path).sizes, location_of(tmp_path).listing):
             with pytest.raises(StoreError, match="cannot be listed: Permission denied"):
                 ask()
 
     def test_no_room_leaves_the_old_file_and_nothing_beside_it(self, tmp_path: Path) -> None:
-        place = place_of(tmp_path)
-        place.write("a", b"old")
+        location = location_of(tmp_path)
+        location.write("a", b"old")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2, hard))
         try:
             with pytest.raises(StoreError, match="a cannot be written: File too large"):
-                place.write("a", b"new")
+                location.write("a", b"new")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
@@ -237,7 +237,7 @@ class TestFolder(PlaceContract):
         told = dict(created.get(timeout=60) for _ in creators)
         for creator in creators:
             creator.join(60)
-        found = {name: place_of(tmp_path).read(name).decode() for name in place_of(tmp_path).sizes()}
+        found = {name: location_of(tmp_path).read(name).decode() for name in location_of(tmp_path).sizes()}
         assert len(found) == _CREATED
         assert {mark: [name for name in found if found[name] == mark] for mark in told} == told
 
@@ -261,21 +261,21 @@ _CREATED = 1000
 
 
 def _create(folder: str, mark: str, barrier: Any, created: Any) -> None:
-    place = place_of(folder)
+    location = location_of(folder)
     barrier.wait(60)
     names = [f"{number:04d}" for number in range(_CREATED)]
-    created.put((mark, [name for name in names if place.write(name, mark.encode(), replace=False)]))
+    created.put((mark, [name for name in names if location.write(name, mark.encode(), replace=False)]))
 
 
 def _publish(folder: str, mark: str, barrier: Any, errors: Any) -> None:
-    place = place_of(folder)
+    location = location_of(folder)
     failed = None
     for attempt in range(60):
-        scratch = fill(place.scratch("shard"), {f"{mark}-{n}": f"{mark}{attempt}".encode() for n in range(20)})
+        scratch = fill(location.scratch("shard"), {f"{mark}-{n}": f"{mark}{attempt}".encode() for n in range(20)})
         if attempt == 0:
             barrier.wait(60)
         try:
-            place.publish(scratch, "shard")
+            location.publish(scratch, "shard")
         except Exception as error:
             failed = repr(error)
     errors.put(failed)
@@ -283,58 +283,58 @@ def _publish(folder: str, mark: str, barrier: Any, errors: Any) -> None:
 
 class TestBucket(PlaceContract):
     @pytest.fixture
-    def place(self, bucket: str) -> Place:
-        return place_of(f"{bucket}/place")
+    def location(self, bucket: str) -> Location:
+        return location_of(f"{bucket}/location")
 
     def test_a_store_for_other_libraries_begins_at_this_folder(self, bucket: str) -> None:
         obstore = pytest.importorskip("obstore")
-        place_of(bucket).write("a/b/c", b"1")
-        assert bytes(obstore.get(place_of(f"{bucket}/a").child("b").store, "c").bytes()) == b"1"
+        location_of(bucket).write("a/b/c", b"1")
+        assert bytes(obstore.get(location_of(f"{bucket}/a").child("b").store, "c").bytes()) == b"1"
 
     def test_two_processes_that_publish_the_same_files_leave_one_whole_folder(self, bucket: str) -> None:
         script = (
-            "import sys; from milan_pipe.storage import place_of\n"
-            "place = place_of(sys.argv[1])\n"
+            "import sys; from milan_pipe.storage import location_of\n"
+            "location = location_of(sys.argv[1])\n"
             "for attempt in range(5):\n"
-            "    scratch = place.scratch(sys.argv[2])\n"
+            "    scratch = location.scratch(sys.argv[2])\n"
             "    for n in range(10): (scratch / str(n)).write_text(f'content {n}')\n"
-            "    place.publish(scratch, 'shard')\n"
+            "    location.publish(scratch, 'shard')\n"
         )
         running = [
             subprocess.Popen([sys.executable, "-c", script, bucket, name], stderr=subprocess.PIPE) for name in "ab"
         ]
         assert [process.communicate(timeout=60)[1] for process in running] == [b"", b""]
-        place = place_of(bucket)
-        assert {name: place.read(f"shard/{name}") for name in place.sizes("shard")} == {
+        location = location_of(bucket)
+        assert {name: location.read(f"shard/{name}") for name in location.sizes("shard")} == {
             str(n): f"content {n}".encode() for n in range(10)
         }
 
     def test_files_of_several_parts(self, bucket: str) -> None:
         data = os.urandom(11_000_000)
-        place = place_of(bucket)
-        place.write("a", data)
-        assert place.read("a") == data
-        fill(scratch := place.scratch("shard"), {"big": data})
-        place.publish(scratch, "shard")
-        assert place.read("shard/big") == data
+        location = location_of(bucket)
+        location.write("a", data)
+        assert location.read("a") == data
+        fill(scratch := location.scratch("shard"), {"big": data})
+        location.publish(scratch, "shard")
+        assert location.read("shard/big") == data
 
     def test_no_such_bucket(self, bucket: str) -> None:  # noqa: ARG002
         name = f"none-{uuid.uuid4().hex}"
-        place = place_of(f"s3://{name}/a")
-        for ask in (lambda: place.read("b"), lambda: place.write("b", b"1"), place.sizes, place.listing):
+        location = location_of(f"s3://{name}/a")
+        for ask in (lambda: location.read("b"), lambda: location.write("b", b"1"), location.sizes, location.listing):
             with pytest.raises(StoreError, match=f"there is no bucket {name}") as caught:
                 ask()
             one_line(caught)
 
     def test_scratch_of_another_user_is_not_used(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        place = place_of(bucket)
-        path = place.scratch("a")
+        location = location_of(bucket)
+        path = location.scratch("a")
         assert path.parent.stat().st_mode & 0o077 == 0
         someone = os.getuid() + 1
         path.parent.rename(path.parent.with_name(path.parent.name.replace(f"-{os.getuid()}-", f"-{someone}-")))
         monkeypatch.setattr(os, "getuid", lambda: someone)
         with pytest.raises(StoreError, match="belongs to another user; set TMPDIR"):
-            place.scratch("a")
+            location.scratch("a")
 
 
 def test_words_of_urls() -> None:
@@ -352,17 +352,17 @@ def test_words_of_urls() -> None:
 @pytest.mark.parametrize("url", ["ftp://host/a", "file:///a", "s3://", "s3:///a", "https:///a"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingError, match=r"expected a path, or s3://, gs://, az:// or https://") as caught:
-        place_of(url)
+        location_of(url)
     assert url in one_line(caught)
 
 
 def test_google_and_azure_can_be_named(monkeypatch: pytest.MonkeyPatch, aws_environment: None) -> None:  # noqa: ARG001
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(SettingError, match="set AZURE_STORAGE_ACCOUNT_NAME") as caught:
-        place_of("az://container/a")
+        location_of("az://container/a")
     one_line(caught)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "someone")
     for url in ("az://container/a", "gs://bucket/a/b"):
-        place = place_of(url)
-        assert (str(place), place.local, place.listable) == (url, None, True)
-        assert str(pickle.loads(pickle.dumps(place)).child("c")) == f"{url}/c"
+        location = location_of(url)
+        assert (str(location), location.local, location.listable) == (url, None, True)
+        assert str(pickle.loads(pickle.dumps(location)).child("c")) == f"{url}/c"

@@ -1,7 +1,7 @@
-"""The ledger of a store: what was committed, with a digest of every file.
+"""The manifest of a store: what was committed, with a digest of every file.
 
 `manifest/000123.json` is written after all files of shard 000123 and is what commits it. `manifest.json` is written
-when all shards are committed; it tells readers in one file what there is. Each record carries the name of its shard and
+when all shards are committed; readers learn from one file what there is. Each record carries the name of its shard and
 the digest of the rest of itself, so that neither a damaged one nor that of another shard is ever believed.
 """
 
@@ -18,31 +18,31 @@ from typing import Any, TypeVar
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from milan_pipe.digests import sealed as sealed
 from milan_pipe.digests import sha256_of as sha256_of
-from milan_pipe.digests import unsealed as unsealed
+from milan_pipe.digests import verified as verified
+from milan_pipe.digests import with_digest as with_digest
 from milan_pipe.errors import DataError, MissingError
-from milan_pipe.storage import Place
+from milan_pipe.storage import Location
 from milan_pipe.targets.schema import ShardName, ShardRecord, SourceShard
 
 FOLDER, SUMMARY, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
 
 
-def _file_of(sealed_values: Mapping[str, Any]) -> bytes:
-    return json.dumps(sealed_values, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
+def _file_of(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def to_file(values: Mapping[str, Any]) -> bytes:
-    """Sealed values as a file."""
-    return _file_of(sealed(values))
+    """Values with their digest, as a file."""
+    return _file_of(with_digest(values))
 
 
 def _from_file(data: bytes) -> dict[str, Any] | None:
     """Values of a file that is to the byte as `to_file` wrote it, else None."""
     try:
         found = json.loads(data)
-        values = unsealed(found)
+        values = verified(found)
     except (ValueError, RecursionError):
         return None
     return values if values is not None and _file_of(found) == data else None
@@ -50,7 +50,7 @@ def _from_file(data: bytes) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """A committed shard in the summary: samples kept and set aside, bytes of its files, digest of its record."""
+    """A committed shard in the summary: samples kept and skipped, bytes of its files, digest of its record."""
 
     samples: PositiveInt
     bad: NonNegativeInt
@@ -81,10 +81,10 @@ def _checked(kind: TypeAdapter[T], values: Any, where: str) -> T:
         return kind.validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        location = ".".join(str(part) for part in first["loc"] if part != "[key]")
         raise DataError(
-            f"{where} was not written by milan-pipe: {place}: {first['msg']}, found {str(first['input'])[:80]!r}; use "
-            "a store that you trust"
+            f"{where} was not written by milan-pipe: {location}: {first['msg']}, found {str(first['input'])[:80]!r}; "
+            "use a store that you trust"
         ) from None
 
 
@@ -103,12 +103,12 @@ class CommittedShard:
     summary: ShardSummary
 
 
-def write_record(place: Place, name: str, record: ShardRecord) -> None:
+def write_record(location: Location, name: str, record: ShardRecord) -> None:
     """Commit a shard."""
-    place.write(_path(name), _record_file(name, record))
+    location.write(_path(name), _record_file(name, record))
 
 
-def read_record(place: Place, name: str, expected: ShardSummary | None = None) -> ShardRecord:
+def read_record(location: Location, name: str, expected: ShardSummary | None = None) -> ShardRecord:
     """The record of a committed shard.
 
     Args:
@@ -118,14 +118,14 @@ def read_record(place: Place, name: str, expected: ShardSummary | None = None) -
         MissingError: the shard is not committed.
         DataError: the record is damaged, or another one.
     """
-    return _record_of(place, name, place.read(_path(name)), expected)[0]
+    return _record_of(location, name, location.read(_path(name)), expected)[0]
 
 
 def _path(name: str) -> str:
     return f"{FOLDER}/{name}.json"
 
 
-def _record_of(place: Place, name: str, data: bytes, expected: ShardSummary | None) -> tuple[ShardRecord, str]:
+def _record_of(location: Location, name: str, data: bytes, expected: ShardSummary | None) -> tuple[ShardRecord, str]:
     """A record and the digest of its file."""
     values, digest = _from_file(data), sha256_of(data)
     if values is None:
@@ -135,31 +135,31 @@ def _record_of(place: Place, name: str, data: bytes, expected: ShardSummary | No
     elif expected is not None and digest != expected.record_sha256:
         what = f"does not fit its digest in {SUMMARY}"
     else:
-        record = _checked(_RECORD, values, f"{place}/{_path(name)}")
+        record = _checked(_RECORD, values, f"{location}/{_path(name)}")
         if record.blocks.keys() <= record.files.keys():
             return record, digest
         what = "has blocks of files that it does not name"
-    raise DataError(f"{place}/{_path(name)} {what}; write the shard again with `{redo_command(place, name)}`")
+    raise DataError(f"{location}/{_path(name)} {what}; write the shard again with `{redo_command(location, name)}`")
 
 
-def redo_command(place: Place, name: str) -> str:
+def redo_command(location: Location, name: str) -> str:
     """What a user runs to have one shard written again, or several with commas between their names."""
-    return f"{extract_command(place)} --redo {shlex.quote(name)}"
+    return f"{extract_command(location)} --redo {shlex.quote(name)}"
 
 
-def extract_command(place: Place) -> str:
+def extract_command(location: Location) -> str:
     """What a user runs to have the store finished."""
-    return f"milan-pipe extract-targets IMAGES {shlex.quote(str(place))}"
+    return f"milan-pipe extract-targets IMAGES {shlex.quote(str(location))}"
 
 
-def committed_names(place: Place) -> tuple[str, ...]:
+def committed_names(location: Location) -> tuple[str, ...]:
     """Names of all committed shards, in order."""
-    found = (re.fullmatch(r"([0-9]{6,9})\.json", path) for path in place.sizes(FOLDER))
+    found = (re.fullmatch(r"([0-9]{6,9})\.json", path) for path in location.sizes(FOLDER))
     return tuple(sorted(match[1] for match in found if match is not None))
 
 
 def read_committed(
-    place: Place, names: Iterable[str], *, sizes: bool = False
+    location: Location, names: Iterable[str], *, sizes: bool = False
 ) -> tuple[dict[str, CommittedShard], dict[str, str]]:
     """Several committed shards, read side by side, and what is wrong with those that cannot be.
 
@@ -178,11 +178,11 @@ def read_committed(
 
     def read(name: str) -> CommittedShard | str:
         try:
-            data = place.read(_path(name))
+            data = location.read(_path(name))
             # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
             with parsing:
-                record, digest = _record_of(place, name, data, None)
-            wrong = wrong_size(place, name, record) if sizes else None
+                record, digest = _record_of(location, name, data, None)
+            wrong = wrong_size(location, name, record) if sizes else None
         except (MissingError, DataError) as error:
             return str(error)
         if wrong is not None:
@@ -204,12 +204,12 @@ def read_committed(
     )
 
 
-def wrong_size(place: Place, name: str, record: ShardRecord) -> str | None:
+def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None:
     """The first of a shard's files that is not there in full length, and what was found; None where all are.
 
     zarr reads a chunk that is missing, or an empty file, as zeros without a word.
     """
-    sizes = place.sizes(name, record.files)
+    sizes = location.sizes(name, record.files)
     for path, file in record.files.items():
         found = sizes.get(path)
         if found != file.bytes:
@@ -218,7 +218,7 @@ def wrong_size(place: Place, name: str, record: ShardRecord) -> str | None:
 
 
 def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
-    """`bad_samples.jsonl`: one line for each sample set aside."""
+    """`bad_samples.jsonl`: one line for each sample skipped."""
     lines = [
         json.dumps({"shard": name, "source": c.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
         for name, c in sorted(committed.items())
@@ -227,7 +227,7 @@ def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
     return "".join(lines).encode()
 
 
-def write_summary(place: Place, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
+def write_summary(location: Location, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
     """Write `bad_samples.jsonl` and, after it, `manifest.json`; what is there already is left as it is."""
     bad = bad_samples_file(committed)
     summary = Summary(
@@ -236,39 +236,39 @@ def write_summary(place: Place, header: bytes, committed: Mapping[str, Committed
         shards={name: shard.summary for name, shard in sorted(committed.items())},
     )
     for name, data in ((BAD_SAMPLES, bad), (SUMMARY, to_file(asdict(summary)))):
-        _write_new(place, name, data)
+        _write_new(location, name, data)
 
 
-def write_bad_samples(place: Place, committed: Mapping[str, CommittedShard]) -> str:
+def write_bad_samples(location: Location, committed: Mapping[str, CommittedShard]) -> str:
     """Write `bad_samples.jsonl` of a store that is not finished; returns its path or URL."""
-    _write_new(place, BAD_SAMPLES, bad_samples_file(committed))
-    return f"{place}/{BAD_SAMPLES}"
+    _write_new(location, BAD_SAMPLES, bad_samples_file(committed))
+    return f"{location}/{BAD_SAMPLES}"
 
 
-def _write_new(place: Place, name: str, data: bytes) -> None:
+def _write_new(location: Location, name: str, data: bytes) -> None:
     # A store that is finished may lie where nothing can be written.
     try:
-        same = place.read(name) == data
+        same = location.read(name) == data
     except MissingError:
         same = False
     if not same:
-        place.write(name, data)
+        location.write(name, data)
 
 
-def read_summary(place: Place) -> Summary | None:
+def read_summary(location: Location) -> Summary | None:
     """The summary, or None where extraction has not come to its end.
 
     Raises:
         DataError: it is damaged, or not of this package's making.
     """
     try:
-        data = place.read(SUMMARY)
+        data = location.read(SUMMARY)
     except MissingError:
         return None
     values = _from_file(data)
     if values is None:
         raise DataError(
-            f"{place}/{SUMMARY} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
+            f"{location}/{SUMMARY} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
             "writes a new one"
         )
-    return _checked(_SUMMARY, values, f"{place}/{SUMMARY}")
+    return _checked(_SUMMARY, values, f"{location}/{SUMMARY}")
