@@ -111,8 +111,8 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     home, here = tmp_path / "home", tmp_path / "here"
     for split in ("train", "test"):
         for kind in ("cat", "dog"):
-            images(home / "images" / split / kind, 12)
-    shutil.copytree(home / "images", here / "images")
+            images(home / "photos" / split / kind, 12)
+    shutil.copytree(home / "photos", here / "photos")
     for split in ("train", "val"):
         masked(here / "own" / split, 6)
         (here / f"images-{split}").mkdir()
