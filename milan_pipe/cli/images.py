@@ -27,7 +27,7 @@ def prepare(
     SOURCE `demo` renders the built-in captioned scenes (splits train and test). A folder may be flat, hold one
     subfolder per class, or hold train/ val/ test/ folders of either kind. Images are stored as they are.
 
-    Example: milan-pipe prepare ~/images data/images
+    Example: milan-pipe prepare ~/photos data/images
     """
     from milan_pipe import api
 
