@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -37,38 +38,28 @@ class Curve:
     colour: int = 0
 
 
-def _thinned(curve: Curve) -> Curve:
-    """Means of runs of neighbours, so that a page does not grow with the length of a run."""
-    size = -(-len(curve.x) // _MOST_POINTS)
-    if size <= 1:
-        return curve
-    starts = range(0, len(curve.x), size)
-
-    def means(values: Sequence[float]) -> list[float]:
-        parts = [values[start : start + size] for start in starts]
-        return [sum(part) / len(part) for part in parts]
-
-    return replace(curve, x=means(curve.x), y=means(curve.y))
+def _thinned(values: Sequence[float]) -> list[float]:
+    """Means of neighbours, so that a page does not grow with the length of a run."""
+    size = max(1, -(-len(values) // _MOST_POINTS))
+    return [fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 
-def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve], *, log_y: bool = False) -> str:
+def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> str:
     """An SVG image, as part of a page, with a curve for each name."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
         for name, curve in curves.items():
-            drawn = _thinned(curve)
+            x, y = _thinned(curve.x), _thinned(curve.y)
             dash = _DASHES[curve.colour // len(_COLOURS) % len(_DASHES)]
-            marker = "o" if len(drawn.x) == 1 else None
+            marker = "o" if len(x) == 1 else None
             # A name that begins with an underscore is no legend entry for matplotlib.
             label = f" {name}" if name.startswith("_") else name
             colour = _COLOURS[curve.colour % len(_COLOURS)]
-            axes.plot(drawn.x, drawn.y, dash, color=colour, label=label, linewidth=1.4, marker=marker, markersize=4)
+            axes.plot(x, y, dash, color=colour, label=label, linewidth=1.4, marker=marker, markersize=4)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if log_y:
-            axes.set_yscale("log")
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()

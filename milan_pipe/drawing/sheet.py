@@ -1,4 +1,4 @@
-"""Panels with captions, laid out in rows: as one PNG, and as the images of a page."""
+"""Panels with captions in rows: one PNG, or the images of a page."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from milan_pipe.drawing.patches import heat, on_pixels, only_visible
 from milan_pipe.errors import StoreError
 
 _GAP, _LINE, _LEAST_SIDE = 8, 14, 192
+_MOST_SIDE = 224
 _SMALL = 128
 _QUALITY = 92
+_WHITE = np.array([255, 255, 255], np.uint8)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """An image (H, W, 3) uint8 with what is said of it."""
+    """An image (H, W, 3) uint8 and its caption."""
 
     pixels: NDArray[np.uint8]
     caption: str
@@ -29,7 +33,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """Panels of one kind, side by side."""
+    """Panels side by side."""
 
     title: str
     panels: Sequence[Panel]
@@ -37,22 +41,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What is shown of one sample."""
+    """Rows under one title."""
 
     title: str
     rows: Sequence[Row]
 
 
 def one_line(text: str) -> str:
-    """Text as it may be drawn or shown: what does not print, line breaks too, is escaped."""
+    """Text with line breaks and other characters that do not print escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _enlargement(panel: Panel) -> int:
-    """Whole pixels only, so that a patch's border stays a border."""
-    return max(1, -(-_LEAST_SIDE // int(max(panel.pixels.shape[:2]))))
+def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # By a whole number, so that a patch's border stays a border.
+    factor = max(1, -(-_LEAST_SIDE // max(pixels.shape[:2])))
+    return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
 def _fitting(
@@ -68,25 +73,10 @@ def _fitting(
     return f"...{text}"
 
 
-def write_png(file: Path, image: Image.Image) -> None:
-    """Write an image, its folder too.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(file, format="PNG")
-    except OSError as error:
-        raise StoreError(f"{file} cannot be written: {error.strerror or error}") from error
-
-
-def draw_sheet(sheet: Sheet) -> Image.Image:
-    """The sheet as one image: panels enlarged by a whole number, a caption over each."""
-    large = [
-        [panel.pixels.repeat(_enlargement(panel), 0).repeat(_enlargement(panel), 1) for panel in row.panels]
-        for row in sheet.rows
-    ]
+def draw_sheet(sheet: Sheet) -> bytes:
+    """The sheet as a PNG: panels enlarged by a whole number, a caption over each."""
+    # By hand: matplotlib resamples panels, and takes seconds for a sheet.
+    large = [[_enlarged(panel.pixels) for panel in row.panels] for row in sheet.rows]
     sides = [(max(p.shape[0] for p in row), max(p.shape[1] for p in row)) for row in large]
     column = max(width for _, width in sides) + _GAP
     width = _GAP + column * max(len(row.panels) for row in sheet.rows)
@@ -107,15 +97,90 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
             write(left, top + _LINE, panel.caption, column - _GAP)
             image.paste(Image.fromarray(pixels), (left, top + 2 * _LINE))
         top += down + 2 * _LINE + _GAP
-    return image
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def mask_sheet(
+    title: str,
+    keys: Sequence[str],
+    pixels_NHWC: NDArray[np.uint8],
+    visible_NL: NDArray[np.bool_],
+    cosine_NL: NDArray[np.floating],
+    grid: tuple[int, int],
+) -> Sheet:
+    """A row for each of N samples: the view, what the student saw of it, and the cosine of each patch.
+
+    Args:
+        cosine_NL: between prediction and target; drawn from 0, dark, to 1, bright.
+        grid: patches down and across, in raster order.
+    """
+    rows = []
+    for key, pixels_HWC, visible_L, cosine_L in zip(keys, pixels_NHWC, visible_NL, cosine_NL, strict=True):
+        cosines = on_pixels(heat(cosine_L.reshape(grid)), *pixels_HWC.shape[:2])
+        panels = [
+            Panel(pixels_HWC, "view"),
+            Panel(only_visible(pixels_HWC, visible_L.reshape(grid)), f"{int(visible_L.sum())} patches seen"),
+            Panel(cosines, f"cosine {cosine_L.mean():.3f}"),
+        ]
+        rows.append(Row(key, panels))
+    return Sheet(title, rows)
+
+
+def class_colours(classes: int) -> NDArray[np.uint8]:
+    """(classes, 3): hues a golden angle apart, so that neighbours differ, in three lightnesses; class 0 is grey."""
+    number = np.arange(classes)
+    value = np.array([0.95, 0.7, 0.5])[number % 3]
+    shares = hsv_to_rgb(np.stack([(number * 0.61803399) % 1.0, np.full(classes, 0.75), value], axis=1))
+    colours = np.asarray((255 * shares).round().astype(np.uint8))
+    colours[0] = 112
+    return colours
+
+
+def segmentation_sheet(
+    title: str,
+    keys: Sequence[str],
+    images: Sequence[NDArray[np.uint8]],
+    truths: Sequence[NDArray[np.int64]],
+    predictions: Sequence[NDArray[np.int64]],
+    classes: int,
+) -> Sheet:
+    """A row for each image, which may be of any size: image, truth and prediction; -1 is white, as no class.
+
+    Args:
+        images: (H, W, 3) each.
+        truths, predictions: (H, W) each, class indices.
+    """
+    colours = class_colours(classes)
+
+    def panel(pixels: NDArray[np.uint8], caption: str) -> Panel:
+        padded = ImageOps.pad(
+            Image.fromarray(pixels), (_MOST_SIDE, _MOST_SIDE), Image.Resampling.NEAREST, color="white"
+        )
+        return Panel(np.asarray(padded), caption)
+
+    def painted(index_HW: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.where((index_HW >= 0)[..., None], colours[np.maximum(index_HW, 0)], _WHITE)
+
+    rows = []
+    for key, image, truth, prediction in zip(keys, images, truths, predictions, strict=True):
+        known = truth >= 0
+        share = float((prediction == truth)[known].mean()) if known.any() else float("nan")
+        panels = [
+            panel(image, "image"),
+            panel(painted(truth), "truth"),
+            panel(painted(prediction), f"prediction, {100 * share:.1f} % right"),
+        ]
+        rows.append(Row(key, panels))
+    return Sheet(title, rows)
 
 
 def data_url(pixels: NDArray[np.uint8]) -> str:
     """An image as part of a page: a small one without loss, a larger one as JPEG."""
-    small = max(pixels.shape[:2]) <= _SMALL
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
-    if small:
+    if max(pixels.shape[:2]) <= _SMALL:
         image.save(buffer, format="PNG", optimize=True)
     else:
         image.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
@@ -126,3 +191,16 @@ def file_url(data: bytes) -> str:
     """A PNG or JPEG file as part of a page."""
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a page or an image, its folder too.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be written: {error.strerror or error}; choose another folder") from error

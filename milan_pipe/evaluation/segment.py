@@ -23,7 +23,7 @@ from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import RESUMABLE
-from milan_pipe.drawing.segmentation import draw_segmentations
+from milan_pipe.drawing.sheet import draw_sheet, segmentation_sheet, write_file
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
@@ -294,15 +294,9 @@ class SegmentTask(Task[MaskBatch]):
             return None
         keys, images, truths, predictions = zip(*self._shown, strict=True)
         file = run / "images" / f"step-{step:08d}.png"
-        draw_segmentations(
-            file,
-            keys,
-            [np.asarray(image) for image in images],
-            truths,
-            predictions,
-            len(self._names),
-            f"step {step}",
-        )
+        arrays = [np.asarray(image) for image in images]
+        sheet = segmentation_sheet(f"step {step}", keys, arrays, truths, predictions, len(self._names))
+        write_file(file, draw_sheet(sheet))
         return file
 
     def bad(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from milan_pipe.drawing.masks import draw_masks
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet, write_file
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.pretraining.objective import Objective
@@ -45,13 +45,13 @@ class PredictionPlotter:
         visible_BL = torch.zeros(cosine_BL.shape, dtype=torch.bool)
         visible_BL.scatter_(1, split.keep_BV.cpu(), True)
         file = self._run / "predictions" / f"epoch-{epoch + 1:04d}.png"
-        draw_masks(
-            file,
+        sheet = mask_sheet(
+            f"after epoch {epoch + 1}",
             self._batch.keys,
             self._batch.pixels_BHWC.numpy(),
             visible_BL.numpy(),
             cosine_BL.float().cpu().numpy(),
             self._grid,
-            f"after epoch {epoch + 1}",
         )
+        write_file(file, draw_sheet(sheet))
         return file

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from milan_pipe.drawing.page import render, write_page
-from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line, write_png
+from milan_pipe.drawing.page import render
+from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line, write_file
 
-PAGE = "index.html"
 _LONGEST = 160
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """What a page shows: facts by name, and a sheet for each of `keys`."""
-
-    title: str
-    facts: Mapping[str, str]
-    keys: Sequence[str]
-    sheets: Sequence[Sheet]
 
 
 def embedded(sheet: Sheet) -> dict[str, Any]:
     """A sheet as the templates take it, images included."""
-    return {
-        "title": one_line(sheet.title),
-        "rows": [
-            {
-                "title": row.title,
-                "panels": [{"url": data_url(panel.pixels), "caption": panel.caption} for panel in row.panels],
-            }
-            for row in sheet.rows
-        ],
-    }
+    rows = [
+        {
+            "title": row.title,
+            "panels": [{"url": data_url(panel.pixels), "caption": panel.caption} for panel in row.panels],
+        }
+        for row in sheet.rows
+    ]
+    return {"title": one_line(sheet.title), "rows": rows}
 
 
 def _file_name(key: str) -> str:
@@ -48,17 +34,18 @@ def _file_name(key: str) -> str:
     return f"{name}.png"
 
 
-def write_gallery(folder: Path, gallery: Gallery) -> tuple[Path, list[Path]]:
-    """Write FOLDER/index.html, self-contained, and a PNG for each sheet; returns both.
+def write_gallery(
+    folder: Path, title: str, facts: Mapping[str, str], sheets: Sequence[Sheet]
+) -> tuple[str, tuple[str, ...]]:
+    """Write FOLDER/index.html, self-contained, and a PNG for each sheet, which is titled by its key; returns both.
 
     Raises:
         StoreError: they cannot be written.
     """
-    images = []
-    for key, sheet in zip(gallery.keys, gallery.sheets, strict=True):
-        images.append(folder / _file_name(key))
-        write_png(images[-1], draw_sheet(sheet))
-    sheets = [embedded(sheet) for sheet in gallery.sheets]
-    page = folder / PAGE
-    write_page(page, render("gallery.html.j2", title=gallery.title, facts=gallery.facts, sheets=sheets))
-    return page, images
+    images = [folder / _file_name(sheet.title) for sheet in sheets]
+    for image, sheet in zip(images, sheets, strict=True):
+        write_file(image, draw_sheet(sheet))
+    page = folder / "index.html"
+    text = render("gallery.html.j2", title=title, facts=facts, sheets=[embedded(sheet) for sheet in sheets])
+    write_file(page, text.encode())
+    return str(page), tuple(map(str, images))

@@ -13,13 +13,12 @@ from torch.nn import functional as F
 
 from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
-from milan_pipe.drawing.grids import heat, on_pixels, only_visible
-from milan_pipe.drawing.pca import FeatureColours
+from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible
 from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
-from milan_pipe.reports.gallery import Gallery, write_gallery
+from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import Sample, choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.targets.schema import StoreHeader
@@ -27,7 +26,7 @@ from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights
 
-DEFAULT_COUNT = 8
+_SECTIONS = ("decoder", "masking", "target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +47,19 @@ class InspectStudentReport:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Prediction:
     """What is drawn of one sample; per patch, `predicted_LT` and `target_LT` of one width."""
 
-    sample: Sample
     pixels_HWC: NDArray[np.uint8]
     visible_L: NDArray[np.bool_]
     target_LT: NDArray[np.float32]
     predicted_LT: NDArray[np.float32]
     cosine_L: NDArray[np.float32]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean cosine of all patches, and of hidden ones."""
+        return float(self.cosine_L.mean()), float(self.cosine_L[~self.visible_L].mean())
 
 
 def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> Objective:
@@ -70,18 +73,15 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     settings = record.get("settings")
     if record.get("task") is not None or not isinstance(settings, dict) or "decoder" not in settings:
         raise DataError(f"{where} holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote")
-    trained = {
-        "student": record["student"],
-        **{k: settings[k] for k in ("decoder", "masking", "target") if k in settings},
-    }
+    trained = {"student": record["student"], **{k: v for k, v in settings.items() if k in _SECTIONS}}
     params: Params = Params.parse(trained, where)
     require_fit(header, params.student, "the store")
-    taught = record.get("teacher")
-    if params.target == "clip" and taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
+    teacher = record.get("teacher")
+    if params.target == "clip" and teacher is not None and teacher["weights_sha256"] != header.teacher.weights_sha256:
         raise MismatchError(
-            f"{where} learned from teacher {taught['model']!r} (weights {taught['weights_sha256'][:12]}), the store is "
-            f"of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it was "
-            "trained on, or others of the same teacher"
+            f"{where} learned from teacher {teacher['model']!r} (weights {teacher['weights_sha256'][:12]}), the store "
+            f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it "
+            "was trained on, or others of the same teacher"
         )
     objective = build_objective(header, params, device)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
@@ -89,15 +89,14 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     return objective.eval()
 
 
-def _look(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Shown:
+def _predict(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Prediction:
     batch = read_batch(store, sample.block(view))
     with torch.no_grad():
         predicted = objective.predict(batch, epoch)
     skip = predicted.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
     target_LT = predicted.target[0, skip:].float().cpu()
     predicted_LT = predicted.prediction_BST[0, 1:].float().cpu()
-    return _Shown(
-        sample=sample,
+    return _Prediction(
         pixels_HWC=batch.pixels_BHWC[0].numpy(),
         visible_L=~predicted.split.masked_map()[0].cpu().numpy(),
         target_LT=target_LT.numpy(),
@@ -106,25 +105,21 @@ def _look(store: TargetStore, sample: Sample, view: int, objective: Objective, e
     )
 
 
-def _sheet(shown: _Shown, grid: tuple[int, int], colours: FeatureColours, view: int) -> Sheet:
-    height, width = shown.pixels_HWC.shape[:2]
-    patches = len(shown.visible_L)
-
+def _panels(one: _Prediction, grid: tuple[int, int], colours: FeatureColours, view: int) -> list[Panel]:
     def painted(values_L3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return on_pixels(values_L3.reshape(*grid, 3), height, width)
+        return on_pixels(values_L3.reshape(*grid, 3), *one.pixels_HWC.shape[:2])
 
-    hidden = shown.cosine_L[~shown.visible_L].mean()
-    panels = [
-        Panel(shown.pixels_HWC, f"view {view}"),
+    mean, hidden = one.means
+    return [
+        Panel(one.pixels_HWC, f"view {view}"),
         Panel(
-            only_visible(shown.pixels_HWC, shown.visible_L.reshape(grid)),
-            f"seen: {int(shown.visible_L.sum())} of {patches} patches",
+            only_visible(one.pixels_HWC, one.visible_L.reshape(grid)),
+            f"seen: {int(one.visible_L.sum())} of {len(one.visible_L)} patches",
         ),
-        Panel(painted(colours(shown.target_LT)), "target"),
-        Panel(painted(colours(shown.predicted_LT)), "prediction"),
-        Panel(painted(heat(shown.cosine_L)), f"cosine {shown.cosine_L.mean():.3f}, hidden {hidden:.3f}"),
+        Panel(painted(colours(one.target_LT)), "target"),
+        Panel(painted(colours(one.predicted_LT)), "prediction"),
+        Panel(painted(heat(one.cosine_L)), f"cosine {mean:.3f}, hidden {hidden:.3f}"),
     ]
-    return Sheet(shown.sample.key, [Row("", panels)])
 
 
 def student_sheets(
@@ -144,13 +139,16 @@ def student_sheets(
     """
     if not 0 <= view < store.header.views.count:
         raise SettingError(f"view {view}: {store.location} has views 0 to {store.header.views.count - 1}")
-    shown = []
+    found = []
     for number, sample in enumerate(samples):
-        shown.append(_look(store, sample, view, objective, epoch))
+        found.append(_predict(store, sample, view, objective, epoch))
         on_progress(number + 1, len(samples))
-    colours = FeatureColours.fit(np.concatenate([one.target_LT for one in shown]))
-    sheets = [_sheet(one, store.header.teacher.grid, colours, view) for one in shown]
-    return sheets, [(float(s.cosine_L.mean()), float(s.cosine_L[~s.visible_L].mean())) for s in shown]
+    colours = FeatureColours.fit(np.concatenate([one.target_LT for one in found]))
+    sheets = [
+        Sheet(sample.key, [Row("", _panels(one, store.header.teacher.grid, colours, view))])
+        for sample, one in zip(samples, found, strict=True)
+    ]
+    return sheets, [one.means for one in found]
 
 
 def inspect_student(
@@ -159,7 +157,7 @@ def inspect_student(
     out: str | Path,
     *,
     keys: Sequence[str] = (),
-    count: int = DEFAULT_COUNT,
+    count: int = 8,
     epoch: int = 0,
     view: int = 0,
     device: str = "auto",
@@ -186,6 +184,7 @@ def inspect_student(
     objective = pretrained_objective(opened, store.header, resolve_device(device))
     samples = choose_samples(store, keys, count)
     sheets, cosines = student_sheets(store, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
+    cosine, masked_cosine = zip(*cosines, strict=True)
     facts = {
         "checkpoint": str(opened.path),
         "targets": str(store.location),
@@ -193,15 +192,15 @@ def inspect_student(
         "masks": f"{objective.masking.kind}, {objective.visible} of {objective.patches} patches seen, those of epoch "
         f"{epoch + 1}",
         "colours": "three principal components of the targets shown, prediction in the same",
-        "cosine": f"dark 0 or below, bright 1; mean {np.mean([all_ for all_, _ in cosines]):.3f}, of hidden patches "
-        f"{np.mean([hidden for _, hidden in cosines]):.3f}",
+        "cosine": f"dark 0 or below, bright 1; mean {np.mean(cosine):.3f}, of hidden patches "
+        f"{np.mean(masked_cosine):.3f}",
     }
-    page, images = write_gallery(folder, Gallery("Predictions", facts, [s.key for s in samples], sheets))
+    page, images = write_gallery(folder, "Predictions", facts, sheets)
     return InspectStudentReport(
-        page=str(page),
-        images=tuple(map(str, images)),
+        page=page,
+        images=images,
         keys=tuple(sample.key for sample in samples),
         step=int(opened.record["step"]),
-        cosine=tuple(all_ for all_, _ in cosines),
-        masked_cosine=tuple(hidden for _, hidden in cosines),
+        cosine=cosine,
+        masked_cosine=masked_cosine,
     )

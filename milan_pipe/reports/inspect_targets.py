@@ -11,16 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from milan_pipe.config.student import MaskSettings
-from milan_pipe.drawing.grids import on_pixels, only_visible, overlaid
-from milan_pipe.drawing.pca import FeatureColours
+from milan_pipe.drawing.patches import FeatureColours, on_pixels, only_visible, overlaid
 from milan_pipe.drawing.sheet import Panel, Row, Sheet
-from milan_pipe.reports.gallery import Gallery, write_gallery
+from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import Sample, StoredView, choose_samples, read_view
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import draw_split, mask_noise, visible_count
 from milan_pipe.targets.store import TargetStore, open_targets
-
-DEFAULT_COUNT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +30,6 @@ class InspectTargetsReport:
     views: int
 
 
-def _crop(view: StoredView, number: int) -> str:
-    top, left, height, width = view.crop
-    return f"view {number}: {width} x {height} at {left}, {top}{', mirrored' if view.flip else ''}"
-
-
-def _percent(weight_V: NDArray[np.float32]) -> str:
-    return f"{100 * float(weight_V.sum()):.0f} %"
-
-
 def _visible(sample: Sample, view: StoredView, masking: MaskSettings, epoch: int) -> NDArray[np.bool_]:
     patches = len(view.attention_L)
     noise_BL = mask_noise(masking.seed, epoch, [sample.key], patches)
@@ -50,52 +38,28 @@ def _visible(sample: Sample, view: StoredView, masking: MaskSettings, epoch: int
     return np.asarray(~split.masked_map()[0].numpy())
 
 
-def sheet_of(
-    sample: Sample,
-    views: Sequence[StoredView],
-    grid: tuple[int, int],
-    colours: FeatureColours,
-    masking: MaskSettings,
-    epoch: int,
-) -> Sheet:
-    """What is shown of one sample: a column for each view."""
-    seen = [_visible(sample, view, masking, epoch).reshape(grid) for view in views]
-    attention = [view.attention_L.reshape(grid) for view in views]
-    patches = grid[0] * grid[1]
-    rows = (
-        Row("stored view", [Panel(view.pixels_HWC, _crop(view, n)) for n, view in enumerate(views)]),
-        Row(
-            "CLS attention, its square root, brightest at the largest weight",
-            [
-                Panel(
-                    overlaid(view.pixels_HWC, np.sqrt(weight / max(float(weight.max()), 1e-12))),
-                    f"largest {float(weight.max()) * patches:.1f} times the mean",
-                )
-                for view, weight in zip(views, attention, strict=True)
-            ],
+def _panels(
+    number: int, view: StoredView, visible_L: NDArray[np.bool_], grid: tuple[int, int], colours: FeatureColours
+) -> list[Panel]:
+    """One view's panel of each row."""
+    pixels_HWC, attention_L = view.pixels_HWC, view.attention_L
+    top, left, height, width = view.crop
+    largest, patches = float(attention_L.max()), len(attention_L)
+    share_GG = np.sqrt(attention_L / max(largest, 1e-12)).reshape(grid)
+    features_GG3 = colours(view.feature_ST[1:]).reshape(*grid, 3)
+    return [
+        Panel(pixels_HWC, f"view {number}: {width} x {height} at {left}, {top}{', mirrored' if view.flip else ''}"),
+        Panel(overlaid(pixels_HWC, share_GG), f"largest {largest * patches:.1f} times the mean"),
+        Panel(
+            only_visible(pixels_HWC, visible_L.reshape(grid)),
+            f"{int(visible_L.sum())} of {patches} patches, {100 * float(attention_L[visible_L].sum()):.0f} % of "
+            "attention",
         ),
-        Row(
-            f"what a student sees of it in epoch {epoch + 1} ({masking.kind} masking, seed {masking.seed})",
-            [
-                Panel(
-                    only_visible(view.pixels_HWC, visible),
-                    f"{int(visible.sum())} of {patches} patches, {_percent(weight[visible])} of attention",
-                )
-                for view, visible, weight in zip(views, seen, attention, strict=True)
-            ],
+        Panel(
+            on_pixels(features_GG3, *pixels_HWC.shape[:2]),
+            f"{grid[0]} x {grid[1]} patches of {view.feature_ST.shape[1]}",
         ),
-        Row(
-            "patch features, three principal components as red, green and blue",
-            [
-                Panel(
-                    on_pixels(colours(view.feature_ST[1:]).reshape(*grid, 3), *view.pixels_HWC.shape[:2]),
-                    f"{grid[0]} x {grid[1]} patches of {view.feature_ST.shape[1]}",
-                )
-                for view in views
-            ],
-        ),
-    )
-    return Sheet(sample.key, rows)
+    ]
 
 
 def target_sheets(
@@ -116,8 +80,20 @@ def target_sheets(
         views.append([read_view(store, sample, view) for view in range(store.header.views.count)])
         on_progress(number + 1, len(samples))
     colours = FeatureColours.fit(np.concatenate([view.feature_ST[1:] for row in views for view in row]))
-    grid = store.header.teacher.grid
-    return [sheet_of(sample, row, grid, colours, masking, epoch) for sample, row in zip(samples, views, strict=True)]
+    titles = (
+        "stored view",
+        "CLS attention, its square root, brightest at the largest weight",
+        f"what a student sees in epoch {epoch + 1} ({masking.kind} masking, seed {masking.seed})",
+        "patch features, three principal components as red, green and blue",
+    )
+    sheets = []
+    for sample, row in zip(samples, views, strict=True):
+        columns = [
+            _panels(number, view, _visible(sample, view, masking, epoch), store.header.teacher.grid, colours)
+            for number, view in enumerate(row)
+        ]
+        sheets.append(Sheet(sample.key, [Row(*pair) for pair in zip(titles, zip(*columns, strict=True), strict=True)]))
+    return sheets
 
 
 def inspect_targets(
@@ -126,7 +102,7 @@ def inspect_targets(
     *,
     masking: MaskSettings,
     keys: Sequence[str] = (),
-    count: int = DEFAULT_COUNT,
+    count: int = 4,
     epoch: int = 0,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> InspectTargetsReport:
@@ -134,9 +110,9 @@ def inspect_targets(
 
     Args:
         out: local folder; OUT/index.html is one self-contained page, OUT/KEY.png one image a sample.
-        masking: how masks are drawn; they are those of a run with the same settings.
+        masking: masks are those of a run with the same settings.
         keys: of the samples; none takes `count` of them, spread over the store.
-        epoch: whose masks are drawn, counted from 0.
+        epoch: of the masks, counted from 0.
 
     Raises:
         MissingError: no such store or key.
@@ -160,10 +136,6 @@ def inspect_targets(
         "codec": header.codec.name,
         "samples": f"{sum(store.samples(shard) for shard in store.shards)} in {len(store.shards)} shards",
     }
-    page, images = write_gallery(folder, Gallery("Targets", facts, [s.key for s in samples], sheets))
-    return InspectTargetsReport(
-        page=str(page),
-        images=tuple(map(str, images)),
-        keys=tuple(sample.key for sample in samples),
-        views=header.views.count,
-    )
+    page, images = write_gallery(folder, "Targets", facts, sheets)
+    keys = tuple(sample.key for sample in samples)
+    return InspectTargetsReport(page=page, images=images, keys=keys, views=header.views.count)

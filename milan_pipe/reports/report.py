@@ -13,8 +13,8 @@ import yaml
 
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.charts import Curve, line_chart
-from milan_pipe.drawing.page import render, write_page
-from milan_pipe.drawing.sheet import file_url
+from milan_pipe.drawing.page import render
+from milan_pipe.drawing.sheet import file_url, write_file
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.reports.gallery import embedded
@@ -22,8 +22,8 @@ from milan_pipe.reports.inspect_student import pretrained_objective, student_she
 from milan_pipe.reports.inspect_targets import target_sheets
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
 from milan_pipe.reports.samples import choose_samples
-from milan_pipe.reports.scores import Cell, transfer_table
-from milan_pipe.reports.store_facts import StoreFacts, store_facts
+from milan_pipe.reports.scores import Cell, Table, transfer_table
+from milan_pipe.reports.store_facts import store_facts
 from milan_pipe.storage import local_folder
 from milan_pipe.targets.store import TargetStore, open_targets
 
@@ -56,13 +56,6 @@ class ReportReport:
     left_out: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Table:
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    text: bool = False
-
-
 def _cells(*values: object) -> list[Cell]:
     return [Cell(text=str(value)) for value in values]
 
@@ -71,7 +64,7 @@ def _number(value: Any, form: str) -> str:
     return form.format(value) if isinstance(value, int | float) else "-"
 
 
-def _overview(runs: Sequence[RunRecord]) -> _Table:
+def _overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         settings, student = run.record.get("settings", {}), run.record["student"]
@@ -95,7 +88,7 @@ def _overview(runs: Sequence[RunRecord]) -> _Table:
             )
         )
     columns = "run, target, decoder, masks, student (width / blocks / heads), epochs, steps, loss, images/s, waiting"
-    return _Table([*columns.split(", "), "time"], rows)
+    return Table(columns=[*columns.split(", "), "time"], rows=rows)
 
 
 def _curves(runs: Sequence[RunRecord], name: str) -> dict[str, Curve]:
@@ -103,28 +96,20 @@ def _curves(runs: Sequence[RunRecord], name: str) -> dict[str, Curve]:
     return {run.name: replace(run.curves[name], colour=number) for number, run in enumerate(runs) if name in run.curves}
 
 
-def _loss_charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Losses of one kind in one chart; those of different targets are no comparison."""
+def _chart(title: str, label: str, curves: Mapping[str, Curve]) -> dict[str, str]:
+    return {"url": line_chart(title, "step", label, curves), "caption": f"{title}: {', '.join(curves)}"}
+
+
+def _charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    # One chart of losses for each target: those of different targets are no comparison.
     kinds: dict[str, dict[str, Curve]] = {}
     targets = {run.name: str(run.record.get("settings", {}).get("target", "clip")) for run in runs}
     for name, curve in _curves(runs, "train/loss").items():
         kinds.setdefault(targets[name], {})[name] = curve
-    return [
-        _chart(f"Training loss, target {target}", "step", _LOSSES.get(target, "loss"), curves)
-        for target, curves in kinds.items()
-    ]
-
-
-def _chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> dict[str, str]:
-    return {"url": line_chart(title, x_label, y_label, curves), "caption": f"{title}: {', '.join(curves)}"}
-
-
-def _charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-    charts = _loss_charts(runs)
+    charts = [_chart(f"Training loss, target {kind}", _LOSSES.get(kind, "loss"), kinds[kind]) for kind in kinds]
     for name, (title, label) in _CURVES.items():
-        curves = _curves(runs, name)
-        if curves:
-            charts.append(_chart(title, "step", label, curves))
+        if curves := _curves(runs, name):
+            charts.append(_chart(title, label, curves))
     return charts
 
 
@@ -133,7 +118,7 @@ def _transfer_charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     for task, (name, title, label) in _TRANSFER_CURVES.items():
         curves = _curves([run for run in runs if run.task == task], name)
         if any(len(curve.x) > 1 for curve in curves.values()):
-            charts.append(_chart(f"{title}, on what it is judged by", "step", label, curves))
+            charts.append(_chart(f"{title}, on what it is judged by", label, curves))
     return charts
 
 
@@ -151,7 +136,7 @@ def _settings(run: RunRecord) -> dict[str, Any]:
     return {"student": run.record["student"], **run.record.get("settings", {})}
 
 
-def _differences(runs: Sequence[RunRecord]) -> _Table | None:
+def _differences(runs: Sequence[RunRecord]) -> Table | None:
     """Settings in which the runs differ, a column for each."""
     flat = [_flat(_settings(run)) for run in runs]
     names = list(dict.fromkeys(name for one in flat for name in one))
@@ -160,7 +145,8 @@ def _differences(runs: Sequence[RunRecord]) -> _Table | None:
         for name in names
         if len({one.get(name) for one in flat}) > 1
     ]
-    return _Table(["setting", *(run.name for run in runs)], rows, text=True) if len(runs) > 1 and rows else None
+    columns = ["setting", *(run.name for run in runs)]
+    return Table(columns=columns, rows=rows, text=True) if len(runs) > 1 and rows else None
 
 
 def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
@@ -173,7 +159,7 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 
 class _Stores:
-    """The stores of the runs, opened once each; what cannot be opened is reported and left out."""
+    """The stores of the runs, each opened once; one that cannot be opened is reported and left out."""
 
     def __init__(self, given: str | Path | None, left_out: list[str]) -> None:
         self._given = given
@@ -181,24 +167,21 @@ class _Stores:
         self._open: dict[str, TargetStore | None] = {}
 
     def of(self, run: RunRecord) -> TargetStore | None:
-        if self._given is not None:
-            where = str(self._given)
-            if where not in self._open:
-                self._open[where] = open_targets(where)
-            return self._open[where]
-        recorded = run.record.get("targets")
-        if recorded is None:
+        where = self._given if self._given is not None else run.record.get("targets")
+        if where is None:
             self._left_out.append(
-                f"images of {run.name}: it does not say where its targets lie; name them with --targets"
+                f"images of {run.name}: it does not say where its targets are; name them with --targets"
             )
             return None
-        where = str(recorded)
+        where = str(where)
         if where not in self._open:
             try:
                 self._open[where] = open_targets(where)
             except MilanError as error:
+                if self._given is not None:
+                    raise
                 self._open[where] = None
-                self._left_out.append(f"store and images of {run.name}: {error}; name its place with --targets")
+                self._left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
         return self._open[where]
 
 
@@ -219,9 +202,10 @@ def _predictions(run: RunRecord, store: TargetStore, left_out: list[str]) -> dic
     }
 
 
-def _store_section(store: TargetStore, masking: MaskSettings, facts: StoreFacts) -> dict[str, Any]:
+def _store_section(store: TargetStore, masking: MaskSettings) -> dict[str, Any]:
+    facts, bad = store_facts(store)
     sheets = target_sheets(store, choose_samples(store, (), _TARGET_SAMPLES), masking, 0)
-    return {"facts": facts.rows, "bad": facts.bad, "sheets": [embedded(sheet) for sheet in sheets]}
+    return {"facts": facts, "bad": bad, "sheets": [embedded(sheet) for sheet in sheets]}
 
 
 def _times(extraction: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -235,9 +219,9 @@ def _times(extraction: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 "views": f"{extraction['views']:,} in {extraction['seconds']:.1f} s",
                 "speed": f"{extraction['views_per_second']:.1f} views a second",
             },
-            "table": _Table(
-                ["work", "seconds", "share"],
-                [_cells(name, f"{value:.1f}", f"{100 * value / total:.1f} %") for name, value in phases.items()],
+            "table": Table(
+                columns=["work", "seconds", "share"],
+                rows=[_cells(name, f"{value:.1f}", f"{100 * value / total:.1f} %") for name, value in phases.items()],
             ),
         }
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -288,7 +272,7 @@ def write_report(
         if store is not None:
             if str(store.location) not in sections:
                 masking = MaskSettings.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))
-                sections[str(store.location)] = _store_section(store, masking, store_facts(store))
+                sections[str(store.location)] = _store_section(store, masking)
             drawn = _predictions(run, store, left_out)
             predictions += [drawn] if drawn is not None else []
         on_progress(number + 1, len(pretrained))
@@ -309,11 +293,12 @@ def write_report(
         settings=[(f"{run.name}: {run.task}", yaml.safe_dump(_settings(run), sort_keys=False)) for run in found],
         left_out=left_out,
     )
-    write_page(file, text)
+    data = text.encode()
+    write_file(file, data)
     for line in left_out:
         warnings.warn(f"the report is without {line}", RuntimeWarning, stacklevel=2)
     return ReportReport(
-        page=str(file), bytes=len(text.encode()), runs=tuple(str(run.folder) for run in found), left_out=tuple(left_out)
+        page=str(file), bytes=len(data), runs=tuple(str(run.folder) for run in found), left_out=tuple(left_out)
     )
 
 

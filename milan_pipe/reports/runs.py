@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from milan_pipe.training.metrics import metric_files, read_metric
 
 PRETRAIN = "pretrain"
 _CURVES = Path("metrics", "plots", "metrics")
-_REPORT = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class RunRecord:
     identity: str
     report: Mapping[str, Any]
     curves: Mapping[str, Curve]
-    evaluations: tuple[Evaluation, ...] = field(default=())
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -66,7 +65,7 @@ def _curves(folder: Path) -> dict[str, Curve]:
 
 
 def _report_of(folder: Path) -> dict[str, Any]:
-    file = folder / _REPORT
+    file = folder / "report.json"
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,18 +89,7 @@ def _identity(checkpoint: Checkpoint, task: str) -> str:
         raise DataError(f"{checkpoint.path} does not say which student it began with") from error
 
 
-def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
-    """Read a run's folder.
-
-    Args:
-        name: none takes the folder's.
-
-    Raises:
-        MissingError: it is not there, or has no checkpoint yet.
-        DataError: something in it is damaged.
-        StoreError: something in it cannot be read.
-    """
-    path = Path(folder)
+def _read_run(path: Path) -> RunRecord:
     if not path.is_dir():
         raise MissingError(f"{path} is not there; expected the folder of a run")
     checkpoint = open_checkpoint(path)
@@ -109,7 +97,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunRecord:
         raise DataError(f"{path} is a checkpoint; name the folder of its run")
     task = str(checkpoint.record.get("task") or PRETRAIN)
     return RunRecord(
-        name=name if name is not None else path.resolve().name,
+        name=path.resolve().name,
         folder=path,
         task=task,
         checkpoint=checkpoint,
@@ -132,11 +120,17 @@ def _unique_names(folders: list[Path]) -> list[str]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Runs of one report, each named once; a run that is named twice is taken once. Raises as `read_run`."""
+    """Runs of one report by unique names; a run that is named twice is read once.
+
+    Raises:
+        MissingError: one is not there, or has no checkpoint yet.
+        DataError: something in it is damaged.
+        StoreError: something in it cannot be read.
+    """
     once: dict[Path, Path] = {}
     for folder in folders:
         once.setdefault(folder.resolve(), folder)
-    runs = [read_run(folder) for folder in once.values()]
+    runs = [_read_run(folder) for folder in once.values()]
     named: dict[Path, str] = {}
     for task in {run.task for run in runs}:
         of_task = [run.folder for run in runs if run.task == task]

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 from milan_pipe.targets.store import TargetStore
 from milan_pipe.units import size
 
 _MOST_BAD = 20
 
 
-@dataclass(frozen=True)
-class StoreFacts:
-    """Lines to print, and the first samples that were skipped: key and reason."""
-
-    rows: Mapping[str, str]
-    bad: Sequence[tuple[str, str]]
-
-
-def store_facts(store: TargetStore) -> StoreFacts:
-    """Read all records of a store.
+def store_facts(store: TargetStore) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Read all records of a store: lines to print, and key and reason of the first samples that were skipped.
 
     Raises:
         DataError: one is damaged.
     """
     header = store.header
-    samples = taken = features = files = skipped = 0
+    samples = stored = features = files = skipped = 0
     known, known_samples = 0.0, 0
     bad: list[tuple[str, str]] = []
     # Record after record: together they may be larger than memory.
@@ -34,10 +23,8 @@ def store_facts(store: TargetStore) -> StoreFacts:
         record = store.record(shard)
         samples += record.source.samples
         files += len(record.files)
-        taken += sum(file.bytes for file in record.files.values())
-        features += sum(
-            file.bytes for path, file in record.files.items() if path.split("/")[0] in ("features", "scale")
-        )
+        stored += sum(file.bytes for file in record.files.values())
+        features += sum(f.bytes for path, f in record.files.items() if path.split("/")[0] in ("features", "scale"))
         skipped += len(record.source.bad)
         bad += record.source.bad[: _MOST_BAD - len(bad)]
         if record.mean_cosine is not None:
@@ -45,10 +32,6 @@ def store_facts(store: TargetStore) -> StoreFacts:
             known_samples += record.source.samples
     views = samples * header.views.count
     values = header.tokens * header.teacher.width
-    fidelity = "not recorded in this store"
-    if known_samples:
-        mean = known / known_samples
-        fidelity = f"mean cosine {mean:.6f} of decoded and teacher's tokens, over all views"
     teacher = header.teacher
     rows = {
         "store": str(store.location),
@@ -59,10 +42,12 @@ def store_facts(store: TargetStore) -> StoreFacts:
         "images": f"{samples:,} in {len(store.shards)} of {header.source.shards} shards, {skipped} skipped",
         "views": f"{header.views.count} of each, {header.views.size} pixels, scale {header.views.scale[0]:g} to "
         f"{header.views.scale[1]:g}, mirrored with probability {header.views.flip:g}, seed {header.views.seed}",
-        "size": f"{size(taken)} in {files:,} files, {size(taken / views)} a view",
+        "size": f"{size(stored)} in {files:,} files, {size(stored / views)} a view",
         "codec": f"{header.codec.name}"
         + (f", fitted for {header.codec.quality:g}" if header.codec.quality is not None else "")
         + (f", {8 * features / views / values:.2f} bits a dimension" if header.format == "zarr" else ""),
-        "fidelity": fidelity,
+        "fidelity": f"mean cosine {known / known_samples:.6f} of decoded and teacher's tokens, over all views"
+        if known_samples
+        else "not recorded in this store",
     }
-    return StoreFacts(rows, bad)
+    return rows, bad

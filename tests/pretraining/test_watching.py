@@ -17,7 +17,8 @@ from support.targets import header, write_store
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings, Target
 from milan_pipe.config.student import DecoderSettings, StudentSettings
-from milan_pipe.drawing.masks import draw_masks, heat
+from milan_pipe.drawing.patches import heat
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet, write_file
 from milan_pipe.errors import SettingError, StoreError
 from milan_pipe.evaluation.features import LabelledFeatures, kept_features
 from milan_pipe.interop.timm_layout import export_student
@@ -92,9 +93,9 @@ def test_a_image_shows_view_mask_and_cosine_where_they_are(tmp_path: Path) -> No
     pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
     visible = np.array([[True, False, False, True]])
     cosine = np.array([[0.0, 1.0, 0.5, float("nan")]])
-    draw_masks(tmp_path / "x.png", ("k",), pixels, visible, cosine, (2, 2), "title")
+    write_file(tmp_path / "x.png", draw_sheet(mask_sheet("title", ("k",), pixels, visible, cosine, (2, 2))))
     sheet = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
-    top, lefts, side = 18 + 18, (8, 208, 408), 192
+    top, lefts, side = 8 + 3 * 14, (8, 208, 408), 192
 
     def panel(number: int) -> np.ndarray:
         return sheet[top : top + side : 12, lefts[number] : lefts[number] + side : 12]
@@ -109,7 +110,7 @@ def test_a_image_shows_view_mask_and_cosine_where_they_are(tmp_path: Path) -> No
     assert (panel(2)[8:, :8] == colours[2]).all()
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
-        draw_masks(tmp_path / "file" / "x.png", ("k",), pixels, visible, cosine, (2, 2), "title")
+        write_file(tmp_path / "file" / "x.png", b"")
 
 
 def test_tensorboard_has_the_same_points(store: Path, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milan_pipe.drawing.charts import Curve, line_chart
-from milan_pipe.drawing.grids import heat, on_pixels, only_visible, overlaid
-from milan_pipe.drawing.pca import FeatureColours
-from milan_pipe.drawing.sheet import Panel, Row, Sheet, data_url, draw_sheet
+from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible, overlaid
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, data_url, draw_sheet, segmentation_sheet
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))
@@ -87,7 +86,7 @@ def test_a_sheet_enlarges_by_whole_pixels_and_takes_panels_of_any_size() -> None
     sheet = Sheet(
         "a key that is " + "long " * 60, [Row("one", [Panel(small, "first")]), Row("", [Panel(wide, "w")] * 2)]
     )
-    drawn = np.asarray(draw_sheet(sheet))
+    drawn = np.asarray(Image.open(io.BytesIO(draw_sheet(sheet))))
     large = small.repeat(28, 0).repeat(28, 1)
     places = np.lib.stride_tricks.sliding_window_view(drawn[:, :, 0], (196, 140))
     hits = np.argwhere((places[:, :, ::28, ::28] == small[..., 0]).all((2, 3)))
@@ -101,6 +100,19 @@ def test_small_images_are_embedded_without_loss(side: int, exact: bool) -> None:
     assert match is not None
     found = np.asarray(Image.open(io.BytesIO(base64.b64decode(match[2]))))
     assert np.array_equal(found, pixels) is exact
+
+
+def test_a_segmentation_of_any_size_has_a_panel_of_one_size() -> None:
+    image, truth = np.zeros((30, 900, 3), np.uint8), np.full((30, 900), -1)
+    truth[:, 450:] = 1
+    sheet = segmentation_sheet("t", ["k"], [image], [truth], [np.ones_like(truth)], 3)
+    shown, right, predicted = (panel.pixels for panel in sheet.rows[0].panels)
+    assert shown.shape == right.shape == predicted.shape == (224, 224, 3)
+    assert (shown[112] == 0).all()
+    assert (right[0] == right[112, 0]).all()
+    assert right[0, 0].tolist() == [255, 255, 255]
+    assert right[112, 223].tolist() == predicted[112, 0].tolist() != [255, 255, 255]
+    assert sheet.rows[0].panels[2].caption == "prediction, 100.0 % right"
 
 
 def test_a_chart_is_the_same_bytes_each_time_and_does_not_grow_with_the_run() -> None:

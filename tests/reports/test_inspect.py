@@ -16,7 +16,7 @@ from support.targets import header, write_store
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.config.student import MaskSettings
-from milan_pipe.drawing.masks import draw_masks
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
@@ -84,15 +84,8 @@ def test_keys_that_do_not_print_are_shown_escaped(project: Project, tmp_path: Pa
             Image.open(image).verify()
     page = api.report(project.runs[:1], tmp_path / "r.html", targets=tmp_path / "t").page
     assert r"csi\x9b2J</h3>" in Path(page).read_text(encoding="utf-8")
-    draw_masks(
-        tmp_path / "masks.png",
-        tuple(strange),
-        np.zeros((6, 8, 8, 3), np.uint8),
-        np.ones((6, 4), np.bool_),
-        np.ones((6, 4)),
-        (2, 2),
-        "title",
-    )
+    pixels_NHWC, visible_NL = np.zeros((6, 8, 8, 3), np.uint8), np.ones((6, 4), np.bool_)
+    draw_sheet(mask_sheet("title", tuple(strange), pixels_NHWC, visible_NL, np.ones((6, 4)), (2, 2)))
 
 
 def test_masks_drawn_are_those_of_a_run(project: Project, tmp_path: Path) -> None:

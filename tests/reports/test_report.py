@@ -108,7 +108,7 @@ def test_a_store_that_is_gone_is_told_and_left_out(project: Project, tmp_path: P
     change_record(file.parent, lambda record: record.update(targets=str(tmp_path / "gone")))
     with pytest.warns(RuntimeWarning, match="the report is without store and images of run: .*gone is not there"):
         report = api.report([copy], tmp_path / "r.html")
-    assert "name its place with --targets" in report.left_out[0]
+    assert "name its location with --targets" in report.left_out[0]
     assert "gone is not there" in (tmp_path / "r.html").read_text()
     assert api.report([copy], tmp_path / "r.html", targets=project.targets).left_out == ()
     with pytest.raises(MissingError, match="gone is not there"):
