@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError
-from milan_pipe.evaluation.randomness import permutation
 from milan_pipe.images.tar import OnBad
+from milan_pipe.random_bits import permutation
 
 T = TypeVar("T")
 B = TypeVar("B")

@@ -23,8 +23,9 @@ from milan_pipe.config.training import SupervisedSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, require_labels
 from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
-from milan_pipe.evaluation.randomness import seed_of, seeded
+from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.labelled import LabelledImages, labelled_images, require_same_classes
+from milan_pipe.random_bits import seed_of
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import cosine_lr
 from milan_pipe.training.runner import Task

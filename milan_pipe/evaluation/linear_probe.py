@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from milan_pipe.config.evaluation import LinearProbeSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
+from milan_pipe.random_bits import permutation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -119,7 +120,7 @@ def _held_out(label_N: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:
     Raises:
         DataError: every class has one sample only.
     """
-    shuffled_N = np.random.default_rng(seed).permutation(len(label_N))
+    shuffled_N = permutation(len(label_N), "held out", seed)
     by_class_N = shuffled_N[np.argsort(label_N[shuffled_N], kind="stable")]
     first_N = np.diff(label_N[by_class_N], prepend=-1) != 0
     spare = by_class_N[~first_N]

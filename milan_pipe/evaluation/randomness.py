@@ -1,20 +1,15 @@
-"""Randomness that depends on seed and position alone, also in libraries that draw from global generators."""
+"""Libraries that draw from global generators, as a function of seed and position."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-
-def seed_of(*parts: int | str) -> int:
-    """64 bits that depend on all parts and their order."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+from milan_pipe.random_bits import seed_of
 
 
 @contextmanager
@@ -31,9 +26,3 @@ def seeded(*parts: int | str) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
-
-
-def permutation(count: int, *parts: int | str) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that depends on `parts` alone, whatever the version of numpy."""
-    raw = np.random.Philox(key=seed_of(*parts)).random_raw(count)
-    return np.argsort(raw, kind="stable").astype(np.int64)

@@ -29,11 +29,11 @@ from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
 from milan_pipe.evaluation.classify import advice_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
-from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
+from milan_pipe.random_bits import seed_of
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from milan_pipe.evaluation.batches import SampleRequest
-from milan_pipe.evaluation.randomness import seed_of
 from milan_pipe.evaluation.sliding import scaled_size
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.masked import MaskedImages, MaskRule, decode_mask
+from milan_pipe.random_bits import seed_of
 from milan_pipe.student.pixels import normalise
 
 _TRIES = 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.views import decode_jpeg
+from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import location_of
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets import manifest
@@ -24,10 +24,6 @@ from milan_pipe.targets.verify import Problem, VerifyReport, verify_store
 from milan_pipe.teacher.clip import load_teacher
 
 _ATTENTION_TOLERANCE = 0.02
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 class TeacherCheck:
@@ -66,9 +62,9 @@ class TeacherCheck:
 
     def _rows(self, shard: str, samples: int, view: int) -> list[int]:
         """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
-        first = _seed(shard) % self._views
+        first = seed_of(shard) % self._views
         wanted = (self._per_shard + self._views - 1 - (view - first) % self._views) // self._views
-        return sorted(np.random.default_rng(_seed(f"{shard}/{view}")).permutation(samples)[:wanted].tolist())
+        return sorted(permutation(samples, "rows", shard, view)[:wanted].tolist())
 
     def __call__(self, shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
         """Compare what a run has of the `views_per_shard` views of its shard."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.random_bits import raw_bits, uniform
 
 _TRIES = 10
 _DRAWS = 1 + 4 * _TRIES
@@ -51,7 +52,8 @@ def draw_view(config: ViewSettings, key: str, index: int, height: int, width: in
         raise ShapeError(f"an image needs height and width of at least 1, found {height} x {width}")
     if not 0 <= index < 2**64:
         raise SettingError(f"a view index must be 0 to 2**64 - 1, found {index}")
-    draws = _uniforms(config.seed, key, index)
+    digest = blake2b(config.seed.to_bytes(8, "little") + key.encode(), digest_size=16).digest()
+    draws = uniform(raw_bits([digest], _DRAWS, sequence=index)[0]).tolist()
     flip = draws[0] < config.flip
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
     for attempt in range(_TRIES):
@@ -69,21 +71,6 @@ def draw_view(config: ViewSettings, key: str, index: int, height: int, width: in
         crop_width = min(width, max(1, round(height * config.ratio[1])))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
-
-
-def _uniforms(seed: int, key: str, index: int) -> list[float]:
-    """`_DRAWS` numbers in [0, 1).
-
-    Philox's raw output is fixed by its definition; numpy's distributions may change from version to version, so the
-    step from bits to numbers is made here. Each view index has 2**128 counter values of its own.
-    """
-    digest = blake2b(seed.to_bytes(8, "little") + key.encode("utf-8"), digest_size=16).digest()
-    generator = np.random.Philox(
-        key=np.frombuffer(digest, dtype="<u8").astype(np.uint64),
-        counter=np.array([0, 0, index, 0], dtype=np.uint64),
-    )
-    uniforms: list[float] = ((generator.random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53).tolist()
-    return uniforms
 
 
 def render_view(image: Image.Image, view: View, size: int) -> NDArray[np.uint8]:

@@ -25,18 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milan_pipe.errors import SettingError
+from milan_pipe.random_bits import permutation
 
-_BLOCK_STREAM, _SAMPLE_STREAM, _VIEW_STREAM = 1, 2, 3
-
-
-def _rng(stream: int, seed: int, *position: int) -> np.random.Generator:
-    return np.random.default_rng([stream, seed, *position])
+ORDER_VERSION = 2
+"""Change it when the order of the same seed changes: a run does not go on in another order."""
 
 
 @lru_cache(maxsize=1)
 def _numbers(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """Numbers of an epoch's blocks in reading order; every stream asks for the same ones."""
-    numbers = _rng(_BLOCK_STREAM, seed, epoch).permutation(count)
+    numbers = permutation(count, "blocks", seed, epoch)
     numbers.flags.writeable = False
     return numbers
 
@@ -147,13 +145,10 @@ class EpochOrder:
                 f"samples, {self.views} views, block {self.block}, shuffle_blocks {self.shuffle_blocks}"
             )
 
-    def _rng(self, stream: int, *position: int) -> np.random.Generator:
-        return _rng(stream, self.seed, *position)
-
     def view_of(self, epoch: int, shard: int) -> int:
         """The view that a shard shows in an epoch."""
         cycle, turn = divmod(epoch, self.views)
-        return int(self._rng(_VIEW_STREAM, cycle, shard).permutation(self.views)[turn])
+        return int(permutation(self.views, "views", self.seed, cycle, shard)[turn])
 
     @cached_property
     def _first_block(self) -> NDArray[np.int64]:
@@ -195,7 +190,7 @@ class EpochOrder:
         for index, start in enumerate(range(0, len(blocks), step)):
             chosen = blocks[start : start + step]
             size = sum(block.stop - block.start for block in chosen)
-            yield chosen, self._rng(_SAMPLE_STREAM, epoch, index * count + number).permutation(size)
+            yield chosen, permutation(size, "samples", self.seed, epoch, index * count + number)
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:

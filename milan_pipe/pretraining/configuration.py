@@ -8,6 +8,7 @@ from typing import Any
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import RESUMABLE
+from milan_pipe.loader.order import ORDER_VERSION
 from milan_pipe.targets.schema import StoreHeader
 
 
@@ -16,6 +17,7 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
     # Neither where the store came from nor its format change what is read from it.
     stored = header.model_dump(mode="json", exclude={"package_version", "format", "source"})
     return {
+        "order": ORDER_VERSION,
         "student": params.student.model_dump(mode="json"),
         "decoder": params.decoder.model_dump(mode="json"),
         "masking": params.masking.model_dump(mode="json"),

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.random_bits import raw_bits, uniform_inside
 
 _NOISE_STREAM = b"milan-mask-1"  # change it when the noise changes: old runs cannot then be resumed by accident
 
@@ -48,17 +48,6 @@ class MaskSplit:
                 f"MaskSplit: keep_BV has {self.keep_BV.shape[0]} rows on {self.keep_BV.device}, masked_BM "
                 f"{self.masked_BM.shape[0]} on {self.masked_BM.device}; both must come from the same batch and device"
             )
-
-    @classmethod
-    def from_order(cls, order_BL: Tensor, visible: int) -> MaskSplit:
-        """Split rows of patch indices: the first `visible` of each row are kept, the rest masked, order untouched.
-
-        Raises:
-            ShapeError: `order_BL` is not a two-dimensional int64 tensor, or `visible` is not in 0..L.
-        """
-        if order_BL.ndim != 2 or not 0 <= visible <= order_BL.shape[1]:
-            raise ShapeError(f"order_BL has shape {tuple(order_BL.shape)}; cannot keep the first {visible} of each row")
-        return cls(order_BL[:, :visible], order_BL[:, visible:])
 
     @property
     def batch(self) -> int:
@@ -135,9 +124,7 @@ def visible_count(patches: int, ratio: float) -> int:
 def mask_noise(seed: int, epoch: int, keys: Sequence[str], patches: int) -> Tensor:
     """Gumbel noise for each sample's mask: a pure function of (seed, epoch, key).
 
-    It depends on neither batch, order, rank nor process, so a sample gets the same mask wherever it is read. The
-    Philox generator's raw bits are used, which numpy keeps stable between versions, and not its distributions, which
-    numpy may change.
+    It depends on neither batch, order, rank nor process, so a sample gets the same mask wherever it is read.
 
     Args:
         seed: of the run.
@@ -148,19 +135,9 @@ def mask_noise(seed: int, epoch: int, keys: Sequence[str], patches: int) -> Tens
     Returns:
         (B, L) float32 on the CPU, standard Gumbel, always finite.
     """
-    raw_BL = np.empty((len(keys), patches), dtype=np.uint64)
-    prefix = f"{seed}:{epoch}:".encode()
-    # One generator, set anew for each sample: building one takes longer, as numpy asks the system for entropy first.
-    generator = np.random.Philox(key=0)
-    fresh: Any = generator.state
-    for row, key in zip(raw_BL, keys, strict=True):
-        text = prefix + key.encode("utf-8", "surrogatepass")
-        digest = blake2b(text, digest_size=16, person=_NOISE_STREAM).digest()
-        fresh["state"]["key"] = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-        generator.state = fresh
-        row[:] = generator.random_raw(patches)
-    # 52 bits and a half: strictly inside (0, 1), so both logarithms are finite.
-    uniform_BL = ((raw_BL >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    texts = (f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass") for key in keys)
+    digests = (blake2b(text, digest_size=16, person=_NOISE_STREAM).digest() for text in texts)
+    uniform_BL = uniform_inside(raw_bits(digests, patches))
     return torch.from_numpy((-np.log(-np.log(uniform_BL))).astype(np.float32))
 
 

@@ -46,11 +46,17 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         raise MismatchError(
             f"{run} holds {checkpoint.path.name}, which does not say what it was trained with; name another folder"
         )
+    if found.get("order") != configuration.get("order") and not checkpoint.record["finished"]:
+        raise MismatchError(
+            f"{run} was begun by another version of milan-pipe, which takes samples in another order (version "
+            f"{found.get('order', 1)}, here {configuration.get('order', 1)}); train in another folder. "
+            f"{checkpoint.path.name} can still be evaluated and exported"
+        )
     # Through JSON, as the other side went: tuples are lists there.
     theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))
     differences = [
         f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
-        for name in sorted(theirs.keys() | ours.keys())
+        for name in sorted((theirs.keys() | ours.keys()) - {"order"})
         if theirs.get(name) != ours.get(name)
     ]
     if differences:

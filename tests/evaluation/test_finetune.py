@@ -29,7 +29,7 @@ from milan_pipe.evaluation.batches import SampleRequest, StepPlan, share_of_clas
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
 from milan_pipe.evaluation.finetune import finetune
 from milan_pipe.evaluation.lars_probe import lars_probe
-from milan_pipe.evaluation.randomness import permutation, seeded
+from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
@@ -222,11 +222,6 @@ def test_a_share_of_the_labels_is_a_share_of_each_class() -> None:
     assert np.bincount(labels[few]).tolist() == [10, 5, 1]
     assert set(few) <= set(share_of_classes(labels, 0.5, seed=0))
     assert few.tolist() != share_of_classes(labels, 0.1, seed=1).tolist()
-
-
-def test_permutation_is_pinned() -> None:
-    assert permutation(6, 0, 1).tolist() == permutation(6, 0, 1).tolist()
-    assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
 
 
 def test_augmentation_depends_on_seed_epoch_and_key_alone(shards: Path) -> None:

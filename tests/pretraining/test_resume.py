@@ -26,6 +26,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
+from milan_pipe.pretraining.configuration import configuration_of
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
@@ -194,6 +195,22 @@ def test_another_configuration_is_refused_and_says_what_differs(
     with pytest.raises(MismatchError, match=r"targets\.samples"):
         go(other, head, tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_another_order_of_samples_ends_as_it_is_and_does_not_go_on(
+    store: Path, head: StoreHeader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_order(*args: Any) -> dict[str, Any]:
+        return {name: value for name, value in configuration_of(*args).items() if name != "order"}
+
+    monkeypatch.setattr("milan_pipe.pretraining.run.configuration_of", without_order)
+    with pytest.raises(StopAtError):
+        go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
+    finished = go(store, head, tmp_path / "finished")
+    monkeypatch.undo()
+    with pytest.raises(MismatchError, match=r"another order \(version 1, here 2\); train in another folder"):
+        go(store, head, tmp_path / "run")
+    assert go(store, head, tmp_path / "finished").loss == finished.loss
 
 
 def test_a_converted_store_may_take_over(store: Path, head: StoreHeader, whole: Path, tmp_path: Path) -> None:

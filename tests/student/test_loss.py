@@ -68,7 +68,7 @@ def test_pixel_target_refuses_other_shapes(shape):
 
 def test_masked_loss_counts_masked_patches_only():
     order = torch.stack([torch.randperm(6) for _ in range(2)])
-    split = MaskSplit.from_order(order, 2)
+    split = MaskSplit(*order.tensor_split([2], dim=1))
     prediction = torch.randn(2, 7, 12, requires_grad=True)
     target = torch.randn(2, 6, 12)
     loss = masked_loss(prediction, target, split)
@@ -82,10 +82,11 @@ def test_masked_loss_counts_masked_patches_only():
 
 
 def test_masked_loss_refuses_what_does_not_fit():
-    split = MaskSplit.from_order(torch.arange(6).expand(2, 6), 2)
+    split = MaskSplit(*torch.arange(6).expand(2, 6).tensor_split([2], dim=1))
     with pytest.raises(ShapeError, match="CLS in the prediction only"):
         masked_loss(torch.zeros(2, 6, 12), torch.zeros(2, 6, 12), split)
     with pytest.raises(ShapeError, match="CLS in the prediction only"):
         masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit(split.keep_BV[:1], split.masked_BM[:1]))
+    all_visible = MaskSplit(*torch.arange(6).expand(2, 6).tensor_split([6], dim=1))
     with pytest.raises(ShapeError, match="all 6 patches are visible"):
-        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit.from_order(torch.arange(6).expand(2, 6), 6))
+        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), all_visible)

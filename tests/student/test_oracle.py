@@ -45,7 +45,7 @@ def test_forward_loss_and_gradients_agree(oracle):
     meta, tensors = oracle
     student = loaded(meta, tensors)
     visible = tensors["io/latent"].shape[1] - 1
-    split = MaskSplit.from_order(tensors["io/ids_shuffle"], visible)
+    split = MaskSplit(*tensors["io/ids_shuffle"].tensor_split([visible], dim=1))
     assert_close(split.restore_index(), tensors["io/ids_restore"])
     assert_close(split.masked_map().float(), tensors["io/mask"])
 
@@ -67,7 +67,7 @@ def test_forward_loss_and_gradients_agree(oracle):
 def test_order_inside_the_split_does_not_matter(oracle):
     meta, tensors = oracle
     student = loaded(meta, tensors)
-    given = MaskSplit.from_order(tensors["io/ids_shuffle"], tensors["io/latent"].shape[1] - 1)
+    given = MaskSplit(*tensors["io/ids_shuffle"].tensor_split([tensors["io/latent"].shape[1] - 1], dim=1))
     ascending = MaskSplit(given.keep_BV.sort(dim=1).values, given.masked_BM.sort(dim=1).values)
     with torch.no_grad():
         assert_close(student(tensors["io/images"], ascending), tensors["io/prediction"], **TOLERANCE)
@@ -86,7 +86,7 @@ def test_round_trip_through_the_published_names(kind):
     state["other.weight"] = torch.zeros(1)
     again = student_from_published(state, decoder_heads=3, prefix="module.")
     assert type(again.decoder) is type(student.decoder)
-    images, split = torch.randn(2, 3, 16, 16), MaskSplit.from_order(torch.arange(16).expand(2, 16), 4)
+    images, split = torch.randn(2, 3, 16, 16), MaskSplit(*torch.arange(16).expand(2, 16).tensor_split([4], dim=1))
     assert_close(again(images, split), student(images, split), rtol=0, atol=0)
     assert not again.encoder.pos_embed.requires_grad
     assert not again.decoder.decoder_pos_embed.requires_grad
@@ -116,7 +116,7 @@ def test_odd_sizes_are_read_from_the_tensors():
     with pytest.raises(MismatchError, match="image_size 20 x 6"):
         student_from_published(state, encoder_heads=5, decoder_heads=2, image_size=(20, 6))
     again = student_from_published(state, encoder_heads=5, decoder_heads=2, image_size=(6, 20))
-    images, split = torch.randn(2, 4, 6, 20), MaskSplit.from_order(torch.arange(12).expand(2, 12), 3)
+    images, split = torch.randn(2, 4, 6, 20), MaskSplit(*torch.arange(12).expand(2, 12).tensor_split([3], dim=1))
     assert_close(again(images, split), student(images, split))
     assert again(images, split).shape == (2, 13, 7)
 
