@@ -31,6 +31,11 @@ def resource_hint(error: BaseException) -> str | None:
     return _RAN_OUT.get(number) if number is not None else None
 
 
+def system_reason(error: BaseException) -> str:
+    """Why the system or a library refused, for the end of a message; see `resource_hint`."""
+    return resource_hint(error) or getattr(error, "strerror", None) or str(error)
+
+
 def without_password(text: str) -> str:
     """Text in which no URL has its user and password."""
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)

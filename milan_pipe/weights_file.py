@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError, resource_hint
+from milan_pipe.storage.local import whole_file
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
@@ -20,29 +20,14 @@ _MOST_NAMED = 3
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, beside its place and renamed, with the mode that the umask gives to files.
+    """Write a safetensors file, whole or not at all.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; nothing is left of it.
+        OSError, SafetensorError: it cannot be written.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
+    with whole_file(path) as partial:
         save_file(whole, partial, None if metadata is None else dict(metadata))
-        give_mode(partial, mode)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def give_mode(path: Path, mode: int) -> None:
-    """Give a file that safetensors wrote, which is its owner's alone, the mode of one that was made as files are."""
-    # Asked of a file: reading the umask would change it for other threads. Not every file system has modes to change.
-    if path.stat().st_mode != mode:
-        path.chmod(mode & 0o777)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

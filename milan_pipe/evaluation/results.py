@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milan_pipe.errors import DataError, StoreError
+from milan_pipe.storage.local import write_file
 
 FOLDER = "evaluations"
 _VERSION = 1
@@ -64,9 +65,7 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     file = folder / f"{evaluation.task}-{name}.json"
     make_folder(folder)
     try:
-        partial = file.with_name(f".partial-{file.name}")
-        partial.write_text(json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n")
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error.strerror or error}; {_ADVICE}") from error
     return file

@@ -34,6 +34,7 @@ from milan_pipe.evaluation.sliding import predict
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
 from milan_pipe.random_bits import seed_of
+from milan_pipe.storage.local import write_file
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
@@ -244,7 +245,7 @@ class SegmentTask(Task[MaskBatch]):
             for row, score in zip(table, class_scores(multi_GG, self._names), strict=True):
                 row |= {"ms_iou": score.iou, "ms_acc": score.acc}
         if self._ranks.first:
-            (self._run_folder / PER_CLASS_FILE).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+            write_file(self._run_folder / PER_CLASS_FILE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         return scores
 
     @torch.inference_mode()

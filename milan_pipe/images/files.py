@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from milan_pipe.errors import DataError
-from milan_pipe.storage import open_regular
+from milan_pipe.storage.local import open_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Suffixes, in lower case and without the dot, of the images that are read."""

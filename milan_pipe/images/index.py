@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.images.files import read_regular
+from milan_pipe.storage.local import write_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -69,14 +69,8 @@ def write_index(folder: Path, index: ImageIndex) -> None:
         "shards": [asdict(shard) for shard in index.shards],
     }
     target = folder / INDEX_NAME
-    partial = folder / f".{INDEX_NAME}.partial"
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(plain, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        write_file(target, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise StoreError(f"{target} cannot be written: {error.strerror or error}") from error
 

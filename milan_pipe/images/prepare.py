@@ -33,7 +33,8 @@ from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, read_file
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
-from milan_pipe.storage import is_url, local_folder
+from milan_pipe.storage import is_url, local_folder, location_of
+from milan_pipe.storage.local import beside, flush
 
 DEMO = "demo"
 """The source that is rendered and not read."""
@@ -352,8 +353,7 @@ def _claim(images: Path, source: Mapping[str, Any]) -> None:
     (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
     for name in own & present:
         (images / name).unlink()
-    for left in images.glob(".*.partial"):
-        left.unlink()
+    location_of(images).clear_scratch()
 
 
 def _described(marker: Path) -> Mapping[str, Any] | None:
@@ -390,7 +390,7 @@ def _pack_all(
 ) -> tuple[list[ShardRecord], list[tuple[str, str, str]]]:
     """Run all jobs; final names are given in job order, so that a job without a readable image leaves no gap."""
     total, done = sum(job.size for job in plan.jobs), 0
-    paths = [images / f".{number:06d}.tar.partial" for number in range(len(plan.jobs))]
+    paths = [beside(images / f"{number:06d}.tar") for number in range(len(plan.jobs))]
     shards: list[ShardRecord] = []
     bad: list[tuple[str, str, str]] = []
     counts: dict[str, int] = {}
@@ -439,17 +439,15 @@ def _pack(job: _Job, path: Path) -> _Packed:
     skip = partial(_skip, bad)
     members = _scene_members(job.content) if isinstance(job.content, _Scenes) else _image_members(job.content, skip)
     samples = 0
-    with path.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-            for key, parts in members:
-                samples += 1
-                for suffix, data in parts.items():
-                    # A bare header: time, owner and mode are the defaults 0, 0 and 0o644 on every machine.
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        file.flush()
-        os.fsync(file.fileno())
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+        for key, parts in members:
+            samples += 1
+            for suffix, data in parts.items():
+                # A bare header: time, owner and mode are the defaults 0, 0 and 0o644 on every machine.
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    flush(path)
     if not samples:
         path.unlink()
         return _Packed(samples=0, bytes=0, sha256="", bad=bad)

@@ -12,11 +12,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import StoreError
+from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
+from milan_pipe.storage import location_of
+from milan_pipe.storage.local import file_mode
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-from milan_pipe.weights_file import give_mode, require_folder_name
+from milan_pipe.weights_file import require_folder_name
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
@@ -89,26 +91,29 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target} is there and not empty; name another folder, or remove this one first")
-    partial = target.with_name(f".partial-{target.name}")
+    location = location_of(target.parent)
+    location.clear_scratch(target.name)
+    scratch = location.scratch(target.name)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         described: Any = encoder
         described.pretrained_cfg = input_of(config, encoder.num_classes, opened.record["crop"] if tuned else CROP)
         save_for_hf(
             encoder,
-            str(partial),
+            str(scratch),
             model_config={"milan_pipe": _origin(opened), **labels},
             model_args=arguments,
             safe_serialization=True,
         )
-        give_mode(partial / WEIGHTS_FILE, (partial / CONFIG_FILE).stat().st_mode)
+        file_mode(scratch / WEIGHTS_FILE, (scratch / CONFIG_FILE).stat().st_mode)
         if target.exists():
             target.rmdir()
-        partial.rename(target)
+        location.publish(scratch, target.name)
+    except StoreError:
+        raise
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StoreError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise StoreError(f"{target} cannot be written: {system_reason(error)}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return ExportReport(
         folder=str(target),
         weights=str(target / WEIGHTS_FILE),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from milan_pipe.digests import sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, resource_hint
-from milan_pipe.storage import flush
+from milan_pipe.storage.local import flush
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1

@@ -24,6 +24,7 @@ from milan_pipe import __version__
 from milan_pipe.config.training import Parallel, RunSettings
 from milan_pipe.errors import DataError, StoppedError, StoreError, resource_hint
 from milan_pipe.storage import local_folder
+from milan_pipe.storage.local import write_file
 from milan_pipe.training.checkpoint import Checkpoint, keep_last, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.lock import only_writer
@@ -387,7 +388,7 @@ class _Run(Generic[B]):
         state = self.state()
         if self.ranks.first:
             # The checkpoint goes last: it is what says that the run is finished.
-            (self.run / _REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
+            write_file(self.run / _REPORT, json.dumps(asdict(report), indent=2) + "\n")
         return replace(report, checkpoint=str(self.saver.save(last.step, state, finished=True)))
 
 

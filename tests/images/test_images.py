@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 from support.s3 import Proxy
 
-from milan_pipe import storage
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images import decode, tar
 from milan_pipe.images.decode import decode_image
@@ -26,7 +25,7 @@ from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, rea
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.images.tar import Sample, read_shard, split_member_name
-from milan_pipe.storage import location_of
+from milan_pipe.storage import location_of, object_store
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -646,7 +645,7 @@ def test_many_shards_are_looked_for_by_one_listing(proxied_bucket: str, s3_proxy
 
 @pytest.fixture
 def blocks_of_80_kb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milan_pipe.storage._READ_AHEAD_BYTES", 80_000)
+    monkeypatch.setattr("milan_pipe.storage.object_store.READ_AHEAD_BYTES", 80_000)
 
 
 def images_of_many_sizes() -> list[tuple[str, bytes]]:
@@ -684,7 +683,7 @@ def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: 
 def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
     proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
 ) -> None:
-    monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
     members = images_of_many_sizes()
     if rest == "headers":
         members[4:] = [(f"{n:03d}.npy", bytes(5000)) for n in range(100)]

@@ -92,7 +92,7 @@ def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(tmp_path: Path)
     with pytest.raises(StoreError, match="not empty"):
         export_student(tmp_path / "run", tmp_path / "taken")
     (tmp_path / "flat").write_text("")
-    with pytest.raises(StoreError, match="cannot be written"):
+    with pytest.raises(StoreError, match="cannot be made"):
         export_student(tmp_path / "run", tmp_path / "flat" / "out")
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
     change_record(folder, lambda record: record["student"].update(depth=3))

@@ -27,13 +27,12 @@ from support.s3 import Proxy, free_port
 from support.targets import tree
 from support.wild import Command, encoded, scene
 
-from milan_pipe import storage
 from milan_pipe.api import extract_targets
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import prepare
-from milan_pipe.storage import location_of
+from milan_pipe.storage import location_of, object_store
 
 SETTINGS = {
     "views.count": 2,
@@ -96,7 +95,7 @@ def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience of one second in place of twenty."""
-    monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
 
 
 def upload(folder: Path, where: str) -> str:

@@ -18,15 +18,14 @@ from pathlib import Path
 import pytest
 from support.s3 import Proxy, free_port
 
-from milan_pipe import storage
 from milan_pipe.errors import MissingError, SettingError, StoreError
-from milan_pipe.storage import location_of
+from milan_pipe.storage import location_of, object_store
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience of one second in place of twenty."""
-    monkeypatch.setitem(storage._RETRIES, "retry_timeout", timedelta(seconds=1))
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
 
 
 def message(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -39,10 +38,10 @@ def message(caught: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 def test_patience_is_bounded_and_pauses_grow() -> None:
-    assert storage._RETRIES["retry_timeout"] <= timedelta(seconds=30)
-    assert storage._TIMEOUTS["connect_timeout"] <= timedelta(seconds=10)
+    assert object_store.RETRIES["retry_timeout"] <= timedelta(seconds=30)
+    assert object_store.TIMEOUTS["connect_timeout"] <= timedelta(seconds=10)
     # A pause is drawn from the first one up to `base` times the last; its logarithm grows by ln(base) - 1 on average.
-    assert storage._RETRIES["backoff"]["base"] > 3
+    assert object_store.RETRIES["backoff"]["base"] > 3
 
 
 def test_every_third_request_fails_and_all_goes_on(flaky_bucket: str, s3_proxy: Proxy) -> None:
@@ -128,7 +127,7 @@ def silent_endpoint() -> Iterator[str]:
 
 @pytest.mark.usefixtures("soon", "aws_environment")
 def test_nobody_answers(silent_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(storage._TIMEOUTS, "timeout", timedelta(seconds=1))
+    monkeypatch.setitem(object_store.TIMEOUTS, "timeout", timedelta(seconds=1))
     monkeypatch.setenv("AWS_ENDPOINT_URL", silent_endpoint)
     begin = time.monotonic()
     with pytest.raises(StoreError, match=rf"no answer from {silent_endpoint}: ") as caught:
@@ -190,7 +189,7 @@ def test_profiles_of_the_aws_tools(
 
 
 def test_a_file_that_is_replaced_while_it_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(object_store, "READ_AHEAD_BYTES", 1000)
     location = location_of(bucket)
     location.write("a", b"1" * 10_000)
     with location.open("a") as file:
@@ -206,7 +205,7 @@ def test_a_file_that_is_replaced_while_it_is_read(bucket: str, monkeypatch: pyte
 def test_reading_ahead_fetches_each_byte_once(
     proxied_bucket: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 300_000)
+    monkeypatch.setattr(object_store, "READ_AHEAD_BYTES", 300_000)
     data = os.urandom(2_000_000)
     location = location_of(proxied_bucket)
     location.write("a", data)
@@ -231,8 +230,8 @@ def test_the_next_block_comes_while_one_is_used() -> None:
             second.set()
         return bytes(stop - start)
 
-    size = storage._READ_AHEAD_BYTES + 10
-    with io.BufferedReader(storage._RemoteFile(fetch, size)) as file:
+    size = object_store.READ_AHEAD_BYTES + 10
+    with io.BufferedReader(object_store.RemoteFile(fetch, size)) as file:
         assert file.read(1) == b"\0"
         assert second.wait(10)
         assert len(file.read()) == size - 1

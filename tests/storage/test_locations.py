@@ -9,6 +9,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from milan_pipe import storage
 from milan_pipe.errors import MissingError, SettingError, StoreError
-from milan_pipe.storage import SCRATCH, Location, is_url, location_of, split_url
+from milan_pipe.storage import SCRATCH, Listing, Location, is_url, location_of, object_store, split_url
 
 
 def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
@@ -73,13 +73,13 @@ class PlaceContract:
                 ask()
             one_line(caught)
         assert location.child("gone").sizes() == {}
-        assert location.child("gone").listing() == storage.Listing(files={}, folders=())
+        assert location.child("gone").listing() == Listing(files={}, folders=())
         assert location.child("gone").present(["a"]) == {}
 
     def test_an_open_file_seeks_and_reads_like_any_other(
         self, location: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(storage, "_READ_AHEAD_BYTES", 100_000)
+        monkeypatch.setattr(object_store, "READ_AHEAD_BYTES", 100_000)
         data = os.urandom(1_000_000)
         location.write("a", data)
         (tmp_path / "same").write_bytes(data)
@@ -123,8 +123,8 @@ class PlaceContract:
         assert location.sizes("a") == {"1": 1, "b/22": 2, "b/c/333": 3}
         assert list(location.sizes()) == ["a/1", "a/b/22", "a/b/c/333", "ab/1", "top"]
         assert location.child("a").sizes("b") == {"22": 2, "c/333": 3}
-        assert location.child("a").listing() == storage.Listing(files={"1": 1}, folders=("b",))
-        assert location.listing() == storage.Listing(files={"top": 3}, folders=("a", "ab"))
+        assert location.child("a").listing() == Listing(files={"1": 1}, folders=("b",))
+        assert location.listing() == Listing(files={"top": 3}, folders=("a", "ab"))
         assert location.present(["top", "a", "gone"]) == {"top": 3}
 
     def test_many_names_are_found_as_few_are(self, location: Location) -> None:
@@ -326,15 +326,19 @@ class TestBucket(PlaceContract):
                 ask()
             one_line(caught)
 
-    def test_scratch_of_another_user_is_not_used(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_scratch_is_its_users_alone(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         location = location_of(bucket)
         path = location.scratch("a")
-        assert path.parent.stat().st_mode & 0o077 == 0
-        someone = os.getuid() + 1
-        path.parent.rename(path.parent.with_name(path.parent.name.replace(f"-{os.getuid()}-", f"-{someone}-")))
-        monkeypatch.setattr(os, "getuid", lambda: someone)
-        with pytest.raises(StoreError, match="belongs to another user; set TMPDIR"):
-            location.scratch("a")
+        assert path.stat().st_mode & 0o077 == 0
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+        location.clear_scratch()
+        assert path.exists()
+        assert location.scratch("a") != path
+
+    def test_no_room_for_scratch_says_where_to_find_some(self, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", "/dev/null")
+        with pytest.raises(StoreError, match="TMPDIR"):
+            location_of(bucket).scratch("a")
 
 
 def test_words_of_urls() -> None:

@@ -1,0 +1,14 @@
+"""Folders of files on a local disk or in an object store, behind one small interface."""
+
+from milan_pipe.storage.location import (
+    SCRATCH,
+    Listing,
+    Location,
+    is_url,
+    local_folder,
+    location_of,
+    require_writable,
+    split_url,
+)
+
+__all__ = ["SCRATCH", "Listing", "Location", "is_url", "local_folder", "location_of", "require_writable", "split_url"]
