@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from milan_pipe.drawing.patches import heat, on_pixels, only_visible
-from milan_pipe.errors import StoreError
 
 _GAP, _LINE, _LEAST_SIDE = 8, 14, 192
 _MOST_SIDE = 224
@@ -191,16 +189,3 @@ def file_url(data: bytes) -> str:
     """A PNG or JPEG file as part of a page."""
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Write a page or an image, its folder too.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"{file} cannot be written: {error.strerror or error}; choose another folder") from error

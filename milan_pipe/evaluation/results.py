@@ -63,11 +63,7 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """
     name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
     file = folder / f"{evaluation.task}-{name}.json"
-    make_folder(folder)
-    try:
-        write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n")
-    except OSError as error:
-        raise StoreError(f"{file} cannot be written: {error.strerror or error}; {_ADVICE}") from error
+    write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", _ADVICE)
     return file
 
 

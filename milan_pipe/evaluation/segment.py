@@ -23,7 +23,7 @@ from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import RESUMABLE
-from milan_pipe.drawing.sheet import draw_sheet, segmentation_sheet, write_file
+from milan_pipe.drawing.sheet import draw_sheet, segmentation_sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes

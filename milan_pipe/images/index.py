@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.images.files import read_regular
 from milan_pipe.storage.local import write_file
 
@@ -68,11 +68,7 @@ def write_index(folder: Path, index: ImageIndex) -> None:
         **({} if index.mask_classes is None else {"mask_classes": list(index.mask_classes)}),
         "shards": [asdict(shard) for shard in index.shards],
     }
-    target = folder / INDEX_NAME
-    try:
-        write_file(target, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error.strerror or error}") from error
+    write_file(folder / INDEX_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_index(folder: str | Path) -> ImageIndex:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from milan_pipe.drawing.sheet import draw_sheet, mask_sheet, write_file
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.pretraining.objective import Objective
+from milan_pipe.storage.local import write_file
 from milan_pipe.targets.schema import TargetReader
 
 _SAMPLES = 8

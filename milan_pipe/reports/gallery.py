@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import quote
 
 from milan_pipe.drawing.page import render
-from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line, write_file
+from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line
+from milan_pipe.storage.local import write_file
 
 _LONGEST = 160
 
@@ -47,5 +48,5 @@ def write_gallery(
         write_file(image, draw_sheet(sheet))
     page = folder / "index.html"
     text = render("gallery.html.j2", title=title, facts=facts, sheets=[embedded(sheet) for sheet in sheets])
-    write_file(page, text.encode())
+    write_file(page, text)
     return str(page), tuple(map(str, images))

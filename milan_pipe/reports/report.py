@@ -14,7 +14,7 @@ import yaml
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.charts import Curve, line_chart
 from milan_pipe.drawing.page import render
-from milan_pipe.drawing.sheet import file_url, write_file
+from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.reports.gallery import embedded
@@ -25,6 +25,7 @@ from milan_pipe.reports.samples import choose_samples
 from milan_pipe.reports.scores import Cell, Table, transfer_table
 from milan_pipe.reports.store_facts import store_facts
 from milan_pipe.storage import local_folder
+from milan_pipe.storage.local import write_file
 from milan_pipe.targets.store import TargetStore, open_targets
 
 _TARGET_SAMPLES, _STUDENT_SAMPLES = 2, 4

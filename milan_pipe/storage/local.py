@@ -89,7 +89,8 @@ class LocalFolder(Location):
         for attempt in range(_WRITE_ATTEMPTS):
             try:
                 final.parent.mkdir(parents=True, exist_ok=True)
-                write_file(final, data, replace=replace)
+                with whole_file(final, replace=replace) as partial:
+                    partial.write_bytes(data)
                 break
             except OSError as error:
                 if isinstance(error, FileExistsError) and not replace and final.exists():
@@ -181,10 +182,18 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
             partial.unlink()
 
 
-def write_file(path: Path, data: bytes | str, *, replace: bool = True) -> None:
-    """Write bytes, or text as UTF-8; see `whole_file`."""
-    with whole_file(path, replace=replace) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+def write_file(path: Path, data: bytes | str, advice: str = "make room, or choose another folder") -> None:
+    """Write bytes, or text as UTF-8, whole or not at all; makes the folder.
+
+    Raises:
+        StoreError: it cannot be written; ends with `advice`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {system_reason(error)}; {advice}") from error
 
 
 def file_mode(path: Path, mode: int) -> None:

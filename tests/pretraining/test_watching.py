@@ -18,11 +18,12 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings, Target
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.drawing.patches import heat
-from milan_pipe.drawing.sheet import draw_sheet, mask_sheet, write_file
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError, StoreError
 from milan_pipe.evaluation.features import LabelledFeatures, kept_features
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.pretraining.run import pretrain
+from milan_pipe.storage.local import write_file
 
 HEAD = header(format="zarr", shards=1)
 STUDENT = StudentSettings(
