@@ -1,4 +1,4 @@
-"""Files of weights: tensors by name, and of those that others wrote nothing that would have to be trusted."""
+"""Files of weights, tensors by name; of other people's files nothing that would have to be trusted is read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError, resource_hint
+from milan_pipe.errors import (
+    DataError,
+    MismatchError,
+    MissingError,
+    SettingError,
+    StoreError,
+    resource_hint,
+    system_reason,
+)
 from milan_pipe.storage.local import whole_file
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -20,34 +29,39 @@ _MOST_NAMED = 3
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all; makes the folder.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        StoreError: it cannot be written.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        save_file(whole, partial, None if metadata is None else dict(metadata))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            save_file(whole, partial, None if metadata is None else dict(metadata))
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be written: {system_reason(error)}") from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU.
 
     Raises:
-        OSError: it cannot be opened.
-        SafetensorError: it is damaged.
+        StoreError: it cannot be read.
+        DataError: it is damaged.
     """
-    require_opens(path)
-    return load_file(path)
+    try:
+        require_opens(path)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) or resource_hint(error):
+            raise StoreError(f"{path} cannot be read: {system_reason(error)}") from error
+        raise DataError(f"{path} is damaged ({error})") from error
 
 
 def require_opens(path: Path) -> None:
-    """Have what keeps a safetensors file from being opened said as it is.
-
-    Raises:
-        OSError: with the system's reason.
-    """
-    # The library opens a file twice, and calls whatever keeps it from that "No such file".
+    """Raise what keeps a safetensors file from being opened, as OSError with the system's reason."""
+    # The library opens a file twice, and calls every failure "No such file".
     with path.open("rb"), path.open("rb"):
         pass
 
@@ -76,61 +90,37 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _objects_in(path: Path) -> str:
-    """Names of the Python objects that the file would have unpickled, as far as torch names them."""
-    try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    # Of a damaged file this fails in as many ways as loading does.
-    except Exception:
-        return ""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
-def _read_torch(path: Path, nested: Sequence[str]) -> dict[str, Tensor]:
-    # Asked first, as torch.load goes on to its loader of programs.
-    if is_torchscript(path):
-        raise DataError(f"checkpoint {path} is a TorchScript program, {_EXPECTED}")
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for key in nested:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict):
-        raise DataError(f"checkpoint {path} holds a {type(content).__name__}, {_EXPECTED}")
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-
-
 def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:
     """Tensors of a file, by name, on the CPU.
 
     Args:
-        path: a safetensors file, by its suffix, or a file of `torch.save`, of which tensors alone are read: Python
+        path: a safetensors file, by its suffix, or a file of `torch.save`, of which only tensors are read: Python
             objects are refused and never unpickled.
-        nested: where a file of `torch.save` is a dict of more than weights, keys under which they may lie.
+        nested: keys under which a file of `torch.save` may hold its weights.
 
     Raises:
         MissingError: there is no such file.
         DataError: the file cannot be read, or holds no tensors; names the objects that were refused.
-        StoreError: the machine has run out of what reading takes, as open files.
+        StoreError: the machine has run out of a resource, as open files.
     """
     if not path.is_file():
         raise MissingError(f"checkpoint {path} is not there; {_EXPECTED}")
     try:
-        weights = load_tensors(path) if path.suffix == ".safetensors" else _read_torch(path, nested)
+        if path.suffix == ".safetensors":
+            require_opens(path)
+            weights = load_file(path)
+        else:
+            weights = _read_torch(path, nested)
     except DataError:
         raise
-    except OSError as error:
-        if hint := resource_hint(error):
-            raise StoreError(f"checkpoint {path} cannot be read: {hint}") from error
-        raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
     # Readers of damaged files raise UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError and more. Their
     # words are left out: torch advises to unpickle what it refused.
     except Exception as error:
         if hint := resource_hint(error):
             raise StoreError(f"checkpoint {path} cannot be read: {hint}") from error
-        objects = _objects_in(path) if path.suffix != ".safetensors" else ""
-        if objects:
+        if isinstance(error, OSError):
+            raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
+        if objects := _objects_in(path):
             raise DataError(
                 f"checkpoint {path} holds Python objects beside its tensors ({objects}), which are never unpickled "
                 f"here; {_EXPECTED}. If you trust its author, load it with torch.load yourself and save the state dict "
@@ -144,24 +134,56 @@ def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) ->
     return weights
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def _read_torch(path: Path, nested: Sequence[str]) -> dict[str, Tensor]:
+    # Checked first, as torch.load goes on to its loader of programs.
+    if is_torchscript(path):
+        raise DataError(f"checkpoint {path} is a TorchScript program, {_EXPECTED}")
+    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    for key in nested:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise DataError(f"checkpoint {path} holds a {type(content).__name__}, {_EXPECTED}")
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _objects_in(path: Path) -> str:
+    """Names of the Python objects that a file of `torch.save` would have unpickled, as far as torch names them."""
+    try:
+        return _some(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    # It fails for a damaged file in as many ways as loading does.
+    except Exception:
+        return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """How names and shapes of tensors differ from the expected ones, with the first names; empty if not at all."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    kinds = ("it lacks ", missing), ("it also has ", extra), ("", shapes)
+    return "; ".join(text + _some(names) for text, names in kinds if names)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, name: str = "the model") -> None:
     """Load all tensors, in place; names and shapes must be the model's, every one.
 
     Args:
-        where: names the source in messages.
+        where, name: the source and the model, for the message.
 
     Raises:
         MismatchError: names the first tensors that are missing, not expected, or of another shape.
     """
-    expected = model.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
-        raise MismatchError(f"{where} does not fit the model: {'; '.join(problems[:_MOST_NAMED])}{more}")
-    model.load_state_dict(dict(tensors), strict=True)
+    if problems := mismatch(tensors, model.state_dict()):
+        raise MismatchError(f"{where} does not fit {name}: {problems}")
+    model.load_state_dict(dict(tensors))

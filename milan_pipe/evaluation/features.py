@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.config.evaluation import EmbedSettings, Pool
-from milan_pipe.errors import DataError, SettingError, ShapeError, StoreError, resource_hint
+from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
 from milan_pipe.images.labelled import is_class_folder, labelled_images
@@ -144,18 +143,12 @@ def kept_features(
         try:
             kept = load_tensors(file)
             return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
-        except OSError as error:
-            raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
-        except (SafetensorError, KeyError, ShapeError) as error:
+        except (DataError, KeyError, ShapeError) as error:
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}); remove it, features are then made anew"
             ) from None
     found = compute()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_weights({"features": found.features_NF, "labels": found.label_N}, file)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    write_weights({"features": found.features_NF, "labels": found.label_N}, file)
     return found
 
 

@@ -17,7 +17,7 @@ from milan_pipe.student.encoder import build_encoder
 from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.published import student_from_published
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
-from milan_pipe.weights_file import read_weights, require_folder_name
+from milan_pipe.weights_file import mismatch, read_weights, require_folder_name
 
 # timm's names of the plain ViTs, by width, depth and heads.
 _NAMES = {
@@ -65,16 +65,10 @@ def _student_config(encoder: VisionTransformer) -> StudentSettings:
 
 
 def _require_same_shapes(encoder: VisionTransformer, config: StudentSettings, where: Path) -> None:
-    expected, found = build_encoder(config).state_dict(), encoder.state_dict()
-    other = [
-        f"{name} {tuple(found[name].shape) if name in found else 'missing'}"
-        for name in sorted(expected.keys() | found.keys())
-        if name not in expected or name not in found or expected[name].shape != found[name].shape
-    ]
-    if other:
+    if problems := mismatch(encoder.state_dict(), build_encoder(config).state_dict()):
         raise MismatchError(
-            f"{where}: timm's {config.model!r} has no such ViT, it differs in {len(other)} tensors ({other[0]}); an "
-            "MLP 4 times the width and a query-key-value bias are expected"
+            f"{where} is no ViT that timm's {config.model!r} can be: {problems}; an MLP 4 times the width and a "
+            "query-key-value bias are expected"
         )
 
 

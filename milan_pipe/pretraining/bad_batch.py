@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import Precision
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
+from milan_pipe.errors import DataError, MissingError
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
@@ -83,11 +83,7 @@ def write_bad_batch(
         "header": header.model_dump(mode="json"),
         **{name: configuration[name] for name in ("student", "decoder", "masking", "target", "pretrain")},
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_weights(tensors, file, {"milan_pipe": json.dumps(metadata)})
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    write_weights(tensors, file, {"milan_pipe": json.dumps(metadata)})
     return file
 
 
@@ -98,16 +94,13 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_tensors(file)
         with safe_open(file, "pt") as opened:
             metadata = json.loads((opened.metadata() or {})["milan_pipe"])
-        if metadata["version"] != _VERSION:
-            raise DataError(f"{file} has version {metadata['version']}, this milan-pipe reads {_VERSION}")
-    except OSError as error:
-        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
+        version = metadata["version"]
+    except (KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"{file} cannot be read ({type(error).__name__}); expected a file that a run wrote under RUN/not-finite"
         ) from error
+    if version != _VERSION:
+        raise DataError(f"{file} has version {version}, this milan-pipe reads {_VERSION}")
     return metadata, tensors
 
 

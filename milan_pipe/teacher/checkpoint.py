@@ -10,10 +10,9 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from milan_pipe.errors import DataError, MismatchError
-from milan_pipe.weights_file import is_torchscript, read_weights
+from milan_pipe.weights_file import is_torchscript, load_weights, read_weights
 
 _TOWER = "visual."
-_NAMED = 3
 
 
 def _tower_keys(keys: list[str]) -> dict[str, str]:
@@ -38,11 +37,6 @@ def read_tower_weights(path: Path) -> dict[str, Tensor]:
     return {name: weights[key] for name, key in _tower_keys(list(weights)).items()}
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(sorted(names)[:_NAMED]) + more
-
-
 def load_tower_weights(visual: nn.Module, weights: dict[str, Tensor], name: str, where: str) -> None:
     """Put weights into an image tower, all of them and no others.
 
@@ -55,23 +49,10 @@ def load_tower_weights(visual: nn.Module, weights: dict[str, Tensor], name: str,
     whole = {_TOWER + key: value for key, value in weights.items()}
     resize_pos_embed(whole, SimpleNamespace(visual=visual))
     weights = {key.removeprefix(_TOWER): value for key, value in whole.items()}
-    tensors = visual.state_dict()
-    problems = []
-    if missing := [key for key in tensors if key not in weights]:
-        problems.append(f"it lacks {_some(missing)}")
-    if unknown := [key for key in weights if key not in tensors]:
-        problems.append(f"it has {_some(unknown)} that the tower has not")
-    problems += [
-        f"{key} is {tuple(weights[key].shape)}, expected {tuple(tensor.shape)}"
-        for key, tensor in tensors.items()
-        if key in weights and weights[key].shape != tensor.shape
-    ][:_NAMED]
-    if problems:
-        raise MismatchError(
-            f"checkpoint {where} does not fit the image tower of {name!r}: {'; '.join(problems)}. Set teacher.model to "
-            "the model that it was trained as"
-        )
-    visual.load_state_dict(weights)
+    try:
+        load_weights(visual, weights, f"checkpoint {where}", f"the image tower of {name!r}")
+    except MismatchError as error:
+        raise MismatchError(f"{error}. Set teacher.model to the model that it was trained as") from None
 
 
 def weights_sha256(visual: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and one JSON record, written beside its place and renamed."""
+"""Checkpoints: a folder of safetensors and one JSON record, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from milan_pipe.digests import sha256_of_file, verified, with_digest
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, resource_hint
-from milan_pipe.storage.local import flush
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
+from milan_pipe.storage import location_of
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
 _FOLDER, _RECORD = "checkpoints", "checkpoint.json"
-_NAME, _PARTIAL = "step-", ".partial-"
+_NAME = "step-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +53,24 @@ class Checkpoint:
                 raise MissingError(f"{self.path} has no {file.name}; {todo}")
             self._require_unchanged(file)
             return load_tensors(file)
-        except MissingError:
+        except DataError as error:
+            raise DataError(f"{error}; {_advice(self.path)}") from error
+        except MilanError:
             raise
         except OSError as error:
-            raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
-        except SafetensorError as error:
-            if hint := resource_hint(error):
-                raise StoreError(f"{file} cannot be read: {hint}") from error
-            raise DataError(f"{file} is damaged ({error}); {_advice(self.path)}") from error
+            raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
 
     def _require_unchanged(self, file: Path) -> None:
         if self.files is None:
             return
         if file.name not in self.files:
-            raise DataError(f"{file} is not among the files that {_RECORD} names; {_advice(self.path)}")
-        expected = self.files[file.name]
-        size = file.stat().st_size
+            raise DataError(f"{file} is not among the files that {_RECORD} names")
+        expected, size = self.files[file.name], file.stat().st_size
         if size != expected["bytes"]:
-            raise DataError(
-                f"{file} is damaged: it has {size} bytes, {_RECORD} says {expected['bytes']}; {_advice(self.path)}"
-            )
+            raise DataError(f"{file} is damaged: it has {size} bytes, {_RECORD} says {expected['bytes']}")
         digest = sha256_of_file(file)
         if digest != expected["sha256"]:
-            raise DataError(
-                f"{file} is damaged: its SHA-256 is {digest}, {_RECORD} says {expected['sha256']}; {_advice(self.path)}"
-            )
+            raise DataError(f"{file} is damaged: its SHA-256 is {digest}, {_RECORD} says {expected['sha256']}")
 
 
 def _advice(path: Path) -> str:
@@ -86,8 +78,8 @@ def _advice(path: Path) -> str:
     present = _checkpoints_in(path.parent)
     earlier = present[: present.index(path)] if path in present else []
     if earlier:
-        return f"use the earlier checkpoint {earlier[-1]}; with {path.name} removed, its run goes on from present"
-    return f"present is no earlier checkpoint; copy it again, or remove {path} to begin its run again"
+        return f"use the earlier checkpoint {earlier[-1]}; with {path.name} removed, its run goes on from that one"
+    return f"there is no earlier checkpoint; copy it again, or remove {path} to begin its run again"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -106,32 +98,27 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
         StoreError: the folder cannot be written; nothing is left of it.
     """
     final = checkpoint_path(run, step)
-    partial = final.with_name(f"{_PARTIAL}{final.name}")
+    folder = location_of(final.parent)
+    folder.clear_scratch()
     try:
-        _remove_partial(final.parent)
-        partial.mkdir(parents=True)
-        for name, tensors in parts.items():
-            write_weights(tensors, partial / f"{name}.safetensors")
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in sorted(partial.iterdir())
-        }
-        # Through JSON, as it will be read: the digest is of what is there then.
-        content = json.loads(json.dumps({"version": CHECKPOINT_VERSION, "step": step, **record, "files": files}))
-        text = json.dumps(with_digest(content), indent=2, sort_keys=True) + "\n"
-        (partial / _RECORD).write_text(text, encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        flush(final.parent)
-    except BaseException as error:
-        # What is left of it would keep the next attempt from a disk that is full.
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = resource_hint(error) or getattr(error, "strerror", None) or error
-            raise StoreError(f"checkpoint {final} cannot be written: {reason}") from error
-        raise
+        scratch = folder.scratch(final.name)
+        try:
+            for name, tensors in parts.items():
+                write_weights(tensors, scratch / f"{name}.safetensors")
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+                for path in sorted(scratch.iterdir())
+            }
+            # Through JSON, as it will be read: the digest is of the parsed values.
+            content = json.loads(json.dumps({"version": CHECKPOINT_VERSION, "step": step, **record, "files": files}))
+            text = json.dumps(with_digest(content), indent=2, sort_keys=True) + "\n"
+            (scratch / _RECORD).write_text(text, encoding="utf-8")
+            folder.publish(scratch, final.name)
+        finally:
+            # After a failure it would be in the way of the next attempt on a full disk.
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(f"checkpoint {final} cannot be written: {system_reason(error.__cause__ or error)}") from error
     return final
 
 
@@ -147,13 +134,6 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def _remove_partial(folder: Path) -> None:
-    """Remove what interrupted writes and removals left."""
-    for path in folder.glob(f"{_PARTIAL}{_NAME}*"):
-        if _step_of(path.with_name(path.name.removeprefix(_PARTIAL))) is not None:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def checkpoints_of(run: str | Path) -> list[Path]:
     """Checkpoint folders of a run, the last one last; what an interrupted write left is not among them."""
     return _checkpoints_in(Path(run) / _FOLDER)
@@ -166,13 +146,11 @@ def run_of(checkpoint: str | Path) -> Path | None:
 
 
 def keep_last(run: str | Path, count: int) -> None:
-    """Remove all checkpoints of a run but the last `count`, and what an interrupted write left."""
+    """Remove all checkpoints of a run but the last `count`, and the rest of interrupted writes."""
+    folder = location_of(Path(run) / _FOLDER)
     for path in checkpoints_of(run)[:-count]:
-        # Renamed first: a removal that is interrupted must not leave half a checkpoint under its name.
-        going = path.with_name(f"{_PARTIAL}{path.name}")
-        shutil.rmtree(going, ignore_errors=True)
-        path.rename(going)
-    _remove_partial(Path(run) / _FOLDER)
+        folder.remove(path.name)
+    folder.clear_scratch()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -199,7 +177,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise DataError(f"{file} is lost; {_advice(folder)}") from error
     except OSError as error:
-        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+        raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}); {_advice(folder)}") from error
     if version != CHECKPOINT_VERSION:

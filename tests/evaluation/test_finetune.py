@@ -531,5 +531,5 @@ def test_a_run_of_something_else(shards: Path, whole: Path, tmp_path: Path) -> N
 def test_a_checkpoint_of_another_width(shards: Path, tmp_path: Path) -> None:
     wide = build_encoder(TINY.model_copy(update={"width": 32}))
     save_checkpoint(tmp_path, 1, {"student": wide.state_dict()}, {"student": TINY.model_dump(mode="json")})
-    with pytest.raises(MismatchError, match=r"does not fit the model: .* has shape .* expected"):
+    with pytest.raises(MismatchError, match=r"does not fit the model: .* expected"):
         go(shards, tmp_path / "run", checkpoint=tmp_path)

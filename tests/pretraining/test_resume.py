@@ -225,7 +225,7 @@ def test_a_converted_store_may_take_over(store: Path, head: StoreHeader, whole: 
 
 def test_the_last_ones_are_kept_and_what_was_half_written_goes(store: Path, head: StoreHeader, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    half = run / "checkpoints" / ".partial-step-00000004"
+    half = run / "checkpoints" / f".partial-step-00000004-{0:032x}"
     half.mkdir(parents=True)
     (half / "student.safetensors").write_text("half")
     with pytest.raises(StopAtError):

@@ -156,7 +156,7 @@ def test_tag_is_fetched_and_loaded_as_a_file_is(monkeypatch, tmp_path):
 def test_checkpoint_of_another_model_is_one_line(name, tmp_path):
     other = FAMILIES[FAMILIES.index(name) - 1]
     path = save_as("model.safetensors", trained(other), tmp_path)
-    with pytest.raises(MismatchError, match=rf"model.safetensors does not fit.*'{name}'.*it lacks.*it has") as caught:
+    with pytest.raises(MismatchError, match=rf"model.safetensors does not fit.*'{name}'.*it lacks.*also has") as caught:
         loaded(name, path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600

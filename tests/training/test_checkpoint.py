@@ -63,7 +63,7 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 def test_what_an_interrupted_write_left_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    half = tmp_path / "checkpoints" / ".partial-step-00000002"
+    half = tmp_path / "checkpoints" / f".partial-step-00000002-{0:032x}"
     half.mkdir()
     (half / "student.safetensors").write_text("half")
     assert open_checkpoint(tmp_path).record["step"] == 1
@@ -94,7 +94,7 @@ for _ in range(2):
     except StoreError as error:
         print(error)
     print(*sorted(path.name for path in (run / "checkpoints").iterdir()))
-half = run / "checkpoints" / ".partial-step-00000002"
+half = run / "checkpoints" / f".partial-step-00000002-{0:032x}"
 half.mkdir()
 (half / "student.safetensors").write_bytes(bytes(1_000_000))
 save_checkpoint(run, 3, {"student": megabyte}, {})
