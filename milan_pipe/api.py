@@ -240,9 +240,10 @@ def knn(
         features: folder that keeps what is embedded.
         keep: folder for the result, which `report` reads; none: `evaluations` in the run of the checkpoint.
     """
-    from milan_pipe.evaluation.frozen import knn
+    from milan_pipe.evaluation.frozen import FrozenSets, knn
 
-    return knn(checkpoint, train, test, params or Params(), features=features, keep=keep, on_progress=on_progress)
+    params = params or Params()
+    return knn(FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress))
 
 
 def linear_probe(
@@ -256,10 +257,11 @@ def linear_probe(
     on_progress: Callable[[int], None] = _ignore,
 ) -> LinearProbeReport:
     """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` and `keep` as of `knn`."""
-    from milan_pipe.evaluation.frozen import linear_probe
+    from milan_pipe.evaluation.frozen import FrozenSets, linear_probe
 
+    params = params or Params()
     return linear_probe(
-        checkpoint, train, test, params or Params(), features=features, keep=keep, on_progress=on_progress
+        FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress)
     )
 
 

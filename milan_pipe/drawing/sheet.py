@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
@@ -136,20 +137,17 @@ def class_colours(classes: int) -> NDArray[np.uint8]:
     return colours
 
 
-def segmentation_sheet(
-    title: str,
-    keys: Sequence[str],
-    images: Sequence[NDArray[np.uint8]],
-    truths: Sequence[NDArray[np.int64]],
-    predictions: Sequence[NDArray[np.int64]],
-    classes: int,
-) -> Sheet:
-    """A row for each image, which may be of any size: image, truth and prediction; -1 is white, as no class.
+class Segmentation(NamedTuple):
+    """An image (H, W, 3) of any size, and class indices (H, W) that are true and predicted; -1 is no class."""
 
-    Args:
-        images: (H, W, 3) each.
-        truths, predictions: (H, W) each, class indices.
-    """
+    key: str
+    image: NDArray[np.uint8]
+    truth: NDArray[np.int64]
+    prediction: NDArray[np.int64]
+
+
+def segmentation_sheet(title: str, segmentations: Sequence[Segmentation], classes: int) -> Sheet:
+    """A row for each: image, truth and prediction; no class is white."""
     colours = class_colours(classes)
 
     def panel(pixels: NDArray[np.uint8], caption: str) -> Panel:
@@ -162,7 +160,7 @@ def segmentation_sheet(
         return np.where((index_HW >= 0)[..., None], colours[np.maximum(index_HW, 0)], _WHITE)
 
     rows = []
-    for key, image, truth, prediction in zip(keys, images, truths, predictions, strict=True):
+    for key, image, truth, prediction in segmentations:
         known = truth >= 0
         share = float((prediction == truth)[known].mean()) if known.any() else float("nan")
         panels = [

@@ -5,7 +5,10 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,13 +19,29 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from milan_pipe.config.evaluation import AugmentSettings
-from milan_pipe.errors import DataError, SettingError
+from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.features import centre_view
-from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledImages
+from milan_pipe.random_bits import seed_of
 from milan_pipe.student.pixels import normalise
+
+
+@contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Python's, numpy's and torch's global CPU generators as a function of `parts`; afterwards as they were."""
+    seed = seed_of(*parts)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
@@ -71,9 +90,8 @@ class TrainingImages:
     """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label)."""
 
     def __init__(self, images: LabelledImages, config: AugmentSettings, size: int, seed: int) -> None:
-        self._images = images
+        self._images, self._seed = images, seed
         self._view = training_view(config, size)
-        self._seed = seed
 
     def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
         """Raises DataError where the image cannot be read."""
@@ -82,19 +100,19 @@ class TrainingImages:
             return self._view(image), int(self._images.label_N[request.number])
 
 
+@dataclass(frozen=True)
 class TestImages:
-    """Image `SampleRequest.number` as it is shown at test time: (pixels_CHW, label)."""
+    """Image `SampleRequest.number` as in a test, its centre `crop`: (pixels_CHW, label)."""
 
-    def __init__(self, images: LabelledImages, size: int, crop: float) -> None:
-        self._images = images
-        self._size = size
-        self._crop = crop
+    images: LabelledImages
+    size: int
+    crop: float
 
     def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
         """Raises DataError where the image cannot be read."""
-        image = decode_image(self._images.read(request.number))
-        pixels_HWC = torch.from_numpy(np.array(centre_view(image, self._size, self._crop)))
-        return normalise(pixels_HWC[None])[0], int(self._images.label_N[request.number])
+        image = decode_image(self.images.read(request.number))
+        pixels_HWC = torch.from_numpy(np.array(centre_view(image, self.size, self.crop)))
+        return normalise(pixels_HWC[None])[0], int(self.images.label_N[request.number])
 
 
 def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | None:
@@ -117,13 +135,3 @@ def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | Non
         mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=classes
     )
     return mixup
-
-
-def require_labels(images: LabelledImages) -> None:
-    """Refuse a training set of one class alone.
-
-    Raises:
-        DataError: there are not two classes.
-    """
-    if len(np.unique(images.label_N)) < 2:
-        raise DataError(f"all images of {images.where} are of one class; a classifier needs two at least")

@@ -1,4 +1,4 @@
-"""The pretrained student that transfer begins with: its weights, its sizes, and its positions on another grid."""
+"""The pretrained student that an evaluation begins with."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ class Backbone:
     config: StudentSettings
     weights: Mapping[str, Tensor]
 
+    def encoder(self) -> VisionTransformer:
+        """A new encoder with these weights."""
+        encoder = build_encoder(self.config)
+        load_weights(encoder, self.weights, self.name)
+        return encoder
+
     def digest(self) -> str:
         """sha256 over names and values."""
         digest = hashlib.sha256()
@@ -50,15 +56,13 @@ def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransform
         DataError: the checkpoint does not say which student it holds, or is damaged.
         MismatchError: its tensors are not those of that student.
     """
-    sizes = checkpoint.record.get("student")
-    if not isinstance(sizes, dict) or checkpoint.record.get("task") is not None:
-        what = checkpoint.record.get("task")
-        found = f"holds what `milan-pipe {what}` trained" if what else "does not say which student it holds"
+    sizes, task = checkpoint.record.get("student"), checkpoint.record.get("task")
+    if not isinstance(sizes, dict) or task is not None:
+        found = f"holds what `milan-pipe {task}` trained" if task else "does not say which student it holds"
         raise DataError(f"{checkpoint.path} {found}; name one that `milan-pipe pretrain` wrote")
     config: StudentSettings = StudentSettings.parse(sizes, f"{checkpoint.path}, student")
-    encoder = build_encoder(config)
-    load_weights(encoder, checkpoint.weights("student"), str(checkpoint.path))
-    return config, encoder
+    saved = Backbone(name=str(checkpoint.path), config=config, weights=checkpoint.weights("student"))
+    return config, saved.encoder()
 
 
 def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> Backbone:
@@ -80,10 +84,14 @@ def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> 
     return Backbone(name=str(opened.path), config=config, weights=encoder.state_dict())
 
 
-def positions_on(backbone: Backbone, grid: tuple[int, int]) -> Tensor:
-    """The position embedding (1, 1 + L, D) on another grid of patches: bicubic, as timm does; the same one stays."""
-    position_1SD = backbone.weights["pos_embed"]
-    if grid == grid_of(backbone.config):
-        return position_1SD
-    resampled: Tensor = resample_abs_pos_embed(position_1SD, list(grid), list(grid_of(backbone.config)))
-    return resampled
+def resized(backbone: Backbone, side: int | None) -> tuple[StudentSettings, dict[str, Tensor]]:
+    """Sizes and weights for an input of another side: positions are interpolated, bicubic, as timm does.
+
+    Raises:
+        SettingError: the patch does not divide `side`.
+    """
+    config = backbone.config if side is None else backbone.config.model_copy(update={"image_size": side})
+    weights, grid, old = dict(backbone.weights), list(grid_of(config)), list(grid_of(backbone.config))
+    if grid != old:
+        weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, old)
+    return config, weights

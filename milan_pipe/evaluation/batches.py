@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError
-from milan_pipe.images.tar import OnBad
 from milan_pipe.random_bits import permutation
 
 T = TypeVar("T")
@@ -43,23 +41,19 @@ class Batch(Generic[B]):
 
 @dataclass(frozen=True)
 class _Answer(Generic[B]):
-    """What a worker says to a list of requests: the batch, None where nothing is in it, and key and reason of bad ones.
-
-    Errors are handed over as values: the loader would wrap what is raised into its own text and traceback.
-    """
+    """What a worker makes of a list of requests: a batch, if any image can be read, and key and reason of bad ones."""
 
     batch: Batch[B] | None
-    bad: tuple[tuple[str, str], ...]
+    bad: Sequence[tuple[str, str]]
+    # A value: the loader would wrap what is raised into its own text and traceback.
     error: MilanError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """Which images each step takes: every epoch all of them in another order, the last incomplete batch left out.
+    """Which images each step takes: every epoch all `number_N` in another order, the last incomplete batch left out.
 
-    Attributes:
-        number_N: the images that are trained on.
-        batch_size: over all ranks; a rank takes its contiguous share.
+    A rank takes its contiguous share of `batch_size`.
     """
 
     number_N: NDArray[np.int64]
@@ -79,7 +73,7 @@ class StepPlan:
         return slice(self.rank * self.batch_size // self.ranks, (self.rank + 1) * self.batch_size // self.ranks)
 
     def batches(self, first_step: int, steps: int) -> Iterator[list[SampleRequest]]:
-        """What this rank takes in steps `first_step` to `steps` - 1."""
+        """Requests of this rank in steps `first_step` to `steps` - 1."""
         for step in range(first_step, steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if step == first_step or place == 0:
@@ -96,18 +90,17 @@ class _Batches(Dataset[Any], Generic[T, B]):
         self._collate = collate
         self._keys = keys
 
-    def __getitem__(self, asked: list[SampleRequest]) -> _Answer[B]:
+    def __getitem__(self, requests: list[SampleRequest]) -> _Answer[B]:
         bad: list[tuple[str, str]] = []
         try:
-            read = [sample for request in asked for sample in self._read(request, bad)]
+            read = [sample for request in requests for sample in self._read(request, bad)]
         except MilanError as error:
-            return _Answer(None, tuple(bad), error)
+            return _Answer(None, bad, error)
         keys = tuple(key for key, _ in read)
-        batch = Batch(self._collate([value for _, value in read]), keys) if read else None
-        return _Answer(batch, tuple(bad))
+        return _Answer(Batch(self._collate([value for _, value in read]), keys) if read else None, bad)
 
     def _read(self, request: SampleRequest, bad: list[tuple[str, str]]) -> Iterator[tuple[str, T]]:
-        """Key and sample of the first that can be read; none where that is allowed."""
+        """Key and sample of the first image that can be read; in evaluation of this one, if it can."""
         training = request.epoch >= 0
         for offset in range(_TRIES if training else 1):
             number = (request.number + offset) % len(self._keys)
@@ -127,22 +120,44 @@ class BadImages:
     """Images that cannot be read, each once; too many of them end the run.
 
     Args:
-        on_bad: called with key and reason.
+        file: gets a line for each key that it does not have yet; None, as on all ranks but the first, writes nothing.
     """
 
-    def __init__(self, images: int, max_fraction: float, on_bad: OnBad) -> None:
-        self._most = max_fraction * images
-        self._images = images
-        self._on_bad = on_bad
-        self.keys: set[str] = set()
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else []
+        self._written = {json.loads(line)["key"] for line in lines}
+        self._images, self._most = 0, float("inf")
+        self.keys: dict[str, str] = {}
+
+    def limit(self, readable: int, max_fraction: float) -> None:
+        """Say how many images were listed; from then on `max_fraction` of them may be bad.
+
+        Raises:
+            DataError: more of them are.
+        """
+        self._images = readable + len(self.keys)
+        self._most = max_fraction * self._images
+        self._check()
 
     def add(self, key: str, reason: str) -> None:
-        """Raises DataError where they are too many."""
+        """Count an image.
+
+        Raises:
+            DataError: they are too many.
+        """
         if key in self.keys:
             return
-        self.keys.add(key)
-        self._on_bad(key, reason)
+        self.keys[key] = reason
+        if self._file is not None and key not in self._written:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+        self._check()
+
+    def _check(self) -> None:
         if len(self.keys) > self._most:
+            key, reason = next(reversed(self.keys.items()))
             raise DataError(
                 f"{len(self.keys)} of {self._images} images cannot be read, the last is {key!r}: {reason}; repair "
                 "them, or raise max_bad_fraction"
@@ -160,25 +175,25 @@ def load_batches(
 ) -> Iterator[Batch[B]]:
     """The batches, in order, read ahead by processes.
 
-    In training an image that cannot be read gives its place to the next one that can; in evaluation it is left out,
-    and a batch without any as well.
+    In training an image that cannot be read is replaced by the next one that can; in evaluation it is left out, and an
+    empty batch as well.
 
     Args:
-        take: makes a sample of what is asked for; runs in a worker process, and may raise DataError.
+        take: makes a sample; runs in a worker process, and may raise DataError.
         collate: makes one value of the samples; runs there as well. Every torch tensor in it takes a file descriptor
-            of both processes as long as it lives, so it has a few tensors, however many samples there are.
+            of both processes as long as it lives, so it holds a few tensors, however many samples there are.
         keys: of all images, by number.
-        workers: processes; 0 makes them here, when they are asked for.
+        workers: processes; 0 makes the batches here, one at a time.
 
     Raises:
         DataError: too many images cannot be read.
     """
     loader: DataLoader[Any] = DataLoader(
         _Batches(take, collate, keys),
-        sampler=_Listed(batches),
+        sampler=batches,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=False,
         prefetch_factor=4 if workers else None,
     )
@@ -191,15 +206,7 @@ def load_batches(
             yield answer.batch
 
 
-class _Listed(torch.utils.data.Sampler[list[SampleRequest]]):
-    def __init__(self, batches: Iterator[list[SampleRequest]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[SampleRequest]]:
-        return self._batches
-
-
-def _as_it_is(answer: Any) -> Any:
+def _unchanged(answer: Any) -> Any:
     return answer
 
 
@@ -220,21 +227,3 @@ def share_of_classes(label_N: NDArray[np.int64], fraction: float, seed: int) -> 
         of_class = order_N[label_N[order_N] == label]
         kept.append(of_class[: max(1, round(fraction * len(of_class)))])
     return np.sort(np.concatenate(kept))
-
-
-def bad_file(run: Path) -> OnBad:
-    """Adds a line to RUN/bad_samples.jsonl, once per key."""
-    file = run / "bad_samples.jsonl"
-    seen: set[str] = set()
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            seen.add(str(json.loads(line)["key"]))
-
-    def add(key: str, reason: str) -> None:
-        if key not in seen:
-            seen.add(key)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
-
-    return add

@@ -9,10 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from milan_pipe.config.evaluation import Pool
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
-from milan_pipe.evaluation.backbone import Backbone, positions_on
-from milan_pipe.student.encoder import grid_of
+from milan_pipe.evaluation.backbone import Backbone, resized
+from milan_pipe.evaluation.features import pooled, require_directions
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
 
@@ -20,7 +21,7 @@ _HEAD_DEVIATION = 2e-5
 
 
 def timm_sizes(config: StudentSettings) -> dict[str, Any]:
-    """What `timm.create_model` must be given beside the name, as the settings say it."""
+    """Options of `timm.create_model` beside the name."""
     sizes = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -31,18 +32,25 @@ def timm_sizes(config: StudentSettings) -> dict[str, Any]:
     return {name: value for name, value in sizes.items() if value is not None}
 
 
+def build_vit(config: StudentSettings, **options: Any) -> VisionTransformer:
+    """timm's ViT of these sizes; `options` are those of `timm.create_model`."""
+    model: Any = timm.create_model(config.model, pretrained=False, **timm_sizes(config), **options)
+    vit: VisionTransformer = model
+    return vit
+
+
 def build_classifier(
     backbone: Backbone, *, classes: int, image_size: int | None, drop_path: float, seed: int
 ) -> tuple[StudentSettings, VisionTransformer]:
     """A ViT that classifies the norm of the mean of its patches, with the backbone's weights; all of it is trained.
 
     Args:
-        image_size: side of the input; None: the backbone's. Positions are interpolated.
+        image_size: side of the input; None: the backbone's.
         drop_path: rate of the last block; it rises linearly from 0.
         seed: of the classifier's weights.
 
     Returns:
-        The sizes that it has, and the model: (B, 3, H, W) normalised floats to (B, classes) logits.
+        Its sizes, and the model: (B, 3, H, W) normalised floats to (B, classes) logits.
 
     Raises:
         SettingError: the patch does not divide `image_size`.
@@ -50,29 +58,22 @@ def build_classifier(
     Source: arXiv 2111.06377, appendix A.1, and its published code for the head: a norm of its own after the mean, in
     place of the encoder's; classifier weights with deviation 2e-5.
     """
-    config = backbone.config if image_size is None else backbone.config.model_copy(update={"image_size": image_size})
-    grid = grid_of(config)
-    built: Any = timm.create_model(
-        config.model,
-        pretrained=False,
-        num_classes=classes,
-        global_pool="avg",
-        drop_path_rate=drop_path,
-        **timm_sizes(config),
+    config, weights = resized(backbone, image_size)
+    model = build_vit(config, num_classes=classes, global_pool="avg", drop_path_rate=drop_path)
+    missing, unexpected = model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}, strict=False
     )
-    model: VisionTransformer = built
-    weights = {name: tensor for name, tensor in backbone.weights.items() if not name.startswith("norm.")}
-    weights["pos_embed"] = positions_on(backbone, grid)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
-    head = model.head
-    assert isinstance(head, nn.Linear)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        nn.init.trunc_normal_(head.weight, std=_HEAD_DEVIATION, generator=generator)
-        nn.init.zeros_(head.bias)
+    _init_head(model.head, _HEAD_DEVIATION, seed)
     return config, model
+
+
+@torch.no_grad()
+def _init_head(head: nn.Module, deviation: float, seed: int) -> None:
+    assert isinstance(head, nn.Linear)
+    nn.init.trunc_normal_(head.weight, std=deviation, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
 
 
 class LinearClassifier(nn.Module):
@@ -81,16 +82,13 @@ class LinearClassifier(nn.Module):
     Source: arXiv 2111.06377, appendix A.1.
     """
 
-    def __init__(self, encoder: VisionTransformer, pool: str, classes: int, seed: int) -> None:
+    def __init__(self, encoder: VisionTransformer, pool: Pool, classes: int, seed: int) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.pool = pool
         self.norm = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
         self.head = nn.Linear(encoder.embed_dim, classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            nn.init.trunc_normal_(self.head.weight, std=0.01, generator=generator)
-            nn.init.zeros_(self.head.bias)
+        _init_head(self.head, 0.01, seed)
 
     def train(self, mode: bool = True) -> LinearClassifier:
         """The encoder stays in evaluation mode."""
@@ -101,9 +99,10 @@ class LinearClassifier(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, classes) logits."""
         with torch.no_grad():
-            tokens_BSD = self.encoder.forward_features(pixels_BCHW)
-            features_BD = tokens_BSD[:, 0] if self.pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
-        logits_BG: Tensor = self.head(self.norm(features_BD.float()))
+            features_BD = pooled(self.encoder.forward_features(pixels_BCHW), self.pool).float()
+        if not self.training:
+            require_directions(features_BD)
+        logits_BG: Tensor = self.head(self.norm(features_BD))
         return logits_BG
 
 
@@ -120,10 +119,7 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransf
     except (KeyError, TypeError) as error:
         raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error
     count = classes if isinstance(classes, int) else len(classes)
-    model: Any = timm.create_model(
-        config.model, pretrained=False, num_classes=count, global_pool="avg", **timm_sizes(config)
-    )
+    model = build_vit(config, num_classes=count, global_pool="avg")
     part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
     load_weights(model, checkpoint.weights(part), str(checkpoint.path))
-    built: VisionTransformer = model
-    return config, built
+    return config, model

@@ -1,76 +1,55 @@
-"""A classifier is trained on labelled images: what fine-tuning and the linear probe by protocol have in common.
+"""Training of a classifier: what fine-tuning and the linear probe by protocol have in common.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
-from timm.data.mixup import Mixup
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from milan_pipe.config.evaluation import AugmentSettings
-from milan_pipe.config.training import SupervisedSettings
-from milan_pipe.errors import DataError, SettingError
-from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, require_labels
-from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
-from milan_pipe.evaluation.randomness import seeded
+from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, LarsProbeSettings
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.errors import DataError
+from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, seeded
+from milan_pipe.evaluation.batches import BadImages
+from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
 from milan_pipe.images.labelled import LabelledImages, labelled_images, require_same_classes
-from milan_pipe.random_bits import seed_of
-from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import cosine_lr
-from milan_pipe.training.runner import Task
 from milan_pipe.training.step import StepReport
 
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """B training images: normalised floats, and class indices or, once mixed, shares of classes (B, G)."""
-
-    pixels_BCHW: Tensor
-    target: Tensor
-    keys: tuple[str, ...]
-    step: int
-
-    def slice(self, part: slice) -> ImageBatch:
-        """Some of them."""
-        return ImageBatch(self.pixels_BCHW[part], self.target[part], self.keys[part], self.step)
+C = TypeVar("C", bound=FinetuneSettings | LarsProbeSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class ClassImages:
     """What a classifier learns from and is judged on."""
 
     train: LabelledImages
     val: LabelledImages
     classes: int
 
-    @property
-    def names(self) -> list[str] | None:
-        """Of the classes, where they are known."""
-        names = self.train.classes or self.val.classes
-        return None if names is None else list(names)
 
+def find_images(train: str | Path, val: str | Path, bad: BadImages) -> ClassImages:
+    """Find both sets; see `labelled_images`.
 
-def find_images(train: str | Path, val: str | Path, bad: list[tuple[str, str]]) -> Images:
-    """Find both sets and see that they have the same classes; see `labelled_images` and `require_same_classes`."""
-
-    def on_bad(key: str, reason: str) -> None:
-        bad.append((key, reason))
-
-    first, second = labelled_images(train, on_bad), labelled_images(val, on_bad)
+    Raises:
+        DataError: their classes differ, or there are not two.
+    """
+    first, second = labelled_images(train, bad.add), labelled_images(val, bad.add)
     classes = require_same_classes(first, second)
-    require_labels(first)
-    return Images(train=first, val=second, classes=classes)
+    if len(set(first.label_N)) < 2:
+        raise DataError(f"all images of {first.where} are of one class; a classifier needs two at least")
+    return ClassImages(train=first, val=second, classes=classes)
 
 
 class ClassifierObjective(nn.Module):
@@ -90,137 +69,75 @@ class ClassifierObjective(nn.Module):
         return F.cross_entropy(logits_BG.float(), batch.target, label_smoothing=smoothing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassifyPlan:
-    """Length and rate of a classifier's training; `final_lr` before any layer's scale."""
-
-    epochs: int
-    warmup_epochs: float
-    batch_size: int
-    peak_lr: float
-    final_lr: float
-    eval_every: int
-    image_size: int
-    crop: float
-    train_fraction: float
-
-
-class ClassifyTask(Task[ImageBatch]):
+class ClassifyTask(SupervisedTask[C]):
     """Training of a classifier, and its top-1 and top-5 accuracy."""
 
     main_score = "top1"
-    settings: SupervisedSettings
 
     def __init__(
         self,
-        name: str,
+        start: Start[C],
+        images: ClassImages,
         *,
-        run: Path,
-        ranks: Ranks,
-        images: Images,
+        sizes: StudentSettings,
         model: nn.Module,
-        optimiser: Callable[[], torch.optim.Optimizer],
+        optimiser: Callable[[float], torch.optim.Optimizer],
         augment: AugmentSettings,
-        plan: ClassifyPlan,
-        settings: SupervisedSettings,
-        configuration: dict[str, Any],
-        record: dict[str, Any],
+        final_lr: float = 0.0,
+        train_fraction: float = 1.0,
         ema: float | None = None,
-        bad: Sequence[tuple[str, str]] = (),
+        record: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.name = name
-        self.section = section = "lars_probe" if name == "linear-probe" else name
-        self.settings = settings
-        self.model = model
-        self.objective = ClassifierObjective(model, augment.smoothing)
-        self._optimiser = optimiser
-        self.advice = advice_of(section)
-        self.record = record
-        self.batch_size = plan.batch_size
-        self._plan = plan
-        self._ranks = ranks
-        self._images = images
-        number_N = share_of_classes(images.train.label_N, plan.train_fraction, settings.seed)
-        if len(number_N) < plan.batch_size:
-            raise SettingError(
-                f"{section}.batch_size is {plan.batch_size}, there are {len(number_N)} images to train on in "
-                f"{images.train.where}; set a smaller batch_size"
-            )
-        if plan.batch_size // ranks.count < settings.accumulate:
-            raise SettingError(
-                f"{section}.batch_size is {plan.batch_size}: {ranks.count} ranks with accumulate={settings.accumulate} "
-                f"need at least {ranks.count * settings.accumulate}"
-            )
-        self._steps = StepPlan(
-            number_N=number_N, batch_size=plan.batch_size, seed=settings.seed, rank=ranks.rank, ranks=ranks.count
+        """See `SupervisedTask`.
+
+        Args:
+            optimiser: made with the peak of the learning rate.
+            final_lr: at the end of the cosine, before any layer's scale.
+        """
+        settings = start.settings
+        super().__init__(
+            start,
+            train=images.train,
+            val=images.val,
+            label_N=images.train.label_N,
+            classes=images.train.classes or images.val.classes or images.classes,
+            train_fraction=train_fraction,
+            sizes=sizes,
+            model=model,
+            record=record,
         )
-        self.steps_per_epoch = self._steps.steps_per_epoch
-        self.steps = plan.epochs * self.steps_per_epoch
-        if settings.compile:
-            model.compile()
-        share = self._steps.share
-        self._mixup: Mixup | None = build_mixup(augment, images.classes, share.stop - share.start)
-        self._take = TrainingImages(images.train, augment, plan.image_size, settings.seed)
-        self._show = TestImages(images.val, plan.image_size, plan.crop)
+        self.steps = settings.epochs * self.steps_per_epoch
+        self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
+        self._optimiser = optimiser
+        self.objective = ClassifierObjective(model, augment.smoothing)
+        share = self._plan.share
+        self._mixup = build_mixup(augment, images.classes, share.stop - share.start)
+        self.take = TrainingImages(images.train, augment, sizes.image_size, settings.seed)
+        self._show = TestImages(images.val, sizes.image_size, settings.crop)
         self._ema = ModelEmaV3(model, decay=ema) if ema is not None else None
-        self.modules = {"model": model} | ({"ema": self._ema.module} if self._ema is not None else {})
-        self._ema_decay = ema
-        listed = len(images.train) + len(images.val) + len(bad)
-        self._bad = BadImages(listed, settings.max_bad_fraction, bad_file(run) if ranks.first else _ignore)
-        for key, reason in bad:
-            self._bad.add(key, reason)
-        self.configuration = {
-            **configuration,
-            "data": {
-                "train": images.train.fingerprint,
-                "val": images.val.fingerprint,
-                "classes": images.names or images.classes,
-            },
-        }
+        if self._ema is not None:
+            self.modules = {"model": model, "ema": self._ema.module}
 
     def optimiser(self) -> torch.optim.Optimizer:
         """That of the recipe."""
-        return self._optimiser()
-
-    def before_step(self, step: int) -> None:
-        """Drop path draws from the device's global generator."""
-        torch.manual_seed(seed_of(self.settings.seed, step, self._ranks.rank))
+        return self._optimiser(self._peak_lr)
 
     def lr(self, step: int) -> float:
         """Cosine per step after a linear warm-up."""
-        plan = self._plan
-        warmup = round(plan.warmup_epochs * self.steps_per_epoch)
-        return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=plan.peak_lr, final=plan.final_lr)
+        warmup = round(self.settings.warmup_epochs * self.steps_per_epoch)
+        return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self._peak_lr, final=self._final_lr)
 
-    def batches(self, first_step: int) -> Iterator[ImageBatch]:
-        """This rank's images, augmented."""
-        fed = load_batches(
-            self._take,
-            default_collate,
-            self._images.train.keys,
-            self._steps.batches(first_step, self.steps),
-            workers=self.settings.workers,
-            bad=self._bad,
-        )
-        for step, batch in enumerate(fed, first_step):
-            pixels_BCHW, label_B = batch.value
-            yield ImageBatch(pixels_BCHW, label_B, batch.keys, step)
-
-    def parts(self, batch: ImageBatch) -> Sequence[tuple[ImageBatch, float]]:
-        """Mixed on the device, and cut for accumulation."""
-        device = self._ranks.device
-        pixels_BCHW, target = batch.pixels_BCHW.to(device), batch.target.to(device)
-        if self._mixup is not None:
-            with seeded(self.settings.seed, "mix", batch.step, self._ranks.rank):
-                pixels_BCHW, target = self._mixup(pixels_BCHW, target)
-        mixed = ImageBatch(pixels_BCHW, target, batch.keys, batch.step)
-        count, size = self.settings.accumulate, len(batch.keys)
-        edges = [number * size // count for number in range(count + 1)]
-        return [(mixed.slice(slice(start, stop)), (stop - start) / size) for start, stop in itertools.pairwise(edges)]
+    def mixed(self, batch: ImageBatch) -> ImageBatch:
+        """By mixup and cutmix, where they are on."""
+        if self._mixup is None:
+            return batch
+        with seeded(self.settings.seed, "mix", batch.step, self._ranks.rank):
+            pixels_BCHW, target_BG = self._mixup(batch.pixels_BCHW, batch.target)
+        return replace(batch, pixels_BCHW=pixels_BCHW, target=target_BG)
 
     def due(self, step: int) -> bool:
         """At the end of every few epochs."""
-        return step % (self._plan.eval_every * self.steps_per_epoch) == 0
+        return step % (self.settings.eval_every * self.steps_per_epoch) == 0
 
     def after_step(self, report: StepReport) -> None:
         """Move the mean of the weights."""
@@ -231,50 +148,18 @@ class ClassifyTask(Task[ImageBatch]):
     def evaluate(self, *, last: bool) -> dict[str, float]:
         """Shares of VAL's images whose class is the first, or among the first five; of the mean weights, if any."""
         del last
-        ranks = self._ranks
-        model = self.model if self._ema is None else self._ema.module
-        batch = max(1, self.batch_size // ranks.count)
-        asked = in_turn(len(self._images.val), batch, ranks.rank, ranks.count)
+        ranks, model = self._ranks, self.model if self._ema is None else self._ema.module
+        # Sums by hand, not torchmetrics' means: batches and ranks have different numbers of images.
         sums = torch.zeros(4, dtype=torch.float64)
-        for shown in load_batches(
-            self._show,
-            default_collate,
-            self._images.val.keys,
-            asked,
-            workers=self.settings.workers,
-            bad=self._bad,
-        ):
+        for shown in self._shown(self._show, default_collate, max(1, self.batch_size // ranks.count)):
             pixels_BCHW, label_B = (tensor.to(ranks.device) for tensor in shown.value)
-            with torch.autocast(
-                ranks.device.type,
-                dtype=torch.bfloat16 if self.settings.precision == "auto" else getattr(torch, self.settings.precision),
-                enabled=self.settings.precision not in ("auto", "float32"),
-            ):
+            with self._autocast():
                 logits_BG = model(pixels_BCHW).float()
-            first_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices
-            hit_B5 = first_B5 == label_B[:, None]
+            hit_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)
         sums = ranks.all_reduce_mean(sums) * ranks.count
         if not sums[3]:
-            raise DataError(f"none of the images of {self._images.val.where} can be read")
+            raise DataError(f"none of the images of {self._val.where} can be read")
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
         return {"top1": top1, "top5": top5, "loss": loss}
-
-    def bad(self) -> int:
-        """Images that could not be read, on this rank."""
-        return len(self._bad.keys)
-
-
-def _ignore(*_: object) -> None:
-    """For ranks that do not write."""
-
-
-def advice_of(section: str) -> str:
-    """What to do about a loss that is not finite."""
-    return f"lower {section}.lr, or look at the images"
-
-
-def head_seed(seed: int) -> int:
-    """Seed of a fresh head's weights, apart from all others."""
-    return seed_of(seed, "head") % 2**63

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.config.evaluation import EmbedSettings, Pool
-from milan_pipe.errors import DataError, SettingError, ShapeError
+from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
 from milan_pipe.images.labelled import is_class_folder, labelled_images
@@ -32,6 +32,25 @@ Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
 
 
+def pooled(tokens_BSD: Tensor, pool: Pool) -> Tensor:
+    """(B, D): the class token, or the mean of the patch tokens."""
+    return tokens_BSD[:, 0] if pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
+
+
+def require_directions(features_NF: Tensor) -> None:
+    """See that each of N features is finite and not all zero.
+
+    Raises:
+        DataError: one is.
+    """
+    broken = int((~features_NF.isfinite().all(dim=1) | ~features_NF.any(dim=1)).sum())
+    if broken:
+        raise DataError(
+            f"features of {broken} of {len(features_NF)} images are all zero or not finite; the encoder's weights may "
+            "have diverged: take an earlier checkpoint"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
     """Features of N images and the class of each, in the order of their shards.
@@ -42,7 +61,7 @@ class LabelledFeatures:
 
     Raises:
         ShapeError: the two do not fit each other, or one has another type.
-        DataError: no samples, a feature that is not finite, or a label below 0.
+        DataError: no samples, a feature that is all zero or not finite, or a label below 0.
     """
 
     features_NF: Tensor
@@ -60,18 +79,13 @@ class LabelledFeatures:
             )
         if not features_NF.numel():
             raise DataError("there are no features; expected one sample and one value at least")
-        broken = int((~features_NF.isfinite().all(dim=1)).sum())
-        if broken:
-            raise DataError(
-                f"features of {broken} of {len(label_N)} images are not finite; the encoder's weights may have "
-                "diverged: take an earlier checkpoint"
-            )
+        require_directions(features_NF)
         if int(label_N.min()) < 0:
             raise DataError(f"label {int(label_N.min())} is no class; expected 0 or more")
 
 
 def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
-    """See that what is learnt on `train` can be asked of `test`.
+    """See that a classifier of `train` can be judged on `test`.
 
     Raises:
         ShapeError: their features differ in width.
@@ -92,32 +106,20 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
 
 
 def student_embedder(encoder: VisionTransformer, pool: Pool, device: torch.device) -> Embedder:
-    """The encoder as an `Embedder`: all patches seen, tokens taken after the final norm.
+    """The encoder as an `Embedder` of F = D: all patches seen, tokens taken after the final norm.
 
-    Args:
-        encoder: from `build_encoder`; moved to `device` in place. Each call runs it in evaluation mode, and leaves it
-            in the mode it was in.
-        pool: "cls" or "mean".
-        device: where the forward pass runs.
-
-    Returns:
-        An embedder of F = D, which raises ShapeError where the pixels are not of the encoder's input size.
-
-    Raises:
-        SettingError: no such pool.
+    It is moved to `device` in place, run in evaluation mode, and left in the mode that it was in. Pixels that are not
+    of its input size raise ShapeError.
     """
-    if pool not in ("cls", "mean"):
-        raise SettingError(f"pool {pool!r} is not known, expected cls or mean")
     encoder.to(device)
 
     def embed(pixels_BHWC: Tensor) -> Tensor:
         was_training = encoder.training
         encoder.eval()
         try:
-            tokens_BSD = encode_all(encoder, normalise(pixels_BHWC.to(device)))
+            return pooled(encode_all(encoder, normalise(pixels_BHWC.to(device))), pool)
         finally:
             encoder.train(was_training)
-        return tokens_BSD[:, 0] if pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
 
     return embed
 
@@ -178,8 +180,8 @@ def embed_shards(
     embedder: Embedder,
     size: int,
     config: EmbedSettings,
-    on_bad: OnBad | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_bad: OnBad = lambda *_: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
     """Embed all labelled images of `images`, without gradients.
 
@@ -187,40 +189,30 @@ def embed_shards(
     does not depend on `config.threads`.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs; local, or URLs of an object store. Or a folder
-            with one subfolder of images per class.
-        embedder: as `student_embedder` makes.
+        images: shards as `expand_shards` takes them, or a folder with one subfolder of images per class.
         size: height and width of the pixels that `embedder` takes.
-        config: `pool` is the embedder's concern and not read here.
-        on_bad: called with key and reason of each image that cannot be read and is left out.
-        on_progress: called after each forward pass with how many images are done.
+        config: `pool` is not read here.
+        on_bad: called with key and reason of each image that is skipped.
+        on_progress: called with the number of images done.
 
     Raises:
         MissingError: the shards are not there.
-        DataError: a shard is damaged, an image has no label, no image can be read, or a feature is not finite.
+        DataError: a shard is damaged, an image has no label, no image can be read, or as `LabelledFeatures`.
         ShapeError: the embedder does not return (B, F).
-        SettingError: `size` is below 1.
         StoreError: the object store cannot be read.
     """
-    if size < 1:
-        raise SettingError(f"size is {size} pixels, expected 1 or more")
     bad = 0
 
     def skip(key: str, reason: str) -> None:
         nonlocal bad
         bad += 1
-        if on_bad is not None:
-            on_bad(key, reason)
+        on_bad(key, reason)
+
+    def view_of(sample: Sample) -> tuple[NDArray[np.uint8], int]:
+        return centre_view(decode_image(sample.data), size, config.crop), sample.label
 
     threads = thread_count(config.threads)
-    ahead = max(config.batch_size, 32 * threads)
-    views = decoded_ahead(
-        _labelled(images, skip),
-        lambda sample: _view(sample, size, config.crop),
-        threads,
-        ahead,
-        skip,
-    )
+    views = decoded_ahead(_labelled(images, skip), view_of, threads, max(config.batch_size, 32 * threads), skip)
     features: list[Tensor] = []
     labels: list[int] = []
     while batch := list(islice(views, config.batch_size)):
@@ -233,8 +225,7 @@ def embed_shards(
             )
         features.append(features_BF.to("cpu", torch.float32))
         labels.extend(label for _, label in batch)
-        if on_progress is not None:
-            on_progress(len(labels))
+        on_progress(len(labels))
     if not labels:
         raise DataError(f"none of the {bad} images of {images} can be read; prepare the shards again")
     # Concatenated outside inference mode: the result is an ordinary tensor.
@@ -260,7 +251,3 @@ def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
                     "run `milan-pipe prepare`, or add a .cls member with the class index"
                 )
             yield sample
-
-
-def _view(sample: Sample, size: int, crop: float) -> tuple[NDArray[np.uint8], int]:
-    return centre_view(decode_image(sample.data), size, crop), sample.label

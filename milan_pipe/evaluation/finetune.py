@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from milan_pipe.config.command import record_of
+from milan_pipe.config.evaluation import FinetuneSettings
 from milan_pipe.config.params import Params
-from milan_pipe.config.training import RESUMABLE
-from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.classifier import build_classifier
-from milan_pipe.evaluation.classify import ClassifyPlan, ClassifyTask, find_images, head_seed
-from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.optim import build_adamw, layer_scale
+from milan_pipe.evaluation.classify import ClassifyTask, find_images
+from milan_pipe.evaluation.supervised import Start, adamw_by_layer, run_supervised
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport, run_task
-from milan_pipe.training.step import resolve_precision
+from milan_pipe.training.runner import RunReport
 
 
 def finetune(
@@ -44,67 +39,29 @@ def finetune(
             `require_same_classes` and `run_task`.
     """
 
-    config = params.finetune
-    sections, data = ("augment", "finetune"), f"{train} -> {val}"
-    record = record_of("finetune", [checkpoint, train, val, run], params, sections, data=data)
-
-    def build(ranks: Ranks, folder: Path) -> ClassifyTask:
-        settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
-        backbone = backbone_of(checkpoint, params.student, config.seed)
-        bad: list[tuple[str, str]] = []
-        images = find_images(train, val, bad)
+    def task_of(start: Start[FinetuneSettings]) -> ClassifyTask[FinetuneSettings]:
+        settings = start.settings
+        images = find_images(train, val, start.bad)
         sizes, model = build_classifier(
-            backbone,
+            start.backbone,
             classes=images.classes,
-            image_size=config.image_size,
-            drop_path=config.drop_path,
-            seed=head_seed(config.seed),
+            image_size=settings.image_size,
+            drop_path=settings.drop_path,
+            seed=start.head_seed,
         )
-        model.to(ranks.device).set_grad_checkpointing(config.checkpoint_activations)
-        depth = len(model.blocks)
-        peak = config.lr * config.batch_size / 256
-        optimiser = partial(
-            build_adamw,
-            model,
-            lr=peak,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            scale_of=lambda name: layer_scale(name, depth, config.layer_decay),
-        )
+        model.set_grad_checkpointing(settings.checkpoint_activations)
         return ClassifyTask(
-            "finetune",
-            run=folder,
-            ranks=ranks,
-            images=images,
+            start,
+            images,
+            sizes=sizes,
             model=model,
-            optimiser=optimiser,
+            optimiser=lambda lr: adamw_by_layer(model, lr, settings, len(model.blocks)),
             augment=params.augment,
-            plan=ClassifyPlan(
-                epochs=config.epochs,
-                warmup_epochs=config.warmup_epochs,
-                batch_size=config.batch_size,
-                peak_lr=peak,
-                final_lr=config.min_lr,
-                eval_every=config.eval_every,
-                image_size=sizes.image_size,
-                crop=config.crop,
-                train_fraction=config.train_fraction,
-            ),
-            settings=settings,
-            configuration={
-                "finetune": settings.model_dump(mode="json", exclude=RESUMABLE),
-                "augment": params.augment.model_dump(mode="json"),
-                "student": {**sizes.model_dump(mode="json"), "weights": backbone.digest()},
-            },
-            record={
-                "student": sizes.model_dump(mode="json"),
-                "classes": images.names or images.classes,
-                "crop": config.crop,
-                "backbone": backbone.name,
-                **record,
-            },
-            ema=config.ema,
-            bad=bad,
+            final_lr=settings.min_lr,
+            train_fraction=settings.train_fraction,
+            ema=settings.ema,
+            record={"crop": settings.crop},
         )
 
-    return run_task(run, config.device, build, on_progress)
+    places = checkpoint, train, val, run
+    return run_supervised("finetune", ("augment", "finetune"), params.finetune, places, params, task_of, on_progress)

@@ -19,8 +19,8 @@ _CHUNK_VALUES = 2**24
 def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSettings) -> dict[int, float]:
     """Share of test images whose nearest train images vote for the right class.
 
-    Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64;
-    where classes draw, the lowest class index wins. Memory is bounded: test images go in chunks.
+    Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64; of
+    equal classes the lowest index wins. Memory is bounded: test images go in chunks.
 
     Args:
         train, test: features of one encoder.
@@ -35,6 +35,7 @@ def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSet
 
     Source: arXiv 1805.01978, section 3.4, as arXiv 2104.14294 (DINO) evaluates.
     """
+    # By hand: scikit-learn's classifier holds all pairs, and searches again for each number of neighbours.
     check_same_task(train, test)
     samples = len(train.label_N)
     counts = sorted({count for count in config.neighbours if count <= samples})

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-_IGNORED = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassScore:
-    """One class; both scores are None where it neither is there nor was predicted (iou), or is not there (acc)."""
-
-    name: str
-    iou: float | None
-    acc: float | None
-    pixels: int
-
 
 def confusion(predicted_HW: Tensor, truth_HW: Tensor, classes: int) -> Tensor:
     """(G, G) int64 counts: rows are the truth, columns what was predicted; pixels of truth -1 are left out."""
     counted: Tensor = multiclass_confusion_matrix(
-        predicted_HW.flatten(), truth_HW.flatten(), num_classes=classes, ignore_index=_IGNORED
+        predicted_HW.flatten(), truth_HW.flatten(), num_classes=classes, ignore_index=-1
     )
     return counted.long()
+
+
+def _shares(confusion_GG: Tensor) -> tuple[Tensor, Tensor]:
+    # By hand: torchmetrics takes predictions, while ranks and scales are summed as counts.
+    counts_GG = confusion_GG.to(torch.float64)
+    right_G, truth_G = counts_GG.diagonal(), counts_GG.sum(dim=1)
+    return right_G / (truth_G + counts_GG.sum(dim=0) - right_G), right_G / truth_G
 
 
 def segmentation_scores(confusion_GG: Tensor) -> dict[str, float]:
@@ -36,32 +32,20 @@ def segmentation_scores(confusion_GG: Tensor) -> dict[str, float]:
     Raises:
         ZeroDivisionError: not one pixel has a class.
 
-    Source: as MMSegmentation's IoUMetric: a class that is neither there nor predicted is left out of mIoU.
+    Source: as MMSegmentation's IoUMetric: a class that neither occurs nor is predicted is left out of mIoU.
     """
-    right_G, union_G, there_G = _parts(confusion_GG)
-    iou_G, acc_G = right_G / union_G, right_G / there_G
-    return {
-        "miou": float(iou_G.nanmean()),
-        "aacc": float(right_G.sum()) / float(confusion_GG.sum()),
-        "macc": float(acc_G.nanmean()),
-    }
+    iou_G, acc_G = _shares(confusion_GG)
+    right = float(confusion_GG.diagonal().sum()) / float(confusion_GG.sum())
+    return {"miou": float(iou_G.nanmean()), "aacc": right, "macc": float(acc_G.nanmean())}
 
 
-def _parts(confusion_GG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    counts_GG = confusion_GG.to(torch.float64)
-    right_G, there_G = counts_GG.diagonal(), counts_GG.sum(dim=1)
-    return right_G, there_G + counts_GG.sum(dim=0) - right_G, there_G
+def class_scores(confusion_GG: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each class: name, iou, acc and pixels; a score that is not defined is None."""
+    rows = zip(names, *(share_G.tolist() for share_G in _shares(confusion_GG)), confusion_GG.sum(dim=1), strict=True)
 
+    def known(share: float) -> float | None:
+        return None if math.isnan(share) else share
 
-def class_scores(confusion_GG: Tensor, names: Sequence[str]) -> list[ClassScore]:
-    """IoU and accuracy of each class."""
-    right_G, union_G, there_G = _parts(confusion_GG)
     return [
-        ClassScore(
-            name=name,
-            iou=float(right / union) if union else None,
-            acc=float(right / there) if there else None,
-            pixels=int(there),
-        )
-        for name, right, union, there in zip(names, right_G, union_G, there_G, strict=True)
+        {"name": name, "iou": known(iou), "acc": known(acc), "pixels": int(pixels)} for name, iou, acc, pixels in rows
     ]

@@ -22,10 +22,10 @@ class Evaluation:
 
     Attributes:
         task: `knn` or `linear-probe`.
-        subject: what was evaluated: path of a checkpoint, `random` or `teacher`.
-        identity: digest of its weights; the same for the same weights, wherever they lie.
-        scores: shares between 0 and 1, by name; the first is what the task is known by.
-        data: what it was trained on and judged by, as they were named.
+        subject: path of a checkpoint, `random` or `teacher`.
+        identity: digest of its weights, wherever they are.
+        scores: shares between 0 and 1; the main one first.
+        data: train and test images, as they were named.
         train, test: numbers of images.
         command: what makes it again.
     """
@@ -44,11 +44,7 @@ _ADVICE = "name another folder with --keep, which `milan-pipe report` is then gi
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, if it is not there.
-
-    Raises:
-        StoreError: it cannot be made.
-    """
+    """Make a folder for results, if it does not exist; raises StoreError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,53 +6,33 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
-from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.params import Params
-from milan_pipe.config.training import RESUMABLE
-from milan_pipe.drawing.sheet import draw_sheet, segmentation_sheet
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.drawing.sheet import Segmentation, draw_sheet, segmentation_sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
-from milan_pipe.evaluation.backbone import backbone_of
-from milan_pipe.evaluation.batches import BadImages, StepPlan, bad_file, in_turn, load_batches, share_of_classes
-from milan_pipe.evaluation.classify import advice_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
+from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask, adamw_by_layer, run_supervised
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
-from milan_pipe.random_bits import seed_of
 from milan_pipe.storage.local import write_file
-from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.optim import build_adamw, layer_scale, polynomial_lr
+from milan_pipe.training.optim import polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport, Task, run_task
-from milan_pipe.training.step import resolve_precision
+from milan_pipe.training.runner import RunReport
 
 PER_CLASS_FILE = "per_class.json"
 _IMAGES = 6
-_ENCODER = "encoder."
-
-
-@dataclass(frozen=True)
-class MaskBatch:
-    """B training images with their masks, -1 for no class."""
-
-    pixels_BCHW: Tensor
-    mask_BHW: Tensor
-    keys: tuple[str, ...]
 
 
 class SegmentObjective(nn.Module):
@@ -63,12 +43,12 @@ class SegmentObjective(nn.Module):
         self.model = model
         self.auxiliary = auxiliary
 
-    def forward(self, batch: MaskBatch, epoch: int) -> Tensor:
+    def forward(self, batch: ImageBatch, epoch: int) -> Tensor:
         """Scalar mean over labelled pixels; 0 where there are none."""
         del epoch
         logits, auxiliary = self.model(batch.pixels_BCHW)
-        loss = _pixel_loss(logits, batch.mask_BHW)
-        return loss if auxiliary is None else loss + self.auxiliary * _pixel_loss(auxiliary, batch.mask_BHW)
+        assert auxiliary is not None
+        return _pixel_loss(logits, batch.target) + self.auxiliary * _pixel_loss(auxiliary, batch.target)
 
 
 def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
@@ -108,201 +88,114 @@ def _described(classes: tuple[str, ...] | int) -> str:
     return f"{classes} classes" if isinstance(classes, int) else f"{len(classes)} classes ({', '.join(classes[:5])})"
 
 
-class SegmentTask(Task[MaskBatch]):
+class SegmentTask(SupervisedTask[SegmentSettings]):
     """Training of UperNet, and its scores by sliding windows."""
 
-    name = section = "segment"
     main_score = "miou"
-    settings: SegmentSettings
+    least_part, least_reason = 2, "; the batch norms of UperNet need two images at a time"
 
     def __init__(
         self,
+        start: Start[SegmentSettings],
         *,
-        run: Path,
-        ranks: Ranks,
         train: MaskedImages,
         val: MaskedImages,
         rule: MaskRule,
         names: tuple[str, ...],
+        sizes: StudentSettings,
         model: UperNet,
-        side: int,
-        settings: SegmentSettings,
-        configuration: dict[str, Any],
-        record: dict[str, Any],
-        bad: Sequence[tuple[str, str]],
     ) -> None:
-        self.settings = settings
-        self.config = settings
-        self.model = self._net = model
-        self.modules = {"model": model}
-        self.objective = SegmentObjective(model, settings.auxiliary)
-        self.advice = advice_of(self.section)
-        if settings.compile:
-            model.compile()
-        self.record = record
-        self.batch_size = settings.batch_size
-        self.steps = settings.steps
-        self._run_folder = run
-        self._ranks = ranks
-        self._train, self._val, self._names = train, val, names
-        self._side = side
-        self._short = settings.short_side or side
-        self._stride = settings.stride or max(1, round(side * 341 / 512))
-        least = settings.batch_size // ranks.count // settings.accumulate
-        if least < 2:
-            raise SettingError(
-                f"segment.batch_size {settings.batch_size} over {ranks.count} ranks with accumulate="
-                f"{settings.accumulate} leaves {least} images at a time; the batch norms of UperNet need two"
-            )
+        """See `SupervisedTask`."""
+        settings, side = start.settings, sizes.image_size
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio must be two numbers with 0 < least <= greatest, found {settings.ratio}")
-        number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
-        if len(number_N) < settings.batch_size:
-            raise SettingError(
-                f"segment.batch_size is {settings.batch_size}, {train.where} has {len(number_N)} images to train on; "
-                "set a smaller batch_size"
-            )
-        self._steps = StepPlan(
-            number_N=number_N, batch_size=settings.batch_size, seed=settings.seed, rank=ranks.rank, ranks=ranks.count
+        super().__init__(
+            start,
+            train=train,
+            val=val,
+            label_N=np.zeros(len(train), dtype=np.int64),
+            classes=names,
+            train_fraction=settings.train_fraction,
+            sizes=sizes,
+            model=model,
+            data={"rule": asdict(rule)},
         )
-        self.steps_per_epoch = self._steps.steps_per_epoch
-        self._take = TrainingMasks(train, rule, side=side, short=self._short, ratio=settings.ratio, seed=settings.seed)
+        self.steps = settings.steps
+        self.objective = SegmentObjective(model, settings.auxiliary)
+        self._net, self._names, self._side = model, names, side
+        self._short = settings.short_side or side
+        self._stride = settings.stride or max(1, round(side * 341 / 512))
+        self.take = TrainingMasks(train, rule, side=side, short=self._short, ratio=settings.ratio, seed=settings.seed)
         self._show = TestMasks(val, rule)
-        self._bad = BadImages(
-            len(train) + len(val) + len(bad),
-            settings.max_bad_fraction,
-            bad_file(run) if ranks.first else lambda *_: None,
-        )
-        for key, reason in bad:
-            self._bad.add(key, reason)
-        self._shown: list[tuple[str, Image.Image, NDArray[np.int64], NDArray[np.int64]]] = []
-        self.configuration = {
-            **configuration,
-            "data": {"train": train.fingerprint, "val": val.fingerprint, "classes": list(names), "rule": asdict(rule)},
-        }
+        self._drawn: list[Segmentation] = []
 
     def optimiser(self) -> torch.optim.Optimizer:
         """AdamW with a rate that falls from each block to the one below."""
-        config, model = self.config, self._net
-        depth = len(model.encoder.blocks)
-        return build_adamw(
-            model,
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            scale_of=lambda name: (
-                layer_scale(name.removeprefix(_ENCODER), depth, config.layer_decay)
-                if name.startswith(_ENCODER)
-                else 1.0
-            ),
-        )
-
-    def before_step(self, step: int) -> None:
-        """Drop path draws from the device's global generator."""
-        torch.manual_seed(seed_of(self.settings.seed, step, self._ranks.rank))
+        settings, net = self.settings, self._net
+        return adamw_by_layer(net, settings.lr, settings, len(net.encoder.blocks), "encoder.")
 
     def lr(self, step: int) -> float:
         """Polynomial per step after a linear warm-up."""
-        config = self.config
+        settings = self.settings
         return polynomial_lr(
-            step, steps=config.steps, warmup_steps=config.warmup_steps, peak=config.lr, power=config.power
+            step, steps=self.steps, warmup_steps=settings.warmup_steps, peak=settings.lr, power=settings.power
         )
-
-    def batches(self, first_step: int) -> Iterator[MaskBatch]:
-        """This rank's crops."""
-        for batch in load_batches(
-            self._take,
-            default_collate,
-            self._train.keys,
-            self._steps.batches(first_step, self.steps),
-            workers=self.settings.workers,
-            bad=self._bad,
-        ):
-            pixels_BCHW, mask_BHW = batch.value
-            yield MaskBatch(pixels_BCHW, mask_BHW, batch.keys)
-
-    def parts(self, batch: MaskBatch) -> Sequence[tuple[MaskBatch, float]]:
-        """On the device, cut for accumulation."""
-        device, count, size = self._ranks.device, self.settings.accumulate, len(batch.keys)
-        pixels_BCHW, mask_BHW = batch.pixels_BCHW.to(device), batch.mask_BHW.to(device)
-        cuts = [slice(number * size // count, (number + 1) * size // count) for number in range(count)]
-        return [
-            (MaskBatch(pixels_BCHW[cut], mask_BHW[cut], batch.keys[cut]), (cut.stop - cut.start) / size) for cut in cuts
-        ]
 
     def due(self, step: int) -> bool:
         """Every few steps."""
-        return step % self.config.eval_every == 0
+        return step % self.settings.eval_every == 0
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
         """mIoU, aAcc and mAcc by windows at one scale; at the end also over scales and mirrors, as `ms_...`."""
         counts_GG = self._confusion((1.0,), flip=False)
-        scores = segmentation_scores(counts_GG)
-        table = [asdict(score) for score in class_scores(counts_GG, self._names)]
-        if last and self.config.scales:
-            multi_GG = self._confusion(self.config.scales, flip=True)
+        scores, table = segmentation_scores(counts_GG), class_scores(counts_GG, self._names)
+        if last and self.settings.scales:
+            multi_GG = self._confusion(self.settings.scales, flip=True)
             scores |= {f"ms_{name}": value for name, value in segmentation_scores(multi_GG).items()}
             for row, score in zip(table, class_scores(multi_GG, self._names), strict=True):
-                row |= {"ms_iou": score.iou, "ms_acc": score.acc}
+                row |= {"ms_iou": score["iou"], "ms_acc": score["acc"]}
         if self._ranks.first:
-            write_file(self._run_folder / PER_CLASS_FILE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+            write_file(self._run / PER_CLASS_FILE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         return scores
 
     @torch.inference_mode()
     def _confusion(self, scales: Sequence[float], *, flip: bool) -> Tensor:
         ranks, classes = self._ranks, len(self._names)
         counts_GG = torch.zeros((classes, classes), dtype=torch.int64)
-        self._shown.clear()
-        for shown in load_batches(
-            self._show,
-            list,
-            self._val.keys,
-            in_turn(len(self._val), 1, ranks.rank, ranks.count),
-            workers=self.settings.workers,
-            bad=self._bad,
-        ):
-            for key, (image, mask_HW) in zip(shown.keys, shown.value, strict=True):
-                predicted_HW = predict(
-                    self._classify,
-                    image,
-                    window=self._side,
-                    stride=self._stride,
-                    short=self._short,
-                    scales=scales,
-                    flip=flip,
-                    device=ranks.device,
-                ).cpu()
-                counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
-                if ranks.first and len(self._shown) < _IMAGES:
-                    self._shown.append((key, image, mask_HW, predicted_HW.numpy()))
+        self._drawn.clear()
+        for shown in self._shown(self._show, list, 1):
+            ((image, mask_HW),) = shown.value
+            predicted_HW = predict(
+                self._classify,
+                image,
+                window=self._side,
+                stride=self._stride,
+                short=self._short,
+                scales=scales,
+                flip=flip,
+                device=ranks.device,
+            ).cpu()
+            counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
+            if ranks.first and len(self._drawn) < _IMAGES:
+                self._drawn.append(Segmentation(shown.keys[0], np.asarray(image), mask_HW, predicted_HW.numpy()))
         counts_GG = (ranks.all_reduce_mean(counts_GG.double()) * ranks.count).round().long()
         if not counts_GG.sum():
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
         return counts_GG
 
     def _classify(self, windows_BCHW: Tensor) -> Tensor:
-        precision = self.settings.precision
-        mixed = precision not in ("auto", "float32")
-        with torch.autocast(
-            windows_BCHW.device.type, dtype=getattr(torch, precision) if mixed else None, enabled=mixed
-        ):
+        with self._autocast():
             logits: Tensor = self.model(windows_BCHW)[0]
         return logits
 
     def plot(self, run: Path, step: int) -> Path | None:
         """The first images of VAL, their masks and what was predicted, as RUN/images/step-NNNNNNNN.png."""
-        if not self._shown:
+        if not self._drawn:
             return None
-        keys, images, truths, predictions = zip(*self._shown, strict=True)
         file = run / "images" / f"step-{step:08d}.png"
-        arrays = [np.asarray(image) for image in images]
-        sheet = segmentation_sheet(f"step {step}", keys, arrays, truths, predictions, len(self._names))
+        sheet = segmentation_sheet(f"step {step}", self._drawn, len(self._names))
         write_file(file, draw_sheet(sheet))
         return file
-
-    def bad(self) -> int:
-        """Images that could not be read, on this rank."""
-        return len(self._bad.keys)
 
 
 def segment(
@@ -329,48 +222,21 @@ def segment(
             `run_task`.
     """
 
-    config = params.segment
-    record = record_of("segment", [checkpoint, train, val, run], params, ("segment",), data=f"{train} -> {val}")
-
-    def build(ranks: Ranks, folder: Path) -> SegmentTask:
-        settings = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device)})
-        backbone = backbone_of(checkpoint, params.student, config.seed)
-        bad: list[tuple[str, str]] = []
-        first = masked_images(train, "train", lambda key, reason: bad.append((key, reason)))
-        second = masked_images(val, "val", lambda key, reason: bad.append((key, reason)))
-        rule, names = _rule_and_names(first, second, config)
+    def task_of(start: Start[SegmentSettings]) -> SegmentTask:
+        settings = start.settings
+        first, second = masked_images(train, "train", start.bad.add), masked_images(val, "val", start.bad.add)
+        rule, names = _rule_and_names(first, second, settings)
         sizes, model = build_upernet(
-            backbone,
+            start.backbone,
             classes=len(names),
-            crop=config.crop,
-            blocks=config.blocks,
-            channels=config.channels,
-            drop_path=config.drop_path,
-            seed=seed_of(config.seed, "head") % 2**63,
+            crop=settings.crop,
+            blocks=settings.blocks,
+            channels=settings.channels,
+            drop_path=settings.drop_path,
+            seed=start.head_seed,
         )
-        model.encoder.set_grad_checkpointing(config.checkpoint_activations)
-        model.to(ranks.device)
-        return SegmentTask(
-            run=folder,
-            ranks=ranks,
-            train=first,
-            val=second,
-            rule=rule,
-            names=names,
-            model=model,
-            side=sizes.image_size,
-            settings=settings,
-            configuration={
-                "segment": settings.model_dump(mode="json", exclude=RESUMABLE | {"classes"}),
-                "student": {**sizes.model_dump(mode="json"), "weights": backbone.digest()},
-            },
-            record={
-                "student": sizes.model_dump(mode="json"),
-                "classes": list(names),
-                "backbone": backbone.name,
-                **record,
-            },
-            bad=bad,
-        )
+        model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
+        return SegmentTask(start, train=first, val=second, rule=rule, names=names, sizes=sizes, model=model)
 
-    return run_task(run, config.device, build, on_progress)
+    places = checkpoint, train, val, run
+    return run_supervised("segment", ("segment",), params.segment, places, params, task_of, on_progress)

@@ -5,11 +5,14 @@ Every draw is a function of seed, epoch and key. Shape suffixes are explained in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.sliding import scaled_size
@@ -66,62 +69,60 @@ def crop_corner(mask_HW: NDArray[np.int64], side: int, rng: np.random.Generator)
     return corner
 
 
-class TrainingMasks:
-    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
+@dataclass(frozen=True)
+class _Masks:
+    images: MaskedImages
+    rule: MaskRule
 
-    Args:
-        short: shorter side of the image at ratio 1.
-        ratio: least and greatest ratio by which it is resized.
-    """
-
-    def __init__(
-        self, images: MaskedImages, rule: MaskRule, *, side: int, short: int, ratio: tuple[float, float], seed: int
-    ) -> None:
-        self._images = images
-        self._rule = rule
-        self._side = side
-        self._short = short
-        self._ratio = ratio
-        self._seed = seed
-
-    def __call__(self, request: SampleRequest) -> tuple[Tensor, Tensor]:
+    def read(self, number: int) -> tuple[Image.Image, NDArray[np.int64]]:
         """Raises DataError where the image cannot be read, LabelError where its mask is wrong."""
-        key = self._images.keys[request.number]
-        image = decode_image(self._images.image(request.number))
-        mask_HW = decode_mask(self._images.mask(request.number), self._rule, (image.height, image.width), key)
-        rng = np.random.Generator(np.random.Philox(key=seed_of(self._seed, request.epoch, key)))
-        short = self._short * rng.uniform(*self._ratio)
-        height, width = scaled_size(mask_HW.shape, short, 4 * short)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        scaled = Image.fromarray(mask_HW.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
-        mask_HW = np.asarray(scaled, dtype=np.int64)
-        top, left = crop_corner(mask_HW, self._side, rng)
-        image = image.crop((left, top, min(left + self._side, width), min(top + self._side, height)))
-        mask_HW = mask_HW[top : top + self._side, left : left + self._side]
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            mask_HW = mask_HW[:, ::-1]
-        pixels_CHW = normalise(torch.from_numpy(np.array(photometric(image, rng)))[None])[0]
-        padded_CHW = pixels_CHW.new_zeros((3, self._side, self._side))
-        padded_CHW[:, : image.height, : image.width] = pixels_CHW
-        padded_HW = np.full((self._side, self._side), -1, dtype=np.int64)
-        padded_HW[: image.height, : image.width] = mask_HW
-        return padded_CHW, torch.from_numpy(padded_HW)
+        image = decode_image(self.images.image(number))
+        size = image.height, image.width
+        return image, decode_mask(self.images.mask(number), self.rule, size, self.images.keys[number])
 
 
-class TestMasks:
+@dataclass(frozen=True)
+class TestMasks(_Masks):
     """Image `SampleRequest.number` and its mask, untouched: (image, mask_HW).
 
     Their sizes differ, so that they are not stacked; neither is a tensor, see `load_batches`.
     """
 
-    def __init__(self, images: MaskedImages, rule: MaskRule) -> None:
-        self._images = images
-        self._rule = rule
-
     def __call__(self, request: SampleRequest) -> tuple[Image.Image, NDArray[np.int64]]:
-        """Raises as `TrainingMasks`."""
-        image = decode_image(self._images.image(request.number))
-        key = self._images.keys[request.number]
-        size = image.height, image.width
-        return image, decode_mask(self._images.mask(request.number), self._rule, size, key)
+        """Raises as `read`."""
+        return self.read(request.number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMasks(_Masks):
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
+
+    Attributes:
+        short: shorter side of the image at ratio 1.
+        ratio: least and greatest ratio by which it is resized.
+    """
+
+    side: int
+    short: int
+    ratio: tuple[float, float]
+    seed: int
+
+    def __call__(self, request: SampleRequest) -> tuple[Tensor, Tensor]:
+        """Raises as `read`."""
+        image, mask_HW = self.read(request.number)
+        side, key = self.side, self.images.keys[request.number]
+        rng = np.random.Generator(np.random.Philox(key=seed_of(self.seed, request.epoch, key)))
+        short = self.short * rng.uniform(*self.ratio)
+        height, width = scaled_size(mask_HW.shape, short, 4 * short)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        scaled = Image.fromarray(mask_HW.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+        mask_HW = np.asarray(scaled, dtype=np.int64)
+        top, left = crop_corner(mask_HW, side, rng)
+        image = image.crop((left, top, min(left + side, width), min(top + side, height)))
+        mask_HW = mask_HW[top : top + side, left : left + side]
+        if rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+            mask_HW = mask_HW[:, ::-1]
+        pixels_CHW = normalise(torch.from_numpy(np.array(photometric(image, rng)))[None])[0]
+        room = (0, side - image.width, 0, side - image.height)
+        return F.pad(pixels_CHW, room), F.pad(torch.from_numpy(mask_HW.copy()), room, value=-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from timm.models.vision_transformer import VisionTransformer
@@ -17,9 +16,8 @@ from torch.nn import functional as F
 
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import SettingError
-from milan_pipe.evaluation.backbone import Backbone, positions_on
-from milan_pipe.evaluation.classifier import timm_sizes
-from milan_pipe.student.encoder import grid_of
+from milan_pipe.evaluation.backbone import Backbone, resized
+from milan_pipe.evaluation.classifier import build_vit
 
 
 def default_blocks(depth: int) -> tuple[int, int, int, int]:
@@ -78,11 +76,11 @@ class UperNet(nn.Module):
         """Logits (B, G, H, W) at the input's size, and in training the auxiliary head's as well."""
         size = pixels_BCHW.shape[-2:]
         # A shallow encoder gives one block to several levels.
-        taken = sorted(set(self.blocks))
+        distinct = sorted(set(self.blocks))
         found: Any = self.encoder.forward_intermediates(
-            pixels_BCHW, indices=taken, norm=False, output_fmt="NCHW", intermediates_only=True
+            pixels_BCHW, indices=distinct, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        levels = self.pyramid([found[taken.index(block)] for block in self.blocks])
+        levels = self.pyramid([found[distinct.index(block)] for block in self.blocks])
         unused = levels[0].new_zeros(())
         logits = self.classify(self.decoder([unused, unused, *levels]))
         whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -105,19 +103,15 @@ def build_upernet(
     """UperNet on the backbone's weights; all of it is trained.
 
     Args:
-        crop: side of the input; None: the backbone's. Positions are interpolated.
+        crop: side of the input; None: the backbone's.
         blocks: four blocks, not falling, counted from 0; None: `default_blocks`. Those after the last one are left out.
         seed: of the heads' weights.
 
     Raises:
         SettingError: the patch does not divide `crop`, or there are no such blocks.
     """
-    config = backbone.config if crop is None else backbone.config.model_copy(update={"image_size": crop})
-    grid = grid_of(config)
-    model: Any = timm.create_model(
-        config.model, pretrained=False, num_classes=0, drop_path_rate=drop_path, **timm_sizes(config)
-    )
-    encoder: VisionTransformer = model
+    config, weights = resized(backbone, crop)
+    encoder = build_vit(config, num_classes=0, drop_path_rate=drop_path)
     depth = len(encoder.blocks)
     chosen = default_blocks(depth) if blocks is None else blocks
     if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:
@@ -125,7 +119,7 @@ def build_upernet(
             f"segment.blocks is {list(chosen)}, expected four block numbers, not falling, from 0 to {depth - 1}, as "
             f"{list(default_blocks(depth))}"
         )
-    encoder.load_state_dict({**backbone.weights, "pos_embed": positions_on(backbone, grid)})
+    encoder.load_state_dict(weights)
     # What no head reads would get no gradient.
     encoder.norm = nn.Identity()
     encoder.blocks = encoder.blocks[: chosen[-1] + 1]

@@ -23,13 +23,12 @@ from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, Lars
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.evaluation.augment import TrainingImages, build_mixup
+from milan_pipe.evaluation.augment import TrainingImages, build_mixup, seeded
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.batches import SampleRequest, StepPlan, share_of_classes
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
 from milan_pipe.evaluation.finetune import finetune
 from milan_pipe.evaluation.lars_probe import lars_probe
-from milan_pipe.evaluation.randomness import seeded
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
@@ -481,7 +480,7 @@ def _without(path: Path, *kept: str) -> Path:
     ("change", "kind", "message"),
     [
         ({"checkpoint": "missing"}, MissingError, "missing is not there"),
-        ({"batch_size": 64}, SettingError, "finetune.batch_size is 64, there are 60 images"),
+        ({"batch_size": 64}, SettingError, "has 60 images"),
         ({"batch_size": 15}, SettingError, "even number"),
         ({"image_size": 18}, SettingError, "no multiple of the patch"),
         ({"train": "nowhere"}, MissingError, "nowhere is not there"),

@@ -51,14 +51,14 @@ def test_scores_of_a_confusion_matrix_made_by_hand() -> None:
         {"miou": 0.5, "aacc": 6 / 9, "macc": (3 / 4 + 2 / 3 + 1 / 2) / 3}
     )
     table = class_scores(counts, "abcde")
-    assert [score.iou for score in table] == [0.5, 0.5, None, 0.5, None]
-    assert [score.pixels for score in table] == [4, 3, 0, 2, 0]
+    assert [row["iou"] for row in table] == [0.5, 0.5, None, 0.5, None]
+    assert [row["pixels"] for row in table] == [4, 3, 0, 2, 0]
 
 
 def test_a_class_that_is_only_predicted_counts_as_wrong() -> None:
     counts = confusion(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
     assert segmentation_scores(counts) == {"miou": 0.25, "aacc": 0.5, "macc": 0.5}
-    assert class_scores(counts, "ab")[1].acc is None
+    assert class_scores(counts, "ab")[1]["acc"] is None
 
 
 # --- windows and scales -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 
 from milan_pipe.drawing.charts import Curve, line_chart
 from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible, overlaid
-from milan_pipe.drawing.sheet import Panel, Row, Sheet, data_url, draw_sheet, segmentation_sheet
+from milan_pipe.drawing.sheet import Panel, Row, Segmentation, Sheet, data_url, draw_sheet, segmentation_sheet
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))
@@ -105,7 +105,7 @@ def test_small_images_are_embedded_without_loss(side: int, exact: bool) -> None:
 def test_a_segmentation_of_any_size_has_a_panel_of_one_size() -> None:
     image, truth = np.zeros((30, 900, 3), np.uint8), np.full((30, 900), -1)
     truth[:, 450:] = 1
-    sheet = segmentation_sheet("t", ["k"], [image], [truth], [np.ones_like(truth)], 3)
+    sheet = segmentation_sheet("t", [Segmentation("k", image, truth, np.ones_like(truth))], 3)
     shown, right, predicted = (panel.pixels for panel in sheet.rows[0].panels)
     assert shown.shape == right.shape == predicted.shape == (224, 224, 3)
     assert (shown[112] == 0).all()
