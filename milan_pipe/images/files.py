@@ -1,4 +1,4 @@
-"""Files by their names and paths: which suffixes are read, which files a folder has, and the bytes of one."""
+"""Files: which suffixes are read, what a folder holds, and the bytes of one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from milan_pipe.errors import DataError
 from milan_pipe.storage.local import open_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""Suffixes, in lower case and without the dot, of the images that are read."""
+"""Suffixes of the images that are read; all suffixes are in lower case and without the dot."""
 
 OTHER_IMAGE_SUFFIXES = (
     *("apng", "avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe"),
     *("jxl", "pbm", "pgm", "pnm", "ppm", "tif", "tiff"),
 )
-"""Suffixes that show an image which is not read: they are reported, never passed over in silence."""
+"""Suffixes of images that are not read; each is reported."""
 
 MASK_SUFFIX = "mask.png"
-"""Suffix of a sample's segmentation, an image of class indices, as it is written."""
+"""Suffix with which a sample's segmentation is written: an image of class indices."""
 
 MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
-"""Suffixes that are read as such."""
+"""Suffixes with which it is read."""
 
 MAX_ENCODED_BYTES = 2**28
 """Size in bytes above which an encoded image is refused unread."""
@@ -52,12 +52,25 @@ def read_file(path: Path) -> bytes:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; links to folders followed, hidden names left out."""
+    """All files below a folder, sorted; links to folders are followed, hidden names left out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     found: list[Path] = []
-    for inside, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(inside) / name for name in names if not name.startswith(".")]
+    for inside, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(inside, name))]
+        found += [Path(inside, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+
+def _leads_back(folder: Path) -> bool:
+    # Following a link to a folder that it lies in would never end.
+    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents)
 
 
 def suffix_of(name: str) -> str:

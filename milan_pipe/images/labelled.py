@@ -1,14 +1,11 @@
-"""Labelled images by number: from image shards or class folders, each read when it is asked for.
-
-Fine-tuning takes every image of an epoch in an order of its own, so that here an image has a number and can be read
-alone, while `milan_pipe.images.tar` reads shards from end to end.
-"""
+"""Labelled images by number, for training in any order: from image shards or class folders, each read alone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +13,9 @@ from numpy.typing import NDArray
 
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, read_file
-from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, read_index
-from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.images.tar import Located, OnBad, locate_samples
+from milan_pipe.images.index import PREPARE_MARKER
+from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
+from milan_pipe.images.tar import Located, OnBad, Span, locate_samples
 from milan_pipe.storage import is_url
 
 _SHOWN = 5
@@ -29,11 +26,13 @@ class LabelledImages:
     """N images that are not read yet.
 
     Attributes:
-        where: what was named, for messages.
-        keys: of each image: webdataset's key, or its path inside the folder.
+        where: path or URL, for messages.
+        keys: webdataset's key of each image, or its path inside the folder.
         label_N: int64 class indices, 0 or more.
         classes: names of the classes where they are known.
         fingerprint: changes with keys, labels and names of the shards.
+        read: gives the encoded image of a number. It raises DataError where the image is larger than
+            `MAX_ENCODED_BYTES` or cannot be read, and StoreError where the object store cannot be read.
     """
 
     where: str
@@ -41,23 +40,21 @@ class LabelledImages:
     label_N: NDArray[np.int64]
     classes: tuple[str, ...] | None
     fingerprint: str
-    _files: Sequence[Path] = ()
-    _located: Sequence[tuple[ShardFile, Located]] = ()
+    read: Callable[[int], bytes]
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, number: int) -> bytes:
-        """The encoded image.
 
-        Raises:
-            DataError: it is larger than `MAX_ENCODED_BYTES`, or cannot be read.
-            StoreError: the object store cannot be read.
-        """
-        if self._files:
-            return read_file(self._files[number])
-        shard, at = self._located[number]
-        return shard.location.read_range(shard.name, at.image.start, at.image.stop)
+def nth_file(paths: Sequence[Path], number: int) -> bytes:
+    """An encoded image by its number; see `read_file`."""
+    return read_file(paths[number])
+
+
+def nth_span(spans: Sequence[tuple[ShardFile, Span]], number: int) -> bytes:
+    """Bytes of a member of a shard by its number."""
+    shard, span = spans[number]
+    return shard.location.read_range(shard.name, span.start, span.stop)
 
 
 def labelled_images(where: str | Path, on_bad: OnBad) -> LabelledImages:
@@ -65,17 +62,15 @@ def labelled_images(where: str | Path, on_bad: OnBad) -> LabelledImages:
 
     Args:
         where: shards as `expand_shards` takes them, each sample with a class index (`.cls`, or `label` in `.json`); or
-            a folder with one subfolder per class, as ImageNet's `train`, classes numbered in the order of their names.
-        on_bad: called with key and reason of each sample that is left out.
+            a folder with one subfolder per class, as ImageNet's `train`, numbered in the order of their names.
+        on_bad: called with key and reason of each sample that is skipped.
 
     Raises:
         MissingError: nothing is there.
         DataError: there are no images, one has no label, or a shard is damaged.
         StoreError: the object store cannot be read.
     """
-    if is_class_folder(where):
-        return _class_folders(Path(where), on_bad)
-    return _in_shards(where, on_bad)
+    return _class_folders(Path(where), on_bad) if is_class_folder(where) else _in_shards(where, on_bad)
 
 
 def is_class_folder(where: str | Path) -> bool:
@@ -123,7 +118,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
         label_N=np.array(labels, dtype=np.int64),
         classes=tuple(names),
         fingerprint=_fingerprint(keys, labels),
-        _files=files,
+        read=partial(nth_file, files),
     )
 
 
@@ -146,19 +141,10 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
         where=str(where),
         keys=keys,
         label_N=np.array(labels, dtype=np.int64),
-        classes=_class_names(shards),
+        classes=index.classes if (index := index_beside(shards)) else None,
         fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located], labels),
-        _located=located,
+        read=partial(nth_span, [(shard, at.image) for shard, at in located]),
     )
-
-
-def _class_names(shards: Sequence[ShardFile]) -> tuple[str, ...] | None:
-    """Names from the index that `prepare` wrote beside the shards, if all of them lie in one such folder."""
-    locations = {shard.location for shard in shards}
-    local = shards[0].location.local
-    if len(locations) > 1 or local is None or not (local / INDEX_NAME).is_file():
-        return None
-    return read_index(local).classes
 
 
 def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
@@ -172,7 +158,7 @@ def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
     """The number of classes that both share.
 
     Raises:
-        DataError: the class folders' names differ, or VAL has a label that TRAIN has not.
+        DataError: the names of the classes differ, or VAL has a label that TRAIN has not.
     """
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         only_train = [name for name in train.classes if name not in val.classes]

@@ -16,10 +16,10 @@ from PIL import Image, UnidentifiedImageError
 
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.images.decode import MAX_PIXELS
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_file, read_regular
-from milan_pipe.images.index import INDEX_NAME, read_index
-from milan_pipe.images.shards import ShardFile, expand_shards
-from milan_pipe.images.tar import OnBad, Span, locate_samples
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
+from milan_pipe.images.labelled import nth_file, nth_span
+from milan_pipe.images.shards import expand_shards, index_beside
+from milan_pipe.images.tar import OnBad, locate_samples
 from milan_pipe.storage import is_url
 
 ADE20K_CLASSES = 150
@@ -33,10 +33,10 @@ class MaskedImages:
     """N images with masks that are not read yet.
 
     Attributes:
-        where: what was named, for messages.
-        keys: of each image.
+        where: path or URL, for messages.
+        keys: one per image.
         classes: names of the classes, or their number, where it is known.
-        zero_is_ignored: True where the layout says so: ADE20K's 0 means no class.
+        zero_is_ignored: True for the layout of ADE20K, where 0 means no class.
         fingerprint: changes with the keys.
         image, mask: give the encoded image and the encoded mask of a number.
     """
@@ -59,11 +59,11 @@ def masked_images(where: str | Path, split: str, on_bad: OnBad) -> MaskedImages:
     Args:
         where: shards whose samples have a `mask.png`; or ADE20K's folder, with `images/` and `annotations/` that hold
             `training/` and `validation/` (or `train/` and `val/`); or a folder with `images/` and `masks/` (or
-            `annotations/`, `labels/`); or a folder inside of `images/`, with the masks in the folder of the same name
-            inside of `masks/`; or two folders as `IMAGES,MASKS`. An image and its mask have the same name but for the
+            `annotations/`, `labels/`); or a folder inside `images/`, with the masks in the folder of the same name
+            inside `masks/`; or two folders as `IMAGES,MASKS`. An image and its mask have the same name but for the
             suffix.
         split: "train" or "val": which half of ADE20K's folder.
-        on_bad: called with key and reason of each image that is left out.
+        on_bad: called with key and reason of each image that is skipped.
 
     Raises:
         MissingError: nothing is there, or an image has no mask.
@@ -108,7 +108,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
     for folder in (images, masks):
         if not folder.is_dir():
             raise MissingError(f"{folder} is not there; expected a folder of images and one of masks")
-    found = {
+    masks_by_key = {
         path.relative_to(masks).with_suffix("").as_posix(): path
         for path in files_under(masks)
         if path.suffix[1:].lower() in _MASK_SUFFIXES
@@ -117,7 +117,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
     keys = [path.relative_to(images).with_suffix("").as_posix() for path in files]
     if not files:
         raise DataError(f"{images} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
-    lacking = [key for key in keys if key not in found]
+    lacking = [key for key in keys if key not in masks_by_key]
     if lacking:
         raise MissingError(
             f"{len(lacking)} of the {len(keys)} images of {images} have no mask in {masks}, as {lacking[0]}; "
@@ -129,8 +129,8 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
         classes=_class_list(images, ade=ade),
         zero_is_ignored=ade,
         fingerprint=_fingerprint(keys),
-        image=partial(_read_file, files),
-        mask=partial(_read_file, [found[key] for key in keys]),
+        image=partial(nth_file, files),
+        mask=partial(nth_file, [masks_by_key[key] for key in keys]),
     )
 
 
@@ -143,7 +143,7 @@ def _class_list(images: Path, *, ade: bool) -> tuple[str, ...] | int | None:
 
 
 def read_classes(file: str | Path) -> tuple[str, ...]:
-    """Names of classes, one a line; or a list in a .json; or ADE20K's table, where they stand in its last column.
+    """Names of classes: one per line, or a list in a .json, or the last column of ADE20K's table.
 
     Raises:
         MissingError: the file is not there.
@@ -177,28 +177,15 @@ def _shards(where: str, on_bad: OnBad) -> MaskedImages:
         )
     if not located:
         raise DataError(f"none of the images of {where} can be used; prepare the shards again")
-    local = shards[0].location.local
-    one_folder = len({shard.location for shard in shards}) == 1
-    known = local is not None and one_folder and (local / INDEX_NAME).is_file()
-    keys = [at.key for _, at in located]
     return MaskedImages(
         where=where,
-        keys=keys,
-        classes=read_index(local).mask_classes if known and local is not None else None,
+        keys=[at.key for _, at in located],
+        classes=index.mask_classes if (index := index_beside(shards)) else None,
         zero_is_ignored=False,
         fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located]),
-        image=partial(_read_span, [(shard, at.image) for shard, at in located]),
-        mask=partial(_read_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
+        image=partial(nth_span, [(shard, at.image) for shard, at in located]),
+        mask=partial(nth_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
     )
-
-
-def _read_span(spans: Sequence[tuple[ShardFile, Span]], number: int) -> bytes:
-    shard, span = spans[number]
-    return shard.location.read_range(shard.name, span.start, span.stop)
-
-
-def _read_file(paths: Sequence[Path], number: int) -> bytes:
-    return read_file(paths[number])
 
 
 def _fingerprint(keys: Sequence[str]) -> str:
@@ -235,9 +222,9 @@ def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) ->
                 raise LabelError(f"mask of {key!r}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             mode = image.mode
             values = np.asarray(image)
+    except LabelError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, LabelError):
-            raise
         raise LabelError(f"mask of {key!r} cannot be decoded: {' '.join(str(error).split())[:120]}") from None
     if values.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise LabelError(

@@ -1,8 +1,8 @@
 """Pack images, or the demo's scenes, into webdataset shards that are the same bytes each time.
 
-Work is cut into jobs of `samples_per_shard` images that run in a process pool. A job writes its tar beside its
-place; this process gives the tars their final names in job order, and writes `index.json` last. A marker file stands
-in the folder meanwhile, so that after a kill the same command knows its own leftovers and starts over.
+Jobs of `samples_per_shard` images run in a process pool and write tars with temporary names. This process gives them
+their final names in job order, and writes `index.json` last. A marker file is in the folder meanwhile, so that after a
+kill the same command knows its own files and starts over.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import io
 import json
 import os
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,22 @@ from PIL import Image
 
 from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.digests import sha256_of_file
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
+from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.decode import decode_image
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, read_file
-from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, files_under, read_file
+from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
-from milan_pipe.storage import is_url, local_folder, location_of
+from milan_pipe.storage import is_url, local_folder
 from milan_pipe.storage.local import beside, flush
 
 DEMO = "demo"
-"""The source that is rendered and not read."""
-
+"""The source whose images are rendered."""
 
 SPLIT_FOLDERS = ("train", "val", "test")
 """Names of subfolders that are splits."""
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ class PrepareReport:
         shards: number of shards written.
         samples: number of images in them.
         bytes: their size together.
-        bad: (file name relative to the source, reason) of each image that was skipped.
+        bad: (path relative to the source, reason) of each image that was skipped.
         classes: class names, labels are indices into them; None where there are none.
     """
 
@@ -77,41 +74,30 @@ class _Image:
     label: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Scenes:
-    """Demo scenes `start` to `stop` - 1."""
+_Items = range | tuple[_Image, ...]
+"""Numbers of scenes, or images."""
 
-    seed: int
-    start: int
-    stop: int
+_Bad = tuple[str, str, str]
+"""Key, name and reason of an image that was skipped."""
+
+_Packed = tuple[ShardRecord | None, list[_Bad]]
+"""A finished tar under its temporary name; None where no image could be read."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Job:
     """What goes into one tar."""
 
     split: str
-    content: _Scenes | tuple[_Image, ...]
-
-    @property
-    def size(self) -> int:
-        return self.content.stop - self.content.start if isinstance(self.content, _Scenes) else len(self.content)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Packed:
-    """A finished tar under its temporary name; `samples` may be 0, then there is no file."""
-
-    samples: int
-    bytes: int
-    sha256: str
-    bad: list[tuple[str, str, str]]
+    items: _Items
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     jobs: list[_Job]
     classes: tuple[str, ...] | None
+    mask_classes: tuple[str, ...] | None
     source: Mapping[str, Any]
 
 
@@ -119,25 +105,25 @@ def prepare(
     source: str | Path,
     images: str | Path,
     config: PrepareSettings,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
     *,
     workers: int | None = None,
 ) -> PrepareReport:
     """Write the images of `source` as shards, `index.json` and, if any are bad, `bad_samples.jsonl` into `images`.
 
-    A folder is read with all its subfolders; hidden files are passed over. If it holds nothing but `SPLIT_FOLDERS`,
-    each is a split. Within a split the first subfolder is the class, and an image that lies in none has label -1.
-    Classes are sorted, over all splits together. Images are decoded once to see that they are whole and stored with
-    their bytes unchanged. Keys are the path in the source, with "-" for "/" and "_" for dots and unprintable
-    characters; where two meet, the later one gets a part of its path's hash.
+    A folder is read with all its subfolders, without hidden files. If it holds nothing but `SPLIT_FOLDERS`, each is a
+    split. Within a split the first subfolder is the class; an image outside of one has label -1. Classes are sorted,
+    over all splits together. Images are decoded once, as a check, and stored with their bytes unchanged. Keys are the
+    path in the source, with "-" for "/" and "_" for dots and unprintable characters; of two that are equal, the later
+    one gets a part of its path's hash.
 
     The same source and settings give the same bytes, with any number of workers.
 
     Args:
         source: the word "demo", or a folder of images.
-        images: the folder to write; made if it is not there. What an earlier run on the same source wrote in it is
+        images: the folder to write; made where it does not exist. What an earlier run on the same source wrote in it is
             replaced.
-        progress: called with (samples done, samples in all) after each shard.
+        progress: called with (samples done, all samples) after each shard.
         workers: processes, by default one per usable core.
 
     Raises:
@@ -150,19 +136,18 @@ def prepare(
     images = local_folder(images, "shards")
     plan = _plan_demo(config) if source == DEMO else _plan_folder(source, images, config)
     try:
-        _claim(images, plan.source)
-        shards, bad = _pack_all(images, plan, progress, workers)
-        _write_bad(images, bad)
+        begin_index(images, plan.source)
+        (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
+        shards, bad = _pack_all(images, plan.jobs, progress, workers)
+        if bad:
+            rows = [{"key": key, "file": name, "reason": reason} for key, name, reason in bad]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (images / BAD_SAMPLES_NAME).write_text(lines, encoding="utf-8", newline="\n")
         if shards:
-            write_index(
-                images,
-                ImageIndex(
-                    shards=tuple(shards),
-                    classes=plan.classes,
-                    source=plan.source,
-                    mask_classes=MASK_CLASSES if source == DEMO else None,
-                ),
+            index = ImageIndex(
+                shards=tuple(shards), classes=plan.classes, source=plan.source, mask_classes=plan.mask_classes
             )
+            write_index(images, index)
         (images / PREPARE_MARKER).unlink()
     except MilanError:
         raise
@@ -187,41 +172,46 @@ def prepare(
 
 
 def _plan_demo(config: PrepareSettings) -> _Plan:
-    jobs = []
-    for split, first, count in (("train", 0, config.train_scenes), ("test", TEST_SCENE_OFFSET, config.test_scenes)):
-        for start in range(first, first + count, config.samples_per_shard):
-            stop = min(start + config.samples_per_shard, first + count)
-            jobs.append(_Job(split=split, content=_Scenes(seed=config.seed, start=start, stop=stop)))
-    return _Plan(jobs=jobs, classes=SHAPES, source={"kind": DEMO, "seed": config.seed})
+    jobs = [
+        *_cut("train", range(config.train_scenes), config),
+        *_cut("test", range(TEST_SCENE_OFFSET, TEST_SCENE_OFFSET + config.test_scenes), config),
+    ]
+    return _Plan(jobs=jobs, classes=SHAPES, mask_classes=MASK_CLASSES, source={"kind": DEMO, "seed": config.seed})
+
+
+def _cut(split: str, items: _Items, config: PrepareSettings) -> list[_Job]:
+    step = config.samples_per_shard
+    return [_Job(split, items[start : start + step], config.seed) for start in range(0, len(items), step)]
 
 
 def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
     root = Path(source)
     _check_source(source, root, images)
-    files = _images_under(root)
+    suffixes = (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
+    files = [path.relative_to(root).parts for path in files_under(root) if path.suffix[1:].lower() in suffixes]
     if not files:
         raise DataError(_what_else(root))
-    splits = _splits(root, files, config.split)
-    named = {parts[0] for _, inner in splits for _, parts in inner if len(parts) > 1}
-    classes = tuple(sorted(named)) or None
-    numbers = {name: number for number, name in enumerate(classes or ())}
-    taken: set[str] = set()
-    jobs = []
-    for split, inner in splits:
-        members = [
-            _Image(
-                path=root.joinpath(*file),
-                name=_printable("/".join(file)),
-                key=_free_key(file, taken),
-                label=numbers[parts[0]] if len(parts) > 1 else -1,
-            )
-            for file, parts in inner
-        ]
-        starts = range(0, len(members), config.samples_per_shard)
-        contents = (tuple(members[start : start + config.samples_per_shard]) for start in starts)
-        jobs += [_Job(split=split, content=content) for content in contents]
-    described = None if classes is None else tuple(_printable(name) for name in classes)
-    return _Plan(jobs=jobs, classes=described, source={"kind": "folder", "path": _printable(root.as_posix())})
+    splits = _split_folders(root, files)
+    depth = 1 if splits else 0
+    classes = sorted({file[depth] for file in files if len(file) > depth + 1})
+    labels = {name: label for label, name in enumerate(classes)}
+    members: dict[str, list[_Image]] = {split: [] for split in splits or [config.split]}
+    keys: set[str] = set()
+    for file in files:
+        image = _Image(
+            path=root.joinpath(*file),
+            name=_printable("/".join(file)),
+            key=_free_key(file, keys),
+            label=labels[file[depth]] if len(file) > depth + 1 else -1,
+        )
+        members[file[0] if splits else config.split].append(image)
+        keys.add(image.key)
+    return _Plan(
+        jobs=[job for split, inner in members.items() for job in _cut(split, tuple(inner), config)],
+        classes=tuple(map(_printable, classes)) or None,
+        mask_classes=None,
+        source={"kind": "folder", "path": _printable(root.as_posix())},
+    )
 
 
 def _check_source(source: str | Path, root: Path, images: Path) -> None:
@@ -242,29 +232,6 @@ def _check_source(source: str | Path, root: Path, images: Path) -> None:
         raise DataError(f"source and images are the same folder, {root}; choose another one to write shards into")
 
 
-def _images_under(root: Path) -> list[tuple[str, ...]]:
-    """Paths, as parts relative to `root`, of all files with an image's suffix, sorted; links to folders followed."""
-    found: list[tuple[str, ...]] = []
-    entered: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
-        real = os.path.realpath(folder)
-        # A link that leads back up would never end.
-        folders[:] = [] if real in entered else sorted(name for name in folders if not name.startswith("."))
-        if real in entered:
-            continue
-        entered.add(real)
-        parts = Path(folder).relative_to(root).parts
-        for name in names:
-            suffix = Path(name).suffix[1:].lower()
-            if not name.startswith(".") and (suffix in IMAGE_SUFFIXES or suffix in OTHER_IMAGE_SUFFIXES):
-                found.append((*parts, name))
-    return sorted(found)
-
-
-def _cannot_list(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
-
-
 def _what_else(root: Path) -> str:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     if not names:
@@ -277,16 +244,13 @@ def _what_else(root: Path) -> str:
     )
 
 
-_Placed = list[tuple[tuple[str, ...], tuple[str, ...]]]
-
-
-def _splits(root: Path, files: list[tuple[str, ...]], default: str) -> list[tuple[str, _Placed]]:
-    """Splits in order, each with (path relative to the source, path relative to the split) of its files."""
+def _split_folders(root: Path, files: list[tuple[str, ...]]) -> list[str]:
+    """The splits that a source is divided into, if it is."""
     tops = {file[0] if len(file) > 1 else "" for file in files}
     present = [name for name in SPLIT_FOLDERS if name in tops]
     others = sorted(tops - set(present))
-    if present and not others:
-        return [(name, [(file, file[1:]) for file in files if file[0] == name]) for name in present]
+    if not others:
+        return present
     # One such name among others is a class, as "train" among vehicles. Two are splits with something beside them.
     if len(present) > 1:
         beside = _printable(others[0]) or "images"
@@ -294,127 +258,52 @@ def _splits(root: Path, files: list[tuple[str, ...]], default: str) -> list[tupl
             f"source {root} holds the splits {', '.join(present)} beside {beside}; expected only split folders or only "
             "class folders: move the rest elsewhere"
         )
-    return [(default, [(file, file) for file in files])]
+    return []
 
 
-def _free_key(file: tuple[str, ...], taken: set[str]) -> str:
-    path = "/".join(file)
+def _free_key(file: tuple[str, ...], used: set[str]) -> str:
     stem = "/".join((*file[:-1], Path(file[-1]).stem))
     # A dot would end the key; what does not print may not pass through JSON, logs or other file systems.
     key = re.sub(r"[./\\]", lambda found: "_" if found[0] == "." else "-", stem)
     key = "".join(letter if letter.isprintable() else "_" for letter in key)
+    path = "/".join(file)
     digest = hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()
-    free, length = key, 8
-    while free in taken:
-        free, length = f"{key}-{digest[:length]}", length + 8
-        if length > 48:
-            raise DataError(f"no free key for {_printable(path)}; rename the file")
-    taken.add(free)
-    return free
+    for free in (key, *(f"{key}-{digest[:length]}" for length in (8, 16, 24, 32))):
+        if free not in used:
+            return free
+    raise DataError(f"no free key for {_printable(path)}; rename the file")
 
 
 def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-# --- the target folder --------------------------------------------------------------------------------------------
-
-
-def _claim(images: Path, source: Mapping[str, Any]) -> None:
-    """Make the folder ready: refuse foreign shards, put up the marker, clear away what an earlier run wrote."""
-    if images.exists() and not images.is_dir():
-        raise StoreError(f"{images} is a file; expected a folder to write shards into")
-    images.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in images.iterdir() if path.suffix == ".tar"}
-    marker = images / PREPARE_MARKER
-    described = json.dumps(dict(source), sort_keys=True) + "\n"
-    own: set[str] = set()
-    earlier: Mapping[str, Any] | None = None
-    if (images / INDEX_NAME).exists():
-        index = read_index(images)
-        own, earlier = {shard.name for shard in index.shards}, index.source
-    if marker.exists():
-        # An earlier run was killed: every shard of our naming is its work, or of the index that it was replacing.
-        own |= {name for name in present if _SHARD_NAME.fullmatch(name)}
-        earlier = earlier or _described(marker)
-    foreign = sorted(present - own)
-    if foreign:
-        raise MismatchError(
-            f"{images} holds {len(foreign)} shards that `prepare` did not write there, as {foreign[0]}; choose an "
-            "empty folder, or move them away"
-        )
-    if own and earlier is not None and not _same_place(earlier, source):
-        raise MismatchError(
-            f"{images} holds shards of {_place(earlier)}, asked for {_place(source)}; choose another folder, or delete "
-            "this one"
-        )
-    marker.write_text(described, encoding="utf-8")
-    (images / INDEX_NAME).unlink(missing_ok=True)
-    (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
-    for name in own & present:
-        (images / name).unlink()
-    location_of(images).clear_scratch()
-
-
-def _described(marker: Path) -> Mapping[str, Any] | None:
-    try:
-        plain = json.loads(marker.read_bytes())
-    except ValueError:
-        return None
-    return plain if isinstance(plain, dict) else None
-
-
-def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if one.get("kind") != other.get("kind"):
-        return False
-    return Path(str(one.get("path", ""))).resolve() == Path(str(other.get("path", ""))).resolve()
-
-
-def _place(source: Mapping[str, Any]) -> str:
-    return str(source.get("path", source.get("kind")))
-
-
-def _write_bad(images: Path, bad: Sequence[tuple[str, str, str]]) -> None:
-    if bad:
-        lines = [
-            json.dumps({"key": key, "file": name, "reason": reason}, ensure_ascii=False) for key, name, reason in bad
-        ]
-        (images / BAD_SAMPLES_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
 # --- packing ------------------------------------------------------------------------------------------------------
 
 
 def _pack_all(
-    images: Path, plan: _Plan, progress: Callable[[int, int], None] | None, workers: int | None
-) -> tuple[list[ShardRecord], list[tuple[str, str, str]]]:
+    images: Path, jobs: Sequence[_Job], progress: Callable[[int, int], None], workers: int | None
+) -> tuple[list[ShardRecord], list[_Bad]]:
     """Run all jobs; final names are given in job order, so that a job without a readable image leaves no gap."""
-    total, done = sum(job.size for job in plan.jobs), 0
-    paths = [beside(images / f"{number:06d}.tar") for number in range(len(plan.jobs))]
+    total, done = sum(len(job.items) for job in jobs), 0
+    paths = [beside(images / f"{number:06d}.tar") for number in range(len(jobs))]
     shards: list[ShardRecord] = []
-    bad: list[tuple[str, str, str]] = []
-    counts: dict[str, int] = {}
-    for job, path, packed in zip(plan.jobs, paths, _packed(plan.jobs, paths, workers), strict=True):
-        bad += packed.bad
-        if packed.samples:
-            number = counts.get(job.split, 0)
-            counts[job.split] = number + 1
-            name = f"{job.split}-{number:06d}.tar"
+    bad: list[_Bad] = []
+    counts: Counter[str] = Counter()
+    for job, path, (record, skipped) in zip(jobs, paths, _packed(jobs, paths, workers), strict=True):
+        bad += skipped
+        if record is not None:
+            name = f"{job.split}-{counts[job.split]:06d}.tar"
+            counts[job.split] += 1
             path.replace(images / name)
-            shards.append(
-                ShardRecord(
-                    name=name, split=job.split, samples=packed.samples, bytes=packed.bytes, sha256=packed.sha256
-                )
-            )
-        done += job.size
-        if progress is not None:
-            progress(done, total)
+            shards.append(replace(record, name=name))
+        done += len(job.items)
+        progress(done, total)
     return shards, bad
 
 
-def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterator[_Packed]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(jobs), workers or usable)
+def _packed(jobs: Sequence[_Job], paths: list[Path], workers: int | None) -> Iterator[_Packed]:
+    workers = min(len(jobs), thread_count(workers or 0))
     if workers <= 1:
         yield from map(_pack, jobs, paths)
         return
@@ -434,60 +323,55 @@ def _packed(jobs: list[_Job], paths: list[Path], workers: int | None) -> Iterato
 
 
 def _pack(job: _Job, path: Path) -> _Packed:
-    """Write one tar. Runs in a worker process."""
-    bad: list[tuple[str, str, str]] = []
-    skip = partial(_skip, bad)
-    members = _scene_members(job.content) if isinstance(job.content, _Scenes) else _image_members(job.content, skip)
+    """Write one tar, unless no image can be read. Runs in a worker process."""
+    # Imported here as it loads torch.
+    from webdataset.writer import TarWriter
+
+    bad: list[_Bad] = []
     samples = 0
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-        for key, parts in members:
+    # The same bytes on every machine: neither time nor owner.
+    with path.open("wb") as file, TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+        for key, parts in _members(job, bad):
             samples += 1
             for suffix, data in parts.items():
-                # A bare header: time, owner and mode are the defaults 0, 0 and 0o644 on every machine.
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                # One at a time: TarWriter sorts the members of a sample, and the image comes first.
+                tar.write({"__key__": key, suffix: data})
     flush(path)
     if not samples:
         path.unlink()
-        return _Packed(samples=0, bytes=0, sha256="", bad=bad)
-    return _Packed(samples=samples, bytes=path.stat().st_size, sha256=sha256_of_file(path), bad=bad)
+        return None, bad
+    size, digest = path.stat().st_size, sha256_of_file(path)
+    return ShardRecord(name=path.name, split=job.split, samples=samples, bytes=size, sha256=digest), bad
 
 
-def _skip(bad: list[tuple[str, str, str]], image: _Image, reason: str) -> None:
-    bad.append((image.key, image.name, reason))
-
-
-def _scene_members(scenes: _Scenes) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for number in range(scenes.start, scenes.stop):
-        scene = render_scene(scenes.seed, number)
-        parts = {
-            "png": _png(scene.image),
-            "cls": str(scene.label).encode(),
-            "txt": scene.caption.encode(),
-            MASK_SUFFIX: _png(scene.segmentation),
-        }
-        yield f"scene-{number:010d}", parts
+def _members(job: _Job, bad: list[_Bad]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members by suffix of each sample; what cannot be read goes into `bad`."""
+    for item in job.items:
+        if isinstance(item, int):
+            scene = render_scene(job.seed, item)
+            yield (
+                f"scene-{item:010d}",
+                {
+                    "png": _png(scene.image),
+                    "cls": str(scene.label).encode(),
+                    "txt": scene.caption.encode(),
+                    MASK_SUFFIX: _png(scene.segmentation),
+                },
+            )
+            continue
+        suffix = item.path.suffix[1:].lower()
+        try:
+            if suffix in OTHER_IMAGE_SUFFIXES:
+                raise DataError(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+            data = read_file(item.path)
+            decode_image(data)
+        except DataError as error:
+            bad.append((item.key, item.name, str(error)))
+        else:
+            yield item.key, {suffix: data} | ({"cls": str(item.label).encode()} if item.label >= 0 else {})
 
 
 def _png(values: NDArray[np.uint8]) -> bytes:
     png = io.BytesIO()
     Image.fromarray(values).save(png, "PNG")
     return png.getvalue()
-
-
-def _image_members(
-    images: Sequence[_Image], skip: Callable[[_Image, str], None]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for image in images:
-        suffix = image.path.suffix[1:].lower()
-        if suffix in OTHER_IMAGE_SUFFIXES:
-            skip(image, f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
-            continue
-        try:
-            data = read_file(image.path)
-            decode_image(data)
-        except DataError as error:
-            skip(image, str(error))
-        else:
-            yield image.key, {suffix: data} | ({"cls": str(image.label).encode()} if image.label >= 0 else {})

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from braceexpand import braceexpand
+
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
-from milan_pipe.images.index import PREPARE_MARKER
+from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, read_index
 from milan_pipe.storage import Listing, Location, is_url, location_of, split_url
 
 _MAX_BRACE_NAMES = 1_000_000
@@ -55,9 +58,17 @@ class ShardFile:
 
 
 def shard_file(where: str | Path) -> ShardFile:
-    """The shard of this path or URL; whether it is there is not looked at."""
+    """The shard of this path or URL, whether it is there or not."""
     folder, name = split_url(str(where))
     return ShardFile(location_of(folder), name)
+
+
+def index_beside(shards: Sequence[ShardFile]) -> ImageIndex | None:
+    """The index that `prepare` wrote, where all shards lie in one local folder that has it."""
+    location = shards[0].location
+    if location.local is None or any(shard.location != location for shard in shards):
+        return None
+    return read_index(location) if (location.local / INDEX_NAME).is_file() else None
 
 
 def expand_shards(spec: str | Path) -> list[ShardFile]:
@@ -66,12 +77,12 @@ def expand_shards(spec: str | Path) -> list[ShardFile]:
     Args:
         spec: a folder (its `*.tar`), one shard, a path with braces as `train-{000000..000127}.tar` or
             `{train,test}-000000.tar`, or a glob. Each of them may be a URL; web servers (`https://`) cannot be
-            listed, so that only single shards and braces are possible there. A local file or folder of exactly
-            this name goes first.
+            listed, so only single shards and braces are possible there. A local file or folder of exactly this name
+            goes first.
 
     Raises:
         MissingError: the folder, the file, one of the braces' files, or any match of the glob is not there.
-        DataError: a folder without shards or that `prepare` has not finished, a folder or glob on a web server, or
+        DataError: a folder without shards or that `prepare` has not finished, a folder or glob on a web server,
             braces that make no sense, or a shard that is no regular file.
         SettingError: a URL of an unknown kind.
         StoreError: the object store cannot be read.
@@ -133,12 +144,12 @@ def _remote_shards(url: str) -> list[ShardFile]:
     size = location.present([name]).get(name) if name else None
     if size is not None:
         return [ShardFile(location, name, size)]
-    folder_place = location_of(text)
-    listing = folder_place.listing() if location.listable else Listing(files={}, folders=())
+    below = location_of(text)
+    listing = below.listing() if location.listable else Listing(files={}, folders=())
     if not listing.files and not listing.folders:
         expected = "a folder of .tar shards, a shard, braces or a glob" if location.listable else "a shard or braces"
         raise MissingError(f"{text} is not there; expected {expected}")
-    return _shards_of(folder_place, listing.files, listing.folders)
+    return _shards_of(below, listing.files, listing.folders)
 
 
 def _remote_braces(text: str) -> list[ShardFile]:
@@ -206,8 +217,7 @@ def _shards_of(location: Location, files: Mapping[str, int | None], folders: Ite
     if PREPARE_MARKER in files:
         raise DataError(f"{location} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
     names = sorted(name for name in files if not name.startswith("."))
-    shards = [ShardFile(location, name, files[name]) for name in names if name.endswith(".tar")]
-    if shards:
+    if shards := [ShardFile(location, name, files[name]) for name in names if name.endswith(".tar")]:
         return shards
     images = sum(suffix_of(name) in IMAGE_SUFFIXES for name in names)
     subfolders = sum(not name.startswith(".") for name in folders)
@@ -222,24 +232,17 @@ def _shards_of(location: Location, files: Mapping[str, int | None], folders: Ite
 
 
 def _expand_braces(text: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", text)
-    if match is None:
-        return [text]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1], re.ASCII)
-    if span is not None:
-        first, last = int(span[1]), int(span[2])
-        if last < first or last - first >= _MAX_BRACE_NAMES:
-            raise DataError(f"{{{match[1]}}} in {text} must run upwards and over less than {_MAX_BRACE_NAMES} numbers")
-        # As in a shell: a leading zero asks for numbers of one width.
-        padded = any(len(end) > 1 and end.startswith("0") for end in span.groups())
-        width = max(map(len, span.groups())) if padded else 0
-        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    elif "," in match[1]:
-        choices = match[1].split(",")
-    else:
-        raise DataError(f"{{{match[1]}}} in {text} is not understood; expected {{000000..000127}} or {{train,test}}")
-    before, after = text[: match.start()], text[match.end() :]
-    names = [name for choice in choices for name in _expand_braces(before + choice + after)]
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
+        # braceexpand also counts down, and lays every range out in memory.
+        if not 0 <= int(last) - int(first) < _MAX_BRACE_NAMES:
+            span = f"{{{first}..{last}}}"
+            raise DataError(f"{span} in {text} must run upwards and over less than {_MAX_BRACE_NAMES} numbers")
+    try:
+        names = list(islice(braceexpand(text, escape=False), _MAX_BRACE_NAMES + 1))
+    except ValueError:  # They are not balanced.
+        names = [text]
     if len(names) > _MAX_BRACE_NAMES:
         raise DataError(f"{text} names more than {_MAX_BRACE_NAMES} shards")
+    if any("{" in name for name in names):
+        raise DataError(f"braces in {text} are not understood; expected {{000000..000127}} or {{train,test}}")
     return names

@@ -1,8 +1,7 @@
-"""The samples of an image shard, a webdataset tar.
+"""The samples of an image shard, a webdataset tar, by webdataset's rules for members and keys.
 
-This is the package's only reader of image shards. It keeps webdataset's rules for members and keys, and reads the tar
-with the standard library: webdataset's own reader ends without a word at a damaged header or a cut between two
-members, hands over every member's bytes, and its import loads torch.
+By hand, because webdataset's own reader ends silently at a damaged header or a cut between two members, reads the bytes
+of every member, and loads torch.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -62,12 +62,12 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """Where one image of a shard lies, and what is said of it.
+    """Where an image of a shard lies, and its label.
 
     Attributes:
         key, label: as of a `Sample`.
-        image: of the encoded image, at least one byte.
-        mask: of the sample's `MASK_SUFFIX` member; None where there is none.
+        image: the encoded image, at least one byte.
+        mask: the member with one of `MASK_SUFFIXES`; None where there is none.
     """
 
     key: str
@@ -78,9 +78,12 @@ class Located:
 
 @dataclass(kw_only=True)
 class _Group:
-    """Members of one key, in the order of the tar. `fault` is the first reason to skip the sample.
+    """Members of one key.
 
-    `dotted` are names as `a.v2.jpg`: of one more file of a sample, or of an image with a dot in its name.
+    Attributes:
+        parts: label and caption by suffix, as they are stored.
+        dotted: names as `a.v2.jpg`: one more file of the sample, or an image with a dot in its name.
+        fault: first reason to skip the sample.
     """
 
     key: str
@@ -95,24 +98,24 @@ class _Group:
 
 
 def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None) -> Iterator[Sample]:
-    """Read a shard's samples, in their order, one at a time; nothing is unpickled or written to disk.
+    """Read a shard's samples in their order, one at a time; nothing is unpickled or written to disk.
 
-    Neighbouring members of one key are one sample: an image (`IMAGE_SUFFIXES`), and where there are such `cls` (a
-    whole number), `txt` (caption) and `json` (label under "label" or "cls", caption under "caption" or "txt"; `cls`
-    and `txt` win). Other members are skipped unread.
+    Neighbouring members of one key are one sample: an image (`IMAGE_SUFFIXES`), and optionally `cls` (a whole number),
+    `txt` (caption) and `json` (label under "label" or "cls", caption under "caption" or "txt"; `cls` and `txt` win).
+    Other members are skipped unread.
 
     Args:
         shard: a plain tar file, or its path or URL.
-        on_bad: called for each sample that is not yielded, as soon as it is known. A key that comes again is
-            reported, its first sample stays. Keys without an image are passed over, but not where its name has a
-            second dot: `a.v2.jpg` is file `v2.jpg` of sample `a`.
+        on_bad: called for each sample that is not yielded: also for a key that comes again, whose first sample stays,
+            and for `a.v2.jpg`, which is file `v2.jpg` of sample `a`, where `a` has no image. Other keys without an
+            image are passed over.
         copy: the shard's bytes, where they have been fetched; a seekable file, left open.
 
     Raises:
         MissingError: the shard is not there.
-        DataError: the shard cannot be read, is no plain tar, holds no image at all, or is cut or damaged; in
-            this last case after the samples before the damage. Raised while iterating.
-        StoreError: the object store cannot be read, or no longer.
+        DataError: the shard cannot be read, is no plain tar, holds no image at all, or is cut or damaged; in the last
+            case after the samples before the damage.
+        StoreError: the object store cannot be read.
     """
     for group, label, caption in _whole_groups(shard, on_bad, copy, locate=False):
         assert isinstance(group.image, bytes)
@@ -120,7 +123,7 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
 
 
 def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
-    """Find a shard's samples by its headers, without reading an image; else as `read_shard`."""
+    """As `read_shard`, but images are found by the headers and not read."""
     for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
         assert isinstance(group.image, Span)
         yield Located(key=group.key, label=label, image=group.image, mask=group.mask)
@@ -152,21 +155,40 @@ def _whole_groups(
         else:
             yield group, label, caption
     if not images:
-        raise DataError(f"{shard} holds no images; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
+        raise no_images(shard)
+
+
+def no_images(shard: ShardFile) -> DataError:
+    """The error of a shard without an image."""
+    return DataError(f"{shard} holds no images; expected members that end in {', '.join(IMAGE_SUFFIXES)}")
 
 
 def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Group]:
+    """Neighbouring members of one key.
+
+    Args:
+        locate: give the span of an image in the file, and leave it unread.
+    """
     group: _Group | None = None
-    for name, info, data in _members(shard, copy, locate=locate):
-        prefix, suffix = split_member_name(name)
-        if not prefix:
-            continue
-        key = _utf8(prefix)
-        if group is None or group.key != key:
-            if group is not None:
-                yield group
-            group = _Group(key=key)
-        _add(group, prefix, suffix, info, data)
+    with opened(shard, copy) as file:
+        for info in walk(shard, file, file.seek(0, io.SEEK_END)):
+            prefix, suffix = split_member_name(info.name)
+            if not prefix or info.isdir():
+                continue
+            key = _utf8(prefix)
+            if group is None or group.key != key:
+                if group is not None:
+                    yield group
+                group = _Group(key=key)
+            data: bytes | Span | None = None
+            if suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES:
+                data = _span(info)
+                if not (locate and suffix in IMAGE_SUFFIXES):
+                    file.seek(data.start)
+                    data = file.read(info.size)
+                    if len(data) != info.size:
+                        raise _damaged(shard, info.offset)
+            _add(group, prefix, suffix, info, data)
     if group is not None:
         yield group
 
@@ -175,43 +197,41 @@ def _utf8(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _is_plain(info: tarfile.TarInfo) -> bool:
+    return info.isreg() and not info.issparse()
+
+
+def _span(info: tarfile.TarInfo) -> Span:
+    return Span(start=info.offset_data, stop=info.offset_data + info.size)
+
+
 def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
     if suffix in MASK_SUFFIXES and _is_plain(info):
-        group.mask = Span(start=info.offset_data, stop=info.offset_data + info.size)
+        group.mask = _span(info)
     if suffix in OTHER_IMAGE_SUFFIXES:
         group.spoil(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
-        return
-    if suffix not in _WANTED:
+    elif suffix not in _WANTED:
         # With no name before the first dot it is a hidden file.
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
-        return
-    is_image = suffix in IMAGE_SUFFIXES
-    if data is None:
-        kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
-        if is_image:
-            group.spoil(f"the .{suffix} member is {kind}")
+    elif suffix not in IMAGE_SUFFIXES:
+        assert not isinstance(data, Span)
+        if data is not None and suffix in group.parts:
+            group.spoil(f"two .{suffix} members of one key")
         else:
-            group.parts[suffix] = b""
-        return
-    if is_image and group.image is not None:
+            group.parts[suffix] = data or b""
+    elif data is None:
+        kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
+        group.spoil(f"the .{suffix} member is {kind}")
+    elif group.image is not None:
         group.spoil("two images of one key")
-    elif suffix in group.parts:
-        group.spoil(f"two .{suffix} members of one key")
-    elif is_image:
+    else:
         group.image = data
         # Names are never used as paths here, but keys become member names in what is written later.
         if prefix.startswith("/") or ".." in prefix.split("/"):
             group.spoil("member name is absolute or has '..'")
         if group.key != prefix:
             group.spoil("member name is not UTF-8")
-    else:
-        assert isinstance(data, bytes)
-        group.parts[suffix] = data
-
-
-def _is_plain(info: tarfile.TarInfo) -> bool:
-    return info.isreg() and not info.issparse()
 
 
 _IMAGES = frozenset((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
@@ -227,73 +247,57 @@ def split_member_name(name: str) -> tuple[str, str]:
     return match[1], match[2].lower()
 
 
-_Member = tuple[str, tarfile.TarInfo, bytes | Span | None]
-
-
-def _members(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Member]:
-    """Name, header and bytes of each member; bytes are read only for suffixes that are of use.
-
-    Args:
-        locate: say of images where their bytes lie, and leave them unread.
-    """
+@contextmanager
+def opened(shard: ShardFile, copy: IO[bytes] | None = None) -> Iterator[IO[bytes]]:
+    """A shard's file, or its copy, which stays open; errors of reading, also within, name the shard."""
     try:
         if copy is not None:
-            yield from _walk(shard, copy, locate=locate)
-            return
-        with shard.open() as file:
-            yield from _walk(shard, file, locate=locate)
+            yield copy
+        else:
+            with shard.open() as file:
+                yield file
     except MissingError as error:
         raise MissingError(f"shard {error}") from None
-    except MilanError as error:
-        if not isinstance(error, StoreError) or shard.location.local is None:
+    except StoreError as error:
+        if shard.location.local is None:
             raise
         raise DataError(f"shard {error}") from error
     except OSError as error:
         raise DataError(f"shard {shard} cannot be read: {resource_hint(error) or error.strerror or error}") from error
 
 
-def _walk(shard: ShardFile, file: IO[bytes], *, locate: bool) -> Iterator[_Member]:
-    size = file.seek(0, io.SEEK_END)
+def walk(shard: ShardFile, file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
+    """Headers of a tar's members, each checked to lie behind the last one and within the tar.
+
+    Args:
+        file: the tar, or its beginning.
+        size: of the whole tar in bytes.
+
+    Raises:
+        DataError: it is empty, no plain tar, cut or damaged.
+    """
     file.seek(0)
     if size == 0:
         raise DataError(f"shard {shard} is an empty file")
+    end = -1
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-    except tarfile.TarError:
-        raise DataError(f"{shard} is not a plain tar file (a compressed one must be unpacked first)") from None
+        while (info := tar.next()) is not None:
+            # A header may claim a size that leads backwards or past the end.
+            if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
+                raise _damaged(shard, info.offset)
+            end = tar.offset
+            yield info
+            # The list would grow with the shard.
+            tar.members = []  # type: ignore[attr-defined]
     # What cannot be read is not damaged.
     except (MilanError, OSError):
         raise
+    # tarfile lets ValueError, OverflowError and others through when a header is damaged.
     except Exception as error:
-        raise _damaged(shard, 0) from error
-    end = -1
-    while True:
-        try:
-            info = tar.next()
-        except (MilanError, OSError):
-            raise
-        # tarfile lets ValueError, OverflowError and others through when a header is damaged.
-        except Exception as error:
-            raise _damaged(shard, max(end, 0)) from error
-        if info is None:
-            break
-        # The list would grow with the shard; and a header may claim a size that leads backwards or past the end.
-        tar.members = []  # type: ignore[attr-defined]
-        if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
-            raise _damaged(shard, info.offset)
-        end = tar.offset
-        data: bytes | Span | None = None
-        suffix = split_member_name(info.name)[1]
-        usable = suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES
-        if usable and locate and suffix in IMAGE_SUFFIXES:
-            data = Span(start=info.offset_data, stop=info.offset_data + info.size)
-        elif usable:
-            file.seek(info.offset_data)
-            data = file.read(info.size)
-            if len(data) != info.size:
-                raise _damaged(shard, info.offset)
-        if not info.isdir():
-            yield info.name, info, data
+        if end < 0 and isinstance(error, tarfile.TarError):
+            raise DataError(f"{shard} is not a plain tar file (a compressed one must be unpacked first)") from None
+        raise _damaged(shard, max(end, 0)) from error
     # tarfile takes a cut, or a damaged header, between two members for the end. The true end is a block of zeros.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != _NUL_BLOCK:
@@ -305,7 +309,7 @@ def _damaged(shard: ShardFile, offset: int) -> DataError:
 
 
 def _label_and_caption(group: _Group) -> tuple[int, str | None]:
-    """Label, -1 for none, and caption; raises where the sample is to be skipped."""
+    """Label, -1 for none, and caption; raises where the sample is skipped."""
     if group.fault is not None:
         raise DataError(group.fault)
     if not group.image:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.s3 import Proxy
+from webdataset.tariterators import base_plus_ext
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images import decode, tar
@@ -257,7 +258,6 @@ def test_samples_with_labels_and_captions(tmp_path: Path) -> None:
 
 
 def test_keys_are_those_of_webdataset() -> None:
-    base_plus_ext = pytest.importorskip("webdataset.tariterators").base_plus_ext
     names = [
         "a.png",
         "x/a.PNG",
@@ -466,6 +466,7 @@ def folder(tmp_path: Path) -> Path:
         ("", ["t-000000.tar", "t-000001.tar", "t-000002.tar", "v-000000.tar"]),
         ("/t-{000000..000002}.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
         ("/{v,t,v}-00000{0..0}.tar", ["t-000000.tar", "v-000000.tar"]),
+        ("/{v-000000,t-{000001..000002}}.tar", ["t-000001.tar", "t-000002.tar", "v-000000.tar"]),
         ("/t-*.tar", ["t-000000.tar", "t-000001.tar", "t-000002.tar"]),
         ("/[vu]-00000?.tar", ["v-000000.tar"]),
         ("/v-000000.tar", ["v-000000.tar"]),
@@ -504,6 +505,9 @@ def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
         ("/t-{3..1}.tar", DataError, "upwards"),
         ("/t-{0..99999999}.tar", DataError, "less than"),
         ("/t-{abc}.tar", DataError, "not understood"),
+        ("/t-{0,{x}}.tar", DataError, "not understood"),
+        ("/t-{0..1.tar", DataError, "not understood"),
+        ("/" + "{t,v}" * 21 + ".tar", DataError, "more than 1000000"),
         ("/q-*.tar", MissingError, "no file matches"),
         ("/gone", MissingError, "not there"),
     ],

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import webdataset
 from PIL import Image
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images import prepare as prepare_module
 from milan_pipe.images.decode import decode_image
+from milan_pipe.images.files import files_under
 from milan_pipe.images.index import PREPARE_MARKER, read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
 from milan_pipe.images.scenes import SHAPES, render_scene
@@ -100,7 +102,6 @@ def test_headers_tell_nothing_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_webdataset_reads_it_alike(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
     image(tmp_path / "in" / "größe & mehr" / "a b.v2.jpg")
     image(tmp_path / "in" / "x" / ("long " * 30 + ".png"))
     run(tmp_path / "in", tmp_path / "out")
@@ -177,11 +178,21 @@ def test_keys_are_unique_and_safe(tmp_path: Path) -> None:
 
 def test_links_that_lead_back_up_end(tmp_path: Path) -> None:
     image(tmp_path / "in" / "a" / "1.jpg")
+    image(tmp_path / "elsewhere" / "2.jpg")
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
-    assert run(tmp_path / "in", tmp_path / "out").samples == 1
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert files_under(tmp_path / "in") == [tmp_path / "in" / name for name in ("a/1.jpg", "b/2.jpg", "c/2.jpg")]
+    assert run(tmp_path / "in", tmp_path / "out").samples == 3
 
 
-def test_bad_images_are_skip_and_leave_no_gap(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="listed"):
+        files_under(tmp_path / "gone")
+
+
+def test_bad_images_are_skipped_and_leave_no_gap(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     good = image(source / "3.jpg")
     (source / "1.jpg").write_bytes(b"")
