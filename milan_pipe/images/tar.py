@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, resource_hint
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, system_reason
 from milan_pipe.images.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
@@ -263,7 +263,7 @@ def opened(shard: ShardFile, copy: IO[bytes] | None = None) -> Iterator[IO[bytes
             raise
         raise DataError(f"shard {error}") from error
     except OSError as error:
-        raise DataError(f"shard {shard} cannot be read: {resource_hint(error) or error.strerror or error}") from error
+        raise DataError(f"shard {shard} cannot be read: {system_reason(error)}") from error
 
 
 def walk(shard: ShardFile, file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
