@@ -75,14 +75,13 @@ class LocalFolder(Location):
         except MissingError:
             return Listing(files={}, folders=())
 
-    def sizes(self, folder: str = "", expected: Iterable[str] = ()) -> dict[str, int]:  # noqa: ARG002
-        root = self.local / folder
+    def sizes(self, expected: Iterable[str] = ()) -> dict[str, int]:  # noqa: ARG002
         files = []
-        with self._errors(folder, "listed"):
-            for parent, folders, names in os.walk(root, onerror=_unless_missing):
+        with self._errors("", "listed"):
+            for parent, folders, names in os.walk(self.local, onerror=_unless_missing):
                 folders[:] = [name for name in folders if not is_foreign(name)]
                 files += [Path(parent, name) for name in names if not is_foreign(name)]
-            return _sizes_of(sorted((path.relative_to(root).as_posix(), path) for path in files))
+            return _sizes_of(sorted((path.relative_to(self.local).as_posix(), path) for path in files))
 
     def write(self, path: str, data: bytes, *, replace: bool = True) -> bool:
         final = self.local / path

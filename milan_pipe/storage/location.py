@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from milan_pipe.errors import SettingError, printable
 
@@ -85,8 +84,7 @@ def require_writable(location: Location) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
+class Listing(NamedTuple):
     """Direct content of a folder: bytes of each file by name, names of folders; both sorted."""
 
     files: dict[str, int]
@@ -157,8 +155,8 @@ class Location(ABC):
         """Direct content, scratch left out; a folder that does not exist is empty. StoreError if not `listable`."""
 
     @abstractmethod
-    def sizes(self, folder: str = "", expected: Iterable[str] = ()) -> dict[str, int]:
-        """Bytes of every file below `folder` by its path relative to that folder, sorted, scratch left out.
+    def sizes(self, expected: Iterable[str] = ()) -> dict[str, int]:
+        """Bytes of every file below this folder by its path, sorted, scratch left out.
 
         Args:
             expected: the files to look for if the store is not `listable`.

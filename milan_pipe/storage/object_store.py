@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 from urllib.parse import unquote
@@ -71,30 +70,27 @@ class RemoteFolder(Location):
         super().__init__(url.rstrip("/"))
         scheme, _, rest = self.address.partition("://")
         self._scheme = scheme.lower()
-        self._bucket, _, prefix = rest.partition("/")
+        bucket, _, prefix = rest.partition("/")
         self._prefix = prefix.strip("/")
         self.listable = self._scheme not in ("http", "https")
-        if self._scheme not in SCHEMES or not self._bucket:
+        if self._scheme not in SCHEMES or not bucket:
             raise SettingError(
                 f"{url} cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host"
             )
-        self._root = root or self._connected(None)
-
-    @cached_property
-    def store(self) -> Any:
-        """An obstore store whose paths are relative to this folder, for libraries that take one."""
-        _require_not_forked(self.name)
-        return self._connected(self._prefix or None)
-
-    def _connected(self, prefix: str | None) -> Any:
         try:
-            return _connect(self._scheme, self._bucket, prefix)
+            self._root = root or _connect(self._scheme, bucket)
         except MilanError:
             raise
         except (BaseError, ValueError, OSError) as error:
             reason = one_line(str(error))
             hint = "; set AZURE_STORAGE_ACCOUNT_NAME" if "Account must be specified" in reason else ""
             raise SettingError(f"{self.name} cannot be opened: {reason}{hint}") from error
+
+    @property
+    def bucket(self) -> tuple[Any, str]:
+        """The obstore store of the whole bucket, and this folder's key in it, for libraries that take them."""
+        _require_not_forked(self.name)
+        return self._root, self._key("")
 
     def _key(self, path: str) -> str:
         key = f"{self._prefix}/{path}".strip("/")
@@ -154,17 +150,15 @@ class RemoteFolder(Location):
         if self.listable and len(wanted) > _FEW_FILES:
             files = self.listing().files
             return {name: files[name] for name in wanted if name in files}
-        return self._sizes_of(wanted, "")
 
-    def _sizes_of(self, paths: list[str], prefix: str) -> dict[str, int]:
-        def size(path: str) -> int | None:
+        def size(name: str) -> int | None:
             with suppress(MissingError):
-                return self.size(prefix + path)
+                return self.size(name)
             return None
 
-        with _pool(len(paths)) as pool:
-            sizes = zip(paths, pool.map(size, paths), strict=True)
-            return {path: size for path, size in sizes if size is not None}
+        with _pool(len(wanted)) as pool:
+            sizes = zip(wanted, pool.map(size, wanted), strict=True)
+            return {name: size for name, size in sizes if size is not None}
 
     def listing(self) -> Listing:
         if not self.listable:
@@ -178,14 +172,13 @@ class RemoteFolder(Location):
             folders=tuple(sorted(name for name in folders if not is_foreign(name))),
         )
 
-    def sizes(self, folder: str = "", expected: Iterable[str] = ()) -> dict[str, int]:
+    def sizes(self, expected: Iterable[str] = ()) -> dict[str, int]:
         if not self.listable:
-            return self._sizes_of(list(expected), f"{folder}/" if folder else "")
-        key = self._key(folder)
-        with self._errors(folder, "listed"):
+            return self.present(expected)
+        with self._errors("", "listed"):
             listed = {
-                entry["path"].removeprefix(f"{key}/" if key else ""): int(entry["size"])
-                for batch in obstore.list(self._root, key or None)
+                entry["path"].removeprefix(f"{self._prefix}/"): int(entry["size"])
+                for batch in obstore.list(self._root, self._prefix or None)
                 for entry in batch
             }
         return {path: listed[path] for path in sorted(listed) if not any(map(is_foreign, path.split("/")))}
@@ -229,7 +222,7 @@ class RemoteFolder(Location):
 
         with _pool(len(files)) as pool:
             list(pool.map(upload, sorted(files)))
-        for stray in self.sizes(path).keys() - files.keys():
+        for stray in self.child(path).sizes().keys() - files.keys():
             self.remove(f"{path}/{stray}")
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -237,18 +230,19 @@ class RemoteFolder(Location):
         clear_scratch(Path(tempfile.gettempdir()), re.escape(self._scratch_name(name)) + ("" if name else ".+"))
 
 
-def _connect(scheme: str, bucket: str, prefix: str | None) -> Any:
+def _connect(scheme: str, bucket: str) -> Any:
+    """The store of a bucket or web server."""
     shared: Any = {"client_options": dict(TIMEOUTS), "retry_config": RETRIES}
     if scheme in ("http", "https"):
         shared["client_options"]["allow_http"] = scheme == "http"
-        return HTTPStore(f"{scheme}://{bucket}/{prefix or ''}", **shared)
+        return HTTPStore(f"{scheme}://{bucket}/", **shared)
     if scheme != "s3":
-        return (GCSStore if scheme == "gs" else AzureStore)(bucket, prefix=prefix, **shared)
+        return (GCSStore if scheme == "gs" else AzureStore)(bucket, **shared)
     endpoints = (os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"))
     # An endpoint without TLS is only ever named on purpose.
     if any(endpoint.startswith("http://") for endpoint in endpoints):
         shared["client_options"]["allow_http"] = True
-    return S3Store(bucket, prefix=prefix, credential_provider=_profile(), **shared)
+    return S3Store(bucket, credential_provider=_profile(), **shared)
 
 
 def _profile() -> Any:

@@ -154,7 +154,7 @@ def extract_command(location: Location) -> str:
 
 def committed_names(location: Location) -> tuple[str, ...]:
     """Names of all committed shards, in order."""
-    found = (re.fullmatch(r"([0-9]{6,9})\.json", path) for path in location.sizes(FOLDER))
+    found = (re.fullmatch(r"([0-9]{6,9})\.json", path) for path in location.child(FOLDER).sizes())
     return tuple(sorted(match[1] for match in found if match is not None))
 
 
@@ -209,7 +209,7 @@ def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None
 
     zarr reads a chunk that is missing, or an empty file, as zeros without a word.
     """
-    sizes = location.sizes(name, record.files)
+    sizes = location.child(name).sizes(record.files)
     for path, file in record.files.items():
         found = sizes.get(path)
         if found != file.bytes:

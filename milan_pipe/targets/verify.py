@@ -156,7 +156,7 @@ class _Check:
             return manifest.committed_names(self.location)
         # A web server has what its summary names, as far as it is there.
         shards = summary.shards if summary is not None else ()
-        there = self.location.sizes(manifest.FOLDER, [f"{shard}.json" for shard in shards])
+        there = self.location.child(manifest.FOLDER).present(f"{shard}.json" for shard in shards)
         return tuple(path.removesuffix(".json") for path in there)
 
     def strays(self, shards: set[str]) -> None:
@@ -194,7 +194,7 @@ class _Check:
             self._content(name, record)
 
     def _files(self, name: str, record: ShardRecord) -> bool:
-        sizes = self.location.sizes(name, record.files)
+        sizes = self.location.child(name).sizes(record.files)
         readable = [path for path, file in record.files.items() if sizes.get(path) == file.bytes]
         # Far away each file takes a while to answer.
         with ThreadPoolExecutor(1 if self.location.local is not None else _PARALLEL_READS) as pool:

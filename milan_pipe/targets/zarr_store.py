@@ -440,10 +440,10 @@ class ZarrShard:
 
     def _where(self, name: str) -> StorePath:
         local = self._location.local
-        return StorePath(LocalStore(local, read_only=True) if local is not None else ObjectStore(self._remote()), name)
-
-    def _remote(self) -> Any:
-        return cast(Any, self._location).store
+        if local is not None:
+            return StorePath(LocalStore(local, read_only=True), name)
+        store, folder = cast(Any, self._location).bucket
+        return StorePath(ObjectStore(store, read_only=True), f"{folder}/{name}")
 
     def _column(self, name: str, metadata: dict[str, Any]) -> NDArray[Any]:
         path = f"{name}/c/0"

@@ -51,14 +51,14 @@ def test_every_third_request_fails_and_all_goes_on(flaky_bucket: str, s3_proxy: 
         location.write(f"a/{number}", data)
         assert location.read(f"a/{number}") == data
     assert not location.write("a/0", b"", replace=False)
-    assert location.sizes("a") == {str(number): len(data) for number in range(4)}
+    assert location.child("a").sizes() == {str(number): len(data) for number in range(4)}
     scratch = location.scratch("shard")
     for number in range(6):
         (scratch / str(number)).write_bytes(bytes([number]))
     location.publish(scratch, "shard")
     with location.open("a/1") as file:
         assert file.read() == data
-    assert {name: location.read(f"shard/{name}") for name in location.sizes("shard")} == {
+    assert {name: location.read(f"shard/{name}") for name in location.child("shard").sizes()} == {
         str(n): bytes([n]) for n in range(6)
     }
     location.remove("a")
@@ -283,8 +283,8 @@ def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy) -> None:
     assert location.child("c").size("d") == 2
     with pytest.raises(MissingError, match="a%20b/gone is not there"):
         location.read("gone")
-    assert location.sizes("", ["c/d", "gone"]) == {"c/d": 2}
-    assert location.sizes("c", ["d"]) == {"d": 2}
+    assert location.sizes(["c/d", "gone"]) == {"c/d": 2}
+    assert location.child("c").sizes(["d"]) == {"d": 2}
     assert location.present([*map(str, range(100)), "ü.bin"]) == {"ü.bin": len(data)}
     with pytest.raises(StoreError, match="cannot be listed") as caught:
         location.listing()

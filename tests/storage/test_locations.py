@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 
 from milan_pipe.errors import MissingError, SettingError, StoreError
@@ -120,9 +121,9 @@ class PlaceContract:
     def test_lists_leave_scratch_and_neighbours_out(self, location: Location) -> None:
         for path in ("a/1", "a/b/22", "a/b/c/333", "ab/1", f"a/{SCRATCH}x/1", f"a/b/{SCRATCH}y", "top"):
             location.write(path, b"x" * len(path.rpartition("/")[2]))
-        assert location.sizes("a") == {"1": 1, "b/22": 2, "b/c/333": 3}
+        assert location.child("a").sizes() == {"1": 1, "b/22": 2, "b/c/333": 3}
         assert list(location.sizes()) == ["a/1", "a/b/22", "a/b/c/333", "ab/1", "top"]
-        assert location.child("a").sizes("b") == {"22": 2, "c/333": 3}
+        assert location.child("a").child("b").sizes() == {"22": 2, "c/333": 3}
         assert location.child("a").listing() == Listing(files={"1": 1}, folders=("b",))
         assert location.listing() == Listing(files={"top": 3}, folders=("a", "ab"))
         assert location.present(["top", "a", "gone"]) == {"top": 3}
@@ -155,7 +156,7 @@ class PlaceContract:
             scratch = fill(location.scratch("shard"), files)
             location.publish(scratch, "shard")
             assert not scratch.exists()
-            assert {path: location.read(f"shard/{path}") for path in location.sizes("shard")} == files
+            assert {path: location.read(f"shard/{path}") for path in location.child("shard").sizes()} == files
 
     def test_scratch_is_cleared_by_its_own_name(self, location: Location) -> None:
         location.clear_scratch("a")
@@ -286,10 +287,10 @@ class TestBucket(PlaceContract):
     def location(self, bucket: str) -> Location:
         return location_of(f"{bucket}/location")
 
-    def test_a_store_for_other_libraries_begins_at_this_folder(self, bucket: str) -> None:
-        obstore = pytest.importorskip("obstore")
+    def test_other_libraries_find_this_folder_in_its_bucket(self, bucket: str) -> None:
         location_of(bucket).write("a/b/c", b"1")
-        assert bytes(obstore.get(location_of(f"{bucket}/a").child("b").store, "c").bytes()) == b"1"
+        store, folder = location_of(f"{bucket}/a").child("b").bucket
+        assert bytes(obstore.get(store, f"{folder}/c").bytes()) == b"1"
 
     def test_two_processes_that_publish_the_same_files_leave_one_whole_folder(self, bucket: str) -> None:
         script = (
@@ -305,7 +306,7 @@ class TestBucket(PlaceContract):
         ]
         assert [process.communicate(timeout=60)[1] for process in running] == [b"", b""]
         location = location_of(bucket)
-        assert {name: location.read(f"shard/{name}") for name in location.sizes("shard")} == {
+        assert {name: location.read(f"shard/{name}") for name in location.child("shard").sizes()} == {
             str(n): f"content {n}".encode() for n in range(10)
         }
 
