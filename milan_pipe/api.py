@@ -204,11 +204,11 @@ def report(
     )
 
 
-def doctor(places: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
-    """What this machine has to work with, and whether places can be reached; see `milan_pipe.planning.doctor`."""
+def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
+    """What this machine has to work with, and whether locations can be reached; see `milan_pipe.planning.doctor`."""
     from milan_pipe.planning.doctor import doctor
 
-    return doctor(places, write=write)
+    return doctor(locations, write=write)
 
 
 def replay(

@@ -58,39 +58,12 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given several times."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with the results as the last line.")]
-FeaturesOption = Annotated[
-    str | None,
-    typer.Option("--features", metavar="FOLDER", help="Keep features there; the next knn or --quick probe reads them."),
-]
-KeepOption = Annotated[
-    str | None,
-    typer.Option(
-        "--keep",
-        metavar="FOLDER",
-        help="Keep the result there, for report; default: evaluations/ in the run, if it is one.",
-    ),
-]
-CheckpointArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student), or `teacher`.",
-    ),
-]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+TargetsArgument = Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")]
 StudentArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student).",
-    ),
+    str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
 ]
-TrainArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TRAIN", help="Labelled shards (folder, braces or glob), or a folder with one subfolder per class."
-    ),
-]
-TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="The same, to be judged on.")]
 
 
 def read_settings(params: Path | None, overrides: list[str] | None) -> Params:

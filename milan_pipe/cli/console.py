@@ -19,7 +19,7 @@ from rich.text import Text
 from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, printable
 
 console = Console(stderr=True)
-# Some programs that are started here close all descriptors that there may be.
+# No more: some child processes close every descriptor up to the limit.
 _MOST_FILES = 65536
 
 
@@ -39,16 +39,8 @@ def plain(text: str, **style: Any) -> Text:
     return Text(printable(text), **style)
 
 
-def _as_dict(report: Any) -> dict[str, Any]:
-    return {str(key): value for key, value in dataclasses.asdict(report).items()}
-
-
-def _settings_as_dict(value: Any) -> Any:
-    return value.model_dump(mode="json")
-
-
 def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
-    """Print a report as a table, and as one line of JSON where that is asked for."""
+    """Print a report as a table, and with `as_json` as one line of JSON."""
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -58,26 +50,30 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
     console.print(plain(title, style="bold"), soft_wrap=True)
     console.print(table)
     if as_json:
-        sys.stdout.write(json.dumps(_as_dict(report), ensure_ascii=False, default=_settings_as_dict) + "\n")
+        print_json(dataclasses.asdict(report))
+
+
+def print_json(values: dict[Any, Any]) -> None:
+    """One line of JSON on stdout; settings in it are dumped."""
+    sys.stdout.write(json.dumps(values, ensure_ascii=False, default=lambda part: part.model_dump(mode="json")) + "\n")
 
 
 @contextmanager
-def progress(*columns: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress line; call what it yields with `completed` and the values of `columns`."""
-    parts = [TextColumn(f"{{task.fields[{name}]}}") for name in columns]
+def progress(*columns: str, **fixed: str) -> Iterator[Callable[..., None]]:
+    """A progress line; call what it yields with steps done, steps in all, and the values of `columns`."""
+    values: dict[str, Any] = dict.fromkeys(columns, "") | fixed
     with Progress(
         SpinnerColumn(),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        *parts,
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in values),
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
     ) as bar:
-        blank: dict[str, Any] = dict.fromkeys(columns, "")
-        task = bar.add_task("", total=total, **blank)
+        task = bar.add_task("", total=None, **values)
 
-        def update(completed: int, total: int | None = total, **fields: Any) -> None:
+        def update(completed: int, total: int | None = None, **fields: Any) -> None:
             bar.update(task, completed=completed, total=total, **fields)
 
         yield update

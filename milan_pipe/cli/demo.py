@@ -22,17 +22,17 @@ from milan_pipe.cli.targets import extract_targets, verify_targets
 _RECIPE = Path("demo")
 
 
-def _say(*words: object) -> None:
+def _print_command(*words: object) -> None:
     line = shlex.join(["milan-pipe", *map(str, words)])
     console.print(Text.assemble(("\n$ ", "dim"), plain(line, style="bold cyan")), soft_wrap=True)
 
 
 def _run(command: Callable[..., Any], name: str, *arguments: object, words: tuple[str, ...] = (), **more: Any) -> Any:
-    _say(name, *arguments, *words, "--params", _RECIPE)
+    _print_command(name, *arguments, *words, "--params", _RECIPE)
     return command(*map(str, arguments), **more)
 
 
-def _judge(students: dict[str, str], train: str, test: str, kept: Path, features: Path) -> Table:
+def _score(students: dict[str, str], train: str, test: str, kept: Path, features: Path) -> Table:
     table = Table("student", title="On unseen scenes of 12 shapes", title_justify="left", title_style="bold")
     for column in ("k-NN", "linear probe"):
         table.add_column(column, justify="right")
@@ -47,12 +47,12 @@ def _judge(students: dict[str, str], train: str, test: str, kept: Path, features
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="For all that it writes.")] = Path("milan-demo"),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="All output goes there.")] = Path("milan-demo"),
 ) -> Any:
-    """Run the whole pipeline small: every stage, in a few minutes, on nothing but a CPU.
+    """Run the whole pipeline small: every stage, in a few minutes, on a CPU.
 
-    The built-in scenes and teacher, with the settings of recipe `demo`; each command is shown as you would type it. At
-    the end stand a table (an untrained student, MILAN's, and the teacher) and the report, FOLDER/report.html.
+    Takes the built-in scenes and teacher and the settings of recipe `demo`, and shows each command as you would type
+    it. It ends with a table (untrained student, MILAN's, teacher) and the report, FOLDER/report.html.
 
     The same command goes on after an interruption.
 
@@ -67,9 +67,9 @@ def demo(
     _run(verify_targets, "verify-targets", targets, params=_RECIPE)
     _run(pretrain, "pretrain", targets, milan, params=_RECIPE)
     students = {"random": "untrained student", str(milan): "MILAN student", "teacher": "teacher (upper bound)"}
-    table = _judge(students, train, test, kept, folder / "features")
+    table = _score(students, train, test, kept, folder / "features")
     page = folder / "report.html"
-    _say("report", milan, "--evaluations", kept, "--out", page)
+    _print_command("report", milan, "--evaluations", kept, "--out", page)
     report([str(milan)], page, evaluations=[str(kept)])
     console.print()
     console.print(table)

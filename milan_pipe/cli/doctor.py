@@ -17,17 +17,17 @@ from milan_pipe.units import size
 def doctor(
     locations: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PLACE...]", help="Folders or URLs, to see whether they can be used."),
+        typer.Argument(metavar="[LOCATION...]", help="Folders or URLs to check."),
     ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Also write a small file to each location, and remove it.")
     ] = False,
     as_json: JsonOption = False,
 ) -> Any:
-    """Say what this machine has to work with, and whether locations can be reached.
+    """Report what this machine has to work with, and whether locations can be reached.
 
-    Versions, devices with their memory, the codec pipeline, the params file that is in force here, and for each PLACE
-    what lies there, free disk, and what is wrong with it. Exit code 1 where something is.
+    Versions, devices with their memory, the codec pipeline, the params file in use, and for each LOCATION what is
+    there, free disk, and problems. Exit code 1 if there are any.
 
     Example: milan-pipe doctor . s3://bucket/targets --write
     """

@@ -11,23 +11,59 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from milan_pipe.cli.base import (
-    CheckpointArgument,
-    FeaturesOption,
-    JsonOption,
-    KeepOption,
-    ParamsOption,
-    SetOption,
-    StudentArgument,
-    TestArgument,
-    TrainArgument,
-    app,
-    read_settings,
-)
+from milan_pipe.cli.base import JsonOption, ParamsOption, RunArgument, SetOption, app, read_settings
 from milan_pipe.cli.console import console, plain, progress, show
-from milan_pipe.cli.steps import show_training, training_rows
+from milan_pipe.cli.training import run_training, scored_rows
 
 _MOST_CLASSES = 30
+_TOP = {"top1": "top-1", "top5": "top-5"}
+_MIOU = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
+
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student), or `teacher`.",
+    ),
+]
+StudentArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student).",
+    ),
+]
+TrainArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRAIN", help="Labelled shards (folder, braces or glob), or a folder with one subfolder per class."
+    ),
+]
+MasksArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRAIN", help="Shards with masks, ADE20K's folder, one with images/ and masks/, or IMAGES,MASKS."
+    ),
+]
+TestArgument = Annotated[str, typer.Argument(metavar="TEST", help="The same, to be judged on.")]
+ValArgument = Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option("--features", metavar="FOLDER", help="Keep features there; the next knn or --quick probe reads them."),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        metavar="FOLDER",
+        help="Keep the result there, for report; default: evaluations/ in the run, if it is one.",
+    ),
+]
+
+
+def _frozen_rows(report: Any) -> dict[str, str]:
+    rows = {"images": f"{report.train} train, {report.test} test ({report.bad} skipped)"}
+    return rows if report.kept is None else {**rows, "kept in": report.kept}
 
 
 @app.command()
@@ -51,21 +87,16 @@ def knn(
     with progress() as update:
         report = api.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
-    rows["images"] = f"{report.train} train, {report.test} test ({report.bad} skipped)"
-    if report.kept is not None:
-        rows["kept in"] = report.kept
-    show(f"k-NN of {report.subject}", rows, report, as_json)
+    show(f"k-NN of {report.subject}", rows | _frozen_rows(report), report, as_json)
     return report
 
 
 @app.command()
 def finetune(
     checkpoint: StudentArgument,
-    train: Annotated[
-        str, typer.Argument(metavar="TRAIN", help="Labelled shards, or a folder with one subfolder per class.")
-    ],
-    val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")],
+    train: TrainArgument,
+    val: ValArgument,
+    run: RunArgument,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -83,34 +114,24 @@ def finetune(
     Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
     """
     from milan_pipe import api
-    from milan_pipe.training.distributed import rank_of_environment
 
-    settings = read_settings(params, overrides)
-    if rank_of_environment():
-        return api.finetune(checkpoint, train, val, run, settings)
-    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.finetune(checkpoint, train, val, run, settings, on_progress=show_training(update))
-    rows = {
-        "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
-        "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
-        **training_rows(report),
-    }
-    show(f"{checkpoint} -> {run}", rows, report, as_json)
-    return report
+    places = checkpoint, train, val, run
+    return run_training(
+        api.finetune,
+        *places,
+        read_settings(params, overrides),
+        title=f"{checkpoint} -> {run}",
+        rows=lambda report: scored_rows(report, _TOP),
+        as_json=as_json,
+    )
 
 
 @app.command()
 def segment(
     checkpoint: StudentArgument,
-    train: Annotated[
-        str,
-        typer.Argument(
-            metavar="TRAIN",
-            help="Shards with masks, ADE20K's folder, one with images/ and masks/, or IMAGES,MASKS.",
-        ),
-    ],
-    val: Annotated[str, typer.Argument(metavar="VAL", help="The same, to be judged on.")],
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints, metrics and images.")],
+    train: MasksArgument,
+    val: ValArgument,
+    run: RunArgument,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -127,38 +148,40 @@ def segment(
     """
     from milan_pipe import api
     from milan_pipe.evaluation.segment import PER_CLASS_FILE
-    from milan_pipe.training.distributed import rank_of_environment
 
-    settings = read_settings(params, overrides)
-    if rank_of_environment():
-        return api.segment(checkpoint, train, val, run, settings)
-    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.segment(checkpoint, train, val, run, settings, on_progress=show_training(update))
-    classes = json.loads((Path(run) / PER_CLASS_FILE).read_text(encoding="utf-8"))
-    console.print(_class_table(classes))
-    if len(classes) > _MOST_CLASSES:
-        console.print(
-            plain(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {run}/{PER_CLASS_FILE}")
-        )
-    names = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
-    last, best = report.scores, report.best
-    rows = {title: f"{100 * last[name]:.2f} %, best {100 * best[name]:.2f} %" for name, title in names.items()}
-    if "ms_miou" in report.scores:
-        rows["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
-    show(f"{checkpoint} -> {run}", {**rows, **training_rows(report)}, report, as_json)
-    return report
+    def rows(report: Any) -> dict[str, str]:
+        _print_classes(Path(run) / PER_CLASS_FILE)
+        scores = scored_rows(report, _MIOU)
+        if "ms_miou" in report.scores:
+            scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
+        return scores
+
+    return run_training(
+        api.segment,
+        checkpoint,
+        train,
+        val,
+        run,
+        read_settings(params, overrides),
+        title=f"{checkpoint} -> {run}",
+        rows=rows,
+        as_json=as_json,
+    )
 
 
-def _class_table(classes: list[dict[str, Any]]) -> Table:
+def _print_classes(file: Path) -> None:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
+    classes = json.loads(file.read_text(encoding="utf-8"))
     table = Table("class", title="Per class, in percent", title_justify="left", title_style="bold")
     for name in ("IoU", "accuracy", "pixels"):
         table.add_column(name, justify="right")
     for row in classes[:_MOST_CLASSES]:
         table.add_row(plain(row["name"]), percent(row["iou"]), percent(row["acc"]), str(row["pixels"]))
-    return table
+    console.print(table)
+    if len(classes) > _MOST_CLASSES:
+        console.print(plain(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {file}"))
 
 
 @app.command("linear-probe")
@@ -190,56 +213,33 @@ def linear_probe(
 
     Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
-    if quick:
-        return _quick_probe(checkpoint, train, test, features, keep, params, overrides, as_json)
     from milan_pipe import api
     from milan_pipe.errors import SettingError
-    from milan_pipe.training.distributed import rank_of_environment
 
     settings = read_settings(params, overrides)
+    if quick:
+        with progress() as update:
+            report = api.linear_probe(
+                checkpoint, train, test, settings, features=features, keep=keep, on_progress=update
+            )
+        advice = "" if report.converged else " (not converged: raise linear_probe.max_iterations)"
+        found = {
+            "accuracy": f"{100 * report.accuracy:.2f} %",
+            "on train": f"{100 * report.train_accuracy:.2f} %",
+            "l2": f"{report.l2:g}{advice}",
+        }
+        show(f"linear probe of {report.subject}", found | _frozen_rows(report), report, as_json)
+        return report
     if checkpoint == "teacher":
         raise SettingError("the teacher has no linear probe by protocol; add --quick")
+
+    def rows(report: Any) -> dict[str, str]:
+        left_out = () if run is not None else ("checkpoint", "best")
+        return {name: text for name, text in scored_rows(report, _TOP).items() if name not in left_out}
+
     with ExitStack() as stack:
-        folder = run
-        if folder is None:
-            folder = stack.enter_context(TemporaryDirectory(prefix="milan-pipe-probe-"))
-        if rank_of_environment():
-            return api.lars_probe(checkpoint, train, test, folder, settings)
-        with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-            report = api.lars_probe(checkpoint, train, test, folder, settings, on_progress=show_training(update))
-    rows = {
-        "top-1": f"{100 * report.scores['top1']:.2f} %, best {100 * report.best['top1']:.2f} %",
-        "top-5": f"{100 * report.scores['top5']:.2f} %, best {100 * report.best['top5']:.2f} %",
-        **training_rows(report),
-    }
-    if run is None:
-        del rows["checkpoint"], rows["best"]
-    show(f"linear probe of {checkpoint}", rows, report, as_json)
-    return report
-
-
-def _quick_probe(
-    checkpoint: str,
-    train: str,
-    test: str,
-    features: str | None,
-    keep: str | None,
-    params: Path | None,
-    overrides: list[str] | None,
-    as_json: bool,
-) -> Any:
-    from milan_pipe import api
-
-    settings = read_settings(params, overrides)
-    with progress() as update:
-        report = api.linear_probe(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
-    rows = {
-        "accuracy": f"{100 * report.accuracy:.2f} %",
-        "on train": f"{100 * report.train_accuracy:.2f} %",
-        "l2": f"{report.l2:g}" + ("" if report.converged else " (not converged: raise linear_probe.max_iterations)"),
-        "images": f"{report.train} train, {report.test} test ({report.bad} skipped)",
-    }
-    if report.kept is not None:
-        rows["kept in"] = report.kept
-    show(f"linear probe of {report.subject}", rows, report, as_json)
-    return report
+        folder = run if run is not None else stack.enter_context(TemporaryDirectory(prefix="milan-pipe-probe-"))
+        title = f"linear probe of {checkpoint}"
+        return run_training(
+            api.lars_probe, checkpoint, train, test, folder, settings, title=title, rows=rows, as_json=as_json
+        )

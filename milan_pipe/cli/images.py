@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.cli.console import console, plain, print_json, progress, show
 from milan_pipe.units import size
 
 
@@ -33,7 +31,7 @@ def prepare(
 
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = api.prepare(source, images, settings, on_progress=lambda done, total: update(done, total))
+        report = api.prepare(source, images, settings, on_progress=update)
     rows = {"shards": str(report.shards), "images": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["skipped"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
@@ -61,7 +59,7 @@ def recipes(as_json: JsonOption = False) -> Any:
         }
         show(name, rows, None, False)
     if as_json:
-        sys.stdout.write(json.dumps({name: about.model_dump(mode="json") for name, about in found.items()}) + "\n")
+        print_json(found)
     return found
 
 
@@ -112,15 +110,10 @@ def plan(
     Example: milan-pipe plan images targets --total 1000000 --devices 64
     """
     from milan_pipe import api
-    from milan_pipe.planning.run import PlanProgress
     from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
     settings = read_settings(params, overrides)
     with progress("what") as update:
-
-        def on_progress(now: PlanProgress) -> None:
-            update(now.done, now.total, what=now.what)
-
         report = api.plan(
             images,
             targets,
@@ -129,7 +122,7 @@ def plan(
             total=total,
             devices=devices,
             tflops=tflops,
-            on_progress=on_progress,
+            on_progress=lambda now: update(now.done, now.total, what=now.what),
         )
     console.print(store_table(report))
     show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.cli.console import console, plain, show
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, StudentArgument, app, read_settings
+from milan_pipe.cli.console import console, plain, print_json, show
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
-    ],
+    checkpoint: StudentArgument,
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for model.safetensors and config.json.")],
     as_json: JsonOption = False,
 ) -> Any:
@@ -99,4 +95,4 @@ def train_demo_teacher(
     result = api.train_demo_teacher(out, read_settings(params, overrides))
     console.print(plain(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, in {out}"))
     if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        print_json(result)

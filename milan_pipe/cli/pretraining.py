@@ -1,4 +1,4 @@
-"""Commands that pretrain, and look at what went wrong in it."""
+"""Commands that pretrain, and explain a run that stopped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.base import (
+    DeviceOption,
+    JsonOption,
+    ParamsOption,
+    RunArgument,
+    SetOption,
+    TargetsArgument,
+    app,
+    read_settings,
+)
 from milan_pipe.cli.console import progress, show
-from milan_pipe.cli.steps import show_training
+from milan_pipe.cli.training import run_training, training_rows
 
 _WORST = 8
 
 
 @app.command()
 def pretrain(
-    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")],
+    targets: TargetsArgument,
+    run: RunArgument,
     params: ParamsOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -29,9 +38,8 @@ def pretrain(
     learning rate are those of pretrain.batch_size, whatever the number of ranks.
 
     The same command goes on after an interruption, from the last checkpoint: they are written every
-    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, on SIGTERM, Ctrl-C and when the
-    terminal is closed. A run of another configuration is refused, with a list of what differs. So is a second process
-    in the same RUN.
+    pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, on SIGTERM, Ctrl-C and when the terminal is closed.
+    A run of another configuration is refused, with a list of what differs. So is a second process in the same RUN.
 
     The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
@@ -39,24 +47,11 @@ def pretrain(
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
     from milan_pipe import api
-    from milan_pipe.training.distributed import rank_of_environment
 
     settings = read_settings(params, overrides)
-    if rank_of_environment():
-        return api.pretrain(targets, run, settings)
-    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
-        report = api.pretrain(targets, run, settings, on_progress=show_training(update))
-    rows = {
-        "steps": f"{report.steps} in {report.epochs} epochs"
-        + (f", {report.seconds:.0f} s" if report.steps_now else ": finished before, nothing was done")
-        + (f", gone on from step {report.resumed_from}" if report.resumed_from and report.steps_now else ""),
-        "loss": f"{report.loss:.4f}, mean of the last epoch",
-        "speed": f"{report.images_per_second:.0f} images a second",
-        "data wait": f"{100 * report.data_wait:.1f} % of the time",
-        "checkpoint": report.checkpoint,
-    }
-    show(f"{targets} -> {run}", rows, report, as_json)
-    return report
+    return run_training(
+        api.pretrain, targets, run, settings, title=f"{targets} -> {run}", rows=training_rows, as_json=as_json
+    )
 
 
 class PrecisionChoice(StrEnum):
@@ -70,7 +65,7 @@ class PrecisionChoice(StrEnum):
 @app.command()
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="RUN/not-finite/step-NNNNNNNN.safetensors.")],
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[
         PrecisionChoice | None, typer.Option("--precision", help="Of the forward pass. Default: the run's.")
     ] = None,
@@ -78,20 +73,15 @@ def replay(
 ) -> Any:
     """Compute the batch again that stopped a run.
 
-    When a loss or a gradient is not finite, pretrain writes the batch and the weights that met it to a file. This says
-    which samples, stored values and gradients are not finite; another --precision shows whether that was the cause.
+    When a loss or a gradient is not finite, pretrain writes the batch and its weights to a file. This says which
+    samples, stored values and gradients are not finite; another --precision shows whether that was the cause.
 
     Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
     """
     from milan_pipe import api
 
     with progress() as update:
-        report = api.replay(
-            file,
-            device=device,
-            precision=precision.value if precision else None,
-            on_progress=lambda done, total: update(done, total),
-        )
+        report = api.replay(file, device=device, precision=precision.value if precision else None, on_progress=update)
     worst = [f"{key}: {loss:.4g}" for key, loss in list(report.loss_by_key.items())[:_WORST]]
     broken = [f"{count} in {name}" for name, count in report.stored.items() if count]
     first = ", ".join(report.gradient[:_WORST]) + (" ..." if len(report.gradient) > _WORST else "")

@@ -8,12 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.base import (
+    DeviceOption,
+    JsonOption,
+    ParamsOption,
+    SetOption,
+    StudentArgument,
+    TargetsArgument,
+    app,
+    read_settings,
+)
 from milan_pipe.cli.console import progress, show
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.units import size
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Local folder for index.html and the PNGs.")]
+CountOption = Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many samples.")]
 KeysOption = Annotated[
     str | None, typer.Option("--keys", metavar="KEY,...", help="Samples to draw; default: --count of them, spread.")
 ]
@@ -28,10 +38,10 @@ def _keys(text: str | None) -> tuple[str, ...]:
 
 @app.command("inspect-targets")
 def inspect_targets(
-    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    targets: TargetsArgument,
     out: OutArgument,
     keys: KeysOption = None,
-    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many samples.")] = 4,
+    count: CountOption = 4,
     epoch: EpochOption = 0,
     params: ParamsOption = None,
     overrides: SetOption = None,
@@ -50,15 +60,9 @@ def inspect_targets(
     from milan_pipe import api
 
     settings = read_settings(params, overrides)
-    with progress("what") as update:
+    with progress(what="samples") as update:
         report = api.inspect_targets(
-            targets,
-            out,
-            settings,
-            keys=_keys(keys),
-            count=count,
-            epoch=epoch,
-            on_progress=lambda done, total: update(done, total, what="samples"),
+            targets, out, settings, keys=_keys(keys), count=count, epoch=epoch, on_progress=update
         )
     rows = {"page": report.page, "images": f"{len(report.images)}, {report.views} views each"}
     show(f"{targets} -> {out}", rows, report, as_json)
@@ -67,16 +71,14 @@ def inspect_targets(
 
 @app.command("inspect-student")
 def inspect_student(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
-    ],
+    checkpoint: StudentArgument,
     targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Targets of the teacher that it learned from.")],
     out: OutArgument,
     keys: KeysOption = None,
-    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="How many samples.")] = 8,
+    count: CountOption = 8,
     epoch: EpochOption = 0,
     view: Annotated[int, typer.Option("--view", metavar="N", min=0, help="Which view of each.")] = 0,
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> Any:
     """Draw what a student predicts of a few samples, beside what it should have.
@@ -90,7 +92,7 @@ def inspect_student(
     """
     from milan_pipe import api
 
-    with progress("what") as update:
+    with progress(what="samples") as update:
         report = api.inspect_student(
             checkpoint,
             targets,
@@ -100,7 +102,7 @@ def inspect_student(
             epoch=epoch,
             view=view,
             device=device,
-            on_progress=lambda done, total: update(done, total, what="samples"),
+            on_progress=update,
         )
     number = len(report.keys)
     rows = {
@@ -112,9 +114,7 @@ def inspect_student(
     return report
 
 
-def _extraction(file: Path | None) -> dict[str, Any] | None:
-    if file is None:
-        return None
+def _extraction(file: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -157,15 +157,10 @@ def report(
     """
     from milan_pipe import api
 
-    timings = _extraction(extraction)
-    with progress("what") as update:
+    timings = _extraction(extraction) if extraction is not None else None
+    with progress(what="runs") as update:
         written = api.report(
-            runs,
-            out,
-            targets=targets,
-            evaluations=evaluations or (),
-            extraction=timings,
-            on_progress=lambda done, total: update(done, total, what="runs"),
+            runs, out, targets=targets, evaluations=evaluations or (), extraction=timings, on_progress=update
         )
     rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}
     show("report", rows, written, as_json)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app, read_settings
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.units import rate, size
 
@@ -109,7 +109,7 @@ def extract_targets(
 
 @app.command("verify-targets")
 def verify_targets(
-    targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")],
+    targets: TargetsArgument,
     against_teacher: Annotated[
         int,
         typer.Option(
@@ -133,13 +133,8 @@ def verify_targets(
     from milan_pipe import api
 
     settings = read_settings(params, overrides)
-    with progress("what") as update:
-        report = api.verify_targets(
-            targets,
-            settings,
-            against_teacher=against_teacher,
-            on_progress=lambda done, total: update(done, total, what="shards"),
-        )
+    with progress(what="shards") as update:
+        report = api.verify_targets(targets, settings, against_teacher=against_teacher, on_progress=update)
     rows = {
         "shards": str(report.shards),
         "views": f"{report.views} of {report.samples} images",
@@ -153,13 +148,12 @@ def verify_targets(
         console.print(table)
         if len(report.problems) > _MOST_PROBLEMS:
             console.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
-    show(str(targets), rows, report, as_json)
+    show(targets, rows, report, as_json)
     if report.problems:
         # One line each, however long, so that they can be copied.
         console.print(Text("repair with, IMAGES and settings as they were:", style="bold"))
         for command in report.repair:
             console.print(plain(f"  {command}"), soft_wrap=True)
-    if report.problems:
         raise typer.Exit(1)
     return report
 
@@ -179,10 +173,8 @@ def convert_targets(
     from milan_pipe.config.extraction import ExtractSettings
 
     wanted = ExtractSettings.parse({"format": store_format}, "--format").format
-    with progress("what") as update:
-        report = api.convert_targets(
-            source, destination, format=wanted, on_progress=lambda done, total: update(done, total, what="shards")
-        )
+    with progress(what="shards") as update:
+        report = api.convert_targets(source, destination, format=wanted, on_progress=update)
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)",
         "images": str(report.samples),

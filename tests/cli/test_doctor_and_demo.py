@@ -25,7 +25,7 @@ def test_places_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "full" / "x").write_text("")
     places = [tmp_path / name for name in ("t", "full", "none/deeper", "file/below")]
     report = api.doctor(places, write=True)
-    store, full, none, below = report.places
+    store, full, none, below = report.locations
     assert store.found.startswith("target store, zarr: 5 images, 2 views, teacher 'demo', grid 2 x 2, codec 'int8'")
     assert "2 of 3 shards, not complete" in store.found
     assert full.found.startswith("no target store; 1 entries")
@@ -53,7 +53,7 @@ def test_a_bucket_is_reached_and_written(s3_endpoint: str, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     bucket = "looked-at"
     create_bucket(s3_endpoint, bucket)
-    good, bad = api.doctor([f"s3://{bucket}/targets", "s3://not-a-bucket-here/targets"], write=True).places
+    good, bad = api.doctor([f"s3://{bucket}/targets", "s3://not-a-bucket-here/targets"], write=True).locations
     assert good.problem is None
     assert good.found == "empty; written to and cleaned"
     assert bad.problem is not None
