@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 from support.project import SETTINGS, Project
@@ -78,6 +79,14 @@ def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
     """As `proxied_bucket`; every third request is answered 500."""
     s3_proxy.fail_every = 3
     return proxied_bucket
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to an object store are repeated for one second, not for twenty."""
+    from milan_pipe.storage import object_store
+
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import pickle
 import struct
 import tarfile
 import zlib
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, rea
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.images.tar import Sample, read_shard, split_member_name
-from milan_pipe.storage import location_of, object_store
+from milan_pipe.storage import location_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -682,12 +681,11 @@ def test_large_members_of_no_use_are_not_fetched(proxied_bucket: str, s3_proxy: 
     assert s3_proxy.bytes_sent("/a.tar") < 500_000
 
 
-@pytest.mark.usefixtures("blocks_of_80_kb")
+@pytest.mark.usefixtures("blocks_of_80_kb", "short_patience")
 @pytest.mark.parametrize("rest", ["images", "headers"])
 def test_a_store_that_is_lost_within_a_shard_is_no_damaged_shard(
-    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: str
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, rest: str
 ) -> None:
-    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
     members = images_of_many_sizes()
     if rest == "headers":
         members[4:] = [(f"{n:03d}.npy", bytes(5000)) for n in range(100)]

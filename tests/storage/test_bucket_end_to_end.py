@@ -32,7 +32,7 @@ from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import prepare
-from milan_pipe.storage import location_of, object_store
+from milan_pipe.storage import location_of
 
 SETTINGS = {
     "views.count": 2,
@@ -90,12 +90,6 @@ def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     return Command(capsys, monkeypatch)
-
-
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of one second in place of twenty."""
-    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
 
 
 def upload(folder: Path, where: str) -> str:
@@ -303,12 +297,12 @@ def test_every_third_request_fails(
     nothing_left(flaky_bucket)
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_a_store_that_is_lost_in_mid_run(
     local: Path,
     proxied_bucket: str,
     s3_proxy: Proxy,
     milan: Command,
-    soon: None,  # noqa: ARG001
 ) -> None:
     targets = f"{proxied_bucket}/targets"
     extract = ("extract-targets", local / "images", targets, *words(SETTINGS))
@@ -336,11 +330,11 @@ def test_a_store_that_is_lost_in_mid_run(
     nothing_left(proxied_bucket)
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_nobody_at_the_endpoint(
     local: Path,
     bucket: str,
     milan: Command,
-    soon: None,  # noqa: ARG001
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -470,10 +464,10 @@ def test_a_web_server_that_sends_whole_files_only(local: Path, milan: Command, t
     assert "its server does not send parts of files; copy it to a disk" in told
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_https_with_an_issuer_of_ones_own(
     local: Path,
     milan: Command,
-    soon: None,  # noqa: ARG001
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
