@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from milan_pipe.targets.convert import ConvertReport
     from milan_pipe.targets.verify import VerifyReport
     from milan_pipe.training.recorder import TrainProgress
-    from milan_pipe.training.runner import RunReport
+    from milan_pipe.training.task import RunReport
 
 
 def _ignore(*_: object) -> None:

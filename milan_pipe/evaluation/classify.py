@@ -25,7 +25,6 @@ from milan_pipe.evaluation.batches import BadImages
 from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
 from milan_pipe.images.labelled import LabelledImages, labelled_images, require_same_classes
 from milan_pipe.training.optim import cosine_lr
-from milan_pipe.training.step import StepReport
 
 C = TypeVar("C", bound=FinetuneSettings | LarsProbeSettings)
 
@@ -139,10 +138,10 @@ class ClassifyTask(SupervisedTask[C]):
         """At the end of every few epochs."""
         return step % (self.settings.eval_every * self.steps_per_epoch) == 0
 
-    def after_step(self, report: StepReport) -> None:
+    def after_step(self, step: int) -> None:
         """Move the mean of the weights."""
         if self._ema is not None:
-            self._ema.update(self.model, report.step)
+            self._ema.update(self.model, step)
 
     @torch.inference_mode()
     def evaluate(self, *, last: bool) -> dict[str, float]:
@@ -158,7 +157,7 @@ class ClassifyTask(SupervisedTask[C]):
             hit_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)
-        sums = ranks.all_reduce_mean(sums) * ranks.count
+        sums = ranks.all_reduce_sum(sums)
         if not sums[3]:
             raise DataError(f"none of the images of {self._val.where} can be read")
         top1, top5, loss = (sums[:3] / sums[3]).tolist()

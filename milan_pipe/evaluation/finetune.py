@@ -9,9 +9,10 @@ from milan_pipe.config.evaluation import FinetuneSettings
 from milan_pipe.config.params import Params
 from milan_pipe.evaluation.classifier import build_classifier
 from milan_pipe.evaluation.classify import ClassifyTask, find_images
-from milan_pipe.evaluation.supervised import Start, adamw_by_layer, run_supervised
+from milan_pipe.evaluation.supervised import Start, run_supervised
+from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport
+from milan_pipe.training.task import RunReport
 
 
 def finetune(
@@ -55,7 +56,13 @@ def finetune(
             images,
             sizes=sizes,
             model=model,
-            optimiser=lambda lr: adamw_by_layer(model, lr, settings, len(model.blocks)),
+            optimiser=lambda lr: build_adamw(
+                model,
+                lr=lr,
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                layer_decay=settings.layer_decay,
+            ),
             augment=params.augment,
             final_lr=settings.min_lr,
             train_fraction=settings.train_fraction,

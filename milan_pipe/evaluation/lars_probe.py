@@ -13,7 +13,7 @@ from milan_pipe.evaluation.classifier import LinearClassifier
 from milan_pipe.evaluation.classify import ClassifyTask, find_images
 from milan_pipe.evaluation.supervised import Start, run_supervised
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport
+from milan_pipe.training.task import RunReport
 
 
 def lars_probe(

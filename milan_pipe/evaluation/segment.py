@@ -23,13 +23,13 @@ from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
-from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask, adamw_by_layer, run_supervised
+from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask, run_supervised
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
 from milan_pipe.storage.local import write_file
-from milan_pipe.training.optim import polynomial_lr
+from milan_pipe.training.optim import build_adamw, polynomial_lr
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport
+from milan_pipe.training.task import RunReport
 
 PER_CLASS_FILE = "per_class.json"
 _IMAGES = 6
@@ -131,8 +131,14 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
 
     def optimiser(self) -> torch.optim.Optimizer:
         """AdamW with a rate that falls from each block to the one below."""
-        settings, net = self.settings, self._net
-        return adamw_by_layer(net, settings.lr, settings, len(net.encoder.blocks), "encoder.")
+        settings = self.settings
+        return build_adamw(
+            self._net,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
+        )
 
     def lr(self, step: int) -> float:
         """Polynomial per step after a linear warm-up."""
@@ -178,7 +184,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
             counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
             if ranks.first and len(self._drawn) < _IMAGES:
                 self._drawn.append(Segmentation(shown.keys[0], np.asarray(image), mask_HW, predicted_HW.numpy()))
-        counts_GG = (ranks.all_reduce_mean(counts_GG.double()) * ranks.count).round().long()
+        counts_GG = ranks.all_reduce_sum(counts_GG).long()
         if not counts_GG.sum():
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
         return counts_GG

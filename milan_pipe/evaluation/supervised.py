@@ -5,7 +5,7 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,10 +37,10 @@ from milan_pipe.images.labelled import LabelledImages
 from milan_pipe.images.masked import MaskedImages
 from milan_pipe.random_bits import seed_of
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.optim import build_adamw, layer_scale
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport, Task, run_task
+from milan_pipe.training.runner import run_task
 from milan_pipe.training.step import resolve_precision
+from milan_pipe.training.task import RunReport, Task
 
 ImageSet = LabelledImages | MaskedImages
 S = TypeVar("S", bound=FinetuneSettings | LarsProbeSettings | SegmentSettings)
@@ -120,7 +120,7 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
         """
         settings, ranks, section = start.settings, start.ranks, start.sections[-1]
         batch_size = settings.batch_size
-        self.name, self.section, self.settings = start.name, section, settings
+        self.name, self.settings = start.name, settings
         self.advice = f"lower {section}.lr, or look at the images"
         self.batch_size = batch_size
         self.model = model.to(ranks.device)
@@ -174,7 +174,7 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
     ) -> Iterator[Batch[T]]:
         return load_batches(take, collate, images.keys, requests, workers=self.settings.workers, bad=self._bad)
 
-    def batches(self, first_step: int) -> Iterator[ImageBatch]:
+    def batches(self, first_step: int) -> Generator[ImageBatch]:
         """This rank's images, augmented."""
         requests = self._plan.batches(first_step, self.steps)
         for step, batch in enumerate(self._load(self.take, default_collate, self._train, requests), first_step):
@@ -207,18 +207,6 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
     def bad(self) -> int:
         """Images that could not be read, on this rank."""
         return len(self._bad.keys)
-
-
-def adamw_by_layer(
-    model: nn.Module, lr: float, settings: FinetuneSettings | SegmentSettings, depth: int, prefix: str = ""
-) -> torch.optim.AdamW:
-    """AdamW with a rate that falls from each of `depth` blocks to the one below; outside of `prefix` it stays whole."""
-
-    def scale_of(name: str) -> float:
-        inside = name.startswith(prefix)
-        return layer_scale(name.removeprefix(prefix), depth, settings.layer_decay) if inside else 1.0
-
-    return build_adamw(model, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, scale_of=scale_of)
 
 
 def run_supervised(

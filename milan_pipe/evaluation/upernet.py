@@ -72,6 +72,14 @@ class UperNet(nn.Module):
             nn.Conv2d(256, classes, 1),
         )
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The encoder's layers, for timm's layer decay; the heads, which match nothing, are the last one."""
+        del coarse
+        return {
+            "stem": r"encoder\.(?:cls_token|pos_embed|patch_embed|norm_pre)",
+            "blocks": [(r"encoder\.blocks\.(\d+)", None)],
+        }
+
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, G, H, W) at the input's size, and in training the auxiliary head's as well."""
         size = pixels_BCHW.shape[-2:]

@@ -22,8 +22,7 @@ from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.runner import run_steps
-from milan_pipe.training.step import Stepper, StepReport, resolve_precision
+from milan_pipe.training.step import Stepper, resolve_precision
 
 DEVICES = (1, 8, 64)
 """Numbers of devices for which hours are given."""
@@ -142,7 +141,7 @@ def batch_of(sample: ImageSample, encoded: EncodedSample, size: int) -> Batch:
 
 
 def run_student(params: Params, header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> Speed:
-    """Images a second of pretraining's own loop on one batch of the sample: forward, backward and AdamW.
+    """Images a second of pretraining's own step on one batch of the sample: forward, backward and AdamW.
 
     The batch has `pretrain.batch_size` images, or as many as the sample has where those are fewer.
 
@@ -159,18 +158,7 @@ def run_student(params: Params, header: StoreHeader, sample: ImageSample, encode
         objective.student, lr=params.pretrain.lr, betas=params.pretrain.betas, weight_decay=params.pretrain.weight_decay
     )
     batch = batch_of(sample, encoded, min(params.pretrain.batch_size, len(sample.rendered)))
-    ends: list[float] = []
-
-    def on_step(_: StepReport, __: Batch) -> None:
-        _finish(device)
-        ends.append(time.perf_counter())
-
-    def batches() -> Iterator[Batch]:
-        # One more: the first step warms up.
-        while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
-            yield batch
-
-    step_of = Stepper(
+    stepper = Stepper(
         optimiser,
         objective,
         split=lambda whole: whole.parts(params.pretrain.accumulate),
@@ -178,8 +166,12 @@ def run_student(params: Params, header: StoreHeader, sample: ImageSample, encode
         precision=precision,
         clip_grad=params.pretrain.clip_grad,
     )
-    steps = _MOST_BATCHES + 1
-    run_steps(step_of, batches(), steps=steps, steps_per_epoch=steps, lr_of=lambda _: 0.0, on_step=on_step)
+    ends: list[float] = []
+    # One more: the first step warms up.
+    while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
+        stepper(batch, 0, 0.0)
+        _finish(device)
+        ends.append(time.perf_counter())
     steps = len(ends) - 1
     return Speed(
         per_second=steps * len(batch.keys) / (ends[-1] - ends[0]),

@@ -1,4 +1,4 @@
-"""The batch that a run could not learn from: written with the weights that met it, and computed again."""
+"""A batch whose loss or gradient is not finite: written with the weights that met it, and computed again."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from milan_pipe.weights_file import load_tensors, load_weights, write_weights
 
 _VERSION = "1"
 _TENSORS = ("pixels_BHWC", "code_BST", "scale_BS", "attention_BL")
+_SECTIONS = ("student", "decoder", "masking", "target", "pretrain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayReport:
-    """What came out when the batch was computed again.
+    """The batch, computed again.
 
     Attributes:
-        step: of the run, and `epoch`, counted from 0.
-        loss: of the whole batch.
-        grad_norm: of the whole batch, before clipping.
-        loss_by_key: each sample alone.
-        gradient: names of parameters whose gradient is not finite.
+        step, epoch: of the run; `step` is counted from 1, `epoch` from 0.
+        loss, grad_norm: of the whole batch, the norm before clipping.
+        loss_by_key: of each sample alone, the largest first.
+        gradient: parameters whose gradient is not finite.
         stored: number of values that are not finite, by stored tensor; weights are under `weights`.
     """
 
@@ -51,40 +51,28 @@ class ReplayReport:
     stored: dict[str, int]
 
 
+def bad_batch_file(run: Path, step: int) -> Path:
+    """RUN/not-finite/step-NNNNNNNN.safetensors, `step` counted from 1."""
+    return run / "not-finite" / f"step-{step:08d}.safetensors"
+
+
 def write_bad_batch(
-    run: Path,
-    batch: Batch,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    *,
-    step: int,
-    epoch: int,
-    header: StoreHeader,
-    configuration: Mapping[str, Any],
-) -> Path:
-    """Write RUN/not-finite/step-NNNNNNNN.safetensors.
+    file: Path, batch: Batch, weights: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]
+) -> None:
+    """Write a batch and the weights of `student` and `decoder` as they met it.
 
     Args:
-        weights: of `student` and `decoder`, as they met the batch.
-        step: counted from 1.
-        configuration: of the run; see `configuration_of`.
+        metadata: step, epoch, header of the store, and the settings that rebuild the objective.
 
     Raises:
         StoreError: it cannot be written.
     """
-    file = run / "not-finite" / f"step-{step:08d}.safetensors"
     tensors = {f"batch/{name}": value for name in _TENSORS if (value := getattr(batch, name)) is not None}
     for part, values in weights.items():
         tensors.update({f"{part}/{name}": value for name, value in values.items()})
-    metadata = {
-        "version": _VERSION,
-        "step": step,
-        "epoch": epoch,
-        "keys": batch.keys,
-        "header": header.model_dump(mode="json"),
-        **{name: configuration[name] for name in ("student", "decoder", "masking", "target", "pretrain")},
-    }
-    write_weights(tensors, file, {"milan_pipe": json.dumps(metadata)})
-    return file
+    kept = {name: metadata[name] for name in ("step", "epoch", "header", *_SECTIONS)}
+    text = json.dumps({"version": _VERSION, "keys": batch.keys, **kept})
+    write_weights(tensors, file, {"milan_pipe": text})
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -115,14 +103,14 @@ def replay(
     precision: Precision | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ReplayReport:
-    """Compute a bad batch again with the weights that met it; no store and no teacher is needed.
+    """Compute a bad batch again with the weights that met it, without store or teacher.
 
     Args:
-        precision: none takes the run's.
+        precision: None is the run's.
         on_progress: called with samples done, samples.
 
     Raises:
-        MissingError, DataError, StoreError: no such file, or it is damaged or cannot be read.
+        MissingError, DataError, StoreError: the file is missing or damaged, or cannot be read.
         SettingError: no such device.
     """
     metadata, tensors = _read(Path(file))
@@ -134,9 +122,8 @@ def replay(
     batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})  # type: ignore[arg-type]
     where = str(file)
     chosen = resolve_device(device)
-    # Not compiled, whatever the run was: what is compiled hides where a value went wrong.
-    sections = ("student", "decoder", "masking", "target", "pretrain")
-    params = Params.parse({name: metadata[name] for name in sections}, where)
+    # Not compiled, so that it shows where a value went wrong.
+    params = Params.parse({name: metadata[name] for name in _SECTIONS}, where)
     config = params.pretrain
     objective = build_objective(StoreHeader.model_validate(metadata["header"]), params, chosen)
     model = objective.student

@@ -24,12 +24,12 @@ from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 
 Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From pixels (B, H, W, 3) uint8 to features (B, S, T) and importance (B, L), float16 as in a store."""
+"""Pixels (B, H, W, 3) uint8 to features (B, S, T) and importance (B, L), float16 as in a store."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was predicted and what should have been; the target is (B, S, T), of pixels and HOG (B, L, T)."""
+    """Prediction and target; the target is (B, S, T), of pixels and HOG (B, L, T)."""
 
     split: MaskSplit
     prediction_BST: Tensor
@@ -37,10 +37,10 @@ class Prediction:
 
 
 class Objective(nn.Module):
-    """Student, masking and loss: a batch as it is stored becomes a scalar, all of it on the training device.
+    """Student, masking and loss: a stored batch becomes a scalar, all of it on the training device.
 
     Args:
-        teach: labels the pixels in place of what is stored; none takes the stored targets.
+        teach: makes targets of the pixels; None takes the stored ones.
     """
 
     def __init__(
@@ -82,10 +82,7 @@ class Objective(nn.Module):
         return Prediction(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
-        """Loss of one batch.
-
-        Masks are drawn per sample from (seed, epoch, key): they depend on no neighbour.
-        """
+        """Loss of one batch. A sample's mask depends on (seed, epoch, key), not on its neighbours."""
         found = self.predict(batch, epoch)
         if self.target != "clip":
             return masked_loss(found.prediction_BST, found.target, found.split)
@@ -100,7 +97,7 @@ class Objective(nn.Module):
 
 
 def require_fit(header: StoreHeader, student: StudentSettings, where: object) -> None:
-    """Refuse targets that this student cannot learn from.
+    """Refuse targets that do not fit this student.
 
     Raises:
         MismatchError: view size or grid differ; says both.
@@ -120,7 +117,7 @@ def require_fit(header: StoreHeader, student: StudentSettings, where: object) ->
 
 
 def build_objective(header: StoreHeader, params: Params, device: torch.device, teach: Teach | None = None) -> Objective:
-    """A fresh student with its loss, on its device, as the settings say.
+    """A fresh student with its loss, on its device.
 
     Raises:
         SettingError: there is no such student or decoder.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +17,50 @@ from torch import Tensor, nn
 from milan_pipe.background import Background
 from milan_pipe.config.command import command_of
 from milan_pipe.config.params import Params, stated_of
+from milan_pipe.config.training import RESUMABLE
+from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError
-from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
-from milan_pipe.loader.stream import Batch, Loader
-from milan_pipe.pretraining.bad_batch import write_bad_batch
-from milan_pipe.pretraining.configuration import configuration_of
+from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
+from milan_pipe.loader.stream import Batch, Loader, read_batch
+from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
-from milan_pipe.pretraining.plotter import PredictionPlotter
+from milan_pipe.storage.local import write_file
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, cosine_lr
-from milan_pipe.training.recorder import NotFiniteError, TrainProgress
-from milan_pipe.training.runner import RunReport, Task, run_task
-from milan_pipe.training.step import StepReport, resolve_precision
+from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.runner import run_task
+from milan_pipe.training.step import resolve_precision
+from milan_pipe.training.task import NotFiniteError, RunReport, Task
 
 _SECTIONS = ("student", "masking", "decoder", "target", "pretrain")
-_AHEAD = 8
+_AHEAD, _SHOWN = 8, 8
+
+
+def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Params) -> dict[str, Any]:
+    """All that the weights of a run depend on."""
+    # Neither where the store came from nor its format change what is read from it.
+    stored = header.model_dump(mode="json", exclude={"package_version", "format", "source"})
+    return {
+        "order": ORDER_VERSION,
+        "student": params.student.model_dump(mode="json"),
+        "decoder": params.decoder.model_dump(mode="json"),
+        "masking": params.masking.model_dump(mode="json"),
+        "target": params.target,
+        "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
+        "targets": {
+            **{name: stored[name] for name in ("teacher", "views")},
+            "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),
+            "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
+        },
+    }
 
 
 class PretrainTask(Task[Batch]):
     """A student that learns from a target store."""
 
     name = None
-    section = "pretrain"
     advice = "lower pretrain.lr, or check the targets"
 
     def __init__(
@@ -58,6 +81,7 @@ class PretrainTask(Task[Batch]):
         self._plan = _plan_of(reader, params, ranks)
         self.parallel = config.parallel
         self.batch_size = config.batch_size
+        self._peak = config.lr * config.batch_size / 256
         self.steps_per_epoch = self._plan.steps
         self.steps = self._plan.steps * config.epochs
         self.configuration = configuration_of(reader.header, self._plan.order.samples, self._params)
@@ -71,7 +95,7 @@ class PretrainTask(Task[Batch]):
         }
 
     def build(self) -> None:
-        """Teacher, where it runs in every step, student and loss."""
+        """Student, loss and, for online targets, the teacher."""
         params, device = self._params, self._ranks.device
         teach = None
         if self._config.targets == "online":
@@ -85,17 +109,15 @@ class PretrainTask(Task[Batch]):
         self.objective: Objective = build_objective(self._reader.header, params, device, teach)
         self.model = student = self.objective.student
         self.modules = {"student": student.encoder, "decoder": student.decoder}
-        every, first = self._config.plot_every, self._ranks.first
-        self._images = PredictionPlotter(self._run, self._reader, self.objective, every, first) if every else None
+        self._shown: Batch | None = None
+        if self._config.plot_every is not None:
+            samples = self._reader.samples(self._reader.shards[0])
+            self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 
     def optimiser(self) -> torch.optim.Optimizer:
         """AdamW; its rate is set before each step."""
         config = self._config
         return build_adamw(self.model, lr=self._peak, betas=config.betas, weight_decay=config.weight_decay)
-
-    @property
-    def _peak(self) -> float:
-        return self._config.lr * self._config.batch_size / 256
 
     def lr(self, step: int) -> float:
         """Cosine per step after a linear warm-up."""
@@ -106,7 +128,7 @@ class PretrainTask(Task[Batch]):
         """The student's blocks."""
         return self.objective.student.units()
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Generator[Batch]:
         """This rank's part of every batch, read ahead across the borders of epochs: no epoch begins by waiting."""
         epoch, skip = divmod(first_step, self.steps_per_epoch)
         with Loader(self._reader, self._plan, threads=self._config.threads, with_targets=self._with_targets) as loader:
@@ -120,39 +142,47 @@ class PretrainTask(Task[Batch]):
         """Cut for accumulation; the objective brings it to the device."""
         return batch.parts(self._config.accumulate)
 
-    def after_step(self, report: StepReport) -> Path | None:
-        """Draw predictions at the end of every few epochs."""
-        if self._images is None or report.step % self.steps_per_epoch:
+    def after_step(self, step: int) -> Path | None:
+        """Draw RUN/predictions/epoch-NNNN.png every few epochs, always of the same samples."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        batch, every = self._shown, self._config.plot_every
+        if batch is None or every is None or rest or epoch % every:
             return None
-        return self._images.after_epoch(report.epoch)
+        # On every rank, as each may hold shards of the student.
+        split, cosine_BL = self.objective.cosine(batch, epoch - 1)
+        if not self._ranks.first:
+            return None
+        sheet = mask_sheet(
+            f"after epoch {epoch}",
+            batch.keys,
+            batch.pixels_BHWC.numpy(),
+            ~split.masked_map().cpu().numpy(),
+            cosine_BL.float().cpu().numpy(),
+            self._reader.header.teacher.grid,
+        )
+        file = self._run / "predictions" / f"epoch-{epoch:04d}.png"
+        write_file(file, draw_sheet(sheet))
+        return file
 
     def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:
-        """Have the first rank write the batch of a step, all ranks' parts of it, with the weights that met it."""
-        met = weights()
-        file = self._write_bad_batch(error, met) if self._ranks.first else None
-        file = self._ranks.broadcast(file or self._run)
+        """Have the first rank write the batch, all ranks' parts of it, with the weights that met it."""
+        met, file = weights(), bad_batch_file(self._run, error.step)
+        if self._ranks.first:
+            epoch, skip = divmod(error.step - 1, self.steps_per_epoch)
+            plan = self._plan.of_rank(0, 1)
+            with Loader(self._reader, plan, threads=self._config.threads, with_targets=True) as loader:
+                batch = next(loader.batches(epoch, skip))
+            metadata = {"step": error.step, "epoch": epoch, "header": self._reader.header.model_dump(mode="json")}
+            write_bad_batch(file, batch, met, {**metadata, **self.configuration})
+        self._ranks.barrier()
         return f". `milan-pipe replay {file}` computes the batch again, with the weights that met it"
-
-    def _write_bad_batch(self, error: NotFiniteError, weights: Mapping[str, Mapping[str, Tensor]]) -> Path:
-        plan = self._plan.of_rank(0, 1)
-        with Loader(self._reader, plan, threads=self._config.threads, with_targets=True) as loader:
-            batch = next(loader.batches(error.epoch, (error.step - 1) % self.steps_per_epoch))
-        return write_bad_batch(
-            self._run,
-            batch,
-            weights,
-            step=error.step,
-            epoch=error.epoch,
-            header=self._reader.header,
-            configuration=self.configuration,
-        )
 
 
 def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
-    """What this rank takes of the store's samples.
+    """This rank's part of the store's samples.
 
     Raises:
-        SettingError: there are too few of them, or too few for each rank.
+        SettingError: there are too few samples, or too few for each rank.
     """
     config = params.pretrain
     if ranks.count > 1 and config.batch_size // ranks.count < config.accumulate:
@@ -194,19 +224,17 @@ def pretrain(
 ) -> RunReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics; see `run_task`.
 
-    Under torchrun all ranks call it: each takes its part of every batch, the first one writes, and all return the
-    report.
+    Under torchrun all ranks call it: each takes its part of every batch, the first one writes, all return the report.
 
     Args:
-        targets: folder or URL of the target store, of either format.
-        run: folder of the run.
-        params: what is said in it of teacher and views the store must have; see `require_stated`.
-        teacher_for: gives the teacher of a store on a device, where `pretrain.targets` is `online`.
+        targets: folder or URL of the target store.
+        params: the store must have its teacher and views, where they are stated; see `require_stated`.
+        teacher_for: gives the teacher of a store on a device; for `pretrain.targets: online`.
 
     Raises:
-        MissingError, DataError: the store is not there or damaged, or the loss is not finite.
+        MissingError, DataError: the store is missing or damaged, or the loss is not finite.
         MismatchError: the store does not fit the student or the settings, or RUN holds a run of another configuration.
-        SettingError: the store has fewer samples than a batch, RUN is a URL, or online targets are not to be had.
+        SettingError: the store has fewer samples than a batch, RUN is a URL, or there is no online teacher.
         StoreError, StoppedError, RankLostError, ReportedElsewhereError: as `run_task`.
     """
 

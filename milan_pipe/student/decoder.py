@@ -30,17 +30,32 @@ class Decoder(nn.Module):
 
     Args:
         encoder_width: D of the encoder's tokens.
-        width: D of the decoder's tokens.
+        width: D of the decoder's tokens, a multiple of 4.
+        depth: number of blocks.
+        heads: of each block; must divide `width`.
         grid: patch rows and columns.
         output_width: T, the width of the predicted feature.
-        blocks: the kind's own blocks.
+        mlp_width: hidden width of each block's MLP; None is 4 times `width`.
 
     Raises:
-        SettingError: the width is no multiple of 4.
+        SettingError: sizes that do not fit each other.
     """
 
-    def __init__(self, *, encoder_width: int, width: int, grid: Grid, output_width: int, blocks: list[nn.Module]):
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: Grid,
+        output_width: int,
+        mlp_width: int | None = None,
+    ):
+        if heads < 1 or width % heads:
+            raise SettingError(f"decoder: width {width} is no multiple of heads {heads}; change one of them")
         super().__init__()
+        blocks = [self._block(width, heads, mlp_width or 4 * width) for _ in range(depth)]
         self.grid = grid
         self.checkpoint_activations = False
         self.decoder_embed = nn.Linear(encoder_width, width)
@@ -51,12 +66,12 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(width, output_width)
         init_like_mae(self)
 
-    def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
-        """The prompt (CLS and visible tokens) and the masked tokens, both with their positions.
+    @staticmethod
+    def _block(width: int, heads: int, mlp_width: int) -> nn.Module:
+        raise NotImplementedError
 
-        Raises:
-            ShapeError: token count is not V + 1, or L is not this decoder's patch count.
-        """
+    def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
+        """The prompt (CLS and visible tokens) and the masked tokens, both with their positions."""
         patches = self.grid[0] * self.grid[1]
         if split.patches != patches:
             raise ShapeError(
@@ -130,35 +145,11 @@ class PromptBlock(nn.Module):
 
 
 class PromptingDecoder(Decoder):
-    """MILAN's decoder: CLS and visible tokens are a fixed prompt, masked tokens are the only queries.
+    """MILAN's decoder: CLS and visible tokens are a fixed prompt, masked tokens are the only queries."""
 
-    Args:
-        encoder_width: D of the encoder's tokens.
-        width: D of the decoder's tokens, a multiple of 4.
-        depth: number of blocks.
-        heads: of each block; must divide `width`.
-        grid: patch rows and columns.
-        output_width: T, the width of the predicted feature.
-        mlp_width: hidden width of each block's MLP; None is 4 times `width`.
-
-    Raises:
-        SettingError: sizes that do not fit each other.
-    """
-
-    def __init__(
-        self,
-        *,
-        encoder_width: int,
-        width: int,
-        depth: int,
-        heads: int,
-        grid: Grid,
-        output_width: int,
-        mlp_width: int | None = None,
-    ):
-        _check_heads(width, heads)
-        blocks: list[nn.Module] = [PromptBlock(width, heads, mlp_width or 4 * width) for _ in range(depth)]
-        super().__init__(encoder_width=encoder_width, width=width, grid=grid, output_width=output_width, blocks=blocks)
+    @staticmethod
+    def _block(width: int, heads: int, mlp_width: int) -> nn.Module:
+        return PromptBlock(width, heads, mlp_width)
 
     def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
         """Predict the teacher's feature at every position.
@@ -185,30 +176,13 @@ class PromptingDecoder(Decoder):
 
 
 class PlainDecoder(Decoder):
-    """MAE's decoder: mask tokens take the masked places and all tokens attend to all.
+    """MAE's decoder: mask tokens take the masked places and all tokens attend to all. Its blocks are timm's."""
 
-    Arguments and errors as `PromptingDecoder`; its blocks have timm's names (attn.qkv).
-    """
-
-    def __init__(
-        self,
-        *,
-        encoder_width: int,
-        width: int,
-        depth: int,
-        heads: int,
-        grid: Grid,
-        output_width: int,
-        mlp_width: int | None = None,
-    ):
-        _check_heads(width, heads)
+    @staticmethod
+    def _block(width: int, heads: int, mlp_width: int) -> nn.Module:
         norm: Any = partial(nn.LayerNorm, eps=NORM_EPS)
         # timm wants the MLP's width as a ratio and rounds the product down: the half keeps it from losing one.
-        ratio = ((mlp_width or 4 * width) + 0.5) / width
-        blocks: list[nn.Module] = [
-            Block(width, heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
-        ]
-        super().__init__(encoder_width=encoder_width, width=width, grid=grid, output_width=output_width, blocks=blocks)
+        return Block(width, heads, mlp_ratio=(mlp_width + 0.5) / width, qkv_bias=True, norm_layer=norm)
 
     def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
         """Predict the target at every position; arguments, result and errors as `PromptingDecoder.forward`.
@@ -225,17 +199,7 @@ class PlainDecoder(Decoder):
 def build_decoder(
     config: DecoderSettings, encoder_width: int, grid: Grid, output_width: int
 ) -> PromptingDecoder | PlainDecoder:
-    """Build the decoder that the settings name.
-
-    Args:
-        config: kind and sizes.
-        encoder_width: D of the encoder's tokens.
-        grid: patch rows and columns, as `StudentSettings.grid`.
-        output_width: T: the teacher's feature width, or the values of one patch's pixels.
-
-    Raises:
-        SettingError: the width is no multiple of 4 or of the heads.
-    """
+    """Build the decoder of the settings; the other arguments and errors are those of `Decoder`."""
     kind = PromptingDecoder if config.kind == "prompting" else PlainDecoder
     return kind(
         encoder_width=encoder_width,
@@ -245,8 +209,3 @@ def build_decoder(
         grid=grid,
         output_width=output_width,
     )
-
-
-def _check_heads(width: int, heads: int) -> None:
-    if heads < 1 or width % heads:
-        raise SettingError(f"decoder: width {width} is no multiple of heads {heads}; change one of them")

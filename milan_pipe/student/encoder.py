@@ -46,8 +46,7 @@ def build_encoder(config: StudentSettings) -> VisionTransformer:
     """Build the timm ViT without a classifier, ready for pretraining from scratch.
 
     Its `state_dict` loads with `strict=True` in the timm model of the same name and sizes. Weights are drawn as MAE
-    does, from torch's global generator. `pos_embed` is a fixed 2-D sin-cos table with `requires_grad` False; turn it
-    on to train it in fine-tuning.
+    does, from torch's global generator. `pos_embed` is a fixed 2-D sin-cos table, which is not trained.
 
     Raises:
         SettingError: unknown model name, sizes that do not fit each other, or a model that is not a class-token ViT
@@ -72,7 +71,7 @@ def set_fixed_positions(encoder: VisionTransformer, grid: Grid) -> None:
         SettingError: the encoder's width is no multiple of 4.
     """
     table = sincos_position_embedding(encoder.embed_dim, *grid)
-    _positions(encoder).requires_grad_(False).copy_(table)
+    _parameter(encoder, "pos_embed").requires_grad_(False).copy_(table)
 
 
 def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
@@ -80,11 +79,6 @@ def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
 
     The first half of the channels encodes the column, the second half the row; each half is sines then cosines of
     `width / 4` frequencies from 1 down to nearly 1/10000. The CLS token's row is zero.
-
-    Args:
-        width: channels, a multiple of 4.
-        grid_h: patch rows.
-        grid_w: patch columns.
 
     Returns:
         (1, 1 + L, width) float32, CLS first, patches in raster order.
@@ -99,8 +93,8 @@ def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
     # float64 until the end: angles reach the grid's size, and float32 sines of them would depend on the machine.
     steps = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
     frequency = torch.exp(-math.log(10000.0) * steps)
-    row_L, column_L = (axis.flatten() for axis in _raster(grid_h, grid_w))
-    halves = [torch.outer(place_L, frequency) for place_L in (column_L, row_L)]
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (grid_h, grid_w)), indexing="ij")
+    halves = [torch.outer(axis.flatten(), frequency) for axis in reversed(axes)]
     patches_LD = torch.cat([wave(angle) for angle in halves for wave in (torch.sin, torch.cos)], dim=1)
     return F.pad(patches_LD, (0, 0, 1, 0)).float().unsqueeze(0)
 
@@ -147,11 +141,12 @@ def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskS
             f"{grid_h} x {grid_w} patches; draw the split from this batch and grid"
         )
     embed = encoder.patch_embed
-    pixels_BLP = _flat_patches(images_BCHW, embed.patch_size)
+    # Ordered channel, row, column, as a convolution's weight.
+    pixels_BLP = cut_patches(images_BCHW, embed.patch_size).flatten(2)
     # The convolution's stride is its kernel, so it is a linear map of each patch's pixels: gather first, then map.
     visible_BVD = F.linear(gather_tokens(pixels_BLP, split.keep_BV), embed.proj.weight.flatten(1), embed.proj.bias)
     visible_BVD = embed.norm(visible_BVD)
-    cls_11D, position_1SD = _class_token(encoder), _positions(encoder)
+    cls_11D, position_1SD = (_parameter(encoder, name) for name in ("cls_token", "pos_embed"))
     position_BLD = position_1SD[:, 1:].expand(split.batch, -1, -1)
     visible_BVD = visible_BVD + gather_tokens(position_BLD, split.keep_BV)
     cls_B1D = (cls_11D + position_1SD[:, :1]).expand(split.batch, -1, -1)
@@ -183,31 +178,26 @@ def gather_tokens(tokens_BLD: Tensor, index_BV: Tensor) -> Tensor:
     return tokens_BLD.gather(1, index_BV.unsqueeze(-1).expand(-1, -1, tokens_BLD.shape[-1]))
 
 
-def _flat_patches(images_BCHW: Tensor, patch: Grid) -> Tensor:
-    """(B, L, P), the values of a patch ordered channel, row, column: the order of a convolution's weight."""
+def require_whole_patches(images_BCHW: Tensor, patch: int) -> None:
+    """Raise ShapeError for images without four dimensions, or which square patches do not divide."""
+    if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
+        raise ShapeError(
+            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
+        )
+
+
+def cut_patches(images_BCHW: Tensor, patch: Grid) -> Tensor:
+    """(B, L, C, patch height, patch width), patches in raster order."""
     batch, channels, height, width = images_BCHW.shape
-    rows, columns = height // patch[0], width // patch[1]
-    split_up = images_BCHW.reshape(batch, channels, rows, patch[0], columns, patch[1])
-    return split_up.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    cut = images_BCHW.reshape(batch, channels, height // patch[0], patch[0], width // patch[1], patch[1])
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def _raster(grid_h: int, grid_w: int) -> tuple[Tensor, Tensor]:
-    """Row and column number of every patch, both (grid_h, grid_w) float64."""
-    row = torch.arange(grid_h, dtype=torch.float64)
-    column = torch.arange(grid_w, dtype=torch.float64)
-    return row[:, None].expand(grid_h, grid_w), column[None, :].expand(grid_h, grid_w)
-
-
-def _class_token(encoder: VisionTransformer) -> nn.Parameter:
-    if encoder.cls_token is None:
-        raise SettingError("encoder has no class token, expected a ViT from build_encoder")
-    return encoder.cls_token
-
-
-def _positions(encoder: VisionTransformer) -> nn.Parameter:
-    if encoder.pos_embed is None:
-        raise SettingError("encoder has no position embedding, expected a ViT from build_encoder")
-    return encoder.pos_embed
+def _parameter(encoder: VisionTransformer, name: str) -> nn.Parameter:
+    found: nn.Parameter | None = getattr(encoder, name)
+    if found is None:
+        raise SettingError(f"encoder has no {name}, expected a ViT from build_encoder")
+    return found
 
 
 def _check_images(encoder: VisionTransformer, images_BCHW: Tensor) -> None:
@@ -228,7 +218,7 @@ def _create(model: str, **sizes: Any) -> VisionTransformer:
         raise SettingError(f"student: timm has no model {model!r}; {hint}")
     try:
         encoder: Any = timm.create_model(model, pretrained=False, num_classes=0, **sizes)
-    # What a model that takes no such argument, or a size that does not fit another, raises inside timm and torch.
+    # Raised in timm and torch by a model without this argument, or by sizes that do not fit each other.
     except (AssertionError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         reason = str(error).strip() or type(error).__name__
         listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
@@ -246,7 +236,7 @@ def _create(model: str, **sizes: Any) -> VisionTransformer:
 
 
 def _unfit(encoder: nn.Module) -> str | None:
-    """Why this timm model cannot be the student; None when it can."""
+    """Why this timm model cannot be the student; None if it can."""
     if not isinstance(encoder, VisionTransformer):
         return f"is a {type(encoder).__name__}, not a VisionTransformer"
     if not isinstance(encoder.patch_embed, PatchEmbed):
@@ -262,7 +252,7 @@ def _unfit(encoder: nn.Module) -> str | None:
 
 @lru_cache(maxsize=64)
 def native_patch(model: str) -> Grid:
-    """Patch height and width that the named timm model has when none is asked for."""
+    """Default patch height and width of the named timm model."""
     with torch.device("meta"):  # shapes only: no memory and no random numbers are used
         height, width = _create(model).patch_embed.patch_size
     return height, width

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milan_pipe.errors import ShapeError
+from milan_pipe.student.encoder import cut_patches, require_whole_patches
 
 BINS, CELL = 9, 8
 
@@ -43,11 +43,7 @@ def hog_target(images_BCHW: Tensor, patch: int) -> Tensor:
 
     Source: arXiv 2112.09133, section 3.2; Dalal and Triggs, CVPR 2005, with blocks of one cell.
     """
-    if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
-        raise ShapeError(
-            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
-        )
-    batch, channels, height, width = images_BCHW.shape
+    require_whole_patches(images_BCHW, patch)
     image = images_BCHW.float()
     across, down = torch.zeros_like(image), torch.zeros_like(image)
     across[..., 1:-1] = image[..., 2:] - image[..., :-2]
@@ -56,10 +52,9 @@ def hog_target(images_BCHW: Tensor, patch: int) -> Tensor:
     angle = torch.atan2(down, across).remainder(math.pi)  # a direction and its opposite are one
     number = (angle * (BINS / math.pi)).long().clamp_(max=BINS - 1)
     side = cell_side(patch)
-    votes = torch.zeros(batch, channels, BINS, height, width, device=image.device)
+    votes = torch.zeros(*image.shape[:2], BINS, *image.shape[2:], device=image.device)
     votes.scatter_(2, number.unsqueeze(2), length.unsqueeze(2))
-    sums = F.avg_pool2d(votes.flatten(0, 1), side).reshape(batch, channels, BINS, height // side, width // side)
-    unit = F.normalize(sums, dim=2, eps=1e-6)
-    rows, columns, inside = height // patch, width // patch, patch // side
-    cells = unit.reshape(batch, channels, BINS, rows, inside, columns, inside)
-    return cells.permute(0, 3, 5, 4, 6, 1, 2).reshape(batch, rows * columns, -1)
+    unit = F.normalize(F.avg_pool2d(votes.flatten(0, 1), side), dim=1, eps=1e-6)
+    unit = unit.reshape(len(image), image.shape[1] * BINS, *unit.shape[2:])
+    cells = cut_patches(unit, (patch // side, patch // side))
+    return cells.permute(0, 1, 3, 4, 2).flatten(2)

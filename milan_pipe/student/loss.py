@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milan_pipe.errors import ShapeError
-from milan_pipe.student.encoder import gather_tokens
+from milan_pipe.student.encoder import cut_patches, gather_tokens, require_whole_patches
 from milan_pipe.student.masking import MaskSplit
 
 
@@ -41,8 +41,7 @@ def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
     """MAE's target: each patch's pixels, shifted and scaled to mean 0 and deviation 1 over the patch.
 
     Args:
-        images_BCHW: floats in any normalisation. Shift and scale common to all channels cancel out; channels
-            normalised each in its own way weigh accordingly.
+        images_BCHW: floats in any normalisation; shift and scale common to all channels cancel out.
         patch: height and width of a patch in pixels.
 
     Returns:
@@ -53,14 +52,8 @@ def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
 
     Source: arXiv 2111.06377, section 3; the variance is the unbiased one, plus 1e-6, as in its published code.
     """
-    if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
-        raise ShapeError(
-            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
-        )
-    batch, channels, height, width = images_BCHW.shape
-    rows, columns = height // patch, width // patch
-    split_up = images_BCHW.float().reshape(batch, channels, rows, patch, columns, patch)
-    pixels_BLP = split_up.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    require_whole_patches(images_BCHW, patch)
+    pixels_BLP = cut_patches(images_BCHW.float(), (patch, patch)).permute(0, 1, 3, 4, 2).flatten(2)
     centred_BLP = pixels_BLP - pixels_BLP.mean(dim=-1, keepdim=True)
     return centred_BLP / (pixels_BLP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 

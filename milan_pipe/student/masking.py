@@ -25,7 +25,7 @@ class MaskSplit:
     """One batch's patches, divided in two.
 
     Together the two index rows of a sample are a permutation of 0..L-1, CLS not counted. Shapes and types are
-    checked when built; the values only by `check`, because reading them back would stall an accelerator.
+    checked when built; values are not, because reading them back would stall an accelerator.
 
     Attributes:
         keep_BV: patches the encoder sees, int64.
@@ -75,27 +75,6 @@ class MaskSplit:
         """(B, L) bool in raster order, True where masked."""
         map_BL = torch.zeros(self.batch, self.patches, dtype=torch.bool, device=self.masked_BM.device)
         return map_BL.scatter(1, self.masked_BM, True)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskSplit:
-        """The same split on another device."""
-        return MaskSplit(
-            self.keep_BV.to(device, non_blocking=non_blocking), self.masked_BM.to(device, non_blocking=non_blocking)
-        )
-
-    def check(self) -> None:
-        """Check the values: each sample's kept and masked patches are 0..L-1, each once. Waits for the device.
-
-        Raises:
-            ShapeError: a patch is named twice, never, or lies outside 0..L-1; names the first such sample.
-        """
-        found_BL = torch.cat([self.keep_BV, self.masked_BM], dim=1).sort(dim=1).values
-        wrong_B = (found_BL != torch.arange(self.patches, device=found_BL.device)).any(dim=1)
-        if bool(wrong_B.any()):
-            row = int(wrong_B.int().argmax())
-            raise ShapeError(
-                f"MaskSplit: kept and masked patches of sample {row} are {found_BL[row].tolist()} when sorted, "
-                f"expected each of 0..{self.patches - 1} once"
-            )
 
 
 def visible_count(patches: int, ratio: float) -> int:

@@ -27,9 +27,8 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        path: its folder.
         record: what was saved beside the weights; `step` and `version` always.
-        files: bytes and digest of each file, by name; None in a checkpoint that was written before there were digests.
+        files: bytes and digest of each file, by name; None in checkpoints older than the digests.
     """
 
     path: Path
@@ -74,7 +73,7 @@ class Checkpoint:
 
 
 def _advice(path: Path) -> str:
-    """What to do about a checkpoint that is damaged."""
+    """What to do about a damaged checkpoint."""
     present = _checkpoints_in(path.parent)
     earlier = present[: present.index(path)] if path in present else []
     if earlier:
@@ -83,7 +82,7 @@ def _advice(path: Path) -> str:
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies: RUN/checkpoints/step-NNNNNNNN."""
+    """RUN/checkpoints/step-NNNNNNNN."""
     return run / _FOLDER / f"{_NAME}{step:08d}"
 
 
@@ -92,7 +91,7 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
 
     Args:
         parts: tensors by file name, as {"student": state_dict}.
-        record: JSON data that says what the weights are valid for.
+        record: JSON data.
 
     Raises:
         StoreError: the folder cannot be written; nothing is left of it.
@@ -123,7 +122,7 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
 
 
 def _step_of(path: Path) -> int | None:
-    """The step that a folder's name says; None where it is no checkpoint's, as a copy that somebody made."""
+    """The step in a folder's name; None where it is no checkpoint, as a copy that somebody made."""
     digits = path.name.removeprefix(_NAME)
     named = re.fullmatch(r"[0-9]{8,}", digits) and path.name == f"{_NAME}{int(digits):08d}"
     return int(digits) if named else None
@@ -135,12 +134,12 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def checkpoints_of(run: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, the last one last; what an interrupted write left is not among them."""
+    """Checkpoint folders of a run, the last one last, without interrupted writes."""
     return _checkpoints_in(Path(run) / _FOLDER)
 
 
 def run_of(checkpoint: str | Path) -> Path | None:
-    """The run that a checkpoint folder belongs to, if it lies in one."""
+    """The run of a checkpoint folder, if it lies in one."""
     path = Path(checkpoint)
     return path.parents[1] if path.parent.name == _FOLDER and path.is_dir() else None
 
@@ -189,3 +188,48 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise DataError(f"{file} is damaged: its values do not fit their digest; {_advice(folder)}")
     files = record.pop("files")
     return Checkpoint(path=folder, record=record, files=files)
+
+
+def describe_last_checkpoint(run: Path) -> str:
+    """One sentence, for errors that end a run early."""
+    found = checkpoints_of(run)
+    return f"The last good checkpoint is {found[-1]}" if found else "No checkpoint was written"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[str, Any], run: Path) -> None:
+    """Refuse to go on in a run of another configuration.
+
+    Raises:
+        MismatchError: names every setting that differs, with both values.
+    """
+    found = checkpoint.record.get("configuration")
+    if not isinstance(found, dict):
+        raise MismatchError(
+            f"{run} holds {checkpoint.path.name}, which does not say what it was trained with; name another folder"
+        )
+    if found.get("order") != configuration.get("order") and not checkpoint.record["finished"]:
+        raise MismatchError(
+            f"{run} was begun by another version of milan-pipe, which takes samples in another order (version "
+            f"{found.get('order', 1)}, here {configuration.get('order', 1)}); train in another folder. "
+            f"{checkpoint.path.name} can still be evaluated and exported"
+        )
+    # Through JSON, where tuples become lists.
+    theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))
+    differences = [
+        f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
+        for name in sorted((theirs.keys() | ours.keys()) - {"order"})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}. Use the "
+            "same settings to go on, or name another folder"
+        )

@@ -1,8 +1,9 @@
-"""Several ranks under torchrun: who this process is, what the ranks agree on, and which of them speaks."""
+"""Several ranks under torchrun: who this process is, what the ranks agree on, and which of them reports an error."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -21,15 +22,7 @@ from milan_pipe.errors import MilanError, MismatchError, RankLostError, Reported
 T = TypeVar("T")
 
 # What gloo and NCCL say when a peer has gone; torch has no type of its own for all of it.
-_LOST = (
-    "connection closed by peer",
-    "connection reset",
-    "connection refused",
-    "broken pipe",
-    "gloo",
-    "nccl",
-    "timed out",
-)
+_LOST = re.compile(r"connection (closed by peer|reset|refused)|broken pipe|gloo|nccl|timed out", re.IGNORECASE)
 
 
 def rank_of_environment() -> int:
@@ -38,12 +31,7 @@ def rank_of_environment() -> int:
 
 
 class Ranks:
-    """The processes that train together. With one of them everything here does nothing.
-
-    Attributes:
-        rank: 0 to `count` - 1; the first one writes checkpoints and metrics.
-        device: of this process.
-    """
+    """The processes that train together, `count` of them. With one of them everything here does nothing."""
 
     def __init__(self, rank: int, count: int, device: torch.device) -> None:
         self.rank = rank
@@ -52,31 +40,29 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this is the rank that writes checkpoints and metrics."""
         return self.rank == 0
 
-    def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean over ranks, on the CPU, in double precision."""
-        values = values.detach().to("cpu", torch.float64)
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, on the CPU, in double precision."""
+        # A copy: what a caller holds stays its own.
+        values = values.detach().to("cpu", torch.float64, copy=True)
         if self.count > 1:
             dist.all_reduce(values)
-            values /= self.count
         return values
 
     def all_reduce_max(self, values: Iterable[int]) -> list[int]:
         """The largest of each value over ranks."""
-        if self.count == 1:
-            return list(values)
         tensor = torch.tensor(list(values))
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        if self.count > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(value) for value in tensor]
 
     def broadcast(self, value: T) -> T:
-        """What the first rank has."""
-        if self.count == 1:
-            return value
+        """The first rank's value."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.count > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def require_same(self, value: object, what: str, todo: str) -> None:
@@ -95,7 +81,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Return when every rank is here."""
-        # Not a barrier, which would take the accelerators' backend where there is one.
+        # By a reduction on the CPU: dist.barrier would use the accelerators' backend, if there is one.
         self.all_reduce_max([0])
 
     def parallelize(
@@ -109,8 +95,8 @@ class Ranks:
             root: what is trained, a part of `module`.
 
         Returns:
-            What to call in place of `module`, and a context for each forward and backward pass, values whether
-            gradients are to be exchanged in it.
+            What to call in place of `module`, and a context for each forward and backward pass, called with whether
+            the ranks exchange gradients in it.
         """
         if self.count == 1:
             return module, lambda _: nullcontext()
@@ -119,24 +105,23 @@ class Ranks:
             for unit in units:
                 fully_shard(unit, mesh=mesh)
             sharded = fully_shard(root, mesh=mesh)
+            assert isinstance(sharded, FSDPModule)
 
-            @contextmanager
-            def exchange(wanted: bool) -> Iterator[None]:
-                assert isinstance(sharded, FSDPModule)
+            def exchange(wanted: bool) -> AbstractContextManager[None]:
                 sharded.set_requires_gradient_sync(wanted)
-                yield
+                return nullcontext()
 
             return module, exchange
         copied = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         return copied, lambda wanted: nullcontext() if wanted else copied.no_sync()
 
-    def speaks(self) -> bool:
-        """True for the first process that asks: one line to the user is enough, whoever lives to say it."""
+    def reports(self) -> bool:
+        """True on the first rank that asks: the user gets one line, from whichever rank lives to write it."""
         if self.count == 1:
             return True
         try:
             store = dist.distributed_c10d._get_default_store()
-            return int(store.add("milan_pipe/spoken", 1)) == 1
+            return int(store.add("milan_pipe/reported", 1)) == 1
         except RuntimeError:
             return True  # the store has gone with its process
 
@@ -164,22 +149,18 @@ def _device_of(local: int, name: str, count: int) -> torch.device:
     return device
 
 
-def _lost(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _LOST)
-
-
 @contextmanager
 def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
     """Join the ranks that torchrun has started; without torchrun, a single one.
 
     Args:
-        device: a setting; with `auto` each rank takes the CUDA device of its local rank, where there is CUDA.
-        values: what to say of the run's state when a rank is lost.
+        device: a setting; with `auto` each rank takes the CUDA device of its local rank, if there is CUDA.
+        values: a sentence about the run's state, for when a rank is lost.
 
     Raises:
         SettingError: no such device, or one device named for several ranks.
         RankLostError: another rank has died.
-        ReportedElsewhereError: another rank has said what is wrong.
+        ReportedElsewhereError: another rank reports the error.
     """
     count = int(os.environ.get("WORLD_SIZE", "1") or "1")
     if count == 1:
@@ -196,19 +177,22 @@ def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
     try:
         ranks.device = _device_of(local, device, count)
         yield ranks
-    except MilanError as error:
-        if not ranks.speaks():
-            raise ReportedElsewhereError(error) from error
-        raise
-    except RuntimeError as error:
-        if not _lost(error):
-            ranks.speaks()  # this one's traceback says more than the others could
+    except (MilanError, RuntimeError) as error:
+        known: MilanError
+        if isinstance(error, MilanError):
+            known = error
+        elif isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            known = RankLostError(
+                f"one of {count} ranks was lost. {values()}; the same command goes on with the run, on any number of "
+                "ranks"
+            )
+        else:
+            ranks.reports()  # this one's traceback says more than the others could
             raise
-        lost = RankLostError(
-            f"one of {count} ranks was lost. {values()}; the same command goes on with the run, on any number of ranks"
-        )
-        if not ranks.speaks():
-            raise ReportedElsewhereError(lost) from error
-        raise lost from error
+        if not ranks.reports():
+            raise ReportedElsewhereError(known) from error
+        if known is error:
+            raise
+        raise known from error
     finally:
         dist.destroy_process_group()

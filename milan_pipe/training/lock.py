@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,16 +22,16 @@ from milan_pipe.training.distributed import Ranks
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_held: set[str] = set()
-_guard = threading.Lock()
+_TODO = "wait for it, stop it, or name another folder"
+_held: dict[str, object] = {}
 
 
 @contextmanager
 def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Be the only ones that write a run's directory, which is made; every rank calls it, the first one takes the lock.
+    """Make a run's directory and be its only writer; every rank calls it, the first one takes the lock.
 
-    The lock of a process that was killed is taken over, with a warning. Where nothing can be written no lock is taken:
-    a finished run can be asked for its report there.
+    The lock of a killed process is taken over, with a warning. Where nothing can be written there is no lock: a
+    finished run can be read there.
 
     Raises:
         StoreError: another process writes the run, or the directory cannot be made; says which, and what to do.
@@ -45,7 +44,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
                 stack.enter_context(_locked(run))
             except StoreError as error:
                 problem = str(error)
-        # All of them end, and none waits for one that has.
+        # All ranks end, and none waits for one that has.
         problem = ranks.broadcast(problem)
         if problem is not None:
             raise StoreError(problem)
@@ -54,7 +53,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def _made(run: Path) -> Iterator[None]:
-    """Make a directory; what is still empty of it in the end goes again, as of a run that was refused."""
+    """Make a directory; new folders that are empty in the end are removed, as of a refused run."""
     new = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -71,14 +70,12 @@ def _made(run: Path) -> Iterator[None]:
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
     file = run / LOCK
-    name = str(file.resolve())
-    # Asked before the file is opened: closing it again would give the lock up, which is the process's.
-    with _guard:
-        if name in _held:
-            raise StoreError(f"{run} is being written by this process already; {_TODO}")
-        _held.add(name)
+    name, mine = str(file.resolve()), object()
+    # Before the file is opened: closing it again would release the lock, which is the process's. One atomic call.
+    if _held.setdefault(name, mine) is not mine:
+        raise StoreError(f"{run} is being written by this process already; {_TODO}")
     try:
-        handle = _taken(run, file)
+        handle = _acquire(run, file)
         try:
             yield
         finally:
@@ -88,14 +85,10 @@ def _locked(run: Path) -> Iterator[None]:
                     file.unlink()
                 os.close(handle)
     finally:
-        with _guard:
-            _held.discard(name)
+        del _held[name]
 
 
-_TODO = "wait for it, stop it, or name another folder"
-
-
-def _taken(run: Path, file: Path) -> int | None:
+def _acquire(run: Path, file: Path) -> int | None:
     """The open lock file, locked and with this process in it; None where nothing can be written."""
     while True:
         # Not `filelock`: it empties the file on each attempt, so that nobody could say who holds the lock.
@@ -108,30 +101,33 @@ def _taken(run: Path, file: Path) -> int | None:
                 f"{file} cannot be opened: {resource_hint(error) or error.strerror}; it says which process writes the "
                 "run: remove it if there is none"
             ) from error
-        try:
-            owner = _lock(handle, run, file)
-            # A process that has just ended may have removed the file that was opened.
-            if _is_still(file, handle):
-                _write(handle)
-                if owner:
-                    warnings.warn(
-                        f"{run} was being written by {_described(owner)}, which is gone; its run is taken over",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                return handle
-        except OSError as error:
-            os.close(handle)
-            if isinstance(error, StoreError):
+        with ExitStack() as stack:
+            stack.callback(os.close, handle)
+            try:
+                owner = _lock(handle, run, file)
+                # A process that has just ended may have removed the file that was opened.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(file.stat(), os.fstat(handle)):
+                        _write_owner(handle)
+                        if owner:
+                            warnings.warn(
+                                f"{run} was being written by {_described(owner)}, which is gone; its run is taken over",
+                                RuntimeWarning,
+                                stacklevel=2,
+                            )
+                        stack.pop_all()
+                        return handle
+            except StoreError:
                 raise
-            raise StoreError(f"{file} cannot be locked: {resource_hint(error) or error.strerror or error}") from error
-        os.close(handle)
+            except OSError as error:
+                reason = resource_hint(error) or error.strerror or error
+                raise StoreError(f"{file} cannot be locked: {reason}") from error
 
 
 def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
-    """Lock a file; returns what a process that has died has left in it."""
+    """Lock a file; returns what a dead process has left in it."""
     try:
-        # Of POSIX: not inherited by forked workers, let go by the kernel when the process dies, and known to NFS.
+        # POSIX locks: not inherited by forked workers, released by the kernel when the process dies, known to NFS.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         owner = _owner(handle)
@@ -166,18 +162,11 @@ def _is_gone(owner: dict[str, Any]) -> bool:
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
         return False
-    # This process's own number was that of one before: in containers it is always the same.
+    # In containers the number of every process is the same: this process's own says that another one is gone.
     return pid == os.getpid() or not psutil.pid_exists(pid)
 
 
-def _is_still(file: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(file.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _write(handle: int) -> None:
+def _write_owner(handle: int) -> None:
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     data = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode() + b"\n"
     # Cut after it is written: whoever reads it meanwhile finds somebody.

@@ -1,6 +1,6 @@
-"""Files of a run's metrics, as dvclive writes them: read, cut back where a run goes on, moved away where damaged.
+"""A run's metric files, as dvclive writes them: read, cut back where a run goes on, renamed where damaged.
 
-Metrics are not worth a run: what cannot be read of them is reported and never stops it.
+Metrics never stop a run: damage is reported, and the rest is used.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ class MetricFile:
     """One metric.
 
     Attributes:
-        header: first line; empty where there is none.
-        rows: step, value and line of each row that can be read. A last line that was cut is not among them.
-        damage: what is wrong with the file, None where nothing is.
+        header: first line; empty if there is none.
+        rows: step, value and line of each readable row, without a last line that was cut.
+        damage: what is wrong with the file; None if nothing is.
+        data: all of it.
     """
 
     header: str
     rows: tuple[tuple[int, float, str], ...]
     damage: str | None
+    data: bytes
 
 
 def metric_files(folder: Path) -> list[Path]:
-    """All metrics below a folder; none where it is not there.
+    """All metrics below a folder; none if the folder does not exist.
 
     Raises:
         StoreError: it cannot be listed.
@@ -49,16 +51,12 @@ def read_metric(file: Path) -> MetricFile:
     Raises:
         StoreError: the file cannot be read.
     """
-    return _parsed(_bytes_of(file))
-
-
-def _parsed(data: bytes) -> MetricFile:
+    data = _bytes_of(file)
     header, *lines = data.decode(errors="replace").split("\n")
     columns = header.rstrip("\r").split("\t")
     if not lines or len(columns) < 2 or "step" not in columns:
-        return MetricFile(header="", rows=(), damage="has no header")
-    last = lines.pop()
-    damage = "ends in zero bytes" if "\0" in last else None
+        return MetricFile(header="", rows=(), damage="has no header", data=data)
+    damage = "ends in zero bytes" if "\0" in lines.pop() else None
     rows = []
     for number, line in enumerate(lines, 2):
         values = line.split("\t")
@@ -68,25 +66,24 @@ def _parsed(data: bytes) -> MetricFile:
             rows.append((int(values[columns.index("step")]), float(values[-1]), line))
         except ValueError:
             damage = damage or f"is damaged in line {number}"
-    return MetricFile(header=header, rows=tuple(rows), damage=damage)
+    return MetricFile(header=header, rows=tuple(rows), damage=damage, data=data)
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Take back what was measured after a step: those steps will be done again.
+    """Remove points after a step: those steps will be done again.
 
-    A file that is damaged is renamed beside its place, with a warning; what can be read of it stays.
+    A damaged file is renamed, with a warning; what can be read of it stays.
 
     Raises:
         StoreError: a file cannot be read or written.
     """
     for file in metric_files(folder):
-        data = _bytes_of(file)
-        found = _parsed(data)
+        found = read_metric(file)
         if found.damage is not None:
             _move_damaged(file, found.damage)
         kept = [line for at, _, line in found.rows if at <= step]
         content = "".join(f"{line}\n" for line in (found.header, *kept)).encode()
-        if found.header and content != data:
+        if found.header and content != found.data:
             location_of(file.parent).write(file.name, content)
     latest = folder / _LATEST
     if latest.is_file() and not _is_summary(_bytes_of(latest)):
@@ -108,14 +105,13 @@ def _is_summary(data: bytes) -> bool:
         return False
     return (
         isinstance(values, dict)
-        and isinstance(values.get("step", 0), int)
-        and all(isinstance(value, dict) for name, value in values.items() if name != "step")
+        and isinstance(values.pop("step", 0), int)
+        and all(isinstance(value, dict) for value in values.values())
     )
 
 
 def _move_damaged(file: Path, damage: str) -> None:
-    aside = file.with_name(f"{file.name}.damaged")
-    number = 1
+    aside, number = file.with_name(f"{file.name}.damaged"), 1
     while aside.exists():
         number += 1
         aside = file.with_name(f"{file.name}.damaged-{number}")

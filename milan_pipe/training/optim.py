@@ -1,37 +1,15 @@
-"""Parameter groups: with and without weight decay, and with a learning rate that falls from the head to the input."""
+"""AdamW's parameter groups, and learning rates by step."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 
-_NO_DECAY = ("pos_embed", "cls_token", "mask_token")
-_FIRST = ("cls_token", "pos_embed", "patch_embed")
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to biases, norms, position embeddings, CLS and mask tokens."""
-    return parameter.ndim > 1 and not any(part in name for part in _NO_DECAY)
-
-
-def layer_scale(name: str, depth: int, decay: float) -> float:
-    """Share of the learning rate that a ViT's parameter gets: decay ** (depth + 1 - layer).
-
-    Layer 0 holds tokens, positions and patch embedding, layer 1 to `depth` the blocks, layer `depth` + 1 the rest.
-
-    Args:
-        name: of the parameter, as timm's ViT has it.
-
-    Source: arXiv 2106.08254 (BEiT), as arXiv 2111.06377 takes it over.
-    """
-    block = re.match(r"blocks\.(\d+)\.", name)
-    layer = int(block[1]) + 1 if block is not None else 0 if name.startswith(_FIRST) else depth + 1
-    return float(decay ** (depth + 1 - layer))
+_NO_DECAY = ("*pos_embed*", "*cls_token*", "*mask_token*")
 
 
 def build_adamw(
@@ -40,25 +18,24 @@ def build_adamw(
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
-    scale_of: Callable[[str], float] = lambda _: 1.0,
+    layer_decay: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in groups of one weight decay and one `lr_scale`.
+    """AdamW over the trainable parameters; biases, norms, position embeddings, CLS and mask tokens do not decay.
 
     Args:
-        scale_of: factor on the learning rate, by the parameter's name.
+        layer_decay: factor on the learning rate from each block to the one below; `model.group_matcher` gives the
+            layers, as timm's models have it. Groups then have an `lr_scale`.
+
+    Source: layer decay: arXiv 2106.08254 (BEiT), as arXiv 2111.06377 uses it.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = weight_decay if decays(name, parameter) else 0.0
-            scale = scale_of(name)
-            group = groups.setdefault(
-                (decay, scale), {"params": [], "weight_decay": decay, "lr": lr * scale, "lr_scale": scale}
-            )
-            group["params"].append(parameter)
-    # Those with weight decay first, as the groups of a model without scales have always been.
-    ordered = sorted(groups.values(), key=lambda group: (group["weight_decay"] == 0.0, group["lr_scale"]))
-    return torch.optim.AdamW(ordered, lr=lr, betas=betas, fused=True)
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_NO_DECAY)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=_NO_DECAY, layer_decay=layer_decay)
+    # The gradient's norm is summed in this order: changing it changes the last bits of a run that clips.
+    groups.sort(key=lambda group: (group["weight_decay"] == 0.0, group.get("lr_scale", 1.0)))
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def cosine_lr(step: int, *, steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:

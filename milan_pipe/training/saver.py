@@ -1,77 +1,56 @@
-"""When a run's state is saved, and how it is taken over."""
+"""When a run's state is saved, and how it is restored."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from milan_pipe import __version__
 from milan_pipe.errors import DataError
-from milan_pipe.training.checkpoint import Checkpoint, checkpoint_path, keep_last, save_checkpoint
+from milan_pipe.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    describe_last_checkpoint,
+    keep_last,
+    save_checkpoint,
+)
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.resume import describe_last_checkpoint
 from milan_pipe.training.state import first_not_finite, gathered, load_optimiser, optimiser_tensors
+from milan_pipe.training.task import Task
 
-
-@dataclass(frozen=True, kw_only=True)
-class SavePolicy:
-    """Steps and minutes between two checkpoints, None for never, and how many of them stay."""
-
-    every: int | None
-    minutes: float | None
-    keep: int
+BEST = "best"
 
 
 class Saver:
-    """Writes checkpoints when they are due, and when the run is asked to stop.
-
-    Args:
-        modules: what a checkpoint holds, by the names of its files.
-        trained: the module that holds all that the optimiser trains.
-        record: kept in every checkpoint.
-        advice: what to do about a weight that is not finite.
-    """
+    """Writes checkpoints, and RUN/best, which holds the best one. Every rank calls it, the first one writes."""
 
     def __init__(
         self,
         run: Path,
-        modules: Mapping[str, nn.Module],
-        trained: nn.Module,
+        task: Task[Any],
         optimiser: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        *,
-        policy: SavePolicy,
         ranks: Ranks,
-        record: Mapping[str, Any],
-        advice: str,
     ) -> None:
-        self._run = run
-        self._modules = modules
-        self._trained = trained
-        self._optimiser = optimiser
-        self._scaler = scaler
-        self._policy = policy
-        self._ranks = ranks
-        self._record = record
-        self._advice = advice
+        self._run, self._task, self._optimiser, self._scaler, self._ranks = run, task, optimiser, scaler, ranks
         self._saved_at = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after this step."""
-        every, minutes = self._policy.every, self._policy.minutes
+        """Whether a checkpoint is due after this step."""
+        every, minutes = self._task.settings.checkpoint_every, self._task.settings.checkpoint_minutes
         late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return late or (every is not None and step % every == 0)
 
     def save(self, step: int, state: Mapping[str, Any], *, finished: bool) -> Path:
-        """Write the checkpoint of a step and remove those that are too many. Every rank calls it, the first one writes.
+        """Write the checkpoint of a step and remove the oldest ones; a finished run's has no optimiser.
 
         Args:
-            state: JSON data of this step, beside the record of the run.
+            state: JSON data of this step, beside the record of the task.
 
         Raises:
             DataError: a weight is not finite.
@@ -79,30 +58,42 @@ class Saver:
         """
         parts = self.weights()
         if not finished:
-            tensors = optimiser_tensors(self._trained, self._optimiser)
+            tensors = optimiser_tensors(self._task.model, self._optimiser)
             parts["optimizer"] = gathered(tensors, keep=self._ranks.first)
+        record = {**state, "finished": finished, "scaler": self._scaler.state_dict()}
+        self._write(self._run, step, parts, record, self._task.settings.keep_checkpoints)
+        self._saved_at = time.monotonic()
+        return checkpoint_path(self._run, step)
+
+    def save_best(self, step: int, scores: Mapping[str, float]) -> None:
+        """Replace the checkpoint in RUN/best; errors as `save`."""
+        self._write(self._run / BEST, step, self.weights(), {"finished": True, "scores": scores}, 1)
+
+    def _write(
+        self, folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any], keep: int
+    ) -> None:
+        task = self._task
         if self._ranks.first:
             for name, tensors in parts.items():
                 broken = first_not_finite(tensors)
                 if broken is not None:
                     raise DataError(
-                        f"after step {step} {broken!r} of the {name} is not finite; {self._advice}. "
+                        f"after step {step} {broken!r} of the {name} is not finite; {task.advice}. "
                         f"{describe_last_checkpoint(self._run)}"
                     )
-            record = {**self._record, **state, "finished": finished, "scaler": self._scaler.state_dict()}
-            save_checkpoint(self._run, step, parts, record)
-            keep_last(self._run, self._policy.keep)
+            fixed = {"package_version": __version__, "configuration": task.configuration, **task.record}
+            command = {} if task.name is None else {"task": task.name}
+            save_checkpoint(folder, step, parts, {**fixed, **command, **record})
+            keep_last(folder, keep)
         self._ranks.barrier()
-        self._saved_at = time.monotonic()
-        return checkpoint_path(self._run, step)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of the modules, whole and on the CPU, on the first rank; every rank must call it."""
-        return {name: gathered(module.state_dict(), keep=self._ranks.first) for name, module in self._modules.items()}
+        """Whole tensors on the CPU, by module, on the first rank; every rank must call it."""
+        modules = self._task.modules
+        return {name: gathered(module.state_dict(), keep=self._ranks.first) for name, module in modules.items()}
 
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Take the optimiser's state over; returns the steps that were done."""
-        load_optimiser(self._trained, self._optimiser, checkpoint.weights("optimizer"), str(checkpoint.path))
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint's optimiser and loss scale."""
+        load_optimiser(self._task.model, self._optimiser, checkpoint.weights("optimizer"), str(checkpoint.path))
         if checkpoint.record["scaler"]:
             self._scaler.load_state_dict(dict(checkpoint.record["scaler"]))
-        return int(checkpoint.record["step"])

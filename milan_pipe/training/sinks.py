@@ -1,4 +1,4 @@
-"""Where the points of a run's metrics go: dvclive always, TensorBoard and Weights & Biases where they are wanted."""
+"""Where the points of a run's metrics go: always dvclive, TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from dvclive.live import Live
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Protocol
 
 from milan_pipe.config.training import SinkName
 from milan_pipe.errors import SettingError
+
+if TYPE_CHECKING:
+    from dvclive.live import Live
 
 
 class Sink(Protocol):
@@ -38,7 +37,7 @@ class _Dvclive:
         self._live.sync()  # type: ignore[no-untyped-call]
 
     def image(self, step: int, file: Path) -> None:
-        """It lies in the run's folder already."""
+        """The run's folder has it already."""
 
 
 class _TensorBoard:
@@ -51,6 +50,9 @@ class _TensorBoard:
         self._writer.flush()
 
     def image(self, step: int, file: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
         with Image.open(file) as opened:
             self._writer.add_image("images", np.asarray(opened), step, dataformats="HWC")
 
@@ -78,23 +80,20 @@ def _module(name: str, package: str) -> Any:
 def open_sinks(
     folder: Path, names: Sequence[SinkName], *, goes_on: int, configuration: Mapping[str, Any]
 ) -> Iterator[list[Sink]]:
-    """Open FOLDER for dvclive and the sinks that are named; they are closed with the context.
+    """Open FOLDER for dvclive and the named sinks.
 
     Args:
-        goes_on: steps that were done and recorded before; 0 in a fresh run.
-        configuration: given to Weights & Biases.
+        goes_on: steps that were recorded before; 0 in a fresh run.
+        configuration: for Weights & Biases.
 
     Raises:
         SettingError: a sink's package is not installed.
     """
+    from dvclive.live import Live  # only processes that write need it: a quarter of a second
+
     with ExitStack() as stack:
         live = Live(
-            str(folder),
-            resume=goes_on > 0,
-            save_dvc_exp=False,
-            dvcyaml=None,
-            report=None,
-            monitor_system=False,
+            str(folder), resume=goes_on > 0, save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
         )
         if live._dvc_repo is not None:
             # dvclive leaves it open, and its databases hold a dozen descriptors.
@@ -102,13 +101,13 @@ def open_sinks(
         sinks: list[Sink] = [_Dvclive(stack.enter_context(live))]
         if "tensorboard" in names:
             module = _module("torch.utils.tensorboard", "tensorboard")
-            # Purged: points after the checkpoint that a run goes on from are measured again.
+            # Purged: points after the checkpoint are measured again.
             writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=goes_on + 1 if goes_on else None)
             stack.callback(writer.close)
             sinks.append(_TensorBoard(writer))
         if "wandb" in names:
             wandb = _module("wandb", "wandb")
-            # One name for all parts of a run that was interrupted.
+            # One name for all parts of an interrupted run.
             identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
             run = wandb.init(
                 project="milan-pipe",

@@ -1,4 +1,7 @@
-"""The optimiser's state as tensors by name, for safetensors and for another process."""
+"""The optimiser's state as tensors by name, for safetensors and for another process.
+
+By hand, because torch.distributed.checkpoint.state_dict takes an optimiser step to make room for the state.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from milan_pipe.errors import MismatchError
 
-_SEPARATOR = "/"
-
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State tensors as `parameter/key`, as `encoder.norm.weight/exp_avg`.
+    """State tensors as `parameter/key`, for example `encoder.norm.weight/exp_avg`.
 
-    Settings of the groups, as rate and decay, are not in it: they follow from the configuration and the step.
+    Settings of the groups are not in it: they follow from configuration and step.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}{_SEPARATOR}{key}": value
+        f"{names[parameter]}/{key}": value
         for parameter, state in optimiser.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
@@ -30,7 +31,7 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
 def load_optimiser(
     model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], where: object
 ) -> None:
-    """Put state tensors back; every parameter that is trained must have them.
+    """Restore state tensors; every trained parameter must have them.
 
     Args:
         where: names the source in messages.
@@ -42,31 +43,26 @@ def load_optimiser(
     trained = {parameter for group in optimiser.param_groups for parameter in group["params"]}
     found: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
-        name, _, key = full.rpartition(_SEPARATOR)
+        name, _, key = full.rpartition("/")
         if name not in parameters:
             raise MismatchError(f"{where}: the optimiser's state has {full!r}, which the model has not")
-        found.setdefault(name, {})[key] = _placed(tensor, parameters[name])
+        parameter = parameters[name]
+        value = tensor.to(parameter.device)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        found.setdefault(name, {})[key] = value
     for name, parameter in parameters.items():
-        if parameter not in trained:
-            continue
-        if name not in found:
-            raise MismatchError(f"{where}: the optimiser's state lacks {name!r}, which is trained")
-        optimiser.state[parameter] = found[name]
-
-
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole state tensor as its parameter lies: on its device, and cut as it is."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return tensor
+        if parameter in trained:
+            if name not in found:
+                raise MismatchError(f"{where}: the optimiser's state lacks {name!r}, which is trained")
+            optimiser.state[parameter] = found[name]
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, put together from all ranks where they are sharded; every rank must call it.
+    """Whole tensors on the CPU; every rank must call it, as each holds shards.
 
     Args:
-        keep: False returns nothing, for ranks that only give their shards.
+        keep: False returns nothing, for ranks that do not write.
     """
     whole = {}
     for name, tensor in tensors.items():
@@ -78,7 +74,4 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor with a value that is not finite; None where all are."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)

@@ -25,42 +25,30 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss of a batch and L2 norm of its gradient before clipping, both detached and still on the device."""
+    """Loss of a batch and L2 norm of its gradient before clipping, detached and on the device.
+
+    Reading them makes an accelerator wait.
+    """
 
     loss: Tensor
     grad_norm: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Reported after every step.
-
-    Attributes:
-        step: steps done, 1 for the first.
-        epoch: counted from 0.
-        result: loss and gradient norm of this step's batch; read them only when needed, it makes an accelerator wait.
-        lr: used in this step.
-        seconds: since the loop began.
-        data_wait_seconds: of these, spent waiting for batches.
-    """
-
-    step: int
-    epoch: int
-    result: StepResult
-    lr: float
-    seconds: float
-    data_wait_seconds: float
-
-
 class Stepper(Generic[B]):
-    """Does optimiser steps. Weights and their updates stay in float32 whatever the precision of the forward pass.
+    """Does optimiser steps. Weights and their updates stay in float32, whatever the precision of the forward pass.
 
-    From the first gradient on that is not finite no weight is changed any more: whoever reads the loss or the norm some
-    steps later, which spares an accelerator from waiting, still finds the weights that brought it about. With float16
-    the loss scale sees to such gradients, and steps go on. It takes a fused optimiser.
+    From the first gradient that is not finite on, no weight is changed: whoever reads loss or norm some steps later
+    still finds the weights that caused it. With float16 the loss scale handles such gradients, and steps go on.
+
+    Args:
+        optimiser: a fused one, if steps are to be skipped.
+        loss_of: scalar loss of a batch in an epoch.
+        split: a batch's parts with their shares of it, for gradient accumulation.
+        clip_grad: largest L2 norm of the gradient over all parameters.
+        exchange: context of each part's passes, given whether ranks exchange gradients in it.
 
     Attributes:
-        scaler: of the loss, in use with float16 alone; its state belongs into checkpoints.
+        scaler: of the loss, in use with float16 alone; its state belongs in checkpoints.
     """
 
     def __init__(
@@ -74,14 +62,6 @@ class Stepper(Generic[B]):
         clip_grad: float | None,
         exchange: Callable[[bool], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> None:
-        """Bind a loss to an optimiser.
-
-        Args:
-            loss_of: scalar loss of a batch in an epoch.
-            split: a batch's parts with their shares of it, for gradient accumulation.
-            clip_grad: largest L2 norm of the gradient over all parameters.
-            exchange: context of each part's passes, given whether gradients are exchanged between ranks in it.
-        """
         self._exchange = exchange
         self._optimiser = optimiser
         self._loss_of = loss_of
@@ -91,19 +71,18 @@ class Stepper(Generic[B]):
         self._clip_grad = clip_grad
         self._parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         self._broken = torch.zeros((), device=device)
-        # Fused optimisers alone can leave a step out on the device.
+        # Only fused optimisers can skip a step on the device.
         self._skips = bool(optimiser.defaults.get("fused")) and self._precision != "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "float16")
 
     def loss(self, part: B, epoch: int) -> Tensor:
-        """Loss of one part, computed in the chosen precision."""
+        """Loss of one part, in the chosen precision."""
         if self._precision == "float32":
             return self._loss_of(part, epoch)
         with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
             return self._loss_of(part, epoch)
 
-    def _norm(self) -> Tensor:
-        """Of the whole gradient, which is cut to the largest norm that is allowed."""
+    def _clipped_norm(self) -> Tensor:
         if self._clip_grad is None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         else:
@@ -123,10 +102,10 @@ class Stepper(Generic[B]):
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         self.scaler.unscale_(self._optimiser)
-        norm = self._norm()
+        norm = self._clipped_norm()
         if self._skips:
             self._broken = torch.maximum(self._broken, (~torch.isfinite(norm)).float())
             self._optimiser.found_inf = self._broken  # type: ignore[attr-defined]
         self.scaler.step(self._optimiser)
         self.scaler.update()
-        return StepResult(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), norm)
+        return StepResult(torch.stack(losses).sum(), norm)

@@ -26,9 +26,9 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Note SIGTERM, SIGINT and SIGHUP instead of dying of them.
 
-    The same signal again does what it did before, but for SIGHUP, which a terminal that is closed sends more than once.
-    A signal that was ignored, as nohup and background jobs of a script have it, stays ignored. Outside of the main
-    thread, where Python lets nobody handle signals, nothing is noted.
+    The same signal again does what it did before, except SIGHUP, which a closed terminal sends more than once. An
+    ignored signal, as under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing
+    is noted.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -42,7 +42,7 @@ def stop_requests() -> Iterator[StopRequest]:
     def note(number: int, _: FrameType | None) -> None:
         request.signal = signal.Signals(number)
         if request.signal is signal.SIGHUP:
-            _let_go_of_closed_terminal()
+            _drop_closed_terminal()
         else:
             signal.signal(number, before[request.signal])
 
@@ -55,8 +55,8 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _let_go_of_closed_terminal() -> None:
-    """Have what is written to a terminal that is gone go nowhere: it would be an error, in place of a checkpoint."""
+def _drop_closed_terminal() -> None:
+    """Send output for a closed terminal nowhere: writing it would raise an error in place of a checkpoint."""
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             if stream is not None:

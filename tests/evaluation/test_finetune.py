@@ -33,7 +33,7 @@ from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
-from milan_pipe.training.optim import build_adamw, layer_scale
+from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 
 FULL = AugmentSettings(
@@ -107,22 +107,20 @@ def test_a_run_that_is_being_written_is_refused(shards: Path, tmp_path: Path) ->
 def test_each_parameter_of_vit_b_has_the_rate_of_its_layer() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=1000, global_pool="avg")
-    optimiser = build_adamw(
-        model, lr=1.0, betas=(0.9, 0.999), weight_decay=0.05, scale_of=lambda name: layer_scale(name, 12, 0.65)
-    )
+    optimiser = build_adamw(model, lr=1.0, betas=(0.9, 0.999), weight_decay=0.05, layer_decay=0.65)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {names[p]: (g["lr"], g["lr_scale"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    found = {names[p]: (g["lr_scale"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
     assert found.keys() == dict(model.named_parameters()).keys()
-    for name, (lr, scale, decay) in found.items():
+    for name, (scale, decay) in found.items():
         if name.startswith("blocks."):
             power = 13 - (int(name.split(".")[1]) + 1)
         else:
             power = 13 if name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias") else 0
-        assert scale == lr == pytest.approx(0.65**power, rel=1e-12), name
+        assert scale == pytest.approx(0.65**power, rel=1e-12), name
         plain = name.endswith(".bias") or "norm" in name or name in ("cls_token", "pos_embed")
         assert decay == (0.0 if plain else 0.05), name
-    assert found["head.weight"][1] == 1.0
-    assert found["blocks.0.attn.qkv.weight"][1] == pytest.approx(0.65**12)
+    assert found["head.weight"][0] == 1.0
+    assert found["blocks.0.attn.qkv.weight"][0] == pytest.approx(0.65**12)
 
 
 def test_the_step_multiplies_the_rate_with_the_scale() -> None:

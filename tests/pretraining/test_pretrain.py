@@ -35,7 +35,7 @@ from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.teacher import clip
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport
+from milan_pipe.training.task import RunReport
 
 module = import_module("milan_pipe.pretraining.objective")
 SIZE, GRID, WIDTH, VIEWS, SHARDS = 32, 4, 8, 2, (14, 10)

@@ -26,12 +26,11 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
-from milan_pipe.pretraining.configuration import configuration_of
-from milan_pipe.pretraining.run import pretrain
+from milan_pipe.pretraining.run import configuration_of, pretrain
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.runner import RunReport
+from milan_pipe.training.task import RunReport
 
 SAMPLES, BATCH = [150, 90], 16
 STEPS_AN_EPOCH = 240 // BATCH

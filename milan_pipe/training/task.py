@@ -1,0 +1,154 @@
+"""What a run learns, and what a run reports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from milan_pipe.config.training import Parallel, RunSettings
+from milan_pipe.errors import DataError
+
+
+class Keyed(Protocol):
+    """A batch that knows the keys of its samples."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of this rank's part of the batch."""
+
+
+B = TypeVar("B", bound=Keyed)
+
+
+class NotFiniteError(DataError):
+    """A loss or gradient is not finite; `step` is the first such step, counted from 1."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The result of a run.
+
+    Attributes:
+        loss: mean over the last epoch.
+        scores: of the last weights on VAL, and `best` those of the best step by the task's main score; empty for a
+            task without evaluation.
+        images_per_second, data_wait, seconds: of the process that finished the run, without evaluation; `data_wait` is
+            a share of the time.
+        bad: images that could not be read.
+        resumed_from: step after which that process began.
+        steps_now: steps of that process; 0 where the run was finished before.
+    """
+
+    steps: int
+    loss: float
+    images_per_second: float
+    data_wait: float
+    seconds: float
+    checkpoint: str
+    resumed_from: int
+    steps_now: int
+    epochs: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    best_checkpoint: str = ""
+    bad: int = 0
+
+
+class Task(ABC, Generic[B]):
+    """What a run learns, on this rank.
+
+    Attributes:
+        name: of the command, kept in checkpoints; None for pretraining.
+        settings: where and how the run goes.
+        configuration: JSON data, all that the weights depend on.
+        record: JSON data that describes the weights.
+        batch_size: over all ranks.
+        steps, steps_per_epoch: the last epoch may have fewer.
+        main_score: the best checkpoint has the highest; None: there is no evaluation.
+        advice: what to do about a loss that is not finite.
+
+    After `build`:
+        objective: a batch to its scalar loss, called as (part, epoch); holds `model`.
+        model: what is trained and evaluated.
+        modules: what a checkpoint holds, by file name.
+    """
+
+    name: str | None
+    settings: RunSettings
+    configuration: Mapping[str, Any]
+    record: Mapping[str, Any]
+    batch_size: int
+    steps: int
+    steps_per_epoch: int
+    main_score: str | None = None
+    advice: str
+    parallel: Parallel = "ddp"
+
+    objective: nn.Module
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+
+    def build(self) -> None:
+        """Make the model; a finished run never gets here."""
+
+    @abstractmethod
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Called after the model is sharded."""
+
+    @abstractmethod
+    def lr(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..."""
+
+    @abstractmethod
+    def batches(self, first_step: int) -> Generator[B]:
+        """This rank's batches of all remaining steps; closed when the run ends."""
+
+    @abstractmethod
+    def parts(self, batch: B) -> Sequence[tuple[B, float]]:
+        """A batch on the device, in parts with their shares of it."""
+
+    def units(self) -> Iterable[nn.Module]:
+        """Parts of the model that FSDP gathers one at a time."""
+        return ()
+
+    def before_step(self, step: int) -> None:
+        """Called with the number of steps done."""
+
+    def after_step(self, step: int) -> Path | None:
+        """Called on every rank with the number of steps done; returns a PNG for the sinks on the first rank."""
+        del step
+        return None
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after this step; the last one always is."""
+        del step
+        return False
+
+    def evaluate(self, *, last: bool) -> dict[str, float]:
+        """Scores on VAL; called on every rank, the same on all. `last`: training is over."""
+        raise NotImplementedError
+
+    def plot(self, run: Path, step: int) -> Path | None:
+        """Draw the last evaluation, on the first rank; returns the PNG."""
+        del run, step
+        return None
+
+    def bad(self) -> int:
+        """Images that could not be read so far, on this rank."""
+        return 0
+
+    def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:
+        """More about a loss that is not finite; called on every rank. `weights` gathers those that met it."""
+        del error, weights
+        return ""
