@@ -1,1 +1,1 @@
-"""Every setting: the base of all settings classes, the file of parameters, recipes, and commands to repeat a run."""
+"""Every setting, the file that holds them, recipes, and the command that repeats a run."""

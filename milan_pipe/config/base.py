@@ -1,4 +1,4 @@
-"""Base of all config classes: keyword-only, immutable, unknown keys are errors that name the nearest known key."""
+"""Base of all settings: keyword-only, immutable; an unknown key is an error that names the nearest known one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milan_pipe.errors import SettingError
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str, renamed: Mapping[str, str] | None = None) -> str:
-    """One line that names an unknown key, its new name or the nearest known one, and where it was found."""
+    """The error for an unknown key: its new name, or the nearest known one."""
     if renamed and key in renamed:
         return f"unknown key {key!r} in {where}: it is now {renamed[key]!r}"
     names = sorted(known)
@@ -22,7 +22,7 @@ def unknown_key_message(key: str, known: Iterable[str], where: str, renamed: Map
 
 
 class Settings(BaseModel):
-    """Values of one part, checked when built. `renamed` has the former names of keys, and what they are called now."""
+    """Settings of one part, checked when built. `renamed` maps former keys to their names now."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
 
@@ -43,7 +43,7 @@ class Settings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Any:
-        """Build from plain data; `where` names its place, as "pretrain" or "params.yaml, section pretrain".
+        """Build from plain data; `where` is for messages, as "params.yaml, pretrain".
 
         Raises:
             SettingError: a key is unknown, or a value is of the wrong type or out of its range.
@@ -55,8 +55,7 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join([where, *(str(part) for part in first["loc"])])
-            # A rule over several fields says what it found by itself, and its input is the whole section.
-            problem = first["msg"].removeprefix("Value error, ")
+            name = ".".join([where, *(str(part) for part in first["loc"])])
+            # The message of a rule over several fields quotes what it found; its input is the whole section.
             found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-            raise SettingError(f"{place}: {problem}{found}") from None
+            raise SettingError(f"{name}: {first['msg'].removeprefix('Value error, ')}{found}") from None

@@ -9,18 +9,17 @@ from pydantic import Field
 from milan_pipe.config.base import Settings
 from milan_pipe.config.training import Beta, SupervisedSettings
 
+Scale = Annotated[float, Field(gt=0)]
 Pool = Literal["cls", "mean"]
 """Which tokens stand for the image: the class token, or the mean of the patches."""
 
 
 class EmbedSettings(Settings):
-    """How images become features. `batch_size` touches the last bit's arithmetic only, `threads` nothing."""
+    """How images become features. `batch_size` changes rounding alone, `threads` nothing."""
 
     batch_size: int = Field(256, ge=1, description="images in one forward pass")
     threads: int = Field(0, ge=0, description="threads that decode images; 0: one per processor")
-    crop: float = Field(
-        1.0, gt=0, le=1, description="side of the centre square over the shorter side; ImageNet's custom is 0.875"
-    )
+    crop: float = Field(1.0, gt=0, le=1, description="side of the centre square over the shorter side")
     pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
 
 
@@ -30,9 +29,7 @@ class KnnSettings(Settings):
     neighbours: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (10, 20, 100, 200), min_length=1, description="each number of neighbours to report"
     )
-    temperature: float = Field(
-        0.07, gt=0, allow_inf_nan=False, description="a neighbour's vote is exp(cosine / temperature)"
-    )
+    temperature: float = Field(0.07, gt=0, allow_inf_nan=False, description="a vote is exp(cosine / temperature)")
 
 
 class LinearProbeSettings(Settings):
@@ -41,9 +38,7 @@ class LinearProbeSettings(Settings):
     l2: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (1e-4, 1e-3, 1e-2, 1e-1), min_length=1, description="strengths to choose from; one alone is taken as it is"
     )
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the train images on which the strength is chosen"
-    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of TRAIN on which the strength is chosen")
     max_iterations: int = Field(1000, ge=1, description="of L-BFGS, for each fit")
     seed: int = Field(0, ge=0, description="draws the images on which the strength is chosen")
 
@@ -53,9 +48,7 @@ class AugmentSettings(Settings):
 
     scale: tuple[float, float] = Field((0.35, 1.0), description="least and greatest share of the area that is cropped")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored image")
-    auto_augment: str | None = Field(
-        None, description="timm's RandAugment by its own words, as rand-m9-mstd0.5-inc1; none: none"
-    )
+    auto_augment: str | None = Field(None, description="timm's RandAugment, as rand-m9-mstd0.5-inc1; none: off")
     erasing: float = Field(0.0, ge=0, le=1, description="probability that a rectangle is replaced by noise")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: none")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: none. With both, each takes half of the batches")
@@ -115,16 +108,12 @@ class SegmentSettings(SupervisedSettings):
     short_side: int | None = Field(None, ge=1, description="of images, at ratio 1 and when tested; none: the crop")
     ratio: tuple[float, float] = Field((1.0, 1.0), description="least and greatest resizing of training images")
     stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="of images in a second evaluation at the end, each with its mirror; none: no such"
-    )
+    scales: tuple[Scale, ...] = Field((), description="of a last evaluation, each with its mirror; empty: off")
     blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
     channels: int = Field(32, ge=1, description="of UperNet's decoder")
     auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
     classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
     ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
-    reduce_zero_label: bool | None = Field(
-        None, description="0 stands for no class, k for class k - 1; none: in ADE20K's layout alone"
-    )
+    reduce_zero_label: bool | None = Field(None, description="0 is no class, k class k - 1; none: as ADE20K's layout")
     eval_every: int = Field(400, ge=1, description="steps between two evaluations")
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images that is trained on")

@@ -1,4 +1,4 @@
-"""Settings of stage 1, and the two numbers that split a machine between its workers."""
+"""Settings of stage 1."""
 
 from __future__ import annotations
 
@@ -15,22 +15,13 @@ class ExtractSettings(Settings):
     """How stage 1 runs; only `format`, `batch_size` and `teacher_threads` can change a byte of what it writes."""
 
     format: StoreFormat = Field("zarr", description="zarr or webdataset, of the store")
-    batch_size: int = Field(
-        64, ge=1, description="views in one teacher forward pass; part of the last bit's arithmetic"
-    )
-    threads: int = Field(
-        0, ge=0, description="threads of a worker that decode, crop and encode images; 0: its share of the processors"
-    )
+    batch_size: int = Field(64, ge=1, description="views in one forward pass of the teacher; changes rounding")
+    threads: int = Field(0, ge=0, description="of a worker, for images; 0: its share of the processors")
     teacher_threads: int = Field(
-        0,
-        ge=0,
-        description="threads of a worker's teacher on a CPU; 0: its share of the processors; part of the last bit's "
-        "arithmetic",
+        0, ge=0, description="of a worker's teacher on a CPU; 0: its share of the processors; changes rounding"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1, description="share of unreadable images above which the run stops"
-    )
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")
     workers: int = Field(1, ge=1, description="processes of a Dask cluster on this machine; 1 starts no cluster")
     scheduler: str | None = Field(None, description="address of a Dask scheduler that runs already; overrides workers")
 

@@ -18,30 +18,17 @@ class PrepareSettings(Settings):
 
     seed: int = Field(0, ge=0, lt=2**64, description="of the demo's scenes, 0 to 2**64 - 1")
     train_scenes: int = Field(8000, ge=1, le=TEST_SCENE_OFFSET, description="demo scenes in split `train`, 1 to 10**9")
-    test_scenes: int = Field(
-        2000,
-        ge=0,
-        le=TEST_SCENE_OFFSET,
-        description="demo scenes in split `test`, 0 to 10**9; disjoint from the train scenes",
-    )
+    test_scenes: int = Field(2000, ge=0, le=TEST_SCENE_OFFSET, description="others, in split `test`, 0 to 10**9")
     samples_per_shard: int = Field(500, ge=1, le=1_000_000, description="most images in one shard")
-    split: str = Field(
-        "train",
-        pattern=r"^[A-Za-z0-9_]+$",
-        description="name for a folder's images, where the folder itself is not divided into `SPLIT_FOLDERS`",
-    )
+    split: str = Field("train", pattern=r"^[A-Za-z0-9_]+$", description="of a folder without train/, val/ or test/")
 
 
 class ViewSettings(Settings):
     """How views are drawn and stored."""
 
     count: int = Field(4, ge=1, lt=2**31, description="views per image (K), at least 1")
-    scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="least and greatest share of the image's area that a crop covers, within (0, 1]"
-    )
-    ratio: tuple[float, float] = Field(
-        (3 / 4, 4 / 3), description="least and greatest width / height of a crop, above 0"
-    )
+    scale: tuple[float, float] = Field((0.5, 1.0), description="least and greatest share of the area that is cropped")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="least and greatest width / height of a crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored view, 0 to 1")
     seed: int = Field(0, ge=0, lt=2**64, description="0 to 2**64 - 1")
     jpeg_quality: int = Field(95, ge=1, le=100, description="of the stored view, 1 to 100")

@@ -1,4 +1,4 @@
-"""All settings of a project: the parts' own config classes under one roof, read from a params file."""
+"""All settings of a project, read from a params file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _SHORTHAND = {"masking": "kind", "decoder": "kind", "codec": "name", "teacher": 
 
 
 class Params(Settings):
-    """Every setting there is; defaults are those of the built-in scenes and teacher."""
+    """Every setting; defaults are those of the built-in scenes and teacher."""
 
-    about: About | None = Field(None, description="What a recipe says of itself; it changes nothing.")
+    about: About | None = Field(None, description="what a recipe is for; it changes nothing")
     prepare: PrepareSettings = Field(default_factory=PrepareSettings)
     views: ViewSettings = Field(default_factory=ViewSettings)
     teacher: TeacherSettings = Field(default_factory=TeacherSettings)
@@ -91,7 +91,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(value, str) or section not in _SHORTHAND:
             values[section] = value
             return
-        # The word chooses the kind; what else the file says of the section holds.
+        # The word chooses the kind; other keys of the section stay.
         key = _SHORTHAND[section]
     values[section] = {**(inside if isinstance(inside, dict) else {}), key: value}
 
@@ -130,8 +130,7 @@ def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read settings.
 
     Args:
-        path: a params file, or the name of a recipe that ships with the package; none reads `./params.yaml` where it
-            is, else takes the built-in defaults.
+        path: a params file, or the name of a recipe; none: `./params.yaml` if it exists, else the defaults.
         overrides: `section.key=value` each, the value in YAML; later ones win.
 
     Raises:
@@ -147,7 +146,7 @@ def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def stated_of(params: Params) -> dict[str, dict[str, Any]]:
-    """What settings say of teacher and views, without what was left to defaults, as a store's header has it."""
+    """Settings of teacher and views that are not left to defaults, as a store's header has them."""
     teacher = params.teacher.model_dump(mode="json", include=params.teacher.model_fields_set)
     teacher.update((name, value) for name, value in params.teacher.header_fields().items() if name in teacher)
     if teacher.get("precision") == "auto":

@@ -14,20 +14,17 @@ class StudentSettings(Settings):
 
     model: str = Field("vit_tiny_patch16_224", description="name of a timm ViT with a class token and no registers")
     image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
-    patch_size: int | None = Field(
-        8, ge=1, description="height and width of a patch in pixels; must divide `image_size`"
-    )
+    patch_size: int | None = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")
     depth: int | None = Field(4, ge=1, description="number of blocks")
     heads: int | None = Field(4, ge=1, description="of each block; must divide the width")
 
 
 class DecoderSettings(Settings):
-    """The decoder, which is thrown away after pretraining. The published ViT-B and ViT-L have 512 / 8 / 16."""
+    """The decoder, used in pretraining alone. The published ViT-B and ViT-L have 512 / 8 / 16."""
 
     kind: Literal["prompting", "plain"] = Field(
-        "prompting",
-        description="`prompting` updates the masked tokens only; `plain` is MAE's, where all tokens attend to all",
+        "prompting", description="prompting: updates the masked tokens alone; plain: MAE's, all tokens attend to all"
     )
     width: int = Field(64, ge=4, description="of the decoder's tokens; a multiple of 4, for the position embedding")
     depth: int = Field(2, ge=1, description="number of blocks")
@@ -38,9 +35,7 @@ class MaskSettings(Settings):
     """How patches are hidden."""
 
     kind: Literal["semantic", "random"] = Field(
-        "semantic",
-        description="`semantic` keeps patches with probability proportional to the teacher's importance; `random` "
-        "ignores it",
+        "semantic", description="semantic: patches are kept in proportion to the teacher's importance; random: evenly"
     )
     ratio: float = Field(0.75, gt=0.0, lt=1.0, description="share of patches that are masked, strictly between 0 and 1")
     seed: int = Field(0, description="of the masks, beside epoch and sample key")

@@ -15,9 +15,7 @@ class CodecSettings(Settings):
     """How features are stored."""
 
     name: Literal["int8", "float16", "klt"] = Field(
-        "int8",
-        description="int8: one byte a dimension and a scale per token; float16: two bytes, nearly exact; klt: fitted "
-        "to the data, the smallest",
+        "int8", description="int8: a byte a dimension, a scale a token; float16: nearly exact; klt: fitted, smallest"
     )
     quality: float = Field(0.999, gt=0, lt=1, description="klt: mean cosine to reach")
     fit_samples: int = Field(512, ge=1, description="klt: images that it is fitted to")

@@ -26,8 +26,7 @@ class TeacherSettings(Settings):
 
     model: str = Field(
         DEMO,
-        description="`demo`, the scenes' teacher that ships with the package, an open_clip name, `hf-hub:ORG/NAME`, or "
-        "`local-dir:PATH`",
+        description="`demo` (ships with the package), an open_clip name, `hf-hub:ORG/NAME` or `local-dir:PATH`",
     )
     pretrained: str | None = Field(
         None,
@@ -47,13 +46,13 @@ class TeacherSettings(Settings):
     def header_fields(self) -> dict[str, str | None]:
         """Model and weights as a store's header says them.
 
-        Where they lie says nothing of their content, the digest does: targets are the same on another machine.
+        Without folders: the digest identifies the weights, wherever they are.
         """
         return {"model": portable_name(self.model), "pretrained": self.pretrained and Path(self.pretrained).name}
 
 
 class DemoTeacherSettings(Settings):
-    """Settings of the contrastive training."""
+    """How the bundled teacher is trained, by contrast of images and captions."""
 
     seed: int = Field(1_000_003, ge=0, description="scenes of this seed are trained on; use none that students see")
     scenes: int = Field(200_000, ge=1, description="scenes rendered once and kept in memory, 12 KB each")

@@ -1,4 +1,4 @@
-"""Where and how a run of any kind goes; what it learns is in the settings of its task."""
+"""Settings of every run; what it learns is in the settings of its task."""
 
 from __future__ import annotations
 
