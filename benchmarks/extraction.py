@@ -38,8 +38,7 @@ from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.extraction.clock import Clock
-from milan_pipe.extraction.render import render_sample
+from milan_pipe.extraction.render import Clock, render_sample
 from milan_pipe.extraction.run import ExtractReport, extract_targets
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard

@@ -33,7 +33,6 @@ import psutil
 
 from milan_pipe import api
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction import cluster
@@ -134,8 +133,6 @@ def scheduler(work: Path, tasks: int, workers: int, reports: int) -> dict[str, A
         assignment = Assignment(
             targets=str(work / "targets"),
             teacher=TeacherSettings(),
-            grid=(14, 14),
-            views=ViewSettings(count=VIEWS),
             extract=ExtractSettings(scheduler=address),
         )
         location = location_of(work)

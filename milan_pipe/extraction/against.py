@@ -9,94 +9,19 @@ import numpy as np
 import torch
 
 from milan_pipe.config.params import Params
-from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import location_of
-from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of, mean_cosine
-from milan_pipe.targets.schema import ViewRun, require_same_header
+from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import read_header
 from milan_pipe.targets.verify import Problem, VerifyReport, verify_store
-from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.clip import load_teacher_of
 
 _ATTENTION_TOLERANCE = 0.02
-
-
-class TeacherCheck:
-    """Compares a few views of each shard; a check for `verify_store`."""
-
-    def __init__(
-        self,
-        targets: str | Path,
-        teacher: TeacherSettings | None,
-        grid: tuple[int, int] | None,
-        device: str,
-        views_per_shard: int,
-    ) -> None:
-        """Load the teacher.
-
-        Args:
-            teacher: none takes what the store's header says of it.
-
-        Raises:
-            MissingError: there is no store.
-            MismatchError: the teacher that the settings name is not the store's.
-        """
-        location = location_of(targets)
-        header = read_header(location)
-        if header is None:
-            raise MissingError(f"{location} is not a target store")
-        if teacher is None:
-            stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
-            teacher = TeacherSettings.parse(stored, f"{location}, teacher")
-        self._teacher = load_teacher(teacher, resolve_device(device), grid=grid)
-        require_same_header(header, header.model_copy(update={"teacher": self._teacher.info}), location)
-        self._codec = codec_of(header.codec)
-        self._views = header.views.count
-        self._per_shard = views_per_shard
-        self._location = location
-
-    def _rows(self, shard: str, samples: int, view: int) -> list[int]:
-        """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
-        first = seed_of(shard) % self._views
-        wanted = (self._per_shard + self._views - 1 - (view - first) % self._views) // self._views
-        return sorted(permutation(samples, "rows", shard, view)[:wanted].tolist())
-
-    def __call__(self, shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
-        """Compare what a run has of the `views_per_shard` views of its shard."""
-        rows = [row - start for row in self._rows(shard, samples, view) if start <= row < start + len(run.keys)]
-        if not rows:
-            return
-        try:
-            pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
-        except DataError:
-            return  # reported by the check of the views themselves
-        live = self._teacher(torch.from_numpy(pixels))
-        scale = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
-        stored = self._codec.decode(torch.from_numpy(run.code_NST[rows]), scale)
-        importance = live.importance_BL.cpu()
-        importance = importance / importance.sum(dim=1, keepdim=True)
-        attention = torch.from_numpy(run.attention_NL[rows]).float()
-        for i, row in enumerate(rows):
-            cosine = mean_cosine(live.features_BST[i].cpu(), stored[i])
-            if not cosine >= self._codec.least_cosine:
-                yield self._problem(
-                    shard, "features", f"view {view} of {run.keys[row]}: cosine {cosine:.6f} with the teacher run live"
-                )
-            off = float((attention[i] - importance[i]).abs().sum())
-            if not off <= _ATTENTION_TOLERANCE:
-                yield self._problem(
-                    shard,
-                    "attention",
-                    f"view {view} of {run.keys[row]}: differs by {off:.4f} from the teacher run live",
-                )
-
-    def _problem(self, shard: str, array: str, what: str) -> Problem:
-        return Problem(shard=shard, array=array, what=what, repair=manifest.redo_command(self._location, shard))
 
 
 def verify_against_teacher(
@@ -104,9 +29,51 @@ def verify_against_teacher(
 ) -> VerifyReport:
     """Check every byte of a store, and some views of each shard against the teacher run live.
 
+    Args:
+        params: where they say nothing of the teacher, it is the one that the store's header names.
+        views: of each shard.
+
     Raises:
-        MissingError, DataError, MismatchError, StoreError: as `verify_store` and `TeacherCheck`.
+        MissingError: there is no store.
+        MismatchError: the teacher that the settings name is not the store's.
+        SettingError, DataError, StoreError: as `verify_store` and `load_teacher`.
     """
-    teacher = params.teacher if params.teacher.model_fields_set else None
-    check = TeacherCheck(targets, teacher, grid_of(params.student), params.extract.device, views)
+    location = location_of(targets)
+    header = read_header(location)
+    if header is None:
+        raise MissingError(f"{location} is not a target store")
+    settings = params.teacher if params.teacher.model_fields_set else None
+    teacher = load_teacher_of(header, settings, resolve_device(params.extract.device), location)
+    codec, view_count = codec_of(header.codec), header.views.count
+
+    def rows_of(shard: str, samples: int, view: int) -> list[int]:
+        """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
+        first = seed_of(shard) % view_count
+        wanted = (views + view_count - 1 - (view - first) % view_count) // view_count
+        return sorted(permutation(samples, "rows", shard, view)[:wanted].tolist())
+
+    def check(shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
+        rows = [row - start for row in rows_of(shard, samples, view) if start <= row < start + len(run.keys)]
+        if not rows:
+            return
+        try:
+            pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
+        except DataError:
+            return  # reported by the check of the views themselves
+        live = teacher(torch.from_numpy(pixels))
+        scale = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
+        stored_NST = codec.decode(torch.from_numpy(run.code_NST[rows]), scale)
+        off_N = (torch.from_numpy(run.attention_NL[rows]).float() - live.share_BL().cpu()).abs().sum(dim=1)
+
+        def problem(row: int, array: str, what: str) -> Problem:
+            repair = manifest.redo_command(location, shard)
+            return Problem(shard=shard, array=array, what=f"view {view} of {run.keys[row]}: {what}", repair=repair)
+
+        for row, live_ST, stored_ST, off in zip(rows, live.features_BST.cpu(), stored_NST, off_N.tolist(), strict=True):
+            cosine = mean_cosine(live_ST, stored_ST)
+            if not cosine >= codec.least_cosine:
+                yield problem(row, "features", f"cosine {cosine:.6f} with the teacher run live")
+            if not off <= _ATTENTION_TOLERANCE:
+                yield problem(row, "attention", f"differs by {off:.4f} from the teacher run live")
+
     return verify_store(targets, on_run=check, on_progress=on_progress)

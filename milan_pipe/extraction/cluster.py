@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -14,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import dask
+import psutil
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
 from milan_pipe.errors import StoreError
 from milan_pipe.extraction.render import ShardJob
-from milan_pipe.extraction.scratch import own_folder
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, do_shard
 from milan_pipe.images.ahead import thread_count
@@ -29,13 +34,15 @@ _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
 _ABOVE_CRITICAL = logging.CRITICAL + 1
-# The scheduler hears each worker so often, and is asked so often who they are. It keeps what it is sent, and names all
-# workers to who asks: neither is to grow with batches and shards.
+# How often a worker reports to the scheduler and the client counts workers. The scheduler keeps what it is sent, and
+# answers with all workers: neither must grow with batches and shards.
 _TELL_SECONDS = 1.0
+# Machines may share their temporary folder, and know nothing of each other's processes.
+_FOLDER_PREFIX = f"milan-pipe-dask-{platform.node()}-"
 
 
 class _Every:
-    """Says yes at most once in some seconds, the first time always."""
+    """True at most once in some seconds, the first time always."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -51,17 +58,16 @@ class _Every:
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
     worker = get_worker()
-    run = uuid.uuid4().hex
     due = _Every(_TELL_SECONDS)
-    unreported = [0, 0]
+    done_views = done_bad = 0
 
     def report(views: int, bad: int) -> None:
-        unreported[0] += views
-        unreported[1] += bad
+        nonlocal done_views, done_bad
+        done_views += views
+        done_bad += bad
         # What the last second did is reported by the shard's end.
         if due():
-            worker.log_event(topic, (job.name, run, *unreported))
-            unreported[:] = 0, 0
+            worker.log_event(topic, (job.name, done_views, done_bad))
 
     # Shared out here, as the processors are this machine's.
     result = do_shard(assignment.with_share(sharing), job, report)
@@ -71,33 +77,21 @@ def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> Sh
 
 
 class _Counts:
-    """Views and bad samples of each shard: of that attempt at it which came farthest, so that none counts twice."""
+    """Views and bad samples of each shard, by the attempt at it that came farthest, so that none counts twice."""
 
     def __init__(self, on_progress: Callable[[int, int], None]) -> None:
         self._on_progress = on_progress
         self._lock = threading.Lock()
-        self._runs: dict[str, dict[str, tuple[int, int]]] = {}
         self._most: dict[str, tuple[int, int]] = {}
 
-    def add(self, shard: str, run: str, views: int, bad: int) -> None:
-        """So much more was done by an attempt."""
+    def raise_to(self, shard: str, views: int, bad: int) -> None:
+        """Take what an attempt has done so far; reports may come late, even after the shard's end."""
         with self._lock:
-            runs = self._runs.setdefault(shard, {})
-            before = runs.get(run, (0, 0))
-            runs[run] = (before[0] + views, before[1] + bad)
-            self._raise_to(shard, *runs[run])
-
-    def end(self, shard: str, views: int, bad: int) -> None:
-        """A shard is committed; what was reported of it may still be on its way."""
-        with self._lock:
-            self._raise_to(shard, views, bad)
-
-    def _raise_to(self, shard: str, views: int, bad: int) -> None:
-        then = self._most.get(shard, (0, 0))
-        now = (max(views, then[0]), max(bad, then[1]))
-        if now != then:
-            self._most[shard] = now
-            self._on_progress(now[0] - then[0], now[1] - then[1])
+            then = self._most.get(shard, (0, 0))
+            now = (max(views, then[0]), max(bad, then[1]))
+            if now != then:
+                self._most[shard] = now
+                self._on_progress(now[0] - then[0], now[1] - then[1])
 
 
 @contextmanager
@@ -136,6 +130,17 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
         cluster.scale(extract.workers)
         client.wait_for_workers(extract.workers, timeout=_START_SECONDS)
         yield client, extract.workers
+
+
+@contextmanager
+def own_folder() -> Iterator[str]:
+    """A temporary folder named by this process, removed at the end; those of killed processes are removed first."""
+    for path in Path(tempfile.gettempdir()).iterdir():
+        process = path.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
+        if path.name.startswith(_FOLDER_PREFIX) and process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 @contextmanager
@@ -229,7 +234,7 @@ def extract_on_cluster(
         # A scheduler may have other extractions at the same time, of shards of the same names.
         topic = f"milan-pipe-{uuid.uuid4().hex}"
         counts = _Counts(on_progress)
-        client.subscribe_topic(topic, lambda event: counts.add(*event[1]))
+        client.subscribe_topic(topic, lambda event: counts.raise_to(*event[1]))
 
         def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
             key = f"{topic}-{job.name}-{attempt}"
@@ -239,12 +244,12 @@ def extract_on_cluster(
         known: set[str] = set()
 
         def look_at_workers() -> None:
-            there = set(client.scheduler_info(n_workers=-1)["workers"])
-            if known - there:
-                _warn(f"lost {len(known - there)} of {len(known)} workers; what they had is done again by others")
-            known.clear()
-            known.update(there)
-            on_workers(len(there))
+            nonlocal known
+            present = set(client.scheduler_info(n_workers=-1)["workers"])
+            if lost := known - present:
+                _warn(f"lost {len(lost)} of {len(known)} workers; what they had is done again by others")
+            known = present
+            on_workers(len(present))
 
         due = _Every(_TELL_SECONDS)
         look_at_workers()
@@ -261,7 +266,7 @@ def extract_on_cluster(
             except (CancelledError, OSError) as gone:
                 raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost") from gone
             if result is not None:
-                counts.end(job.name, result.views, len(result.source.bad) if result.source is not None else 0)
+                counts.raise_to(job.name, result.views, len(result.source.bad) if result.source is not None else 0)
                 yield result
             elif attempt < _ATTEMPTS and not isinstance(error, KilledWorker):
                 again = submit(job, attempt + 1)
@@ -270,4 +275,4 @@ def extract_on_cluster(
             else:
                 if isinstance(error, KilledWorker):
                     error = StoreError(f"the worker died {_ATTEMPTS} times over it; see the worker's own log")
-                yield ShardResult(name=job.name, source=None, error=error, views=0, cosine_sum=0.0, seconds={})
+                yield ShardResult(name=job.name, error=error)

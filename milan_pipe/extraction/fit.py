@@ -12,11 +12,10 @@ from torch import Tensor
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError
-from milan_pipe.extraction.clock import Clock
-from milan_pipe.extraction.render import render_sample
+from milan_pipe.extraction.render import Clock, render_sample
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import read_shard
-from milan_pipe.teacher.clip import Teacher, first_fault
+from milan_pipe.teacher.clip import Teacher, require_sound
 
 _MOST_SHARDS = 16
 
@@ -45,10 +44,7 @@ def sample_features(
         output = teacher(batch)
         features.append(output.features_BST.cpu())
         faults.append(output.faults_BF().cpu())
-    fault = first_fault(torch.cat(faults))
-    if fault is not None:
-        row, what = fault
-        raise DataError(f"{names[row]}: {what}")
+    require_sound(torch.cat(faults), names)
     return torch.cat(features)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
-from milan_pipe.extraction.clock import Clock
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.shards import ShardFile
@@ -25,6 +27,33 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES
 
 _AHEAD_PER_THREAD = 32
 _COPY_BYTES = 4 * 1024 * 1024
+
+
+Phase = Literal["read", "decode", "crop", "jpeg", "teacher", "encode", "write"]
+
+
+class Clock:
+    """Seconds by phase, summed over threads: phases that run side by side add up to more than the time on the wall."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def of(self, phase: Phase) -> Iterator[None]:
+        """Count the time spent inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[phase] += time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, defaultdict(float)
+        return dict(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +135,12 @@ def _reading(images: ShardFile) -> Iterator[None]:
         raise SourceError(f"shard {images} cannot be read: {reason}") from error
 
 
+def _pieces(images: ShardFile) -> Iterator[bytes]:
+    with _reading(images), images.open() as file:
+        while piece := file.read(_COPY_BYTES):
+            yield piece
+
+
 def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, str]:
     """Bytes and sha256 of a shard; on the way its bytes are written to `copy_to`.
 
@@ -114,23 +149,17 @@ def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, st
         StoreError: the copy cannot be written.
     """
     hasher, size = hashlib.sha256(), 0
-    with _reading(images):
-        opened = images.open()
-    with opened as file:
-        while True:
-            with _reading(images):
-                data = file.read(_COPY_BYTES)
-            if not data:
-                return size, hasher.hexdigest()
-            hasher.update(data)
-            size += len(data)
-            if copy_to is not None:
-                _copy(data, copy_to)
+    for piece in _pieces(images):
+        hasher.update(piece)
+        size += len(piece)
+        if copy_to is not None:
+            _copy(piece, copy_to)
+    return size, hasher.hexdigest()
 
 
-def _copy(data: bytes, to: IO[bytes]) -> None:
+def _copy(piece: bytes, to: IO[bytes]) -> None:
     try:
-        to.write(data)
+        to.write(piece)
         to.flush()
     except OSError as error:
         reason = resource_hint(error) or error.strerror or error
@@ -140,57 +169,47 @@ def _copy(data: bytes, to: IO[bytes]) -> None:
         ) from error
 
 
-class Renderer:
-    """Renders shards one after another; see `Background` for how it runs ahead of the teacher."""
-
-    def __init__(self, views: ViewSettings, size: int, threads: int, clock: Clock) -> None:
-        self._views = views
-        self._size = size
-        self._threads = threads
-        self._clock = clock
-
-    def __call__(self, jobs: Iterable[ShardJob]) -> Iterator[RenderedBlock]:
-        """The blocks of all shards."""
-        for job in jobs:
-            yield from self._blocks(job)
-
-    def _blocks(self, job: ShardJob) -> Iterator[RenderedBlock]:
+def rendered_blocks(
+    jobs: Iterable[ShardJob], views: ViewSettings, size: int, threads: int, clock: Clock
+) -> Iterator[RenderedBlock]:
+    """The blocks of all shards, one shard after another; see `Background` for how it runs ahead of the teacher."""
+    for job in jobs:
         source = SourceFile()
         error: Exception | None = None
         try:
-            for samples in self._samples(job, source):
+            for samples in _rendered_samples(job.images, source, views, size, threads, clock):
                 yield RenderedBlock(job=job, source=source, samples=samples)
         # A shard that fails must not take the others with it; what it was is reported where the shard is committed.
         except Exception as caught:
             error = caught
         yield RenderedBlock(job=job, source=source, samples=[], error=error)
 
-    def _samples(self, job: ShardJob, source: SourceFile) -> Iterator[list[RenderedSample]]:
-        def skip(key: str, reason: str) -> None:
-            source.bad.append((key, reason))
 
-        with ExitStack() as stack:
-            copy = None
-            if job.images.location.local is None:
-                # Fetched once and read here, from a file without a name: nothing of it outlives this process.
-                copy = stack.enter_context(tempfile.TemporaryFile())
-            with self._clock.of("read"):
-                source.bytes, source.sha256 = digest(job.images, copy)
-            samples = read_shard(job.images, skip, copy)
-            rendered = decoded_ahead(
-                self._timed(job.images, samples),
-                lambda sample: render_sample(sample, self._views, self._size, self._clock),
-                self._threads,
-                _AHEAD_PER_THREAD * self._threads,
-                skip,
-            )
-            while block := list(islice(rendered, BLOCK_SAMPLES)):
-                yield block
+def _rendered_samples(
+    images: ShardFile, source: SourceFile, views: ViewSettings, size: int, threads: int, clock: Clock
+) -> Iterator[list[RenderedSample]]:
+    def skip(key: str, reason: str) -> None:
+        source.bad.append((key, reason))
 
-    def _timed(self, images: ShardFile, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def read(copy: IO[bytes] | None) -> Iterator[Sample]:
+        samples = read_shard(images, skip, copy)
         while True:
-            with self._clock.of("read"), _reading(images):
+            with clock.of("read"), _reading(images):
                 sample = next(samples, None)
             if sample is None:
                 return
             yield sample
+
+    # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
+    with tempfile.TemporaryFile() if images.location.local is None else nullcontext() as copy:
+        with clock.of("read"):
+            source.bytes, source.sha256 = digest(images, copy)
+        rendered = decoded_ahead(
+            read(copy),
+            lambda sample: render_sample(sample, views, size, clock),
+            threads,
+            _AHEAD_PER_THREAD * threads,
+            skip,
+        )
+        while block := list(islice(rendered, BLOCK_SAMPLES)):
+            yield block

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from milan_pipe.background import Background
+from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError
-from milan_pipe.extraction.clock import Clock
-from milan_pipe.extraction.render import RenderedSample, Renderer, ShardJob, SourceFile
-from milan_pipe.images.shards import ShardFile
-from milan_pipe.targets.codec import Codec, token_cosines
+from milan_pipe.extraction.render import Clock, RenderedSample, ShardJob, SourceFile, rendered_blocks
+from milan_pipe.images.ahead import thread_count
+from milan_pipe.targets.codec import Codec, codec_of, token_cosines
 from milan_pipe.targets.schema import SourceShard, TargetBlock
-from milan_pipe.targets.store import StoreShardWriter
-from milan_pipe.teacher.clip import Teacher, first_fault
-
-OpenWriter = Callable[[str], StoreShardWriter]
+from milan_pipe.targets.store import StoreShardWriter, TargetStoreWriter
+from milan_pipe.teacher.clip import Teacher, require_sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,83 +39,229 @@ class ShardResult:
     """
 
     name: str
-    source: SourceShard | None
-    error: Exception | None
-    views: int
-    cosine_sum: float
-    seconds: dict[str, float]
+    source: SourceShard | None = None
+    error: Exception | None = None
+    views: int = 0
+    cosine_sum: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How to extract a shard: teacher, view policy, rendered size, codec, teacher batch and decoding threads."""
+class Extractor:
+    """Teacher, codec and store, loaded once for any number of shards. The store's header says which views."""
 
-    teacher: Teacher
-    views: ViewSettings
-    size: int
-    codec: Codec
-    batch_size: int
-    threads: int
+    def __init__(self, teacher: Teacher, writer: TargetStoreWriter, extract: ExtractSettings) -> None:
+        self.teacher = teacher
+        self.writer = writer
+        self.codec = codec_of(writer.header.codec)
+        self.batch_size = extract.batch_size
+        self._threads = thread_count(extract.threads)
 
+    def run(self, jobs: Iterable[ShardJob], on_progress: Callable[[int, int], None]) -> Iterator[ShardResult]:
+        """Do shards one after another; the next one is rendered while the last one is encoded and written.
 
-@dataclass(frozen=True, kw_only=True)
-class _EncodedView:
-    """One view of a block, on the CPU; `cosine_N` is the mean over an image's tokens, stored against given."""
+        Args:
+            on_progress: called with views done and samples skipped since its last call.
 
-    code_NST: Tensor
-    scale_NS: Tensor | None
-    attention_NL: Tensor
-    cosine_N: Tensor
-
-
-def _forward(
-    recipe: Recipe, pixels_NHWC: Tensor, names: Sequence[str], clock: Clock, on_views: Callable[[int], None]
-) -> _EncodedView:
-    """Codes, scale, attention and cosines of one view of a block.
-
-    A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
-    by the shard alone. What is checked is read once, at the end: to read it of each batch would be to wait for each.
-
-    Raises:
-        DataError: the teacher's output for an image is not fit to be stored, or the codec does not keep it; begins with
-            its name.
-    """
-    codes, scales, rows, faults, cosines = [], [], [], [], []
-    for batch in torch.split(pixels_NHWC, recipe.batch_size):
-        with clock.of("teacher"):
-            output = recipe.teacher(batch)
-        with clock.of("encode"):
-            faults.append(output.faults_BF())
+        Yields:
+            One result per job, in order. A shard that fails is discarded and reported; the others go on.
+        """
+        clock = Clock()
+        policy = self.writer.header.views
+        views = ViewSettings(**policy.model_dump(exclude={"size"}))
+        rendered = rendered_blocks(jobs, views, policy.size, self._threads, clock)
+        with (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
+            closing(Background(rendered, 1, "render")) as blocks,
+        ):
+            shard: _Shard | None = None
+            ending: Future[ShardResult] | None = None
             try:
-                code, scale = recipe.codec.encode(output.features_BST)
-            except DataError as error:
-                _require_sound(torch.cat(faults), names)
-                first = sum(len(other) for other in faults[:-1])
-                raise _not_encoded(recipe.codec, output.features_BST, names[first:], error) from error
-            cosines.append(token_cosines(output.features_BST, recipe.codec.decode(code, scale)).mean(dim=1))
-            codes.append(code)
-            if scale is not None:
-                scales.append(scale)
-            row = output.importance_BL
-            rows.append((row / row.sum(dim=1, keepdim=True)).to(torch.float16))
-        on_views(len(batch))
-    with clock.of("encode"):
-        view = _EncodedView(
-            code_NST=torch.cat(codes).cpu(),
-            scale_NS=torch.cat(scales).cpu() if scales else None,
-            attention_NL=torch.cat(rows).cpu(),
-            cosine_N=torch.cat(cosines).cpu(),
+                for block in blocks:
+                    if shard is None:
+                        shard = _Shard(block.job, self, pool, clock, on_progress)
+                    if block.samples:
+                        shard.add(block.samples)
+                    shard.report_bad(block.source)
+                    if not block.samples:
+                        if ending is not None:
+                            yield ending.result()
+                        # Digests and the commit are made beside the next shard's first block.
+                        ending = pool.submit(shard.end, block.source, block.error)
+                        shard = None
+                    elif ending is not None and ending.done():
+                        yield ending.result()
+                        ending = None
+                if ending is not None:
+                    yield ending.result()
+            finally:
+                if ending is not None:
+                    ending.exception()
+                if shard is not None:
+                    shard.discard()
+
+
+class _Shard:
+    """One shard on its way through teacher and writer. Writing runs on the pool's thread, one block behind."""
+
+    def __init__(
+        self,
+        job: ShardJob,
+        extractor: Extractor,
+        pool: ThreadPoolExecutor,
+        clock: Clock,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._job = job
+        self._extractor = extractor
+        self._pool = pool
+        self._clock = clock
+        self._on_progress = on_progress
+        self._writer: StoreShardWriter | None = None
+        self._writing: Future[None] | None = None
+        self._samples = 0
+        self._reported_bad = 0
+        self._cosine = 0.0
+        self._error: Exception | None = None
+
+    def add(self, samples: list[RenderedSample]) -> None:
+        if self._error is not None:
+            return
+        try:
+            if self._writer is None:
+                self._writer = self._extractor.writer.open_shard(self._job.name)
+            block, cosine = self._encode(samples)
+            self._await_writing()
+            self._writing = self._pool.submit(self._timed, self._writer.append, block)
+        except Exception as error:  # reported with the shard's result
+            self._error = error
+            return
+        self._samples += len(samples)
+        self._cosine += cosine
+
+    def report_bad(self, source: SourceFile) -> None:
+        bad = len(source.bad)
+        self._on_progress(0, bad - self._reported_bad)
+        self._reported_bad = bad
+
+    def end(self, source: SourceFile, error: Exception | None) -> ShardResult:
+        """Commit, or discard if anything went wrong; runs on the writer's thread."""
+        committed = None
+        self._error = self._error or error
+        try:
+            if self._error is None:
+                committed = self._commit(source)
+        except Exception as caught:  # reported with the shard's result
+            self._error = caught
+        if self._error is not None:
+            self.discard()
+        return ShardResult(
+            name=self._job.name,
+            source=committed,
+            error=self._error,
+            views=self._views(),
+            cosine_sum=self._cosine,
+            seconds=self._clock.take(),
         )
-        _require_sound(torch.cat(faults).cpu(), names)
-    _require_kept(recipe.codec, view.cosine_N, names)
-    return view
 
+    def discard(self) -> None:
+        if self._writing is not None:
+            self._writing.exception()
+        if self._writer is not None:
+            self._writer.discard()
 
-def _require_sound(faults_NF: Tensor, names: Sequence[str]) -> None:
-    fault = first_fault(faults_NF)
-    if fault is not None:
-        row, what = fault
-        raise DataError(f"{names[row]}: {what}")
+    def _commit(self, source: SourceFile) -> SourceShard:
+        self._await_writing()
+        if self._writer is None:
+            first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
+            raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} skipped{first})")
+        record = SourceShard(
+            name=self._job.images.name,
+            bytes=source.bytes,
+            sha256=source.sha256,
+            samples=self._samples,
+            # Threads may report bad samples out of turn; sorted, the record is the same each time.
+            bad=tuple(sorted(source.bad)),
+        )
+        # Six digits: what is below them may depend on the order of a sum.
+        self._timed(self._writer.commit, record, round(self._cosine / self._views(), 6))
+        return record
+
+    def _views(self) -> int:
+        return self._samples * self._extractor.writer.header.views.count
+
+    def _timed(self, function: Callable[..., None], *arguments: object) -> None:
+        with self._clock.of("write"):
+            function(*arguments)
+
+    def _await_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _encode(self, samples: list[RenderedSample]) -> tuple[TargetBlock, float]:
+        """A block of targets, and the sum of `cosine_N` over its views."""
+        pixels_KNHWC = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
+        by_view = [
+            self._forward(pixels_NHWC, [f"{self._job.images}: view {k} of {sample.key}" for sample in samples])
+            for k, pixels_NHWC in enumerate(pixels_KNHWC)
+        ]
+
+        def stacked(name: str) -> NDArray[Any]:
+            return torch.stack([view[name] for view in by_view]).numpy()
+
+        views = [sample.views for sample in samples]
+        crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
+        block = TargetBlock(
+            keys=[sample.key for sample in samples],
+            label_N=np.array([sample.label for sample in samples], np.int64),
+            code_KNST=stacked("code_NST"),
+            scale_KNS=stacked("scale_NS") if "scale_NS" in by_view[0] else None,
+            attention_KNL=stacked("attention_NL"),
+            crop_KN4=np.array(crops, np.int32).transpose(1, 0, 2),
+            flip_KN=np.array([[v.flip for v in row] for row in views], np.bool_).T,
+            jpegs=[[sample.jpegs[k] for sample in samples] for k in range(len(by_view))],
+        )
+        return block, sum(float(view["cosine_N"].sum()) for view in by_view)
+
+    def _forward(self, pixels_NHWC: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """One view of a block, on the CPU.
+
+        A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
+        by the shard alone. Checks are read once, at the end: reading them of each batch would wait for each.
+
+        Returns:
+            `code_NST`, `scale_NS` where the codec has one, `attention_NL`, and `cosine_N`: the mean over an image's
+            tokens, stored against given.
+
+        Raises:
+            DataError: the teacher's output for an image is not fit to be stored, or the codec does not keep it; begins
+                with its name.
+        """
+        codec = self._extractor.codec
+        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for batch in torch.split(pixels_NHWC, self._extractor.batch_size):
+            with self._clock.of("teacher"):
+                output = self._extractor.teacher(batch)
+            with self._clock.of("encode"):
+                parts["faults_NF"].append(output.faults_BF())
+                try:
+                    code, scale = codec.encode(output.features_BST)
+                except DataError as error:
+                    require_sound(torch.cat(parts["faults_NF"]), names)
+                    first = sum(len(done) for done in parts["code_NST"])
+                    raise _not_encoded(codec, output.features_BST, names[first:], error) from error
+                cosine_BS = token_cosines(output.features_BST, codec.decode(code, scale))
+                parts["cosine_N"].append(cosine_BS.mean(dim=1))
+                parts["code_NST"].append(code)
+                if scale is not None:
+                    parts["scale_NS"].append(scale)
+                parts["attention_NL"].append(output.share_BL().to(torch.float16))
+            self._on_progress(len(batch), 0)
+        with self._clock.of("encode"):
+            view = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
+            require_sound(view["faults_NF"], names)
+        _require_kept(codec, view["cosine_N"], names)
+        return view
 
 
 def _require_kept(codec: Codec, cosine_N: Tensor, names: Sequence[str]) -> None:
@@ -136,161 +283,3 @@ def _not_encoded(codec: Codec, features_BST: Tensor, names: Sequence[str], error
         except DataError as own:
             return DataError(f"{names[row]}: {own}")
     return error
-
-
-def _encode(
-    recipe: Recipe, images: ShardFile, samples: list[RenderedSample], clock: Clock, on_views: Callable[[int], None]
-) -> tuple[TargetBlock, float]:
-    pixels = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
-    outputs = []
-    for k, view in enumerate(pixels):
-        names = [f"{images}: view {k} of {sample.key}" for sample in samples]
-        outputs.append(_forward(recipe, view, names, clock, on_views))
-    views = [sample.views for sample in samples]
-    crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
-    scales = [view.scale_NS for view in outputs if view.scale_NS is not None]
-    block = TargetBlock(
-        keys=[sample.key for sample in samples],
-        label_N=np.array([sample.label for sample in samples], np.int64),
-        code_KNST=torch.stack([view.code_NST for view in outputs]).numpy(),
-        scale_KNS=torch.stack(scales).numpy() if scales else None,
-        attention_KNL=torch.stack([view.attention_NL for view in outputs]).numpy(),
-        crop_KN4=np.array(crops, np.int32).transpose(1, 0, 2),
-        flip_KN=np.array([[v.flip for v in row] for row in views], np.bool_).T,
-        jpegs=[[sample.jpegs[k] for sample in samples] for k in range(recipe.views.count)],
-    )
-    return block, sum(float(view.cosine_N.sum()) for view in outputs)
-
-
-class _Shard:
-    """One shard on its way through teacher and writer. Writing runs on a thread, one block behind the teacher."""
-
-    def __init__(self, job: ShardJob, recipe: Recipe, open_writer: OpenWriter, clock: Clock) -> None:
-        self._job = job
-        self._recipe = recipe
-        self._open_writer = open_writer
-        self._clock = clock
-        self._writer: StoreShardWriter | None = None
-        self._writing: Future[None] | None = None
-        self._samples = 0
-        self._cosine = 0.0
-        self.error: Exception | None = None
-
-    def add(self, samples: list[RenderedSample], pool: ThreadPoolExecutor, on_views: Callable[[int], None]) -> None:
-        if self.error is not None:
-            return
-        try:
-            if self._writer is None:
-                self._writer = self._open_writer(self._job.name)
-            block, cosine = _encode(self._recipe, self._job.images, samples, self._clock, on_views)
-            self._await_writing()
-            self._writing = pool.submit(self._timed, self._writer.append, block)
-        except Exception as error:  # reported with the shard's result
-            self.error = error
-            return
-        self._samples += len(samples)
-        self._cosine += cosine
-
-    def _timed(self, function: Callable[..., None], *arguments: object) -> None:
-        with self._clock.of("write"):
-            function(*arguments)
-
-    def _await_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-
-    def discard(self) -> None:
-        if self._writing is not None:
-            self._writing.exception()
-        if self._writer is not None:
-            self._writer.discard()
-
-    def end(self, source: SourceFile, error: Exception | None) -> ShardResult:
-        """Commit, or discard if anything went wrong; runs on the writer's thread."""
-        committed = None
-        self.error = self.error or error
-        try:
-            if self.error is None:
-                self._await_writing()
-                if self._writer is None:
-                    first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
-                    raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} skipped{first})")
-                committed = SourceShard(
-                    name=self._job.images.name,
-                    bytes=source.bytes,
-                    sha256=source.sha256,
-                    samples=self._samples,
-                    # Threads may report bad samples out of turn; sorted, the record is the same each time.
-                    bad=tuple(sorted(source.bad)),
-                )
-                views = self._samples * self._recipe.views.count
-                # Six digits: what is below them may depend on the order of a sum.
-                self._timed(self._writer.commit, committed, round(self._cosine / views, 6))
-        except Exception as caught:  # reported with the shard's result
-            self.error = caught
-        if self.error is not None:
-            self.discard()
-            committed = None
-        return ShardResult(
-            name=self._job.name,
-            source=committed,
-            error=self.error,
-            views=self._samples * self._recipe.views.count,
-            cosine_sum=self._cosine,
-            seconds=self._clock.take(),
-        )
-
-
-def extract_shards(
-    recipe: Recipe,
-    jobs: Iterable[ShardJob],
-    open_writer: OpenWriter,
-    on_progress: Callable[[int, int], None],
-) -> Iterator[ShardResult]:
-    """Do shards one after another; the next one is rendered while the last one is encoded and written.
-
-    Args:
-        open_writer: called with a shard's name before its first block.
-        on_progress: called with views done and samples skipped since its last call.
-
-    Yields:
-        One result per job, in order. A shard that fails is discarded and reported; the others go on.
-    """
-    clock = Clock()
-    render = Renderer(recipe.views, recipe.size, recipe.threads, clock)
-    with (
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
-        closing(Background(render(jobs), 1, "render")) as blocks,
-    ):
-        shard: _Shard | None = None
-        ending: Future[ShardResult] | None = None
-        reported_bad = 0
-        try:
-            for block in blocks:
-                if shard is None:
-                    shard = _Shard(block.job, recipe, open_writer, clock)
-                    reported_bad = 0
-                if block.samples:
-                    # A block may take minutes: its batches report themselves.
-                    shard.add(block.samples, pool, lambda views: on_progress(views, 0))
-                bad = len(block.source.bad)
-                on_progress(0, bad - reported_bad)
-                reported_bad = bad
-                if not block.samples:
-                    if ending is not None:
-                        yield ending.result()
-                    # Digests and the commit are made beside the next shard's first block.
-                    ending = pool.submit(shard.end, block.source, block.error)
-                    shard = None
-                elif ending is not None and ending.done():
-                    yield ending.result()
-                    ending = None
-            if ending is not None:
-                yield ending.result()
-                ending = None
-        finally:
-            if ending is not None:
-                ending.exception()
-            if shard is not None:
-                shard.discard()

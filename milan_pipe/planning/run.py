@@ -11,7 +11,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
-from milan_pipe.extraction.worker import Assignment, load_assigned_teacher
+from milan_pipe.extraction.worker import load_extraction_teacher
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.count import ImageCount, count_images, like_these
 from milan_pipe.images.shards import ShardFile, expand_shards
@@ -43,7 +43,6 @@ from milan_pipe.planning.store import (
 )
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import Location, location_of
-from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
 from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
@@ -231,11 +230,8 @@ def plan(
     location = location_of(targets if targets is not None else DEFAULT_TARGETS)
     shards = expand_shards(images)
     on_progress(PlanProgress(what="load teacher"))
-    assignment = Assignment(
-        targets=str(location), teacher=params.teacher, grid=grid_of(params.student), views=views, extract=extract
-    )
     with same_threads():
-        model = load_assigned_teacher(assignment)
+        model = load_extraction_teacher(params)
         require_fit(
             header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), params.student, images
         )

@@ -22,8 +22,7 @@ from milan_pipe import __version__
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError
-from milan_pipe.extraction.clock import Clock
-from milan_pipe.extraction.render import RenderedSample, render_sample
+from milan_pipe.extraction.render import Clock, RenderedSample, render_sample
 from milan_pipe.images.count import ImageCount, spread_evenly
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import OnBad, read_shard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, ShapeError
-from milan_pipe.targets.schema import TeacherInfo
+from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
 from milan_pipe.teacher.checkpoint import load_tower_weights, read_tower_weights, weights_sha256
 from milan_pipe.teacher.hub import one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
@@ -48,6 +49,10 @@ class TeacherOutput:
     features_BST: Tensor
     importance_BL: Tensor
 
+    def share_BL(self) -> Tensor:
+        """Importance as stores hold it, before rounding: each row sums to 1."""
+        return self.importance_BL / self.importance_BL.sum(dim=1, keepdim=True)
+
     def faults_BF(self) -> Tensor:
         """Which of `FAULTS` each view has: bool (B, F) where the features are, computed without waiting for them."""
         largest_BS = self.features_BST.abs().amax(dim=-1)
@@ -62,14 +67,21 @@ class TeacherOutput:
         return torch.stack(faults, dim=1)
 
 
-def first_fault(faults_BF: Tensor) -> tuple[int, str] | None:
-    """Row of the first view with a fault, and what it is, with what to do; None where all are sound."""
-    faulty = faults_BF.any(dim=1).nonzero()
-    if not len(faulty):
-        return None
-    row = int(faulty[0])
-    what = FAULTS[int(faults_BF[row].nonzero()[0])]
-    return row, f"the teacher gave {what}; check its checkpoint, or set teacher.precision to float32"
+def require_sound(faults_BF: Tensor, names: Sequence[str]) -> None:
+    """Refuse output with a fault; waits for the device.
+
+    Args:
+        names: of the views, for the message.
+
+    Raises:
+        DataError: names the first view with a fault, what it is, and what to do.
+    """
+    faulty = faults_BF.nonzero()
+    if len(faulty):
+        row, fault = faulty[0].tolist()
+        raise DataError(
+            f"{names[row]}: the teacher gave {FAULTS[fault]}; check its checkpoint, or set teacher.precision to float32"
+        )
 
 
 class Teacher(nn.Module):
@@ -173,3 +185,24 @@ def load_teacher(
         config.normalization, source.model, source.tag, own_file, visual, stated=source.stated
     )
     return Teacher(visual, info, normalization).to(device)
+
+
+def load_teacher_of(
+    header: StoreHeader, config: TeacherSettings | None, device: str | torch.device, where: object
+) -> Teacher:
+    """Load the teacher that wrote a store, with the store's grid.
+
+    Args:
+        config: the teacher; none takes what the header says of it.
+        where: names the store in messages.
+
+    Raises:
+        SettingError, MissingError, DataError: as `load_teacher`.
+        MismatchError: it is not the one that wrote the store.
+    """
+    if config is None:
+        stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
+        config = TeacherSettings.parse(stored, f"{where}, teacher")
+    teacher = load_teacher(config, device, grid=header.teacher.grid)
+    require_same_header(header, header.model_copy(update={"teacher": teacher.info}), where)
+    return teacher

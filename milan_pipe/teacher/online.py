@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.targets.schema import StoreHeader, require_same_header
-from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.teacher.clip import load_teacher_of
 
 
 def teacher_of(
     config: TeacherSettings | None, header: StoreHeader, device: torch.device, where: object
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that labels pixels as extraction did.
+    """A function that labels pixels as extraction did; see `load_teacher_of`.
 
-    Args:
-        config: the teacher; none takes what the store's header says of it.
-        where: names the store in messages.
-
-    Raises:
-        SettingError, MissingError, DataError: the teacher cannot be loaded.
-        MismatchError: it is not the one that wrote the store.
+    What extraction refuses gets features that are not finite, so that the run stops and names the batch.
     """
-    if config is None:
-        stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
-        config = TeacherSettings.parse(stored, f"{where}, teacher")
-    teacher = load_teacher(config, device, grid=header.teacher.grid)
-    require_same_header(header, header.model_copy(update={"teacher": teacher.info}), where)
+    teacher = load_teacher_of(header, config, device, where)
 
     def teach(pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         output = teacher(pixels_BHWC)
-        share_BL = output.importance_BL / output.importance_BL.sum(dim=1, keepdim=True)
+        # Marked and not raised: to read the faults would wait for the device in every step.
+        faulty_B11 = output.faults_BF().any(dim=1)[:, None, None]
         # Rounded as in a store, so that masks are the same; cloned, as what inference mode made cannot be trained on.
-        return output.features_BST.clone(), share_BL.half().clone()
+        return output.features_BST.masked_fill(faulty_B11, math.nan), output.share_BL().half().clone()
 
     return teach

@@ -13,7 +13,7 @@ from PIL import Image
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError
 from milan_pipe.extraction import run
-from milan_pipe.extraction.worker import load_assigned_teacher
+from milan_pipe.extraction.worker import load_extraction_teacher
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
@@ -42,12 +42,12 @@ def disturb(monkeypatch):
             if next(calls) == call:
                 change(output.features_BST, output.importance_BL)
 
-        def load(assignment):
-            teacher = load_assigned_teacher(assignment)
+        def load(params):
+            teacher = load_extraction_teacher(params)
             teacher.register_forward_hook(hook)
             return teacher
 
-        monkeypatch.setattr(run, "load_assigned_teacher", load)
+        monkeypatch.setattr(run, "load_extraction_teacher", load)
 
     return start
 

@@ -17,7 +17,7 @@ import pytest
 from support.targets import check_store, header, tree, write_store
 
 from milan_pipe.errors import DataError, StoreError, printable, resource_hint
-from milan_pipe.extraction.scratch import own_folder, remove_abandoned
+from milan_pipe.extraction.cluster import own_folder
 from milan_pipe.storage import location_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_store
@@ -195,7 +195,6 @@ def test_only_this_machines_dead_processes_lose_their_folder(tmp_path: Path, mon
     dead.mkdir()
     elsewhere.mkdir()
     with own_folder() as own:
-        remove_abandoned()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(own).name, elsewhere.name])
 
 
