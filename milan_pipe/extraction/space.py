@@ -1,10 +1,11 @@
-"""Whether a store will fit where it is to be written, reported before the first view is made."""
+"""Whether a store will fit where it is written, reported before the first view is made."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,40 +45,30 @@ class FreeSpace:
 
 
 def free_space(location: Location, needed_bytes: float) -> FreeSpace:
-    """Look how much is free on the disk of a folder, which need not be there yet."""
-    return FreeSpace(folder=str(location), needed_bytes=round(needed_bytes), free_bytes=_free_bytes(location.local))
+    """How much is free on the disk of a folder, which need not be there yet."""
+    free = _of_disk(location, lambda folder: shutil.disk_usage(folder).free)
+    return FreeSpace(folder=str(location), needed_bytes=round(needed_bytes), free_bytes=free)
 
 
 def free_files(location: Location) -> int | None:
     """Files that may still be made on the disk of a folder; None where nobody counts them, as in a bucket."""
     if not hasattr(os, "statvfs"):
         return None
-    return _ask_disk(location.local, lambda folder: os.statvfs(folder).f_favail) or None
+    return _of_disk(location, lambda folder: os.statvfs(folder).f_favail) or None
 
 
-def _free_bytes(folder: Path | None) -> int | None:
-    return _ask_disk(folder, lambda there: shutil.disk_usage(there).free)
-
-
-def _ask_disk(folder: Path | None, ask: Callable[[Path], int]) -> int | None:
-    """What the disk says that a folder is to lie on, which need not be there yet."""
-    if folder is None:
-        return None
-    for there in (folder.absolute(), *folder.absolute().parents):
-        try:
-            return ask(there)
-        # Not made yet, or a file in the way, of which whoever writes will report.
-        except OSError:
-            continue
+def _of_disk(location: Location, measure: Callable[[Path], int]) -> int | None:
+    """A measure of the disk that a folder is to lie on; None in a bucket."""
+    folder = location.local
+    for present in () if folder is None else (folder.absolute(), *folder.absolute().parents):
+        # Not made yet, or a file is in the way: the write will report that.
+        with suppress(OSError):
+            return measure(present)
     return None
 
 
 def free_space_warning(space: FreeSpace, *, at_most: bool = False) -> str | None:
-    """One line where a store is known not to fit, else None.
-
-    Args:
-        at_most: whether `needed_bytes` is a bound, and not an estimate.
-    """
+    """One line where a store is known not to fit, else None; `at_most`: `needed_bytes` is a bound, not an estimate."""
     if space.free_bytes is None or not space.short:
         return None
     need = "may need up to" if at_most else "will need about"
@@ -88,10 +79,7 @@ def free_space_warning(space: FreeSpace, *, at_most: bool = False) -> str | None
 
 
 def most_bytes_per_view(header: StoreHeader) -> int:
-    """What a view takes at most in a store of this configuration, from its shapes alone.
-
-    The features are counted as if their entropy coder saved nothing; the JPEG with twice what a photograph takes.
-    """
+    """What a view takes at most: features as if their entropy coder saved nothing, a JPEG twice a photograph's."""
     per_dimension = 2 if header.codec.name == "float16" else 1
     features = header.tokens * (header.teacher.width * per_dimension + _SCALE_BYTES)
     jpeg = header.views.size**2 * _JPEG_BYTES_PER_PIXEL
@@ -101,8 +89,7 @@ def most_bytes_per_view(header: StoreHeader) -> int:
 def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], location: Location) -> str | None:
     """One line where the targets of these shards may not fit; costs a look at their index or a few of them.
 
-    Returns:
-        None where they fit, and where it cannot be known: in a bucket, or where the number of images is not known.
+    None where they fit, and where it cannot be known: in a bucket, or for an unknown number of images.
     """
     images = glance_at_images(shards) if location.local is not None and shards else None
     if images is None:

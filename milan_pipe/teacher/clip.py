@@ -14,18 +14,11 @@ from torch import Tensor, nn
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
-from milan_pipe.teacher.checkpoint import load_tower_weights, read_tower_weights, weights_sha256
+from milan_pipe.teacher.checkpoint import load_tower_weights, weights_sha256
 from milan_pipe.teacher.hub import one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
 from milan_pipe.teacher.source import TowerSource, find_source
-from milan_pipe.teacher.tower import (
-    check_tower,
-    choose_input_size,
-    grid_of,
-    output_width_of,
-    resize_tower,
-    tower_outputs,
-)
+from milan_pipe.teacher.tower import check_tower, choose_input_size, resize_tower, sizes_of, tower_outputs
 
 FAULTS = (
     "features that are not finite",
@@ -163,28 +156,23 @@ def load_teacher(
     source = find_source(config.model, config.pretrained)
     visual = _build_tower(source)
     check_tower(visual, config.model)
-    checkpoint = None
     if source.checkpoint is not None:
-        checkpoint = source.checkpoint()
-        load_tower_weights(visual, read_tower_weights(checkpoint), config.model, str(checkpoint))
+        load_tower_weights(visual, source.checkpoint(), config.model)
     # Over the weights as trained: the same teacher at another input size keeps its identity.
     digest = weights_sha256(visual)
     side = choose_input_size(visual, config.model, config.image_size, grid)
     resize_tower(visual, side)
+    sizes = sizes_of(visual)
     info = TeacherInfo(
         **config.header_fields(),
         weights_sha256=digest,
         normalization=config.normalization,
         precision=_resolve_precision(config.precision, torch.device(device)),
         image_size=side,
-        grid=grid_of(visual),
-        width=output_width_of(visual),
+        grid=sizes.grid,
+        width=sizes.width,
     )
-    own_file = checkpoint if source.own_file else None
-    normalization = normalization_of(
-        config.normalization, source.model, source.tag, own_file, visual, stated=source.stated
-    )
-    return Teacher(visual, info, normalization).to(device)
+    return Teacher(visual, info, normalization_of(config.normalization, source, visual)).to(device)
 
 
 def load_teacher_of(

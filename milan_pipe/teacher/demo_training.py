@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,35 +24,55 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
 from milan_pipe.config.teacher import DemoTeacherSettings
-from milan_pipe.images.scenes import SCENE_SIZE, SHAPES, render_scene
-from milan_pipe.teacher.words import END_TOKEN, VOCABULARY_SIZE, tokenize
+from milan_pipe.errors import DataError
+from milan_pipe.images.scenes import BACKGROUNDS, COLOURS, SCENE_SIZE, SHAPES, SIZES, render_scene
+from milan_pipe.teacher.source import DEMO_FOLDER, DEMO_NAME
 from milan_pipe.weights_file import write_weights
 
 logger = logging.getLogger(__name__)
 
-MODEL_CONFIG_PATH = Path(__file__).parent / "demo" / "milan-demo-ViT-S-8-64.json"
-WEIGHTS_NAME = "milan-demo-ViT-S-8-64.safetensors"
+CONTEXT_LENGTH = 12
+_WORDS = ("a", "on", "background", *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES)
+_IDS = {word: 1 + position for position, word in enumerate(_WORDS)}
+# The text tower reads its output at the largest id of a row, so the end token must be the last of the vocabulary.
+END_TOKEN = 1 + len(_WORDS)
+VOCABULARY_SIZE = END_TOKEN + 1
+WEIGHTS_NAME = f"{DEMO_NAME}.safetensors"
 _RENDER_CHUNK = 2000
-
-
-def _render_chunk(seed: int, start: int, stop: int) -> tuple[NDArray[np.uint8], list[str], list[int]]:
-    scenes = [render_scene(seed, index) for index in range(start, stop)]
-    return np.stack([s.image for s in scenes]), [s.caption for s in scenes], [s.label for s in scenes]
 
 
 def _render(seed: int, count: int) -> tuple[NDArray[np.uint8], list[str], list[int]]:
     images = np.empty((count, SCENE_SIZE, SCENE_SIZE, 3), np.uint8)
-    captions: list[str] = []
-    labels: list[int] = []
-    starts = list(range(0, count, _RENDER_CHUNK))
-    stops = [min(start + _RENDER_CHUNK, count) for start in starts]
+    captions, labels = [], []
     with ProcessPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        chunks = pool.map(_render_chunk, [seed] * len(starts), starts, stops)
-        for start, stop, chunk in zip(starts, stops, chunks, strict=True):
-            images[start:stop] = chunk[0]
-            captions += chunk[1]
-            labels += chunk[2]
+        scenes = pool.map(partial(render_scene, seed), range(count), chunksize=_RENDER_CHUNK)
+        for index, scene in enumerate(scenes):
+            images[index] = scene.image
+            captions.append(scene.caption)
+            labels.append(scene.label)
     return images, captions, labels
+
+
+def tokenize(captions: Sequence[str]) -> Tensor:
+    """Turn captions into ids.
+
+    Returns:
+        (len(captions), 12) int64; 0 pads, `END_TOKEN` closes each caption.
+
+    Raises:
+        DataError: a word is not in the vocabulary of scenes, or a caption is longer than 11 words.
+    """
+    ids = torch.zeros(len(captions), CONTEXT_LENGTH, dtype=torch.int64)
+    for row, caption in enumerate(captions):
+        words = caption.lower().split()
+        unknown = [word for word in words if word not in _IDS]
+        if unknown or len(words) >= CONTEXT_LENGTH:
+            raise DataError(
+                f"the scenes' text tower reads at most {CONTEXT_LENGTH - 1} of its {len(_WORDS)} words, "
+                f"found {caption!r}" + (f" with unknown {', '.join(unknown)}" if unknown else "")
+            )
+        ids[row, : len(words) + 1] = torch.tensor([*(_IDS[word] for word in words), END_TOKEN])
+    return ids
 
 
 def shorten_caption(caption: str, keep: tuple[bool, bool, bool]) -> str:
@@ -136,8 +158,7 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
     """
     began = time.monotonic()
     torch.manual_seed(config.seed)
-    settings = json.loads(MODEL_CONFIG_PATH.read_text())
-    model = CLIP(**settings)
+    model = CLIP(**json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
     images, captions, _ = _render(config.seed, config.scenes)
     test_images, _, test_labels = _render(config.seed + 1, config.test_scenes)
     full_ids = tokenize(captions)
@@ -149,7 +170,13 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
 
     forward = torch.compile(towers) if config.compile else towers
     optimisers = _optimisers(model, config)
-    base_lrs = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+
+    def factor(done: int) -> float:
+        step = done + 1
+        warm = min(1.0, step / max(config.warmup_steps, 1))
+        return warm * min(1.0, (config.steps - step + 1) / (config.decay_share * config.steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in optimisers]
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(config.scenes)
     position = 0
@@ -165,27 +192,20 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
         image, text = forward(_augmented(images[rows], config.shift, rng), short_ids)
         match = caption_matches(short_ids, full_ids[rows])
         loss = contrastive_loss(image.float(), text.float(), model.logit_scale.exp(), match)
-        warm = min(1.0, step / max(config.warmup_steps, 1))
-        factor = warm * min(1.0, (config.steps - step + 1) / (config.decay_share * config.steps))
-        for optimiser, lrs in zip(optimisers, base_lrs, strict=True):
-            for group, lr in zip(optimiser.param_groups, lrs, strict=True):
-                group["lr"] = lr * factor
-            optimiser.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        for optimiser in optimisers:
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
+            schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))
         if step % config.evaluate_every == 0 or step == config.steps:
             accuracy = zero_shot_accuracy(model, test_images, test_labels)
+            rate = step * config.batch_size / (time.monotonic() - began)
             logger.info(
                 "step %d of %d  loss %.3f  zero-shot %.2f %%  %.0f images/s",
-                step,
-                config.steps,
-                loss.item(),
-                100 * accuracy,
-                step * config.batch_size / (time.monotonic() - began),
-            )
+                step, config.steps, loss.item(), 100 * accuracy, rate,
+            )  # fmt: skip
             write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, out_dir / WEIGHTS_NAME)
     return {
         "zero_shot_accuracy": accuracy,

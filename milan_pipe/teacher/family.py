@@ -1,11 +1,17 @@
-"""What every kind of image tower is asked, and the record of its sizes."""
+"""What every family of image towers does, and the one attention row that they share.
+
+Shape suffixes: B views, S = 1 + L tokens, L patches, T feature width, N heads, Q queries, E head width, K keys.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +45,67 @@ class TowerFamily(Protocol):
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, S, T) and importance (B, L); see `milan_pipe.teacher.tower.tower_outputs`."""
+
+
+@dataclass
+class Heads:
+    """What an attention module computed on its way.
+
+    Attributes:
+        query_BNQE: queries per head after their norm, before any rotation.
+        key_BNKE: keys likewise; their heads may be fewer (grouped queries).
+        rope: the rotary embedding that the module was called with.
+    """
+
+    query_BNQE: Tensor
+    key_BNKE: Tensor
+    rope: Tensor | None
+
+
+@contextmanager
+def record_heads(attention: nn.Module, query_norm: nn.Module, key_norm: nn.Module) -> Iterator[Heads]:
+    """Keep queries and keys of one call of `attention`, whatever projections and biases they come from.
+
+    Args:
+        query_norm, key_norm: its submodules that queries and keys pass last, identities where it has no such norm.
+
+    Yields:
+        Filled in once the module has run.
+    """
+    heads = Heads(torch.empty(0), torch.empty(0), None)
+
+    def keep_query(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        heads.query_BNQE = output
+
+    def keep_key(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        heads.key_BNKE = output
+
+    def keep_rope(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
+        heads.rope = keywords.get("rope")
+
+    hooks = [
+        query_norm.register_forward_hook(keep_query),
+        key_norm.register_forward_hook(keep_key),
+        attention.register_forward_pre_hook(keep_rope, with_kwargs=True),
+    ]
+    try:
+        yield heads
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_row(query_BNE: Tensor, key_BNKE: Tensor) -> Tensor:
+    """Attention of one query per view: softmax over all keys, mean over heads.
+
+    Costs O(K * width). Scores and softmax are float32 in any precision: the smallest of some hundred shares would
+    lose their order in bfloat16.
+
+    Returns:
+        (B, K) float32, each row sums to 1.
+    """
+    with torch.autocast(query_BNE.device.type, enabled=False):
+        query = query_BNE.float() * query_BNE.shape[-1] ** -0.5
+        scores = query[:, :, None] @ key_BNKE.float().transpose(-2, -1)
+        row_BK: Tensor = scores.softmax(dim=-1).mean(dim=1)[:, 0]
+    return row_BK

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from milan_pipe.teacher.attention import attention_row, record_heads
-from milan_pipe.teacher.family import TowerSizes
+from milan_pipe.teacher.family import TowerSizes, attention_row, record_heads
 
 
 def _attend(attention: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +39,6 @@ class NativeFamily:
     """`open_clip.transformer.VisionTransformer`, as in ViT-B-32, ViT-B-16, ViT-L-14 and ViT-H-14."""
 
     def problem(self, visual: Any) -> str | None:
-        """See `TowerFamily`."""
         if visual.attn_pool is not None:
             return "it pools by attention of CoCa's kind, over many queries"
         if visual.pool_type != "tok":
@@ -57,7 +55,6 @@ class NativeFamily:
         return None
 
     def sizes(self, visual: Any) -> TowerSizes:
-        """See `TowerFamily`."""
         return TowerSizes(
             image_size=tuple(visual.image_size),
             patch_size=tuple(visual.patch_size),
@@ -67,7 +64,6 @@ class NativeFamily:
 
     @torch.no_grad()
     def resize(self, visual: Any, side: int) -> None:
-        """See `TowerFamily`."""
         grid = (side // visual.patch_size[0], side // visual.patch_size[1])
         if grid != tuple(visual.grid_size):
             embedding_SD = visual.positional_embedding
@@ -77,7 +73,6 @@ class NativeFamily:
         visual.image_size, visual.grid_size = (side, side), grid
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TowerFamily`."""
         # Under autocast the embedding would leave in bfloat16, and open_clip would then keep the whole residual
         # stream there; from float32 the stream stays in float32.
         with torch.autocast(pixels_BCHW.device.type, enabled=False):

@@ -6,17 +6,19 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import open_clip
+from open_clip.constants import HF_CONFIG_NAME
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from milan_pipe.errors import DataError
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from milan_pipe.teacher.source import TowerSource
 
-_SIDECAR = "open_clip_config.json"
+logger = logging.getLogger(__name__)
 
 
 class MeanStd(NamedTuple):
@@ -50,7 +52,7 @@ def stated_normalization(preprocess: Any) -> MeanStd | None:
 
 def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     """What open_clip's description beside a checkpoint says; model hubs keep the two in one folder."""
-    path = checkpoint.parent / _SIDECAR
+    path = checkpoint.parent / HF_CONFIG_NAME
     if not path.is_file():
         return None
     try:
@@ -65,44 +67,33 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     return found
 
 
-def normalization_of(
-    kind: Literal["clip", "imagenet"],
-    name: str,
-    pretrained: str | None,
-    checkpoint: Path | None,
-    visual: nn.Module,
-    stated: MeanStd | None = None,
-) -> MeanStd:
+def normalization_of(kind: Literal["clip", "imagenet"], source: TowerSource, visual: nn.Module) -> MeanStd:
     """Mean and std for a teacher's input.
 
     Args:
         kind: `imagenet` is the published code's; `clip` is the first of these that is known: what open_clip says of the
             tag, what `open_clip_config.json` beside a local checkpoint says, what the model's own description says,
             what all tags of the model share, what timm says of the tower, OpenAI's.
-        name: open_clip name of the model.
-        pretrained: a tag that open_clip may know.
-        checkpoint: the local file that was loaded instead of a tag.
-        stated: by the description of a model that open_clip does not know by name.
 
     Raises:
         DataError: the description beside a local checkpoint cannot be read.
     """
     if kind == "imagenet":
         return IMAGENET
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    by_tag = {tag: _of(open_clip.get_pretrained_cfg(name, tag)) or OPENAI for tag in tags}
-    if checkpoint is None and pretrained in by_tag:
-        return by_tag[pretrained]
-    if checkpoint is not None and (found := _of_sidecar(checkpoint)):
+    tags = open_clip.list_pretrained_tags_by_model(source.model)
+    by_tag = {tag: _of(open_clip.get_pretrained_cfg(source.model, tag)) or OPENAI for tag in tags}
+    if source.tag is not None:
+        return by_tag[source.tag]
+    if source.file is not None and (found := _of_sidecar(source.file)):
         return found
-    if stated is not None:
-        return stated
+    if source.stated is not None:
+        return source.stated
     if by_tag:
         ((common, _), *others) = Counter(by_tag.values()).most_common()
-        if others and checkpoint is not None:
+        if others and source.file is not None:
             logger.warning(
                 "checkpoints of %s differ in their normalization and %s has no %s beside it: taking mean %s, std %s",
-                name, checkpoint, _SIDECAR, common.mean, common.std,
+                source.model, source.file, HF_CONFIG_NAME, common.mean, common.std,
             )  # fmt: skip
         return common
     return _of(getattr(getattr(visual, "trunk", None), "pretrained_cfg", None)) or OPENAI

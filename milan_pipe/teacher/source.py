@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.teacher.hub import hub_file, one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, stated_normalization
 
-_DEMO_MODEL = "milan-demo-ViT-S-8-64"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSource:
@@ -34,8 +31,8 @@ class TowerSource:
         quick_gelu: the activation that the weights were trained with.
         tag: open_clip's name of the weights, where they have one.
         checkpoint: gives the weights' file, fetched where need be; raises MissingError. None: untrained.
-        own_file: whether that file was named by the settings, so that what lies beside it describes it.
-        stated: mean and std that the model's description says; None where it has none.
+        file: that file, where the settings name it, so that what lies beside it describes it.
+        stated: mean and std by the model's description; None where it has none.
     """
 
     model: str
@@ -43,13 +40,13 @@ class TowerSource:
     quick_gelu: bool
     tag: str | None = None
     checkpoint: Callable[[], Path] | None = None
-    own_file: bool = False
+    file: Path | None = None
     stated: MeanStd | None = None
 
 
-def demo_folder() -> Path:
-    """Where the bundled teacher's model config and weights lie."""
-    return Path(str(resources.files("milan_pipe.teacher") / "demo"))
+DEMO_FOLDER = Path(__file__).parent / "demo"
+"""Holds the bundled teacher's model config and weights."""
+DEMO_NAME = "milan-demo-ViT-S-8-64"
 
 
 def find_source(model: str, pretrained: str | None) -> TowerSource:
@@ -67,27 +64,22 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
     if model == DEMO:
         return _bundled(pretrained)
     try:
-        schema, place = parse_model_name(model)
+        schema, name = parse_model_name(model)
     except ValueError as error:
         raise SettingError(
             f"teacher.model {model!r} names nothing, expected hf-hub:ORG/NAME or local-dir:PATH"
         ) from error
     if schema is None:
         return _known(model, pretrained)
-    return _in_folder(model, Path(place), pretrained) if schema == FOLDER else _on_hub(model, place, pretrained)
+    return _in_folder(model, Path(name), pretrained) if schema == FOLDER else _on_hub(model, name, pretrained)
 
 
 def _bundled(pretrained: str | None) -> TowerSource:
     if pretrained not in (None, RANDOM):
         raise SettingError(f"teacher 'demo' brings its own weights, found pretrained {pretrained!r}; leave it out")
-    open_clip.add_model_config(demo_folder())
-    weights = demo_folder() / f"{_DEMO_MODEL}.safetensors"
-    return TowerSource(
-        model=_DEMO_MODEL,
-        config=get_model_config(_DEMO_MODEL),
-        quick_gelu=False,
-        checkpoint=None if pretrained == RANDOM else lambda: weights,
-    )
+    source = _untrained(DEMO_NAME, json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
+    weights = DEMO_FOLDER / f"{DEMO_NAME}.safetensors"
+    return source if pretrained == RANDOM else replace(source, checkpoint=lambda: weights)
 
 
 def _known(model: str, pretrained: str | None) -> TowerSource:
@@ -117,30 +109,32 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
             tag=pretrained,
             checkpoint=lambda: _of_tag(name, pretrained, preset),
         )
-    if pretrained != RANDOM and not Path(pretrained).is_file():
-        raise MissingError(
-            f"teacher {model!r} has no pretrained tag {pretrained!r} and no such file is there; "
-            f"known tags are {', '.join(tags) or 'none'}"
-        )
-    return _with_file(_untrained(name, config), pretrained)
+    return _with_file(
+        _untrained(name, config),
+        pretrained,
+        f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {', '.join(tags) or 'none'}",
+    )
 
 
 def _untrained(model: str, config: dict[str, Any], stated: MeanStd | None = None) -> TowerSource:
     return TowerSource(model=model, config=config, quick_gelu=bool(config.get("quick_gelu", False)), stated=stated)
 
 
-def _with_file(source: TowerSource, pretrained: str) -> TowerSource:
+def _with_file(source: TowerSource, pretrained: str, problem: str) -> TowerSource:
+    """The weights of a local file, or none for `random`; `problem` says what is wrong where there is no such file."""
     if pretrained == RANDOM:
         return source
-    return replace(source, checkpoint=lambda: Path(pretrained), own_file=True)
+    file = Path(pretrained)
+    if not file.is_file():
+        raise MissingError(f"teacher {source.model!r} {problem}")
+    return replace(source, checkpoint=lambda: file, file=file)
 
 
 def _of_tag(name: str, tag: str, preset: dict[str, Any]) -> Path:
     """The checkpoint that a tag stands for, fetched once."""
     try:
         if preset.get("hf_hub"):
-            repository, file = os.path.split(preset["hf_hub"])
-            return _hub_weights(repository, file)
+            return _hub_weights(*os.path.split(preset["hf_hub"]))
         with quiet(None):
             return Path(open_clip.download_pretrained(preset))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
@@ -157,7 +151,7 @@ def _hub_weights(repository: str, file: str = "") -> Path:
 
 
 def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
-    def from_hub(fetch: Callable[[], Path]) -> Path:
+    def fetched(fetch: Callable[[], Path]) -> Path:
         try:
             return fetch()
         except MissingError as error:
@@ -166,15 +160,15 @@ def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
                 "--set teacher.model=local-dir:PATH"
             ) from error
 
-    source = _described(model, from_hub(lambda: hub_file(repository, HF_CONFIG_NAME)))
-    return _chosen(source, pretrained, lambda: from_hub(lambda: _hub_weights(repository)))
+    description = fetched(lambda: hub_file(repository, HF_CONFIG_NAME))
+    return _described(model, description, pretrained, lambda: fetched(lambda: _hub_weights(repository)))
 
 
 def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
     if not folder.is_dir():
         raise MissingError(f"teacher {model!r}: {folder} is no folder; name it with --set teacher.model=local-dir:PATH")
-    path = folder / HF_CONFIG_NAME
-    if not path.is_file():
+    description = folder / HF_CONFIG_NAME
+    if not description.is_file():
         raise MissingError(
             f"teacher {model!r}: {folder} has no {HF_CONFIG_NAME}, with which open_clip describes a model"
         )
@@ -189,36 +183,27 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
             )
         return Path(found)
 
-    return _chosen(_described(model, path), pretrained, weights)
+    return _described(model, description, pretrained, weights)
 
 
-def _described(model: str, path: Path) -> TowerSource:
-    """A model by its `open_clip_config.json`, untrained."""
+def _described(model: str, path: Path, pretrained: str | None, own: Callable[[], Path]) -> TowerSource:
+    """A model by its `open_clip_config.json`, with the weights beside it unless the settings name others."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         config, preprocess = found["model_cfg"], found.get("preprocess_cfg") or {}
         complete = isinstance(config["embed_dim"], int) and isinstance(config["vision_cfg"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-    else:
         stated = stated_normalization(preprocess)
-        if complete and stated is not None:
-            return _untrained(model, config, stated)
-        problem = "embed_dim or vision_cfg" if not complete else "mean or std"
-        problem = f"{problem} of another kind"
-    raise DataError(
-        f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
-        "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
-    )
-
-
-def _chosen(source: TowerSource, pretrained: str | None, own: Callable[[], Path]) -> TowerSource:
-    """A described model with the weights beside its description, unless the settings name others."""
+        problem = f"{'mean or std' if complete else 'embed_dim or vision_cfg'} of another kind"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        complete, stated = False, None
+        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+    if not complete or stated is None:
+        raise DataError(
+            f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
+            "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
+        )
+    source = _untrained(model, config, stated)
     if pretrained is None:
         return replace(source, checkpoint=own)
-    if pretrained != RANDOM and not Path(pretrained).is_file():
-        raise MissingError(
-            f"teacher {source.model!r} brings its own weights and has no tags, and there is no file {pretrained!r}; "
-            "leave teacher.pretrained out, or name a local checkpoint or `random`"
-        )
-    return _with_file(source, pretrained)
+    problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave teacher.pretrained"
+    return _with_file(source, pretrained, f"{problem} out, or name a local checkpoint or `random`")

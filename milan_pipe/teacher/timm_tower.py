@@ -19,8 +19,7 @@ from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from milan_pipe.teacher.attention import Heads, attention_row, record_heads
-from milan_pipe.teacher.family import TowerSizes
+from milan_pipe.teacher.family import Heads, TowerSizes, attention_row, record_heads
 
 _TRUNKS = (VisionTransformer, Eva)
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
@@ -72,7 +71,6 @@ class TimmFamily:
     """`open_clip.timm_model.TimmModel` around a plain vision transformer, as in EVA02-B-16 and ViT-B-16-SigLIP."""
 
     def problem(self, visual: Any) -> str | None:
-        """See `TowerFamily`."""
         trunk = visual.trunk
         if type(trunk) not in _TRUNKS:
             return f"its image tower is timm's {type(trunk).__name__}"
@@ -91,7 +89,6 @@ class TimmFamily:
 
     @torch.no_grad()
     def sizes(self, visual: Any) -> TowerSizes:
-        """See `TowerFamily`."""
         embed = visual.trunk.patch_embed
         weight = next(visual.trunk.parameters())
         return TowerSizes(
@@ -103,11 +100,10 @@ class TimmFamily:
 
     @torch.no_grad()
     def resize(self, visual: Any, side: int) -> None:
-        """See `TowerFamily`. Rotary embeddings are computed anew, over the extent that the trunk was trained on."""
+        # Rotary embeddings are computed anew, over the extent that the trunk was trained on.
         visual.set_input_size(side)
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TowerFamily`."""
         trunk = visual.trunk
         pool = _pooled_by_cls if trunk.attn_pool is None else _pooled_by_attention
         summary_B1D, tokens_BKD, row_BK = pool(trunk, pixels_BCHW)

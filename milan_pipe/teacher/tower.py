@@ -7,7 +7,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.errors import SettingError
-from milan_pipe.teacher.family import TowerFamily
+from milan_pipe.teacher.family import TowerFamily, TowerSizes
 from milan_pipe.teacher.native import NativeFamily
 from milan_pipe.teacher.timm_tower import TimmFamily
 
@@ -48,54 +48,31 @@ def tower_outputs(visual: nn.Module, pixels_BCHW: Tensor) -> tuple[Tensor, Tenso
     return _FAMILIES[type(visual)].outputs(visual, pixels_BCHW)
 
 
-def grid_of(visual: nn.Module) -> tuple[int, int]:
-    """Patches down and across."""
-    return _FAMILIES[type(visual)].sizes(visual).grid
-
-
-def output_width_of(visual: nn.Module) -> int:
-    """T, the width of one feature."""
-    return _FAMILIES[type(visual)].sizes(visual).width
-
-
-def input_size_of(visual: nn.Module, name: str) -> int:
-    """Side of the tower's square input in pixels.
-
-    Raises:
-        SettingError: the input is not square.
-    """
-    height, width = _FAMILIES[type(visual)].sizes(visual).image_size
-    if height != width:
-        raise SettingError(f"teacher {name!r} reads {height} x {width} pixels, expected a square input")
-    return height
-
-
-def patch_side_of(visual: nn.Module, name: str) -> int:
-    """Side of the tower's square patches in pixels.
-
-    Raises:
-        SettingError: patches are not square.
-    """
-    height, width = _FAMILIES[type(visual)].sizes(visual).patch_size
-    if height != width:
-        raise SettingError(f"teacher {name!r} has patches of {height} x {width} pixels, expected square ones")
-    return height
+def sizes_of(visual: nn.Module) -> TowerSizes:
+    """Sizes as they are now."""
+    return _FAMILIES[type(visual)].sizes(visual)
 
 
 def choose_input_size(
     visual: nn.Module, name: str, image_size: int | None = None, grid: tuple[int, int] | None = None
 ) -> int:
-    """Side of the input in pixels that a tower is to be used at, always a whole number of patches.
+    """Side of the square input in pixels, a whole number of patches.
 
     Args:
+        name: of the teacher, for messages.
         image_size: the setting, which wins.
         grid: patches of the student, down and across; the side at which the tower has as many.
             With neither, the tower's own side, less what does not fill a patch.
 
     Raises:
-        SettingError: `image_size` is no whole number of patches, or the student's grid is not square.
+        SettingError: input or patches are not square, `image_size` is no whole number of patches, or the student's grid
+            is not square.
     """
-    own, patch = input_size_of(visual, name), patch_side_of(visual, name)
+    sizes = sizes_of(visual)
+    own, patch = sizes.image_size[0], sizes.patch_size[0]
+    for what, (height, width) in {"reads": sizes.image_size, "has patches of": sizes.patch_size}.items():
+        if height != width:
+            raise SettingError(f"teacher {name!r} {what} {height} x {width} pixels, expected square ones")
     if image_size is not None:
         if image_size % patch:
             below = image_size // patch * patch
@@ -120,5 +97,5 @@ def resize_tower(visual: nn.Module, side: int) -> None:
 
     Learned position embeddings are interpolated (bicubic, antialiased), rotary ones are computed for the new grid.
     """
-    if _FAMILIES[type(visual)].sizes(visual).image_size != (side, side):
+    if sizes_of(visual).image_size != (side, side):
         _FAMILIES[type(visual)].resize(visual, side)

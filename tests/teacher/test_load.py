@@ -24,7 +24,7 @@ from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.teacher.clip import _build_tower, _resolve_precision, load_teacher
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
 from milan_pipe.teacher.source import find_source
-from milan_pipe.teacher.tower import choose_input_size, grid_of, tower_outputs
+from milan_pipe.teacher.tower import choose_input_size, sizes_of, tower_outputs
 
 NATIVE, EVA02, SIGLIP = "tiny-L-14", "tiny-EVA02-14", "tiny-SigLIP-14"
 FAMILIES = [NATIVE, EVA02, SIGLIP]
@@ -165,7 +165,7 @@ def test_checkpoint_of_another_model_is_one_line(name, tmp_path):
 def test_other_shapes_are_told(tmp_path):
     weights = trained(EVA02)
     weights["trunk.head.weight"] = torch.zeros(7, 32)
-    with pytest.raises(MismatchError, match=r"trunk.head.weight is \(7, 32\), expected \(32, 32\)"):
+    with pytest.raises(MismatchError, match=r"trunk.head.weight has shape \(7, 32\), expected \(32, 32\)"):
         loaded(EVA02, save_as("model.pt", weights, tmp_path))
 
 
@@ -300,7 +300,7 @@ def test_oblong_grid_is_refused():
 def test_sizes_of_named_models(name, own, grid, matched):
     with torch.device("meta"):
         tower = _build_tower(find_source(name, "random"))
-    assert grid_of(tower) == grid
+    assert sizes_of(tower).grid == grid
     assert choose_input_size(tower, name) == own
     assert choose_input_size(tower, name, grid=(14, 14)) == matched
     assert choose_input_size(tower, name, image_size=448, grid=(14, 14)) == 448
@@ -327,28 +327,33 @@ def test_sizes_of_named_models(name, own, grid, matched):
 )
 def test_teachers_own_normalisation(name, pretrained, mean):
     assert pretrained in ["random", *open_clip.list_pretrained_tags_by_model(name)]
-    assert normalization_of("clip", name, pretrained, None, nn.Identity()).mean == pytest.approx(mean)
-    assert normalization_of("imagenet", name, pretrained, None, nn.Identity()) == IMAGENET
+    source = find_source(name, pretrained)
+    assert normalization_of("clip", source, nn.Identity()).mean == pytest.approx(mean)
+    assert normalization_of("imagenet", source, nn.Identity()) == IMAGENET
 
 
 def test_local_checkpoint_is_normalised_as_its_model_or_its_description_says(tmp_path, caplog):
     checkpoint = tmp_path / "model.safetensors"
-    tower = nn.Identity()
-    assert normalization_of("clip", "ViT-B-16-SigLIP", str(checkpoint), checkpoint, tower).mean == HALF
+    checkpoint.touch()
+
+    def normalization(name):
+        return normalization_of("clip", find_source(name, str(checkpoint)), nn.Identity())
+
+    assert normalization("ViT-B-16-SigLIP").mean == HALF
     assert not caplog.records
     # The published checkpoints of this model were not all trained alike.
     with caplog.at_level(logging.WARNING):
-        assert normalization_of("clip", "ViT-L-14", str(checkpoint), checkpoint, tower) == OPENAI
+        assert normalization("ViT-L-14") == OPENAI
     assert "open_clip_config.json" in caplog.text
     caplog.clear()
     description = tmp_path / "open_clip_config.json"
     description.write_text(json.dumps({"preprocess_cfg": {"mean": HALF, "std": [0.5, 0.5, 0.5]}}))
-    assert normalization_of("clip", "ViT-L-14", str(checkpoint), checkpoint, tower) == (HALF, HALF)
+    assert normalization("ViT-L-14") == (HALF, HALF)
     assert not caplog.records
     for content in ["{", "{}", '{"preprocess_cfg": {"mean": [0.5], "std": [0.5]}}', '{"preprocess_cfg": 3}']:
         description.write_text(content)
         with pytest.raises(DataError, match=r"open_clip_config.json says no mean and std"):
-            normalization_of("clip", "ViT-L-14", str(checkpoint), checkpoint, tower)
+            normalization("ViT-L-14")
 
 
 @pytest.mark.parametrize(("name", "mean"), [(NATIVE, OPENAI.mean), (EVA02, OPENAI.mean), (SIGLIP, HALF)])

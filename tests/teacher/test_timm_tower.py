@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milan_pipe.errors import SettingError
-from milan_pipe.teacher.tower import check_tower, grid_of, output_width_of, patch_side_of, resize_tower, tower_outputs
+from milan_pipe.teacher.tower import check_tower, resize_tower, sizes_of, tower_outputs
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -252,7 +252,7 @@ def test_projection_of_open_clip_is_applied_to_all_tokens(projection):
     pixels = torch.randn(2, 3, 24, 24)
     features, _ = tower_outputs(visual, pixels)
     assert features.shape == (2, 10, 28)
-    assert output_width_of(visual) == 28
+    assert sizes_of(visual).width == 28
     assert_close(features, plain_outputs(visual, pixels)[0], **TOLERANCE)
 
 
@@ -315,10 +315,10 @@ def test_vit_b_16_siglip():
 @torch.inference_mode()
 def test_grid_of_16_becomes_14(kind, changes, spec):
     visual = wrap(small(kind, img_size=224, patch_size=14, depth=2, **changes), image_size=224)
-    assert (grid_of(visual), patch_side_of(visual, "x")) == ((16, 16), 14)
+    assert (sizes_of(visual).grid, sizes_of(visual).patch_size) == ((16, 16), (14, 14))
     trained = visual.trunk.pos_embed.clone()
     resize_tower(visual, 196)
-    assert grid_of(visual) == (14, 14)
+    assert sizes_of(visual).grid == (14, 14)
     prefix = visual.trunk.num_prefix_tokens
     square = trained[:, prefix:].unflatten(1, (16, 16)).permute(0, 3, 1, 2)
     square = F.interpolate(square, (14, 14), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)

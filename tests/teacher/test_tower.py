@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milan_pipe.errors import SettingError
-from milan_pipe.teacher.tower import check_tower, grid_of, input_size_of, output_width_of, tower_outputs
+from milan_pipe.teacher.tower import check_tower, choose_input_size, sizes_of, tower_outputs
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
@@ -185,12 +185,10 @@ def test_no_map_of_all_tokens_is_made(changes):
 
 
 def test_sizes_are_read_from_the_tower():
-    tower = small_tower(image_size=32, output_dim=12)
-    assert grid_of(tower) == (4, 4)
-    assert input_size_of(tower, "x") == 32
-    assert output_width_of(tower) == 12
+    sizes = sizes_of(small_tower(image_size=32, output_dim=12))
+    assert (sizes.image_size, sizes.patch_size, sizes.grid, sizes.width) == ((32, 32), (8, 8), (4, 4), 12)
     with pytest.raises(SettingError, match="32 x 24"):
-        input_size_of(small_tower(image_size=(32, 24)), "x")
+        choose_input_size(small_tower(image_size=(32, 24)), "x")
 
 
 @pytest.mark.parametrize(

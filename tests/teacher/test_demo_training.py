@@ -9,8 +9,15 @@ import torch
 
 from milan_pipe.errors import DataError
 from milan_pipe.images.scenes import render_scene
-from milan_pipe.teacher.demo_training import caption_matches, contrastive_loss, shorten_caption
-from milan_pipe.teacher.words import CONTEXT_LENGTH, END_TOKEN, VOCABULARY_SIZE, tokenize
+from milan_pipe.teacher.demo_training import (
+    CONTEXT_LENGTH,
+    END_TOKEN,
+    VOCABULARY_SIZE,
+    caption_matches,
+    contrastive_loss,
+    shorten_caption,
+    tokenize,
+)
 
 FULL = "a small red star on a plain background"
 
