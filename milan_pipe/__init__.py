@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         verify_targets,
     )
     from milan_pipe.config.params import Params, load_params
-    from milan_pipe.interop.loading import load_student
+    from milan_pipe.interop.timm_layout import load_student
     from milan_pipe.loader.dataset import Target, TargetDataset, Targets, open_targets
 
 __all__ = [
@@ -69,7 +69,7 @@ _ELSEWHERE = {
     "TargetDataset": "milan_pipe.loader.dataset",
     "Targets": "milan_pipe.loader.dataset",
     "load_params": "milan_pipe.config.params",
-    "load_student": "milan_pipe.interop.loading",
+    "load_student": "milan_pipe.interop.timm_layout",
     "open_targets": "milan_pipe.loader.dataset",
 }
 

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
 from milan_pipe import __version__
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import MismatchError, StoreError
 from milan_pipe.student.decoder import PromptingDecoder
 from milan_pipe.student.encoder import build_encoder
-from milan_pipe.student.model import MaskedStudent
 from milan_pipe.student.published import student_from_published
 from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.weights_file import mismatch, read_weights, require_folder_name
@@ -40,11 +37,7 @@ class ImportReport:
     parameters: int
 
 
-def _heads(block: Any, name: str) -> int:
-    return int(getattr(block.attn, name))
-
-
-def _student_config(encoder: VisionTransformer) -> StudentSettings:
+def _student_config(encoder: Any, where: Path) -> StudentSettings:
     height, width = encoder.patch_embed.patch_size
     image_height, image_width = encoder.patch_embed.img_size
     if height != width or image_height != image_width:
@@ -52,34 +45,31 @@ def _student_config(encoder: VisionTransformer) -> StudentSettings:
             f"the encoder reads {image_height} x {image_width} pixels in patches of {height} x {width}; a student of "
             "this package is square in both"
         )
-    heads = _heads(encoder.blocks[0], "num_heads")
-    sizes = (encoder.embed_dim, len(encoder.blocks), heads)
-    return StudentSettings(
+    sizes = (encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads)
+    config = StudentSettings(
         model=_NAMES.get(sizes, "vit_base_patch16_224"),
         image_size=image_height,
         patch_size=height,
         width=sizes[0],
         depth=sizes[1],
-        heads=heads,
+        heads=sizes[2],
     )
-
-
-def _require_same_shapes(encoder: VisionTransformer, config: StudentSettings, where: Path) -> None:
     if problems := mismatch(encoder.state_dict(), build_encoder(config).state_dict()):
         raise MismatchError(
             f"{where} is no ViT that timm's {config.model!r} can be: {problems}; an MLP 4 times the width and a "
             "query-key-value bias are expected"
         )
+    return config
 
 
-def _decoder_config(student: MaskedStudent) -> DecoderSettings:
-    decoder = student.decoder
+def _decoder_config(decoder: Any) -> DecoderSettings:
+    attention = decoder.decoder_blocks[0].attn
     prompting = isinstance(decoder, PromptingDecoder)
     return DecoderSettings(
         kind="prompting" if prompting else "plain",
         width=decoder.decoder_embed.out_features,
         depth=len(decoder.decoder_blocks),
-        heads=_heads(decoder.decoder_blocks[0], "heads" if prompting else "num_heads"),
+        heads=attention.heads if prompting else attention.num_heads,
     )
 
 
@@ -101,19 +91,18 @@ def import_published(
     Raises:
         MissingError, DataError: the file is not there, is damaged, or holds Python objects, which are refused.
         MismatchError: its tensors are not those of a student.
-        SettingError: RUN has the name of a weights file; the number of heads does not follow from the tensors, or do
-        not divide the     width.
+        SettingError: RUN has the name of a weights file; numbers of heads do not follow from the tensors, or do not
+            divide the width.
         StoreError: RUN holds checkpoints, or cannot be written.
     """
     path, folder = Path(file), Path(run)
     require_folder_name(folder, "checkpoints")
-    if there := checkpoints_of(folder):
-        raise StoreError(f"{folder} holds checkpoints ({there[-1].name}); name another folder")
+    if present := checkpoints_of(folder):
+        raise StoreError(f"{folder} holds checkpoints ({present[-1].name}); name another folder")
     student = student_from_published(
         read_weights(path), encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix
     )
-    encoder_config, decoder_config = _student_config(student.encoder), _decoder_config(student)
-    _require_same_shapes(student.encoder, encoder_config, path)
+    encoder_config, decoder_config = _student_config(student.encoder, path), _decoder_config(student.decoder)
     written = save_checkpoint(
         folder,
         0,

@@ -1,4 +1,4 @@
-"""A pretrained student, or one that was fine-tuned, in the layout that timm reads from a folder and from its hub."""
+"""A student, pretrained or fine-tuned, as timm's model, and in the layout that timm reads from a folder and its hub."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import StoreError, system_reason
+from milan_pipe.errors import DataError, StoreError, resource_hint, system_reason
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
 from milan_pipe.storage import location_of
 from milan_pipe.storage.local import file_mode
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-from milan_pipe.weights_file import require_folder_name
+from milan_pipe.weights_file import require_folder_name, require_opens
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
-CROP = 0.875
+_CROP = 0.875
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +40,15 @@ class ExportReport:
     classes: int
 
 
-def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    teacher = checkpoint.record.get("teacher")
-    return {
-        "step": checkpoint.record["step"],
-        "epochs": checkpoint.record.get("epochs"),
-        "package_version": checkpoint.record.get("package_version"),
-        "teacher": teacher if isinstance(teacher, dict) else None,
-    }
-
-
-def input_of(config: StudentSettings, classes: int, crop: float) -> dict[str, Any]:
-    """What timm is given of the input: its `resolve_data_config` reads it."""
+def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
+    """A checkpoint's student, with its classifier where it was fine-tuned, and what timm reads of its input."""
+    tuned = _is_tuned(checkpoint)
+    config, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
     # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
-    return {
+    described: Any = model
+    described.pretrained_cfg = described.default_cfg = {
         "architecture": config.model,
-        "num_classes": classes,
+        "num_classes": model.num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "fixed_input_size": True,
@@ -61,15 +56,48 @@ def input_of(config: StudentSettings, classes: int, crop: float) -> dict[str, An
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
-        "crop_pct": crop,
+        "crop_pct": checkpoint.record["crop"] if tuned else _CROP,
     }
+    return config, model
+
+
+def _is_tuned(checkpoint: Checkpoint) -> bool:
+    return checkpoint.record.get("task") == "finetune"
+
+
+def load_student(path: str | Path) -> VisionTransformer:
+    """The student of a checkpoint, a run, or a folder that `export` wrote, in evaluation mode on the CPU.
+
+    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` gives the
+    logits. Images are RGB, normalised with ImageNet's mean and deviation:
+    `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does all of it.
+
+    Raises:
+        MissingError: nothing is there.
+        DataError: it is damaged, or holds no student.
+        StoreError: it cannot be read.
+        MismatchError: its tensors are not those of its student.
+    """
+    folder = Path(path)
+    if not ((folder / _CONFIG_FILE).is_file() and (folder / _WEIGHTS_FILE).is_file()):
+        return _model_of(open_checkpoint(folder))[1].eval()
+    try:
+        require_opens(folder / _WEIGHTS_FILE)
+        model: Any = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if hint := resource_hint(error):
+            raise StoreError(f"{folder} cannot be read: {hint}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{folder} is no model that timm can load ({reason}); export it again") from error
+    exported: VisionTransformer = model.eval()
+    return exported
 
 
 def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, as FOLDER/model.safetensors.
 
-    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` builds and loads both,
-    as does the hub's `hf-hub:` where the folder was uploaded. The weights have timm's own names.
+    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads both, as does
+    `hf-hub:` once the folder is uploaded. The weights have timm's own names.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its last checkpoint).
@@ -80,13 +108,19 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         MissingError, DataError, MismatchError: the checkpoint cannot be used.
         StoreError: the folder is taken or cannot be written.
     """
-    require_folder_name(Path(folder), f"{WEIGHTS_FILE} and {CONFIG_FILE}")
+    require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
-    tuned = opened.record.get("task") == "finetune"
-    config, encoder = classifier_of(opened) if tuned else student_of(opened)
-    arguments = timm_sizes(config) | ({"global_pool": "avg"} if tuned else {})
-    names = opened.record.get("classes") if tuned else None
-    labels = {"label_names": names} if isinstance(names, list) else {}
+    config, encoder = _model_of(opened)
+    record = opened.record
+    arguments = timm_sizes(config)
+    origin = {name: record.get(name) for name in ("step", "epochs", "package_version")}
+    described: dict[str, Any] = {
+        "milan_pipe": {**origin, "teacher": record["teacher"] if isinstance(record.get("teacher"), dict) else None}
+    }
+    if _is_tuned(opened):
+        arguments["global_pool"] = "avg"
+        if isinstance(record["classes"], list):
+            described["label_names"] = record["classes"]
     # Absolute: a bare name such as `out` has no parent to make a sibling in.
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -95,16 +129,8 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     location.clear_scratch(target.name)
     scratch = location.scratch(target.name)
     try:
-        described: Any = encoder
-        described.pretrained_cfg = input_of(config, encoder.num_classes, opened.record["crop"] if tuned else CROP)
-        save_for_hf(
-            encoder,
-            str(scratch),
-            model_config={"milan_pipe": _origin(opened), **labels},
-            model_args=arguments,
-            safe_serialization=True,
-        )
-        file_mode(scratch / WEIGHTS_FILE, (scratch / CONFIG_FILE).stat().st_mode)
+        save_for_hf(encoder, str(scratch), model_config=described, model_args=arguments, safe_serialization=True)
+        file_mode(scratch / _WEIGHTS_FILE, (scratch / _CONFIG_FILE).stat().st_mode)
         if target.exists():
             target.rmdir()
         location.publish(scratch, target.name)
@@ -116,10 +142,10 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         shutil.rmtree(scratch, ignore_errors=True)
     return ExportReport(
         folder=str(target),
-        weights=str(target / WEIGHTS_FILE),
+        weights=str(target / _WEIGHTS_FILE),
         model=config.model,
         model_args=arguments,
         parameters=sum(tensor.numel() for tensor in encoder.parameters()),
-        step=int(opened.record["step"]),
+        step=int(record["step"]),
         classes=encoder.num_classes,
     )

@@ -14,7 +14,7 @@ import resource, sys
 from contextlib import suppress
 from pathlib import Path
 from milan_pipe.errors import MilanError
-from milan_pipe.interop.loading import load_student
+from milan_pipe.interop.timm_layout import load_student
 from milan_pipe.pretraining.bad_batch import replay
 from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.evaluation.features import kept_features
