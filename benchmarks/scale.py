@@ -88,7 +88,7 @@ def _workers(address: str, count: int, reports: int) -> None:
 
     cluster.do_shard = instant
     # Every report is sent: what one costs is the question.
-    cluster._TELL_SECONDS = 0.0
+    cluster._REPORT_SECONDS = 0.0
 
     async def run() -> None:
         workers = [Worker(address, nthreads=1, dashboard=False) for _ in range(count)]

@@ -36,7 +36,7 @@ _START_SECONDS = 300
 _ABOVE_CRITICAL = logging.CRITICAL + 1
 # How often a worker reports to the scheduler and the client counts workers. The scheduler keeps what it is sent, and
 # answers with all workers: neither must grow with batches and shards.
-_TELL_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
 # Machines may share their temporary folder, and know nothing of each other's processes.
 _FOLDER_PREFIX = f"milan-pipe-dask-{platform.node()}-"
 
@@ -58,7 +58,7 @@ class _Every:
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
     worker = get_worker()
-    due = _Every(_TELL_SECONDS)
+    due = _Every(_REPORT_SECONDS)
     done_views = done_bad = 0
 
     def report(views: int, bad: int) -> None:
@@ -150,22 +150,19 @@ def _script_unseen() -> Iterator[None]:
     They would run it again: one without the usual guard would begin the same extraction in each of them. All that they
     do is in this package.
     """
-    main = sys.modules["__main__"]
-    is_script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")
-    if not is_script:
-        yield
-        return
-    file = main.__dict__.pop("__file__")
+    main = sys.modules["__main__"].__dict__
+    file = main.pop("__file__", None) if main.get("__spec__") is None else None
     try:
         yield
     finally:
-        main.__dict__["__file__"] = file
+        if file is not None:
+            main["__file__"] = file
 
 
 def _local_cluster(folder: str) -> LocalCluster:
     """A cluster without workers yet."""
-    # A terminal sends Ctrl-C to all processes, and only this one is to answer. The thread that will start workers takes
-    # its signal mask from here, and they take theirs from it. Were the tracker not there yet, its start would unmask.
+    # A terminal sends Ctrl-C to all processes, and only this one may answer. The thread that starts workers takes its
+    # signal mask from here, and they take theirs from it. Starting the tracker later would unmask.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -182,9 +179,8 @@ def _local_cluster(folder: str) -> LocalCluster:
 
 
 def _silence_dask() -> None:
-    # It reports each worker that comes, goes or hangs at length; what matters of it is reported here, in a line. Some
-    # of its loggers have levels and handlers of their own, which those above them do not rule. A client that leaves
-    # while its tasks still report is, to the scheduler, critical.
+    # Dask logs each worker that comes, goes or hangs at length; what matters is reported here, in a line. Some of its
+    # loggers have levels and handlers of their own. A client that leaves before its tasks is logged as critical.
     for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
         if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(_ABOVE_CRITICAL)
@@ -251,7 +247,7 @@ def extract_on_cluster(
             known = present
             on_workers(len(present))
 
-        due = _Every(_TELL_SECONDS)
+        due = _Every(_REPORT_SECONDS)
         look_at_workers()
         waiting = {submit(job, 1): (job, 1) for job in jobs}
         finished = as_completed(list(waiting))

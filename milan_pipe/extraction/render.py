@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milan_pipe.config.images import ViewSettings
-from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
+from milan_pipe.errors import DataError, MissingError, StoreError, system_reason
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.shards import ShardFile
@@ -131,8 +131,7 @@ def _reading(images: ShardFile) -> Iterator[None]:
     except StoreError as error:
         raise SourceError(f"shard {error}") from error
     except OSError as error:
-        reason = resource_hint(error) or error.strerror or error
-        raise SourceError(f"shard {images} cannot be read: {reason}") from error
+        raise SourceError(f"shard {images} cannot be read: {system_reason(error)}") from error
 
 
 def _pieces(images: ShardFile) -> Iterator[bytes]:
@@ -153,20 +152,15 @@ def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, st
         hasher.update(piece)
         size += len(piece)
         if copy_to is not None:
-            _copy(piece, copy_to)
+            try:
+                copy_to.write(piece)
+                copy_to.flush()
+            except OSError as error:
+                raise StoreError(
+                    f"{tempfile.gettempdir()} cannot be written: {system_reason(error)}; shards that are far away are "
+                    "fetched there: set TMPDIR to a folder with room for some of them"
+                ) from error
     return size, hasher.hexdigest()
-
-
-def _copy(piece: bytes, to: IO[bytes]) -> None:
-    try:
-        to.write(piece)
-        to.flush()
-    except OSError as error:
-        reason = resource_hint(error) or error.strerror or error
-        raise StoreError(
-            f"{tempfile.gettempdir()} cannot be written: {reason}; shards that are far away are fetched there: set "
-            "TMPDIR to a folder with room for some of them"
-        ) from error
 
 
 def rendered_blocks(

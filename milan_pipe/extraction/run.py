@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -50,12 +50,10 @@ class ExtractReport:
     """What an extraction came to.
 
     Attributes:
-        shards, samples, bad: committed in the store, earlier runs included.
+        shards, samples, bad, bytes, bytes_per_view: of the whole store, earlier runs included.
         complete: whether all shards are committed.
         skipped: shards that an earlier run had committed.
-        views, seconds: of this run.
-        views_per_second: of this run, all stages together; 0 where all was skipped.
-        bytes, bytes_per_view: of the whole store.
+        views, seconds, views_per_second: of this run.
         mean_cosine: codec fidelity over this run's views; None where all was skipped.
         phases: seconds by phase, summed over threads and workers; see `milan_pipe.extraction.render.Clock`.
     """
@@ -75,7 +73,7 @@ class ExtractReport:
 
 
 class _Tally:
-    """What is known of the run so far. Sums over the store grow with it: to go through all shards each time is slow."""
+    """What is known of the run so far; its sums grow with it, as adding up all shards after each is quadratic."""
 
     def __init__(
         self, shards: int, known: Mapping[str, CommittedShard], on_progress: Callable[[ExtractProgress], None]
@@ -89,10 +87,8 @@ class _Tally:
         self.views = 0
         self.cosine = 0.0
         self.phases: dict[str, float] = {}
+        self._progress = ExtractProgress(shards_done=0, shards=shards, views=0, bad=0, workers=1)
         self._on_progress = on_progress
-        self._workers = 1
-        self._views_begun = 0
-        self._bad_met = 0
         self._lock = Lock()  # a cluster's client reports from a thread of its own
         for name, shard in known.items():
             self.add_committed(name, shard.source)
@@ -119,20 +115,17 @@ class _Tally:
     def report(self, views: int = 0, bad: int = 0, workers: int | None = None) -> None:
         """Report what was done since the last call, shards that are not committed yet included."""
         with self._lock:
-            self._views_begun += views
-            self._bad_met += bad
-            self._workers = workers or self._workers
-            self._on_progress(
-                ExtractProgress(
-                    shards_done=len(self.committed),
-                    shards=self.shards,
-                    views=self._views_begun,
-                    bad=self._bad_met,
-                    workers=self._workers,
-                )
+            before = self._progress
+            self._progress = replace(
+                before,
+                shards_done=len(self.committed),
+                views=before.views + views,
+                bad=before.bad + bad,
+                workers=workers or before.workers,
             )
+            self._on_progress(self._progress)
 
-    def has_too_many_bad(self, limit: float) -> bool:
+    def require_few_bad(self, limit: float, writer: TargetStoreWriter) -> None:
         """Over the whole store, earlier runs included: to run the same command again must not get past the limit.
 
         Judged once it is sure, or once enough of the whole is known: a first shard may hold all that is bad.
@@ -140,7 +133,12 @@ class _Tally:
         seen = self.bad + self.samples
         whole = seen * self.shards / max(len(self.committed), 1)
         is_enough = seen >= _JUDGED_FROM_IMAGES and seen >= _JUDGED_FROM_SHARE * whole
-        return self.bad > limit * (seen if is_enough else whole)
+        if self.bad > limit * (seen if is_enough else whole):
+            listed = write_bad_samples(writer.location, writer.committed())
+            raise DataError(
+                f"{self.bad} of {seen} images are unreadable, more than extract.max_bad_fraction {limit:g} allows "
+                f"({self.bad_example}). {listed} lists them: repair the source, or raise the limit"
+            )
 
     def failure(self) -> Exception:
         """The error for shards that failed."""
@@ -256,17 +254,7 @@ def extract_targets(
     if space is not None:
         warnings.warn(space, UserWarning, stacklevel=2)
     tally = _Tally(len(sources), known, on_progress)
-
-    def require_few_bad() -> None:
-        limit = params.extract.max_bad_fraction
-        if tally.has_too_many_bad(limit):
-            listed = write_bad_samples(location, writer.committed())
-            raise DataError(
-                f"{tally.bad} of {tally.bad + tally.samples} images are unreadable, more than extract.max_bad_fraction "
-                f"{limit:g} allows ({tally.bad_example}). {listed} lists them: repair the source, or raise the limit"
-            )
-
-    require_few_bad()
+    tally.require_few_bad(params.extract.max_bad_fraction, writer)
     unreadable = 0
     try:
         with closing(_results(targets, params, teacher, writer, jobs, tally)) as results:
@@ -278,7 +266,7 @@ def extract_targets(
                 unreadable = unreadable + 1 if isinstance(result.error, SourceError) else 0
                 if unreadable == _MOST_UNREADABLE:
                     break
-                require_few_bad()
+                tally.require_few_bad(params.extract.max_bad_fraction, writer)
     except OSError as error:
         if isinstance(error, MilanError) and not isinstance(error, StoreError):
             raise

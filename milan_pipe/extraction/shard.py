@@ -28,12 +28,9 @@ from milan_pipe.teacher.clip import Teacher, require_sound
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What one shard came to.
+    """What one shard came to: `source` is what was committed, `error` why it failed.
 
     Attributes:
-        source: what was committed; None where the shard failed.
-        error: why it failed, or None.
-        views: rendered and encoded.
         cosine_sum: codec fidelity: over views, the mean cosine of their tokens.
         seconds: by phase; see `Clock`. Rendering ahead counts here what belongs to the next shard.
     """
@@ -100,109 +97,102 @@ class Extractor:
                     shard.discard()
 
 
+@dataclass
 class _Shard:
     """One shard on its way through teacher and writer. Writing runs on the pool's thread, one block behind."""
 
-    def __init__(
-        self,
-        job: ShardJob,
-        extractor: Extractor,
-        pool: ThreadPoolExecutor,
-        clock: Clock,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        self._job = job
-        self._extractor = extractor
-        self._pool = pool
-        self._clock = clock
-        self._on_progress = on_progress
-        self._writer: StoreShardWriter | None = None
-        self._writing: Future[None] | None = None
-        self._samples = 0
-        self._reported_bad = 0
-        self._cosine = 0.0
-        self._error: Exception | None = None
+    job: ShardJob
+    extractor: Extractor
+    pool: ThreadPoolExecutor
+    clock: Clock
+    on_progress: Callable[[int, int], None]
+    writer: StoreShardWriter | None = None
+    writing: Future[None] | None = None
+    samples: int = 0
+    reported_bad: int = 0
+    cosine: float = 0.0
+    error: Exception | None = None
 
     def add(self, samples: list[RenderedSample]) -> None:
-        if self._error is not None:
+        if self.error is not None:
             return
         try:
-            if self._writer is None:
-                self._writer = self._extractor.writer.open_shard(self._job.name)
+            if self.writer is None:
+                self.writer = self.extractor.writer.open_shard(self.job.name)
             block, cosine = self._encode(samples)
             self._await_writing()
-            self._writing = self._pool.submit(self._timed, self._writer.append, block)
+            self.writing = self.pool.submit(self._timed, self.writer.append, block)
         except Exception as error:  # reported with the shard's result
-            self._error = error
+            self.error = error
             return
-        self._samples += len(samples)
-        self._cosine += cosine
+        self.samples += len(samples)
+        self.cosine += cosine
 
     def report_bad(self, source: SourceFile) -> None:
         bad = len(source.bad)
-        self._on_progress(0, bad - self._reported_bad)
-        self._reported_bad = bad
+        self.on_progress(0, bad - self.reported_bad)
+        self.reported_bad = bad
 
     def end(self, source: SourceFile, error: Exception | None) -> ShardResult:
         """Commit, or discard if anything went wrong; runs on the writer's thread."""
         committed = None
-        self._error = self._error or error
+        self.error = self.error or error
         try:
-            if self._error is None:
+            if self.error is None:
                 committed = self._commit(source)
         except Exception as caught:  # reported with the shard's result
-            self._error = caught
-        if self._error is not None:
+            self.error = caught
+        if self.error is not None:
             self.discard()
         return ShardResult(
-            name=self._job.name,
+            name=self.job.name,
             source=committed,
-            error=self._error,
+            error=self.error,
             views=self._views(),
-            cosine_sum=self._cosine,
-            seconds=self._clock.take(),
+            cosine_sum=self.cosine,
+            seconds=self.clock.take(),
         )
 
     def discard(self) -> None:
-        if self._writing is not None:
-            self._writing.exception()
-        if self._writer is not None:
-            self._writer.discard()
+        if self.writing is not None:
+            self.writing.exception()
+        if self.writer is not None:
+            self.writer.discard()
 
     def _commit(self, source: SourceFile) -> SourceShard:
         self._await_writing()
-        if self._writer is None:
+        if self.writer is None:
             first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
-            raise DataError(f"{self._job.images} has no readable image ({len(source.bad)} skipped{first})")
+            raise DataError(f"{self.job.images} has no readable image ({len(source.bad)} skipped{first})")
         record = SourceShard(
-            name=self._job.images.name,
+            name=self.job.images.name,
             bytes=source.bytes,
             sha256=source.sha256,
-            samples=self._samples,
+            samples=self.samples,
             # Threads may report bad samples out of turn; sorted, the record is the same each time.
             bad=tuple(sorted(source.bad)),
         )
         # Six digits: what is below them may depend on the order of a sum.
-        self._timed(self._writer.commit, record, round(self._cosine / self._views(), 6))
+        self._timed(self.writer.commit, record, round(self.cosine / self._views(), 6))
         return record
 
     def _views(self) -> int:
-        return self._samples * self._extractor.writer.header.views.count
+        return self.samples * self.extractor.writer.header.views.count
 
     def _timed(self, function: Callable[..., None], *arguments: object) -> None:
-        with self._clock.of("write"):
+        with self.clock.of("write"):
             function(*arguments)
 
     def _await_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def _encode(self, samples: list[RenderedSample]) -> tuple[TargetBlock, float]:
         """A block of targets, and the sum of `cosine_N` over its views."""
         pixels_KNHWC = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
         by_view = [
-            self._forward(pixels_NHWC, [f"{self._job.images}: view {k} of {sample.key}" for sample in samples])
+            self._forward(pixels_NHWC, [f"{self.job.images}: view {k} of {sample.key}" for sample in samples])
             for k, pixels_NHWC in enumerate(pixels_KNHWC)
         ]
 
@@ -237,12 +227,12 @@ class _Shard:
             DataError: the teacher's output for an image is not fit to be stored, or the codec does not keep it; begins
                 with its name.
         """
-        codec = self._extractor.codec
+        codec = self.extractor.codec
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for batch in torch.split(pixels_NHWC, self._extractor.batch_size):
-            with self._clock.of("teacher"):
-                output = self._extractor.teacher(batch)
-            with self._clock.of("encode"):
+        for batch in torch.split(pixels_NHWC, self.extractor.batch_size):
+            with self.clock.of("teacher"):
+                output = self.extractor.teacher(batch)
+            with self.clock.of("encode"):
                 parts["faults_NF"].append(output.faults_BF())
                 try:
                     code, scale = codec.encode(output.features_BST)
@@ -256,8 +246,8 @@ class _Shard:
                 if scale is not None:
                     parts["scale_NS"].append(scale)
                 parts["attention_NL"].append(output.share_BL().to(torch.float16))
-            self._on_progress(len(batch), 0)
-        with self._clock.of("encode"):
+            self.on_progress(len(batch), 0)
+        with self.clock.of("encode"):
             view = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
             require_sound(view["faults_NF"], names)
         _require_kept(codec, view["cosine_N"], names)
