@@ -29,7 +29,7 @@ _CROP = 0.875
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was exported: where to, and how timm is asked for it."""
+    """What was exported: where to, and what `timm.create_model` takes to build it."""
 
     folder: str
     weights: str
@@ -106,7 +106,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     Raises:
         SettingError: FOLDER has the name of a weights file.
         MissingError, DataError, MismatchError: the checkpoint cannot be used.
-        StoreError: the folder is taken or cannot be written.
+        StoreError: the folder is not empty or cannot be written.
     """
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
@@ -124,7 +124,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     # Absolute: a bare name such as `out` has no parent to make a sibling in.
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StoreError(f"{target} is there and not empty; name another folder, or remove this one first")
+        raise StoreError(f"{target} exists and is not empty; name another folder, or remove this one first")
     location = location_of(target.parent)
     location.clear_scratch(target.name)
     scratch = location.scratch(target.name)

@@ -71,10 +71,7 @@ def hub_file(repository: str, *names: str) -> Path:
 
 
 def _silence(repository: str, name: str) -> Exception | None:
-    """Why the hub gives no answer at all; None where it gives one, good or bad.
-
-    huggingface_hub, asked for a file that it has not, tries a hub that is out of reach for minutes.
-    """
+    """Why the hub gives no answer at all; None where it gives one: huggingface_hub itself would retry for minutes."""
     try:
         get_hf_file_metadata(hf_hub_url(repository, name))
     except HfHubHTTPError:

@@ -26,7 +26,7 @@ def teacher_of(
         output = teacher(pixels_BHWC)
         # Marked and not raised: to read the faults would wait for the device in every step.
         faulty_B11 = output.faults_BF().any(dim=1)[:, None, None]
-        # Rounded as in a store, so that masks are the same; cloned, as what inference mode made cannot be trained on.
-        return output.features_BST.masked_fill(faulty_B11, math.nan), output.share_BL().half().clone()
+        # Shares are rounded as in a store, so that masks are the same.
+        return output.features_BST.masked_fill(faulty_B11, math.nan), output.share_BL().half()
 
     return teach

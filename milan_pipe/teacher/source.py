@@ -104,7 +104,7 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
         return TowerSource(
             model=name,
             config=config,
-            # The activation is the weights' own: open_clip only warns where ViT-B-16 is asked for OpenAI's weights.
+            # The activation is the weights' own: open_clip only warns about ViT-B-16 with OpenAI's weights.
             quick_gelu=bool(preset.get("quick_gelu", False)),
             tag=pretrained,
             checkpoint=lambda: _of_tag(name, pretrained, preset),

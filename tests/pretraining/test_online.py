@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
-from milan_pipe.errors import MismatchError, SettingError
+from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.pretraining.run import pretrain
+from milan_pipe.teacher import clip
 from milan_pipe.training.recorder import TrainProgress
 
 SETTINGS = [
@@ -41,10 +44,10 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def curve(targets: Path, run: Path, *more: str) -> list[float]:
     losses: list[float] = []
 
-    def told(now: TrainProgress) -> None:
-        losses.append(now.loss)
+    def keep(progress: TrainProgress) -> None:
+        losses.append(progress.loss)
 
-    api.pretrain(targets, run, params(*more), on_progress=told)
+    api.pretrain(targets, run, params(*more), on_progress=keep)
     return losses
 
 
@@ -55,6 +58,29 @@ def test_stored_targets_train_like_the_teacher_itself(targets: Path, tmp_path: P
     assert stored != online  # rounding to float16 leaves a trace: the teacher did run
     assert max(abs(left - right) for left, right in zip(stored, online, strict=True)) < 1e-3
     assert stored[-1] < 0.8 * stored[0]
+
+
+def test_what_extraction_refuses_stops_the_run_and_names_the_batch(
+    targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = clip.load_teacher
+
+    def disturbed(*arguments: Any, **keywords: Any) -> clip.Teacher:
+        teacher = load(*arguments, **keywords)
+        calls = iter(range(10**6))
+
+        @torch.inference_mode()
+        def hook(_module: Any, _inputs: Any, output: clip.TeacherOutput) -> None:
+            if next(calls) == 2:
+                output.features_BST[5, 7] = 0  # a zero token
+
+        teacher.register_forward_hook(hook)
+        return teacher
+
+    monkeypatch.setattr(clip, "load_teacher", disturbed)
+    with pytest.raises(DataError, match="step 3"):
+        curve(targets, tmp_path / "run", "pretrain.targets=online")
+    assert [file.name for file in (tmp_path / "run" / "not-finite").iterdir()] == ["step-00000003.safetensors"]
 
 
 def test_another_teacher_and_another_target_are_refused(targets: Path, tmp_path: Path) -> None:
