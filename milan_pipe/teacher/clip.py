@@ -15,10 +15,11 @@ from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
 from milan_pipe.teacher.checkpoint import load_tower_weights, weights_sha256
+from milan_pipe.teacher.family import TowerFamily
 from milan_pipe.teacher.hub import one_line, quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
 from milan_pipe.teacher.source import TowerSource, find_source
-from milan_pipe.teacher.tower import check_tower, choose_input_size, resize_tower, sizes_of, tower_outputs
+from milan_pipe.teacher.tower import choose_input_size, family_of
 
 FAULTS = (
     "features that are not finite",
@@ -83,9 +84,10 @@ class Teacher(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, visual: nn.Module, info: TeacherInfo, normalization: MeanStd) -> None:
+    def __init__(self, visual: nn.Module, family: TowerFamily, info: TeacherInfo, normalization: MeanStd) -> None:
         super().__init__()
         self.visual = visual.eval().requires_grad_(False)
+        self.family = family
         self.info = info
         self.register_buffer("mean", torch.tensor(normalization.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(normalization.std).view(1, 3, 1, 1) * 255)
@@ -110,18 +112,19 @@ class Teacher(nn.Module):
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
         normalised = (pixels - self.mean) / self.std
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.info.precision == "bfloat16"):
-            features, importance = tower_outputs(self.visual, normalised)
+            features, importance = self.family.outputs(self.visual, normalised)
         return TeacherOutput(features.float(), importance.float())
 
 
 def _build_tower(source: TowerSource) -> nn.Module:
     """The image tower alone, untrained: text towers are never needed, and some ask a model hub for their parts."""
     vision = {**source.config["vision_cfg"], "timm_model_pretrained": False}
+    quick_gelu = bool(source.config.get("quick_gelu", False))
     # Untrained weights must be the same in every process, as targets of one store come from many.
     with torch.random.fork_rng(devices=[]), quiet(None):
         torch.manual_seed(0)
         try:
-            visual: nn.Module = _build_vision_tower(source.config["embed_dim"], vision, quick_gelu=source.quick_gelu)
+            visual: nn.Module = _build_vision_tower(source.config["embed_dim"], vision, quick_gelu=quick_gelu)
         # What a description holds is anyone's: open_clip and timm raise of every kind.
         except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
             raise DataError(
@@ -155,14 +158,15 @@ def load_teacher(
     """
     source = find_source(config.model, config.pretrained)
     visual = _build_tower(source)
-    check_tower(visual, config.model)
+    family = family_of(visual, config.model)
     if source.checkpoint is not None:
         load_tower_weights(visual, source.checkpoint(), config.model)
     # Over the weights as trained: the same teacher at another input size keeps its identity.
     digest = weights_sha256(visual)
-    side = choose_input_size(visual, config.model, config.image_size, grid)
-    resize_tower(visual, side)
-    sizes = sizes_of(visual)
+    side = choose_input_size(family.sizes(visual), config.model, config.image_size, grid)
+    if family.sizes(visual).image_size != (side, side):
+        family.resize(visual, side)
+    sizes = family.sizes(visual)
     info = TeacherInfo(
         **config.header_fields(),
         weights_sha256=digest,
@@ -172,7 +176,7 @@ def load_teacher(
         grid=sizes.grid,
         width=sizes.width,
     )
-    return Teacher(visual, info, normalization_of(config.normalization, source, visual)).to(device)
+    return Teacher(visual, family, info, normalization_of(config.normalization, source, visual)).to(device)
 
 
 def load_teacher_of(

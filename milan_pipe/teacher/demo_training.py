@@ -1,8 +1,7 @@
 """Contrastive training of the small CLIP that ships with the package: images of scenes and their captions, no labels.
 
-Captions vary in detail, as captions do: size, colour and background are each left out half of the time. A caption
-counts as true of every image in the batch whose full caption has all of its words, so that "a star" is not held
-against another image of a star. This needs nothing but the captions.
+Size, colour and background are each left out of half of the captions. A caption is true of every image of a batch whose
+full caption has all of its words, so that "a star" is not held against another image of a star.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ def _render(seed: int, count: int) -> tuple[NDArray[np.uint8], list[str], list[i
 
 
 def tokenize(captions: Sequence[str]) -> Tensor:
-    """Turn captions into ids.
-
-    Returns:
-        (len(captions), 12) int64; 0 pads, `END_TOKEN` closes each caption.
+    """Ids of captions' words: (len(captions), 12) int64; 0 pads, `END_TOKEN` closes each caption.
 
     Raises:
         DataError: a word is not in the vocabulary of scenes, or a caption is longer than 11 words.
@@ -109,8 +105,7 @@ def _augmented(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) 
     moves = rng.integers(0, 2 * shift + 1, (len(images), 2))
     mirrored = rng.random(len(images)) < 0.5
     out = torch.empty(pixels.shape)
-    for row, (move, mirror) in enumerate(zip(moves, mirrored, strict=True)):
-        top, left = int(move[0]), int(move[1])
+    for row, ((top, left), mirror) in enumerate(zip(moves.tolist(), mirrored, strict=True)):
         view = padded[row, :, top : top + SCENE_SIZE, left : left + SCENE_SIZE]
         out[row] = view.flip(-1) if mirror else view
     return _normalised(out)
@@ -125,13 +120,10 @@ def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]
     """Share of images whose nearest caption among "a circle", "a square", ... names the main shape."""
     model.eval()
     text = F.normalize(model.encode_text(tokenize([f"a {shape}" for shape in SHAPES])), dim=-1)
-    right = 0
-    for start in range(0, len(images), 500):
-        pixels = torch.from_numpy(images[start : start + 500]).permute(0, 3, 1, 2).float()
-        guess = (model.encode_image(_normalised(pixels)) @ text.T).argmax(dim=1)
-        right += int((guess == torch.tensor(labels[start : start + 500])).sum())
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    logits = torch.cat([model.encode_image(_normalised(part.float())) @ text.T for part in torch.split(pixels, 500)])
     model.train()
-    return right / len(images)
+    return int((logits.argmax(dim=1) == torch.tensor(labels)).sum()) / len(images)
 
 
 def _optimisers(model: CLIP, config: DemoTeacherSettings) -> list[torch.optim.Optimizer]:
@@ -206,7 +198,7 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
                 "step %d of %d  loss %.3f  zero-shot %.2f %%  %.0f images/s",
                 step, config.steps, loss.item(), 100 * accuracy, rate,
             )  # fmt: skip
-            write_weights({name: tensor.clone() for name, tensor in model.state_dict().items()}, out_dir / WEIGHTS_NAME)
+            write_weights(model.state_dict(), out_dir / WEIGHTS_NAME)
     return {
         "zero_shot_accuracy": accuracy,
         "images_seen": float(config.steps * config.batch_size),

@@ -41,10 +41,23 @@ class TowerFamily(Protocol):
         """Sizes as they are now."""
 
     def resize(self, visual: Any, side: int) -> None:
-        """Take another input, `side` pixels square: position embeddings are interpolated, bicubic and antialiased."""
+        """Take another input, `side` pixels square, a whole number of patches.
+
+        Learned position embeddings are interpolated (bicubic, antialiased), rotary ones computed for the new grid.
+        """
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, S, T) and importance (B, L); see `milan_pipe.teacher.tower.tower_outputs`."""
+        """Run the tower once on normalised pixels of its own size.
+
+        Returns:
+            features (B, S, T): CLS or pooled token first, then patches in raster order; not unit length. All tokens are
+            past the tower's final norm and its projection, where it has one.
+            importance (B, L) float32: the attention of the query that pools over the patch keys, softmax over all keys,
+            mean over heads, columns of CLS and register tokens dropped, so that a row sums to at most 1. The query is
+            the last block's CLS query, or the one of attention pooling.
+
+        Source: arXiv 2208.06049, sections 3.1 and 3.3.
+        """
 
 
 @dataclass

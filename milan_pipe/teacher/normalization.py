@@ -44,10 +44,9 @@ def stated_normalization(preprocess: Any) -> MeanStd | None:
     """What a model's `preprocess_cfg` says, OpenAI's where it says nothing; None where it is damaged."""
     if not isinstance(preprocess, dict):
         return None
-    said = {key: value for key, value in preprocess.items() if value is not None}
     # open_clip takes one number for all channels too.
-    spread = {key: [value] * 3 if isinstance(value, int | float) else value for key, value in said.items()}
-    return _of({**OPENAI._asdict(), **spread})
+    spread = {key: [value] * 3 if isinstance(value, int | float) else value for key, value in preprocess.items()}
+    return _of(OPENAI._asdict() | {key: value for key, value in spread.items() if value is not None})
 
 
 def _of_sidecar(checkpoint: Path) -> MeanStd | None:

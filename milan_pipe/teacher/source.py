@@ -27,8 +27,7 @@ class TowerSource:
 
     Attributes:
         model: open_clip's name of it.
-        config: its `embed_dim` and `vision_cfg`, as open_clip has them.
-        quick_gelu: the activation that the weights were trained with.
+        config: `embed_dim`, `vision_cfg` and `quick_gelu`, the activation of the weights, as open_clip has them.
         tag: open_clip's name of the weights, where they have one.
         checkpoint: gives the weights' file, fetched where need be; raises MissingError. None: untrained.
         file: that file, where the settings name it, so that what lies beside it describes it.
@@ -37,7 +36,6 @@ class TowerSource:
 
     model: str
     config: dict[str, Any]
-    quick_gelu: bool
     tag: str | None = None
     checkpoint: Callable[[], Path] | None = None
     file: Path | None = None
@@ -77,7 +75,7 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
 def _bundled(pretrained: str | None) -> TowerSource:
     if pretrained not in (None, RANDOM):
         raise SettingError(f"teacher 'demo' brings its own weights, found pretrained {pretrained!r}; leave it out")
-    source = _untrained(DEMO_NAME, json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
+    source = TowerSource(model=DEMO_NAME, config=json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
     weights = DEMO_FOLDER / f"{DEMO_NAME}.safetensors"
     return source if pretrained == RANDOM else replace(source, checkpoint=lambda: weights)
 
@@ -103,21 +101,16 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
         preset = open_clip.get_pretrained_cfg(name, pretrained)
         return TowerSource(
             model=name,
-            config=config,
             # The activation is the weights' own: open_clip only warns about ViT-B-16 with OpenAI's weights.
-            quick_gelu=bool(preset.get("quick_gelu", False)),
+            config={**config, "quick_gelu": preset.get("quick_gelu", False)},
             tag=pretrained,
             checkpoint=lambda: _of_tag(name, pretrained, preset),
         )
     return _with_file(
-        _untrained(name, config),
+        TowerSource(model=name, config=config),
         pretrained,
         f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {', '.join(tags) or 'none'}",
     )
-
-
-def _untrained(model: str, config: dict[str, Any], stated: MeanStd | None = None) -> TowerSource:
-    return TowerSource(model=model, config=config, quick_gelu=bool(config.get("quick_gelu", False)), stated=stated)
 
 
 def _with_file(source: TowerSource, pretrained: str, problem: str) -> TowerSource:
@@ -202,7 +195,7 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
             f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
             "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
         )
-    source = _untrained(model, config, stated)
+    source = TowerSource(model=model, config=config, stated=stated)
     if pretrained is None:
         return replace(source, checkpoint=own)
     problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave teacher.pretrained"

@@ -100,7 +100,7 @@ class TimmFamily:
 
     @torch.no_grad()
     def resize(self, visual: Any, side: int) -> None:
-        # Rotary embeddings are computed anew, over the extent that the trunk was trained on.
+        # Rotary embeddings: over the extent that the trunk was trained on.
         visual.set_input_size(side)
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:

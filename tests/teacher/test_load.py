@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
+from support.towers import sizes_of, tower_outputs
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -24,7 +25,7 @@ from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.teacher.clip import _build_tower, _resolve_precision, load_teacher
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
 from milan_pipe.teacher.source import find_source
-from milan_pipe.teacher.tower import choose_input_size, sizes_of, tower_outputs
+from milan_pipe.teacher.tower import choose_input_size
 
 NATIVE, EVA02, SIGLIP = "tiny-L-14", "tiny-EVA02-14", "tiny-SigLIP-14"
 FAMILIES = [NATIVE, EVA02, SIGLIP]
@@ -301,9 +302,9 @@ def test_sizes_of_named_models(name, own, grid, matched):
     with torch.device("meta"):
         tower = _build_tower(find_source(name, "random"))
     assert sizes_of(tower).grid == grid
-    assert choose_input_size(tower, name) == own
-    assert choose_input_size(tower, name, grid=(14, 14)) == matched
-    assert choose_input_size(tower, name, image_size=448, grid=(14, 14)) == 448
+    assert choose_input_size(sizes_of(tower), name) == own
+    assert choose_input_size(sizes_of(tower), name, grid=(14, 14)) == matched
+    assert choose_input_size(sizes_of(tower), name, image_size=448, grid=(14, 14)) == 448
 
 
 # --- normalisation ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
+from support.towers import sizes_of, tower_outputs
 from timm.layers import LayerNorm
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
@@ -18,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milan_pipe.errors import SettingError
-from milan_pipe.teacher.tower import check_tower, resize_tower, sizes_of, tower_outputs
+from milan_pipe.teacher.tower import family_of
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -226,7 +227,7 @@ def angles_of(trunk, spec):
 def test_is_the_plain_forward_pass(case):
     kind, changes, spec = CASES[case]
     visual = wrap(small(kind, **changes))
-    check_tower(visual, case)
+    family_of(visual, case)
     pixels = torch.randn(2, 3, 24, 24)
     features, importance = tower_outputs(visual, pixels)
     plain_features, plain_importance = plain_outputs(visual, pixels, angles_of(visual.trunk, spec))
@@ -276,7 +277,7 @@ def by_name(name):
 @torch.inference_mode()
 def test_eva02_b_16():
     visual = by_name("EVA02-B-16")
-    check_tower(visual, "EVA02-B-16")
+    family_of(visual, "EVA02-B-16")
     pixels = torch.randn(1, 3, 224, 224)
     features, importance = tower_outputs(visual, pixels)
     assert features.shape == (1, 197, 512)
@@ -290,7 +291,7 @@ def test_eva02_b_16():
 @torch.inference_mode()
 def test_vit_b_16_siglip():
     visual = by_name("ViT-B-16-SigLIP")
-    check_tower(visual, "ViT-B-16-SigLIP")
+    family_of(visual, "ViT-B-16-SigLIP")
     pixels = torch.randn(1, 3, 224, 224)
     features, importance = tower_outputs(visual, pixels)
     assert features.shape == (1, 197, 768)
@@ -317,7 +318,7 @@ def test_grid_of_16_becomes_14(kind, changes, spec):
     visual = wrap(small(kind, img_size=224, patch_size=14, depth=2, **changes), image_size=224)
     assert (sizes_of(visual).grid, sizes_of(visual).patch_size) == ((16, 16), (14, 14))
     trained = visual.trunk.pos_embed.clone()
-    resize_tower(visual, 196)
+    family_of(visual, "x").resize(visual, 196)
     assert sizes_of(visual).grid == (14, 14)
     prefix = visual.trunk.num_prefix_tokens
     square = trained[:, prefix:].unflatten(1, (16, 16)).permute(0, 3, 1, 2)
@@ -387,5 +388,5 @@ class OtherTrunk(VisionTransformer):
 def test_refused(trunk, why):
     visual = wrap(trunk())
     with pytest.raises(SettingError, match=rf"'thing' cannot be used: .*{why}.*EVA02-B-16.*ViT-B-16-SigLIP") as caught:
-        check_tower(visual, "thing")
+        family_of(visual, "thing")
     assert "\n" not in str(caught.value)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from safetensors import safe_open
+from support.towers import sizes_of, tower_outputs
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milan_pipe.errors import SettingError
-from milan_pipe.teacher.tower import check_tower, choose_input_size, sizes_of, tower_outputs
+from milan_pipe.teacher.tower import choose_input_size, family_of
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
@@ -48,7 +49,7 @@ def test_agrees_with_published_reference(path):
         norm_layer=partial(LayerNorm, eps=float(meta["layer_norm_eps_teacher"])),
     ).eval()
     tower.load_state_dict(weights)
-    check_tower(tower, "oracle")
+    family_of(tower, "oracle")
     features, importance = tower_outputs(tower, tensors["io/images"])
     assert_close(features, tensors["io/teacher_features"], **TOLERANCE)
     assert_close(importance, tensors["io/importance"], **TOLERANCE)
@@ -103,7 +104,7 @@ def test_fast_path_is_the_plain_one_small(changes):
 def test_fast_path_is_the_plain_one_vit_b_32():
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32").visual.eval()
-    check_tower(tower, "ViT-B-32")
+    family_of(tower, "ViT-B-32")
     pixels = torch.randn(1, 3, 224, 224)
     features, importance = tower_outputs(tower, pixels)
     plain_features, plain_importance = plain_outputs(tower, pixels)
@@ -138,7 +139,7 @@ def custom_outputs(tower, pixels):
 @torch.inference_mode()
 def test_custom_blocks(changes):
     tower = small_tower(layers=1, **changes)
-    check_tower(tower, "custom")
+    family_of(tower, "custom")
     pixels = torch.randn(3, 3, 24, 24)
     features, importance = tower_outputs(tower, pixels)
     plain_features, plain_importance = custom_outputs(tower, pixels)
@@ -151,7 +152,7 @@ def test_custom_blocks(changes):
 @torch.inference_mode()
 def test_norm_after_pooling_is_the_same_norm():
     before, after = small_tower(), small_tower(final_ln_after_pool=True)
-    check_tower(after, "after")
+    family_of(after, "after")
     pixels = torch.randn(2, 3, 24, 24)
     assert_close(tower_outputs(before, pixels)[0], tower_outputs(after, pixels)[0])
     assert_close(tower_outputs(after, pixels)[0][:, 0], after(pixels), **TOLERANCE)
@@ -188,7 +189,7 @@ def test_sizes_are_read_from_the_tower():
     sizes = sizes_of(small_tower(image_size=32, output_dim=12))
     assert (sizes.image_size, sizes.patch_size, sizes.grid, sizes.width) == ((32, 32), (8, 8), (4, 4), 12)
     with pytest.raises(SettingError, match="32 x 24"):
-        choose_input_size(small_tower(image_size=(32, 24)), "x")
+        choose_input_size(sizes_of(small_tower(image_size=(32, 24))), "x")
 
 
 @pytest.mark.parametrize(
@@ -209,4 +210,4 @@ def test_refuses_other_pooling(changes, why):
     else:
         tower = VisionTransformer(**{**sizes, "output_dim": 20, **changes})
     with pytest.raises(SettingError, match=rf"'thing'.*{why}.*ViT-B-16"):
-        check_tower(tower, "thing")
+        family_of(tower, "thing")
