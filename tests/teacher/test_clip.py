@@ -86,7 +86,7 @@ def damaged(name, path):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("other_model.pt", MismatchError, "does not fit"),
+        ("other_model.pt", MismatchError, "image tower"),
         ("list.pt", DataError, "holds a list, expected safetensors, or tensors by name"),
         ("empty.pt", DataError, "cannot be read"),
         ("text.pt", DataError, "cannot be read"),

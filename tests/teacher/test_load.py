@@ -166,7 +166,7 @@ def test_checkpoint_of_another_model_is_one_line(name, tmp_path):
 def test_other_shapes_are_told(tmp_path):
     weights = trained(EVA02)
     weights["trunk.head.weight"] = torch.zeros(7, 32)
-    with pytest.raises(MismatchError, match=r"trunk.head.weight has shape \(7, 32\), expected \(32, 32\)"):
+    with pytest.raises(MismatchError, match=r"trunk.head.weight is \(7, 32\), expected \(32, 32\)"):
         loaded(EVA02, save_as("model.pt", weights, tmp_path))
 
 

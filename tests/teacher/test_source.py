@@ -285,7 +285,7 @@ def test_folder_that_cannot_serve(models, tmp_path):
     (tmp_path / "m" / WEIGHTS).write_bytes(b"cut")
     refused(f"local-dir:{tmp_path / 'm'}", DataError, "cannot be read")
     (tmp_path / "m" / WEIGHTS).write_bytes((models / "timm" / WEIGHTS).read_bytes())
-    refused(f"local-dir:{tmp_path / 'm'}", MismatchError, "does not fit")
+    refused(f"local-dir:{tmp_path / 'm'}", MismatchError, "image tower")
 
 
 @pytest.mark.parametrize(
