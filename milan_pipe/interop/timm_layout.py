@@ -113,10 +113,8 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     config, encoder = _model_of(opened)
     record = opened.record
     arguments = timm_sizes(config)
-    origin = {name: record.get(name) for name in ("step", "epochs", "package_version")}
-    described: dict[str, Any] = {
-        "milan_pipe": {**origin, "teacher": record["teacher"] if isinstance(record.get("teacher"), dict) else None}
-    }
+    origin = {name: record.get(name) for name in ("step", "epochs", "package_version", "teacher")}
+    described: dict[str, Any] = {"milan_pipe": origin}
     if _is_tuned(opened):
         arguments["global_pool"] = "avg"
         if isinstance(record["classes"], list):
