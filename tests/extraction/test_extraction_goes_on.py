@@ -19,7 +19,7 @@ from milan_pipe.targets.store import open_targets
 
 
 class Interrupted(BaseException):
-    """Stands for Ctrl-C at a chosen place."""
+    """Stands for Ctrl-C at a chosen moment."""
 
 
 # --- same bytes ---------------------------------------------------------------------------------------------------
@@ -47,10 +47,10 @@ def test_again_does_nothing(images, extract, tree, tmp_path):
 
 
 def test_interrupted_between_and_inside_shards(whole, images, extract, tree, tmp_path):
-    targets, told = tmp_path / "t", []
+    targets, reported = tmp_path / "t", []
 
     def stop(now):
-        told.append(now)
+        reported.append(now)
         if now.shards_done == 1 and now.views > 50:
             raise Interrupted
 
@@ -91,7 +91,7 @@ def test_killed_process_goes_on(whole, images, tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"views": ViewSettings(count=3, seed=5)}, "views.count: store has 2, this run has 3"),
         ({"views": ViewSettings(count=2, seed=6)}, "views.seed: store has 5, this run has 6"),
@@ -101,9 +101,9 @@ def test_killed_process_goes_on(whole, images, tree, tmp_path):
         ({"teacher": TeacherSettings(pretrained="random")}, "teacher.weights_sha256: store has"),
     ],
 )
-def test_another_configuration_is_refused(whole, images, extract, tree, change, told):
+def test_another_configuration_is_refused(whole, images, extract, tree, change, message):
     before = tree(whole[0])
-    with pytest.raises(MismatchError, match=told):
+    with pytest.raises(MismatchError, match=message):
         extract(images, whole[0], **change)
     assert tree(whole[0]) == before
 

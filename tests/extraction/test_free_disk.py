@@ -47,28 +47,28 @@ def free(monkeypatch):
 
 def test_a_small_disk_is_label_and_caption_before_the_first_view(images, extract, tmp_path):
     with small_disk(tmp_path / "disk", 300 * 1024) as disk:
-        told, views = warned(lambda **more: extract(images, disk / "t", **more))
-        assert len(told) == 1
-        assert told[0].endswith("name a folder with room, or choose fewer views (views.count) or a smaller codec")
-        assert str(disk / "t") in told[0]
+        lines, views = warned(lambda **more: extract(images, disk / "t", **more))
+        assert len(lines) == 1
+        assert lines[0].endswith("name a folder with room, or choose fewer views (views.count) or a smaller codec")
+        assert str(disk / "t") in lines[0]
         assert views[0] == 0
 
 
 def test_without_an_index_headers_tell(images, extract, tmp_path, free):
     shutil.copytree(images, tmp_path / "plain", ignore=shutil.ignore_patterns("index.json"))
     free(10_000)
-    told, views = warned(lambda **more: extract(tmp_path / "plain", tmp_path / "t", **more))
+    lines, views = warned(lambda **more: extract(tmp_path / "plain", tmp_path / "t", **more))
     indexed, _ = warned(lambda **more: extract(images, tmp_path / "u", **more))
     assert views[0] == 0
-    assert told[0].partition(" free at ")[0] == indexed[0].partition(" free at ")[0]
+    assert lines[0].partition(" free at ")[0] == indexed[0].partition(" free at ")[0]
 
 
 def test_only_what_is_missing_counts(images, extract, whole, tmp_path, free):
     targets = tmp_path / "t"
     shutil.copytree(whole[0], targets)
     free(10_000)
-    told, _ = warned(lambda **more: extract(images, targets, **more))
-    assert told == []
+    lines, _ = warned(lambda **more: extract(images, targets, **more))
+    assert lines == []
     first, _ = warned(lambda **more: extract(images, targets, redo=["000002"], **more))
     every, _ = warned(lambda **more: extract(images, tmp_path / "u", **more))
     # The last of three shards has 10 of 60 images.
@@ -76,17 +76,17 @@ def test_only_what_is_missing_counts(images, extract, whole, tmp_path, free):
 
 
 def test_a_share_counts_its_own_shards(images, extract, tmp_path, free):
-    told_bytes = []
+    announced_bytes = []
     for share in (None, "2/3"):
         free(10_000)
-        told, _ = warned(lambda share=share, **more: extract(images, tmp_path / str(share)[:1], shards=share, **more))
-        told_bytes.append(needed(told[0]))
-    assert told_bytes[1] == pytest.approx(told_bytes[0] / 6, rel=0.01)
+        lines, _ = warned(lambda share=share, **more: extract(images, tmp_path / str(share)[:1], shards=share, **more))
+        announced_bytes.append(needed(lines[0]))
+    assert announced_bytes[1] == pytest.approx(announced_bytes[0] / 6, rel=0.01)
 
 
 def test_a_disk_with_room_is_passed_over_in_silence(images, extract, tmp_path):
-    told, _ = warned(lambda **more: extract(images, tmp_path / "t", **more))
-    assert told == []
+    lines, _ = warned(lambda **more: extract(images, tmp_path / "t", **more))
+    assert lines == []
 
 
 @pytest.mark.parametrize("codec", ["float16", "int8", "klt"])
@@ -98,15 +98,15 @@ def test_the_bound_is_one(images, extract, tmp_path, codec, store_format):
     assert report.bytes_per_view < bound < 4 * report.bytes_per_view
 
 
-def test_the_command_tells_it_in_one_line(images, tmp_path, free, capsys, monkeypatch):
+def test_the_command_warns_in_one_line(images, tmp_path, free, capsys, monkeypatch):
     free(10_000)
     words = ["views.count=1", "extract.threads=1", "extract.device=cpu"]
     settings = [part for text in words for part in ("--set", text)]
     monkeypatch.setattr(sys, "argv", ["milan-pipe", "extract-targets", str(images), str(tmp_path / "t"), *settings])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert ended.value.code in (0, None)
-    assert len(told) == 1
-    assert "may need up to" in told[0]
-    assert f"10.00 KB are free at {tmp_path / 't'}" in told[0]
+    assert len(lines) == 1
+    assert "may need up to" in lines[0]
+    assert f"10.00 KB are free at {tmp_path / 't'}" in lines[0]

@@ -106,10 +106,10 @@ CHANGES = {
     [*(("int8", name) for name in CHANGES), ("float16", "feature no number"), ("float16", "too small to keep")],
 )
 def test_shard_is_not_committed(name, codec, few, extract, disturb, tmp_path):
-    change, told = CHANGES[name]
+    change, message = CHANGES[name]
     disturb(change)
-    place = rf"train-000001\.tar: view {VIEW} of {key_of(few, 1, SAMPLE)}: "
-    with pytest.raises(DataError, match=rf"1 of 3 shards failed: 000001: .*{place}.*{told}") as caught:
+    view = rf"train-000001\.tar: view {VIEW} of {key_of(few, 1, SAMPLE)}: "
+    with pytest.raises(DataError, match=rf"1 of 3 shards failed: 000001: .*{view}.*{message}") as caught:
         extract(few, tmp_path / "t", codec=codec, batch_size=2)
     assert "\n" not in str(caught.value)
     with pytest.warns(RuntimeWarning, match=r"2 of 3 shards"):
@@ -134,7 +134,7 @@ def test_feature_that_a_codec_cannot_take_is_named(few, extract, disturb, tmp_pa
         extract(few, tmp_path / "t", codec="float16", batch_size=2)
 
 
-def test_earlier_fault_is_told_where_a_later_batch_cannot_be_encoded(few, extract, disturb, tmp_path):
+def test_earlier_fault_is_reported_where_a_later_batch_cannot_be_encoded(few, extract, disturb, tmp_path):
     def change(features, importance):
         importance[ROW] = 0
         features[ROW + 1, 1, 1] = float("nan")
@@ -147,8 +147,8 @@ def test_earlier_fault_is_told_where_a_later_batch_cannot_be_encoded(few, extrac
 @pytest.mark.parametrize("change", [set_feature(float("nan")), zero_token], ids=["no number", "zero token"])
 def test_klt_is_not_fitted_to_what_is_no_feature(change, few, extract, disturb, tmp_path):
     disturb(change, call=0)
-    told = rf"train-000000\.tar: {key_of(few, 0, ROW)}: the teacher gave"
-    with pytest.raises(DataError, match=told):
+    message = rf"train-000000\.tar: {key_of(few, 0, ROW)}: the teacher gave"
+    with pytest.raises(DataError, match=message):
         extract(few, tmp_path / "t", codec="klt", batch_size=2)
     assert not (tmp_path / "t").exists()
 

@@ -96,9 +96,11 @@ def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
     assert prepared.code == 0, prepared.err
     assert prepared.report["samples"] == len(good)
     lines = [json.loads(line) for line in (images / "bad_samples.jsonl").read_bytes().decode().split("\n") if line]
-    told = {line["file"]: line["reason"] for line in lines}
-    assert told.keys() == {"/".join(parts) for parts, image in expected.items() if image.reason}
-    wrong = {name: told[name] for parts, p in expected.items() if p.reason not in told.get(name := "/".join(parts), "")}
+    found = {line["file"]: line["reason"] for line in lines}
+    assert found.keys() == {"/".join(parts) for parts, image in expected.items() if image.reason}
+    wrong = {
+        name: found[name] for parts, p in expected.items() if p.reason not in found.get(name := "/".join(parts), "")
+    }
     assert wrong == {}
 
     trees = {}
@@ -300,12 +302,12 @@ def open_targets_names(targets: Path) -> tuple[str, ...]:
 
 def test_only_unreadable_images(milan: Command, tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", [Member(name="a.jpg", data=b"text"), Member(name="b.v2.jpg", data=PNG)])
-    told = milan("extract-targets", tmp_path / "a.tar", tmp_path / "t", *WORDS).error
-    assert re.search(r"a\.tar has no readable image \(2 skipped; the first: ", told)
+    found = milan("extract-targets", tmp_path / "a.tar", tmp_path / "t", *WORDS).error
+    assert re.search(r"a\.tar has no readable image \(2 skipped; the first: ", found)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"text")
-    told = milan("prepare", tmp_path / "in", tmp_path / "out").error
-    assert "none of the 1 images" in told
-    assert "a.jpg: not a JPEG" in told
+    found = milan("prepare", tmp_path / "in", tmp_path / "out").error
+    assert "none of the 1 images" in found
+    assert "a.jpg: not a JPEG" in found
     os.truncate(tmp_path / "in" / "a.jpg", 0)
     assert "empty file" in milan("prepare", tmp_path / "in", tmp_path / "out").error

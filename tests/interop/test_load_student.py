@@ -17,7 +17,7 @@ def test_run_checkpoint_and_export_give_one_model(project: Project, tmp_path: Pa
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     run = project.runs[0]
     milan_pipe.export(run, tmp_path / "out")
-    models = [milan_pipe.load_student(place) for place in (run, next(run.glob("checkpoints/*")), tmp_path / "out")]
+    models = [milan_pipe.load_student(path) for path in (run, next(run.glob("checkpoints/*")), tmp_path / "out")]
     with torch.no_grad():
         features = [model.forward_features(images) for model in models]
     assert features[0].shape == (2, 65, 32)
@@ -40,7 +40,7 @@ def test_a_fine_tuned_one_has_its_classifier(project: Project, tmp_path: Path) -
         assert torch.equal(logits, milan_pipe.load_student(tmp_path / "out")(images))
 
 
-def test_what_is_no_student_is_told(project: Project, tmp_path: Path) -> None:
+def test_what_is_no_student_is_named(project: Project, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="is not there"):
         milan_pipe.load_student(tmp_path / "none")
     with pytest.raises(DataError, match="holds what `milan-pipe segment` trained"):

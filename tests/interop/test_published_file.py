@@ -133,7 +133,7 @@ def test_what_is_no_student_is_one_error_and_nothing_runs(tmp_path: Path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_that_cannot_be_told_and_a_run_that_is_taken(tmp_path: Path) -> None:
+def test_heads_that_do_not_follow_and_a_run_with_checkpoints(tmp_path: Path) -> None:
     save_file(published(), tmp_path / "c.safetensors")
     with pytest.raises(SettingError, match="decoder_heads"):
         import_published(tmp_path / "c.safetensors", tmp_path / "run")

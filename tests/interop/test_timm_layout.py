@@ -76,7 +76,7 @@ def test_the_config_says_how_images_are_fed_and_where_the_weights_come_from(tmp_
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_the_last_checkpoint_of_a_run_is_taken(tmp_path: Path) -> None:
+def test_the_last_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
     saved(tmp_path / "run", SMALL, step=3)
     saved(tmp_path / "run", SMALL, step=12)
     assert export_student(tmp_path / "run", tmp_path / "a").step == 12

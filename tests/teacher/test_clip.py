@@ -111,7 +111,7 @@ def test_local_checkpoint_is_the_bundled_teacher(demo, tmp_path):
     save_file(load_file(DEMO_FOLDER / WEIGHTS_NAME), path)
     local = load_teacher(TeacherSettings(model=DEMO_NAME, pretrained=str(path)))
     assert local.info.weights_sha256 == demo.info.weights_sha256
-    # The place of a checkpoint is not part of the identity.
+    # The folder of a checkpoint is not part of the identity.
     assert local.info.pretrained == "copy.safetensors"
     pixels = scenes(2)
     assert torch.equal(local(pixels).features_BST, demo(pixels).features_BST)

@@ -163,7 +163,7 @@ def test_checkpoint_of_another_model_is_one_line(name, tmp_path):
     assert len(str(caught.value)) < 600
 
 
-def test_other_shapes_are_told(tmp_path):
+def test_other_shapes_are_named(tmp_path):
     weights = trained(EVA02)
     weights["trunk.head.weight"] = torch.zeros(7, 32)
     with pytest.raises(MismatchError, match=r"trunk.head.weight is \(7, 32\), expected \(32, 32\)"):
@@ -194,7 +194,7 @@ def test_torchscript_is_named(tmp_path):
         loaded(NATIVE, tmp_path / "ViT-B-16.pt")
 
 
-def test_unreadable_place_is_one_line(tmp_path, monkeypatch):
+def test_unreadable_file_is_one_line(tmp_path, monkeypatch):
     path = save_as("model.pt", trained(NATIVE), tmp_path)
 
     def refuse(*_args, **_settings):

@@ -98,8 +98,8 @@ def pixels(side):
 @torch.inference_mode()
 def check_as_open_clip(teacher, model):
     reference = open_clip.create_model_from_pretrained(model, return_transform=False).eval()
-    told = reference.visual.preprocess_cfg
-    mean, std = (torch.tensor(told[name]).view(3, 1, 1) for name in ("mean", "std"))
+    preprocess = reference.visual.preprocess_cfg
+    mean, std = (torch.tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
     views = pixels(teacher.info.image_size)
     expected = reference.encode_image((views.permute(0, 3, 1, 2) / 255 - mean) / std)
     assert_close(teacher(views).features_BST[:, 0], expected, rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_activation_follows_the_description(models):
 def test_normalisation_is_the_descriptions(models, tmp_path):
     assert_close(load(f"local-dir:{models / 'gelu'}").mean.flatten(), 255 * torch.tensor(MEAN))
     folder = copied(models / "gelu", tmp_path / "m")
-    told = json.loads((folder / CONFIG).read_text())
+    description = json.loads((folder / CONFIG).read_text())
     for preprocess, mean in [
         ({}, open_clip.OPENAI_DATASET_MEAN),
         ({"mean": None, "std": None}, open_clip.OPENAI_DATASET_MEAN),
@@ -148,7 +148,7 @@ def test_normalisation_is_the_descriptions(models, tmp_path):
         (None, open_clip.OPENAI_DATASET_MEAN),
     ]:
         said = {"preprocess_cfg": preprocess} if preprocess is not None else {}
-        (folder / CONFIG).write_text(json.dumps({"model_cfg": told["model_cfg"], **said}))
+        (folder / CONFIG).write_text(json.dumps({"model_cfg": description["model_cfg"], **said}))
         teacher = load(f"local-dir:{folder}")
         assert_close(teacher.mean.flatten(), 255 * torch.tensor(mean))
     imagenet = load(f"local-dir:{folder}", normalization="imagenet")
@@ -251,7 +251,7 @@ def test_repository_without_weights(models, tmp_path, monkeypatch):
         assert load("hf-hub:org/bare", pretrained="random").info.pretrained == "random"
 
 
-def test_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+def test_hub_out_of_reach_is_tried_once(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     point_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
@@ -321,22 +321,22 @@ SETS = ["views.count=1", "extract.device=cpu", "extract.threads=1", "student.ima
 
 
 def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
-    """From another place of the same name; the settings of a later run may name either."""
-    here, there = models / "gelu", copied(models / "gelu", tmp_path / "elsewhere" / "gelu")
+    """From another folder of the same name; the settings of a later run may name either."""
+    here, elsewhere = models / "gelu", copied(models / "gelu", tmp_path / "elsewhere" / "gelu")
     params = load_params(None, [*SETS, f"teacher.model=local-dir:{here}", "prepare.train_scenes=4",
                                 "prepare.test_scenes=0", "prepare.samples_per_shard=2"])  # fmt: skip
     api.prepare("demo", tmp_path / "images", params)
     images, targets = str(tmp_path / "images" / "train-*.tar"), tmp_path / "t"
     api.extract_targets(images, targets, params, shards="0/2")
-    moved = load_params(None, [*SETS, f"teacher.model=local-dir:{there}"])
+    moved = load_params(None, [*SETS, f"teacher.model=local-dir:{elsewhere}"])
     report = api.extract_targets(images, targets, moved)
     assert (report.shards, report.skipped) == (2, 1)
     assert str(tmp_path) not in (targets / "zarr.json").read_text()
     # Pretraining holds the settings against the store; this is as far as it must come.
     assert stated_of(moved)["teacher"]["model"] == "local-dir:gelu"
-    weights = load_file(there / WEIGHTS)
+    weights = load_file(elsewhere / WEIGHTS)
     weights["visual.proj"] += 1
-    save_file(weights, there / WEIGHTS)
+    save_file(weights, elsewhere / WEIGHTS)
     with pytest.raises(MismatchError, match="weights_sha256"):
         api.extract_targets(images, targets, moved)
 
