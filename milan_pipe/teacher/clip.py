@@ -64,11 +64,8 @@ class TeacherOutput:
 def require_sound(faults_BF: Tensor, names: Sequence[str]) -> None:
     """Refuse output with a fault; waits for the device.
 
-    Args:
-        names: of the views, for the message.
-
     Raises:
-        DataError: names the first view with a fault, what it is, and what to do.
+        DataError: the first of `names` with a fault, what it is, and what to do.
     """
     faulty = faults_BF.nonzero()
     if len(faulty):
@@ -185,7 +182,7 @@ def load_teacher_of(
     """Load the teacher that wrote a store, with the store's grid.
 
     Args:
-        config: the teacher; none takes what the header says of it.
+        config: the teacher; none takes the header's.
         where: names the store in messages.
 
     Raises:

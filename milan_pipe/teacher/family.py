@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSizes:
-    """Sizes of an image tower.
-
-    Attributes:
-        image_size: input height and width in pixels.
-        patch_size: height and width of a patch in pixels.
-        grid: patches down and across.
-        width: T, the width of one feature.
-    """
+    """Height and width of input and patch in pixels, patches down and across, and T, the width of one feature."""
 
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
@@ -62,12 +55,9 @@ class TowerFamily(Protocol):
 
 @dataclass
 class Heads:
-    """What an attention module computed on its way.
+    """Queries and keys of an attention module after their norms, and the rotary embedding that they do not have yet.
 
-    Attributes:
-        query_BNQE: queries per head after their norm, before any rotation.
-        key_BNKE: keys likewise; their heads may be fewer (grouped queries).
-        rope: the rotary embedding that the module was called with.
+    Keys may have fewer heads (grouped queries).
     """
 
     query_BNQE: Tensor
@@ -77,13 +67,10 @@ class Heads:
 
 @contextmanager
 def record_heads(attention: nn.Module, query_norm: nn.Module, key_norm: nn.Module) -> Iterator[Heads]:
-    """Keep queries and keys of one call of `attention`, whatever projections and biases they come from.
+    """Record one call of `attention`, whatever its projections and biases; filled in once it has run.
 
     Args:
         query_norm, key_norm: its submodules that queries and keys pass last, identities where it has no such norm.
-
-    Yields:
-        Filled in once the module has run.
     """
     heads = Heads(torch.empty(0), torch.empty(0), None)
 

@@ -39,7 +39,7 @@ def choose_input_size(
         sizes: of the tower as built.
         name: of the teacher, for messages.
         image_size: the setting, which wins.
-        grid: patches of the student, down and across; the side at which the tower has as many.
+        grid: patches of the student, down and across, to be matched.
             With neither, the tower's own side, less what does not fill a patch.
 
     Raises:
