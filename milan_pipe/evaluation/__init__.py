@@ -1,4 +1,4 @@
-"""What the pretrained student is worth: frozen features judged by their neighbours and by a linear map.
+"""What the pretrained student is worth: neighbours, linear probes, fine-tuning and segmentation.
 
 Shape suffixes: B images of one forward pass, H and W pixels, C channels, S tokens (CLS first), D token width,
 N samples, F feature width, K neighbours, G classes.

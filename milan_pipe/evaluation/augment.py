@@ -1,4 +1,4 @@
-"""What is done to an image before a classifier learns from it, with timm's transforms.
+"""Images of a classifier: augmented by timm's transforms, or as in a test.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """

@@ -1,4 +1,4 @@
-"""Images to batches: which ones each step takes, decoded and augmented in processes, in an order that is arithmetic.
+"""Images to batches: decoded and augmented in processes, in an order that is arithmetic.
 
 Shape suffixes are explained in `milan_pipe.evaluation`.
 """

@@ -1,4 +1,4 @@
-"""What is done to an image and its mask before a segmentation learns from them.
+"""Images and masks of a segmentation: augmented, or untouched.
 
 Every draw is a function of seed, epoch and key. Shape suffixes are explained in `milan_pipe.evaluation`.
 """

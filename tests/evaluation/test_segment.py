@@ -168,7 +168,7 @@ def test_the_pyramid_has_four_strides() -> None:
 
 
 def test_blocks_that_are_not_there() -> None:
-    with pytest.raises(SettingError, match=r"four block numbers, not falling, from 0 to 3, as \[0, 1, 2, 3\]"):
+    with pytest.raises(SettingError, match="four block numbers"):
         upernet(blocks=(0, 1, 2, 4))
 
 
