@@ -1,4 +1,4 @@
-"""Images decoded on threads, ahead of whoever uses them, in their own order."""
+"""Images decoded ahead on threads, in order."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ T = TypeVar("T")
 
 
 def thread_count(threads: int) -> int:
-    """The number of threads that a setting means; 0 is one per processor that this process may use."""
-    if threads:
-        return threads
+    """The number of threads of a setting; 0 is one per processor that this process may use."""
     # Where it exists, the affinity knows of containers and batch queues that grant a part of the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return threads or usable or 1
 
 
 def decoded_ahead(
@@ -34,7 +33,7 @@ def decoded_ahead(
     """
     pending: deque[tuple[str, Future[T]]] = deque()
 
-    def take() -> Iterator[T]:
+    def first() -> Iterator[T]:
         key, future = pending.popleft()
         try:
             result = future.result()
@@ -48,8 +47,8 @@ def decoded_ahead(
         for sample in samples:
             pending.append((sample.key, pool.submit(decode, sample)))
             if len(pending) >= ahead:
-                yield from take()
+                yield from first()
         while pending:
-            yield from take()
+            yield from first()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -16,21 +16,17 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode an image to RGB, turned as its EXIF orientation says.
+    """Decode an image to RGB at full size, turned as its EXIF orientation says.
 
-    The first frame of an animation is taken; transparency is laid on white; 16-bit grey keeps its high byte, as
-    16-bit colour does in Pillow; CMYK is converted without a colour profile. Always decoded at full size: the JPEG
-    decoder's own down-scaling would change the pixels.
+    An animation gives its first frame; transparency becomes white; 16-bit grey keeps its high byte, as 16-bit colour
+    does in Pillow; CMYK is converted without a colour profile.
 
     Args:
-        data: encoded image: JPEG, PNG, WebP, GIF or BMP, whatever the file was called.
-
-    Returns:
-        A loaded Pillow image of mode RGB.
+        data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.
 
     Raises:
-        DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; the message is one short
-            line without the image's name.
+        DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; one short line without the
+            image's name.
     """
     if not data:
         raise DataError("empty file")

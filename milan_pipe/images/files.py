@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 
 from milan_pipe.errors import DataError
@@ -51,8 +52,8 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
 
 
-def files_under(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; links to folders are followed, hidden names left out.
+def files_under(folder: Path, suffixes: Container[str] | None = None) -> list[Path]:
+    """All files below a folder, or those with one of the suffixes, sorted; without hidden names, through links.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -61,7 +62,7 @@ def files_under(folder: Path) -> list[Path]:
     for inside, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):
         folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(inside, name))]
         found += [Path(inside, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    return sorted(path for path in found if suffixes is None or path.suffix[1:].lower() in suffixes)
 
 
 def _cannot_list(error: OSError) -> None:

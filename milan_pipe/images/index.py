@@ -6,16 +6,17 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import Location, location_of
 from milan_pipe.storage.local import write_file
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION: Final = 1
 
 PREPARE_MARKER = ".prepare-is-running"
 """File in a folder from the first shard that `prepare` writes until the index is there; it says the source."""
@@ -23,8 +24,14 @@ PREPARE_MARKER = ".prepare-is-running"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{6}\.tar")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
+def _plain_name(name: str) -> str:
+    # It is joined to the folder and may be overwritten: it must not lead elsewhere.
+    if Path(name).name != name:
+        raise ValueError("not a plain file name")
+    return name
+
+
+class ShardRecord(BaseModel, frozen=True, strict=True, extra="forbid"):
     """One shard of a prepared folder.
 
     Attributes:
@@ -35,28 +42,28 @@ class ShardRecord:
         sha256: hex digest of the tar file.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_plain_name)]
     split: str
     samples: int
     bytes: int
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageIndex:
+class ImageIndex(BaseModel, frozen=True, strict=True):
     """Content of `index.json`.
 
     Attributes:
-        shards: in name order within each split.
-        classes: class names, a sample's label is an index into them; None where there are no labels.
         source: plain data that says where the images came from.
+        classes: class names, a sample's label is an index into them; None where there are no labels.
         mask_classes: names of the classes in the samples' masks; None where there are no masks.
+        shards: in name order within each split.
     """
 
-    shards: tuple[ShardRecord, ...]
-    classes: tuple[str, ...] | None
+    version: Literal[1] = INDEX_VERSION
     source: Mapping[str, Any]
+    classes: tuple[str, ...] | None
     mask_classes: tuple[str, ...] | None = None
+    shards: tuple[ShardRecord, ...]
 
 
 def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
@@ -109,10 +116,7 @@ def write_index(folder: Path, index: ImageIndex) -> None:
     Raises:
         StoreError: the file cannot be written.
     """
-    plain = {"version": INDEX_VERSION, **{name: getattr(index, name) for name in ("source", "classes")}}
-    if index.mask_classes is not None:
-        plain["mask_classes"] = index.mask_classes
-    plain["shards"] = [asdict(shard) for shard in index.shards]
+    plain = index.model_dump(mode="json", exclude=None if index.mask_classes else {"mask_classes"})
     write_file(folder / INDEX_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -128,40 +132,17 @@ def read_index(folder: str | Path | Location) -> ImageIndex:
     location = folder if isinstance(folder, Location) else location_of(folder)
     path = f"{location}/{INDEX_NAME}"
     try:
-        plain = json.loads(location.read(INDEX_NAME))
+        data = location.read(INDEX_NAME)
+        plain = json.loads(data)
+        version = plain.get("version")
+        if version == INDEX_VERSION:
+            return ImageIndex.model_validate_json(data)
     except MissingError:
         raise MissingError(f"{path} is not there; `milan-pipe prepare` writes it as its last step") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); run `milan-pipe prepare` again") from None
-    if not isinstance(plain, dict):
-        raise DataError(f"{path} holds no JSON object; run `milan-pipe prepare` again")
-    if plain.get("version") != INDEX_VERSION:
-        raise MismatchError(
-            f"{path} has version {plain.get('version')!r}, this package reads version {INDEX_VERSION}; "
-            "run `milan-pipe prepare` again"
-        )
-    try:
-        return ImageIndex(
-            shards=tuple(_checked(ShardRecord(**entry)) for entry in plain["shards"]),
-            classes=_names(plain["classes"]),
-            source=dict(plain["source"]),
-            mask_classes=_names(plain.get("mask_classes")),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); run `milan-pipe prepare` again") from None
-
-
-def _checked(shard: ShardRecord) -> ShardRecord:
-    numbers_fit = type(shard.samples) is int and type(shard.bytes) is int
-    # A name is joined to the folder and may be overwritten: it must not lead elsewhere.
-    if not numbers_fit or Path(shard.name).name != shard.name:
-        raise ValueError(shard)
-    return shard
-
-
-def _names(values: Any) -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
-        raise ValueError(values)
-    return tuple(values)
+    except (ValueError, RecursionError, AttributeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+        raise DataError(f"{path} is damaged ({reason}); run `milan-pipe prepare` again") from None
+    raise MismatchError(
+        f"{path} has version {version!r}, this package reads version {INDEX_VERSION}; run `milan-pipe prepare` again"
+    )

@@ -108,13 +108,9 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
     for folder in (images, masks):
         if not folder.is_dir():
             raise MissingError(f"{folder} is not there; expected a folder of images and one of masks")
-    masks_by_key = {
-        path.relative_to(masks).with_suffix("").as_posix(): path
-        for path in files_under(masks)
-        if path.suffix[1:].lower() in _MASK_SUFFIXES
-    }
-    files = [path for path in files_under(images) if path.suffix[1:].lower() in IMAGE_SUFFIXES]
-    keys = [path.relative_to(images).with_suffix("").as_posix() for path in files]
+    masks_by_key = {_key(path, masks): path for path in files_under(masks, _MASK_SUFFIXES)}
+    files = files_under(images, IMAGE_SUFFIXES)
+    keys = [_key(path, images) for path in files]
     if not files:
         raise DataError(f"{images} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
     lacking = [key for key in keys if key not in masks_by_key]
@@ -132,6 +128,10 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
         image=partial(nth_file, files),
         mask=partial(nth_file, [masks_by_key[key] for key in keys]),
     )
+
+
+def _key(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def _class_list(images: Path, *, ade: bool) -> tuple[str, ...] | int | None:

@@ -12,10 +12,11 @@ import io
 import json
 import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,7 @@ def _cut(split: str, items: _Items, config: PrepareSettings) -> list[_Job]:
 def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
     root = Path(source)
     _check_source(source, root, images)
-    suffixes = (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
-    files = [path.relative_to(root).parts for path in files_under(root) if path.suffix[1:].lower() in suffixes]
+    files = [path.relative_to(root).parts for path in files_under(root, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
     if not files:
         raise DataError(_what_else(root))
     splits = _split_folders(root, files)
@@ -296,7 +296,7 @@ def _pack_all(
             name = f"{job.split}-{counts[job.split]:06d}.tar"
             counts[job.split] += 1
             path.replace(images / name)
-            shards.append(replace(record, name=name))
+            shards.append(record.model_copy(update={"name": name}))
         done += len(job.items)
         progress(done, total)
     return shards, bad
@@ -309,7 +309,8 @@ def _packed(jobs: Sequence[_Job], paths: list[Path], workers: int | None) -> Ite
         return
     # Not forked: the caller may have threads of torch running, which a fork would copy in any state. Nor spawned by the
     # standard library, which runs the caller's script again in each process.
-    pool = ProcessPoolExecutor(workers)
+    # Ctrl-C reaches all processes; this one ends the others.
+    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         # Not by `map`, which cancels what is left when it is left early: the pool, killed, then stumbles over that.
         for future in [pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True)]:

@@ -1,11 +1,9 @@
 """Captioned scenes of geometric shapes: the data set that ships as code.
 
-A scene holds one main object on a textured background, among small distractors of other shapes. Each scene is a pure
-function of (seed, index): under the same versions of numpy and Pillow the same pair gives the same bytes on any
-machine, in any order, in any process.
+A scene is one main object on a textured background, among small distractors of other shapes. It is a pure function of
+(seed, index): under the same versions of numpy and Pillow the same pair gives the same bytes on any machine.
 
-All shapes have the same area at the same size, any colour, and any place, so that neither the amount of colour nor
-its position tells the class: it takes a look at the outline.
+All shapes have the same area at the same size, any colour and any position, so that only the outline shows the class.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ SCENE_SIZE = 64
 """Height and width of a scene in pixels."""
 
 _SUPERSAMPLE = 4
-_MAX_SCENE_INDEX = 2**63
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -81,12 +78,6 @@ def _heart() -> _Outline:
     return np.stack([x, -y], axis=1) / 16
 
 
-def _crescent() -> _Outline:
-    outer = _arc(1.0, 55, 305, 40)
-    inner = _arc(0.86, 290, 70, 40, (0.42, 0.0))
-    return np.concatenate([outer, inner])
-
-
 def _horseshoe() -> _Outline:
     outer, inner = _arc(1.0, -180, 0, 24), _arc(0.48, 0, -180, 24)
     return np.concatenate([[[-1.0, 1.0]], outer, [[1.0, 1.0], [0.48, 1.0]], inner, [[-0.48, 1.0]]])
@@ -104,7 +95,7 @@ _OUTLINES: dict[str, list[_Outline]] = {
     "star": [_polar([1.0, 0.4] * 5)],
     "heart": [_heart()],
     "cross": [_points(-1, -3, 1, -3, 1, -1, 3, -1, 3, 1, 1, 1, 1, 3, -1, 3, -1, 1, -3, 1, -3, -1, -1, -1)],
-    "moon": [_crescent()],
+    "moon": [np.concatenate([_arc(1.0, 55, 305, 40), _arc(0.86, 290, 70, 40, (0.42, 0.0))])],
     "ring": [_arc(1.0, 0, 352.5, 48), _arc(0.58, 0, 352.5, 48)],
     "arrow": [_points(0, -1.1, 0.8, -0.1, 0.3, -0.1, 0.3, 1.0, -0.3, 1.0, -0.3, -0.1, -0.8, -0.1)],
     "bolt": [_points(0.25, -1.2, -0.6, 0.15, -0.05, 0.15, -0.3, 1.2, 0.6, -0.25, 0.05, -0.25, 0.45, -1.2)],
@@ -114,7 +105,6 @@ _OUTLINES: dict[str, list[_Outline]] = {
 
 SHAPES = tuple(_OUTLINES)
 """Class names; a scene's label is an index into them."""
-
 
 MASK_CLASSES = ("background", *SHAPES)
 """Names of the values of a scene's segmentation."""
@@ -225,13 +215,13 @@ def render_scene(seed: int, index: int) -> Scene:
     """Render scene `index` of the endless data set `seed`.
 
     Args:
-        seed: which data set; 0 to 2**64 - 1. Different seeds share no scene.
-        index: which scene; 0 to 2**63 - 1.
+        seed: of the data set, 0 to 2**64 - 1. Different seeds share no scene.
+        index: of the scene, 0 to 2**63 - 1.
 
     Raises:
         SettingError: seed or index is out of its range.
     """
-    if not 0 <= seed < 2**64 or not 0 <= index < _MAX_SCENE_INDEX:
+    if not 0 <= seed < 2**64 or not 0 <= index < 2**63:
         raise SettingError(
             f"a scene needs 0 <= seed < 2**64 and 0 <= index < 2**63, found seed {seed} and index {index}"
         )

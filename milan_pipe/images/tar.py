@@ -93,7 +93,7 @@ class _Group:
     mask: Span | None = None
     fault: str | None = None
 
-    def spoil(self, reason: str) -> None:
+    def skip(self, reason: str) -> None:
         self.fault = self.fault or reason
 
 
@@ -209,7 +209,7 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
     if suffix in MASK_SUFFIXES and _is_plain(info):
         group.mask = _span(info)
     if suffix in OTHER_IMAGE_SUFFIXES:
-        group.spoil(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
+        group.skip(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
     elif suffix not in _WANTED:
         # With no name before the first dot it is a hidden file.
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
@@ -217,21 +217,21 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
     elif suffix not in IMAGE_SUFFIXES:
         assert not isinstance(data, Span)
         if data is not None and suffix in group.parts:
-            group.spoil(f"two .{suffix} members of one key")
+            group.skip(f"two .{suffix} members of one key")
         else:
             group.parts[suffix] = data or b""
     elif data is None:
         kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
-        group.spoil(f"the .{suffix} member is {kind}")
+        group.skip(f"the .{suffix} member is {kind}")
     elif group.image is not None:
-        group.spoil("two images of one key")
+        group.skip("two images of one key")
     else:
         group.image = data
         # Names are never used as paths here, but keys become member names in what is written later.
         if prefix.startswith("/") or ".." in prefix.split("/"):
-            group.spoil("member name is absolute or has '..'")
+            group.skip("member name is absolute or has '..'")
         if group.key != prefix:
-            group.spoil("member name is not UTF-8")
+            group.skip("member name is not UTF-8")
 
 
 _IMAGES = frozenset((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
@@ -314,10 +314,16 @@ def _label_and_caption(group: _Group) -> tuple[int, str | None]:
         raise DataError(group.fault)
     if not group.image:
         raise DataError("empty file")
-    label: int | None = None
-    caption: str | None = None
+    label, caption = -1, None
     if "json" in group.parts:
-        label, caption = _from_json(group.parts["json"])
+        try:
+            values = json.loads(group.parts["json"])
+        except (ValueError, RecursionError):
+            raise DataError("json cannot be parsed") from None
+        if isinstance(values, dict):
+            found = next((values[name] for name in ("label", "cls") if values.get(name) is not None), -1)
+            label = _checked_label(found, "label in json")
+            caption = next((values[name] for name in ("caption", "txt") if isinstance(values.get(name), str)), None)
     if "cls" in group.parts:
         text = group.parts["cls"].decode("utf-8", "replace").strip()
         if not re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
@@ -325,23 +331,9 @@ def _label_and_caption(group: _Group) -> tuple[int, str | None]:
         label = _checked_label(int(text), "cls")
     if "txt" in group.parts:
         try:
-            caption = group.parts["txt"].decode("utf-8")
+            caption = group.parts["txt"].decode()
         except UnicodeDecodeError:
             raise DataError("txt is not UTF-8") from None
-    return -1 if label is None else label, caption
-
-
-def _from_json(data: bytes) -> tuple[int | None, str | None]:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        raise DataError("json cannot be parsed") from None
-    if not isinstance(values, dict):
-        return None, None
-    label = next((values[name] for name in ("label", "cls") if values.get(name) is not None), None)
-    if label is not None:
-        label = _checked_label(label, "label in json")
-    caption = next((values[name] for name in ("caption", "txt") if isinstance(values.get(name), str)), None)
     return label, caption
 
 

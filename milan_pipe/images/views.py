@@ -1,4 +1,4 @@
-"""Views: which crop and flip of an image, as pure arithmetic; and how one is rendered and encoded."""
+"""Views: crop and flip of an image, as pure arithmetic; how one is rendered and encoded."""
 
 from __future__ import annotations
 
@@ -33,18 +33,17 @@ class View:
 def draw_view(config: ViewSettings, key: str, index: int, height: int, width: int) -> View:
     """Draw view `index` of an image: a pure function of config, key, index and the image's size.
 
-    Area is uniform over `scale`, width / height log-uniform over `ratio`, the place uniform; after ten crops that do
-    not fit, the largest centred crop within `ratio`. The flip does not depend on the size.
+    Area is uniform over `scale`, width / height log-uniform over `ratio`, the position uniform; after ten crops that do
+    not fit, the largest centred crop within `ratio`. The flip does not depend on the size, nothing on `config.count`.
 
     Args:
         key: the sample's key.
-        index: 0 or more; `config.count` is not asked, so more views can be drawn later without changing the first.
-        height: of the source image, in pixels, at least 1.
-        width: likewise.
+        index: 0 to 2**64 - 1.
+        height, width: of the source image in pixels, at least 1.
 
     Raises:
         ShapeError: height or width is below 1.
-        SettingError: index is not within 0 to 2**64 - 1.
+        SettingError: index is out of its range.
 
     Source: RandomResizedCrop, arXiv 1409.4842, with torchvision's arithmetic.
     """
@@ -74,9 +73,7 @@ def draw_view(config: ViewSettings, key: str, index: int, height: int, width: in
 
 
 def render_view(image: Image.Image, view: View, size: int) -> NDArray[np.uint8]:
-    """Cut the view out of the image, scale it (bicubic, antialiased) and mirror it if the view says so.
-
-    The crop is cut before it is scaled, so that no pixel outside of it is read.
+    """Crop, then scale (bicubic, antialiased) and mirror: no pixel outside of the crop is read.
 
     Args:
         image: RGB, as `decode_image` gives it.
@@ -126,10 +123,10 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
-    """Decode a stored view: the fast way, equal to Pillow's pixels bit for bit.
+    """Decode a stored view, faster than Pillow and to the same pixels.
 
     Args:
-        data: an RGB or grey JPEG. EXIF is not read: views are stored as they are seen.
+        data: an RGB or grey JPEG. EXIF is not read.
 
     Returns:
         (height, width, 3) uint8, RGB.

@@ -1,16 +1,14 @@
-"""Which sample comes when: arithmetic on seed, epoch and position, nothing remembered.
+"""The order of samples: arithmetic on seed, epoch and position, without state.
 
 An epoch visits every block of every shard once, in an order drawn for that epoch. `shuffle_blocks` blocks at a time are
-read, their samples are shuffled together, and batches are cut from the resulting sequence. Reading stays sequential
-inside a block, and mixing reaches `shuffle_blocks` blocks far, which lie anywhere in the data set.
+read, their samples are shuffled together, and batches are cut from the resulting sequence. Reading is sequential inside
+a block, and the blocks that are mixed lie anywhere in the data set.
 
-Each shard shows its K views in turn: in any K consecutive epochs every view is used once, and shards do not move in
-step.
+Each shard shows its K views in turn: every K epochs each view is used once, and shards do not change views in step.
 
-Several ranks take each their part of every batch. So that a rank need not read what the others use, the sequence of
-blocks can be cut into canonical streams: a batch is then put together of a part from every stream. The number of
-streams belongs to the order, the number of ranks does not: who reads what changes with the ranks, which samples make up
-a batch never does.
+Each rank takes its part of every batch. So that a rank need not read what the others use, the sequence of blocks can be
+cut into canonical streams, and a batch has a part from each. The number of streams belongs to the order, the number of
+ranks does not: ranks change who reads a sample, never the batch that it is in.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +30,7 @@ ORDER_VERSION = 2
 
 @lru_cache(maxsize=1)
 def _numbers(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """Numbers of an epoch's blocks in reading order; every stream asks for the same ones."""
+    """Numbers of an epoch's blocks in reading order; the same for every stream."""
     numbers = permutation(count, "blocks", seed, epoch)
     numbers.flags.writeable = False
     return numbers
@@ -61,23 +58,21 @@ class CanonicalStream:
 
 @dataclass(frozen=True)
 class Piece:
-    """Of each batch, samples `start` to `stop` of the part that a stream gives to it."""
+    """Samples `start` to `stop` of the part of each batch that comes from a stream."""
 
     stream: int
     start: int
     stop: int
 
 
-class Blocks(Sequence[Block]):
-    """Blocks of an epoch in reading order, each made when it is asked for.
+class Blocks:
+    """Blocks of an epoch in reading order, each made when it is used.
 
-    A billion samples have eight million blocks, and a rank uses a few at a time. What is kept of one is its number.
+    A billion samples have eight million blocks, and a rank uses a few at a time: only their numbers are kept.
 
     Args:
-        order: that they belong to.
-        epoch: whose views they show.
         number_N: of the blocks, counted through the shards in order.
-        head, tail: samples that the first block lacks at its beginning, and the last one at its end.
+        head, tail: samples that are cut from the beginning of the first block, and from the end of the last one.
     """
 
     def __init__(
@@ -92,14 +87,7 @@ class Blocks(Sequence[Block]):
     def __len__(self) -> int:
         return len(self._number_N)
 
-    @overload
-    def __getitem__(self, index: int) -> Block: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Block]: ...
-
-    def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
+    def __getitem__(self, index: int) -> Block:
         position = range(len(self))[index]
         block = self._order.block_of(self._epoch, int(self._number_N[position]))
         first = block.start + (self._head if position == 0 else 0)
@@ -129,7 +117,6 @@ class EpochOrder:
         views: K.
         block: most samples in one block.
         shuffle_blocks: blocks that are shuffled together.
-        seed: of all draws.
     """
 
     samples: tuple[int, ...]
@@ -176,10 +163,9 @@ class EpochOrder:
     def groups(
         self, epoch: int, stream: CanonicalStream | None = None
     ) -> Iterator[tuple[Sequence[Block], NDArray[np.int64]]]:
-        """Blocks to read together, and in which order to hand out their samples.
+        """Blocks to read together, and the order of their samples, as indices into all of them laid end to end.
 
-        The order indexes the blocks' samples laid end to end. A stream's groups are smaller by the number of streams,
-        as all streams are open at a time.
+        A stream's groups are smaller by the number of streams, as all streams are open at a time.
         """
         blocks = self.blocks(epoch)
         number, count = 0, 1
@@ -188,13 +174,13 @@ class EpochOrder:
             number, count = stream.number, stream.count
         step = max(1, self.shuffle_blocks // count)
         for index, start in enumerate(range(0, len(blocks), step)):
-            chosen = blocks[start : start + step]
+            chosen = [blocks[position] for position in range(start, min(start + step, len(blocks)))]
             size = sum(block.stop - block.start for block in chosen)
             yield chosen, permutation(size, "samples", self.seed, epoch, index * count + number)
 
 
 def batches_per_epoch(samples: int, batch_size: int) -> int:
-    """Whole batches in an epoch; what is left over is left out, other samples each epoch.
+    """Whole batches in an epoch; the rest, other samples each epoch, is left out.
 
     Raises:
         SettingError: not even one batch.
@@ -208,11 +194,11 @@ def batches_per_epoch(samples: int, batch_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How the batches of an epoch are put together, and what one rank takes of each.
+    """The batches of an epoch, and the part of each that one rank takes.
 
     Attributes:
         batch_size: B, over all ranks.
-        canonical_streams: parts that the sequence of blocks is cut into; no more than B are used.
+        canonical_streams: parts that the sequence of blocks is cut into; at most B are used.
         rank: takes samples B * rank // ranks to B * (rank + 1) // ranks of each batch.
     """
 
@@ -236,7 +222,7 @@ class BatchPlan:
 
     @property
     def size(self) -> int:
-        """Samples of a batch that are this rank's."""
+        """This rank's samples of a batch."""
         return sum(piece.stop - piece.start for piece in self.pieces())
 
     def _borders(self) -> list[int]:
@@ -244,19 +230,19 @@ class BatchPlan:
         return [self.batch_size * number // count for number in range(count + 1)]
 
     def stream(self, number: int) -> CanonicalStream:
-        """Where a stream lies in an epoch. The last one also has what no whole batch takes."""
+        """A stream's positions in an epoch. The last one also has what no whole batch takes."""
         borders = self._borders()
         last = number == len(borders) - 2
         stop = sum(self.order.samples) if last else self.steps * borders[number + 1]
         return CanonicalStream(number, len(borders) - 1, self.steps * borders[number], stop)
 
     def stream_size(self, number: int) -> int:
-        """Samples that a stream gives to each batch."""
+        """Samples of each batch that come from a stream."""
         borders = self._borders()
         return borders[number + 1] - borders[number]
 
     def pieces(self) -> list[Piece]:
-        """What this rank takes of each batch, in the batch's order."""
+        """This rank's part of each batch, in the batch's order."""
         first = self.batch_size * self.rank // self.ranks
         last = self.batch_size * (self.rank + 1) // self.ranks
         return [

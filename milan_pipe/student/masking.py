@@ -68,8 +68,8 @@ class MaskSplit:
         """(B, L) int64: where in [kept, masked] each raster position lies; gathering with it restores raster order."""
         order_BL = torch.cat([self.keep_BV, self.masked_BM], dim=1)
         # The inverse of a permutation, by one scatter; argsort gives the same and costs a sort.
-        place_BL = torch.arange(self.patches, device=order_BL.device).expand_as(order_BL)
-        return torch.zeros_like(order_BL).scatter(1, order_BL, place_BL)
+        position_BL = torch.arange(self.patches, device=order_BL.device).expand_as(order_BL)
+        return torch.zeros_like(order_BL).scatter(1, order_BL, position_BL)
 
     def masked_map(self) -> Tensor:
         """(B, L) bool in raster order, True where masked."""
@@ -78,7 +78,7 @@ class MaskSplit:
 
 
 def visible_count(patches: int, ratio: float) -> int:
-    """V = floor(L * (1 - ratio)), not fooled by floats: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0.
+    """V = floor(L * (1 - ratio)), exact: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0.
 
     Args:
         patches: L, at least 2.
@@ -89,8 +89,7 @@ def visible_count(patches: int, ratio: float) -> int:
     """
     if not 0.0 < ratio < 1.0:
         raise SettingError(f"mask ratio: found {ratio}, expected more than 0 and less than 1")
-    # Rounding of `1 - ratio` and of the product stays below 1e-10 for any L in use, and no sensible ratio is meant to
-    # fall a billionth short of a whole patch.
+    # Rounding of `1 - ratio` and of the product stays below 1e-10 for any L in use.
     visible = math.floor(patches * (1.0 - ratio) + 1e-9)
     if not 0 < visible < patches:
         raise SettingError(
@@ -124,8 +123,8 @@ def draw_split(importance_BL: Tensor | None, noise_BL: Tensor, visible: int) -> 
     """Draw the visible patches of each sample, without replacement.
 
     The `visible` largest of log(importance) + Gumbel noise are distributed as successive draws without replacement,
-    each proportional to importance among what is left. Unlike `torch.multinomial` this accepts rows with fewer
-    non-zero entries than are to be drawn: when those are used up, the rest is drawn evenly from the zeros.
+    each proportional to importance among what is left. Unlike `torch.multinomial` this accepts rows with fewer than
+    `visible` non-zero entries: the rest is drawn evenly from the zeros.
 
     Args:
         importance_BL: non-negative, any scale and any float type, as the teacher's CLS attention; None draws evenly.

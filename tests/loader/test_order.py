@@ -107,7 +107,7 @@ def test_blocks_made_when_they_are_asked_for_are_those_of_a_list(
     start, stop = data.draw(positions), data.draw(positions)
     cut = found.cut(start, stop)
     assert list(cut) == plain_cut(expected, start, stop)
-    assert list(cut[1:3]) == plain_cut(expected, start, stop)[1:3]
+    assert [cut[-1]] == plain_cut(expected, start, stop)[-1:] if len(cut) else start >= stop
     again = data.draw(positions), data.draw(positions)
     assert list(cut.cut(*again)) == plain_cut(plain_cut(expected, start, stop), *again)
 
