@@ -15,9 +15,7 @@ from milan_pipe.student.masking import MaskSplit
 class MaskedStudent(nn.Module):
     """A ViT that sees few patches and a decoder that predicts a feature for every token.
 
-    Args:
-        encoder: what is kept after pretraining.
-        decoder: what is thrown away.
+    Only the encoder is kept after pretraining.
 
     Raises:
         ShapeError: the two differ in grid or in token width.
@@ -62,9 +60,7 @@ def build_student(student: StudentSettings, decoder: DecoderSettings, output_wid
     """Build encoder and decoder with fresh weights from torch's global generator.
 
     Args:
-        student: the encoder's settings.
-        decoder: the decoder's settings.
-        output_width: T: the teacher's feature width, or the values of one patch's pixels.
+        output_width: T: the teacher's feature width, or the values of one patch's target.
 
     Raises:
         SettingError: see `build_encoder` and `build_decoder`.

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.tasks import AdamTask, Number, NumberTask
 from support.training import StopAtError, stop_at
 
@@ -98,6 +99,17 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(tmp_path: Path)
     tables = [tmp_path / name / "metrics" / "plots" / "metrics" / "train" / "loss.tsv" for name in ("whole", "broken")]
     losses = [[line.split("\t")[-2:] for line in table.read_text().splitlines()] for table in tables]
     assert losses[0] == losses[1]
+
+
+def test_the_callers_random_numbers_go_on(tmp_path: Path) -> None:
+    class Seeded(NumberTask):
+        def before_step(self, step: int) -> None:
+            torch.manual_seed(step)
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    go(tmp_path, Seeded())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_finished_run_is_not_done_again_and_another_one_is_refused(tmp_path: Path) -> None:
