@@ -11,12 +11,7 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs an iterator on a thread, a few items ahead. An error there is raised here.
-
-    Args:
-        items: is used on that thread alone.
-        ahead: items that wait at most, beside the one that is being made.
-    """
+    """Runs an iterator on a thread, at most `ahead` finished items ahead. An error of the iterator is raised here."""
 
     def __init__(self, items: Iterator[T], ahead: int, name: str) -> None:
         self._queue: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=ahead)
@@ -39,7 +34,7 @@ class Background(Generic[T]):
                 if not self._put((item,)):
                     return
             self._put(None)
-        except BaseException as error:  # handed over whole: whoever reads must not wait for ever
+        except BaseException as error:  # any: the reader must not wait for ever
             self._put(error)
 
     def __iter__(self) -> Iterator[T]:

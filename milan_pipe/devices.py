@@ -9,10 +9,10 @@ from milan_pipe.errors import SettingError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU; any other name is torch's own.
+    """`auto` is the first CUDA device, else the CPU; other names are torch's.
 
     Raises:
-        SettingError: no such device here.
+        SettingError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,9 +26,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of a CUDA device, the most that tensors took so far; else what this process alone has resident now.
+    """Bytes: on a CUDA device, the most that tensors took so far; else this process's resident memory now.
 
-    Pages of mapped files are not counted: they are the page cache's, which gives them back when memory is short.
+    Pages of mapped files are not counted: the system takes them back when memory is short.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""SHA-256 of data, of files, and of JSON values, which carry their own."""
+"""SHA-256 of bytes, files, and JSON values that carry their own digest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sha256_of(data: bytes) -> str:
 
 
 def sha256_of_file(file: Path | IO[bytes]) -> str:
-    """Hexadecimal digest of a file by its path, or of what is left of an open one; it is read in pieces.
+    """Hexadecimal digest of a file by its path, or of the rest of an open one; it is read in pieces.
 
     Raises:
         OSError: it cannot be read.
@@ -37,7 +37,7 @@ def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verified(found: Any) -> dict[str, Any] | None:
-    """Values without their digest; None where it does not fit."""
+    """Values without their digest; None if it does not fit."""
     if not isinstance(found, dict) or "sha256" not in found:
         return None
     values = {key: value for key, value in found.items() if key != "sha256"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 
-_RAN_OUT = {
+_RAN_OUT: dict[int | None, str] = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine; raise fs.file-max, or run fewer processes",
     errno.ENOMEM: "out of memory; use fewer workers or smaller batches",
@@ -19,16 +19,12 @@ _RAN_OUT = {
 
 
 def resource_hint(error: BaseException) -> str | None:
-    """What ran out and what to do, where an error says that of the machine and not of the data; else None.
-
-    Libraries in Rust give the number of a system error in their text alone.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))) is not None:
+    """What ran out and what to do, if an error is about the machine and not about the data; else None."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    # Libraries in Rust give the number of a system error in their text alone.
+    if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))):
         number = int(found[1])
-    if number is None and isinstance(error, MemoryError):
-        number = errno.ENOMEM
-    return _RAN_OUT.get(number) if number is not None else None
+    return _RAN_OUT.get(number)
 
 
 def system_reason(error: BaseException) -> str:
@@ -37,18 +33,18 @@ def system_reason(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """Text in which no URL has its user and password."""
+    """Text with the user and password of URLs hidden."""
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
 
 
 def printable(text: str) -> str:
-    """Text as it may be shown: without passwords, and control characters escaped, which a terminal would obey."""
+    """Text to show: passwords hidden, and control characters escaped, which a terminal would obey."""
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return without_password("".join(shown))
 
 
 class MilanError(Exception):
-    """Root of all errors that milan_pipe raises on purpose. What it says is `printable`, whatever it quotes."""
+    """Root of all errors that milan_pipe raises on purpose. Its message is `printable`, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -63,15 +59,15 @@ class ShapeError(MilanError, ValueError):
 
 
 class DataError(MilanError, ValueError):
-    """Input data is there and cannot be used: no images, unreadable, damaged."""
+    """Input data exists and cannot be used: no images, unreadable, damaged."""
 
 
 class LabelError(DataError):
-    """What is to be learnt of a sample is wrong; it is never passed over, as an unreadable image may be."""
+    """A label is wrong; such a sample is never skipped, as an unreadable image may be."""
 
 
 class MissingError(MilanError, LookupError, FileNotFoundError):
-    """A file, folder, shard, model or array that was named is not there."""
+    """A named file, folder, shard, model or array does not exist."""
 
 
 class StoreError(MilanError, OSError):
@@ -95,7 +91,7 @@ class RankLostError(MilanError, RuntimeError):
 
 
 class ReportedElsewhereError(MilanError):
-    """Another rank says, or has said, what `cause` is; this one ends in silence."""
+    """Another rank reports `cause`; this one ends in silence."""
 
     def __init__(self, cause: MilanError) -> None:
         super().__init__(str(cause))
