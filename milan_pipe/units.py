@@ -1,6 +1,8 @@
-"""Numbers as a person reads them."""
+"""Numbers and lists as a person reads them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def size(count: float) -> str:
@@ -15,3 +17,8 @@ def size(count: float) -> str:
 def rate(value: float) -> str:
     """A number of things a second, to three or four digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.2g}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -22,10 +22,10 @@ from milan_pipe.errors import (
     system_reason,
 )
 from milan_pipe.storage.local import whole_file
+from milan_pipe.units import some
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
-_MOST_NAMED = 3
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -151,15 +151,10 @@ def _read_torch(path: Path, nested: Sequence[str]) -> dict[str, Tensor]:
 def _objects_in(path: Path) -> str:
     """Names of the Python objects that a file of `torch.save` would have unpickled, as far as torch names them."""
     try:
-        return _some(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+        return some(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
     # It fails for a damaged file in as many ways as loading does.
     except Exception:
         return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -172,7 +167,7 @@ def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
         if name in found and found[name].shape != tensor.shape
     ]
     kinds = ("it lacks ", missing), ("it also has ", extra), ("", shapes)
-    return "; ".join(text + _some(names) for text, names in kinds if names)
+    return "; ".join(text + some(names) for text, names in kinds if names)
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, name: str = "the model") -> None:

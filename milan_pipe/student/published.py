@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +14,8 @@ from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.student.decoder import NORM_EPS, PlainDecoder, PromptingDecoder
 from milan_pipe.student.encoder import Grid, set_fixed_positions
 from milan_pipe.student.model import MaskedStudent
+from milan_pipe.units import some
+from milan_pipe.weights_file import mismatch
 
 _DECODER_KEYS = ("decoder_", "mask_token")
 
@@ -41,7 +43,7 @@ def student_from_published(
             are left out, as of other models in the same file.
 
     Raises:
-        MismatchError: keys are missing or unexpected, or shapes contradict each other; they are named.
+        MismatchError: keys are missing or unexpected, or shapes contradict each other; the first are named.
         SettingError: heads do not divide the width, or cannot be derived from it.
     """
     state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -75,7 +77,10 @@ def student_from_published(
         mlp_width=sizes.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
     )
     student = MaskedStudent(encoder, decoder)
-    _check_fit(state, published_state_dict(student), prefix)
+    both = state, published_state_dict(student)
+    found, expected = ({prefix + key: value for key, value in tensors.items()} for tensors in both)
+    if problems := mismatch(found, expected):
+        raise MismatchError(f"state dict does not fit a student of the sizes it has: {problems}")
     encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith(_DECODER_KEYS)})
     decoder.load_state_dict({key: value for key, value in state.items() if key.startswith(_DECODER_KEYS)})
     return student
@@ -93,11 +98,15 @@ class _Sizes:
         self._state = state
         self._prefix = prefix
 
+    def _keys(self) -> str:
+        """Some of the keys, which show a wrong file or prefix at once."""
+        return some(sorted(self._state), 4) or "no key"
+
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         if key not in self._state:
             raise MismatchError(
                 f"state dict: {self._prefix + key!r} is missing, one of the keys that give the model's sizes; found "
-                f"{_listed(self._state)}; if all names share a prefix, name it in `prefix`"
+                f"{self._keys()}; if all names share a prefix, name it in `prefix`"
             )
         shape = tuple(self._state[key].shape)
         if len(shape) != dimensions:
@@ -111,7 +120,7 @@ class _Sizes:
         pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
         numbers = [int(match[1]) for match in map(pattern.match, self._state) if match]
         if not numbers:
-            raise MismatchError(f"state dict: no key {self._prefix}{blocks}.0.*; found {_listed(self._state)}")
+            raise MismatchError(f"state dict: no key {self._prefix}{blocks}.0.*; found {self._keys()}")
         return max(numbers) + 1
 
 
@@ -145,26 +154,3 @@ def _decoder_heads(width: int, heads: int | None) -> int:
             raise SettingError(f"decoder width {width} is not the usual 512 (16 heads); give decoder_heads")
         return 16
     return heads
-
-
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise one error that names all keys and shapes that do not fit."""
-    shapes = [
-        f"{prefix}{key} {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(state.keys() & expected.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    faults = {
-        "missing": [prefix + key for key in sorted(expected.keys() - state.keys())],
-        "unexpected": [prefix + key for key in sorted(state.keys() - expected.keys())],
-        "of another shape": shapes,
-    }
-    parts = [f"{fault}: {'; '.join(names)}" for fault, names in faults.items() if names]
-    if parts:
-        raise MismatchError(f"state dict does not fit a student of the sizes it has. {'. '.join(parts)}")
-
-
-def _listed(keys: Iterable[str]) -> str:
-    """Some of the keys, so that a wrong file or prefix is seen at once."""
-    names = sorted(keys)
-    return f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 5 else ", ".join(names) or "no key"

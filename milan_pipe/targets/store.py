@@ -31,6 +31,7 @@ from milan_pipe.targets.schema import (
     ViewRun,
     require_same_header,
 )
+from milan_pipe.units import some
 
 _HEADER = "milan_pipe"
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
@@ -257,7 +258,7 @@ class TargetStoreWriter:
             first = min(broken)
             warnings.warn(
                 f"{self.location}: {len(broken)} shards are not as they were written and are done again: "
-                f"{_listed(sorted(broken))} (the first: {broken[first]})",
+                f"{some(sorted(broken), _MOST_NAMED)} (the first: {broken[first]})",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -290,11 +291,6 @@ class TargetStoreWriter:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
         self.location.clear_scratch()
         self.location.child(manifest.FOLDER).clear_scratch()
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

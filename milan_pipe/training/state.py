@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from milan_pipe.errors import MismatchError
+from milan_pipe.weights_file import mismatch
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -37,25 +38,29 @@ def load_optimiser(
         where: names the source in messages.
 
     Raises:
-        MismatchError: names a parameter without state, or a state without a parameter.
+        MismatchError: names parameters without state, state without a parameter, and state of another shape.
     """
-    parameters = dict(model.named_parameters())
     trained = {parameter for group in optimiser.param_groups for parameter in group["params"]}
-    found: dict[str, dict[str, Tensor]] = {}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter in trained}
+    states: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("/")
-        if name not in parameters:
-            raise MismatchError(f"{where}: the optimiser's state has {full!r}, which the model has not")
-        parameter = parameters[name]
-        value = tensor.to(parameter.device)
-        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        found.setdefault(name, {})[key] = value
+        states.setdefault(name, {})[key] = tensor
+    # A parameter's state has tensors of its shape, and counters.
+    largest = {
+        name: max(state.values(), key=lambda value: (value.numel(), value.ndim)) for name, state in states.items()
+    }
+    if problems := mismatch(largest, parameters):
+        raise MismatchError(f"{where}: the optimiser's state does not fit the trained parameters: {problems}")
     for name, parameter in parameters.items():
-        if parameter in trained:
-            if name not in found:
-                raise MismatchError(f"{where}: the optimiser's state lacks {name!r}, which is trained")
-            optimiser.state[parameter] = found[name]
+        optimiser.state[parameter] = {key: _placed(value, parameter) for key, value in states[name].items()}
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

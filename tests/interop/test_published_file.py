@@ -118,7 +118,7 @@ def files_of_others(folder: Path) -> dict[str, tuple[Path, type[MilanError], str
         "cut.pth": (DataError, "cannot be read"),
         "cut.safetensors": (DataError, "cannot be read"),
         "program.pth": (DataError, "TorchScript"),
-        "lacking.pth": (MismatchError, r"missing: blocks\.1\.attn\.proj\.bias"),
+        "lacking.pth": (MismatchError, r"lacks blocks\.1\.attn\.proj\.bias"),
         "nowhere.pth": (MissingError, "not there"),
     }
     return {name: (folder / name, *what) for name, what in found.items()}

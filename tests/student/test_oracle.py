@@ -124,11 +124,11 @@ def test_odd_sizes_are_read_from_the_tensors():
 def test_faults_are_named():
     state = published_state_dict(tiny())
     missing = {key: value for key, value in state.items() if key != "blocks.1.norm1.weight"}
-    with pytest.raises(MismatchError, match=r"missing: blocks\.1\.norm1\.weight"):
+    with pytest.raises(MismatchError, match=r"lacks blocks\.1\.norm1\.weight"):
         student_from_published(missing, decoder_heads=3)
-    with pytest.raises(MismatchError, match=r"unexpected: head\.weight"):
+    with pytest.raises(MismatchError, match=r"also has head\.weight"):
         student_from_published({**state, "head.weight": torch.zeros(1)}, decoder_heads=3)
-    with pytest.raises(MismatchError, match=r"decoder_pos_embed \(1, 5, 24\), expected \(1, 17, 24\)"):
+    with pytest.raises(MismatchError, match=r"decoder_pos_embed is \(1, 5, 24\), expected \(1, 17, 24\)"):
         student_from_published({**state, "decoder_pos_embed": torch.zeros(1, 5, 24)}, decoder_heads=3)
     with pytest.raises(MismatchError, match=r"'patch_embed\.proj\.weight' is missing.*prefix"):
         student_from_published({f"module.{key}": value for key, value in state.items()}, decoder_heads=3)
