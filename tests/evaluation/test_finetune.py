@@ -7,7 +7,6 @@ import json
 import operator
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from support import processes
 from support.images import NAMES, TINY, class_folders, image, labelled_shard, png, write_tar
 from support.training import StopAtError, killed_until_done, stop_at
 
@@ -342,7 +342,7 @@ def command(shards: Path, run: Path) -> list[str]:
 
 def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(shards, tmp_path / "whole"), check=True, capture_output=True, env=environment)
+    processes.run(command(shards, tmp_path / "whole"), check=True, capture_output=True, env=environment)
     killed_until_done(command(shards, tmp_path / "run"), tmp_path / "run", kills=2, seed=1)
     assert_same(tmp_path / "run", tmp_path / "whole")
 
@@ -356,7 +356,7 @@ def test_few_file_descriptors_are_enough(shards: Path, tmp_path: Path) -> None:
     words = [*command(shards, tmp_path / "run"), "--set", "finetune.batch_size=30", "--set", "finetune.epochs=4"]
     limited = ["bash", "-c", 'ulimit -n 96; exec "$@"', "-", *words, "--set", "finetune.workers=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    done = processes.run(limited, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert open_checkpoint(tmp_path / "run").record["finished"] is True
 
@@ -368,9 +368,9 @@ def test_two_ranks_learn_what_one_does(shards: Path, tmp_path: Path) -> None:
     words += [word for setting in off for word in ("--set", setting)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "milan_pipe"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, *words], check=True, capture_output=True, env=environment)
+    processes.run([*torchrun, *words], check=True, capture_output=True, env=environment)
     words[words.index(str(tmp_path / "two"))] = str(tmp_path / "one")
-    subprocess.run([sys.executable, "-m", "milan_pipe", *words], check=True, capture_output=True, env=environment)
+    processes.run([sys.executable, "-m", "milan_pipe", *words], check=True, capture_output=True, env=environment)
     two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert two["scores"]["loss"] == pytest.approx(one["scores"]["loss"], rel=1e-3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import processes
 from support.images import TINY, image, labelled_shard, mask, mask_folders, png
 from support.training import StopAtError, killed_until_done, stop_at
 
@@ -396,7 +396,7 @@ def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     settings_ = [word for name, value in given_.items() for word in ("--set", f"{name}={value}")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [tmp_path / name for name in ("whole", "run")]
-    subprocess.run([*words, str(runs[0]), *settings_], check=True, capture_output=True, env=environment)
+    processes.run([*words, str(runs[0]), *settings_], check=True, capture_output=True, env=environment)
     killed_until_done([*words, str(runs[1]), *settings_], runs[1], kills=2, seed=2)
     assert_same(runs[1], runs[0])
 

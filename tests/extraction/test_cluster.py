@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from distributed.client import FutureCancelledError
+from support import processes
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError
@@ -49,8 +50,10 @@ def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> Non
         time.sleep(0.002)
 
 
-def started(images: Path, targets: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def started(
+    images: Path, targets: Path, *more: str, popen: type[subprocess.Popen[str]] = processes.Popen
+) -> subprocess.Popen[str]:
+    return popen(
         command(images, targets, *more),
         cwd=targets.parent,
         stdout=subprocess.DEVNULL,
@@ -85,13 +88,13 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
 def unbroken(folder: Path, scenes: int, seed: int = 0) -> tuple[Path, Tree]:
     sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=10, seed=seed)
     prepare("demo", folder / "images", sizes, workers=1)
-    subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
+    processes.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", files(folder / "whole")
 
 
 @contextlib.contextmanager
 def dask_process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, "-m", "dask", *words],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
@@ -162,7 +165,7 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(eight: tuple[
     assert len(errors) == 1, told
     assert f"the scheduler {address} was lost" in errors[0]
     assert "the same command goes on" in errors[0]
-    subprocess.run(command(eight[0], targets), check=True, capture_output=True, cwd=tmp_path)
+    processes.run(command(eight[0], targets), check=True, capture_output=True, cwd=tmp_path)
     assert files(targets) == eight[1]
 
 
@@ -278,7 +281,7 @@ def test_an_interrupt_while_workers_start(eight: tuple[Path, Tree], tmp_path: Pa
 
 
 def test_an_interrupt_while_the_program_loads(eight: tuple[Path, Tree], tmp_path: Path) -> None:
-    run = started(eight[0], tmp_path / "t")
+    run = started(eight[0], tmp_path / "t", popen=subprocess.Popen)
     process = psutil.Process(run.pid)
     wait_for(lambda: any("torch" in entry.path for entry in process.memory_maps()), run)
     os.killpg(run.pid, signal.SIGINT)

@@ -10,6 +10,7 @@ import tarfile
 import time
 
 import pytest
+from support import processes
 from support.disks import small_disk
 
 from milan_pipe.config.images import ViewSettings
@@ -72,7 +73,7 @@ def command(images, targets):
 
 def test_killed_process_goes_on(whole, images, tree, tmp_path):
     targets = tmp_path / "t"
-    process = subprocess.Popen(
+    process = processes.Popen(
         command(images, targets), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
@@ -83,7 +84,7 @@ def test_killed_process_goes_on(whole, images, tree, tmp_path):
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (targets / "manifest.json").exists()
     assert len(list(targets.glob("manifest/*.json"))) < 3
-    subprocess.run(command(images, targets), cwd=tmp_path, check=True, capture_output=True)
+    processes.run(command(images, targets), cwd=tmp_path, check=True, capture_output=True)
     assert tree(targets) == tree(whole[0])
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.disks import small_disk
 from support.targets import tree as store_tree
 
@@ -89,14 +90,14 @@ def test_a_limit_that_the_whole_passes_stops_as_soon_as_it_is_sure(eight, extrac
 def test_the_same_command_twice_at_once_commits_nothing_that_is_damaged(eight, tmp_path):
     command = [sys.executable, "-m", "milan_pipe", "extract-targets", str(eight), str(tmp_path / "t")]
     command += ["--set", "extract.device=cpu", "--set", "extract.threads=1"]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [processes.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         _, stderr = process.communicate(timeout=300)
         assert "Traceback" not in stderr
         assert process.returncode in (0, 2)
         assert process.returncode == 0 or "removed while it was written" in stderr or "shards are whole" in stderr
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    again = processes.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert verify_store(tmp_path / "t").problems == ()
-    subprocess.run([*command[:5], str(tmp_path / "alone"), *command[6:]], check=True, capture_output=True)
+    processes.run([*command[:5], str(tmp_path / "alone"), *command[6:]], check=True, capture_output=True)
     assert store_tree(tmp_path / "t") == store_tree(tmp_path / "alone")

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.disks import small_disk
 
 from milan_pipe.config.images import PrepareSettings, ViewSettings
@@ -52,7 +53,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     prepare(
         "demo", folder / "images", PrepareSettings(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1
     )
-    subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
+    processes.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", folder / "whole"
 
 
@@ -68,7 +69,7 @@ def free_port() -> int:
 @contextlib.contextmanager
 def dask_process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    process = subprocess.Popen(
+    process = processes.Popen(
         [sys.executable, "-m", "dask", *words],
         cwd=folder,
         env=environment,
@@ -92,7 +93,7 @@ def test_workers_join_and_leave_a_running_scheduler(many: tuple[Path, Path], tmp
         dask_process(scratch, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"),
         dask_process(scratch, "worker", address, "--nthreads", "1", "--no-dashboard") as first,
     ):
-        run = subprocess.Popen(
+        run = processes.Popen(
             command(images, targets, "--scheduler", address), cwd=tmp_path, stderr=subprocess.PIPE, text=True
         )
         wait_for(lambda: list(targets.glob("manifest/*.json")) or run.poll() is not None, "no shard was committed")
@@ -124,7 +125,7 @@ def test_a_shard_that_fails_is_told_at_the_end_and_the_others_are_committed(
     targets = tmp_path / "t"
     told = []
     for more in (["--workers", "2"], []):
-        done = subprocess.run(
+        done = processes.run(
             command(tmp_path / "images", targets, *more), cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 2, done.stderr
@@ -134,7 +135,7 @@ def test_a_shard_that_fails_is_told_at_the_end_and_the_others_are_committed(
         assert "11 shards are committed" in told[-1]
         assert open_targets(targets).shards == tuple(f"{n:06d}" for n in range(12) if n != 3)
     bad.write_bytes(data)
-    subprocess.run(command(tmp_path / "images", targets), cwd=tmp_path, check=True, capture_output=True)
+    processes.run(command(tmp_path / "images", targets), cwd=tmp_path, check=True, capture_output=True)
     assert tree(targets) == tree(whole)
 
 
@@ -145,7 +146,7 @@ def test_shares_of_a_batch_queue_at_once(many: tuple[Path, Path], tmp_path: Path
     images, whole = many
     targets = tmp_path / "t"
     runs = [
-        subprocess.Popen(command(images, targets, "--shards", f"{share}/3"), cwd=tmp_path, stderr=subprocess.PIPE)
+        processes.Popen(command(images, targets, "--shards", f"{share}/3"), cwd=tmp_path, stderr=subprocess.PIPE)
         for share in range(3)
     ]
     for run in runs:
@@ -231,7 +232,7 @@ def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) 
     needed = sum(-(-len(data) // 4096) * 4096 for data in expected.values())
     disk = tmp_path / "disk"
     with small_disk(disk, needed // 2):
-        done = subprocess.run(
+        done = processes.run(
             command(images, disk / "t", "--workers", "2"), cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 2, done.stderr
@@ -247,7 +248,7 @@ def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) 
                 if path.startswith((f"{name}/", f"manifest/{name}")):
                     assert (disk / "t" / path).read_bytes() == data
         subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(disk)], check=True)
-        subprocess.run(command(images, disk / "t", "--workers", "2"), cwd=tmp_path, check=True, capture_output=True)
+        processes.run(command(images, disk / "t", "--workers", "2"), cwd=tmp_path, check=True, capture_output=True)
         assert tree(disk / "t") == expected
 
 
@@ -264,7 +265,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 
 def peak_bytes(images: object, folder: Path, name: str) -> int:
     words = command(images, folder / name)[3:]
-    done = subprocess.run([sys.executable, "-c", PEAK, *words], cwd=folder, capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, "-c", PEAK, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stderr.split()[-1]) * 1024
 
@@ -303,5 +304,5 @@ from milan_pipe.extraction.cluster import _silence_dask
 _silence_dask()
 logging.getLogger("distributed.scheduler").critical("a client left while its tasks report")
 """
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

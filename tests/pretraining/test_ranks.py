@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from support import processes
 from support.targets import header, random_blocks, write_blocks, write_store
 
 from milan_pipe.api import replay
@@ -60,7 +61,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return processes.Popen(words, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def go(store: Path, run: Path, ranks: int, **change: Any) -> str:
@@ -134,7 +135,7 @@ def test_more_ranks_than_lanes_and_cores(store: Path, tmp_path: Path) -> None:
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of the ranks, the first one first."""
     found = [child for child in psutil.Process(process.pid).children() if "milan_pipe" in child.cmdline()]
-    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+    return sorted(found, key=lambda child: child.create_time())
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run: Path, before: list[Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import processes
 from support.targets import header, random_blocks, write_blocks
 
 from milan_pipe.api import replay
@@ -106,7 +106,7 @@ def test_the_command_says_it_and_a_wrong_file_is_one_error(tmp_path: Path) -> No
         go(store, run, precision="bfloat16")
     file = the_file(run)
     words = [sys.executable, "-m", "milan_pipe", "replay", str(file), "--precision", "float32", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = processes.run(words, capture_output=True, text=True, check=True)
     assert "1 in scale_BS" in done.stderr
     told = json.loads(done.stdout)
     assert told["precision"] == "float32"

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import processes
 from support.checkpoints import change_record
 from support.targets import header, write_store
 
@@ -327,19 +328,19 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
     done = 0
     for _ in range(kills):
         before = checkpoints_of(folder / "run")[-1:]
-        with subprocess.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL) as process:
+        with processes.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and checkpoints_of(folder / "run")[-1:] == before:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.5))
             done += process.poll() is None
             process.kill()
     assert done == kills, "a run was finished before it could be killed"
-    finished = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    finished = processes.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "gone on from step" in finished.stderr
     assert finished.stderr.count("is taken over") == 1
     assert not (folder / "run" / ".lock").exists()
-    subprocess.run(
+    processes.run(
         command(store, head, folder / "whole", epochs), cwd=folder, env=environment, check=True, capture_output=True
     )
     assert_same(folder / "run", folder / "whole")
@@ -360,7 +361,7 @@ def test_a_signal_ends_the_command_with_one_line(
     store: Path, head: StoreHeader, tmp_path: Path, name: str, code: int
 ) -> None:
     words = command(store, head, tmp_path / "run", 2000)
-    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with processes.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not checkpoints_of(tmp_path / "run"):
             time.sleep(0.01)
         process.send_signal(signal.Signals[name])
@@ -375,11 +376,11 @@ def test_a_signal_ends_the_command_with_one_line(
 def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeader, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = command(store, head, run, 2000)
-    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
+    with processes.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
         try:
             while first.poll() is None and not checkpoints_of(run):
                 time.sleep(0.01)
-            second = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+            second = processes.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
             assert second.returncode == 2, second.stderr
             told = second.stderr.strip().splitlines()
             assert len(told) == 1

@@ -23,6 +23,7 @@ import numpy as np
 import obstore
 import pytest
 import torch
+from support import processes
 from support.s3 import Proxy, free_port
 from support.targets import tree
 from support.wild import Command, encoded, scene
@@ -119,7 +120,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def begin(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return processes.Popen(
         [sys.executable, "-m", "milan_pipe", *map(str, arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

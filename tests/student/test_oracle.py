@@ -1,4 +1,4 @@
-"""The student against the published reference's numbers: latent, prediction, loss and every gradient norm."""
+"""The student against its formulas, written out plainly, and against the published reference's numbers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support import plain_milan
 from torch.testing import assert_close
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.student.encoder import encode_visible
 from milan_pipe.student.loss import feature_loss
-from milan_pipe.student.masking import MaskSplit
+from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict, student_from_published
 
@@ -21,6 +22,54 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
 NO_ORACLE = f"no milan_oracle_*.safetensors under {SHARED}"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("masking", ["semantic", "random"])
+@pytest.mark.parametrize("kind", ["prompting", "plain"])
+def test_masks_prediction_loss_and_gradients_are_those_of_the_formulas(kind: str, masking: str) -> None:
+    draw = torch.Generator().manual_seed(7)
+    student = build_student(
+        StudentSettings(image_size=16, patch_size=4, width=16, depth=2, heads=2),
+        DecoderSettings(kind=kind, width=12, depth=2, heads=3),
+        output_width=6,
+    )
+    with torch.no_grad():
+        # As built, biases are 0 and norms 1, which hides what is forgotten.
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    images_BCHW = torch.randn(3, 3, 16, 16, generator=draw)
+    target_BST = 5 * torch.randn(3, 17, 6, generator=draw)
+    importance_BL = torch.rand(3, 16, generator=draw) ** 3 if masking == "semantic" else None
+    noise_BL = mask_noise(1, 2, ["a", "b", "c"], 16)
+
+    split = draw_split(importance_BL, noise_BL, visible_count(16, 0.75))
+    prediction_BST = student(images_BCHW, split)
+    loss = feature_loss(prediction_BST, target_BST)
+    loss.backward()
+
+    weights = {name: value.detach().double() for name, value in student.named_parameters() if value.requires_grad}
+    for value in weights.values():
+        value.requires_grad_()
+    chances = importance_BL.tolist() if importance_BL is not None else [None] * 3
+    visible = [plain_milan.visible_patches(*row, 0.75) for row in zip(chances, noise_BL.tolist(), strict=True)]
+    assert split.keep_BV.tolist() == visible
+    plain_predictions = [
+        plain_milan.decode(weights, plain_milan.encode(weights, image, seen, 4, 2), seen, (4, 4), 3, kind)
+        for image, seen in zip(images_BCHW.double(), visible, strict=True)
+    ]
+    plain_loss = plain_milan.loss(plain_predictions, list(target_BST.double()))
+    plain_loss.backward()
+
+    assert_close(prediction_BST.double(), torch.stack(plain_predictions), **TOLERANCE)
+    assert_close(loss.double(), plain_loss, **TOLERANCE)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert weights[name].grad.abs().max() > 0
+            assert_close(
+                parameter.grad.double(), weights[name].grad, **TOLERANCE, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @pytest.fixture(

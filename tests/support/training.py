@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support import processes
+
 from milan_pipe.training.recorder import TrainProgress
 
 
@@ -29,7 +31,7 @@ def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> Non
     rng = random.Random(seed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        process = processes.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         there = len(list((run / "checkpoints").glob("step-*"))) if run.is_dir() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -39,4 +41,4 @@ def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> Non
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(words, check=True, capture_output=True, env=environment)
+    processes.run(words, check=True, capture_output=True, env=environment)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import processes
 
 from milan_pipe.errors import StoreError
 from milan_pipe.training.distributed import Ranks
@@ -45,7 +46,7 @@ except StoreError as error:
 @contextmanager
 def process_with(run: Path) -> Iterator[subprocess.Popen[str]]:
     words = [sys.executable, "-c", HOLD, str(run)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with processes.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -108,7 +109,7 @@ def test_one_process_does_not_take_it_twice(tmp_path: Path) -> None:
 def test_of_many_at_once_one_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [sys.executable, "-c", HOLD, str(run)]
-    started = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [processes.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     try:
         told = [line_of(process) for process in started]
     finally:
@@ -145,7 +146,7 @@ def test_where_nothing_can_be_written_there_is_no_lock(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("a read-only disk needs the right to mount a tmpfs")
     words = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", HOLD, str(tmp_path)]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = processes.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.stdout == "held\n", done.stderr
 
 
