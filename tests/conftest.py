@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ import pytest
 from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
 from support.signals import default_signals
+
+# Before torch is imported. Several workers with a thread for every core wait for each other most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 

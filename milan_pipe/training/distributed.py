@@ -98,7 +98,7 @@ class Ranks:
             What to call in place of `module`, and a context for each forward and backward pass, called with whether
             the ranks exchange gradients in it.
         """
-        if self.count == 1:
+        if not dist.is_initialized():
             return module, lambda _: nullcontext()
         if parallel == "fsdp":
             mesh = init_device_mesh(self.device.type, (self.count,))

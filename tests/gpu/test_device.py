@@ -1,0 +1,253 @@
+"""What is computed on a CUDA device is what the CPU computes, within the tolerance that each test names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from support.project import SETTINGS
+from support.targets import header
+from support.training import StopAtError, stop_at
+
+from milan_pipe import api
+from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.training import Precision
+from milan_pipe.devices import memory_in_use
+from milan_pipe.loader.stream import Batch
+from milan_pipe.planning.speed import run_teacher
+from milan_pipe.pretraining.objective import Objective, build_objective
+from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.store import open_targets
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.training.distributed import Ranks
+from milan_pipe.training.optim import build_adamw
+from milan_pipe.training.recorder import TrainProgress
+from milan_pipe.training.step import Stepper, StepResult
+
+CPU = torch.device("cpu")
+HEAD = header(size=32, grid=(4, 4), width=12)
+WITHIN = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
+
+
+# --- the step -----------------------------------------------------------------------------------------------------
+
+
+def objective(device: torch.device, **change: Any) -> Objective:
+    student = StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2)
+    decoder = DecoderSettings(width=16, depth=2, heads=2)
+    return build_objective(HEAD, Params(student=student, decoder=decoder, pretrain=PretrainSettings(**change)), device)
+
+
+def batch(count: int = 12) -> Batch:
+    rng = np.random.default_rng(3)
+    return Batch(
+        keys=tuple(f"k{row}" for row in range(count)),
+        pixels_BHWC=torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
+        code_BST=torch.from_numpy(rng.integers(-90, 99, (count, 17, 12)).astype(np.int8)),
+        scale_BS=torch.from_numpy(rng.random((count, 17)).astype(np.float16) + 0.5),
+        attention_BL=torch.from_numpy(rng.random((count, 16)).astype(np.float16)),
+    )
+
+
+def stepper(model: Objective, device: torch.device, precision: Precision, **change: Any) -> Stepper[Batch]:
+    return Stepper(
+        build_adamw(model.student, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05),
+        change.pop("loss_of", model),
+        split=lambda whole: whole.parts(2),
+        device=device,
+        precision=precision,
+        clip_grad=change.pop("clip_grad", None),
+    )
+
+
+def losses(step: Stepper[Batch], count: int = 5, given: Batch | None = None) -> list[float]:
+    return [float(step(given or batch(), number, 1e-3).loss) for number in range(count)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_steps_have_the_losses_and_gradients_of_the_cpu(device: torch.device, precision: Precision) -> None:
+    here, there = objective(CPU), objective(device)
+    expected = losses(stepper(here, CPU, "float32", clip_grad=1.0))
+    fast = stepper(there, device, precision, clip_grad=1.0)
+    assert fast.scaler.is_enabled() == (precision == "float16")
+    assert losses(fast) == pytest.approx(expected, rel=WITHIN[precision])
+    for (name, left), right in zip(here.student.named_parameters(), there.student.parameters(), strict=True):
+        assert right.dtype == torch.float32
+        assert right.device.type == device.type
+        if left.grad is not None and left.ndim > 1:
+            assert right.grad is not None
+            cosine = torch.nn.functional.cosine_similarity(left.grad.flatten(), right.grad.cpu().flatten(), dim=0)
+            assert cosine > 1 - WITHIN[precision], name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(device: torch.device, precision: Precision) -> None:
+    model = objective(device)
+    poisoned = stepper(model, device, precision, loss_of=lambda part, epoch: model(part, epoch) * float("nan"))
+    before = [parameter.clone() for parameter in model.student.parameters()]
+    result: StepResult = poisoned(batch(), 0, 1e-3)
+    assert not torch.isfinite(result.loss)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.student.parameters(), strict=True))
+
+
+def test_a_compiled_step_has_the_same_losses(device: torch.device) -> None:
+    plain = losses(stepper(objective(device), device, "bfloat16"))
+    compiled = losses(stepper(objective(device, compile=True), device, "bfloat16"))
+    assert compiled == pytest.approx(plain, rel=0.02)
+
+
+def test_activations_computed_again_have_the_same_losses(device: torch.device) -> None:
+    plain = losses(stepper(objective(device), device, "float32"))
+    again = losses(stepper(objective(device, checkpoint_activations=True), device, "float32"))
+    assert again == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_batch_in_pinned_memory_has_the_same_losses(device: torch.device) -> None:
+    def pinned(value: Any) -> Any:
+        return value.pin_memory() if isinstance(value, torch.Tensor) and device.type == "cuda" else value
+
+    whole = batch()
+    copied = dataclasses.replace(
+        whole, **{field.name: pinned(getattr(whole, field.name)) for field in dataclasses.fields(whole)}
+    )
+    plain = losses(stepper(objective(device), device, "float32"))
+    assert losses(stepper(objective(device), device, "float32"), given=copied) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.fixture
+def process_group(device: torch.device) -> Iterator[None]:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_rank_of_its_own_has_the_same_losses(device: torch.device, parallel: Any) -> None:
+    plain = losses(stepper(objective(device), device, "float32"))
+    model = objective(device)
+    loss_of, exchange = Ranks(0, 1, device).parallelize(model, parallel, model.student.units(), model.student)
+    step = stepper(model, device, "float32", loss_of=loss_of)
+    step._exchange = exchange
+    assert losses(step) == pytest.approx(plain, rel=1e-4)
+    if parallel == "fsdp":
+        assert all(hasattr(parameter, "full_tensor") for parameter in model.student.parameters())
+
+
+# --- whole stages -------------------------------------------------------------------------------------------------
+
+
+def params(device: torch.device, *more: str) -> Params:
+    sections = ("extract", "pretrain", "finetune", "segment")
+    return load_params(None, [*SETTINGS, *(f"{name}.device={device}" for name in sections), *more])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    api.prepare("demo", folder, params(CPU))
+    return folder
+
+
+def extracted(device: torch.device, images: Path, targets: Path, *more: str) -> Path:
+    api.extract_targets(str(images / "train-*.tar"), targets, params(device, "codec=float16", *more))
+    return targets
+
+
+def test_extraction_writes_the_same_store(device: torch.device, images: Path, tmp_path: Path) -> None:
+    there = open_targets(extracted(device, images, tmp_path / "device"))
+    here = open_targets(extracted(CPU, images, tmp_path / "cpu"))
+    assert there.shards == here.shards
+    decode = codec_of(here.header.codec).decode
+    for shard in here.shards:
+        for view in range(here.header.views.count):
+            left, right = (store.read(shard, view, 0, store.samples(shard)) for store in (here, there))
+            assert left.keys == right.keys
+            assert [bytes(jpeg) for jpeg in left.jpegs] == [bytes(jpeg) for jpeg in right.jpegs]
+            features = [decode(torch.from_numpy(run.code_NST), None).float() for run in (left, right)]
+            # The device computes in bfloat16.
+            assert torch.nn.functional.cosine_similarity(*features, dim=-1).min() > 0.995
+            assert np.allclose(left.attention_NL, right.attention_NL, rtol=0.1, atol=0.01)
+
+
+@pytest.fixture
+def store(device: torch.device, images: Path, tmp_path: Path) -> Path:
+    return extracted(device, images, tmp_path / "targets")
+
+
+def curve(store: Path, run: Path, device: torch.device, *more: str, stop: int | None = None) -> list[float]:
+    found: list[float] = []
+    at_end = stop_at(stop) if stop else None
+
+    def on_progress(now: TrainProgress) -> None:
+        found.append(now.loss)
+        if at_end:
+            at_end(now)
+
+    api.pretrain(store, run, params(device, "pretrain.epochs=4", *more), on_progress=on_progress)
+    return found
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_run_that_is_broken_off_goes_on_to_the_same_end(
+    device: torch.device, store: Path, tmp_path: Path, precision: str
+) -> None:
+    """To the bit on a CPU; a device's sums are in another order each time."""
+    more = (f"pretrain.precision={precision}", "pretrain.checkpoint_every=2")
+    whole = curve(store, tmp_path / "whole", device, *more)
+    with pytest.raises(StopAtError):
+        curve(store, tmp_path / "run", device, *more, stop=7)
+    rest = curve(store, tmp_path / "run", device, *more)
+    assert len(rest) == len(whole) - 6
+    weights = [open_checkpoint(tmp_path / run).weights("student") for run in ("whole", "run")]
+    if device.type == "cpu":
+        assert rest == whole[6:]
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    else:
+        assert rest == pytest.approx(whole[6:], rel=1e-3 if precision == "float32" else 0.02)
+        for name, value in weights[0].items():
+            if value.ndim > 1:
+                assert torch.allclose(value, weights[1][name], rtol=0.1, atol=0.01), name
+
+
+def test_the_teacher_in_every_step_trains_like_its_targets(device: torch.device, store: Path, tmp_path: Path) -> None:
+    stored = curve(store, tmp_path / "stored", device)
+    online = curve(store, tmp_path / "online", device, "pretrain.targets=online")
+    assert stored != online
+    assert max(abs(left - right) for left, right in zip(stored, online, strict=True)) < 0.01
+
+
+def test_evaluations_have_the_scores_of_the_cpu(
+    device: torch.device, images: Path, store: Path, tmp_path: Path
+) -> None:
+    curve(store, tmp_path / "run", device)
+    sets = str(images / "train-*.tar"), str(images / "test-*.tar")
+    here, there = (api.knn(tmp_path / "run", *sets, params(each)) for each in (CPU, device))
+    assert there.accuracy == pytest.approx(here.accuracy, abs=0.13)  # 2 of 16 images
+    for name, train in (("tuned", api.finetune), ("segmented", api.segment)):
+        reports = [
+            train(tmp_path / "run", *sets, tmp_path / f"{name}-{each.type}-{number}", params(each))
+            for number, each in enumerate((CPU, device))
+        ]
+        assert reports[1].loss == pytest.approx(reports[0].loss, rel=0.05)
+
+
+def test_speed_and_memory_are_measured(device: torch.device) -> None:
+    teacher = load_teacher(params(device).teacher, device)
+    size = teacher.info.image_size
+    pixels_NHWC = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8)
+    output, speed = run_teacher(teacher, pixels_NHWC, 4)
+    assert output.features_BST.device == CPU
+    assert speed.per_second > 0
+    assert speed.device.startswith(device.type)
+    assert memory_in_use(device) > 0
