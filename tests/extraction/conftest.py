@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support import processes
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings, ViewSettings
@@ -31,19 +32,20 @@ def extract():
         arguments = ("on_progress", "shards", "redo", "verify_sources")
         more = {name: changes.pop(name) for name in arguments if name in changes}
         settings = ExtractSettings(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
-        return extract_targets(
-            images,
-            targets,
-            Params(
-                teacher=teacher or TeacherSettings(),
-                views=views,
-                # As many patches as the teacher has, whatever the size.
-                student=StudentSettings(image_size=view_size, patch_size=view_size // 8),
-                codec=CodecSettings(name=codec),
-                extract=settings,
-            ),
-            **more,
-        )
+        with processes.forked_workers():
+            return extract_targets(
+                images,
+                targets,
+                Params(
+                    teacher=teacher or TeacherSettings(),
+                    views=views,
+                    # As many patches as the teacher has, whatever the size.
+                    student=StudentSettings(image_size=view_size, patch_size=view_size // 8),
+                    codec=CodecSettings(name=codec),
+                    extract=settings,
+                ),
+                **more,
+            )
 
     return run
 

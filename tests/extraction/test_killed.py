@@ -125,9 +125,13 @@ def kills(job: Job, tmp_path: Path, scratch: Path, count: int, more: list[str]) 
     rng, done = random.Random(count), 0
     targets = tmp_path / "targets"
     while done < count:
-        before, more_than = begun(targets), done % 4
+        before, records = begun(targets), len(list(targets.glob("manifest/*.json"))) + done % 4
+
+        def far_enough(before: set[str] = before, records: int = records) -> bool:
+            return bool(begun(targets) - before) and len(list(targets.glob("manifest/*.json"))) >= records
+
         process = start(job, targets, scratch, *more)
-        running = wait_for(lambda b=before, n=more_than: len(begun(targets) - b) > n, process)  # type: ignore[misc]
+        running = wait_for(far_enough, process)
         if running:
             time.sleep(rng.uniform(0, LONGEST_DELAY))
         children = family(process)

@@ -321,7 +321,7 @@ def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]
 
 
 def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
-    epochs = 15 * kills
+    epochs = 10 * kills
     draw = random.Random(kills)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = command(store, head, folder / "run", epochs)
@@ -331,7 +331,7 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
         with processes.Popen(words, cwd=folder, env=environment, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and checkpoints_of(folder / "run")[-1:] == before:
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.5))
+            time.sleep(draw.uniform(0, 0.1))
             done += process.poll() is None
             process.kill()
     assert done == kills, "a run was finished before it could be killed"

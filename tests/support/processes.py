@@ -15,6 +15,7 @@ import fcntl
 import gc
 import importlib
 import inspect
+import multiprocessing.util
 import os
 import pickle
 import resource
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -164,6 +167,20 @@ def run(words: list[str], **given: Any) -> subprocess.CompletedProcess[Any]:
         return subprocess.run(words, **given)
 
 
+@contextlib.contextmanager
+def forked_workers() -> Iterator[None]:
+    """Processes that `multiprocessing` spawns here meanwhile are forked from the server too."""
+    as_usual = multiprocessing.util.spawnv_passfds
+
+    def spawn(path: Any, words: list[Any], descriptors: list[int]) -> int:
+        numbers = {number: number for number in (0, 1, 2, *descriptors)}
+        pid = server().fork([os.fsdecode(path), *map(os.fsdecode, words[1:])], numbers)
+        return as_usual(path, words, descriptors) if pid is None else pid
+
+    with mock.patch.object(multiprocessing.util, "spawnv_passfds", spawn):
+        yield
+
+
 def _read_by_imports(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(_READ_BY_IMPORTS)}
 
@@ -223,7 +240,8 @@ def _become(request: _Request, descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     # First out of the way of the numbers that they are to have.
-    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 200) for descriptor in descriptors]
+    above = max(request.descriptors) + 1
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
     for number, descriptor in zip(request.descriptors, high, strict=True):
@@ -262,23 +280,8 @@ def _read_environment_again() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def _fork_own_children_too(requests: socket.socket) -> None:
-    import multiprocessing.util
-
-    global _server
-    _server = _Server(requests, dict(os.environ))
-    subprocess.Popen = Popen  # type: ignore[misc]
-    as_usual = multiprocessing.util.spawnv_passfds
-
-    def spawn(path: Any, words: list[Any], descriptors: list[int]) -> int:
-        numbers = {number: number for number in (0, 1, 2, *descriptors)}
-        pid = server().fork([os.fsdecode(path), *map(os.fsdecode, words[1:])], numbers)
-        return as_usual(path, words, descriptors) if pid is None else pid
-
-    multiprocessing.util.spawnv_passfds = spawn
-
-
 def _main() -> None:
+    global _server
     requests = socket.socket(fileno=int(sys.argv[1]))
     requests.set_inheritable(False)
     # A terminal sends Ctrl-C to the server too.
@@ -299,23 +302,30 @@ def _main() -> None:
             os.close(descriptor)
     requests.close()
     _become(request, descriptors)
-    _fork_own_children_too(own)
+    _server = _Server(own, dict(os.environ))
+    subprocess.Popen = Popen  # type: ignore[misc]
     target = _target(request.words)
     assert target is not None
+    code, interrupted = 0, False
     try:
-        _run(*target)
+        with forked_workers():
+            _run(*target)
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    else:
-        code = 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        interrupted = True
     # As the interpreter ends, but for the half second in which it takes all modules apart.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
             stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code & 255)
 
 
