@@ -45,7 +45,7 @@ def free(monkeypatch):
     return lambda count: monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
 
 
-def test_a_small_disk_is_label_and_caption_before_the_first_view(images, extract, tmp_path):
+def test_a_small_disk_is_reported_before_the_first_view(images, extract, tmp_path):
     with small_disk(tmp_path / "disk", 300 * 1024) as disk:
         lines, views = warned(lambda **more: extract(images, disk / "t", **more))
         assert len(lines) == 1

@@ -259,7 +259,7 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     assert made == set()
 
 
-def test_tars_of_no_use_are_label_and_caption_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:
+def test_tars_of_no_use_are_reported_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:
     images, targets = tmp_path / "images", tmp_path / "targets"
     whole = pack(images / "0.tar", [Member(name=f"{n}.png", data=PNG) for n in range(3)])
     data = whole.read_bytes()

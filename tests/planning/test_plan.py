@@ -170,7 +170,7 @@ def test_every_line_says_where_it_comes_from(report: PlanReport) -> None:
         assert "extrapolated" in told[line]
 
 
-def test_images_that_cannot_be_read_are_label_and_caption(scenes: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_reported(scenes: Path, tmp_path: Path) -> None:
     with tarfile.open(min(scenes.glob("*.tar"))) as tar:
         found = [(name, tar.extractfile(name)) for name in tar.getnames() if re.search(r"\d\.png$", name)]
         good = [(name, file.read()) for name, file in found if file is not None]
@@ -403,7 +403,7 @@ def test_extraction_warns_before_the_first_view(
     assert [warning for warning in recwarn if "free at" in str(warning.message)] == []
 
 
-def test_a_disk_with_room_and_a_bucket_are_not_label_and_caption(scenes: Path, bucket: str) -> None:
+def test_a_disk_with_room_and_a_bucket_are_not_reported(scenes: Path, bucket: str) -> None:
     shards = expand_shards(scenes)
     assert space.free_space_warning(space.free_space(location_of("somewhere/new"), 1)) is None
     assert space.free_space(location_of(f"{bucket}/t"), 10**18).free_bytes is None

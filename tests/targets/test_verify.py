@@ -173,7 +173,7 @@ def test_keys_that_occur_twice(tmp_path: Path, store_format: str) -> None:
 
 
 @pytest.mark.parametrize("store_format", FORMATS)
-def test_more_samples_label_and_caption_than_there_are(tmp_path: Path, store_format: str) -> None:
+def test_more_samples_reported_than_there_are(tmp_path: Path, store_format: str) -> None:
     """A record and a summary that agree with each other, and not with the files."""
     head = header(format=store_format)
     write_store(tmp_path / "t", head, [5])
