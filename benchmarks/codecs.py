@@ -89,9 +89,10 @@ def fidelity(work: Path, row: str, params: Params) -> dict[str, float]:
         "decode": _views_per_second(lambda: codec.decode(code, scale), len(truth)),
     }
     torch.set_num_threads(threads)
+    views = sum(map(store.samples, store.shards)) * store.header.views.count
     return {
         "bits": _bits(store),
-        "bytes_per_view": store.bytes() / (sum(map(store.samples, store.shards)) * store.header.views.count),
+        "bytes_per_view": sum(store.location.sizes().values()) / views,
         "mean_cosine": float(cosine.mean()),
         "p1_cosine": float(cosine.kthvalue(max(1, len(cosine) // 100)).values),
         **speeds,

@@ -1,6 +1,6 @@
 """Samples read a second: a store in either format against np.memmap over the same bytes, in one run.
 
-    python -m benchmarks.reading WORK [--samples 4096] [--passes 3]
+    python -m benchmarks.reading WORK [--samples 4096] [--passes 3] [--only files loader]
 
 A sample is what training reads of a ViT-B/16 view: codes of 197 x 512 int8, their scales, attention, and a JPEG of
 24 KB; values are drawn so that they shrink like real codes (7 bits a dimension). Three readers stand beside the stores:
@@ -14,6 +14,9 @@ All files are put out of the page cache and read again before the first pass, so
 was written. Every pass opens its store anew; the best pass counts. `shuffled` reads blocks of 128 in random order over
 shards and copies the samples of 16 blocks out in random order, as the loader does; the memmap of the flat file copies
 records in the same random order, the two others go through theirs in order.
+
+`loader` compares the reader with zarr and its zarrs pipeline alone, which leave the crc32c of uncompressed chunks
+unchecked, and with reading all files of the store whole: blocks in the loader's order, then the loader, JPEGs decoded.
 """
 
 from __future__ import annotations
@@ -21,20 +24,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from milan_pipe import __version__
 from milan_pipe.config.targets import CodecSettings
-from milan_pipe.loader.order import EpochOrder
+from milan_pipe.images.views import encode_jpeg
+from milan_pipe.loader.order import BatchPlan, EpochOrder
+from milan_pipe.loader.stream import Loader
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
+    CodecInfo,
     SourceInfo,
     SourceShard,
     StoreFormat,
@@ -44,6 +52,7 @@ from milan_pipe.targets.schema import (
     ViewInfo,
 )
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
+from milan_pipe.targets.zarr_store import ZarrShard
 
 GRID, WIDTH, JPEG_BYTES, SHARD_SAMPLES, BATCH, SHUFFLE_BLOCKS = 14, 512, 24_000, 1024, 64, 16
 RECORD = np.dtype(
@@ -63,6 +72,9 @@ STORES: dict[str, tuple[StoreFormat, int]] = {
     "webdataset, zstd_level=0": ("webdataset", 0),
     "webdataset, zstd_level=1": ("webdataset", 1),
 }
+LOADED = {"int8, zstd_level=0": "zarr, zstd_level=0", "int8, zstd_level=1": "zarr, zstd_level=1", "klt": "zarr, klt"}
+# Codes of coefficients that are sorted by strength.
+_KLT_DECAY = np.exp(-np.arange(WIDTH, dtype=np.float32) / 90)
 
 
 def _records(samples: int, start: int) -> np.ndarray[Any, Any]:
@@ -72,11 +84,18 @@ def _records(samples: int, start: int) -> np.ndarray[Any, Any]:
     records["code"] = np.clip(codes.round(), -127, 127)
     records["scale"] = rng.random(records["scale"].shape)
     records["attention"] = rng.random(records["attention"].shape)
-    records["jpeg"] = rng.integers(0, 256, records["jpeg"].shape, np.uint8)
+    pixels = np.kron(rng.integers(64, 192, (14, 14, 3)), np.ones((16, 16, 1), int)) + rng.integers(
+        -9, 10, (224, 224, 3)
+    )
+    jpeg = encode_jpeg(pixels.astype(np.uint8), 95)
+    if len(jpeg) > JPEG_BYTES:
+        raise RuntimeError(f"a JPEG of {len(jpeg)} bytes")
+    # Decoders ignore what follows the end of an image.
+    records["jpeg"] = np.frombuffer(jpeg.ljust(JPEG_BYTES, b"\0"), np.uint8)
     return records
 
 
-def _header(store_format: StoreFormat, zstd_level: int, shards: int) -> StoreHeader:
+def _header(store_format: StoreFormat, zstd_level: int, shards: int, codec: CodecInfo | None = None) -> StoreHeader:
     return StoreHeader(
         package_version=__version__,
         format=store_format,
@@ -91,7 +110,7 @@ def _header(store_format: StoreFormat, zstd_level: int, shards: int) -> StoreHea
             width=WIDTH,
         ),
         views=ViewInfo(count=1, size=16 * GRID, scale=(0.2, 1), ratio=(1, 1), flip=0, seed=0, jpeg_quality=95),
-        codec=build_codec(CodecSettings(name="int8", zstd_level=zstd_level)).info,
+        codec=codec or build_codec(CodecSettings(name="int8", zstd_level=zstd_level)).info,
         source=SourceInfo(shards=shards, fingerprint=""),
     )
 
@@ -121,6 +140,9 @@ def make(work: Path, samples: int) -> None:
         name: TargetStoreWriter(work / f"{name.replace(', ', '-')}-{samples}", _header(*kind, shards))
         for name, kind in STORES.items()
     }
+    features = torch.randn(64, 1 + GRID**2, WIDTH, generator=torch.Generator().manual_seed(0))
+    klt = build_codec(CodecSettings(name="klt"), features).info
+    stores["zarr, klt"] = TargetStoreWriter(work / f"zarr-klt-{samples}", _header("zarr", 1, shards, klt))
     with flat.open("wb") as file:
         for shard in range(shards):
             count = min(SHARD_SAMPLES, samples - shard * SHARD_SAMPLES)
@@ -129,7 +151,9 @@ def make(work: Path, samples: int) -> None:
                 first = shard * SHARD_SAMPLES + start
                 records = _records(min(BLOCK_SAMPLES, count - start), first)
                 file.write(records.tobytes())
-                for writer in writers:
+                for name, writer in zip(stores, writers, strict=True):
+                    if name == "zarr, klt":
+                        records["code"] = records["code"] * _KLT_DECAY
                     writer.append(_block(records, first))
             for writer in writers:
                 writer.commit(SourceShard(name=f"{shard:06d}.tar", bytes=0, sha256="", samples=count, bad=()))
@@ -157,7 +181,7 @@ def memmap_checked(path: Path, samples: int) -> None:
 
 
 def memmap_own(store: Path) -> None:
-    """What a memmap costs over the very files that the reader of the zarr store maps."""
+    """What a memmap costs over the very files of the zarr store."""
     for path in _large_files(store):
         data = np.memmap(path, mode="r", dtype=np.uint8)
         step = BATCH * RECORD["code"].itemsize
@@ -223,18 +247,81 @@ def _rates(readers: dict[str, Callable[[], None]], samples: int, passes: int) ->
     return {name: samples / seconds for name, seconds in best.items()}
 
 
+def _read_blocks(path: Path, samples: int) -> None:
+    store = open_targets(path)
+    for blocks, _ in _order(samples).groups(0):
+        for block in blocks:
+            store.read(store.shards[block.shard], block.view, block.start, block.stop)
+
+
+def _read_files(path: Path, samples: int) -> None:
+    del samples
+    for file in sorted(path.glob("0*/**/*")):
+        if file.is_file():
+            file.read_bytes()
+
+
+def _load(path: Path, samples: int) -> None:
+    plan = BatchPlan(order=_order(samples), batch_size=BATCH)
+    with Loader(open_targets(path), plan, threads=2, with_targets=True) as loader:
+        for _ in loader.batches(0):
+            pass
+
+
+def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None) -> np.ndarray[Any, Any]:
+    array = self._arrays[name]
+    return np.asarray(array[start:stop] if view is None else array[view : view + 1, start:stop][0])
+
+
+def compare_loader(folders: dict[str, Path], samples: int, passes: int) -> None:
+    """Print the reader, zarr alone and plain files; medians, all of them taking turns."""
+    own = ZarrShard._checked_rows
+    readers = {"own": own, "zarr alone, unchecked": _rows_by_zarr, "files read whole": None}
+    print("| codec | read by | read, samples/s | CPU, µs a sample | loader, samples/s | CPU, µs a sample |")
+    print("|---|---|---|---|---|---|")
+    for codec, folder in folders.items():
+        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for _ in range(passes + 1):
+            for name, rows in readers.items():
+                ZarrShard._checked_rows = rows or own  # type: ignore[method-assign]
+                for column, work in enumerate([_read_blocks, _load] if rows else [_read_files]):
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    work(folder, samples)
+                    spent = time.perf_counter() - wall, time.process_time() - cpu
+                    found.setdefault((name, column), []).append(spent)
+        ZarrShard._checked_rows = own  # type: ignore[method-assign]
+        for name in readers:
+            row = [codec, name]
+            for column in (0, 1):
+                # The first pass warms up.
+                pairs = found.get((name, column), [])[1:]
+                if pairs:
+                    wall, cpu = (statistics.median(values) for values in zip(*pairs, strict=True))
+                row += [f"{samples / wall:,.0f}", f"{1e6 * cpu / samples:,.0f}"] if pairs else ["", ""]
+            print(f"| {' | '.join(row)} |")
+
+
 def main() -> None:
-    """Write what is not there, measure, print a table and JSON."""
+    """Write what is not there, measure, print tables and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=("files", "loader"), default=("files", "loader"))
     arguments = parser.parse_args()
     work, samples = arguments.work, arguments.samples
     make(work, samples)
     flat = work / f"records-{samples}.bin"
     folders = {name: work / f"{name.replace(', ', '-')}-{samples}" for name in STORES}
     _read_anew(path for path in sorted(work.rglob("*")) if path.is_file())
+    if "loader" in arguments.only:
+        compare_loader(
+            {codec: work / f"{name.replace(', ', '-')}-{samples}" for codec, name in LOADED.items()},
+            samples,
+            arguments.passes,
+        )
+    if "files" not in arguments.only:
+        return
     results = {}
     for kind, memmap, store in (
         ("sequential", memmap_sequential, store_sequential),

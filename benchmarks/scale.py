@@ -271,7 +271,7 @@ def manifests(work: Path, store_format: str, shards: int) -> dict[str, Any]:
     writer.committed()
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    manifest.write_summary(writer.location, header_file(writer.header)[1], committed)
+    manifest.write_manifest(writer.location, header_file(writer.header)[1], committed)
     began = time.perf_counter()
     opened = open_targets(where)
     opening = time.perf_counter() - began
@@ -283,7 +283,7 @@ def manifests(work: Path, store_format: str, shards: int) -> dict[str, Any]:
         "restart_ms_a_shard": round(1000 * restart / shards, 2),
         "records_mb_a_second": round(size * shards / restart / 1e6, 1),
         "restart_most_kb_a_shard": round(most / shards / 1e3, 1),
-        "summary_bytes_a_shard": round(writer.location.size(manifest.SUMMARY) / shards),
+        "summary_bytes_a_shard": round(writer.location.size(manifest.MANIFEST) / shards),
         "open_ms_a_shard": round(1000 * opening / shards, 4),
     }
     shutil.rmtree(where)

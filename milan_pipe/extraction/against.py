@@ -15,7 +15,7 @@ from milan_pipe.images.views import decode_jpeg
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import location_of
 from milan_pipe.targets import manifest
-from milan_pipe.targets.codec import codec_of, mean_cosine
+from milan_pipe.targets.codec import codec_of, decode_run, mean_cosine
 from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import read_header
 from milan_pipe.targets.verify import Problem, VerifyReport, verify_store
@@ -61,8 +61,7 @@ def verify_against_teacher(
         except DataError:
             return  # reported by the check of the views themselves
         live = teacher(torch.from_numpy(pixels))
-        scale = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
-        stored_NST = codec.decode(torch.from_numpy(run.code_NST[rows]), scale)
+        stored_NST = decode_run(header.codec, run, rows)
         off_N = (torch.from_numpy(run.attention_NL[rows]).float() - live.share_BL().cpu()).abs().sum(dim=1)
 
         def problem(row: int, array: str, what: str) -> Problem:

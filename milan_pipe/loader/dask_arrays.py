@@ -9,11 +9,10 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
-import torch
 from dask.delayed import delayed
 from numpy.typing import NDArray
 
-from milan_pipe.targets.codec import codec_of
+from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 from milan_pipe.targets.store import TargetStore, open_targets
 
@@ -41,22 +40,19 @@ class DaskTargets:
 
 @lru_cache(maxsize=8)
 def _opened(where: str, identity: str) -> TargetStore:
-    # By identity as well: a store that is written anew in the same location is another one.
-    del identity
+    del identity  # part of the key: a store that is written again in the same location is another one
     return open_targets(where)
 
 
 def _read(where: str, identity: str, view: int, shard: str, start: int, stop: int) -> dict[str, NDArray[Any]]:
     store = _opened(where, identity)
     run = store.read(shard, view, start, stop)
-    scale_NS = None if run.scale_NS is None else torch.from_numpy(np.asarray(run.scale_NS))
-    feature_NST = codec_of(store.header.codec).decode(torch.from_numpy(np.asarray(run.code_NST)), scale_NS)
     return {
-        "features": feature_NST.float().numpy(),
+        "features": decode_run(store.header.codec, run).numpy(),
         "attention": run.attention_NL.astype(np.float32),
-        "crop": np.asarray(run.crop_N4),
-        "flip": np.asarray(run.flip_N),
-        "label": np.asarray(run.label_N),
+        "crop": run.crop_N4,
+        "flip": run.flip_N,
+        "label": run.label_N,
         "key": np.array(run.keys, dtype=object),
     }
 
@@ -68,8 +64,8 @@ def _field(found: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
 def dask_targets(store: TargetStore) -> DaskTargets:
     """Arrays of a store; nothing is read before they are computed.
 
-    A chunk is one view of a block of samples, which is what lies together on disk; of one chunk, all arrays come from
-    one read. Workers elsewhere need the store under the same name.
+    A chunk is one view of a block of samples, stored together; all arrays of a chunk come from one read. Workers
+    elsewhere need the store under the same name.
     """
     where, header = str(store.location), store.header
     shards = "".join(f"{shard} {store.samples(shard)}\n" for shard in store.shards)

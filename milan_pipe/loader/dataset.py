@@ -1,4 +1,4 @@
-"""A target store as other code takes it: by index, by key, as a dataset of torch, as arrays of Dask."""
+"""A target store for other code: by index, by key, as a dataset of torch, as arrays of Dask."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from milan_pipe.errors import MissingError, SettingError
+from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.images.views import decode_jpeg
-from milan_pipe.loader.order import EpochOrder
-from milan_pipe.targets.codec import codec_of
+from milan_pipe.loader.order import Block, EpochOrder
+from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, ViewRun
 from milan_pipe.targets.store import TargetStore
 from milan_pipe.targets.store import open_targets as _open_store
@@ -61,51 +61,45 @@ class Targets:
     through the shards in order. It may be read by several threads, and pickled: another process opens the store anew.
     """
 
-    def __init__(self, where: str | Path) -> None:
-        """Open a store; see `open_targets`."""
-        self._where = str(where)
-        self._store = _open_store(where)
-        self._ends = list(accumulate(self._store.samples(shard) for shard in self._store.shards))
-        self._codec = codec_of(self._store.header.codec)
+    def __init__(self, store: TargetStore) -> None:
+        """See `open_targets`.
+
+        Attributes:
+            store: the reader below, which gives runs of stored codes.
+        """
+        self.store = store
+        self._ends = list(accumulate(store.samples(shard) for shard in store.shards))
         self._by_key: dict[str, int] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"where": self._where}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["where"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Callable[[str], Targets], tuple[str]]:
+        return open_targets, (str(self.store.location),)
 
     def __repr__(self) -> str:
-        header = self._store.header
+        header = self.store.header
         return (
-            f"<Targets {self._store.location}: {len(self)} samples, {self.views} views, teacher "
+            f"<Targets {self.store.location}: {len(self)} samples, {self.views} views, teacher "
             f"{header.teacher.model!r}, grid {self.grid[0]} x {self.grid[1]}, codec {header.codec.name!r}>"
         )
 
     @property
     def header(self) -> StoreHeader:
         """What the targets depend on: teacher, views, codec, source."""
-        return self._store.header
-
-    @property
-    def store(self) -> TargetStore:
-        """The reader below, which gives runs of stored codes."""
-        return self._store
+        return self.store.header
 
     @property
     def views(self) -> int:
         """K, views of each sample."""
-        return self._store.header.views.count
+        return self.store.header.views.count
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return self._store.header.teacher.grid
+        return self.store.header.teacher.grid
 
     @property
     def width(self) -> int:
         """T, of the teacher's features."""
-        return self._store.header.teacher.width
+        return self.store.header.teacher.width
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -116,8 +110,8 @@ class Targets:
         Raises:
             DataError: a shard is damaged.
         """
-        for shard in self._store.shards:
-            yield from self._store.keys(shard)
+        for shard in self.store.shards:
+            yield from self.store.keys(shard)
 
     def __iter__(self) -> Iterator[Target]:
         """View 0 of each sample."""
@@ -134,9 +128,13 @@ class Targets:
             self._by_key = {name: number for number, name in reversed(list(enumerate(self.keys())))}
         found = self._by_key.get(key)
         if found is None:
-            some = ", ".join(list(self._by_key)[-_SHOWN:])
-            raise MissingError(f"{self._store.location} has no sample {key!r}; its keys are such as {some}")
+            raise MissingError(self.no_sample(repr(key)))
         return found
+
+    def no_sample(self, names: str) -> str:
+        """The message for keys that are not in the store."""
+        some = ", ".join(self.store.keys(self.store.shards[0])[:_SHOWN])
+        return f"{self.store.location} has no sample {names}; its keys are such as {some}"
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):
@@ -155,22 +153,26 @@ class Targets:
         """
         count = len(self)
         if not -count <= number < count:
-            raise IndexError(f"{self._store.location}: sample {number} was asked for, it has {count}")
+            raise IndexError(f"{self.store.location} has no sample {number}; it has {count}")
         number %= count
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 
+    def block(self, number: int, view: int) -> Block:
+        """One view of one sample, as `read_batch` takes it; raises as indexing does."""
+        if not 0 <= view < self.views:
+            raise IndexError(f"{self.store.location} has no view {view}; it has views 0 to {self.views - 1}")
+        shard, row = self.location(number)
+        return Block(shard, view, row, row + 1)
+
     def run(self, index: int, view: int) -> ViewRun:
         """One view of one sample as it is stored; raises as indexing does."""
-        if not 0 <= view < self.views:
-            raise IndexError(f"{self._store.location}: view {view} was asked for, it has views 0 to {self.views - 1}")
-        shard, row = self.location(index)
-        return self._store.read(self._store.shards[shard], view, row, row + 1)
+        block = self.block(index, view)
+        return self.store.read(self.store.shards[block.shard], view, block.start, block.stop)
 
     def decode(self, run: ViewRun) -> Tensor:
         """Features (N, S, T) float32 of what `run` or `store.read` gave."""
-        scale_NS = None if run.scale_NS is None else torch.from_numpy(np.asarray(run.scale_NS))
-        return self._codec.decode(torch.from_numpy(np.asarray(run.code_NST)), scale_NS).float()
+        return decode_run(self.header.codec, run)
 
     def __getitem__(self, index: int | str | tuple[int | str, int]) -> Target:
         """One view of one sample.
@@ -188,12 +190,16 @@ class Targets:
             )
         run = self.run(self.index(sample) if isinstance(sample, str) else int(sample), int(view))
         label = int(run.label_N[0])
-        top, left, height, width = (int(value) for value in run.crop_N4[0])
+        top, left, height, width = run.crop_N4[0].tolist()
+        try:
+            pixels = decode_jpeg(run.jpegs[0])
+        except DataError as error:
+            raise DataError(f"the stored view {view} of {run.keys[0]} does not decode: {error}") from error
         return Target(
             key=str(run.keys[0]),
             label=None if label < 0 else label,
             view=int(view),
-            pixels_HWC=decode_jpeg(run.jpegs[0]),
+            pixels_HWC=pixels,
             features_ST=self.decode(run)[0].numpy(),
             attention_L=run.attention_NL[0].astype(np.float32),
             crop=(top, left, height, width),
@@ -224,7 +230,7 @@ class Targets:
         """
         from milan_pipe.loader.dask_arrays import dask_targets
 
-        return dask_targets(self._store)
+        return dask_targets(self.store)
 
 
 class TargetDataset(Dataset[Any]):
@@ -280,4 +286,4 @@ def open_targets(where: str | Path) -> Targets:
         MismatchError: another schema version.
         StoreError: it cannot be reached.
     """
-    return Targets(where)
+    return Targets(_open_store(where))

@@ -14,7 +14,8 @@ from torch import Tensor
 from milan_pipe.errors import DataError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.loader.order import BatchPlan, Block, Piece
-from milan_pipe.targets.schema import TargetReader, ViewRun
+from milan_pipe.targets.schema import ViewRun
+from milan_pipe.targets.store import TargetStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +55,16 @@ class Batch:
         return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Several runs laid end to end."""
+    """Several runs, joined."""
 
-    keys: list[str]
-    jpegs: list[bytes | memoryview]
-    code: Tensor
-    scale: Tensor | None
-    attention: Tensor
-
-    @staticmethod
-    def of(runs: list[ViewRun]) -> _Group:
+    def __init__(self, runs: list[ViewRun]) -> None:
         scales = [run.scale_NS for run in runs if run.scale_NS is not None]
-        return _Group(
-            keys=[key for run in runs for key in run.keys],
-            jpegs=[jpeg for run in runs for jpeg in run.jpegs],
-            code=torch.from_numpy(np.concatenate([run.code_NST for run in runs])),
-            scale=torch.from_numpy(np.concatenate(scales)) if scales else None,
-            attention=torch.from_numpy(np.concatenate([run.attention_NL for run in runs])),
-        )
+        self.keys = [key for run in runs for key in run.keys]
+        self.jpegs = [jpeg for run in runs for jpeg in run.jpegs]
+        self.code_NST = torch.from_numpy(np.concatenate([run.code_NST for run in runs]))
+        self.scale_NS = torch.from_numpy(np.concatenate(scales)) if scales else None
+        self.attention_NL = torch.from_numpy(np.concatenate([run.attention_NL for run in runs]))
 
 
 _Fragment = tuple[_Group, list[int]]
@@ -97,7 +88,7 @@ class Loader:
 
     READERS = 2
 
-    def __init__(self, reader: TargetReader, plan: BatchPlan, *, threads: int, with_targets: bool) -> None:
+    def __init__(self, reader: TargetStore, plan: BatchPlan, *, threads: int, with_targets: bool) -> None:
         self.plan = plan
         self._reader = reader
         self._with_targets = with_targets
@@ -126,7 +117,7 @@ class Loader:
 
     def _read(self, blocks: Sequence[Block]) -> _Group:
         reader = self._reader
-        return _Group.of([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
+        return _Group([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
 
     def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[_Fragment]:
         """What is left of a stream after its first `unwanted` samples, group after group, the next one under way."""
@@ -168,29 +159,29 @@ class Loader:
             pixels = np.stack(list(self._decoders.map(decode_jpeg, jpegs)))
         except DataError as error:
             raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
-        taken = [(group, torch.tensor(rows)) for group, rows in fragments]
-        coded = taken if self._with_targets else []
-        scales = [group.scale[index] for group, index in coded if group.scale is not None]
+        parts = [(group, torch.tensor(rows)) for group, rows in fragments]
+        coded = parts if self._with_targets else []
+        scales = [group.scale_NS[index] for group, index in coded if group.scale_NS is not None]
         return Batch(
             keys=keys,
             pixels_BHWC=torch.from_numpy(pixels),
-            code_BST=_cat([group.code[index] for group, index in coded]) if coded else taken[0][0].code[:0],
+            code_BST=_cat([group.code_NST[index] for group, index in coded]) if coded else parts[0][0].code_NST[:0],
             scale_BS=_cat(scales) if scales else None,
-            attention_BL=_cat([group.attention[index] for group, index in taken]),
+            attention_BL=_cat([group.attention_NL[index] for group, index in parts]),
         )
 
 
-def read_batch(reader: TargetReader, block: Block) -> Batch:
+def read_batch(reader: TargetStore, block: Block) -> Batch:
     """All samples of one block, in their order.
 
     Raises:
         DataError: the store is damaged.
     """
-    run = reader.read(reader.shards[block.shard], block.view, block.start, block.stop)
+    group = _Group([reader.read(reader.shards[block.shard], block.view, block.start, block.stop)])
     return Batch(
-        keys=tuple(run.keys),
-        pixels_BHWC=torch.from_numpy(np.stack([decode_jpeg(jpeg) for jpeg in run.jpegs])),
-        code_BST=torch.from_numpy(run.code_NST),
-        scale_BS=None if run.scale_NS is None else torch.from_numpy(run.scale_NS),
-        attention_BL=torch.from_numpy(run.attention_NL),
+        keys=tuple(group.keys),
+        pixels_BHWC=torch.from_numpy(np.stack([decode_jpeg(jpeg) for jpeg in group.jpegs])),
+        code_BST=group.code_NST,
+        scale_BS=group.scale_NS,
+        attention_BL=group.attention_NL,
     )

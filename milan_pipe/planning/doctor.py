@@ -78,28 +78,17 @@ def _version_of(package: str) -> str | None:
 
 
 def _devices() -> tuple[Device, ...]:
-    cpu = Device(
-        name="cpu",
-        what=platform.processor() or platform.machine(),
-        memory=psutil.virtual_memory().total,
-        bfloat16=None,
+    memory = psutil.virtual_memory().total
+    cpu = Device(name="cpu", what=platform.processor() or platform.machine(), memory=memory, bfloat16=None)
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return cpu, *(
+        Device(name=f"cuda:{number}", what=gpu.name, memory=gpu.total_memory, bfloat16=gpu.major >= 8)
+        for number, gpu in enumerate(gpus)
     )
-    gpus = []
-    for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        gpus.append(
-            Device(
-                name=f"cuda:{number}",
-                what=properties.name,
-                memory=properties.total_memory,
-                bfloat16=properties.major >= 8,
-            )
-        )
-    return (cpu, *gpus)
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or the nearest existing one above it."""
     path = folder.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -135,35 +124,33 @@ def _try_writing(location: Location) -> None:
 
 
 def _check(where: str, write: bool) -> LocationCheck:
-    free = None
-    found = "-"
+    free, found, problem = None, "-", None
     try:
         location = location_of(where)
+        nearest = _nearest(location.local or Path())
         if location.local is not None:
-            there = _nearest(location.local)
-            free = shutil.disk_usage(there).free
-            if not location.local.exists():
-                found = "not there yet"
-                problem = None
-                if not there.is_dir():
-                    problem = f"{there} is no folder"
-                elif not os.access(there, os.W_OK):
-                    problem = f"{there} cannot be written"
-                return LocationCheck(location=where, found=found, free_bytes=free, problem=problem)
-        found = _contents(location)
-        if write:
-            _try_writing(location)
-            found += "; written to and cleaned"
+            free = shutil.disk_usage(nearest).free
+        if location.local is not None and not location.local.exists():
+            found = "not there yet"
+            if not nearest.is_dir():
+                problem = f"{nearest} is no folder"
+            elif not os.access(nearest, os.W_OK):
+                problem = f"{nearest} cannot be written"
+        else:
+            found = _contents(location)
+            if write:
+                _try_writing(location)
+                found += "; written to and cleaned"
     except (MilanError, OSError) as error:
-        return LocationCheck(location=where, found=found, free_bytes=free, problem=" ".join(str(error).split()))
-    return LocationCheck(location=where, found=found, free_bytes=free, problem=None)
+        problem = " ".join(str(error).split())
+    return LocationCheck(location=where, found=found, free_bytes=free, problem=problem)
 
 
 def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
-    """Look at this machine, and at places where images or targets are or shall be.
+    """Look at this machine, and at storage locations of images or targets.
 
     Args:
-        locations: folders or URLs; what is there is reported, and whether it can be read.
+        locations: folders or URLs; their content is reported, and whether it can be read.
         write: also write a small file to each and remove it.
     """
     versions = {package: _version_of(package) for package in PACKAGES}

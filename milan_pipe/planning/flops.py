@@ -53,7 +53,7 @@ def student_flops(params: Params, header: StoreHeader, sample: ImageSample, enco
 
 
 def speed_at(tflops: float, flops: int, batch_size: int) -> Speed:
-    """The rate of a device that sustains so many TFLOP/s."""
+    """The rate of a device that sustains `tflops` TFLOP/s."""
     return Speed(
         per_second=tflops * _TERA / flops,
         device=f"{flops / 1e9:.4g} GFLOP each at {tflops:g} TFLOP/s",

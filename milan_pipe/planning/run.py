@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, SettingError
@@ -14,15 +13,22 @@ from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_
 from milan_pipe.extraction.worker import load_extraction_teacher
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.count import ImageCount, count_images, like_these
-from milan_pipe.images.shards import ShardFile, expand_shards
+from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import speed_at, student_flops, teacher_flops
-from milan_pipe.planning.limits import Limit, limits
-from milan_pipe.planning.load import ClusterLoad, NodeLoad, cluster_load, loader_images_per_core, node_load
+from milan_pipe.planning.load import (
+    ClusterLoad,
+    Limit,
+    NodeLoad,
+    cluster_load,
+    limits,
+    loader_images_per_core,
+    node_load,
+)
 from milan_pipe.planning.speed import (
+    DEVICES,
     ExtractionHours,
     PretrainingHours,
     Speed,
-    device_counts,
     extraction_hours,
     pretraining_hours,
     run_student,
@@ -42,22 +48,21 @@ from milan_pipe.planning.store import (
     sample_store,
 )
 from milan_pipe.pretraining.objective import require_fit
-from milan_pipe.storage import Location, location_of
-from milan_pipe.targets.schema import CodecInfo, StoreHeader, TeacherInfo
+from milan_pipe.storage import location_of
+from milan_pipe.targets.schema import CodecInfo
 from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 
 DEFAULT_SAMPLE = 64
-DEFAULT_DEVICES = 1
 DEFAULT_TARGETS = "targets"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere:
-    """What is planned for is not here: another number of images, other devices.
+    """Images and devices to plan for that are not here.
 
     Attributes:
-        total: images of which those that are there are a sample; none plans for these.
+        total: images of which those present are a sample; none plans for these.
         per_shard: images of a shard, where `total` says how many there are.
         devices: for extraction and pretraining.
         tflops: that a device sustains, in TFLOP/s; none measures teacher and student here.
@@ -65,7 +70,7 @@ class Elsewhere:
 
     total: int | None = None
     per_shard: int = 1
-    devices: int = DEFAULT_DEVICES
+    devices: int = 1
     tflops: float | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class Elsewhere:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanProgress:
-    """Reported while a plan is made: which of its steps goes on, and how far that is; `total` None: not known."""
+    """A step of a plan that is under way, and how far it is; `total` is None where it is not known."""
 
     what: str
     done: int = 0
@@ -86,7 +91,7 @@ class PlanProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """A plan. What is measured and what is extrapolated is said where each part is defined.
+    """A plan; each part says what of it is measured and what is extrapolated.
 
     Attributes:
         sample, sample_bad: images measured with, and met that could not be read.
@@ -96,8 +101,8 @@ class PlanReport:
         teacher_online: on batches as large as the student's; None where the target needs no teacher.
         render_views_per_second: of one thread.
         render_threads: that will render.
-        cluster, node: with the devices that were asked for.
-        limits: what gives in first comes first.
+        cluster, node: with the devices planned for.
+        limits: the tightest first.
         warnings: lines that a user should read before going on.
     """
 
@@ -124,81 +129,6 @@ class PlanReport:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Stage 1, counted and measured; `refused` says which codecs do not fit, and why."""
-
-    images: ImageCount
-    sample: ImageSample
-    info: TeacherInfo
-    teacher: Speed
-    online: Speed | None
-    encoded: dict[str, EncodedSample]
-    refused: tuple[str, ...]
-
-
-def _measure(
-    shards: Sequence[ShardFile],
-    model: Teacher,
-    params: Params,
-    sample: int,
-    elsewhere: Elsewhere,
-    on_progress: Callable[[PlanProgress], None],
-) -> _Measured:
-    def counted(done: int, total: int) -> None:
-        on_progress(PlanProgress(what="count", done=done, total=total))
-
-    def rendered(done: int) -> None:
-        on_progress(PlanProgress(what="render", done=done, total=sample))
-
-    images = count_images(shards, counted)
-    if elsewhere.total is not None:
-        images = like_these(images, elsewhere.total, elsewhere.per_shard)
-    image_sample = sample_images(shards, params.views, params.student.image_size, sample, rendered)
-    on_progress(PlanProgress(what="teacher"))
-    output, speed = run_teacher(model, image_sample.pixels_NHWC, params.extract.batch_size)
-    if elsewhere.tflops is not None:
-        speed = speed_at(elsewhere.tflops, teacher_flops(model, image_sample.pixels_NHWC), params.extract.batch_size)
-    encoded, refused = _encodings(output, params.codec, on_progress)
-    return _Measured(
-        images=images,
-        sample=image_sample,
-        info=model.info,
-        teacher=speed,
-        online=_online(model, image_sample, speed, params),
-        encoded=encoded,
-        refused=refused,
-    )
-
-
-def _encodings(
-    output: TeacherOutput, codec: CodecSettings, on_progress: Callable[[PlanProgress], None]
-) -> tuple[dict[str, EncodedSample], tuple[str, ...]]:
-    """The sample in every codec, and why another than the chosen one does not fit."""
-    encoded, refused = {}, []
-    for done, name in enumerate(CODECS):
-        on_progress(PlanProgress(what="codecs", done=done, total=len(CODECS)))
-        try:
-            encoded[name] = encode_sample(output, codec.model_copy(update={"name": name}))
-        except DataError as error:
-            if name == codec.name:
-                raise
-            refused.append(f"codec {name} is left out: {error}")
-    return encoded, tuple(refused)
-
-
-def _stores(
-    measured: _Measured, views: ViewSettings, size: int, on_progress: Callable[[PlanProgress], None]
-) -> tuple[StoreEstimate, ...]:
-    kinds = [(encoded, store_format) for encoded in measured.encoded.values() for store_format in FORMATS]
-    estimates = []
-    for done, (encoded, store_format) in enumerate(kinds):
-        on_progress(PlanProgress(what="stores", done=done, total=len(kinds)))
-        header = header_of(measured.info, views, size, encoded.info, store_format)
-        estimates.append(estimate_store(header, measured.sample, encoded, measured.images))
-    return tuple(estimates)
-
-
 def plan(
     images: str | Path,
     targets: str | Path | None,
@@ -214,107 +144,113 @@ def plan(
 
     Args:
         images: folder of shards, or shard paths with braces or globs; local or a URL.
-        targets: where the store is meant to lie; none: a folder `targets` here. It need not be there, and a store that
-            is there is not looked at.
+        targets: where the store is meant to lie; none: a folder `targets` here. It need not exist, and a store there
+            is not read.
         sample: images to measure with, at least 1.
         elsewhere: images and devices that are not here; none plans for those that are.
 
     Raises:
-        MissingError, DataError: images are not there or cannot be read.
+        MissingError, DataError: images are missing or cannot be read.
         SettingError: unknown teacher, device or student.
         MismatchError: student and teacher do not fit each other.
         StoreError: the temporary folder cannot be written.
     """
+
+    def progress(what: str, total: int | None = None) -> Callable[[int], None]:
+        return lambda done: on_progress(PlanProgress(what=what, done=done, total=total))
+
     views, codec, extract, size = params.views, params.codec, params.extract, params.student.image_size
-    asked = elsewhere or Elsewhere()
+    meant = elsewhere or Elsewhere()
     location = location_of(targets if targets is not None else DEFAULT_TARGETS)
     shards = expand_shards(images)
-    on_progress(PlanProgress(what="load teacher"))
+    progress("load teacher")(0)
     with same_threads():
         model = load_extraction_teacher(params)
         require_fit(
             header_of(model.info, views, size, CodecInfo(name=codec.name), extract.format), params.student, images
         )
-        measured = _measure(shards, model, params, sample, asked, on_progress)
-    stores = _stores(measured, views, size, on_progress)
-    encoded = measured.encoded[codec.name]
-    header = header_of(model.info, views, size, encoded.info, extract.format)
-    on_progress(PlanProgress(what="student"))
-    if asked.tflops is None:
-        student = run_student(params, header, measured.sample, encoded)
-    else:
-        flops = student_flops(params, header, measured.sample, encoded)
-        student = speed_at(asked.tflops, flops, params.pretrain.batch_size)
-    on_progress(PlanProgress(what="loader"))
-    per_core = _loader(header, measured.sample, encoded, params)
+        counted = count_images(shards, lambda done, total: progress("count", total)(done))
+        if meant.total is not None:
+            counted = like_these(counted, meant.total, meant.per_shard)
+        drawn = sample_images(shards, views, size, sample, progress("render", sample))
+        progress("teacher")(0)
+        output, teacher = run_teacher(model, drawn.pixels_NHWC, extract.batch_size)
+        if meant.tflops is not None:
+            teacher = speed_at(meant.tflops, teacher_flops(model, drawn.pixels_NHWC), extract.batch_size)
+        online = _online(model, drawn, teacher, params)
+        encoded, warnings = _encodings(output, codec, progress("codecs", len(CODECS)))
+    kinds = [(one, store_format) for one in encoded.values() for store_format in FORMATS]
+    stores = []
+    for done, (one, store_format) in enumerate(kinds):
+        progress("stores", len(kinds))(done)
+        stores.append(estimate_store(header_of(model.info, views, size, one.info, store_format), drawn, one, counted))
     chosen = next(store for store in stores if (store.codec, store.format) == (codec.name, extract.format))
-    return _report(measured, stores, chosen, student, per_core, params, asked, location)
+    header = header_of(model.info, views, size, encoded[codec.name].info, extract.format)
+    progress("student")(0)
+    if meant.tflops is None:
+        student = run_student(params, header, drawn, encoded[codec.name])
+    else:
+        flops = student_flops(params, header, drawn, encoded[codec.name])
+        student = speed_at(meant.tflops, flops, params.pretrain.batch_size)
+    progress("loader")(0)
+    with sample_store(header, drawn, encoded[codec.name]) as folder:
+        per_core = loader_images_per_core(open_targets(folder), with_targets=params.target == "clip")
 
-
-def _loader(header: StoreHeader, sample: ImageSample, encoded: EncodedSample, params: Params) -> float:
-    with sample_store(header, sample, encoded) as folder:
-        return loader_images_per_core(open_targets(folder), with_targets=params.target == "clip")
-
-
-def _report(
-    measured: _Measured,
-    stores: tuple[StoreEstimate, ...],
-    chosen: StoreEstimate,
-    student: Speed,
-    per_core: float,
-    params: Params,
-    asked: Elsewhere,
-    location: Location,
-) -> PlanReport:
-    views, extract = params.views, params.extract
-    images, rendering = measured.images, measured.sample.render_seconds
-    threads, cores = thread_count(extract.threads), thread_count(0)
+    threads = thread_count(extract.threads)
+    # Of a device that is not here, `extract.threads` says how many processors it has beside it.
+    cores = thread_count(0) if meant.tflops is None else threads
     extraction = extraction_hours(
-        images.total * views.count,
-        images.shards,
-        measured.teacher,
-        rendering,
+        counted.total * views.count,
+        counted.shards,
+        teacher,
+        drawn.render_seconds,
         threads,
-        # Of a device that is not here, `extract.threads` says how many processors it has beside it.
-        cores if asked.tflops is None else threads,
-        device_counts(asked.devices),
+        cores,
+        tuple(sorted({*DEVICES, meant.devices})),
     )
-    cluster = cluster_load(images, extraction, asked.devices)
-    node = node_load(student, chosen, per_core, asked.devices)
+    cluster = cluster_load(counted, extraction, meant.devices)
+    node = node_load(student, chosen, per_core, meant.devices)
     space = free_space(location, chosen.bytes)
+    node_cores = cores if meant.tflops is None else node.devices * threads
     return PlanReport(
-        images=images,
+        images=counted,
         views_per_image=views.count,
-        views=images.total * views.count,
-        sample=len(measured.sample.rendered),
-        sample_bad=measured.sample.bad,
-        stores=stores,
+        views=counted.total * views.count,
+        sample=len(drawn.rendered),
+        sample_bad=drawn.bad,
+        stores=tuple(stores),
         chosen=chosen,
-        teacher_model=measured.info.model,
-        teacher_image_size=measured.info.image_size,
-        teacher=measured.teacher,
-        teacher_online=measured.online,
+        teacher_model=model.info.model,
+        teacher_image_size=model.info.image_size,
+        teacher=teacher,
+        teacher_online=online,
         student=student,
-        render_views_per_second=1 / rendering,
+        render_views_per_second=1 / drawn.render_seconds,
         render_threads=threads,
         extraction=extraction,
-        pretraining=pretraining_hours(
-            images.total, params.pretrain.epochs, student, measured.online, extraction.hours[1]
-        ),
+        pretraining=pretraining_hours(counted.total, params.pretrain.epochs, student, online, extraction.hours[1]),
         cluster=cluster,
         node=node,
-        limits=limits(
-            images,
-            chosen,
-            space,
-            free_files(location),
-            cluster,
-            node,
-            cores if asked.tflops is None else node.devices * threads,
-        ),
+        limits=limits(counted, chosen, space, free_files(location), cluster, node, node_cores),
         space=space,
-        warnings=(*_warnings(images, measured.sample, student, params, space), *measured.refused),
+        warnings=(*_warnings(counted, drawn, student, params, space), *warnings),
     )
+
+
+def _encodings(
+    output: TeacherOutput, codec: CodecSettings, on_progress: Callable[[int], None]
+) -> tuple[dict[str, EncodedSample], list[str]]:
+    """The sample in every codec, and why another than the chosen one does not fit."""
+    encoded, refused = {}, []
+    for done, name in enumerate(CODECS):
+        on_progress(done)
+        try:
+            encoded[name] = encode_sample(output, codec.model_copy(update={"name": name}))
+        except DataError as error:
+            if name == codec.name:
+                raise
+            refused.append(f"codec {name} is left out: {error}")
+    return encoded, refused
 
 
 def _online(model: Teacher, image_sample: ImageSample, speed: Speed, params: Params) -> Speed | None:

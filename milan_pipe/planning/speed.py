@@ -27,7 +27,7 @@ from milan_pipe.training.step import Stepper, resolve_precision
 DEVICES = (1, 8, 64)
 """Numbers of devices for which hours are given."""
 
-# A measurement ends after so many seconds, but not before the first batch behind the warm-up.
+# A measurement ends after this many seconds, but not before the first batch behind the warm-up.
 _LONGEST_SECONDS = 8.0
 _MOST_BATCHES = 8
 _FEWEST_BATCHES = 3
@@ -36,11 +36,11 @@ _HOUR = 3600
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A rate that was measured here, after a warm-up, or one that follows from counted arithmetic.
+    """A rate that was measured here, after a warm-up, or that follows from counted arithmetic.
 
     Attributes:
         per_second: views of the teacher, or images of the student.
-        device: where it ran, with the accelerator's name; of a counted one, how it was reckoned.
+        device: where it ran, with the accelerator's name; of a counted rate, how it was computed.
         precision: of the teacher's forward pass, or of the student's weights.
         batch_size: of the measurement.
         threads: of torch on a CPU; 0 elsewhere.
@@ -76,12 +76,15 @@ def same_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _name(device: torch.device) -> str:
-    return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
-
-
-def _threads(device: torch.device) -> int:
-    return torch.get_num_threads() if device.type == "cpu" else 0
+def _measured(device: torch.device, precision: str, batch_size: int, batches: int, per_second: float) -> Speed:
+    return Speed(
+        per_second=per_second,
+        device=f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type,
+        precision=precision,
+        batch_size=batch_size,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        batches=batches,
+    )
 
 
 def _finish(device: torch.device) -> None:
@@ -89,13 +92,10 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- teacher ------------------------------------------------------------------------------------------------------
-
-
 def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple[TeacherOutput, Speed]:
     """Outputs for the sample, on the CPU, and the rate at which they came: forward pass and way to the device.
 
-    The sample is gone through again until there are enough batches, or for as long as a measurement may take.
+    The sample is repeated until there are enough batches, or the measurement has taken long enough.
     """
     batches = torch.split(pixels_NHWC, batch_size)
     outputs: list[TeacherOutput] = []
@@ -114,19 +114,9 @@ def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple
         elif time.perf_counter() - began > _LONGEST_SECONDS:
             break
     seconds = time.perf_counter() - began
-    speed = Speed(
-        per_second=views / seconds,
-        device=_name(device),
-        precision=teacher.info.precision,
-        batch_size=len(batches[0]),
-        threads=_threads(device),
-        batches=timed,
-    )
+    speed = _measured(device, teacher.info.precision, len(batches[0]), timed, views / seconds)
     features = torch.cat([output.features_BST.cpu() for output in outputs])
     return TeacherOutput(features, torch.cat([output.importance_BL.cpu() for output in outputs])), speed
-
-
-# --- student ------------------------------------------------------------------------------------------------------
 
 
 def batch_of(sample: ImageSample, encoded: EncodedSample, size: int) -> Batch:
@@ -173,17 +163,7 @@ def run_student(params: Params, header: StoreHeader, sample: ImageSample, encode
         _finish(device)
         ends.append(time.perf_counter())
     steps = len(ends) - 1
-    return Speed(
-        per_second=steps * len(batch.keys) / (ends[-1] - ends[0]),
-        device=_name(device),
-        precision=precision,
-        batch_size=len(batch.keys),
-        threads=_threads(device),
-        batches=steps,
-    )
-
-
-# --- hours --------------------------------------------------------------------------------------------------------
+    return _measured(device, precision, len(batch.keys), steps, steps * len(batch.keys) / (ends[-1] - ends[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,18 +173,13 @@ class ExtractionHours:
     Attributes:
         views_per_second: of one device, rendering beside it; writing is not counted.
         limited_by: what decides the rate: `teacher`, `rendering`, or the `processors` that both share.
-        hours: by number of devices, each like this one with as many processors beside it. A shard is done by one of
-            them: more devices than shards gain nothing.
+        hours: by number of devices, each like this one with as many processors. A shard is done by one of them: more
+            devices than shards gain nothing.
     """
 
     views_per_second: float
     limited_by: str
     hours: dict[int, float]
-
-
-def device_counts(devices: int) -> tuple[int, ...]:
-    """Numbers of devices to give hours for: the usual ones, and that which was asked for."""
-    return tuple(sorted({*DEVICES, devices}))
 
 
 def extraction_hours(
@@ -216,21 +191,17 @@ def extraction_hours(
     cores: int,
     devices: Sequence[int] = DEVICES,
 ) -> ExtractionHours:
-    """Hours of stage 1 with rendering and teacher side by side.
+    """Hours of stage 1 for numbers of devices, with rendering and teacher side by side.
 
     Args:
-        shards: that the views are spread over.
         render_seconds: of one thread for one view.
         threads: that render.
         cores: processors that rendering, and a teacher on the CPU, share.
-        devices: numbers of devices to give hours for.
     """
     alone = 1 / teacher.per_second
     rendering = render_seconds / min(threads, cores)
     together = (alone * min(teacher.threads, cores) + render_seconds) / cores
-    limits = {"teacher": alone, "rendering": rendering, "processors": together}
-    limit = max(limits, key=lambda name: limits[name])
-    seconds = limits[limit]
+    seconds, limit = max((alone, "teacher"), (rendering, "rendering"), (together, "processors"), key=lambda p: p[0])
     shard_hours = views / shards * seconds / _HOUR
     return ExtractionHours(
         views_per_second=1 / seconds,
@@ -241,9 +212,7 @@ def extraction_hours(
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingHours:
-    """Stage 2 with stored targets against the same with its teacher in every step; one device, extrapolated.
-
-    Neither counts how its images are read.
+    """Stage 2 with stored targets, and with its teacher in every step; one device, extrapolated, reading not counted.
 
     Attributes:
         pretrain_hours: of the student's steps.

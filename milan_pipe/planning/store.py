@@ -1,16 +1,14 @@
-"""Bytes and files of a store that is to come, measured on stores of a few images that are really written.
+"""Bytes and files of a planned store, measured on written stores of a few images.
 
 Shape suffixes as in `milan_pipe.targets.schema`; K = 1 here.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil
 from pathlib import Path
 
@@ -22,11 +20,12 @@ from milan_pipe import __version__
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError
-from milan_pipe.extraction.render import Clock, RenderedSample, render_sample
-from milan_pipe.images.count import ImageCount, spread_evenly
+from milan_pipe.extraction.fit import MOST_SHARDS, draw_images
+from milan_pipe.extraction.render import Clock, RenderedSample
+from milan_pipe.images.count import ImageCount
 from milan_pipe.images.shards import ShardFile
-from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.storage import location_of
+from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import Codec, build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
@@ -39,12 +38,12 @@ from milan_pipe.targets.schema import (
     ViewInfo,
 )
 from milan_pipe.targets.store import TargetStoreWriter
+from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES
 from milan_pipe.teacher.clip import TeacherOutput
 
 CODECS = ("float16", "int8", "klt")
 FORMATS: tuple[StoreFormat, ...] = ("zarr", "webdataset")
 
-_MOST_LOCAL_SHARDS = 16
 # Each of them costs a few blocks of read-ahead.
 _MOST_REMOTE_SHARDS = 4
 _SHARD = "000000"
@@ -93,33 +92,19 @@ def sample_images(
         DataError: no image can be read, or a shard is empty, damaged or no tar.
         MissingError, StoreError: a shard cannot be read.
     """
-    local = all(shard.location.local is not None for shard in shards)
-    used = spread_evenly(shards, _MOST_LOCAL_SHARDS if local else _MOST_REMOTE_SHARDS)
-    clock, one = Clock(), views.model_copy(update={"count": 1})
+    most = MOST_SHARDS if all(shard.location.local is not None for shard in shards) else _MOST_REMOTE_SHARDS
+    clock = Clock()
     bad: list[tuple[str, str]] = []
     rendered: list[RenderedSample] = []
-    for position, shard in enumerate(used):
-        # A shard with few images leaves its share to the next.
-        wanted = count * (position + 1) // len(used) - len(rendered)
-        for sample in islice(_rendered(shard, one, size, clock, lambda *found: bad.append(found)), wanted):
-            rendered.append(sample)
-            on_progress(len(rendered))
+    for _, sample in draw_images(shards, views, size, count, clock, lambda *found: bad.append(found), most):
+        rendered.append(sample)
+        on_progress(len(rendered))
     if not rendered:
-        first = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else ""
-        raise DataError(f"{shards[0]} and {len(used) - 1} other shards have no readable image to measure with{first}")
+        first, others = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else "", min(most, len(shards)) - 1
+        raise DataError(f"{shards[0]} and {others} other shards have no readable image to measure with{first}")
     seconds = clock.take()
     each_view = seconds["decode"] / views.count + seconds["crop"] + seconds["jpeg"]
     return ImageSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
-
-
-def _rendered(
-    shard: ShardFile, views: ViewSettings, size: int, clock: Clock, on_bad: OnBad
-) -> Iterator[RenderedSample]:
-    for sample in read_shard(shard, on_bad):
-        try:
-            yield render_sample(sample, views, size, clock)
-        except DataError as error:
-            on_bad(sample.key, str(error))
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
@@ -145,12 +130,11 @@ def encode_sample(output: TeacherOutput, config: CodecSettings) -> EncodedSample
     features = output.features_BST.cpu()
     codec: Codec = build_codec(config, features)
     code, scale = codec.encode(features)
-    row = output.importance_BL.cpu()
     return EncodedSample(
         info=codec.info,
         code_NST=code,
         scale_NS=scale,
-        attention_NL=(row / row.sum(dim=1, keepdim=True)).to(torch.float16),
+        attention_NL=output.share_BL().cpu().to(torch.float16),
         mean_cosine=mean_cosine(features, codec.decode(code, scale)),
     )
 
@@ -166,21 +150,6 @@ def header_of(
         views=ViewInfo(size=size, **views.model_dump()),
         codec=codec,
         source=SourceInfo(shards=1, fingerprint=""),
-    )
-
-
-def _block(samples: Sequence[RenderedSample], encoded: EncodedSample, rows: slice) -> TargetBlock:
-    views = [sample.views[0] for sample in samples[rows]]
-    scale_NS = encoded.scale_NS
-    return TargetBlock(
-        keys=[sample.key for sample in samples[rows]],
-        label_N=np.array([sample.label for sample in samples[rows]], np.int64),
-        code_KNST=encoded.code_NST[rows][None].numpy(),
-        scale_KNS=None if scale_NS is None else scale_NS[rows][None].numpy(),
-        attention_KNL=encoded.attention_NL[rows][None].numpy(),
-        crop_KN4=np.array([[(v.top, v.left, v.height, v.width) for v in views]], np.int32),
-        flip_KN=np.array([[v.flip for v in views]], np.bool_),
-        jpegs=[[sample.jpegs[0] for sample in samples[rows]]],
     )
 
 
@@ -207,28 +176,6 @@ class StoreEstimate:
     mean_cosine: float
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a store of one shard and one view per image is made of.
-
-    Attributes:
-        view_bytes: all that grows with the views.
-        shard_bytes: metadata of the shard.
-        record_bytes, files: of the shard's record, and how many files it names.
-        store_bytes: header, summary and list of bad samples.
-        fixed_files: files of the shard whose number does not depend on the views.
-        jpeg_file_bytes: after which the rendered views go on in another file; 0 where they lie beside the features.
-    """
-
-    view_bytes: int
-    shard_bytes: int
-    record_bytes: int
-    files: int
-    store_bytes: int
-    fixed_files: int
-    jpeg_file_bytes: int
-
-
 def estimate_store(
     header: StoreHeader, sample: ImageSample, encoded: EncodedSample, images: ImageCount
 ) -> StoreEstimate:
@@ -240,13 +187,31 @@ def estimate_store(
     Raises:
         StoreError: the temporary folder cannot be written.
     """
-    parts = _measured(header, sample, encoded)
-    per_shard = images.total / images.shards
-    files = _files_of_shard(header, parts, per_shard, sample.jpeg_bytes)
-    per_view = parts.view_bytes / len(sample.rendered)
-    records = images.shards * _record_bytes(header, parts, files, per_shard)
-    metadata = parts.store_bytes + images.shards * parts.shard_bytes + records
-    total = metadata + images.total * header.views.count * per_view
+    with sample_store(header, sample, encoded) as folder:
+        sizes = location_of(folder).sizes()
+    of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
+    metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))
+    record = sizes[f"{manifest.FOLDER}/{_SHARD}.json"]
+    view_bytes = sum(of_shard.values()) - metadata
+    views, per_shard = header.views.count, images.total / images.shards
+    blocks = views * ceil(per_shard / BLOCK_SAMPLES)
+    shard_bytes, record_bytes = float(metadata), float(record)
+    if header.format == "webdataset":
+        files = views
+        record_bytes += _BLOCK_ENTRY_BYTES * blocks
+    else:
+        features, jpegs = (
+            [path for path in of_shard if path.startswith(f"{_SHARD}/{name}/c/")] for name in ("features", "view_bytes")
+        )
+        jpeg_files = ceil(per_shard * views * sample.jpeg_bytes / VIEW_SHARD_BYTES)
+        files = len(of_shard) - len(features) - len(jpegs) + blocks + jpeg_files
+        # Rendered views end in a chunk that is half empty on the average, whatever their number.
+        view_bytes -= sum(of_shard[path] for path in jpegs) - sum(len(image.jpegs[0]) for image in sample.rendered)
+        shard_bytes += VIEW_CHUNK_BYTES // 2
+    record_bytes += _FILE_ENTRY_BYTES * (files - len(of_shard))
+    per_view = view_bytes / len(sample.rendered)
+    store_bytes = sum(sizes.values()) - sum(of_shard.values()) - record
+    total = store_bytes + images.shards * (shard_bytes + record_bytes) + images.total * views * per_view
     return StoreEstimate(
         codec=header.codec.name,
         format=header.format,
@@ -254,23 +219,9 @@ def estimate_store(
         bytes=round(total),
         # A record beside the files of each shard.
         files=images.shards * (files + 1) + _STORE_FILES,
-        record_bytes=round(records),
+        record_bytes=round(images.shards * record_bytes),
         mean_cosine=encoded.mean_cosine,
     )
-
-
-def _files_of_shard(header: StoreHeader, parts: _Parts, per_shard: float, jpeg_bytes: float) -> int:
-    if header.format == "webdataset":
-        return header.views.count
-    blocks = ceil(per_shard / BLOCK_SAMPLES)
-    jpeg_files = ceil(per_shard * header.views.count * jpeg_bytes / parts.jpeg_file_bytes)
-    return parts.fixed_files + header.views.count * blocks + jpeg_files
-
-
-def _record_bytes(header: StoreHeader, parts: _Parts, files: int, per_shard: float) -> float:
-    """For each file a record has size, digest and, of large arrays, its end; of a tar also where each block begins."""
-    blocks = header.views.count * ceil(per_shard / BLOCK_SAMPLES) if header.format == "webdataset" else 0
-    return parts.record_bytes + _FILE_ENTRY_BYTES * (files - parts.files) + _BLOCK_ENTRY_BYTES * blocks
 
 
 @contextmanager
@@ -288,37 +239,20 @@ def sample_store(header: StoreHeader, sample: ImageSample, encoded: EncodedSampl
         writer = TargetStoreWriter(folder, one)
         shard = writer.open_shard(_SHARD)
         for start in range(0, len(sample.rendered), BLOCK_SAMPLES):
-            shard.append(_block(sample.rendered, encoded, slice(start, start + BLOCK_SAMPLES)))
+            rows = slice(start, start + BLOCK_SAMPLES)
+            images, scale_NS = sample.rendered[rows], encoded.scale_NS
+            views = [image.views[0] for image in images]
+            block = TargetBlock(
+                keys=[image.key for image in images],
+                label_N=np.array([image.label for image in images], np.int64),
+                code_KNST=encoded.code_NST[rows][None].numpy(),
+                scale_KNS=None if scale_NS is None else scale_NS[rows][None].numpy(),
+                attention_KNL=encoded.attention_NL[rows][None].numpy(),
+                crop_KN4=np.array([[(v.top, v.left, v.height, v.width) for v in views]], np.int32),
+                flip_KN=np.array([[v.flip for v in views]], np.bool_),
+                jpegs=[[image.jpegs[0] for image in images]],
+            )
+            shard.append(block)
         shard.commit(SourceShard(name="sample.tar", bytes=0, sha256="0" * 64, samples=len(sample.rendered), bad=()))
         writer.finish()
         yield Path(folder)
-
-
-def _measured(header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> _Parts:
-    with sample_store(header, sample, encoded) as folder:
-        sizes = location_of(folder).sizes()
-        jpeg_file_bytes, chunk_bytes = _jpeg_layout(folder) if header.format == "zarr" else (0, 0)
-    of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
-    metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))
-    record = next(size for path, size in sizes.items() if path.endswith(f"/{_SHARD}.json"))
-    # Rendered views end in a chunk that is half empty on the average, whatever their number.
-    padded = sum(size for path, size in of_shard.items() if path.startswith(f"{_SHARD}/view_bytes/c/"))
-    padding = padded - sum(len(rendered.jpegs[0]) for rendered in sample.rendered) if padded else 0
-    grows = [path for path in of_shard if path.startswith((f"{_SHARD}/features/c/", f"{_SHARD}/view_bytes/c/"))]
-    return _Parts(
-        view_bytes=sum(of_shard.values()) - metadata - padding,
-        shard_bytes=metadata + chunk_bytes // 2,
-        record_bytes=record,
-        files=len(of_shard),
-        store_bytes=sum(sizes.values()) - sum(of_shard.values()) - record,
-        fixed_files=len(of_shard) - len(grows),
-        jpeg_file_bytes=jpeg_file_bytes,
-    )
-
-
-def _jpeg_layout(store: Path) -> tuple[int, int]:
-    """Bytes of rendered views in a file, and in a chunk of it."""
-    metadata = json.loads((store / _SHARD / "view_bytes" / "zarr.json").read_bytes())
-    (file_bytes,) = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    (chunk_bytes,) = metadata["codecs"][0]["configuration"]["chunk_shape"]
-    return file_bytes, chunk_bytes

@@ -104,7 +104,7 @@ def _devices(count: int) -> str:
 
 
 def _shared(report: PlanReport) -> dict[str, str]:
-    """Both stages on the devices that were asked for, and what a node of them reads."""
+    """Both stages on the devices planned for, and what a node of them reads."""
     devices, node = report.cluster.devices, report.node
     first = report.limits[0]
     if first.share > 1:

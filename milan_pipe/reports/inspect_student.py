@@ -16,13 +16,13 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible
 from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.loader.dataset import Targets, open_targets
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
 from milan_pipe.reports.gallery import write_gallery
-from milan_pipe.reports.samples import Sample, choose_samples
+from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.targets.schema import StoreHeader
-from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights
 
@@ -50,6 +50,7 @@ class InspectStudentReport:
 class _Prediction:
     """What is drawn of one sample; per patch, `predicted_LT` and `target_LT` of one width."""
 
+    key: str
     pixels_HWC: NDArray[np.uint8]
     visible_L: NDArray[np.bool_]
     target_LT: NDArray[np.float32]
@@ -89,14 +90,15 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     return objective.eval()
 
 
-def _predict(store: TargetStore, sample: Sample, view: int, objective: Objective, epoch: int) -> _Prediction:
-    batch = read_batch(store, sample.block(view))
+def _predict(targets: Targets, sample: int, view: int, objective: Objective, epoch: int) -> _Prediction:
+    batch = read_batch(targets.store, targets.block(sample, view))
     with torch.no_grad():
         predicted = objective.predict(batch, epoch)
-    skip = predicted.target.shape[1] - store.header.patches  # a stored target has CLS, one of pixels has not
+    skip = predicted.target.shape[1] - targets.header.patches  # a stored target has CLS, one of pixels has not
     target_LT = predicted.target[0, skip:].float().cpu()
     predicted_LT = predicted.prediction_BST[0, 1:].float().cpu()
     return _Prediction(
+        key=batch.keys[0],
         pixels_HWC=batch.pixels_BHWC[0].numpy(),
         visible_L=~predicted.split.masked_map()[0].cpu().numpy(),
         target_LT=target_LT.numpy(),
@@ -123,8 +125,8 @@ def _panels(one: _Prediction, grid: tuple[int, int], colours: FeatureColours, vi
 
 
 def student_sheets(
-    store: TargetStore,
-    samples: Sequence[Sample],
+    targets: Targets,
+    samples: Sequence[int],
     objective: Objective,
     *,
     epoch: int,
@@ -137,17 +139,14 @@ def student_sheets(
         DataError: the store is damaged.
         SettingError: the store has no such view.
     """
-    if not 0 <= view < store.header.views.count:
-        raise SettingError(f"view {view}: {store.location} has views 0 to {store.header.views.count - 1}")
+    if not 0 <= view < targets.views:
+        raise SettingError(f"view {view}: {targets.store.location} has views 0 to {targets.views - 1}")
     found = []
     for number, sample in enumerate(samples):
-        found.append(_predict(store, sample, view, objective, epoch))
+        found.append(_predict(targets, sample, view, objective, epoch))
         on_progress(number + 1, len(samples))
     colours = FeatureColours.fit(np.concatenate([one.target_LT for one in found]))
-    sheets = [
-        Sheet(sample.key, [Row("", _panels(one, store.header.teacher.grid, colours, view))])
-        for sample, one in zip(samples, found, strict=True)
-    ]
+    sheets = [Sheet(one.key, [Row("", _panels(one, targets.grid, colours, view))]) for one in found]
     return sheets, [one.means for one in found]
 
 
@@ -180,14 +179,14 @@ def inspect_student(
     """
     folder = local_folder(out, "images")
     opened = open_checkpoint(checkpoint)
-    store = open_targets(targets)
-    objective = pretrained_objective(opened, store.header, resolve_device(device))
-    samples = choose_samples(store, keys, count)
-    sheets, cosines = student_sheets(store, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
+    chosen = open_targets(targets)
+    objective = pretrained_objective(opened, chosen.header, resolve_device(device))
+    samples = choose_samples(chosen, keys, count)
+    sheets, cosines = student_sheets(chosen, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
     cosine, masked_cosine = zip(*cosines, strict=True)
     facts = {
         "checkpoint": str(opened.path),
-        "targets": str(store.location),
+        "targets": str(chosen.store.location),
         "target": objective.target,
         "masks": f"{objective.masking.kind}, {objective.visible} of {objective.patches} patches seen, those of epoch "
         f"{epoch + 1}",
@@ -199,7 +198,7 @@ def inspect_student(
     return InspectStudentReport(
         page=page,
         images=images,
-        keys=tuple(sample.key for sample in samples),
+        keys=tuple(sheet.title for sheet in sheets),
         step=int(opened.record["step"]),
         cosine=cosine,
         masked_cosine=masked_cosine,

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.patches import FeatureColours, on_pixels, only_visible, overlaid
 from milan_pipe.drawing.sheet import Panel, Row, Sheet
+from milan_pipe.loader.dataset import Target, Targets, open_targets
 from milan_pipe.reports.gallery import write_gallery
-from milan_pipe.reports.samples import Sample, StoredView, choose_samples, read_view
+from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import draw_split, mask_noise, visible_count
-from milan_pipe.targets.store import TargetStore, open_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +30,23 @@ class InspectTargetsReport:
     views: int
 
 
-def _visible(sample: Sample, view: StoredView, masking: MaskSettings, epoch: int) -> NDArray[np.bool_]:
+def _visible(view: Target, masking: MaskSettings, epoch: int) -> NDArray[np.bool_]:
     patches = len(view.attention_L)
-    noise_BL = mask_noise(masking.seed, epoch, [sample.key], patches)
+    noise_BL = mask_noise(masking.seed, epoch, [view.key], patches)
     importance_BL = torch.from_numpy(view.attention_L)[None] if masking.kind == "semantic" else None
     split = draw_split(importance_BL, noise_BL, visible_count(patches, masking.ratio))
     return np.asarray(~split.masked_map()[0].numpy())
 
 
 def _panels(
-    number: int, view: StoredView, visible_L: NDArray[np.bool_], grid: tuple[int, int], colours: FeatureColours
+    number: int, view: Target, visible_L: NDArray[np.bool_], grid: tuple[int, int], colours: FeatureColours
 ) -> list[Panel]:
     """One view's panel of each row."""
     pixels_HWC, attention_L = view.pixels_HWC, view.attention_L
     top, left, height, width = view.crop
     largest, patches = float(attention_L.max()), len(attention_L)
     share_GG = np.sqrt(attention_L / max(largest, 1e-12)).reshape(grid)
-    features_GG3 = colours(view.feature_ST[1:]).reshape(*grid, 3)
+    features_GG3 = colours(view.features_ST[1:]).reshape(*grid, 3)
     return [
         Panel(pixels_HWC, f"view {number}: {width} x {height} at {left}, {top}{', mirrored' if view.flip else ''}"),
         Panel(overlaid(pixels_HWC, share_GG), f"largest {largest * patches:.1f} times the mean"),
@@ -57,14 +57,14 @@ def _panels(
         ),
         Panel(
             on_pixels(features_GG3, *pixels_HWC.shape[:2]),
-            f"{grid[0]} x {grid[1]} patches of {view.feature_ST.shape[1]}",
+            f"{grid[0]} x {grid[1]} patches of {view.features_ST.shape[1]}",
         ),
     ]
 
 
 def target_sheets(
-    store: TargetStore,
-    samples: Sequence[Sample],
+    targets: Targets,
+    samples: Sequence[int],
     masking: MaskSettings,
     epoch: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
@@ -77,9 +77,9 @@ def target_sheets(
     """
     views = []
     for number, sample in enumerate(samples):
-        views.append([read_view(store, sample, view) for view in range(store.header.views.count)])
+        views.append([targets[sample, view] for view in range(targets.views)])
         on_progress(number + 1, len(samples))
-    colours = FeatureColours.fit(np.concatenate([view.feature_ST[1:] for row in views for view in row]))
+    colours = FeatureColours.fit(np.concatenate([view.features_ST[1:] for row in views for view in row]))
     titles = (
         "stored view",
         "CLS attention, its square root, brightest at the largest weight",
@@ -87,12 +87,12 @@ def target_sheets(
         "patch features, three principal components as red, green and blue",
     )
     sheets = []
-    for sample, row in zip(samples, views, strict=True):
+    for row in views:
         columns = [
-            _panels(number, view, _visible(sample, view, masking, epoch), store.header.teacher.grid, colours)
+            _panels(number, view, _visible(view, masking, epoch), targets.grid, colours)
             for number, view in enumerate(row)
         ]
-        sheets.append(Sheet(sample.key, [Row(*pair) for pair in zip(titles, zip(*columns, strict=True), strict=True)]))
+        sheets.append(Sheet(row[0].key, [Row(*pair) for pair in zip(titles, zip(*columns, strict=True), strict=True)]))
     return sheets
 
 
@@ -121,12 +121,11 @@ def inspect_targets(
         StoreError: OUT cannot be written.
     """
     folder = local_folder(out, "images")
-    store = open_targets(targets)
-    samples = choose_samples(store, keys, count)
-    sheets = target_sheets(store, samples, masking, epoch, on_progress)
-    header = store.header
+    opened = open_targets(targets)
+    sheets = target_sheets(opened, choose_samples(opened, keys, count), masking, epoch, on_progress)
+    header = opened.header
     facts = {
-        "store": str(store.location),
+        "store": str(opened.store.location),
         "teacher": f"{header.teacher.model}"
         + (f", {header.teacher.pretrained}" if header.teacher.pretrained else "")
         + f", input of {header.teacher.image_size} pixels",
@@ -134,8 +133,8 @@ def inspect_targets(
         f"{header.views.scale[0]:g} to {header.views.scale[1]:g}, seed {header.views.seed}",
         "patches": f"{header.teacher.grid[0]} x {header.teacher.grid[1]}, features of {header.teacher.width}",
         "codec": header.codec.name,
-        "samples": f"{sum(store.samples(shard) for shard in store.shards)} in {len(store.shards)} shards",
+        "samples": f"{len(opened)} in {len(opened.store.shards)} shards",
     }
     page, images = write_gallery(folder, "Targets", facts, sheets)
-    keys = tuple(sample.key for sample in samples)
+    keys = tuple(sheet.title for sheet in sheets)
     return InspectTargetsReport(page=page, images=images, keys=keys, views=header.views.count)

@@ -17,6 +17,7 @@ from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
+from milan_pipe.loader.dataset import Targets
 from milan_pipe.reports.gallery import embedded
 from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets
 from milan_pipe.reports.inspect_targets import target_sheets
@@ -192,8 +193,9 @@ def _predictions(run: RunRecord, store: TargetStore, left_out: list[str]) -> dic
     except MilanError as error:
         left_out.append(f"predictions of {run.name}: {error}")
         return None
-    samples = choose_samples(store, (), _STUDENT_SAMPLES)
-    sheets, cosines = student_sheets(store, samples, objective, epoch=0, view=0)
+    targets = Targets(store)
+    samples = choose_samples(targets, (), _STUDENT_SAMPLES)
+    sheets, cosines = student_sheets(targets, samples, objective, epoch=0, view=0)
     mean = sum(hidden for _, hidden in cosines) / len(cosines)
     return {
         "run": run.name,
@@ -205,7 +207,8 @@ def _predictions(run: RunRecord, store: TargetStore, left_out: list[str]) -> dic
 
 def _store_section(store: TargetStore, masking: MaskSettings) -> dict[str, Any]:
     facts, bad = store_facts(store)
-    sheets = target_sheets(store, choose_samples(store, (), _TARGET_SAMPLES), masking, 0)
+    targets = Targets(store)
+    sheets = target_sheets(targets, choose_samples(targets, (), _TARGET_SAMPLES), masking, 0)
     return {"facts": facts, "bad": bad, "sheets": [embedded(sheet) for sheet in sheets]}
 
 

@@ -8,7 +8,7 @@ S tokens of an image, T width of the teacher; C = T coefficients of codec `klt`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.klt import KltCodec, fit_klt
-from milan_pipe.targets.schema import CodecInfo
+from milan_pipe.targets.schema import CodecInfo, ViewRun
 
 _FLOAT16_MAX = 65504.0
 
@@ -154,6 +154,12 @@ def codec_of(info: CodecInfo) -> Codec:
     if info.name == "klt":
         return _klt_of(info)
     raise DataError(f"the store's codec is {info.name!r}, this version reads int8, float16 and klt; update milan-pipe")
+
+
+def decode_run(info: CodecInfo, run: ViewRun, rows: slice | Sequence[int] = slice(None)) -> Tensor:
+    """Features (N, S, T) float32 of a stored run, or of some of its rows."""
+    scale_NS = None if run.scale_NS is None else torch.from_numpy(run.scale_NS[rows])
+    return codec_of(info).decode(torch.from_numpy(run.code_NST[rows]), scale_NS)
 
 
 def token_cosines(left_ST: Tensor, right_ST: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_target
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
-    """What a conversion came to: shards of the new store, those that were there, samples, and its bytes."""
+    """Shards of the new store, those of them that were complete before, samples, and bytes."""
 
     shards: int
     skipped: int
@@ -46,7 +46,7 @@ def _require_apart(source: Location, destination: Location) -> None:
     else:
         one, other = tuple(source.name.rstrip("/").split("/")), tuple(destination.name.rstrip("/").split("/"))
     if one[: len(other)] == other[: len(one)]:
-        what = "is the store that is to be converted" if one == other else f"and {source} lie one within the other"
+        what = "is the store to convert" if one == other else f"and {source} lie one within the other"
         raise SettingError(f"{destination} {what}; name another folder for the new store")
 
 
@@ -75,25 +75,25 @@ def convert_targets(
             f"{source} has {len(store.shards)} of {store.header.source.shards} shards; finish its extraction first"
         )
     writer = TargetStoreWriter(destination, store.header.model_copy(update={"format": format}))
-    there = writer.committed()
+    previous = writer.committed()
     skipped = 0
     for done, shard in enumerate(store.shards):
         on_progress(done, len(store.shards))
         record = store.record(shard)
-        if shard in there and there[shard].source == record.source:
+        if shard in previous and previous[shard].source == record.source:
             skipped += 1
             continue
-        if shard in there:
-            # The source has been extracted again since, from other images.
+        if shard in previous:
+            # The source was extracted again, from other images.
             writer.forget(shard)
-        making = writer.open_shard(shard)
+        new = writer.open_shard(shard)
         try:
             count = store.samples(shard)
             for start in range(0, count, BLOCK_SAMPLES):
-                making.append(_block(store, shard, start, min(start + BLOCK_SAMPLES, count)))
-            making.commit(record.source, record.mean_cosine)
+                new.append(_block(store, shard, start, min(start + BLOCK_SAMPLES, count)))
+            new.commit(record.source, record.mean_cosine)
         except BaseException:
-            making.discard()
+            new.discard()
             raise
     writer.finish()
     on_progress(len(store.shards), len(store.shards))

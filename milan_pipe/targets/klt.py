@@ -1,9 +1,9 @@
-"""Codec `klt`: decorrelated directions in uniform steps, one byte each, with the mean cosine to reach as its one knob.
+"""Codec `klt`: decorrelated directions in uniform steps, one byte each; its one setting is the mean cosine to reach.
 
-The loss compares directions, so a token's feature is coded as a unit vector and its length is kept beside it. Unit
-vectors are turned onto the eigenvectors of their covariance, strongest first, and rounded to multiples of a step. The
-strong coefficients then carry many bits and the weak ones nearly none, which an entropy coder turns into few bytes; it
-does so best where codes of like strength lie together (`coefficient_major`). That coder belongs to the backends.
+The loss compares directions, so a token is coded as a unit vector, with its length beside it. Unit vectors are turned
+onto the eigenvectors of their covariance, strongest first, and rounded to multiples of a step. Weak coefficients then
+carry nearly no bits. The entropy coder is the backends', and works best where codes of like strength lie together
+(`coefficient_major`).
 
 Source: Goyal, "Theoretical Foundations of Transform Coding", IEEE Signal Processing Magazine 18(5), 2001.
 
@@ -45,7 +45,7 @@ _WIDEST_STEP, _FINEST_STEP, _HALVINGS = 2.0, 1 / 32, 13
 
 @dataclass(frozen=True)
 class _Matrices:
-    """What a codec multiplies with, on one device, float32.
+    """Factors of a codec on one device, float32.
 
     Attributes:
         mean_T: of the unit vectors.
@@ -63,8 +63,8 @@ class _Matrices:
 class KltCodec:
     """Codes -127..127 of the coefficients of a token's direction, and a float16 scale with its length.
 
-    A code that would be out of range is never cut off: the direction is coded by a shorter vector, which the scale
-    makes long again. Such a token is coarser by as much, and points where it should.
+    Codes out of range are not cut off: the direction is coded by a shorter vector, which the scale makes long again.
+    The token is coarser by as much, and keeps its direction.
 
     Decoding gives `scale * (codes @ (step * basis) + mean)`.
     """
@@ -100,7 +100,7 @@ class KltCodec:
             DataError: something is missing or damaged.
         """
         if info.step is None or info.quality is None or info.mean is None or info.basis is None:
-            raise _damaged("quality, step, mean and basis must all be there")
+            raise _damaged("quality, step, mean and basis must all be present")
         if not (0 < info.quality < 1 and 0 < info.step < math.inf):
             raise _damaged(f"quality {info.quality:g} and step {info.step:g} are out of range")
         mean_T = _unpacked(info.mean, "mean", np.dtype("<f4"))
@@ -240,9 +240,9 @@ def _images(features: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _split(images: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) for the basis, and others, of other images where there are enough, to measure with.
+    """Tokens (N, T) for the basis, and others to measure with, of other images where there are enough of them.
 
-    A basis flatters the tokens that it was fitted to, hence the two. Zero vectors have no direction and are left out.
+    A basis flatters the tokens that it was fitted to. Zero vectors have no direction and are left out.
     """
     tokens_NT = torch.cat(images) if images else torch.empty(0, 1)
     owner_N = torch.cat([torch.full((len(p),), i) for i, p in enumerate(images)]) if images else torch.empty(0)
@@ -299,10 +299,9 @@ def _measured(codec: KltCodec, tokens_NT: Tensor) -> float:
 def fit_klt(features: Tensor | Iterable[Tensor], quality: float, zstd_level: int = 1) -> KltCodec:
     """Fit the codec to a sample of the data: the same features give the same codec.
 
-    Memory holds up to 64 tokens of each image. Errors of T coefficients with a variance of step²/12 each make a mean
-    cosine of about 1 - T step² / 24; coefficients that round to zero err less, so the step that is looked for by
-    bisection is wider than this says, up to twice as wide: where the sample is flat and other images are not, they
-    lose no more than four times what they should.
+    Memory holds up to 64 tokens of each image. Errors of T coefficients with a variance of step²/12 each give a mean
+    cosine of about 1 - T step² / 24; coefficients that round to zero err less, so bisection looks for a wider step, up
+    to twice as wide: where the sample is flat and other images are not, they lose at most four times as much.
 
     Args:
         features: (P, S, T) of P images, or batches of them. Images should lie spread over the data.

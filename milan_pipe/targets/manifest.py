@@ -1,8 +1,8 @@
-"""The manifest of a store: what was committed, with a digest of every file.
+"""Records and manifest of a store: what was committed, with a digest of every file.
 
-`manifest/000123.json` is written after all files of shard 000123 and is what commits it. `manifest.json` is written
-when all shards are committed; readers learn from one file what there is. Each record carries the name of its shard and
-the digest of the rest of itself, so that neither a damaged one nor that of another shard is ever believed.
+The record `manifest/000123.json` is written after all files of shard 000123 and commits it. The manifest,
+`manifest.json`, is written when all shards are committed and lists them. Each record carries the name of its shard and
+its own digest, so that neither a damaged record nor that of another shard is accepted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import Location
 from milan_pipe.targets.schema import ShardName, ShardRecord, SourceShard
 
-FOLDER, SUMMARY, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
+FOLDER, MANIFEST, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
 
 
@@ -49,8 +49,8 @@ def _from_file(data: bytes) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardSummary:
-    """A committed shard in the summary: samples kept and skipped, bytes of its files, digest of its record."""
+class ManifestEntry:
+    """A committed shard in `manifest.json`: samples kept and skipped, bytes of its files, digest of its record."""
 
     samples: PositiveInt
     bad: NonNegativeInt
@@ -59,15 +59,15 @@ class ShardSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Manifest:
     """`manifest.json`: digests of header and `bad_samples.jsonl`, and all shards by name."""
 
     header_sha256: str
     bad_samples_sha256: str
-    shards: Mapping[ShardName, ShardSummary]
+    shards: Mapping[ShardName, ManifestEntry]
 
 
-_RECORD, _SUMMARY = TypeAdapter(ShardRecord), TypeAdapter(Summary)
+_RECORD, _MANIFEST = TypeAdapter(ShardRecord), TypeAdapter(Manifest)
 T = TypeVar("T")
 
 
@@ -88,31 +88,27 @@ def _checked(kind: TypeAdapter[T], values: Any, where: str) -> T:
         ) from None
 
 
-def _record_file(name: str, record: ShardRecord) -> bytes:
-    values = asdict(record)
-    if record.mean_cosine is None:
-        del values["mean_cosine"]
-    return to_file({"shard": name, **values})
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommittedShard:
     """A committed shard without the digests of its files, which are nearly all of a record."""
 
     source: SourceShard
-    summary: ShardSummary
+    entry: ManifestEntry
 
 
 def write_record(location: Location, name: str, record: ShardRecord) -> None:
     """Commit a shard."""
-    location.write(_path(name), _record_file(name, record))
+    values = asdict(record)
+    if record.mean_cosine is None:
+        del values["mean_cosine"]
+    location.write(_path(name), to_file({"shard": name, **values}))
 
 
-def read_record(location: Location, name: str, expected: ShardSummary | None = None) -> ShardRecord:
+def read_record(location: Location, name: str, expected: ManifestEntry | None = None) -> ShardRecord:
     """The record of a committed shard.
 
     Args:
-        expected: what the summary says of it; none where there is no summary.
+        expected: its entry in `manifest.json`, where that exists.
 
     Raises:
         MissingError: the shard is not committed.
@@ -125,7 +121,7 @@ def _path(name: str) -> str:
     return f"{FOLDER}/{name}.json"
 
 
-def _record_of(location: Location, name: str, data: bytes, expected: ShardSummary | None) -> tuple[ShardRecord, str]:
+def _record_of(location: Location, name: str, data: bytes, expected: ManifestEntry | None) -> tuple[ShardRecord, str]:
     """A record and the digest of its file."""
     values, digest = _from_file(data), sha256_of(data)
     if values is None:
@@ -133,7 +129,7 @@ def _record_of(location: Location, name: str, data: bytes, expected: ShardSummar
     elif values.get("shard") != name:
         what = f"is the record of shard {values.get('shard')!r}"
     elif expected is not None and digest != expected.record_sha256:
-        what = f"does not fit its digest in {SUMMARY}"
+        what = f"does not fit its digest in {MANIFEST}"
     else:
         record = _checked(_RECORD, values, f"{location}/{_path(name)}")
         if record.blocks.keys() <= record.files.keys():
@@ -163,10 +159,10 @@ def read_committed(
 ) -> tuple[dict[str, CommittedShard], dict[str, str]]:
     """Several committed shards, read side by side, and what is wrong with those that cannot be.
 
-    A store of a billion images has records of gigabytes: what is kept of each does not grow with its files.
+    A store of a billion images has gigabytes of records: what is kept of each does not grow with its files.
 
     Args:
-        sizes: look whether all files of a shard are there in full length, too.
+        sizes: also check that all files of a shard exist in full length.
 
     Returns:
         Shards that are whole, and a reason for each that is not, by name.
@@ -187,13 +183,13 @@ def read_committed(
             return str(error)
         if wrong is not None:
             return wrong
-        summary = ShardSummary(
+        entry = ManifestEntry(
             samples=record.source.samples,
             bad=len(record.source.bad),
             bytes=sum(file.bytes for file in record.files.values()),
             record_sha256=digest,
         )
-        return CommittedShard(source=record.source, summary=summary)
+        return CommittedShard(source=record.source, entry=entry)
 
     listed = list(names)
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
@@ -205,9 +201,9 @@ def read_committed(
 
 
 def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None:
-    """The first of a shard's files that is not there in full length, and what was found; None where all are.
+    """The first of a shard's files that does not exist in full length, and what was found; None where all do.
 
-    zarr reads a chunk that is missing, or an empty file, as zeros without a word.
+    zarr reads a missing chunk, or an empty file, as zeros.
     """
     sizes = location.child(name).sizes(record.files)
     for path, file in record.files.items():
@@ -227,15 +223,15 @@ def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
     return "".join(lines).encode()
 
 
-def write_summary(location: Location, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
-    """Write `bad_samples.jsonl` and, after it, `manifest.json`; what is there already is left as it is."""
+def write_manifest(location: Location, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
+    """Write `bad_samples.jsonl` and, after it, `manifest.json`; files that are the same already stay."""
     bad = bad_samples_file(committed)
-    summary = Summary(
+    manifest = Manifest(
         header_sha256=sha256_of(header),
         bad_samples_sha256=sha256_of(bad),
-        shards={name: shard.summary for name, shard in sorted(committed.items())},
+        shards={name: shard.entry for name, shard in sorted(committed.items())},
     )
-    for name, data in ((BAD_SAMPLES, bad), (SUMMARY, to_file(asdict(summary)))):
+    for name, data in ((BAD_SAMPLES, bad), (MANIFEST, to_file(asdict(manifest)))):
         _write_new(location, name, data)
 
 
@@ -255,20 +251,20 @@ def _write_new(location: Location, name: str, data: bytes) -> None:
         location.write(name, data)
 
 
-def read_summary(location: Location) -> Summary | None:
-    """The summary, or None where extraction has not come to its end.
+def read_manifest(location: Location) -> Manifest | None:
+    """`manifest.json`, or None where extraction has not come to its end.
 
     Raises:
         DataError: it is damaged, or not of this package's making.
     """
     try:
-        data = location.read(SUMMARY)
+        data = location.read(MANIFEST)
     except MissingError:
         return None
     values = _from_file(data)
     if values is None:
         raise DataError(
-            f"{location}/{SUMMARY} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
+            f"{location}/{MANIFEST} is damaged; remove it and run the same `milan-pipe extract-targets` again, which "
             "writes a new one"
         )
-    return _checked(_SUMMARY, values, f"{location}/{SUMMARY}")
+    return _checked(_MANIFEST, values, f"{location}/{MANIFEST}")

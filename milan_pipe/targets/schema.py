@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 
 _MOST_SHOWN = 80
 
-# What a store says of itself is not trusted to name anything outside of it, nor to be removed or written over.
+# A store is not trusted: its names must not lead outside of it.
 ShardName = Annotated[str, StringConstraints(pattern=r"^[0-9]{6,9}$")]
 """Name of a shard: the number of its source shard."""
 
@@ -86,7 +86,7 @@ class CodecInfo(Settings):
 class SourceInfo(Settings):
     """Where the images came from: number of source shards and a digest over their names.
 
-    What is in a shard is said by its own record, so that one that changes does not condemn the others.
+    The content of a shard is in its own record, so that one that changes does not invalidate the others.
     """
 
     shards: PositiveInt
@@ -94,7 +94,7 @@ class SourceInfo(Settings):
 
 
 class StoreHeader(Settings):
-    """Root attributes of a store; everything that a reader must agree with before the first byte of data."""
+    """What a reader must agree with before it reads data; stored in the root file."""
 
     schema_version: int = SCHEMA_VERSION
     format: StoreFormat = "zarr"
@@ -133,10 +133,10 @@ def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
         ours, theirs = right[section], value
         if not isinstance(value, dict):
             ours, theirs = {"": ours}, {"": theirs}
-        for key, there in theirs.items():
-            if there != ours[key]:
+        for key, stored in theirs.items():
+            if stored != ours[key]:
                 name = f"{section}.{key}" if key else section
-                differences.append(f"{name}: store has {_short(there)}, this run has {_short(ours[key])}")
+                differences.append(f"{name}: store has {_short(stored)}, this run has {_short(ours[key])}")
     return differences
 
 
@@ -155,7 +155,7 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: object
 
 
 def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]], where: object) -> None:
-    """Refuse a store that contradicts what a run's settings say of teacher and views.
+    """Refuse a store that contradicts a run's settings of teacher and views.
 
     Args:
         stated: sections `teacher` and `views` with the settings that were given, not those left to their defaults.
@@ -212,8 +212,7 @@ class ShardRecord:
         files: all files, by path below the shard's folder.
         blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
             large file of zarr its end.
-        mean_cosine: of the stored tokens with those that the teacher gave, over all views; None where it was not
-        reported.
+        mean_cosine: of the stored tokens with the teacher's, over all views; None where it was not reported.
     """
 
     source: SourceShard
@@ -279,27 +278,6 @@ class OpenShard(Protocol):
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view, all within the shard."""
-
-
-class TargetReader(Protocol):
-    """A store that is read."""
-
-    @property
-    def header(self) -> StoreHeader:
-        """What the targets depend on."""
-
-    @property
-    def shards(self) -> tuple[str, ...]:
-        """Names of the committed shards, in order."""
-
-    def samples(self, shard: str) -> int:
-        """Number of samples of a shard."""
-
-    def keys(self, shard: str) -> Sequence[str]:
-        """Keys of a shard's samples, in order; of a tar, its first view is read for them."""
-
-    def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
-        """Samples `start` to `stop` of one view of a shard."""
 
 
 BLOCK_SAMPLES = 128

@@ -18,8 +18,9 @@ from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, resource_hint
 from milan_pipe.storage import Location, location_of, require_writable
 from milan_pipe.targets import manifest, tar_store, zarr_store
-from milan_pipe.targets.manifest import CommittedShard, ShardSummary
+from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
+    BLOCK_SAMPLES,
     SCHEMA_VERSION,
     FileRecord,
     OpenShard,
@@ -67,8 +68,7 @@ def read_header(location: Location) -> StoreHeader | None:
         DataError: the header is damaged, or the file is not one.
         MismatchError: another schema version.
     """
-    header, _ = _header_and_digest(location)
-    return header
+    return _header_and_digest(location)[0]
 
 
 def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
@@ -104,9 +104,9 @@ def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
 class StoreShardWriter:
     """One shard in the making, in a scratch folder.
 
-    Several processes may make one shard at once, as a cluster does with a worker that it took for dead: whoever begins
-    last removes the scratch of the others, which then fail and leave what is committed alone. Libraries make a folder
-    anew that was removed while they wrote: what is committed must lie in the very folder that was begun.
+    Several processes may make one shard at once, as a cluster does after it took a worker for dead: the last one to
+    begin removes the scratch of the others, which then fail and leave what is committed alone. Libraries recreate a
+    folder that was removed while they wrote, so only the very folder that was begun is committed.
     """
 
     def __init__(self, location: Location, name: str, header: StoreHeader) -> None:
@@ -157,11 +157,16 @@ class StoreShardWriter:
         Raises:
             StoreError: they cannot be written, or do not follow a whole block.
         """
+        count = len(block.keys)
+        if self._samples % BLOCK_SAMPLES or not 0 < count <= BLOCK_SAMPLES:
+            raise StoreError(
+                f"{self._location}/{self._name}: a block of {count} samples cannot follow {self._samples} samples"
+            )
         with self._errors():
             self._files.append(block)
         if not self._is_own():
             raise self._overtaken()
-        self._samples += len(block.keys)
+        self._samples += count
 
     def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
         """Make the shard visible: all its files, and after them its record.
@@ -209,13 +214,13 @@ class StoreShardWriter:
 
 
 class TargetStoreWriter:
-    """A store that shards are added to; opens the one that is there if its configuration is the same."""
+    """A store that shards are added to; an existing one is opened if its configuration is the same."""
 
     def __init__(self, where: str | Path, header: StoreHeader) -> None:
         """Open or begin a store.
 
         Raises:
-            MismatchError: the store that is there has another configuration.
+            MismatchError: the existing store has another configuration.
             DataError: the folder holds something else.
             StoreError: the folder cannot be written.
         """
@@ -235,23 +240,23 @@ class TargetStoreWriter:
             self.header = found
 
     def _require_free(self, header: bytes) -> None:
-        """Refuse a folder that holds anything but a store that has lost this very header."""
-        there = self.location.sizes()
-        if not there:
+        """Refuse a folder that holds anything but a store without its header, which was this one."""
+        present = self.location.sizes()
+        if not present:
             return
-        summary = manifest.read_summary(self.location)
-        if summary is None or summary.header_sha256 != manifest.sha256_of(header):
+        found = manifest.read_manifest(self.location)
+        if found is None or found.header_sha256 != manifest.sha256_of(header):
             raise DataError(
-                f"{self.location} is not a target store and not empty (it holds {min(there)}); name another folder"
+                f"{self.location} is not a target store and not empty (it holds {min(present)}); name another folder"
             )
 
     def committed(self, *, sizes: bool = False) -> dict[str, CommittedShard]:
         """The shards that are committed, by name.
 
-        One whose record is damaged is not among them, with a warning: it is to be done again.
+        One whose record is damaged is left out, with a warning, and is done again.
 
         Args:
-            sizes: leave those out as well whose files are not all there in full length.
+            sizes: also leave out those whose files do not all exist in full length.
         """
         found, broken = manifest.read_committed(self.location, manifest.committed_names(self.location), sizes=sizes)
         if broken:
@@ -272,12 +277,12 @@ class TargetStoreWriter:
 
     def forget(self, name: str) -> None:
         """Take a shard back, so that it is done again."""
-        self.location.remove(manifest.SUMMARY)
+        self.location.remove(manifest.MANIFEST)
         self.location.remove(f"{manifest.FOLDER}/{name}.json")
         self.location.remove(name)
 
     def finish(self) -> None:
-        """Write `bad_samples.jsonl` and the summary; call it when all shards are committed."""
+        """Write `bad_samples.jsonl` and `manifest.json`; call it when all shards are committed."""
         name, _ = header_file(self.header)
         committed = self.committed()
         if len(committed) != self.header.source.shards:
@@ -286,7 +291,7 @@ class TargetStoreWriter:
                 "command again"
             )
         try:
-            manifest.write_summary(self.location, self.location.read(name), committed)
+            manifest.write_manifest(self.location, self.location.read(name), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
         self.location.clear_scratch()
@@ -299,11 +304,11 @@ class TargetStoreWriter:
 class TargetStore:
     """A store that is read, by any number of threads; see `open_targets`."""
 
-    def __init__(self, location: Location, header: StoreHeader, shards: Mapping[str, ShardSummary]) -> None:
+    def __init__(self, location: Location, header: StoreHeader, shards: Mapping[str, ManifestEntry]) -> None:
         self.location = location
         self.header = header
         self.shards = tuple(shards)
-        self._summaries = dict(shards)
+        self._entries = dict(shards)
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._opening = threading.Lock()
 
@@ -313,7 +318,7 @@ class TargetStore:
         Raises:
             LookupError: no such shard.
         """
-        return self._summaries[shard].samples
+        return self._entries[shard].samples
 
     def record(self, shard: str) -> ShardRecord:
         """What was committed of a shard.
@@ -322,7 +327,7 @@ class TargetStore:
             LookupError: no such shard.
             DataError: its record is damaged, missing, or not the one that the store was opened with.
         """
-        expected = self._summaries[shard]
+        expected = self._entries[shard]
         try:
             return manifest.read_record(self.location, shard, expected)
         except MissingError as error:
@@ -356,7 +361,7 @@ class TargetStore:
             DataError: the shard is damaged; names it and the array.
             IndexError: no such shard, view or samples.
         """
-        count = self._summaries[shard].samples if shard in self._summaries else 0
+        count = self._entries[shard].samples if shard in self._entries else 0
         if not (0 <= view < self.header.views.count and 0 <= start < stop <= count):
             raise IndexError(
                 f"{self.location}: samples {start}:{stop} of view {view} of shard {shard!r} were asked for; "
@@ -367,10 +372,6 @@ class TargetStore:
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
-    def bytes(self) -> int:
-        """Size of all files of the store."""
-        return sum(self.location.sizes().values())
-
 
 def damaged(location: Location, shard: str, what: str) -> DataError:
     """The error for a shard that cannot be read as it was written."""
@@ -380,7 +381,7 @@ def damaged(location: Location, shard: str, what: str) -> DataError:
 
 
 def open_shard(location: Location, name: str, header: StoreHeader, record: ShardRecord) -> OpenShard:
-    """Open one shard for reading, after a look whether all its files are there in full length.
+    """Open one shard for reading, after a check that all its files exist in full length.
 
     Raises:
         DataError: files are missing, cut, too long, or their metadata is damaged.
@@ -416,18 +417,14 @@ def open_targets(where: str | Path) -> TargetStore:
                 f"{tar_store.HEADER_FILE}; {advice}"
             )
         raise MissingError(f"{location} is not there; {advice}")
-    summary = manifest.read_summary(location)
-    if summary is None:
-        return TargetStore(location, header, _committed_so_far(location, header))
-    if digest != summary.header_sha256:
-        raise DataError(
-            f"{location}: the header does not fit its digest in {manifest.SUMMARY}: one is of another store; bring "
-            "back the true one, or extract the targets again into another folder"
-        )
-    return TargetStore(location, header, dict(sorted(summary.shards.items())))
-
-
-def _committed_so_far(location: Location, header: StoreHeader) -> dict[str, ShardSummary]:
+    found = manifest.read_manifest(location)
+    if found is not None:
+        if digest != found.header_sha256:
+            raise DataError(
+                f"{location}: the header does not fit its digest in {manifest.MANIFEST}: one is of another store; "
+                "bring back the true one, or extract the targets again into another folder"
+            )
+        return TargetStore(location, header, dict(sorted(found.shards.items())))
     committed, broken = manifest.read_committed(location, manifest.committed_names(location))
     if broken:
         first, names = min(broken), ",".join(sorted(broken))
@@ -438,9 +435,9 @@ def _committed_so_far(location: Location, header: StoreHeader) -> dict[str, Shar
     if not committed:
         raise DataError(f"{location} has no committed shard; run extract-targets again to finish it")
     warnings.warn(
-        f"{location} has no {manifest.SUMMARY}: {len(committed)} of {header.source.shards} shards are read; run the "
+        f"{location} has no {manifest.MANIFEST}: {len(committed)} of {header.source.shards} shards are read; run the "
         "same extract-targets again to finish it",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
-    return {name: shard.summary for name, shard in sorted(committed.items())}
+    return TargetStore(location, header, {name: shard.entry for name, shard in sorted(committed.items())})

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,7 @@ from numcodecs.shuffle import Shuffle
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError
 from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
@@ -97,7 +96,7 @@ class _Tar:
         self._blocks.append((begin, crc))
 
     def _open(self) -> BinaryIO:
-        # A file that was there and is gone must not be begun anew behind its first blocks.
+        # A file that has vanished must not be begun anew behind its first blocks.
         return self._path.open("r+b" if self._end else "xb")
 
     def close(self) -> list[tuple[int, int]]:
@@ -112,20 +111,14 @@ class TarShardFiles:
     """Tars of one shard in the making."""
 
     def __init__(self, folder: Path, header: StoreHeader) -> None:
-        self._where = folder
-        self._samples = 0
         codec = codec_of(header.codec)
         self._packer = CodePacker(codec, header.tokens, header.teacher.width)
         self._tars = [_Tar(folder / _tar_name(view)) for view in range(header.views.count)]
 
     def append(self, block: TargetBlock) -> None:
         """Write the next samples."""
-        count = len(block.keys)
-        if self._samples % BLOCK_SAMPLES or not 0 < count <= BLOCK_SAMPLES:
-            raise StoreError(f"{self._where}: a block of {count} samples cannot follow {self._samples} samples")
         for view, tar in enumerate(self._tars):
             tar.write_block(self._members(block, view))
-        self._samples += count
 
     def _members(self, block: TargetBlock, view: int) -> Iterator[tuple[str, bytes]]:
         for row, key in enumerate(block.keys):
@@ -152,14 +145,8 @@ def _tar_name(view: int) -> str:
     return f"view-{view}.tar"
 
 
-@dataclass
-class _Member:
-    suffix: str
-    data: memoryview
-
-
-def _members(block: bytes) -> Iterator[_Member]:
-    """Members of a block whose checksum is right: regular files, and GNU's names of more than 100 bytes."""
+def _members(block: bytes) -> Iterator[tuple[str, memoryview]]:
+    """Suffix and data of the members of a checked block: regular files, and GNU's names of more than 100 bytes."""
     view = memoryview(block)
     position, long_name = 0, None
     while position < len(block):
@@ -173,7 +160,7 @@ def _members(block: bytes) -> Iterator[_Member]:
             continue
         name = long_name or header[:100].rstrip(b"\0")
         long_name = None
-        yield _Member(suffix=name.rpartition(b".")[2].decode(), data=data)
+        yield name.rpartition(b".")[2].decode(), data
 
 
 class TarShard:
@@ -182,11 +169,7 @@ class TarShard:
     def __init__(
         self, location: Location, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
     ) -> None:
-        """Open the shard in the folder `location`, whose files are all there.
-
-        Args:
-            fail: makes the error of what is found damaged.
-        """
+        """Open the shard in the folder `location`, all files of which exist; `fail` makes the error for damage."""
         self._location = location
         self._fail = fail
         self._header = header
@@ -228,10 +211,10 @@ class TarShard:
         if len(data) != stop - start or crc32c(data) != crc:
             raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
         samples: list[dict[str, memoryview]] = []
-        for member in _members(data):
-            if member.suffix == "jpg":
+        for suffix, content in _members(data):
+            if suffix == "jpg":
                 samples.append({})
-            samples[-1][member.suffix] = member.data
+            samples[-1][suffix] = content
         return samples
 
     def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:

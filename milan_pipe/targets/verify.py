@@ -92,17 +92,12 @@ class _Check:
         # What has not a store's own name is the user's, as a run that was put here, and is never advised away.
         is_own = shard or re.fullmatch(r"[0-9]{6,9}|manifest/[0-9]{6,9}\.json|zarr\.json|header\.json", path)
         inside = f"{shard}/{path}" if shard else path
-        repair = self._removal(inside) if is_own else self._move(inside)
+        repair = self._removal(inside) if is_own else self._removal(inside, ("mv", "move"), " ELSEWHERE")
         self.problems.append(Problem(shard=shard, array=path, what=what, repair=repair))
 
-    def _removal(self, path: str) -> str:
-        drop = "rm -rf" if self.location.local is not None else "remove"
-        self._removals.append(f"{drop} {shlex.quote(f'{self.location}/{path}')}")
-        return self._removals[-1]
-
-    def _move(self, path: str) -> str:
-        move = "mv" if self.location.local is not None else "move"
-        self._removals.append(f"{move} {shlex.quote(f'{self.location}/{path}')} ELSEWHERE")
+    def _removal(self, path: str, verbs: tuple[str, str] = ("rm -rf", "remove"), where: str = "") -> str:
+        verb = verbs[self.location.local is None]
+        self._removals.append(f"{verb} {shlex.quote(f'{self.location}/{path}')}{where}")
         return self._removals[-1]
 
     def repair(self) -> tuple[str, ...]:
@@ -116,57 +111,59 @@ class _Check:
         return (*dict.fromkeys(self._removals), *last)
 
     def store(self) -> dict[str, int]:
-        """Check header, summary and bad samples. Returns samples by shard."""
+        """Check header, manifest and bad samples. Returns samples by shard."""
         name, content = header_file(self.header)
         data = self.location.read(name)
         if data != content:
             self.report_header(name, "differs from what was written")
         try:
-            summary = manifest.read_summary(self.location)
+            found = manifest.read_manifest(self.location)
+            if found is None:
+                self.report("", manifest.MANIFEST, "is missing: extraction has not come to its end")
         except DataError as error:
-            self.report("", manifest.SUMMARY, str(error))
-            summary = None
-        else:
-            if summary is None:
-                self.report("", manifest.SUMMARY, "is missing: extraction has not come to its end")
-        self.finished = summary is not None
-        committed = self._committed(summary)
-        if summary is None:
-            return dict.fromkeys(committed, -1)
-        if manifest.sha256_of(data) != summary.header_sha256:
-            self.report_header(name, "does not fit the digest in the summary")
+            self.report("", manifest.MANIFEST, str(error))
+            found = None
+        self.finished = found is not None
+        committed = self._committed(found)
+        if found is None:
+            return dict.fromkeys(sorted(committed), -1)
+        if manifest.sha256_of(data) != found.header_sha256:
+            self.report_header(name, f"does not fit its digest in {manifest.MANIFEST}")
         try:
             bad = manifest.sha256_of(self.location.read(manifest.BAD_SAMPLES))
         except MissingError:
             bad = ""
-        if bad != summary.bad_samples_sha256:
+        if bad != found.bad_samples_sha256:
             self.report("", manifest.BAD_SAMPLES, "does not fit its digest" if bad else "is missing")
-        if len(summary.shards) != self.header.source.shards:
-            self.report("", manifest.SUMMARY, f"has {len(summary.shards)} of {self.header.source.shards} shards")
-        for shard in sorted(summary.shards.keys() - set(committed)):
-            self.report(shard, f"{manifest.FOLDER}/{shard}.json", "is missing")
-        for shard in sorted(summary.shards.keys() & set(committed)):
-            record = manifest.sha256_of(self.location.read(f"{manifest.FOLDER}/{shard}.json"))
-            if record != summary.shards[shard].record_sha256:
-                self.report(shard, f"{manifest.FOLDER}/{shard}.json", "does not fit its digest in the summary")
-        return {shard: summary.shards[shard].samples for shard in summary.shards if shard in committed}
+        if len(found.shards) != self.header.source.shards:
+            self.report("", manifest.MANIFEST, f"has {len(found.shards)} of {self.header.source.shards} shards")
+        samples = {}
+        for shard, entry in sorted(found.shards.items()):
+            path = f"{manifest.FOLDER}/{shard}.json"
+            if shard not in committed:
+                self.report(shard, path, "is missing")
+                continue
+            samples[shard] = entry.samples
+            if manifest.sha256_of(self.location.read(path)) != entry.record_sha256:
+                self.report(shard, path, f"does not fit its digest in {manifest.MANIFEST}")
+        return samples
 
-    def _committed(self, summary: manifest.Summary | None) -> tuple[str, ...]:
+    def _committed(self, found: manifest.Manifest | None) -> set[str]:
         if self.location.listable:
-            return manifest.committed_names(self.location)
-        # A web server has what its summary names, as far as it is there.
-        shards = summary.shards if summary is not None else ()
-        there = self.location.child(manifest.FOLDER).present(f"{shard}.json" for shard in shards)
-        return tuple(path.removesuffix(".json") for path in there)
+            return set(manifest.committed_names(self.location))
+        # A web server cannot list: look for the records that the manifest names.
+        shards = found.shards if found is not None else ()
+        present = self.location.child(manifest.FOLDER).present(f"{shard}.json" for shard in shards)
+        return {path.removesuffix(".json") for path in present}
 
     def strays(self, shards: set[str]) -> None:
         """Files of a store that nothing refers to; a folder of them counts as one."""
         name, _ = header_file(self.header)
-        own = {name, manifest.SUMMARY, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
+        own = {name, manifest.MANIFEST, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
         strays: dict[str, int] = {}
         for path in self.location.sizes():
             top, _, inside = path.partition("/")
-            # The next shard of a store that is not finished may lie there before it is committed.
+            # The next shard of an unfinished store may exist before it is committed.
             begun = inside and top.isdigit() and not self.finished
             if path not in own and top not in shards and not begun:
                 entry = path if top == manifest.FOLDER else top
@@ -260,12 +257,7 @@ class _Check:
             here = again[owners[again] == owner]
             name, other = names[owner], names[owners[here[0] - 1]]
             record = manifest.read_record(self.location, name)
-            opened, samples = open_shard(self.location, name, self.header, record), record.source.samples
-            keys = [
-                key
-                for start in range(0, samples, BLOCK_SAMPLES)
-                for key in opened.read(0, start, min(start + BLOCK_SAMPLES, samples)).keys
-            ]
+            keys = open_shard(self.location, name, self.header, record).keys()
             wanted = set(digests[here].tolist())
             repeated = zip(keys, _digests(keys).tolist(), strict=True)
             shared = sorted({key for key, digest in repeated if digest in wanted})

@@ -210,7 +210,7 @@ def test_mistakes(milan: Command, tmp_path: Path) -> None:
     write_store(targets, header(), [5])
     assert "zarr" in milan("convert-targets", targets, tmp_path / "o", "--format", "parquet").error
     told = milan("convert-targets", targets, targets, "--format", "webdataset").error
-    assert "is the store that is to be converted; name another folder for the new store" in told
+    assert "is the store to convert; name another folder for the new store" in told
     told = milan("convert-targets", tmp_path / "gone", tmp_path / "o", "--format", "zarr").error
     assert "is not there" in told
     (targets / "000000" / "key" / "c" / "0").unlink()

@@ -70,9 +70,9 @@ def test_every_sample_and_view_by_number_and_by_key(written: tuple) -> None:
 def test_what_is_not_there_is_told(written: tuple) -> None:
     targets = milan_pipe.open_targets(written[0])
     for number in (134, -135):
-        with pytest.raises(IndexError, match=rf"sample {number} was asked for, it has 134"):
+        with pytest.raises(IndexError, match=rf"has no sample {number}; it has 134"):
             targets[number]
-    with pytest.raises(IndexError, match="view 3 was asked for, it has views 0 to 2"):
+    with pytest.raises(IndexError, match="has no view 3; it has views 0 to 2"):
         targets[0, 3]
     with pytest.raises(MissingError, match=r"no sample 'nothing'; its keys are such as dir/k"):
         targets["nothing"]

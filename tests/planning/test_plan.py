@@ -25,8 +25,7 @@ from milan_pipe.images.count import ImageCount, count_images, indexed_images
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.planning.flops import teacher_flops
-from milan_pipe.planning.limits import limits
-from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, node_load
+from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, limits, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
 from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
 from milan_pipe.planning.store import StoreEstimate, sample_images
@@ -161,7 +160,7 @@ def test_the_report_adds_up(report: PlanReport) -> None:
 
 def test_every_line_says_where_it_comes_from(report: PlanReport) -> None:
     told = rows(report)
-    assert told["total"] == "160 in 3 shards (index.json)"
+    assert told["images"] == "160 in 3 shards (index.json)"
     assert told["measured on"] == "48 images, one view of each"
     assert "of 3 shards each is done by one device" in told["extraction"]
     for line in ("teacher", "rendering", "student"):
@@ -178,7 +177,7 @@ def test_images_that_cannot_be_read_are_reported(scenes: Path, tmp_path: Path) -
     pack(tmp_path / "images" / "x.tar", [("0.jpg", b"no image"), *good[:30], ("z.jpg", b"nor this")])
     report = api.plan(tmp_path / "images", tmp_path / "t", params(), sample=64)
     assert (report.images.total, report.sample, report.sample_bad) == (32, 30, 2)
-    assert any("2 of 32 images of the sample cannot be read" in line for line in report.warnings)
+    assert any("2 of 32 sampled images cannot be read" in line for line in report.warnings)
     assert rows(report)["measured on"] == "30 images, one view of each; 2 more cannot be read"
 
 
@@ -367,7 +366,7 @@ def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: P
     assert space.free_files(location_of(f"{bucket}/t")) is None
 
 
-@pytest.mark.parametrize("wrong", [{"images": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
+@pytest.mark.parametrize("wrong", [{"total": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
 def test_numbers_that_make_no_plan_are_refused(scenes: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="above 0"):
         api.plan(scenes, None, params(), **wrong)

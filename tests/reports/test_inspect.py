@@ -18,11 +18,10 @@ from milan_pipe.config.params import load_params
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.loader.order import Block
+from milan_pipe.loader.dataset import open_targets
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.reports.inspect_student import pretrained_objective
-from milan_pipe.reports.samples import choose_samples, read_view
-from milan_pipe.targets.store import open_targets
+from milan_pipe.reports.samples import choose_samples
 from milan_pipe.training.checkpoint import open_checkpoint
 
 
@@ -31,16 +30,16 @@ def test_samples_are_spread_and_found_by_key(tmp_path: Path, store_format: str) 
     written = write_store(tmp_path / "t", header(format=store_format, shards=3), [5, 1, 140])
     store = open_targets(tmp_path / "t")
     every = [(shard, row) for shard, n in enumerate((5, 1, 140)) for row in range(n)]
-    assert [(s.shard, s.row) for s in choose_samples(store, (), 1000)] == every
-    assert [(s.shard, s.row) for s in choose_samples(store, (), 2)] == [(2, 30), (2, 103)]
+    assert [store.location(s) for s in choose_samples(store, (), 1000)] == every
+    assert [store.location(s) for s in choose_samples(store, (), 2)] == [(2, 30), (2, 103)]
     blocks = [block for blocks in written.values() for block in blocks]
     keys = [key for block in blocks for key in block.keys]
-    assert [s.key for s in choose_samples(store, (), 1000)] == keys
+    assert [store[s].key for s in choose_samples(store, (), 1000)] == keys
     wanted = [keys[140], keys[2], keys[5]]
-    assert [(s.shard, s.row) for s in choose_samples(store, wanted, 1)] == [(2, 134), (0, 2), (1, 0)]
+    assert [store.location(s) for s in choose_samples(store, wanted, 1)] == [(2, 134), (0, 2), (1, 0)]
     with pytest.raises(MissingError, match=r"no sample nothing, such; its keys are such as dir/k"):
         choose_samples(store, ["nothing", keys[0], "such"], 1)
-    view = read_view(store, choose_samples(store, [keys[140]], 1)[0], 1)
+    view = store[keys[140], 1]
     row = 134 - 128
     assert view.crop == tuple(blocks[3].crop_KN4[1, row])
     assert np.array_equal(view.attention_L, blocks[3].attention_KNL[1, row].astype(np.float32))
@@ -101,11 +100,13 @@ def test_masks_drawn_are_those_of_a_run(project: Project, tmp_path: Path) -> Non
 
 def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: Path) -> None:
     store = open_targets(project.targets)
-    key = choose_samples(store, (), 1)[0]
-    report = api.inspect_student(project.runs[0], project.targets, tmp_path / "o", keys=[key.key], view=1, epoch=3)
+    sample = choose_samples(store, (), 1)[0]
+    report = api.inspect_student(
+        project.runs[0], project.targets, tmp_path / "o", keys=[store[sample].key], view=1, epoch=3
+    )
     checkpoint = open_checkpoint(project.runs[0])
     objective = pretrained_objective(checkpoint, store.header, torch.device("cpu"))
-    split, cosine = objective.cosine(read_batch(store, Block(key.shard, 1, key.row, key.row + 1)), 3)
+    split, cosine = objective.cosine(read_batch(store.store, store.block(sample, 1)), 3)
     assert report.step == checkpoint.record["step"] == 6
     assert report.cosine[0] == pytest.approx(float(cosine.mean()), abs=1e-6)
     assert report.masked_cosine[0] == pytest.approx(float(cosine.gather(1, split.masked_BM).mean()), abs=1e-6)
@@ -136,7 +137,8 @@ def test_what_does_not_fit_is_told(project: Project, tmp_path: Path) -> None:
 
 
 def test_the_commands(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    key = choose_samples(open_targets(project.targets), (), 1)[0].key
+    targets = open_targets(project.targets)
+    key = targets[choose_samples(targets, (), 1)[0]].key
     cli.inspect_targets(str(project.targets), str(tmp_path / "a"), keys=f"{key},", as_json=True)
     assert json.loads(capsys.readouterr().out)["keys"] == [key]
     cli.inspect_student(str(project.runs[0]), str(project.targets), str(tmp_path / "b"), count=3, as_json=True)

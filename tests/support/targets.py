@@ -21,12 +21,11 @@ from milan_pipe.targets.schema import (
     SourceShard,
     StoreHeader,
     TargetBlock,
-    TargetReader,
     TeacherInfo,
     ViewInfo,
     ViewRun,
 )
-from milan_pipe.targets.store import TargetStoreWriter, open_targets
+from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
 BAD = (("worse", "damaged"),)
 
@@ -168,7 +167,7 @@ def differences(found: ViewRun, expected: ViewRun, start: int = 0, stop: int | N
     return wrong
 
 
-def check_store(store: TargetReader, written: Mapping[str, Sequence[TargetBlock]]) -> None:
+def check_store(store: TargetStore, written: Mapping[str, Sequence[TargetBlock]]) -> None:
     """Every shard and view equals what was written."""
     assert store.shards == tuple(written)
     for shard, blocks in written.items():

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.targets import check_store, header, joined, tree, write_store, wrong_values
+from support.targets import check_store, differences, header, joined, tree, write_store, wrong_values
 
-from milan_pipe.errors import MilanError
+from milan_pipe.errors import DataError, MilanError
 from milan_pipe.storage import location_of
 from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import open_targets
@@ -253,6 +253,37 @@ def test_damage_between_two_reads_is_found(stores: dict[tuple[str, str, int], St
         (store.root / path).write_bytes(before)
     check_store_again = open_targets(store.root)
     assert check_store_again.read("000000", 0, 0, 128).keys == store.truth["000000"][0].keys[:128]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["-".join(map(str, kind)) for kind in KINDS])
+def test_a_flipped_byte_anywhere_is_seen_by_an_open_reader(
+    stores: dict[tuple[str, str, int], Store], kind: tuple[str, str, int]
+) -> None:
+    """The checksum of each chunk is checked in each read, of part of a block too, by whichever library reads it."""
+    store = stores[kind]
+    reader = open_targets(store.root)
+    (run, _) = store.truth["000001"]
+    reader.read("000001", 0, 0, len(run.keys))
+    large = re.compile(r"000001/(features/c/0|(scale|attention|view_bytes)/c|view-0)[/.].*")
+    paths = [path for path in store.files if large.fullmatch(path)]
+    assert len(paths) == (1 if kind[0] == "webdataset" else 3 if kind[1] == "float16" else 4)
+    for path in paths:
+        before = store.files[path]
+        used = len(before) if kind[0] == "zarr" else len(before.rstrip(b"\0"))
+        found = 0
+        for position in range(0, used, -(-used // 61)):
+            damaged = bytearray(before)
+            damaged[position] ^= 4
+            (store.root / path).write_bytes(damaged)
+            try:
+                # Right where nothing is read of what was flipped, as chunks of the other view.
+                assert differences(reader.read("000001", 0, 0, len(run.keys)), run) == [], (path, position)
+            except DataError:
+                found += 1
+            finally:
+                (store.root / path).write_bytes(before)
+        assert found, path
+    assert differences(reader.read("000001", 0, 1, 4), run, 1, 4) == []
 
 
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])

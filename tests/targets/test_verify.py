@@ -180,7 +180,7 @@ def test_more_samples_reported_than_there_are(tmp_path: Path, store_format: str)
     writer = TargetStoreWriter(tmp_path / "t", head)
     record = dataclasses.replace(manifest.read_record(writer.location, "000000"), source=source(6))
     manifest.write_record(writer.location, "000000", record)
-    manifest.write_summary(writer.location, header_file(head)[1], writer.committed())
+    manifest.write_manifest(writer.location, header_file(head)[1], writer.committed())
     problems = verify_targets(tmp_path / "t").problems
     assert {problem.shard for problem in problems} == {"000000"}
 
