@@ -18,8 +18,7 @@ from milan_pipe.storage import location_of
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
-_FOLDER, _RECORD = "checkpoints", "checkpoint.json"
-_NAME = "step-"
+_FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,18 @@ class Checkpoint:
             StoreError: it cannot be read.
         """
         file = self.path / f"{part}.safetensors"
+        expected = (self.files or {}).get(file.name)
         try:
             if not file.is_file():
-                todo = "name a checkpoint that `milan-pipe pretrain` wrote"
-                if self.files is not None and file.name in self.files:
-                    todo = f"it is lost; {_advice(self.path)}"
+                unknown = "name a checkpoint that `milan-pipe pretrain` wrote"
+                todo = f"it is lost; {_advice(self.path)}" if expected else unknown
                 raise MissingError(f"{self.path} has no {file.name}; {todo}")
-            self._require_unchanged(file)
+            if self.files is not None and not expected:
+                raise DataError(f"{file} is not among the files that {_RECORD} names")
+            if expected and (size := file.stat().st_size) != expected["bytes"]:
+                raise DataError(f"{file} is damaged: it has {size} bytes, {_RECORD} says {expected['bytes']}")
+            if expected and (digest := sha256_of_file(file)) != expected["sha256"]:
+                raise DataError(f"{file} is damaged: its SHA-256 is {digest}, {_RECORD} says {expected['sha256']}")
             return load_tensors(file)
         except DataError as error:
             raise DataError(f"{error}; {_advice(self.path)}") from error
@@ -59,21 +63,8 @@ class Checkpoint:
         except OSError as error:
             raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
 
-    def _require_unchanged(self, file: Path) -> None:
-        if self.files is None:
-            return
-        if file.name not in self.files:
-            raise DataError(f"{file} is not among the files that {_RECORD} names")
-        expected, size = self.files[file.name], file.stat().st_size
-        if size != expected["bytes"]:
-            raise DataError(f"{file} is damaged: it has {size} bytes, {_RECORD} says {expected['bytes']}")
-        digest = sha256_of_file(file)
-        if digest != expected["sha256"]:
-            raise DataError(f"{file} is damaged: its SHA-256 is {digest}, {_RECORD} says {expected['sha256']}")
-
 
 def _advice(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
     present = _checkpoints_in(path.parent)
     earlier = present[: present.index(path)] if path in present else []
     if earlier:
@@ -123,9 +114,8 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Mapping[str, Tenso
 
 def _step_of(path: Path) -> int | None:
     """The step in a folder's name; None where it is no checkpoint, as a copy that somebody made."""
-    digits = path.name.removeprefix(_NAME)
-    named = re.fullmatch(r"[0-9]{8,}", digits) and path.name == f"{_NAME}{int(digits):08d}"
-    return int(digits) if named else None
+    found = re.fullmatch(rf"{_NAME}([0-9]{{8}}|[1-9][0-9]{{8,}})", path.name)
+    return int(found[1]) if found else None
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
@@ -199,8 +189,7 @@ def describe_last_checkpoint(run: Path) -> str:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -215,14 +204,13 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         raise MismatchError(
             f"{run} holds {checkpoint.path.name}, which does not say what it was trained with; name another folder"
         )
-    if found.get("order") != configuration.get("order") and not checkpoint.record["finished"]:
+    theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
+    if theirs.get("order") != ours.get("order") and not checkpoint.record["finished"]:
         raise MismatchError(
             f"{run} was begun by another version of milan-pipe, which takes samples in another order (version "
-            f"{found.get('order', 1)}, here {configuration.get('order', 1)}); train in another folder. "
+            f"{theirs.get('order', 1)}, here {ours.get('order', 1)}); train in another folder. "
             f"{checkpoint.path.name} can still be evaluated and exported"
         )
-    # Through JSON, where tuples become lists.
-    theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))
     differences = [
         f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
         for name in sorted((theirs.keys() | ours.keys()) - {"order"})

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -30,13 +31,13 @@ def rank_of_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+@dataclass
 class Ranks:
     """The processes that train together, `count` of them. With one of them everything here does nothing."""
 
-    def __init__(self, rank: int, count: int, device: torch.device) -> None:
-        self.rank = rank
-        self.count = count
-        self.device = device
+    rank: int
+    count: int
+    device: torch.device
 
     @property
     def first(self) -> bool:
@@ -90,13 +91,12 @@ class Ranks:
         """Have gradients averaged over ranks.
 
         Args:
-            module: computes the loss.
+            module: computes the loss; `root`, a part of it, is trained.
             units: parts of `root` that FSDP gathers one at a time.
-            root: what is trained, a part of `module`.
 
         Returns:
-            What to call in place of `module`, and a context for each forward and backward pass, called with whether
-            the ranks exchange gradients in it.
+            What to call in place of `module`, and a context for each forward and backward pass, given whether ranks
+            exchange gradients in it.
         """
         if not dist.is_initialized():
             return module, lambda _: nullcontext()
@@ -140,10 +140,8 @@ def _device_of(local: int, name: str, count: int) -> torch.device:
     if device.type == "cpu":
         return device
     if local >= torch.cuda.device_count():
-        raise SettingError(
-            f"local rank {local} has no CUDA device ({torch.cuda.device_count()} here); start one rank a device, "
-            "with --nproc-per-node"
-        )
+        here = f"local rank {local} has no CUDA device ({torch.cuda.device_count()} here)"
+        raise SettingError(f"{here}; start one rank a device, with --nproc-per-node")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
@@ -170,28 +168,21 @@ def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
-        raise SettingError(
-            f"{count} ranks cannot meet: {str(error).splitlines()[0]}; start them with torchrun"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"{count} ranks cannot meet: {reason}; start them with torchrun") from error
     ranks = Ranks(rank, count, torch.device("cpu"))
     try:
         ranks.device = _device_of(local, device, count)
         yield ranks
     except (MilanError, RuntimeError) as error:
-        known: MilanError
-        if isinstance(error, MilanError):
-            known = error
-        elif isinstance(error, dist.DistError) or _LOST.search(str(error)):
-            known = RankLostError(
-                f"one of {count} ranks was lost. {values()}; the same command goes on with the run, on any number of "
-                "ranks"
-            )
-        else:
-            ranks.reports()  # this one's traceback says more than the others could
-            raise
-        if not ranks.reports():
+        known = error if isinstance(error, MilanError) else None
+        if known is None and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            todo = "the same command goes on with the run, on any number of ranks"
+            known = RankLostError(f"one of {count} ranks was lost. {values()}; {todo}")
+        # An unknown error ends with its traceback, which says more than the others could.
+        if not ranks.reports() and known is not None:
             raise ReportedElsewhereError(known) from error
-        if known is error:
+        if known is None or known is error:
             raise
         raise known from error
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from milan_pipe.errors import StoreError, resource_hint
+from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.training.distributed import Ranks
 
 LOCK = ".lock"
@@ -37,7 +37,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
         StoreError: another process writes the run, or the directory cannot be made; says which, and what to do.
     """
     with ExitStack() as stack:
-        problem = None
+        problem = ""
         if ranks.first:
             try:
                 stack.enter_context(_made(run))
@@ -45,8 +45,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
             except StoreError as error:
                 problem = str(error)
         # All ranks end, and none waits for one that has.
-        problem = ranks.broadcast(problem)
-        if problem is not None:
+        if problem := ranks.broadcast(problem):
             raise StoreError(problem)
         yield
 
@@ -58,7 +57,7 @@ def _made(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{run} cannot be made: {error.strerror or error}; choose another folder") from error
+        raise StoreError(f"{run} cannot be made: {system_reason(error)}; choose another folder") from error
     try:
         yield
     finally:
@@ -97,10 +96,8 @@ def _acquire(run: Path, file: Path) -> int | None:
         except OSError as error:
             if error.errno in _READ_ONLY and not file.exists():
                 return None
-            raise StoreError(
-                f"{file} cannot be opened: {resource_hint(error) or error.strerror}; it says which process writes the "
-                "run: remove it if there is none"
-            ) from error
+            reason = f"{system_reason(error)}; it says which process writes the run: remove it if there is none"
+            raise StoreError(f"{file} cannot be opened: {reason}") from error
         with ExitStack() as stack:
             stack.callback(os.close, handle)
             try:
@@ -110,18 +107,14 @@ def _acquire(run: Path, file: Path) -> int | None:
                     if os.path.samestat(file.stat(), os.fstat(handle)):
                         _write_owner(handle)
                         if owner:
-                            warnings.warn(
-                                f"{run} was being written by {_described(owner)}, which is gone; its run is taken over",
-                                RuntimeWarning,
-                                stacklevel=2,
-                            )
+                            gone = f"{run} was being written by {_described(owner)}, which is gone"
+                            warnings.warn(f"{gone}; its run is taken over", RuntimeWarning, stacklevel=2)
                         stack.pop_all()
                         return handle
             except StoreError:
                 raise
             except OSError as error:
-                reason = resource_hint(error) or error.strerror or error
-                raise StoreError(f"{file} cannot be locked: {reason}") from error
+                raise StoreError(f"{file} cannot be locked: {system_reason(error)}") from error
 
 
 def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
@@ -130,16 +123,13 @@ def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
         # POSIX locks: not inherited by forked workers, released by the kernel when the process dies, known to NFS.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        owner = _owner(handle)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise StoreError(f"{run} is being written by {_described(owner)}; {_TODO}") from None
-        if error.errno not in _NO_LOCKS:
+        owner, held = _owner(handle), error.errno in (errno.EACCES, errno.EAGAIN)
+        if not held and error.errno not in _NO_LOCKS:
             raise
-        # The file system has no locks: a process of this host can be looked for, another host's cannot.
-        if owner and not _is_gone(owner):
-            raise StoreError(
-                f"{run} is being written by {_described(owner)}; {_TODO}. If that process is gone, remove {file}"
-            ) from None
+        # On a file system without locks a process of this host can be looked for, another host's cannot.
+        if held or (owner and not _is_gone(owner)):
+            todo = _TODO if held else f"{_TODO}. If that process is gone, remove {file}"
+            raise StoreError(f"{run} is being written by {_described(owner)}; {todo}") from None
         return owner
     return _owner(handle)
 

@@ -1,19 +1,15 @@
-"""A run's metric files, as dvclive writes them: read, cut back where a run goes on, renamed where damaged.
-
-Metrics never stop a run: damage is reported, and the rest is used.
-"""
+"""A run's metric files, as dvclive writes them: damage never stops a run, it is reported and the rest is used."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
-from milan_pipe.errors import StoreError, resource_hint
+from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.storage import location_of
-
-_LATEST = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +17,16 @@ class MetricFile:
     """One metric.
 
     Attributes:
+        data: the whole file.
+        damage: what is wrong with it; None if nothing is.
         header: first line; empty if there is none.
         rows: step, value and line of each readable row, without a last line that was cut.
-        damage: what is wrong with the file; None if nothing is.
-        data: all of it.
     """
 
-    header: str
-    rows: tuple[tuple[int, float, str], ...]
-    damage: str | None
     data: bytes
+    damage: str | None
+    header: str = ""
+    rows: tuple[tuple[int, float, str], ...] = ()
 
 
 def metric_files(folder: Path) -> list[Path]:
@@ -42,7 +38,7 @@ def metric_files(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.rglob("*.tsv") if path.is_file())
     except OSError as error:
-        raise StoreError(f"{folder} cannot be listed: {resource_hint(error) or error.strerror or error}") from error
+        raise StoreError(f"{folder} cannot be listed: {system_reason(error)}") from error
 
 
 def read_metric(file: Path) -> MetricFile:
@@ -51,11 +47,11 @@ def read_metric(file: Path) -> MetricFile:
     Raises:
         StoreError: the file cannot be read.
     """
-    data = _bytes_of(file)
+    data = location_of(file.parent).read(file.name)
     header, *lines = data.decode(errors="replace").split("\n")
     columns = header.rstrip("\r").split("\t")
     if not lines or len(columns) < 2 or "step" not in columns:
-        return MetricFile(header="", rows=(), damage="has no header", data=data)
+        return MetricFile(data=data, damage="has no header")
     damage = "ends in zero bytes" if "\0" in lines.pop() else None
     rows = []
     for number, line in enumerate(lines, 2):
@@ -66,13 +62,11 @@ def read_metric(file: Path) -> MetricFile:
             rows.append((int(values[columns.index("step")]), float(values[-1]), line))
         except ValueError:
             damage = damage or f"is damaged in line {number}"
-    return MetricFile(header=header, rows=tuple(rows), damage=damage, data=data)
+    return MetricFile(data=data, damage=damage, header=header, rows=tuple(rows))
 
 
 def cut_metrics(folder: Path, step: int) -> None:
-    """Remove points after a step: those steps will be done again.
-
-    A damaged file is renamed, with a warning; what can be read of it stays.
+    """Remove points after a step: those steps will be done again. Damaged files are renamed, with a warning.
 
     Raises:
         StoreError: a file cannot be read or written.
@@ -85,16 +79,9 @@ def cut_metrics(folder: Path, step: int) -> None:
         content = "".join(f"{line}\n" for line in (found.header, *kept)).encode()
         if found.header and content != found.data:
             location_of(file.parent).write(file.name, content)
-    latest = folder / _LATEST
-    if latest.is_file() and not _is_summary(_bytes_of(latest)):
+    latest = folder / "metrics.json"
+    if latest.is_file() and not _is_summary(location_of(folder).read(latest.name)):
         _move_damaged(latest, "is damaged")
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
 
 
 def _is_summary(data: bytes) -> bool:
@@ -111,16 +98,11 @@ def _is_summary(data: bytes) -> bool:
 
 
 def _move_damaged(file: Path, damage: str) -> None:
-    aside, number = file.with_name(f"{file.name}.damaged"), 1
-    while aside.exists():
-        number += 1
-        aside = file.with_name(f"{file.name}.damaged-{number}")
+    names = chain([f"{file.name}.damaged"], (f"{file.name}.damaged-{number}" for number in count(2)))
+    aside = next(path for path in map(file.with_name, names) if not path.exists())
     try:
         file.rename(aside)
     except OSError as error:
-        raise StoreError(f"{file} {damage} and cannot be renamed: {error.strerror or error}") from error
-    warnings.warn(
-        f"{file} {damage}; it is now {aside.name}, and the run goes on with what can be read of it",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+        raise StoreError(f"{file} {damage} and cannot be renamed: {system_reason(error)}") from error
+    text = f"{file} {damage}; it is now {aside.name}, and the run goes on with what can be read of it"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)

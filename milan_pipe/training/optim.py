@@ -13,12 +13,7 @@ _NO_DECAY = ("*pos_embed*", "*cls_token*", "*mask_token*")
 
 
 def build_adamw(
-    model: nn.Module,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    layer_decay: float | None = None,
+    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float | None = None
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases, norms, position embeddings, CLS and mask tokens do not decay.
 

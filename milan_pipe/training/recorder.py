@@ -44,26 +44,17 @@ class Recorder:
     Losses are read now and then, because reading makes an accelerator wait. Sums are taken step by step in double
     precision, so they do not depend on when they are read. All ranks read at the same steps.
 
-    Args:
-        norm_must_be_finite: False where a loss scale handles gradients that are not.
-
     Attributes:
         sinks: set before the first step; empty on all ranks but the first.
         progress: last report; None before the first.
     """
 
     def __init__(
-        self,
-        task: Task[Any],
-        ranks: Ranks,
-        on_progress: Callable[[TrainProgress], None],
-        *,
-        norm_must_be_finite: bool,
-        first_step: int,
+        self, task: Task[Any], ranks: Ranks, on_progress: Callable[[TrainProgress], None], *, first_step: int
     ) -> None:
-        self._task, self._ranks, self._on_progress = task, ranks, on_progress
-        self._norm_must_be_finite = norm_must_be_finite
-        self._first_step = first_step
+        self._task, self._ranks, self._on_progress, self._first_step = task, ranks, on_progress, first_step
+        # With float16 the loss scale handles gradients that are not finite.
+        self._checked = ("loss",) if task.settings.precision == "float16" else ("loss", "norm of the gradient")
         self._unread: list[tuple[int, tuple[str, ...], StepResult]] = []
         self._epoch = -1
         self._sums: dict[str, list[float]] = {"epoch": [0.0, 0], "recent": [0.0, 0]}
@@ -74,14 +65,10 @@ class Recorder:
     def add(
         self, step: int, keys: tuple[str, ...], result: StepResult, *, lr: float, seconds: float, waited: float
     ) -> None:
-        """Take in a step, and report it if due.
+        """Take in a step, counted from 1, and report it if due; raises as `settle`.
 
         Args:
-            step: counted from 1.
             seconds: since the first step, and `waited` those of them spent waiting for batches.
-
-        Raises:
-            NotFiniteError: a loss or gradient is not finite.
         """
         self._unread.append((step, keys, result))
         if step % self._task.settings.log_every and step != self._task.steps:
@@ -109,7 +96,7 @@ class Recorder:
         """Read the losses and gradient norms.
 
         Raises:
-            NotFiniteError: one is not finite; names the first such step and its batch.
+            NotFiniteError: one is not finite; names the first step with one, and its batch.
         """
         if not self._unread:
             return
@@ -118,8 +105,8 @@ class Recorder:
         # Each rank's loss is weighted for a mean over ranks.
         values = zip((losses / self._ranks.count).tolist(), norms.tolist(), self._unread, strict=True)
         for loss, norm, (step, keys, _) in values:
-            for name, value in (("loss", loss), ("norm of the gradient", norm)):
-                if not math.isfinite(value) and (name == "loss" or self._norm_must_be_finite):
+            for name, value in zip(self._checked, (loss, norm), strict=False):
+                if not math.isfinite(value):
                     raise NotFiniteError(
                         f"the {name} is {value:g} at step {step} (batch of {len(keys)}: {keys[0]} ... {keys[-1]}); "
                         f"{self._task.advice}",
@@ -127,8 +114,7 @@ class Recorder:
                     )
             epoch = (step - 1) // self._task.steps_per_epoch
             if epoch != self._epoch:
-                self._epoch = epoch
-                self._sums["epoch"] = [0.0, 0]
+                self._epoch, self._sums["epoch"] = epoch, [0.0, 0]
             for sums in self._sums.values():
                 sums[0] += loss
                 sums[1] += 1
@@ -158,6 +144,5 @@ class Recorder:
         return {"epoch": self._epoch, "sums": self._sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
         self._epoch = int(state["epoch"])
         self._sums = {name: [total, count] for name, (total, count) in state["sums"].items()}

@@ -14,7 +14,7 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
-from milan_pipe.errors import DataError, StoppedError, StoreError, resource_hint
+from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
 from milan_pipe.training.checkpoint import (
@@ -75,12 +75,9 @@ class _Run(Generic[B]):
             clip_grad=task.settings.clip_grad,
             exchange=exchange,
         )
-        scaler = self.stepper.scaler
         self.first_step = 0 if previous is None else int(previous.record["step"])
-        self.saver = Saver(folder, task, optimiser, scaler, ranks)
-        self.recorder = Recorder(
-            task, ranks, on_progress, norm_must_be_finite=not scaler.is_enabled(), first_step=self.first_step
-        )
+        self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
+        self.recorder = Recorder(task, ranks, on_progress, first_step=self.first_step)
         self.scores: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
@@ -98,12 +95,7 @@ class _Run(Generic[B]):
         task = self.task
         with stop_requests() as stop, ExitStack() as stack:
             if self.ranks.first:
-                sinks = open_sinks(
-                    self.folder / "metrics",
-                    task.settings.sinks,
-                    goes_on=self.first_step,
-                    configuration=task.configuration,
-                )
+                sinks = open_sinks(self.folder / "metrics", task.settings.sinks, self.first_step, task.configuration)
                 self.recorder.sinks = stack.enter_context(sinks)
             try:
                 self._train(stop)
@@ -119,9 +111,9 @@ class _Run(Generic[B]):
         began, waited, evaluating = time.monotonic(), 0.0, 0.0
         with closing(task.batches(self.first_step)) as batches:
             for number in range(self.first_step, task.steps):
-                asked = time.monotonic()
+                wait_began = time.monotonic()
                 batch = next(batches)
-                waited += time.monotonic() - asked
+                waited += time.monotonic() - wait_began
                 task.before_step(number)
                 lr = task.lr(number)
                 result = self.stepper(batch, number // task.steps_per_epoch, lr)
@@ -160,11 +152,8 @@ class _Run(Generic[B]):
             return
         path = self.saver.save(step, self._state(), finished=False)
         if number:
-            raise StoppedError(
-                f"by {signal.Signals(number).name} after step {step} of {self.task.steps}; {path} was written, and the "
-                "same command goes on from it",
-                number,
-            )
+            done = f"by {signal.Signals(number).name} after step {step} of {self.task.steps}"
+            raise StoppedError(f"{done}; {path} was written, and the same command goes on from it", number)
 
     def _state(self) -> dict[str, Any]:
         _average_buffers(self.task.model, self.ranks)
@@ -203,8 +192,7 @@ def _finished(run: Path, checkpoint: Checkpoint) -> RunReport:
         return RunReport(**{**values, "checkpoint": str(checkpoint.path), "steps_now": 0})
     except OSError as error:
         raise StoreError(
-            f"{run / _REPORT} cannot be read: {resource_hint(error) or error.strerror or error}; {checkpoint.path} is "
-            "that of the finished run"
+            f"{run / _REPORT} cannot be read: {system_reason(error)}; {checkpoint.path} is that of the finished run"
         ) from error
     except (ValueError, TypeError) as error:
         raise DataError(
@@ -219,13 +207,10 @@ def run_task(
     task_of: Callable[[Ranks, Path], Task[Any]],
     on_progress: Callable[[TrainProgress], None],
 ) -> RunReport:
-    """Do a run, or go on with it; under torchrun all ranks call it.
+    """Do a run, or go on with it; under torchrun all ranks call it, and `task_of` for a rank and the run's folder.
 
     On a CPU the losses and weights of an interrupted run are those of an unbroken one, to the bit. A finished run is
     not done again.
-
-    Args:
-        task_of: makes the task of a rank, for the run's folder.
 
     Raises:
         MismatchError: RUN holds a run of another configuration.

@@ -30,12 +30,7 @@ class Saver:
     """Writes checkpoints, and RUN/best, which holds the best one. Every rank calls it, the first one writes."""
 
     def __init__(
-        self,
-        run: Path,
-        task: Task[Any],
-        optimiser: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        ranks: Ranks,
+        self, run: Path, task: Task[Any], optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks
     ) -> None:
         self._run, self._task, self._optimiser, self._scaler, self._ranks = run, task, optimiser, scaler, ranks
         self._saved_at = time.monotonic()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from milan_pipe.config.training import SinkName
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,47 +27,47 @@ class Sink(Protocol):
         """A PNG that was drawn after `step` steps."""
 
 
+@dataclass
 class _Dvclive:
-    def __init__(self, live: Live) -> None:
-        self._live = live
+    live: Live
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        self._live.step = step
+        self.live.step = step
         for name, value in values.items():
-            self._live.log_metric(name, value)
-        self._live.sync()  # type: ignore[no-untyped-call]
+            self.live.log_metric(name, value)
+        self.live.sync()  # type: ignore[no-untyped-call]
 
     def image(self, step: int, file: Path) -> None:
         """The run's folder has it already."""
 
 
+@dataclass
 class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    writer: Any
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
     def image(self, step: int, file: Path) -> None:
         import numpy as np
         from PIL import Image
 
         with Image.open(file) as opened:
-            self._writer.add_image("images", np.asarray(opened), step, dataformats="HWC")
+            self.writer.add_image("images", np.asarray(opened), step, dataformats="HWC")
 
 
+@dataclass
 class _Wandb:
-    def __init__(self, run: Any, module: Any) -> None:
-        self._run = run
-        self._module = module
+    run: Any
+    module: Any
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self.run.log(dict(values), step=step)
 
     def image(self, step: int, file: Path) -> None:
-        self._run.log({"images": self._module.Image(str(file))}, step=step)
+        self.run.log({"images": self.module.Image(str(file))}, step=step)
 
 
 def _module(name: str, package: str) -> Any:
@@ -78,13 +79,9 @@ def _module(name: str, package: str) -> Any:
 
 @contextmanager
 def open_sinks(
-    folder: Path, names: Sequence[SinkName], *, goes_on: int, configuration: Mapping[str, Any]
+    folder: Path, names: Sequence[SinkName], first_step: int, configuration: Mapping[str, Any]
 ) -> Iterator[list[Sink]]:
-    """Open FOLDER for dvclive and the named sinks.
-
-    Args:
-        goes_on: steps that were recorded before; 0 in a fresh run.
-        configuration: for Weights & Biases.
+    """Open a folder for dvclive, and the named sinks; Weights & Biases keeps the configuration.
 
     Raises:
         SettingError: a sink's package is not installed.
@@ -92,9 +89,8 @@ def open_sinks(
     from dvclive.live import Live  # only processes that write need it: a quarter of a second
 
     with ExitStack() as stack:
-        live = Live(
-            str(folder), resume=goes_on > 0, save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
-        )
+        quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
+        live = Live(str(folder), resume=first_step > 0, **quiet)
         if live._dvc_repo is not None:
             # dvclive leaves it open, and its databases hold a dozen descriptors.
             stack.callback(live._dvc_repo.close)
@@ -102,20 +98,16 @@ def open_sinks(
         if "tensorboard" in names:
             module = _module("torch.utils.tensorboard", "tensorboard")
             # Purged: points after the checkpoint are measured again.
-            writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=goes_on + 1 if goes_on else None)
+            purge = first_step + 1 if first_step else None
+            writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             stack.callback(writer.close)
             sinks.append(_TensorBoard(writer))
         if "wandb" in names:
             wandb = _module("wandb", "wandb")
             # One name for all parts of an interrupted run.
-            identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            identity = {"id": sha256_of(str(folder.resolve()).encode())[:16], "name": folder.parent.name}
             run = wandb.init(
-                project="milan-pipe",
-                dir=str(folder),
-                id=identity,
-                name=folder.parent.name,
-                config=dict(configuration),
-                resume="allow",
+                project="milan-pipe", dir=str(folder), config=dict(configuration), resume="allow", **identity
             )
             stack.callback(run.finish)
             sinks.append(_Wandb(run, wandb))

@@ -34,11 +34,8 @@ def load_optimiser(
 ) -> None:
     """Restore state tensors; every trained parameter must have them.
 
-    Args:
-        where: names the source in messages.
-
     Raises:
-        MismatchError: names parameters without state, state without a parameter, and state of another shape.
+        MismatchError: names `where`, parameters without state, state without a parameter, and state of another shape.
     """
     trained = {parameter for group in optimiser.param_groups for parameter in group["params"]}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter in trained}
@@ -48,7 +45,7 @@ def load_optimiser(
         states.setdefault(name, {})[key] = tensor
     # A parameter's state has tensors of its shape, and counters.
     largest = {
-        name: max(state.values(), key=lambda value: (value.numel(), value.ndim)) for name, state in states.items()
+        name: max(state.values(), key=lambda tensor: (tensor.numel(), tensor.ndim)) for name, state in states.items()
     }
     if problems := mismatch(largest, parameters):
         raise MismatchError(f"{where}: the optimiser's state does not fit the trained parameters: {problems}")
@@ -64,11 +61,7 @@ def _placed(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU; every rank must call it, as each holds shards.
-
-    Args:
-        keep: False returns nothing, for ranks that do not write.
-    """
+    """Whole tensors on the CPU, none where not `keep`; every rank must call it, as each holds shards."""
     whole = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -79,4 +72,4 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor with a value that is not finite; None where all are."""
-    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

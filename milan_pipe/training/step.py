@@ -25,10 +25,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss of a batch and L2 norm of its gradient before clipping, detached and on the device.
-
-    Reading them makes an accelerator wait.
-    """
+    """Loss of a batch and L2 norm of its gradient before clipping, on the device: reading makes an accelerator wait."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -59,16 +56,12 @@ class Stepper(Generic[B]):
         split: Callable[[B], Sequence[tuple[B, float]]],
         device: torch.device,
         precision: Precision,
-        clip_grad: float | None,
+        clip_grad: float | None = None,
         exchange: Callable[[bool], AbstractContextManager[Any]] = lambda _: nullcontext(),
     ) -> None:
-        self._exchange = exchange
-        self._optimiser = optimiser
-        self._loss_of = loss_of
-        self._split = split
-        self._device = device
+        self._optimiser, self._loss_of, self._split, self._exchange = optimiser, loss_of, split, exchange
+        self._device, self._clip_grad = device, clip_grad
         self._precision = resolve_precision(precision, device)
-        self._clip_grad = clip_grad
         self._parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         self._broken = torch.zeros((), device=device)
         # Only fused optimisers can skip a step on the device.
@@ -77,9 +70,8 @@ class Stepper(Generic[B]):
 
     def loss(self, part: B, epoch: int) -> Tensor:
         """Loss of one part, in the chosen precision."""
-        if self._precision == "float32":
-            return self._loss_of(part, epoch)
-        with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
+        precision = self._precision
+        with torch.autocast(self._device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
             return self._loss_of(part, epoch)
 
     def _clipped_norm(self) -> Tensor:
@@ -94,8 +86,7 @@ class Stepper(Generic[B]):
         for group in self._optimiser.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self._optimiser.zero_grad(set_to_none=True)
-        losses = []
-        parts = self._split(batch)
+        losses, parts = [], self._split(batch)
         for number, (part, share) in enumerate(parts, 1):
             with self._exchange(number == len(parts)):
                 loss = self.loss(part, epoch) * share

@@ -10,16 +10,18 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import Signals
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (Signals.SIGINT, Signals.SIGTERM, Signals.SIGHUP)
 
 
+@dataclass
 class StopRequest:
     """Which signal asked to stop; None as long as none did."""
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+    signal: Signals | None = None
 
 
 @contextmanager
@@ -35,13 +37,11 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     # None is a handler that was not set from Python, and that could not be put back.
-    before = {
-        number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
-    }
+    before = {n: handler for n in _SIGNALS if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
 
     def note(number: int, _: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        if request.signal is signal.SIGHUP:
+        request.signal = Signals(number)
+        if request.signal is Signals.SIGHUP:
             _drop_closed_terminal()
         else:
             signal.signal(number, before[request.signal])
@@ -57,13 +57,12 @@ def stop_requests() -> Iterator[StopRequest]:
 
 def _drop_closed_terminal() -> None:
     """Send output for a closed terminal nowhere: writing it would raise an error in place of a checkpoint."""
-    for stream in (sys.__stdout__, sys.__stderr__):
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
-            if stream is not None:
-                termios.tcgetattr(stream.fileno())
+            termios.tcgetattr(stream.fileno())
         # Not a terminal: ENOTTY. A stream of Python's own: no file number, a ValueError.
         except termios.error as error:
-            if error.args[0] == errno.EIO and stream is not None:
+            if error.args[0] == errno.EIO:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)

@@ -16,11 +16,10 @@ from milan_pipe.errors import DataError
 
 
 class Keyed(Protocol):
-    """A batch that knows the keys of its samples."""
+    """A batch, or this rank's part of it, that knows the keys of its samples."""
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Of this rank's part of the batch."""
+    def keys(self) -> tuple[str, ...]: ...
 
 
 B = TypeVar("B", bound=Keyed)
@@ -40,8 +39,7 @@ class RunReport:
 
     Attributes:
         loss: mean over the last epoch.
-        scores: of the last weights on VAL, and `best` those of the best step by the task's main score; empty for a
-            task without evaluation.
+        scores, best: on VAL, of the last weights and of the best step by the main score; empty without evaluation.
         images_per_second, data_wait, seconds: of the process that finished the run, without evaluation; `data_wait` is
             a share of the time.
         bad: images that could not be read.
@@ -125,30 +123,26 @@ class Task(ABC, Generic[B]):
     def before_step(self, step: int) -> None:
         """Called with the number of steps done."""
 
-    def after_step(self, step: int) -> Path | None:
+    def after_step(self, step: int) -> Path | None:  # noqa: ARG002
         """Called on every rank with the number of steps done; returns a PNG for the sinks on the first rank."""
-        del step
         return None
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:  # noqa: ARG002
         """Whether to evaluate after this step; the last one always is."""
-        del step
         return False
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
         """Scores on VAL; called on every rank, the same on all. `last`: training is over."""
         raise NotImplementedError
 
-    def plot(self, run: Path, step: int) -> Path | None:
+    def plot(self, run: Path, step: int) -> Path | None:  # noqa: ARG002
         """Draw the last evaluation, on the first rank; returns the PNG."""
-        del run, step
         return None
 
     def bad(self) -> int:
         """Images that could not be read so far, on this rank."""
         return 0
 
-    def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:
+    def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:  # noqa: ARG002
         """More about a loss that is not finite; called on every rank. `weights` gathers those that met it."""
-        del error, weights
         return ""

@@ -58,7 +58,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_the_second_one_is_told_who_writes(tmp_path: Path) -> None:
+def test_the_second_one_learns_who_writes(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with process_with(run) as first:
         assert line_of(first) == "held"

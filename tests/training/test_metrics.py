@@ -42,13 +42,13 @@ def loss(folder: Path) -> Path:
 def goes_on(folder: Path, step: int) -> None:
     """As a run does that goes on after `step`."""
     cut_metrics(folder, step)
-    with open_sinks(folder, (), goes_on=step, configuration={}) as sinks:
+    with open_sinks(folder, (), step, {}) as sinks:
         for sink in sinks:
             sink.point(step + 10, {"train/loss": 0.25})
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_skip_and_the_run_goes_on(folder: Path, loss: Path, kind: str) -> None:
+def test_a_damaged_file_is_renamed_and_the_run_goes_on(folder: Path, loss: Path, kind: str) -> None:
     data, kept = DAMAGED[kind]
     loss.write_bytes(data)
     with pytest.warns(RuntimeWarning, match=r"loss\.tsv .*; it is now loss\.tsv\.damaged, and the run goes on"):

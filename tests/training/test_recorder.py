@@ -31,9 +31,9 @@ class ListSink:
         self.images.append((step, file))
 
 
-def recorder(log_every: int, seen: list[TrainProgress], *, first_step: int = 0, must: bool = True) -> Recorder:
-    task = NumberTask(steps=10, steps_per_epoch=4, log_every=log_every)
-    return Recorder(task, CPU, seen.append, norm_must_be_finite=must, first_step=first_step)
+def recorder(log_every: int, seen: list[TrainProgress], *, first_step: int = 0, precision: str = "float32") -> Recorder:
+    task = NumberTask(steps=10, steps_per_epoch=4, log_every=log_every, precision=precision)
+    return Recorder(task, CPU, seen.append, first_step=first_step)
 
 
 def add(to: Recorder, step: int, loss: float, norm: float = 1.0) -> None:
@@ -86,7 +86,7 @@ def test_the_first_value_that_is_not_finite_is_named_however_late_it_is_read() -
 
 
 def test_a_loss_scale_allows_gradients_that_are_not_finite() -> None:
-    strict, scaled = recorder(1000, []), recorder(1000, [], must=False)
+    strict, scaled = recorder(1000, []), recorder(1000, [], precision="float16")
     for found in (strict, scaled):
         add(found, 1, 1.0, norm=float("inf"))
     scaled.settle()

@@ -21,7 +21,7 @@ def test_a_run_in_a_dvc_project_leaves_no_descriptors(tmp_path: Path, monkeypatc
     gc.disable()
     try:
         for number in range(3):
-            with open_sinks(tmp_path / str(number), [], goes_on=0, configuration={}) as sinks:
+            with open_sinks(tmp_path / str(number), [], 0, {}) as sinks:
                 sinks[0].point(1, {"loss": 0.5})
             opened.append(psutil.Process().num_fds())
     finally:
