@@ -40,9 +40,9 @@ def test_a_restored_state_makes_the_same_next_step() -> None:
 
 def test_a_state_that_does_not_fit_is_refused_with_its_name() -> None:
     tensors = gathered(optimiser_tensors(*stepped(1)), keep=True)
-    with pytest.raises(MismatchError, match=r"here.*'gone\.weight/step'"):
+    with pytest.raises(MismatchError, match=r"here.*also has gone\.weight"):
         stepped(0, {**tensors, "gone.weight/step": torch.ones(())})
-    with pytest.raises(MismatchError, match=r"lacks '0\.weight'"):
+    with pytest.raises(MismatchError, match=r"lacks 0\.weight"):
         stepped(0, {name: tensor for name, tensor in tensors.items() if "weight" not in name})
 
 
