@@ -249,7 +249,7 @@ def test_one_pixel_jpeg() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.9])
 def test_cut_jpeg_is_an_error(share: float) -> None:
     data = encode_jpeg(noise(32, 32), 95)
-    with pytest.raises(DataError, match="JPEG cannot be decoded"):
+    with pytest.raises(DataError, match="JPEG"):
         decode_jpeg(data[: int(share * len(data))])
 
 

@@ -1,0 +1,285 @@
+"""What the errors of images say, word for word. Paths are relative: each case runs in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.images import png, write_tar
+from support.messages import Case, require_message
+
+from milan_pipe.config.images import PrepareSettings
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, read_index, write_index
+from milan_pipe.images.prepare import prepare
+from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.tar import read_shard
+
+PNG = png(np.zeros((5, 7, 3), np.uint8))
+MEMBERS = {"a.png": PNG, "b.png": PNG}
+
+
+def read(path: str) -> None:
+    list(read_shard(path, lambda *_: None))
+
+
+def shard(path: str, change: Callable[[bytes], bytes]) -> None:
+    """Read a shard of two images whose bytes were changed."""
+    file = write_tar(Path(path), MEMBERS)
+    file.write_bytes(change(file.read_bytes()))
+    read(path)
+
+
+def packed() -> None:
+    with tarfile.open("a.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    read("a.tar")
+
+
+def expand(spec: str, *files: str) -> None:
+    for name in files:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"x")
+    expand_shards(spec)
+
+
+def folder(*files: str) -> None:
+    Path("in").mkdir()
+    expand("in", *(f"in/{name}" for name in files))
+
+
+def broken_link() -> None:
+    Path("in").mkdir()
+    Path("in/a.tar").symlink_to("gone.tar")
+    expand_shards("in")
+
+
+def pipe() -> None:
+    os.mkfifo("pipe.tar")
+    expand_shards("pipe.tar")
+
+
+def pack(source: str, *files: str, into: str = "out") -> None:
+    """Prepare a folder of these files."""
+    for name in files:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PNG if path.suffix == ".png" else b"")
+    prepare(source, into, PrepareSettings(train_scenes=2, test_scenes=0), workers=1)
+
+
+def pack_two_sources() -> None:
+    pack("one", "one/a.png")
+    pack("two", "two/a.png")
+
+
+def index(change: Callable[[str], str]) -> None:
+    write_index(Path(), ImageIndex(shards=(), classes=None, source={}))
+    Path("index.json").write_text(change(Path("index.json").read_text()))
+    read_index(Path())
+
+
+NO_TAR = "a.tar is not a plain tar file (a compressed one must be unpacked first)"
+BRACES = "are not understood; expected {000000..000127} or {train,test}"
+FILE = "is a file, expected a folder of images or the word 'demo'"
+CASES: dict[str, Case] = {
+    # Shards that are read.
+    "shard missing": (lambda: read("a.tar"), MissingError, "shard a.tar is not there"),
+    "shard empty": (lambda: shard("a.tar", lambda _: b""), DataError, "shard a.tar is an empty file"),
+    "no tar": (lambda: shard("a.tar", lambda _: PNG * 20), DataError, NO_TAR),
+    "compressed": (packed, DataError, NO_TAR),
+    "cut": (
+        lambda: shard("a.tar", lambda data: data[:1400]),
+        DataError,
+        "shard a.tar is cut or damaged at byte 1024; copy or prepare it again",
+    ),
+    "damaged header": (
+        lambda: shard("a.tar", lambda data: data.replace(b"b.png", b"c.png")),
+        DataError,
+        "shard a.tar is cut or damaged at byte 1024; copy or prepare it again",
+    ),
+    "no images in a tar": (
+        lambda: read(str(write_tar(Path("a.tar"), {"a.txt": b"x"}))),
+        DataError,
+        "a.tar holds no images; expected members that end in jpg, jpeg, png, webp",
+    ),
+    "empty tar": (
+        lambda: read(str(write_tar(Path("a.tar"), {}))),
+        DataError,
+        "a.tar holds no images; expected members that end in jpg, jpeg, png, webp",
+    ),
+    "folder as a shard": (lambda: read("."), DataError, "shard . cannot be read: not a regular file"),
+    # Shards that are looked for.
+    "some missing": (
+        lambda: expand("t-{0..4}.tar", "t-0.tar", "t-1.tar", "t-2.tar"),
+        MissingError,
+        "t-3.tar is not there (2 of the 5 shards of t-{0..4}.tar are missing)",
+    ),
+    "downwards": (
+        lambda: expand("t-{3..1}.tar"),
+        DataError,
+        "{3..1} in t-{3..1}.tar must run upwards and over less than 1000000 numbers",
+    ),
+    "too many numbers": (
+        lambda: expand("t-{0..99999999}.tar"),
+        DataError,
+        "{0..99999999} in t-{0..99999999}.tar must run upwards and over less than 1000000 numbers",
+    ),
+    "too many shards": (
+        lambda: expand("{t,v}" * 21 + ".tar"),
+        DataError,
+        "{t,v}" * 21 + ".tar names more than 1000000 shards",
+    ),
+    "no such braces": (lambda: expand("t-{abc}.tar"), DataError, f"braces in t-{{abc}}.tar {BRACES}"),
+    "nested braces": (lambda: expand("t-{0,{x}}.tar"), DataError, f"braces in t-{{0,{{x}}}}.tar {BRACES}"),
+    "open braces": (lambda: expand("t-{0..1.tar"), DataError, f"braces in t-{{0..1.tar {BRACES}"),
+    "no match": (lambda: expand("q-*.tar"), MissingError, "no file matches q-*.tar"),
+    "nothing": (
+        lambda: expand("gone"),
+        MissingError,
+        "gone is not there; expected a folder of .tar shards, a shard, braces or a glob",
+    ),
+    "command": (
+        lambda: expand("pipe:rm -rf x"),
+        DataError,
+        "pipe:rm -rf x is a command, which is not run; give a folder of .tar shards, a shard, or a glob",
+    ),
+    "no name": (
+        lambda: expand(""),
+        DataError,
+        "no image shards were named; give a folder of .tar shards, a shard, or a glob",
+    ),
+    "pattern in a bucket's name": (
+        lambda: expand("s3://*/a.tar"),
+        DataError,
+        "s3://*/a.tar has a pattern in its bucket; patterns are for what lies in a bucket",
+    ),
+    "no bucket": (
+        lambda: expand("s3:///a.tar"),
+        SettingError,
+        "s3:///a.tar cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host",
+    ),
+    "other scheme": (
+        lambda: expand("ftp://host/a.tar"),
+        SettingError,
+        "ftp://host cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host",
+    ),
+    "empty folder": (folder, DataError, "in is empty; expected .tar shards, which `milan-pipe prepare` writes"),
+    "other files": (
+        lambda: folder("x.csv"),
+        DataError,
+        "in holds no .tar shards; found 1 other files, as x.csv",
+    ),
+    "images alone": (
+        lambda: folder("a.JPG"),
+        DataError,
+        "in holds 1 images and no .tar shards; run `milan-pipe prepare` to pack images into shards",
+    ),
+    "not prepared to the end": (
+        lambda: folder("a.tar", PREPARE_MARKER),
+        DataError,
+        "in is not complete: `milan-pipe prepare` still runs or was stopped; run it again",
+    ),
+    "broken link": (broken_link, MissingError, "in/a.tar is a link to a file that is not there"),
+    "pipe": (
+        pipe,
+        DataError,
+        "pipe.tar is not a regular file; a shard is a tar file, remove this or rename it",
+    ),
+    "web folder": (
+        lambda: expand("http://127.0.0.1:9/set"),
+        DataError,
+        "http://127.0.0.1:9/set cannot be listed, as no web server can; name its shards one by one or by braces, "
+        "as https://host/folder/train-{000000..000127}.tar",
+    ),
+    # `prepare`.
+    "near the word": (lambda: pack("dmeo"), MissingError, "source 'dmeo' is not there; did you mean 'demo'?"),
+    "no source": (
+        lambda: pack("gone"),
+        MissingError,
+        "source 'gone' is not there; give a folder of images, or the word 'demo'",
+    ),
+    "empty source": (
+        lambda: (Path("in").mkdir(), pack("in")),
+        DataError,
+        "source in is empty; expected images (jpg, jpeg, png, webp), in class folders or right there",
+    ),
+    "source without images": (
+        lambda: pack("in", "in/sub/x.csv"),
+        DataError,
+        "source in holds no images; found 1 other files, as sub/x.csv; expected jpg, jpeg, png, webp",
+    ),
+    "source of shards": (
+        lambda: pack("in", "in/a.tar"),
+        DataError,
+        "source in holds .tar shards and no images; use it as images without `prepare`",
+    ),
+    "source is a shard": (
+        lambda: pack("a.tar", "a.tar"),
+        DataError,
+        f"source a.tar {FILE}; it is a shard already, use it as images without `prepare`",
+    ),
+    "source is an image": (
+        lambda: pack("a.png", "a.png"),
+        DataError,
+        f"source a.png {FILE}; name the folder it lies in",
+    ),
+    "splits beside classes": (
+        lambda: pack("in", "in/train/1.png", "in/test/1.png", "in/bus/1.png"),
+        DataError,
+        "source in holds the splits train, test beside bus; expected only split folders or only class folders: "
+        "move the rest elsewhere",
+    ),
+    "nothing readable": (
+        lambda: pack("in", "in/a.jpg"),
+        DataError,
+        "none of the 1 images in in can be read; the first is a.jpg: empty file",
+    ),
+    "into itself": (
+        lambda: pack("in", "in/a.png", into="in"),
+        DataError,
+        "source and images are the same folder, in; choose another one to write shards into",
+    ),
+    "into a file": (
+        lambda: pack("demo", "a.png", into="a.png"),
+        StoreError,
+        "a.png is a file; expected a folder to write shards into",
+    ),
+    "into foreign shards": (
+        lambda: pack("demo", "out/mine.tar"),
+        MismatchError,
+        "out holds 1 shards that `prepare` did not write there, as mine.tar; choose an empty folder, or move them away",
+    ),
+    "into shards of another source": (
+        pack_two_sources,
+        MismatchError,
+        "out holds shards of one, the source is two; choose another folder, or delete this one",
+    ),
+    # index.json.
+    "no index": (
+        lambda: read_index(Path()),
+        MissingError,
+        "./index.json is not there; `milan-pipe prepare` writes it as its last step",
+    ),
+    "damaged index": (
+        lambda: index(lambda text: text[:10]),
+        DataError,
+        "./index.json is damaged (...); run `milan-pipe prepare` again",
+    ),
+    "newer index": (
+        lambda: index(lambda text: text.replace('"version": 1', '"version": 2')),
+        MismatchError,
+        "./index.json has version 2, this package reads version 1; run `milan-pipe prepare` again",
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", CASES)
+def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_message(CASES[case])
