@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,34 +60,28 @@ def bad_batch_file(run: Path, step: int) -> Path:
 def write_bad_batch(
     file: Path, batch: Batch, weights: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Any]
 ) -> None:
-    """Write a batch and the weights of `student` and `decoder` as they met it.
+    """Write a batch and the weights of `student` and `decoder` as they met it; StoreError if it cannot be written.
 
     Args:
         metadata: step, epoch, header of the store, and the settings that rebuild the objective.
-
-    Raises:
-        StoreError: it cannot be written.
     """
     tensors = {f"batch/{name}": value for name in _TENSORS if (value := getattr(batch, name)) is not None}
-    for part, values in weights.items():
-        tensors.update({f"{part}/{name}": value for name, value in values.items()})
+    tensors |= {f"{part}/{name}": value for part, values in weights.items() for name, value in values.items()}
     kept = {name: metadata[name] for name in ("step", "epoch", "header", *_SECTIONS)}
-    text = json.dumps({"version": _VERSION, "keys": batch.keys, **kept})
-    write_weights(tensors, file, {"milan_pipe": text})
+    write_weights(tensors, file, {"milan_pipe": json.dumps({"version": _VERSION, "keys": batch.keys, **kept})})
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    expected = "expected a file that a run wrote under RUN/not-finite"
     if not file.is_file():
-        raise MissingError(f"{file} is not there; expected a file that a run wrote under RUN/not-finite")
+        raise MissingError(f"{file} is not there; {expected}")
     try:
         tensors = load_tensors(file)
         with safe_open(file, "pt") as opened:
             metadata = json.loads((opened.metadata() or {})["milan_pipe"])
         version = metadata["version"]
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} cannot be read ({type(error).__name__}); expected a file that a run wrote under RUN/not-finite"
-        ) from error
+        raise DataError(f"{file} cannot be read ({type(error).__name__}); {expected}") from error
     if version != _VERSION:
         raise DataError(f"{file} has version {version}, this milan-pipe reads {_VERSION}")
     return metadata, tensors
@@ -114,14 +109,12 @@ def replay(
         SettingError: no such device.
     """
     metadata, tensors = _read(Path(file))
-    of = {
-        part: {name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")}
-        for part in ("batch", "student", "decoder")
-    }
-    keys = tuple(metadata["keys"])
-    batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})  # type: ignore[arg-type]
-    where = str(file)
-    chosen = resolve_device(device)
+    of: dict[str, dict[str, Any]] = defaultdict(dict)
+    for full, value in tensors.items():
+        part, _, name = full.partition("/")
+        of[part][name] = value
+    keys, where, chosen = tuple(metadata["keys"]), str(file), resolve_device(device)
+    batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})
     # Not compiled, so that it shows where a value went wrong.
     params = Params.parse({name: metadata[name] for name in _SECTIONS}, where)
     config = params.pretrain
@@ -135,7 +128,6 @@ def replay(
         split=lambda whole: whole.parts(1),
         device=chosen,
         precision=precision or config.precision,
-        clip_grad=None,
     )
     by_key: dict[str, float] = {}
     for row, key in enumerate(keys):

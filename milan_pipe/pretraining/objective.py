@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import Target
-from milan_pipe.config.student import MaskSettings, StudentSettings
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import MismatchError
 from milan_pipe.loader.stream import Batch
 from milan_pipe.student.encoder import grid_of
@@ -43,24 +42,12 @@ class Objective(nn.Module):
         teach: makes targets of the pixels; None takes the stored ones.
     """
 
-    def __init__(
-        self,
-        student: MaskedStudent,
-        header: StoreHeader,
-        masking: MaskSettings,
-        target: Target,
-        patch_size: int,
-        teach: Teach | None = None,
-    ) -> None:
+    def __init__(self, student: MaskedStudent, header: StoreHeader, params: Params, teach: Teach | None = None) -> None:
         super().__init__()
-        self.teach = teach
-        self.student = student
-        self.codec = codec_of(header.codec)
-        self.masking = masking
-        self.target = target
-        self.patch_size = patch_size
+        self.student, self.codec, self.teach = student, codec_of(header.codec), teach
+        self.masking, self.target, self.patch_size = params.masking, params.target, _patch_size(params)
         self.patches = header.patches
-        self.visible = visible_count(header.patches, masking.ratio)
+        self.visible = visible_count(header.patches, params.masking.ratio)
 
     def predict(self, batch: Batch, epoch: int) -> Prediction:
         """Prediction and target of one batch, with the masks of an epoch."""
@@ -107,8 +94,8 @@ def require_fit(header: StoreHeader, student: StudentSettings, where: object) ->
             f"{where} has views of {header.views.size} pixels, the student reads {student.image_size}; set "
             f"student.image_size={header.views.size}, or extract with student.image_size={student.image_size}"
         )
-    if tuple(header.teacher.grid) != tuple(grid_of(student)):
-        theirs, ours = header.teacher.grid, grid_of(student)
+    theirs, ours = header.teacher.grid, grid_of(student)
+    if tuple(theirs) != tuple(ours):
         raise MismatchError(
             f"{where} has a grid of {theirs[0]} x {theirs[1]} patches (teacher {header.teacher.model!r} at "
             f"{header.teacher.image_size} pixels), the student has {ours[0]} x {ours[1]}; change student.patch_size, "
@@ -122,15 +109,18 @@ def build_objective(header: StoreHeader, params: Params, device: torch.device, t
     Raises:
         SettingError: there is no such student or decoder.
     """
-    student, config = params.student, params.pretrain
-    patch_size = student.image_size // grid_of(student)[0]
+    config, patch_size = params.pretrain, _patch_size(params)
     widths = {"clip": header.teacher.width, "pixels": 3 * patch_size**2, "hog": hog_width(patch_size)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_student(student, params.decoder, widths[params.target]).to(device)
+        model = build_student(params.student, params.decoder, widths[params.target]).to(device)
     model.checkpoint_activations(config.checkpoint_activations)
     if config.compile:
         # What FSDP gathers one at a time is compiled one at a time.
         for module in model.units() if config.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
-    return Objective(model, header, params.masking, params.target, patch_size, teach)
+    return Objective(model, header, params, teach)
+
+
+def _patch_size(params: Params) -> int:
+    return params.student.image_size // grid_of(params.student)[0]

@@ -44,10 +44,7 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
     stored = header.model_dump(mode="json", exclude={"package_version", "format", "source"})
     return {
         "order": ORDER_VERSION,
-        "student": params.student.model_dump(mode="json"),
-        "decoder": params.decoder.model_dump(mode="json"),
-        "masking": params.masking.model_dump(mode="json"),
-        "target": params.target,
+        **params.model_dump(mode="json", include={"student", "decoder", "masking", "target"}),
         "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
         "targets": {
             **{name: stored[name] for name in ("teacher", "views")},
@@ -95,7 +92,6 @@ class PretrainTask(Task[Batch]):
         }
 
     def build(self) -> None:
-        """Student, loss and, for online targets, the teacher."""
         params, device = self._params, self._ranks.device
         teach = None
         if self._config.targets == "online":
@@ -115,31 +111,27 @@ class PretrainTask(Task[Batch]):
             self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """AdamW; its rate is set before each step."""
         config = self._config
         return build_adamw(self.model, lr=self._peak, betas=config.betas, weight_decay=config.weight_decay)
 
     def lr(self, step: int) -> float:
-        """Cosine per step after a linear warm-up."""
         warmup = round(self._config.warmup_epochs * self.steps_per_epoch)
         return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self._peak)
 
     def units(self) -> Iterable[nn.Module]:
-        """The student's blocks."""
         return self.objective.student.units()
 
     def batches(self, first_step: int) -> Generator[Batch]:
         """This rank's part of every batch, read ahead across the borders of epochs: no epoch begins by waiting."""
         epoch, skip = divmod(first_step, self.steps_per_epoch)
         with Loader(self._reader, self._plan, threads=self._config.threads, with_targets=self._with_targets) as loader:
-            epochs = (
-                loader.batches(number, skip if number == epoch else 0) for number in range(epoch, self._config.epochs)
-            )
-            with closing(Background(chain.from_iterable(epochs), _AHEAD, "prefetch")) as ahead:
+            later = map(loader.batches, range(epoch + 1, self._config.epochs))
+            batches = chain(loader.batches(epoch, skip), chain.from_iterable(later))
+            with closing(Background(batches, _AHEAD, "prefetch")) as ahead:
                 yield from ahead
 
     def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
-        """Cut for accumulation; the objective brings it to the device."""
+        # The objective brings them to the device.
         return batch.parts(self._config.accumulate)
 
     def after_step(self, step: int) -> Path | None:
@@ -179,11 +171,6 @@ class PretrainTask(Task[Batch]):
 
 
 def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
-    """This rank's part of the store's samples.
-
-    Raises:
-        SettingError: there are too few samples, or too few for each rank.
-    """
     config = params.pretrain
     if ranks.count > 1 and config.batch_size // ranks.count < config.accumulate:
         raise SettingError(

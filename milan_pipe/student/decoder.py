@@ -6,6 +6,7 @@ decoder_pred. Shape suffixes are explained in `milan_pipe.student`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,8 @@ class Decoder(nn.Module):
     """What both decoders share: embedding, mask token, positions, the way back to raster order, prediction.
 
     Args:
-        encoder_width: D of the encoder's tokens.
-        width: D of the decoder's tokens, a multiple of 4.
-        depth: number of blocks.
-        heads: of each block; must divide `width`.
-        grid: patch rows and columns.
+        encoder_width, width: D of the encoder's and of the decoder's tokens, a multiple of 4.
+        depth, heads: number of blocks, and of each block's heads; they divide `width`.
         output_width: T, the width of the predicted feature.
         mlp_width: hidden width of each block's MLP; None is 4 times `width`.
 
@@ -66,9 +64,8 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(width, output_width)
         init_like_mae(self)
 
-    @staticmethod
-    def _block(width: int, heads: int, mlp_width: int) -> nn.Module:
-        raise NotImplementedError
+    _block: Callable[[int, int, int], nn.Module]
+    """Makes a block of a width, heads and an MLP's width."""
 
     def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
         """The prompt (CLS and visible tokens) and the masked tokens, both with their positions."""
@@ -147,9 +144,7 @@ class PromptBlock(nn.Module):
 class PromptingDecoder(Decoder):
     """MILAN's decoder: CLS and visible tokens are a fixed prompt, masked tokens are the only queries."""
 
-    @staticmethod
-    def _block(width: int, heads: int, mlp_width: int) -> nn.Module:
-        return PromptBlock(width, heads, mlp_width)
+    _block = PromptBlock
 
     def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
         """Predict the teacher's feature at every position.
@@ -202,10 +197,5 @@ def build_decoder(
     """Build the decoder of the settings; the other arguments and errors are those of `Decoder`."""
     kind = PromptingDecoder if config.kind == "prompting" else PlainDecoder
     return kind(
-        encoder_width=encoder_width,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        grid=grid,
-        output_width=output_width,
+        encoder_width=encoder_width, grid=grid, output_width=output_width, **config.model_dump(exclude={"kind"})
     )

@@ -33,7 +33,7 @@ def grid_of(settings: StudentSettings) -> Grid:
         SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
     """
     patch = settings.patch_size
-    height, width = (patch, patch) if patch is not None else native_patch(settings.model)
+    height, width = native_patch(settings.model) if patch is None else (patch, patch)
     if settings.image_size % height or settings.image_size % width:
         raise SettingError(
             f"student: image_size {settings.image_size} is no multiple of the patch, {height} x {width} pixels; "
@@ -55,8 +55,8 @@ def build_encoder(config: StudentSettings) -> VisionTransformer:
     Source: initialisation and position embedding: arXiv 2111.06377, section 4 and appendix A.1.
     """
     grid = grid_of(config)
-    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
-    sizes["num_heads"] = config.heads
+    heads, width = config.heads, config.width
+    sizes = {"patch_size": config.patch_size, "embed_dim": width, "depth": config.depth, "num_heads": heads}
     given = {name: value for name, value in sizes.items() if value is not None}
     encoder = _create(config.model, img_size=config.image_size, **given)
     set_fixed_positions(encoder, grid)
@@ -65,11 +65,7 @@ def build_encoder(config: StudentSettings) -> VisionTransformer:
 
 
 def set_fixed_positions(encoder: VisionTransformer, grid: Grid) -> None:
-    """Put the fixed sin-cos table into `encoder.pos_embed` and stop its training.
-
-    Raises:
-        SettingError: the encoder's width is no multiple of 4.
-    """
+    """Put the fixed sin-cos table into `encoder.pos_embed`, and train it no more; SettingError as the table's."""
     table = sincos_position_embedding(encoder.embed_dim, *grid)
     _parameter(encoder, "pos_embed").requires_grad_(False).copy_(table)
 
@@ -103,7 +99,7 @@ def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
 def init_like_mae(module: nn.Module) -> None:
     """Initialise in place: Xavier uniform linears, zero biases, unit norms, tokens normal with deviation 0.02.
 
-    Serves encoder and decoder. A patch projection counts as the linear map on flattened patches that it is.
+    A patch projection counts as the linear map on flattened patches that it is.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
@@ -134,13 +130,13 @@ def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskS
         ShapeError: the images do not have the encoder's input size, or the split is not of this batch and grid.
     """
     _check_images(encoder, images_BCHW)
-    grid_h, grid_w = encoder.patch_embed.grid_size
+    embed = encoder.patch_embed
+    grid_h, grid_w = embed.grid_size
     if (split.batch, split.patches) != (images_BCHW.shape[0], grid_h * grid_w):
         raise ShapeError(
             f"split is for {split.batch} samples of {split.patches} patches, images are {images_BCHW.shape[0]} of "
             f"{grid_h} x {grid_w} patches; draw the split from this batch and grid"
         )
-    embed = encoder.patch_embed
     # Ordered channel, row, column, as a convolution's weight.
     pixels_BLP = cut_patches(images_BCHW, embed.patch_size).flatten(2)
     # The convolution's stride is its kernel, so it is a linear map of each patch's pixels: gather first, then map.
@@ -160,10 +156,7 @@ def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskS
 
 
 def encode_all(encoder: VisionTransformer, images_BCHW: Tensor) -> Tensor:
-    """Encode CLS and all patches, as at test time.
-
-    Returns:
-        (B, 1 + L, D) after the final norm, CLS first, patches in raster order.
+    """(B, 1 + L, D): CLS and all patches in raster order, after the final norm, as at test time.
 
     Raises:
         ShapeError: the images do not have the encoder's input size.
@@ -181,9 +174,8 @@ def gather_tokens(tokens_BLD: Tensor, index_BV: Tensor) -> Tensor:
 def require_whole_patches(images_BCHW: Tensor, patch: int) -> None:
     """Raise ShapeError for images without four dimensions, or which square patches do not divide."""
     if images_BCHW.ndim != 4 or images_BCHW.shape[2] % patch or images_BCHW.shape[3] % patch:
-        raise ShapeError(
-            f"images have shape {tuple(images_BCHW.shape)}, expected (B, C, H, W) with H and W multiples of {patch}"
-        )
+        found = tuple(images_BCHW.shape)
+        raise ShapeError(f"images have shape {found}, expected (B, C, H, W) with H and W multiples of {patch}")
 
 
 def cut_patches(images_BCHW: Tensor, patch: Grid) -> Tensor:
@@ -226,11 +218,9 @@ def _create(model: str, **sizes: Any) -> VisionTransformer:
             f"student: timm cannot build {model!r} with {listed}: {reason}; the model must be a plain ViT, and heads "
             "must divide the width (set both or neither)"
         ) from error
-    fault = _unfit(encoder)
-    if fault:
-        raise SettingError(
-            f"student: {model!r} {fault}; expected a ViT with a class token, no registers, as vit_base_patch16_224"
-        )
+    if fault := _unfit(encoder):
+        expected = "a ViT with a class token, no registers, as vit_base_patch16_224"
+        raise SettingError(f"student: {model!r} {fault}; expected {expected}")
     built: VisionTransformer = encoder
     return built
 

@@ -11,17 +11,13 @@ from milan_pipe.student.masking import MaskSplit
 
 
 def feature_loss(prediction_BST: Tensor, target_BST: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(prediction, target) over all tokens: CLS, visible and masked.
+    """Mean of 2 - 2 cos(prediction, target) over all tokens: CLS, visible and masked; a float32 scalar in 0..4.
 
     It equals the squared distance of the two unit vectors, so neither side's length matters. Computed in float32
     whatever the inputs' type: squares of half-precision features overflow.
 
     Args:
-        prediction_BST: S = L + 1 tokens, CLS first, raster order.
-        target_BST: the teacher's features in the same order.
-
-    Returns:
-        A float32 scalar in 0..4.
+        prediction_BST, target_BST: S = L + 1 tokens, CLS first, raster order.
 
     Raises:
         ShapeError: the two differ in shape.
@@ -59,15 +55,11 @@ def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
 
 
 def masked_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> Tensor:
-    """Mean squared error on the masked patches only.
+    """Mean squared error on the masked patches only, a float32 scalar.
 
     Args:
         prediction_BST: S = L + 1 tokens, CLS first, raster order; T is the number of a patch's values.
         target_BLP: from `pixel_target` or `hog_target`: a target without CLS.
-        split: which patches were masked.
-
-    Returns:
-        A float32 scalar.
 
     Raises:
         ShapeError: prediction, target and split do not fit each other, or nothing is masked.

@@ -1,7 +1,4 @@
-"""Which patches the student sees: semantic aware and random masks, as arithmetic on (seed, epoch, sample key).
-
-Shape suffixes are explained in `milan_pipe.student`.
-"""
+"""Semantic aware and random masks, as arithmetic on (seed, epoch, key). Suffixes: see `milan_pipe.student`."""
 
 from __future__ import annotations
 
@@ -80,10 +77,6 @@ class MaskSplit:
 def visible_count(patches: int, ratio: float) -> int:
     """V = floor(L * (1 - ratio)), exact: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0.
 
-    Args:
-        patches: L, at least 2.
-        ratio: share of patches that are masked, strictly between 0 and 1.
-
     Raises:
         SettingError: the ratio is out of range, or leaves no visible or no masked patch.
     """
@@ -104,14 +97,8 @@ def mask_noise(seed: int, epoch: int, keys: Sequence[str], patches: int) -> Tens
 
     It depends on neither batch, order, rank nor process, so a sample gets the same mask wherever it is read.
 
-    Args:
-        seed: of the run.
-        epoch: a new one draws new masks.
-        keys: one per sample.
-        patches: L.
-
     Returns:
-        (B, L) float32 on the CPU, standard Gumbel, always finite.
+        (B, L) float32 on the CPU, L = `patches`; standard Gumbel, always finite.
     """
     texts = (f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass") for key in keys)
     digests = (blake2b(text, digest_size=16, person=_NOISE_STREAM).digest() for text in texts)

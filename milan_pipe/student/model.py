@@ -13,9 +13,7 @@ from milan_pipe.student.masking import MaskSplit
 
 
 class MaskedStudent(nn.Module):
-    """A ViT that sees few patches and a decoder that predicts a feature for every token.
-
-    Only the encoder is kept after pretraining.
+    """A ViT that sees few patches and a decoder that predicts a feature for every token; the encoder outlives it.
 
     Raises:
         ShapeError: the two differ in grid or in token width.
@@ -27,8 +25,7 @@ class MaskedStudent(nn.Module):
         expected = (tuple(encoder.patch_embed.grid_size), encoder.embed_dim)
         if found != expected:
             raise ShapeError(f"decoder is for grid {found[0]} and width {found[1]}, the encoder has {expected}")
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder, self.decoder = encoder, decoder
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute the blocks' activations again in the backward pass, or keep them: memory against time."""
@@ -40,14 +37,7 @@ class MaskedStudent(nn.Module):
         return [*self.encoder.blocks.children(), *self.decoder.decoder_blocks]
 
     def forward(self, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
-        """Predict the target at every position from the visible patches.
-
-        Args:
-            images_BCHW: normalised floats of the encoder's input size.
-            split: kept and masked patch indices, 0..L-1, CLS not counted.
-
-        Returns:
-            (B, L + 1, T), CLS first, patches in raster order; not unit length.
+        """(B, L + 1, T): the target predicted at every position; see `encode_visible` and `PromptingDecoder.forward`.
 
         Raises:
             ShapeError: images or split do not fit the encoder.

@@ -39,8 +39,7 @@ def student_from_published(
         encoder_heads: None is one head per 64 channels, as in all ViTs of the usual sizes.
         decoder_heads: None is 16 for the usual width 512; any other width needs a number.
         image_size: input height and width in pixels, or one number for both; None is a square grid's.
-        prefix: what stands before every published name, as "module." or "student/"; it is removed. Keys without it
-            are left out, as of other models in the same file.
+        prefix: of every published name, as "module." or "student/"; keys without it are left out.
 
     Raises:
         MismatchError: keys are missing or unexpected, or shapes contradict each other; the first are named.
@@ -67,11 +66,13 @@ def student_from_published(
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
     )
     set_fixed_positions(encoder, grid)  # overwritten below; this also stops its training
+    if decoder_heads is None and decoder_width != 512:
+        raise SettingError(f"decoder width {decoder_width} is not the usual 512 (16 heads); give decoder_heads")
     decoder = kind(
         encoder_width=width,
         width=decoder_width,
         depth=sizes.depth("decoder_blocks"),
-        heads=_decoder_heads(decoder_width, decoder_heads),
+        heads=16 if decoder_heads is None else decoder_heads,
         grid=grid,
         output_width=sizes.shape("decoder_pred.weight", 2)[0],
         mlp_width=sizes.shape("decoder_blocks.0.mlp.fc1.weight", 2)[0],
@@ -95,24 +96,20 @@ class _Sizes:
     """Sizes read from a state dict, with errors that name the key."""
 
     def __init__(self, state: Mapping[str, Tensor], prefix: str):
-        self._state = state
-        self._prefix = prefix
-
-    def _keys(self) -> str:
-        """Some of the keys, which show a wrong file or prefix at once."""
-        return some(sorted(self._state), 4) or "no key"
+        self._state, self._prefix = state, prefix
+        # Some of the keys show a wrong file or prefix at once.
+        self._found = f"found {some(sorted(state), 4) or 'no key'}"
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         if key not in self._state:
             raise MismatchError(
-                f"state dict: {self._prefix + key!r} is missing, one of the keys that give the model's sizes; found "
-                f"{self._keys()}; if all names share a prefix, name it in `prefix`"
+                f"state dict: {self._prefix + key!r} is missing, one of the keys that give the model's sizes; "
+                f"{self._found}; if all names share a prefix, name it in `prefix`"
             )
         shape = tuple(self._state[key].shape)
         if len(shape) != dimensions:
-            raise MismatchError(
-                f"state dict: {self._prefix + key!r} has shape {shape}, expected {dimensions} dimensions"
-            )
+            found = f"state dict: {self._prefix + key!r} has shape {shape}"
+            raise MismatchError(f"{found}, expected {dimensions} dimensions")
         return shape
 
     def depth(self, blocks: str) -> int:
@@ -120,7 +117,7 @@ class _Sizes:
         pattern = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
         numbers = [int(match[1]) for match in map(pattern.match, self._state) if match]
         if not numbers:
-            raise MismatchError(f"state dict: no key {self._prefix}{blocks}.0.*; found {self._keys()}")
+            raise MismatchError(f"state dict: no key {self._prefix}{blocks}.0.*; {self._found}")
         return max(numbers) + 1
 
 
@@ -138,19 +135,10 @@ def _grid(patches: int, patch: Grid, image_size: int | tuple[int, int] | None) -
     return height // patch[0], width // patch[1]
 
 
-def _encoder_heads(width: int, heads: int | None) -> int:
-    if heads is None:
-        if width % 64:
-            raise SettingError(f"encoder width {width} is no multiple of 64, so heads are unknown; give encoder_heads")
-        return width // 64
+def _encoder_heads(width: int, given: int | None) -> int:
+    if given is None and width % 64:
+        raise SettingError(f"encoder width {width} is no multiple of 64, so heads are unknown; give encoder_heads")
+    heads = width // 64 if given is None else given
     if heads < 1 or width % heads:
         raise SettingError(f"encoder_heads {heads} does not divide the encoder's width {width}")
-    return heads
-
-
-def _decoder_heads(width: int, heads: int | None) -> int:
-    if heads is None:
-        if width != 512:
-            raise SettingError(f"decoder width {width} is not the usual 512 (16 heads); give decoder_heads")
-        return 16
     return heads

@@ -93,21 +93,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go(store: Path, run: Path, **change: Any) -> RunReport:
     recipe = {"epochs": 2, "batch_size": 8, "warmup_epochs": 0, "log_every": 1, "device": "cpu", "lr": 0.1}
-    told = change.pop("on_progress", lambda _: None)
+    on_progress = change.pop("on_progress", lambda _: None)
     settings = {name: value for name, value in change.items() if name in PretrainSettings.model_fields}
     given = {name: value for name, value in change.items() if name not in PretrainSettings.model_fields}
     sections = {"student": STUDENT, "decoder": DECODER, **given, "pretrain": PretrainSettings(**{**recipe, **settings})}
-    return pretrain(store, run, Params(**sections), on_progress=told)
+    return pretrain(store, run, Params(**sections), on_progress=on_progress)
 
 
 def test_the_loss_falls_and_the_report_adds_up(store: Path, tmp_path: Path) -> None:
-    told: list[TrainProgress] = []
-    report = go(store, tmp_path / "run", epochs=8, on_progress=told.append)
-    assert report.steps == 24 == len(told)
-    assert [p.step for p in told] == list(range(1, 25))
-    assert [p.epoch for p in told] == [e for e in range(8) for _ in range(3)]
-    assert np.mean([p.loss for p in told[-3:]]) < 0.5 * np.mean([p.loss for p in told[:3]])
-    assert report.loss == pytest.approx(np.mean([p.loss for p in told[-3:]]), rel=1e-5)
+    seen: list[TrainProgress] = []
+    report = go(store, tmp_path / "run", epochs=8, on_progress=seen.append)
+    assert report.steps == 24 == len(seen)
+    assert [p.step for p in seen] == list(range(1, 25))
+    assert [p.epoch for p in seen] == [e for e in range(8) for _ in range(3)]
+    assert np.mean([p.loss for p in seen[-3:]]) < 0.5 * np.mean([p.loss for p in seen[:3]])
+    assert report.loss == pytest.approx(np.mean([p.loss for p in seen[-3:]]), rel=1e-5)
     assert 0 <= report.data_wait <= 1
     assert report.images_per_second == pytest.approx(24 * 8 / report.seconds)
 
@@ -146,11 +146,15 @@ def rows(batch: Batch, chosen: list[int]) -> Batch:
     )
 
 
+def params_of(masking: Any, target: Any = "clip") -> Params:
+    return Params(student=STUDENT, decoder=DECODER, masking=MaskSettings(kind=masking), target=target)
+
+
 @pytest.mark.parametrize("masking", ["semantic", "random"])
 def test_a_sample_has_one_mask_in_any_batch_and_a_new_one_each_epoch(
     masking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objective = Objective(build_student(STUDENT, DECODER, WIDTH), header(), MaskSettings(kind=masking), "clip", 8)  # type: ignore[arg-type]
+    objective = Objective(build_student(STUDENT, DECODER, WIDTH), header(), params_of(masking))
     kept: list[list[list[int]]] = []
     draw = module.draw_split
 
@@ -173,7 +177,7 @@ def test_the_mask_follows_the_attention_only_when_it_is_semantic() -> None:
     flat = batch_of(4)
     peaked = Batch(**{**vars(flat), "attention_BL": torch.linspace(0, 1, GRID**2).half().expand(4, -1)})
     for kind, same in (("random", True), ("semantic", False)):
-        objective = Objective(model, header(), MaskSettings(kind=kind), "clip", 8)  # type: ignore[arg-type]
+        objective = Objective(model, header(), params_of(kind))
         assert (objective(flat, 0).item() == objective(peaked, 0).item()) == same
 
 
@@ -188,7 +192,7 @@ def test_every_combination_trains_every_parameter(target: Any, decoder: Any, mas
         for parameter in model.parameters():  # zeros at the start hide what hangs together
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape))
-    objective = Objective(model, header(), MaskSettings(kind=masking), target, 8)
+    objective = Objective(model, header(), params_of(masking, target))
     objective(batch_of(4), 0).backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -283,18 +287,18 @@ def test_a_run_folder_that_cannot_be_made_is_one_error(store: Path, tmp_path: Pa
             go(store, place)
 
 
-def test_metrics_hold_what_was_told_at_its_own_step(store: Path, tmp_path: Path) -> None:
-    told: list[TrainProgress] = []
-    go(store, tmp_path / "run", epochs=3, log_every=4, on_progress=told.append)
-    assert [p.step for p in told] == [4, 8, 9]
+def test_metrics_hold_what_was_reported_at_its_own_step(store: Path, tmp_path: Path) -> None:
+    seen: list[TrainProgress] = []
+    go(store, tmp_path / "run", epochs=3, log_every=4, on_progress=seen.append)
+    assert [p.step for p in seen] == [4, 8, 9]
     folder = tmp_path / "run" / "metrics"
     for name in ("loss", "lr", "images_per_second", "data_wait", "memory"):
         lines = (folder / "plots" / "metrics" / "train" / f"{name}.tsv").read_text().split("\n")[1:-1]
         points = [(int(step), float(value)) for step, value in (line.split("\t")[-2:] for line in lines)]
-        assert points == [(p.step, pytest.approx(getattr(p, name))) for p in told]
+        assert points == [(p.step, pytest.approx(getattr(p, name))) for p in seen]
     last = json.loads((folder / "metrics.json").read_text())
     assert last["step"] == 9
-    assert last["train"]["loss"] == pytest.approx(told[-1].loss)
+    assert last["train"]["loss"] == pytest.approx(seen[-1].loss)
 
 
 def test_neither_images_nor_teacher_are_touched(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

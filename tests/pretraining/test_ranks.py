@@ -66,9 +66,9 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
 
 def go(store: Path, run: Path, ranks: int, **change: Any) -> str:
     process = start(command(store, run, ranks, **change), run.parent)
-    told = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, told
-    return told
+    stderr = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, stderr
+    return stderr
 
 
 def curve(run: Path) -> list[float]:
@@ -108,9 +108,9 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("pair") / "run"
-    told = go(store, run, 2)
-    assert told.count("mean of the last epoch") == 1
-    assert "warning" not in told
+    stderr = go(store, run, 2)
+    assert stderr.count("mean of the last epoch") == 1
+    assert "warning" not in stderr
     return run
 
 
@@ -152,10 +152,10 @@ def test_a_rank_that_dies_ends_the_run_with_one_line_and_another_number_goes_on(
     process = start(command(store, run, 2, **many), tmp_path)
     wait_for_checkpoint(process, run, [])
     ranks_of(process)[victim].kill()
-    told = process.communicate(timeout=120)[1]
+    stderr = process.communicate(timeout=120)[1]
     assert process.returncode != 0
-    lines = [line for line in told.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, told
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, stderr
     assert re.search(r"one of 2 ranks was lost\. The last good checkpoint is .*step-\d{8}; the same", lines[0])
     go(store, run, 1 + victim)
     if victim:
@@ -170,9 +170,9 @@ def test_sigterm_to_torchrun_saves_and_a_pair_goes_on_to_the_bit(store: Path, pa
     process = start(command(store, run, 2, checkpoint_every=4), tmp_path)
     wait_for_checkpoint(process, run, [])
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=120)[1]
-    lines = [line for line in told.splitlines() if line.startswith("stopped:")]
-    assert len(lines) == 1, told
+    stderr = process.communicate(timeout=120)[1]
+    lines = [line for line in stderr.splitlines() if line.startswith("stopped:")]
+    assert len(lines) == 1, stderr
     assert "by SIGTERM after step" in lines[0]
     assert f"{checkpoints_of(run)[-1]} was written" in lines[0]
     go(store, run, 2)
@@ -199,9 +199,9 @@ def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Pa
     scale[:, 7, 0] = float("nan")
     write_blocks(tmp_path / "targets", HEAD, blocks)
     process = start(command(tmp_path / "targets", tmp_path / "run", 2), tmp_path)
-    told = process.communicate(timeout=120)[1]
-    lines = [line for line in told.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, told
+    stderr = process.communicate(timeout=120)[1]
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, stderr
     files = list((tmp_path / "run" / "not-finite").iterdir())
     assert len(files) == 1
     assert f"milan-pipe replay {files[0]}" in lines[0]
@@ -220,11 +220,11 @@ def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Pa
         ),
     ],
 )
-def test_a_mistake_is_told_once(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_mistake_is_reported_once(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     process = start(command(store, tmp_path / "run", 2, **change), tmp_path)
-    told = process.communicate(timeout=120)[1]
+    stderr = process.communicate(timeout=120)[1]
     assert process.returncode != 0
-    assert len([line for line in told.splitlines() if line.startswith("error:")]) == 1, told
+    assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == 1, stderr
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_ranks_are_refused_where_another_process_writes(store: Path, tmp_path: P
 
     with only_writer(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))):
         process = start(command(store, tmp_path / "run", 2), tmp_path)
-        told = process.communicate(timeout=240)[1]
+        stderr = process.communicate(timeout=240)[1]
     assert process.returncode
-    assert told.count(f"is being written by process {os.getpid()} on") == 1
-    assert "milan_pipe.errors" not in told
+    assert stderr.count(f"is being written by process {os.getpid()} on") == 1
+    assert "milan_pipe.errors" not in stderr

@@ -108,8 +108,8 @@ def test_the_command_says_it_and_a_wrong_file_is_one_error(tmp_path: Path) -> No
     words = [sys.executable, "-m", "milan_pipe", "replay", str(file), "--precision", "float32", "--json"]
     done = processes.run(words, capture_output=True, text=True, check=True)
     assert "1 in scale_BS" in done.stderr
-    told = json.loads(done.stdout)
-    assert told["precision"] == "float32"
+    report = json.loads(done.stdout)
+    assert report["precision"] == "float32"
     with pytest.raises(MissingError, match="is not there"):
         replay(tmp_path / "none")
     for wrong in (b"", file.read_bytes()[:400]):

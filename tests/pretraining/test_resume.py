@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support import processes
 from support.checkpoints import change_record
 from support.targets import header, write_store
+from support.training import StopAtError, stop_at
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
@@ -64,7 +65,7 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> RunReport:
         "device": "cpu",
         "checkpoint_minutes": None,
     }
-    told = change.pop("on_progress", lambda _: None)
+    on_progress = change.pop("on_progress", lambda _: None)
     decoder = change.pop("decoder", DecoderSettings(width=16, depth=1, heads=2))
     masking = change.pop("masking", MaskSettings())
     return pretrain(
@@ -76,7 +77,7 @@ def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> RunReport:
             masking=masking,
             pretrain=PretrainSettings(**{**recipe, **change}),
         ),
-        on_progress=told,
+        on_progress=on_progress,
     )
 
 
@@ -103,18 +104,6 @@ def whole(store: Path, head: StoreHeader, tmp_path_factory: pytest.TempPathFacto
     run = tmp_path_factory.mktemp("whole") / "run"
     go(store, head, run)
     return run
-
-
-class StopAtError(Exception):
-    pass
-
-
-def stop_at(step: int) -> Any:
-    def told(now: TrainProgress) -> None:
-        if now.step >= step:
-            raise StopAtError
-
-    return told
 
 
 # Steps of an epoch: 15. On and off a point of the metrics (4), in the first and in later epochs, at their borders.
@@ -160,7 +149,7 @@ def test_speed_and_bookkeeping_may_change_on_the_way(
     assert len(checkpoints_of(tmp_path / "run")) == 1
 
 
-def test_a_finished_run_is_told_and_not_touched(store: Path, head: StoreHeader, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_and_not_touched(store: Path, head: StoreHeader, tmp_path: Path) -> None:
     first = go(store, head, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = go(store, head, tmp_path / "run")
@@ -287,13 +276,13 @@ def test_a_signal_is_obeyed_after_the_step(
     number = signal.Signals[name]
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
-    def told(now: TrainProgress) -> None:
+    def stop_at_20(now: TrainProgress) -> None:
         if now.step == 20:
             os.kill(os.getpid(), number)
             time.sleep(0.05)
 
     with pytest.raises(StoppedError, match=rf"{name} after step 20 of 45; .*step-00000020.*same command") as caught:
-        go(store, head, tmp_path / "run", on_progress=told)
+        go(store, head, tmp_path / "run", on_progress=stop_at_20)
     assert caught.value.signal == number
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert go(store, head, tmp_path / "run").resumed_from == 20
@@ -365,12 +354,12 @@ def test_a_signal_ends_the_command_with_one_line(
         while process.poll() is None and not checkpoints_of(tmp_path / "run"):
             time.sleep(0.01)
         process.send_signal(signal.Signals[name])
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == code, told
-    assert f"stopped: by {name} after step" in told
-    assert "Traceback" not in told
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert f"stopped: by {name} after step" in stderr
+    assert "Traceback" not in stderr
     step = open_checkpoint(tmp_path / "run").record["step"]
-    assert f"after step {step} of" in told
+    assert f"after step {step} of" in stderr
 
 
 def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeader, tmp_path: Path) -> None:
@@ -382,9 +371,9 @@ def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeade
                 time.sleep(0.01)
             second = processes.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
             assert second.returncode == 2, second.stderr
-            told = second.stderr.strip().splitlines()
-            assert len(told) == 1
-            assert told[0].startswith(f"error: {run} is being written by process {first.pid} on ")
+            lines = second.stderr.strip().splitlines()
+            assert len(lines) == 1
+            assert lines[0].startswith(f"error: {run} is being written by process {first.pid} on ")
             assert first.poll() is None
         finally:
             first.kill()

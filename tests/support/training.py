@@ -20,11 +20,11 @@ class StopAtError(Exception):
 
 
 def stop_at(step: int) -> Any:
-    def told(now: TrainProgress) -> None:
+    def raise_at_step(now: TrainProgress) -> None:
         if now.step >= step:
             raise StopAtError
 
-    return told
+    return raise_at_step
 
 
 def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> None:
@@ -32,10 +32,10 @@ def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         process = processes.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        there = len(list((run / "checkpoints").glob("step-*"))) if run.is_dir() else 0
+        before = len(list((run / "checkpoints").glob("step-*"))) if run.is_dir() else 0
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list((run / "checkpoints").glob("step-*"))) > min(there, 1):
+            if len(list((run / "checkpoints").glob("step-*"))) > min(before, 1):
                 break
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.5))

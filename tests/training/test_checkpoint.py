@@ -164,7 +164,7 @@ def test_a_cut_file_is_named(tmp_path: Path, keep: int) -> None:
         open_checkpoint(folder).weights("student")
 
 
-def test_nothing_there_is_told_apart_from_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_folder_differs_from_one_without_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="is not there"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(MissingError, match="has no checkpoint"):

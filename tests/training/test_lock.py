@@ -111,12 +111,12 @@ def test_of_many_at_once_one_goes_on(tmp_path: Path) -> None:
     words = [sys.executable, "-c", HOLD, str(run)]
     started = [processes.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     try:
-        told = [line_of(process) for process in started]
+        lines = [line_of(process) for process in started]
     finally:
         for process in started:
             process.kill()
             process.communicate()
-    assert sorted(line.partition(" ")[0] for line in told) == ["error:", "error:", "held"]
+    assert sorted(line.partition(" ")[0] for line in lines) == ["error:", "error:", "held"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0\0\0"])

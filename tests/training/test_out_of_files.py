@@ -1,4 +1,4 @@
-"""A process that has run out of open files is told so: what it could not read is not called damaged."""
+"""A process that has run out of open files says so: what it could not read is not called damaged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_reader_says_what_ran_out(tmp_path: Path) -> None:
     words = [sys.executable, "-c", READ, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert list(told) == ["weights", "torch", "features", "bad batch", "metrics", "student"]
-    assert all(line.startswith("StoreError: ") and "`ulimit -n`" in line for line in told.values()), told
+    errors = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert list(errors) == ["weights", "torch", "features", "bad batch", "metrics", "student"]
+    assert all(line.startswith("StoreError: ") and "`ulimit -n`" in line for line in errors.values()), errors
     assert (tmp_path / "metrics" / "loss.tsv").is_file()

@@ -46,7 +46,7 @@ def test_steps_are_counted_and_each_has_its_epoch_and_rate(tmp_path: Path) -> No
     assert json.loads((tmp_path / "report.json").read_text())["loss"] == -84.0
 
 
-def test_waiting_for_data_is_told_apart_from_work(tmp_path: Path) -> None:
+def test_waiting_for_data_differs_from_work(tmp_path: Path) -> None:
     class Slow(NumberTask):
         def batches(self, first_step: int) -> Generator[Number]:
             for batch in super().batches(first_step):

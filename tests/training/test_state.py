@@ -1,4 +1,4 @@
-"""The optimiser's state by name: there and back to the bit, and refused where it does not fit."""
+"""The optimiser's state by name: restored to the bit, and refused where it does not fit."""
 
 from __future__ import annotations
 
