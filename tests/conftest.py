@@ -7,6 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from support.project import SETTINGS, Project
@@ -18,6 +19,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
+
+
+# Files that take longest begin first, so that the workers end at nearly the same time.
+_LONGEST = (
+    "extraction/test_killed.py",
+    "docs/test_commands_run.py",
+    "pretraining/test_ranks.py",
+    "extraction/test_many_processes.py",
+    "pretraining/test_resume.py",
+    "extraction/test_cluster.py",
+    "storage/test_bucket_end_to_end.py",
+    "evaluation/test_segment.py",
+    "evaluation/test_finetune.py",
+    "extraction/test_wild_images.py",
+    "targets/test_store.py",
+    "extraction/test_free_disk.py",
+    "targets/test_verify.py",
+    "targets/test_damage.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.s3 import create_bucket
 from support.targets import header, write_store
 
@@ -61,7 +62,7 @@ def test_a_bucket_is_reached_and_written(s3_endpoint: str, monkeypatch: pytest.M
 
 def test_the_exit_code_says_whether_something_is_wrong(tmp_path: Path) -> None:
     for place, code in ((tmp_path, 0), ("ftp://x/y", 1)):
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, "-m", "milan_pipe", "doctor", str(place), "--json"],
             capture_output=True, text=True, check=False, cwd=tmp_path,
         )  # fmt: skip

@@ -240,8 +240,9 @@ def test_partners_must_fit() -> None:
 def test_transfer_sees_neither_teacher_nor_targets_nor_decoder() -> None:
     code = (
         "import sys, milan_pipe.evaluation.features, milan_pipe.evaluation.knn, milan_pipe.evaluation.linear_probe\n"
-        "banned = ('teacher', 'targets', 'student.decoder', 'student.model')\n"
-        "seen = [m for m in sys.modules if m.startswith(tuple('milan_pipe.' + b for b in banned))]\n"
+        "own = ('teacher', 'targets', 'extraction', 'student.decoder', 'student.model')\n"
+        "banned = (*('milan_pipe.' + name for name in own), 'open_clip', 'zarr')\n"
+        "seen = [m for m in sys.modules if m.startswith(banned)]\n"
         "sys.exit(', '.join(seen) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

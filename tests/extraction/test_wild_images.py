@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import processes
 from support.targets import tree
 from support.wild import Command, Marker, Member, WildImage, encoded, pack, scene, wild_images
 
@@ -231,18 +231,9 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     # Two processes, from a bucket to a bucket.
     for path, data in tree(images).items():
         location_of(f"{bucket}/images").write(path, data)
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "milan_pipe",
-            "extract-targets",
-            f"{bucket}/images",
-            f"{bucket}/t",
-            *WORDS,
-            "--workers",
-            "2",
-        ],
+    words = ["extract-targets", f"{bucket}/images", f"{bucket}/t", *WORDS, "--workers", "2"]
+    process = processes.run(
+        [sys.executable, "-m", "milan_pipe", *words],
         capture_output=True,
         text=True,
         check=False,

@@ -38,7 +38,7 @@ def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> Non
             if len(list((run / "checkpoints").glob("step-*"))) > min(before, 1):
                 break
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
     processes.run(words, check=True, capture_output=True, env=environment)
