@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from milan_pipe.config.params import Params
 
@@ -33,53 +33,51 @@ if TYPE_CHECKING:
     from milan_pipe.training.task import RunReport
 
 
+Where: TypeAlias = str | Path
+"""A folder, a file or a URL."""
+
+OnCount: TypeAlias = Callable[[int, int], None]
+"""Called with what is done, and with all that is to do."""
+
+OnTrain: TypeAlias = "Callable[[TrainProgress], None]"
+
+DEFAULT = Params()
+
+
 def _ignore(*_: object) -> None:
     """Default listener."""
 
 
-def prepare(
-    source: str | Path,
-    images: str | Path,
-    params: Params | None = None,
-    *,
-    on_progress: Callable[[int, int], None] = _ignore,
-) -> PrepareReport:
+def prepare(source: Where, images: Where, params: Params = DEFAULT, *, on_progress: OnCount = _ignore) -> PrepareReport:
     """Write webdataset shards and an index from `demo` or a folder of images; see `milan_pipe.images.prepare`."""
     from milan_pipe.images.prepare import prepare
 
-    return prepare(source, images, (params or Params()).prepare, on_progress)
+    return prepare(source, images, params.prepare, on_progress)
 
 
 def plan(
-    images: str | Path,
-    targets: str | Path | None = None,
-    params: Params | None = None,
+    images: Where,
+    targets: Where | None = None,
+    params: Params = DEFAULT,
     *,
-    sample: int | None = None,
+    sample: int = 64,
     total: int | None = None,
     devices: int = 1,
     tflops: float | None = None,
     on_progress: Callable[[PlanProgress], None] = _ignore,
 ) -> PlanReport:
-    """Say what extraction and pretraining will take, from a few images; see `milan_pipe.planning.run`.
+    """Say what extraction and pretraining will take, from a few images; see `milan_pipe.planning.run`."""
+    from milan_pipe.planning.run import plan
 
-    Args:
-        sample: images to measure with; none: as many as `milan-pipe plan` takes.
-        total: plan for so many images, of which IMAGES are a sample, in shards of `prepare.samples_per_shard`.
-        devices: that both stages will have.
-        tflops: TFLOP/s that each sustains, in place of measuring teacher and student here.
-    """
-    from milan_pipe.planning.run import DEFAULT_SAMPLE, Elsewhere, plan
-
-    params = params or Params()
-    elsewhere = Elsewhere(total=total, per_shard=params.prepare.samples_per_shard, devices=devices, tflops=tflops)
-    return plan(images, targets, params, sample=sample or DEFAULT_SAMPLE, elsewhere=elsewhere, on_progress=on_progress)
+    return plan(
+        images, targets, params, sample=sample, total=total, devices=devices, tflops=tflops, on_progress=on_progress
+    )
 
 
 def extract_targets(
-    images: str | Path,
-    targets: str | Path,
-    params: Params | None = None,
+    images: Where,
+    targets: Where,
+    params: Params = DEFAULT,
     *,
     shards: str | None = None,
     redo: Sequence[str] = (),
@@ -90,22 +88,12 @@ def extract_targets(
     from milan_pipe.extraction.run import extract_targets
 
     return extract_targets(
-        images,
-        targets,
-        params or Params(),
-        shards=shards,
-        redo=redo,
-        verify_sources=verify_sources,
-        on_progress=on_progress,
+        images, targets, params, shards=shards, redo=redo, verify_sources=verify_sources, on_progress=on_progress
     )
 
 
 def verify_targets(
-    targets: str | Path,
-    params: Params | None = None,
-    *,
-    against_teacher: int = 0,
-    on_progress: Callable[[int, int], None] = _ignore,
+    targets: Where, params: Params = DEFAULT, *, against_teacher: int = 0, on_progress: OnCount = _ignore
 ) -> VerifyReport:
     """Check every byte of a store; with `against_teacher`, that many views per shard against the teacher run live."""
     if not against_teacher:
@@ -114,15 +102,11 @@ def verify_targets(
         return verify_store(targets, on_progress=on_progress)
     from milan_pipe.extraction.against import verify_against_teacher
 
-    return verify_against_teacher(targets, params or Params(), against_teacher, on_progress=on_progress)
+    return verify_against_teacher(targets, params, against_teacher, on_progress=on_progress)
 
 
 def convert_targets(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    format: StoreFormat,
-    on_progress: Callable[[int, int], None] = _ignore,
+    source: Where, destination: Where, *, format: StoreFormat, on_progress: OnCount = _ignore
 ) -> ConvertReport:
     """Write a store again in another format, without the teacher; see `milan_pipe.targets.convert`."""
     from milan_pipe.targets.convert import convert_targets
@@ -130,17 +114,10 @@ def convert_targets(
     return convert_targets(source, destination, format=format, on_progress=on_progress)
 
 
-def pretrain(
-    targets: str | Path,
-    run: str | Path,
-    params: Params | None = None,
-    *,
-    on_progress: Callable[[TrainProgress], None] = _ignore,
-) -> RunReport:
+def pretrain(targets: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore) -> RunReport:
     """Train a student on a target store; see `milan_pipe.pretraining.run`."""
     from milan_pipe.pretraining.run import pretrain
 
-    params = params or Params()
     teacher_for = None
     if params.pretrain.targets == "online":
         from milan_pipe.teacher.online import teacher_of
@@ -151,33 +128,34 @@ def pretrain(
 
 
 def inspect_targets(
-    targets: str | Path,
-    out: str | Path,
-    params: Params | None = None,
+    targets: Where,
+    out: Where,
+    params: Params = DEFAULT,
     *,
     keys: Sequence[str] = (),
     count: int = 4,
     epoch: int = 0,
-    on_progress: Callable[[int, int], None] = _ignore,
+    on_progress: OnCount = _ignore,
 ) -> InspectTargetsReport:
     """Draw what is stored of a few samples; see `milan_pipe.reports.inspect_targets`."""
     from milan_pipe.reports.inspect_targets import inspect_targets
 
-    masking = (params or Params()).masking
-    return inspect_targets(targets, out, masking=masking, keys=keys, count=count, epoch=epoch, on_progress=on_progress)
+    return inspect_targets(
+        targets, out, masking=params.masking, keys=keys, count=count, epoch=epoch, on_progress=on_progress
+    )
 
 
 def inspect_student(
-    checkpoint: str | Path,
-    targets: str | Path,
-    out: str | Path,
+    checkpoint: Where,
+    targets: Where,
+    out: Where,
     *,
     keys: Sequence[str] = (),
     count: int = 8,
     epoch: int = 0,
     view: int = 0,
     device: str = "auto",
-    on_progress: Callable[[int, int], None] = _ignore,
+    on_progress: OnCount = _ignore,
 ) -> InspectStudentReport:
     """Draw what a student predicts of a few samples; see `milan_pipe.reports.inspect_student`."""
     from milan_pipe.reports.inspect_student import inspect_student
@@ -188,13 +166,13 @@ def inspect_student(
 
 
 def report(
-    runs: Sequence[str | Path],
-    out: str | Path,
+    runs: Sequence[Where],
+    out: Where,
     *,
-    targets: str | Path | None = None,
-    evaluations: Sequence[str | Path] = (),
+    targets: Where | None = None,
+    evaluations: Sequence[Where] = (),
     extraction: Mapping[str, Any] | None = None,
-    on_progress: Callable[[int, int], None] = _ignore,
+    on_progress: OnCount = _ignore,
 ) -> ReportReport:
     """Write one HTML page about runs; see `milan_pipe.reports.report`."""
     from milan_pipe.reports.report import write_report
@@ -204,7 +182,7 @@ def report(
     )
 
 
-def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> DoctorReport:
+def doctor(locations: Sequence[Where] = (), *, write: bool = False) -> DoctorReport:
     """What this machine has to work with, and whether locations can be reached; see `milan_pipe.planning.doctor`."""
     from milan_pipe.planning.doctor import doctor
 
@@ -212,11 +190,7 @@ def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> Doct
 
 
 def replay(
-    file: str | Path,
-    *,
-    device: str = "auto",
-    precision: Precision | None = None,
-    on_progress: Callable[[int, int], None] = _ignore,
+    file: Where, *, device: str = "auto", precision: Precision | None = None, on_progress: OnCount = _ignore
 ) -> ReplayReport:
     """Compute the batch that stopped a run again; see `milan_pipe.pretraining.bad_batch`."""
     from milan_pipe.pretraining.bad_batch import replay
@@ -225,13 +199,13 @@ def replay(
 
 
 def knn(
-    checkpoint: str | Path,
-    train: str | Path,
-    test: str | Path,
-    params: Params | None = None,
+    checkpoint: Where,
+    train: Where,
+    test: Where,
+    params: Params = DEFAULT,
     *,
-    features: str | Path | None = None,
-    keep: str | Path | None = None,
+    features: Where | None = None,
+    keep: Where | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> KnnReport:
     """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`.
@@ -242,75 +216,54 @@ def knn(
     """
     from milan_pipe.evaluation.frozen import FrozenSets, knn
 
-    params = params or Params()
     return knn(FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress))
 
 
 def linear_probe(
-    checkpoint: str | Path,
-    train: str | Path,
-    test: str | Path,
-    params: Params | None = None,
+    checkpoint: Where,
+    train: Where,
+    test: Where,
+    params: Params = DEFAULT,
     *,
-    features: str | Path | None = None,
-    keep: str | Path | None = None,
+    features: Where | None = None,
+    keep: Where | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> LinearProbeReport:
     """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` and `keep` as of `knn`."""
     from milan_pipe.evaluation.frozen import FrozenSets, linear_probe
 
-    params = params or Params()
-    return linear_probe(
-        FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress)
-    )
+    sets = FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress)
+    return linear_probe(sets)
 
 
 def finetune(
-    checkpoint: str | Path,
-    train: str | Path,
-    val: str | Path,
-    run: str | Path,
-    params: Params | None = None,
-    *,
-    on_progress: Callable[[TrainProgress], None] = _ignore,
+    checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Train student and classifier on labelled images; see `milan_pipe.evaluation.finetune`."""
     from milan_pipe.evaluation.finetune import finetune
 
-    return finetune(checkpoint, train, val, run, params or Params(), on_progress=on_progress)
+    return finetune(checkpoint, train, val, run, params, on_progress=on_progress)
 
 
 def segment(
-    checkpoint: str | Path,
-    train: str | Path,
-    val: str | Path,
-    run: str | Path,
-    params: Params | None = None,
-    *,
-    on_progress: Callable[[TrainProgress], None] = _ignore,
+    checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Train UperNet on the student; see `milan_pipe.evaluation.segment`."""
     from milan_pipe.evaluation.segment import segment
 
-    return segment(checkpoint, train, val, run, params or Params(), on_progress=on_progress)
+    return segment(checkpoint, train, val, run, params, on_progress=on_progress)
 
 
 def lars_probe(
-    checkpoint: str | Path,
-    train: str | Path,
-    val: str | Path,
-    run: str | Path,
-    params: Params | None = None,
-    *,
-    on_progress: Callable[[TrainProgress], None] = _ignore,
+    checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Linear probe by protocol, with LARS; see `milan_pipe.evaluation.lars_probe`."""
     from milan_pipe.evaluation.lars_probe import lars_probe
 
-    return lars_probe(checkpoint, train, val, run, params or Params(), on_progress=on_progress)
+    return lars_probe(checkpoint, train, val, run, params, on_progress=on_progress)
 
 
-def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
+def export(checkpoint: Where, out: Where) -> ExportReport:
     """Write the student of a checkpoint in timm's layout; see `milan_pipe.interop.timm_layout`."""
     from milan_pipe.interop.timm_layout import export_student
 
@@ -318,12 +271,7 @@ def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
 
 
 def import_published(
-    file: str | Path,
-    run: str | Path,
-    *,
-    encoder_heads: int | None = None,
-    decoder_heads: int | None = None,
-    prefix: str = "",
+    file: Where, run: Where, *, encoder_heads: int | None = None, decoder_heads: int | None = None, prefix: str = ""
 ) -> ImportReport:
     """Make a checkpoint of a file with the published key names; see `milan_pipe.interop.published_file`."""
     from milan_pipe.interop.published_file import import_published
@@ -331,8 +279,8 @@ def import_published(
     return import_published(file, run, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
 
 
-def train_demo_teacher(out_dir: str | Path, params: Params | None = None) -> dict[str, float]:
+def train_demo_teacher(out_dir: Where, params: Params = DEFAULT) -> dict[str, float]:
     """Train the scenes' CLIP anew; takes about an hour on two cores. See `milan_pipe.teacher.demo_training`."""
     from milan_pipe.teacher.demo_training import train_demo_teacher
 
-    return train_demo_teacher(Path(out_dir), (params or Params()).demo_teacher)
+    return train_demo_teacher(Path(out_dir), params.demo_teacher)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from milan_pipe.drawing.sheet import file_url
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; black last.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -64,4 +65,4 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curv
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue().encode()).decode('ascii')}"
+    return file_url(buffer.getvalue().encode(), "svg+xml")

@@ -10,7 +10,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from milan_pipe import __version__
-from milan_pipe.drawing.sheet import one_line
+from milan_pipe.drawing.sheet import data_url, one_line
 
 
 def _printable(value: Any) -> Any:
@@ -23,7 +23,7 @@ def _printable(value: Any) -> Any:
 @cache
 def _environment() -> Environment:
     templates = files("milan_pipe.drawing") / "templates"
-    return Environment(
+    environment = Environment(
         loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
         autoescape=True,
         finalize=_printable,
@@ -31,6 +31,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"data_url": data_url, "one_line": one_line}
+    return environment
 
 
 def render(template: str, **values: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeVar
 
 import matplotlib as mpl
@@ -48,44 +47,30 @@ def _unit(features: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12))
 
 
-@dataclass(frozen=True)
 class FeatureColours:
     """Features as colours: three principal components are red, green and blue. One map for all that is compared.
 
-    Attributes:
-        mean_T: of the unit features that it was fitted to.
-        axes_T3: principal components, the first with the largest variance.
-        low_3, high_3: projections that become 0 and 255.
+    The outermost hundredths of each projection are cut, so that a few odd patches do not take all the contrast. A
+    component's largest entry is positive: the same features have the same colours everywhere.
     """
 
-    mean_T: NDArray[np.float64]
-    axes_T3: NDArray[np.float64]
-    low_3: NDArray[np.float64]
-    high_3: NDArray[np.float64]
-
-    @classmethod
-    def fit(cls, features_NT: NDArray[np.floating]) -> FeatureColours:
-        """Fit to features, which are brought to unit length first, as in the loss.
-
-        The outermost hundredths of each projection are cut, so that a few odd patches do not take all the contrast. A
-        component's largest entry is positive: the same features have the same colours everywhere.
-        """
+    def __init__(self, features_NT: NDArray[np.floating]) -> None:
+        """Fit to features, which are brought to unit length first, as in the loss."""
         unit_NT = _unit(features_NT)
-        mean_T = unit_NT.mean(0)
-        centred_NT = unit_NT - mean_T
+        self.mean_T = unit_NT.mean(0)
+        centred_NT = unit_NT - self.mean_T
         # By hand: scikit-learn's PCA gives components of noise where fewer than three exist; here they are constant.
         variance, axes = np.linalg.eigh(centred_NT.T @ centred_NT)
         axes_T3 = np.zeros((unit_NT.shape[1], 3))
         chosen = [i for i in np.argsort(variance)[::-1][:3] if variance[i] > 1e-9 * max(1.0, float(variance.sum()))]
         axes_T3[:, : len(chosen)] = axes[:, chosen]
         largest_3 = np.abs(axes_T3).argmax(0)
-        axes_T3 *= np.where(axes_T3[largest_3, np.arange(3)] < 0, -1.0, 1.0)
-        low_3, high_3 = np.percentile(centred_NT @ axes_T3, _PERCENTILES, axis=0)
-        return cls(mean_T, axes_T3, low_3, high_3)
+        self.axes_T3 = axes_T3 * np.where(axes_T3[largest_3, np.arange(3)] < 0, -1.0, 1.0)
+        self.low_3, high_3 = np.percentile(centred_NT @ self.axes_T3, _PERCENTILES, axis=0)
+        self.span_3 = high_3 - self.low_3
 
     def __call__(self, features: NDArray[np.floating]) -> NDArray[np.uint8]:
         """(..., 3) colours of (..., T) features."""
         projected = (_unit(features) - self.mean_T) @ self.axes_T3
-        span_3 = self.high_3 - self.low_3
-        share = np.where(span_3 > 0, (projected - self.low_3) / np.where(span_3 > 0, span_3, 1), 0.5)
+        share = np.where(self.span_3 > 0, (projected - self.low_3) / np.where(self.span_3 > 0, self.span_3, 1), 0.5)
         return np.asarray((255 * np.clip(share, 0, 1)).round().astype(np.uint8))

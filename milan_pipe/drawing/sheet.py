@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,31 +14,27 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from milan_pipe.drawing.patches import heat, on_pixels, only_visible
 
-_GAP, _LINE, _LEAST_SIDE = 8, 14, 192
-_MOST_SIDE = 224
-_SMALL = 128
+_GAP, _LINE = 8, 14
+_LEAST_SIDE, _MOST_SIDE, _SMALL = 192, 224, 128
 _QUALITY = 92
 _WHITE = np.array([255, 255, 255], np.uint8)
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """An image (H, W, 3) uint8 and its caption."""
 
     pixels: NDArray[np.uint8]
     caption: str
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Panels side by side."""
 
     title: str
     panels: Sequence[Panel]
 
 
-@dataclass(frozen=True)
-class Sheet:
+class Sheet(NamedTuple):
     """Rows under one title."""
 
     title: str
@@ -59,19 +54,6 @@ def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels.repeat(factor, 0).repeat(factor, 1)
 
 
-def _fitting(
-    text: str, width: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> str:
-    text = one_line(text)
-    if len(text) <= width and draw.textlength(text, font) <= width:
-        return text
-    # A character has a pixel at least, and a key may have many thousands.
-    text = text[-width:]
-    while text and draw.textlength(f"...{text}", font) > width:
-        text = text[1:]
-    return f"...{text}"
-
-
 def draw_sheet(sheet: Sheet) -> bytes:
     """The sheet as a PNG: panels enlarged by a whole number, a caption over each."""
     # By hand: matplotlib resamples panels, and takes seconds for a sheet.
@@ -85,7 +67,12 @@ def draw_sheet(sheet: Sheet) -> bytes:
     font = ImageFont.load_default(11)
 
     def write(left: int, top: int, text: str, room: int) -> None:
-        draw.text((left, top), _fitting(text, room, draw, font), fill="black", font=font)
+        shown = text = one_line(text)
+        # A character has a pixel at least, and a key may have many thousands.
+        text = text[-room:]
+        while text and (len(shown) > room or draw.textlength(shown, font) > room):
+            shown, text = f"...{text}", text[1:]
+        draw.text((left, top), shown, fill="black", font=font)
 
     write(_GAP, _GAP // 2, sheet.title, width - 2 * _GAP)
     top = _GAP + _LINE
@@ -117,24 +104,10 @@ def mask_sheet(
     """
     rows = []
     for key, pixels_HWC, visible_L, cosine_L in zip(keys, pixels_NHWC, visible_NL, cosine_NL, strict=True):
+        seen = Panel(only_visible(pixels_HWC, visible_L.reshape(grid)), f"{int(visible_L.sum())} patches seen")
         cosines = on_pixels(heat(cosine_L.reshape(grid)), *pixels_HWC.shape[:2])
-        panels = [
-            Panel(pixels_HWC, "view"),
-            Panel(only_visible(pixels_HWC, visible_L.reshape(grid)), f"{int(visible_L.sum())} patches seen"),
-            Panel(cosines, f"cosine {cosine_L.mean():.3f}"),
-        ]
-        rows.append(Row(key, panels))
+        rows.append(Row(key, [Panel(pixels_HWC, "view"), seen, Panel(cosines, f"cosine {cosine_L.mean():.3f}")]))
     return Sheet(title, rows)
-
-
-def class_colours(classes: int) -> NDArray[np.uint8]:
-    """(classes, 3): hues a golden angle apart, so that neighbours differ, in three lightnesses; class 0 is grey."""
-    number = np.arange(classes)
-    value = np.array([0.95, 0.7, 0.5])[number % 3]
-    shares = hsv_to_rgb(np.stack([(number * 0.61803399) % 1.0, np.full(classes, 0.75), value], axis=1))
-    colours = np.asarray((255 * shares).round().astype(np.uint8))
-    colours[0] = 112
-    return colours
 
 
 class Segmentation(NamedTuple):
@@ -147,13 +120,19 @@ class Segmentation(NamedTuple):
 
 
 def segmentation_sheet(title: str, segmentations: Sequence[Segmentation], classes: int) -> Sheet:
-    """A row for each: image, truth and prediction; no class is white."""
-    colours = class_colours(classes)
+    """A row for each: image, truth and prediction; no class is white, class 0 grey.
+
+    Hues of classes are a golden angle apart, so that neighbours differ, in three lightnesses.
+    """
+    number = np.arange(classes)
+    value = np.array([0.95, 0.7, 0.5])[number % 3]
+    shares = hsv_to_rgb(np.stack([(number * 0.61803399) % 1.0, np.full(classes, 0.75), value], axis=1))
+    colours = (255 * shares).round().astype(np.uint8)
+    colours[0] = 112
 
     def panel(pixels: NDArray[np.uint8], caption: str) -> Panel:
-        padded = ImageOps.pad(
-            Image.fromarray(pixels), (_MOST_SIDE, _MOST_SIDE), Image.Resampling.NEAREST, color="white"
-        )
+        image = Image.fromarray(pixels)
+        padded = ImageOps.pad(image, (_MOST_SIDE, _MOST_SIDE), Image.Resampling.NEAREST, color="white")
         return Panel(np.asarray(padded), caption)
 
     def painted(index_HW: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -163,12 +142,8 @@ def segmentation_sheet(title: str, segmentations: Sequence[Segmentation], classe
     for key, image, truth, prediction in segmentations:
         known = truth >= 0
         share = float((prediction == truth)[known].mean()) if known.any() else float("nan")
-        panels = [
-            panel(image, "image"),
-            panel(painted(truth), "truth"),
-            panel(painted(prediction), f"prediction, {100 * share:.1f} % right"),
-        ]
-        rows.append(Row(key, panels))
+        predicted = panel(painted(prediction), f"prediction, {100 * share:.1f} % right")
+        rows.append(Row(key, [panel(image, "image"), panel(painted(truth), "truth"), predicted]))
     return Sheet(title, rows)
 
 
@@ -178,12 +153,11 @@ def data_url(pixels: NDArray[np.uint8]) -> str:
     image = Image.fromarray(pixels)
     if max(pixels.shape[:2]) <= _SMALL:
         image.save(buffer, format="PNG", optimize=True)
-    else:
-        image.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
-    return file_url(buffer.getvalue())
+        return file_url(buffer.getvalue(), "png")
+    image.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
+    return file_url(buffer.getvalue(), "jpeg")
 
 
-def file_url(data: bytes) -> str:
-    """A PNG or JPEG file as part of a page."""
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+def file_url(data: bytes, kind: str) -> str:
+    """The file of an image as part of a page; `kind`: `png`, `jpeg` or `svg+xml`."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -87,14 +87,6 @@ def _devices() -> tuple[Device, ...]:
     )
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest existing one above it."""
-    path = folder.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def _contents(location: Location) -> str:
     header = read_header(location)
     if header is None:
@@ -127,7 +119,8 @@ def _check(where: str, write: bool) -> LocationCheck:
     free, found, problem = None, "-", None
     try:
         location = location_of(where)
-        nearest = _nearest(location.local or Path())
+        folder = (location.local or Path()).absolute()
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if location.local is not None:
             free = shutil.disk_usage(nearest).free
         if location.local is not None and not location.local.exists():

@@ -48,10 +48,8 @@ def loader_images_per_core(reader: TargetStore, with_targets: bool) -> float:
     """
     samples = tuple(reader.samples(shard) for shard in reader.shards)
     order = EpochOrder(samples=samples, views=reader.header.views.count, block=BLOCK_SAMPLES, shuffle_blocks=1, seed=0)
-    read, epoch = 0, 0
-    with Loader(
-        reader, BatchPlan(order=order, batch_size=sum(samples)), threads=1, with_targets=with_targets
-    ) as loader:
+    plan, read, epoch = BatchPlan(order=order, batch_size=sum(samples)), 0, 0
+    with Loader(reader, plan, threads=1, with_targets=with_targets) as loader:
         list(loader.batches(0))  # opens the shard
         began = time.process_time()
         while time.process_time() - began < _LOADER_SECONDS:
@@ -121,7 +119,7 @@ def node_load(student: Speed, store: StoreEstimate, loader_per_core: float, devi
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Limit:
     """Something that a plan needs, against what there is.
 
@@ -155,59 +153,49 @@ def limits(
     restart = store.record_bytes / RECORD_BYTES_PER_SECOND
     found = [
         Limit(
-            name="scheduler",
-            share=cluster.scheduler_share,
-            what=f"Dask's scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time with "
-            f"{cluster.devices} devices at work",
-            advice="larger shards, or several extractions with --shards i/n",
+            "scheduler",
+            cluster.scheduler_share,
+            f"Dask's scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time with {cluster.devices} "
+            "devices at work",
+            "larger shards, or several extractions with --shards i/n",
         ),
         Limit(
-            name="shards",
-            share=cluster.devices / images.shards,
-            what=f"{images.shards}, each done by one device; devices: {cluster.devices}",
-            advice="smaller shards",
+            "shards",
+            cluster.devices / images.shards,
+            f"{images.shards}, each done by one device; devices: {cluster.devices}",
+            "smaller shards",
         ),
         Limit(
-            name="length of a shard",
-            share=cluster.shard_hours / _LONG_SHARD_HOURS,
-            what=f"a shard takes {cluster.shard_hours:.2g} hours, which an interruption loses",
-            advice="smaller shards",
+            "length of a shard",
+            cluster.shard_hours / _LONG_SHARD_HOURS,
+            f"a shard takes {cluster.shard_hours:.2g} hours, which an interruption loses",
+            "smaller shards",
         ),
         Limit(
-            name="processors of a node",
-            share=node.cores / cores,
-            what=f"the loader needs {node.cores:.2g} processors of a node, there are {cores}",
-            advice="codec.zstd_level=0, or more processors",
+            "processors of a node",
+            node.cores / cores,
+            f"the loader needs {node.cores:.2g} processors of a node, there are {cores}",
+            "codec.zstd_level=0, or more processors",
         ),
         Limit(
-            name="start again",
-            share=restart / _FAST_RESTART_SECONDS,
-            what=f"an interrupted extraction first reads {size(store.record_bytes)} of records, {restart:.2g} s",
-            advice="format webdataset, whose records are short",
+            "start again",
+            restart / _FAST_RESTART_SECONDS,
+            f"an interrupted extraction first reads {size(store.record_bytes)} of records, {restart:.2g} s",
+            "format webdataset, whose records are short",
         ),
         Limit(
-            name="names of shards",
-            share=images.shards / _MOST_SHARDS,
-            what=f"{images.shards} shards, whose names have six digits",
-            advice="larger shards, or several stores",
+            "names of shards",
+            images.shards / _MOST_SHARDS,
+            f"{images.shards} shards, whose names have six digits",
+            "larger shards, or several stores",
         ),
     ]
     if space.free_bytes is not None:
-        found.append(
-            Limit(
-                name="free disk",
-                share=space.needed_bytes / max(space.free_bytes, 1),
-                what=f"{size(space.needed_bytes)} are needed, {size(space.free_bytes)} free",
-                advice="codec klt, fewer views, or a bucket",
-            )
-        )
+        words = f"{size(space.needed_bytes)} are needed, {size(space.free_bytes)} free"
+        share = space.needed_bytes / max(space.free_bytes, 1)
+        found.append(Limit("free disk", share, words, "codec klt, fewer views, or a bucket"))
     if files is not None:
-        found.append(
-            Limit(
-                name="number of files",
-                share=store.files / files,
-                what=f"{store.files:,} files are needed, {files:,} can be made",
-                advice="format webdataset, which has one file for each shard and view",
-            )
-        )
+        words = f"{store.files:,} files are needed, {files:,} can be made"
+        advice = "format webdataset, which has one file for each shard and view"
+        found.append(Limit("number of files", store.files / files, words, advice))
     return tuple(sorted(found, key=lambda limit: limit.share, reverse=True))

@@ -1,23 +1,21 @@
-"""How fast teacher and student are on this machine, and what that comes to in hours.
-
-Shape suffixes: N images of the sample, one view of each; the others as in `milan_pipe.pretraining`.
-"""
+"""How fast teacher and student are, measured here or from counted arithmetic, and what that comes to in hours."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, floor
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
-from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
@@ -76,94 +74,108 @@ def same_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _measured(device: torch.device, precision: str, batch_size: int, batches: int, per_second: float) -> Speed:
+def _measure(
+    step: Callable[[int], object], sizes: Sequence[int], device: torch.device, precision: str, fewest: int, most: int
+) -> Speed:
+    """The rate of steps on batches of `sizes`, in turn: of `most` steps, or at least `fewest` where they take long."""
+
+    def run(number: int) -> None:
+        step(number % len(sizes))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run(0)  # warms up
+    began, seconds, images, done = time.perf_counter(), 0.0, 0, 0
+    while done < most and (done < fewest or seconds < _LONGEST_SECONDS):
+        run(done)
+        seconds = time.perf_counter() - began
+        images, done = images + sizes[done % len(sizes)], done + 1
     return Speed(
-        per_second=per_second,
-        device=f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type,
+        per_second=images / seconds,
+        device=f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type,
         precision=precision,
-        batch_size=batch_size,
+        batch_size=sizes[0],
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
-        batches=batches,
+        batches=done,
     )
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple[TeacherOutput, Speed]:
-    """Outputs for the sample, on the CPU, and the rate at which they came: forward pass and way to the device.
+    """Outputs for the N images, on the CPU, and the rate at which they came: forward pass and way to the device.
 
-    The sample is repeated until there are enough batches, or the measurement has taken long enough.
+    The images are repeated until there are enough batches, or the measurement has taken long enough.
     """
     batches = torch.split(pixels_NHWC, batch_size)
-    outputs: list[TeacherOutput] = []
-    device = teacher.mean.device
-    teacher(batches[0])
-    _finish(device)
-    views = timed = 0
-    began = time.perf_counter()
-    while timed < max(_FEWEST_BATCHES, len(batches)):
-        batch = batches[timed % len(batches)]
-        output = teacher(batch)
-        _finish(device)
-        views, timed = views + len(batch), timed + 1
-        if len(outputs) < len(batches):
-            outputs.append(output)
-        elif time.perf_counter() - began > _LONGEST_SECONDS:
-            break
-    seconds = time.perf_counter() - began
-    speed = _measured(device, teacher.info.precision, len(batches[0]), timed, views / seconds)
-    features = torch.cat([output.features_BST.cpu() for output in outputs])
-    return TeacherOutput(features, torch.cat([output.importance_BL.cpu() for output in outputs])), speed
-
-
-def batch_of(sample: ImageSample, encoded: EncodedSample, size: int) -> Batch:
-    """The first `size` images of the sample, as the loader would give them."""
-    return Batch(
-        keys=tuple(rendered.key for rendered in sample.rendered[:size]),
-        pixels_BHWC=sample.pixels_NHWC[:size],
-        code_BST=encoded.code_NST[:size],
-        scale_BS=None if encoded.scale_NS is None else encoded.scale_NS[:size],
-        attention_BL=encoded.attention_NL[:size],
+    outputs: dict[int, TeacherOutput] = {}
+    speed = _measure(
+        lambda number: outputs.update({number: teacher(batches[number])}),
+        [len(batch) for batch in batches],
+        teacher.mean.device,
+        teacher.info.precision,
+        len(batches),
+        max(_FEWEST_BATCHES, len(batches)),
     )
+    features = torch.cat([outputs[number].features_BST.cpu() for number in range(len(batches))])
+    return TeacherOutput(
+        features, torch.cat([outputs[number].importance_BL.cpu() for number in range(len(batches))])
+    ), speed
 
 
-def run_student(params: Params, header: StoreHeader, sample: ImageSample, encoded: EncodedSample) -> Speed:
-    """Images a second of pretraining's own step on one batch of the sample: forward, backward and AdamW.
-
-    The batch has `pretrain.batch_size` images, or as many as the sample has where those are fewer.
-
-    Args:
-        header: of the store that it would learn from.
+def run_student(params: Params, header: StoreHeader, batch: Batch) -> Speed:
+    """Images a second of pretraining's own step on one batch: forward, backward and AdamW.
 
     Raises:
         SettingError: there is no such student or device.
     """
-    device = resolve_device(params.pretrain.device)
+    config, device = params.pretrain, resolve_device(params.pretrain.device)
     objective = build_objective(header, params, device)
-    precision = resolve_precision(params.pretrain.precision, device)
-    optimiser = build_adamw(
-        objective.student, lr=params.pretrain.lr, betas=params.pretrain.betas, weight_decay=params.pretrain.weight_decay
-    )
-    batch = batch_of(sample, encoded, min(params.pretrain.batch_size, len(sample.rendered)))
+    precision = resolve_precision(config.precision, device)
+    optimiser = build_adamw(objective.student, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     stepper = Stepper(
         optimiser,
         objective,
-        split=lambda whole: whole.parts(params.pretrain.accumulate),
+        split=lambda whole: whole.parts(config.accumulate),
         device=device,
         precision=precision,
-        clip_grad=params.pretrain.clip_grad,
+        clip_grad=config.clip_grad,
     )
-    ends: list[float] = []
-    # One more: the first step warms up.
-    while len(ends) <= _MOST_BATCHES and (len(ends) < 2 or ends[-1] - ends[0] < _LONGEST_SECONDS):
-        stepper(batch, 0, 0.0)
-        _finish(device)
-        ends.append(time.perf_counter())
-    steps = len(ends) - 1
-    return _measured(device, precision, len(batch.keys), steps, steps * len(batch.keys) / (ends[-1] - ends[0]))
+    return _measure(lambda _: stepper(batch, 0, 0.0), [len(batch.keys)], device, precision, 1, _MOST_BATCHES)
+
+
+def _count(run: Callable[[], object]) -> int:
+    # The counter knows no formula for the CPU's fused attention, nor for the encoder layer's; as plain matrix products
+    # they are counted.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return int(counter.get_total_flops())
+
+
+def teacher_flops(teacher: Teacher, pixels_NHWC: Tensor) -> int:
+    """Floating point operations of one view's forward pass; a multiplication and its addition are two."""
+    return _count(lambda: teacher(pixels_NHWC[:1]))
+
+
+def student_flops(params: Params, header: StoreHeader, batch: Batch) -> int:
+    """Floating point operations of one image's share of a step, forward and backward; counted on the CPU.
+
+    Raises:
+        SettingError: there is no such student.
+    """
+    objective = build_objective(header, params, torch.device("cpu"))
+    return _count(lambda: objective(batch.rows(0, 1), 0).backward())
+
+
+def speed_at(tflops: float, flops: int, batch_size: int) -> Speed:
+    """The rate of a device that sustains `tflops` TFLOP/s."""
+    how = f"{flops / 1e9:.4g} GFLOP each at {tflops:g} TFLOP/s"
+    return Speed(
+        per_second=tflops * 1e12 / flops, device=how, precision="given", batch_size=batch_size, threads=0, batches=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,15 +195,9 @@ class ExtractionHours:
 
 
 def extraction_hours(
-    views: int,
-    shards: int,
-    teacher: Speed,
-    render_seconds: float,
-    threads: int,
-    cores: int,
-    devices: Sequence[int] = DEVICES,
+    views: int, shards: int, teacher: Speed, render_seconds: float, threads: int, cores: int, devices: int = 1
 ) -> ExtractionHours:
-    """Hours of stage 1 for numbers of devices, with rendering and teacher side by side.
+    """Hours of stage 1 for `devices` and the usual numbers of them, with rendering and teacher side by side.
 
     Args:
         render_seconds: of one thread for one view.
@@ -206,7 +212,7 @@ def extraction_hours(
     return ExtractionHours(
         views_per_second=1 / seconds,
         limited_by=limit,
-        hours={count: ceil(shards / count) * shard_hours for count in devices},
+        hours={count: ceil(shards / count) * shard_hours for count in sorted({*DEVICES, devices})},
     )
 
 

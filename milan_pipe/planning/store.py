@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor
 
 from milan_pipe import __version__
-from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
 from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.fit import MOST_SHARDS, draw_images
 from milan_pipe.extraction.render import Clock, RenderedSample
 from milan_pipe.images.count import ImageCount
 from milan_pipe.images.shards import ShardFile
+from milan_pipe.loader.stream import Batch
 from milan_pipe.storage import location_of
 from milan_pipe.targets import manifest
-from milan_pipe.targets.codec import Codec, build_codec, mean_cosine
+from milan_pipe.targets.codec import build_codec, mean_cosine
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     CodecInfo,
@@ -52,9 +54,6 @@ _STORE_FILES = 3  # header, summary, bad_samples.jsonl
 _FILE_ENTRY_BYTES, _BLOCK_ENTRY_BYTES = 190, 42
 
 
-# --- images -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageSample:
     """Images spread over the shards, the first view of each.
@@ -68,30 +67,22 @@ class ImageSample:
     bad: int
     render_seconds: float
 
-    @property
+    @cached_property
     def pixels_NHWC(self) -> Tensor:
         """uint8, as the teacher sees them."""
         return torch.from_numpy(np.stack([sample.pixels_KHWC[0] for sample in self.rendered]))
 
-    @property
-    def jpeg_bytes(self) -> float:
-        """Mean over views."""
-        return sum(len(sample.jpegs[0]) for sample in self.rendered) / len(self.rendered)
-
 
 def sample_images(
-    shards: Sequence[ShardFile], views: ViewSettings, size: int, count: int, on_progress: Callable[[int], None]
+    shards: Sequence[ShardFile], params: Params, count: int, on_progress: Callable[[int], None]
 ) -> ImageSample:
     """Render one view of up to `count` images, the first of some shards, as an extraction would.
-
-    Args:
-        size: rendered side in pixels.
-        on_progress: called with how many images are rendered.
 
     Raises:
         DataError: no image can be read, or a shard is empty, damaged or no tar.
         MissingError, StoreError: a shard cannot be read.
     """
+    views, size = params.views, params.student.image_size
     most = MOST_SHARDS if all(shard.location.local is not None for shard in shards) else _MOST_REMOTE_SHARDS
     clock = Clock()
     bad: list[tuple[str, str]] = []
@@ -107,53 +98,44 @@ def sample_images(
     return ImageSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
 
 
-# --- targets ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncodedSample:
-    """Targets of the sample in one codec, on the CPU; `mean_cosine` is over all its tokens."""
+    """The sample in one codec, as the loader would give it; `mean_cosine` is over all its tokens."""
 
-    info: CodecInfo
-    code_NST: Tensor
-    scale_NS: Tensor | None
-    attention_NL: Tensor
+    codec: CodecInfo
+    batch: Batch
     mean_cosine: float
 
 
-def encode_sample(output: TeacherOutput, config: CodecSettings) -> EncodedSample:
-    """Encode the teacher's outputs for the sample; codec klt is fitted to them.
+def encode_sample(sample: ImageSample, output: TeacherOutput, config: CodecSettings) -> EncodedSample:
+    """Encode the teacher's outputs for the sample, on the CPU; codec klt is fitted to them.
 
     Raises:
         DataError: a feature cannot be stored, or codec klt cannot reach its quality.
     """
-    features = output.features_BST.cpu()
-    codec: Codec = build_codec(config, features)
-    code, scale = codec.encode(features)
-    return EncodedSample(
-        info=codec.info,
-        code_NST=code,
-        scale_NS=scale,
-        attention_NL=output.share_BL().cpu().to(torch.float16),
-        mean_cosine=mean_cosine(features, codec.decode(code, scale)),
+    codec = build_codec(config, output.features_BST)
+    code, scale = codec.encode(output.features_BST)
+    batch = Batch(
+        keys=tuple(image.key for image in sample.rendered),
+        pixels_BHWC=sample.pixels_NHWC,
+        code_BST=code,
+        scale_BS=scale,
+        attention_BL=output.share_BL().to(torch.float16),
     )
+    cosine = mean_cosine(output.features_BST, codec.decode(code, scale))
+    return EncodedSample(codec=codec.info, batch=batch, mean_cosine=cosine)
 
 
-def header_of(
-    teacher: TeacherInfo, views: ViewSettings, size: int, codec: CodecInfo, store_format: StoreFormat
-) -> StoreHeader:
+def header_of(params: Params, teacher: TeacherInfo, codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
     """The header that a store of these settings would have, but for its sources."""
     return StoreHeader(
         package_version=__version__,
         format=store_format,
         teacher=teacher,
-        views=ViewInfo(size=size, **views.model_dump()),
+        views=ViewInfo(size=params.student.image_size, **params.views.model_dump()),
         codec=codec,
         source=SourceInfo(shards=1, fingerprint=""),
     )
-
-
-# --- stores -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +161,7 @@ class StoreEstimate:
 def estimate_store(
     header: StoreHeader, sample: ImageSample, encoded: EncodedSample, images: ImageCount
 ) -> StoreEstimate:
-    """Write the sample into a store in a temporary folder, and extrapolate to all images and views.
-
-    Args:
-        header: of the store that is meant, with all its views.
-
-    Raises:
-        StoreError: the temporary folder cannot be written.
-    """
+    """Write the sample into a store as `sample_store` does, and extrapolate to all images and views."""
     with sample_store(header, sample, encoded) as folder:
         sizes = location_of(folder).sizes()
     of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
@@ -203,10 +178,11 @@ def estimate_store(
         features, jpegs = (
             [path for path in of_shard if path.startswith(f"{_SHARD}/{name}/c/")] for name in ("features", "view_bytes")
         )
-        jpeg_files = ceil(per_shard * views * sample.jpeg_bytes / VIEW_SHARD_BYTES)
+        jpeg_bytes = sum(len(image.jpegs[0]) for image in sample.rendered)
+        jpeg_files = ceil(per_shard * views * jpeg_bytes / len(sample.rendered) / VIEW_SHARD_BYTES)
         files = len(of_shard) - len(features) - len(jpegs) + blocks + jpeg_files
         # Rendered views end in a chunk that is half empty on the average, whatever their number.
-        view_bytes -= sum(of_shard[path] for path in jpegs) - sum(len(image.jpegs[0]) for image in sample.rendered)
+        view_bytes -= sum(of_shard[path] for path in jpegs) - jpeg_bytes
         shard_bytes += VIEW_CHUNK_BYTES // 2
     record_bytes += _FILE_ENTRY_BYTES * (files - len(of_shard))
     per_view = view_bytes / len(sample.rendered)
@@ -239,15 +215,15 @@ def sample_store(header: StoreHeader, sample: ImageSample, encoded: EncodedSampl
         writer = TargetStoreWriter(folder, one)
         shard = writer.open_shard(_SHARD)
         for start in range(0, len(sample.rendered), BLOCK_SAMPLES):
-            rows = slice(start, start + BLOCK_SAMPLES)
-            images, scale_NS = sample.rendered[rows], encoded.scale_NS
+            images = sample.rendered[start : start + BLOCK_SAMPLES]
+            batch = encoded.batch.rows(start, start + BLOCK_SAMPLES)
             views = [image.views[0] for image in images]
             block = TargetBlock(
-                keys=[image.key for image in images],
+                keys=batch.keys,
                 label_N=np.array([image.label for image in images], np.int64),
-                code_KNST=encoded.code_NST[rows][None].numpy(),
-                scale_KNS=None if scale_NS is None else scale_NS[rows][None].numpy(),
-                attention_KNL=encoded.attention_NL[rows][None].numpy(),
+                code_KNST=batch.code_BST[None].numpy(),
+                scale_KNS=None if batch.scale_BS is None else batch.scale_BS[None].numpy(),
+                attention_KNL=batch.attention_BL[None].numpy(),
                 crop_KN4=np.array([[(v.top, v.left, v.height, v.width) for v in views]], np.int32),
                 flip_KN=np.array([[v.flip for v in views]], np.bool_),
                 jpegs=[[image.jpegs[0] for image in images]],

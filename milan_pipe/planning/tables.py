@@ -10,21 +10,17 @@ from milan_pipe.units import rate, size
 
 if TYPE_CHECKING:
     from milan_pipe.config.recipes import About
+    from milan_pipe.extraction.space import FreeSpace
+    from milan_pipe.planning.load import Limit
     from milan_pipe.planning.run import PlanReport
+    from milan_pipe.planning.speed import PretrainingHours
 
 
 def store_table(report: PlanReport) -> Table:
     """What a store takes in each codec and format; the one that the settings name is marked."""
-    table = Table(
-        "codec",
-        "format",
-        "a view",
-        "mean cosine",
-        "in all",
-        "files",
-        caption="measured: a view, mean cosine; extrapolated: the rest; *: as set",
-        caption_justify="left",
-    )
+    caption = "measured: a view, mean cosine; extrapolated: the rest; *: as set"
+    columns = ("codec", "format", "a view", "mean cosine", "in all", "files")
+    table = Table(*columns, caption=caption, caption_justify="left")
     for store in report.stores:
         table.add_row(
             store.codec,
@@ -51,18 +47,19 @@ def recipe_rows(about: About | None) -> dict[str, str]:
 
 def rows(report: PlanReport) -> dict[str, str]:
     """Everything else, line by line."""
-    return {**_stage1(report), **_stage2(report), "free disk": _space(report)}
-
-
-def _stage1(report: PlanReport) -> dict[str, str]:
-    extraction, images = report.extraction, report.images
+    images, extraction, plan = report.images, report.extraction, report.pretraining
+    cluster, node, devices = report.cluster, report.node, report.cluster.devices
     first, *more = (
         f"{duration(hours)} on {count}{' device' if count == 1 else ''}" for count, hours in extraction.hours.items()
     )
     sample = f"{report.sample} images, one view of each"
     speed = f"{rate(extraction.views_per_second)} views a second, limited by the {extraction.limited_by}"
-    cluster = report.cluster
     few = f"; of {images.shards} shards each is done by one device" if images.shards < max(extraction.hours) else ""
+    offline = plan.pretrain_hours + plan.extraction_hours
+    shared = (
+        f"{duration(extraction.hours[devices])} of extraction, {duration(plan.pretrain_hours / devices)} of "
+        "pretraining (extrapolated, shared without loss)"
+    )
     return {
         "images": str(images),
         "views": f"{report.views:,}, {report.views_per_image} of each image",
@@ -74,28 +71,20 @@ def _stage1(report: PlanReport) -> dict[str, str]:
         f"{report.render_threads} threads",
         "extraction": f"{', '.join([first, *more])} (extrapolated from {speed}; writing is not counted{few})",
         "Dask": f"{cluster.tasks:,} tasks, one a shard, of {duration(cluster.shard_hours)} each; with "
-        f"{_devices(cluster.devices)} its scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time "
+        f"{_devices(devices)} its scheduler is busy for {100 * cluster.scheduler_share:.2g} % of the time "
         "(extrapolated from what a task costs it)",
-    }
-
-
-def _stage2(report: PlanReport) -> dict[str, str]:
-    plan, online = report.pretraining, report.teacher_online
-    offline = plan.pretrain_hours + plan.extraction_hours
-    if online is None:
-        beside = "no teacher: the target is pixels"
-    elif online == report.teacher:
-        beside = "the teacher, as above, in every step"
-    else:
-        beside = f"the teacher in every step, {rate(online.per_second)} views a second ({online.source}: {online})"
-    return {
         "student": f"{rate(report.student.per_second)} images a second ({report.student.source}: {report.student})",
         "stored targets": f"{duration(plan.pretrain_hours)} for {plan.epochs} epochs + "
         f"{duration(plan.extraction_hours)} of extraction = {duration(offline)} on one device (extrapolated)",
         "online teacher": f"{duration(plan.online_hours)} for {plan.epochs} epochs on one device (extrapolated; "
-        f"{beside})",
-        "saved": _saved(report),
-        **_shared(report),
+        f"{_online(report)})",
+        "saved": _saved(plan),
+        **({f"{devices} devices": shared} if devices > 1 else {}),
+        "a node": f"{rate(node.images_per_second)} images and {size(node.bytes_per_second)} a second go to "
+        f"{_devices(node.devices)}, for which the loader needs {rate(node.cores)} processors (measured: "
+        f"{rate(node.loader_per_core)} images a second and processor)",
+        "gives in first": _tightest(report.limits[0]),
+        "free disk": _space(report.space),
     }
 
 
@@ -103,29 +92,22 @@ def _devices(count: int) -> str:
     return f"{count} devices" if count > 1 else "1 device"
 
 
-def _shared(report: PlanReport) -> dict[str, str]:
-    """Both stages on the devices planned for, and what a node of them reads."""
-    devices, node = report.cluster.devices, report.node
-    first = report.limits[0]
-    if first.share > 1:
-        verdict = f"{first.name}: {first.what}; do: {first.advice}"
-    else:
-        verdict = f"nothing; nearest to it: {first.name} ({first.what})"
-    shared = (
-        f"{duration(report.extraction.hours[devices])} of extraction, "
-        f"{duration(report.pretraining.pretrain_hours / devices)} of pretraining (extrapolated, shared without loss)"
-    )
-    return {
-        **({f"{devices} devices": shared} if devices > 1 else {}),
-        "a node": f"{rate(node.images_per_second)} images and {size(node.bytes_per_second)} a second go to "
-        f"{_devices(node.devices)}, for which the loader needs {rate(node.cores)} processors (measured: "
-        f"{rate(node.loader_per_core)} images a second and processor)",
-        "gives in first": verdict,
-    }
+def _online(report: PlanReport) -> str:
+    online = report.teacher_online
+    if online is None:
+        return "no teacher: the target is pixels"
+    if online == report.teacher:
+        return "the teacher, as above, in every step"
+    return f"the teacher in every step, {rate(online.per_second)} views a second ({online.source}: {online})"
 
 
-def _saved(report: PlanReport) -> str:
-    plan = report.pretraining
+def _tightest(limit: Limit) -> str:
+    if limit.share > 1:
+        return f"{limit.name}: {limit.what}; do: {limit.advice}"
+    return f"nothing; nearest to it: {limit.name} ({limit.what})"
+
+
+def _saved(plan: PretrainingHours) -> str:
     since = (
         f"storing targets pays from {plan.pays_from_epochs} epochs on"
         if plan.pays_from_epochs is not None
@@ -136,8 +118,7 @@ def _saved(report: PlanReport) -> str:
     return f"nothing: stored targets take {duration(-plan.saved_hours)} more than an online teacher; {since}"
 
 
-def _space(report: PlanReport) -> str:
-    space = report.space
+def _space(space: FreeSpace) -> str:
     if space.free_bytes is None:
         return f"not checked: {space.folder} is no local folder"
     verdict = "NOT ENOUGH" if space.short else "enough"

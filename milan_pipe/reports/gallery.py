@@ -5,26 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from milan_pipe.drawing.page import render
-from milan_pipe.drawing.sheet import Sheet, data_url, draw_sheet, one_line
+from milan_pipe.drawing.sheet import Sheet, draw_sheet
 from milan_pipe.storage.local import write_file
 
 _LONGEST = 160
-
-
-def embedded(sheet: Sheet) -> dict[str, Any]:
-    """A sheet as the templates take it, images included."""
-    rows = [
-        {
-            "title": row.title,
-            "panels": [{"url": data_url(panel.pixels), "caption": panel.caption} for panel in row.panels],
-        }
-        for row in sheet.rows
-    ]
-    return {"title": one_line(sheet.title), "rows": rows}
 
 
 def _file_name(key: str) -> str:
@@ -47,6 +34,5 @@ def write_gallery(
     for image, sheet in zip(images, sheets, strict=True):
         write_file(image, draw_sheet(sheet))
     page = folder / "index.html"
-    text = render("gallery.html.j2", title=title, facts=facts, sheets=[embedded(sheet) for sheet in sheets])
-    write_file(page, text)
+    write_file(page, render("gallery.html.j2", title=title, facts=facts, sheets=sheets))
     return str(page), tuple(map(str, images))

@@ -112,12 +112,10 @@ def _panels(one: _Prediction, grid: tuple[int, int], colours: FeatureColours, vi
         return on_pixels(values_L3.reshape(*grid, 3), *one.pixels_HWC.shape[:2])
 
     mean, hidden = one.means
+    seen = f"seen: {int(one.visible_L.sum())} of {len(one.visible_L)} patches"
     return [
         Panel(one.pixels_HWC, f"view {view}"),
-        Panel(
-            only_visible(one.pixels_HWC, one.visible_L.reshape(grid)),
-            f"seen: {int(one.visible_L.sum())} of {len(one.visible_L)} patches",
-        ),
+        Panel(only_visible(one.pixels_HWC, one.visible_L.reshape(grid)), seen),
         Panel(painted(colours(one.target_LT)), "target"),
         Panel(painted(colours(one.predicted_LT)), "prediction"),
         Panel(painted(heat(one.cosine_L)), f"cosine {mean:.3f}, hidden {hidden:.3f}"),
@@ -145,7 +143,7 @@ def student_sheets(
     for number, sample in enumerate(samples):
         found.append(_predict(targets, sample, view, objective, epoch))
         on_progress(number + 1, len(samples))
-    colours = FeatureColours.fit(np.concatenate([one.target_LT for one in found]))
+    colours = FeatureColours(np.concatenate([one.target_LT for one in found]))
     sheets = [Sheet(one.key, [Row("", _panels(one, targets.grid, colours, view))]) for one in found]
     return sheets, [one.means for one in found]
 

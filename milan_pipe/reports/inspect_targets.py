@@ -16,6 +16,7 @@ from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.loader.dataset import Target, Targets, open_targets
 from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
+from milan_pipe.reports.store_facts import header_facts
 from milan_pipe.storage import local_folder
 from milan_pipe.student.masking import draw_split, mask_noise, visible_count
 
@@ -47,18 +48,16 @@ def _panels(
     largest, patches = float(attention_L.max()), len(attention_L)
     share_GG = np.sqrt(attention_L / max(largest, 1e-12)).reshape(grid)
     features_GG3 = colours(view.features_ST[1:]).reshape(*grid, 3)
+    mirrored = ", mirrored" if view.flip else ""
+    seen = (
+        f"{int(visible_L.sum())} of {patches} patches, {100 * float(attention_L[visible_L].sum()):.0f} % of attention"
+    )
+    features = f"{grid[0]} x {grid[1]} patches of {view.features_ST.shape[1]}"
     return [
-        Panel(pixels_HWC, f"view {number}: {width} x {height} at {left}, {top}{', mirrored' if view.flip else ''}"),
+        Panel(pixels_HWC, f"view {number}: {width} x {height} at {left}, {top}{mirrored}"),
         Panel(overlaid(pixels_HWC, share_GG), f"largest {largest * patches:.1f} times the mean"),
-        Panel(
-            only_visible(pixels_HWC, visible_L.reshape(grid)),
-            f"{int(visible_L.sum())} of {patches} patches, {100 * float(attention_L[visible_L].sum()):.0f} % of "
-            "attention",
-        ),
-        Panel(
-            on_pixels(features_GG3, *pixels_HWC.shape[:2]),
-            f"{grid[0]} x {grid[1]} patches of {view.features_ST.shape[1]}",
-        ),
+        Panel(only_visible(pixels_HWC, visible_L.reshape(grid)), seen),
+        Panel(on_pixels(features_GG3, *pixels_HWC.shape[:2]), features),
     ]
 
 
@@ -79,7 +78,7 @@ def target_sheets(
     for number, sample in enumerate(samples):
         views.append([targets[sample, view] for view in range(targets.views)])
         on_progress(number + 1, len(samples))
-    colours = FeatureColours.fit(np.concatenate([view.features_ST[1:] for row in views for view in row]))
+    colours = FeatureColours(np.concatenate([view.features_ST[1:] for row in views for view in row]))
     titles = (
         "stored view",
         "CLS attention, its square root, brightest at the largest weight",
@@ -123,18 +122,7 @@ def inspect_targets(
     folder = local_folder(out, "images")
     opened = open_targets(targets)
     sheets = target_sheets(opened, choose_samples(opened, keys, count), masking, epoch, on_progress)
-    header = opened.header
-    facts = {
-        "store": str(opened.store.location),
-        "teacher": f"{header.teacher.model}"
-        + (f", {header.teacher.pretrained}" if header.teacher.pretrained else "")
-        + f", input of {header.teacher.image_size} pixels",
-        "views": f"{header.views.count} of each image, {header.views.size} pixels, scale "
-        f"{header.views.scale[0]:g} to {header.views.scale[1]:g}, seed {header.views.seed}",
-        "patches": f"{header.teacher.grid[0]} x {header.teacher.grid[1]}, features of {header.teacher.width}",
-        "codec": header.codec.name,
-        "samples": f"{len(opened)} in {len(opened.store.shards)} shards",
-    }
+    facts = header_facts(opened.store) | {"samples": f"{len(opened)} in {len(opened.store.shards)} shards"}
     page, images = write_gallery(folder, "Targets", facts, sheets)
     keys = tuple(sheet.title for sheet in sheets)
-    return InspectTargetsReport(page=page, images=images, keys=keys, views=header.views.count)
+    return InspectTargetsReport(page=page, images=images, keys=keys, views=opened.views)

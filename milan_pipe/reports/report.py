@@ -17,8 +17,7 @@ from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
-from milan_pipe.loader.dataset import Targets
-from milan_pipe.reports.gallery import embedded
+from milan_pipe.loader.dataset import Targets, open_targets
 from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets
 from milan_pipe.reports.inspect_targets import target_sheets
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
@@ -27,7 +26,6 @@ from milan_pipe.reports.scores import Cell, Table, transfer_table
 from milan_pipe.reports.store_facts import store_facts
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
-from milan_pipe.targets.store import TargetStore, open_targets
 
 _TARGET_SAMPLES, _STUDENT_SAMPLES = 2, 4
 _LOSSES = {
@@ -69,28 +67,24 @@ def _number(value: Any, form: str) -> str:
 def _overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        settings, student = run.record.get("settings", {}), run.record["student"]
+        settings, student, report = run.record.get("settings", {}), run.record["student"], run.report
         size = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
         own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
-        report = run.report
-        wait = report.get("data_wait")
-        rows.append(
-            _cells(
-                run.name,
-                settings.get("target", "clip"),
-                settings.get("decoder", {}).get("kind", "-"),
-                settings.get("masking", {}).get("kind", "-"),
-                size + (f" ({' / '.join(own)})" if own else ""),
-                _number(run.record.get("epochs"), "{}"),
-                f"{run.record['step']}" + ("" if run.finished else ", not finished"),
-                _number(report.get("loss"), "{:.4f}"),
-                _number(report.get("images_per_second"), "{:.1f}"),
-                _number(100 * wait if isinstance(wait, int | float) else None, "{:.1f} %"),
-                _number(report.get("seconds"), "{:.0f} s"),
-            )
-        )
-    columns = "run, target, decoder, masks, student (width / blocks / heads), epochs, steps, loss, images/s, waiting"
-    return Table(columns=[*columns.split(", "), "time"], rows=rows)
+        row = {
+            "run": run.name,
+            "target": settings.get("target", "clip"),
+            "decoder": settings.get("decoder", {}).get("kind", "-"),
+            "masks": settings.get("masking", {}).get("kind", "-"),
+            "student (width / blocks / heads)": size + (f" ({' / '.join(own)})" if own else ""),
+            "epochs": _number(run.record.get("epochs"), "{}"),
+            "steps": f"{run.record['step']}" + ("" if run.finished else ", not finished"),
+            "loss": _number(report.get("loss"), "{:.4f}"),
+            "images/s": _number(report.get("images_per_second"), "{:.1f}"),
+            "waiting": _number(report.get("data_wait"), "{:.1%}").replace("%", " %"),
+            "time": _number(report.get("seconds"), "{:.0f} s"),
+        }
+        rows.append(row)
+    return Table(columns=list(rows[0]), rows=[_cells(*row.values()) for row in rows])
 
 
 def _curves(runs: Sequence[RunRecord], name: str) -> dict[str, Curve]:
@@ -147,69 +141,51 @@ def _differences(runs: Sequence[RunRecord]) -> Table | None:
         for name in names
         if len({one.get(name) for one in flat}) > 1
     ]
-    columns = ["setting", *(run.name for run in runs)]
-    return Table(columns=columns, rows=rows, text=True) if len(runs) > 1 and rows else None
+    return Table(columns=["setting", *(run.name for run in runs)], rows=rows, text=True) if rows else None
 
 
 def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
-    shown = []
-    for run in runs:
-        files = sorted((run.folder / "images").glob("*.png")) if run.task == "segment" else []
-        if files:
-            shown.append({"url": file_url(files[-1].read_bytes()), "caption": f"{run.name}: image, truth, prediction"})
-    return shown
+    """The last images that each run of `segment` drew."""
+    drawn = {run.name: sorted((run.folder / "images").glob("*.png")) for run in runs if run.task == "segment"}
+    return [
+        {"url": file_url(files[-1].read_bytes(), "png"), "caption": f"{name}: image, truth, prediction"}
+        for name, files in drawn.items()
+        if files
+    ]
 
 
-class _Stores:
-    """The stores of the runs, each opened once; one that cannot be opened is reported and left out."""
-
-    def __init__(self, given: str | Path | None, left_out: list[str]) -> None:
-        self._given = given
-        self._left_out = left_out
-        self._open: dict[str, TargetStore | None] = {}
-
-    def of(self, run: RunRecord) -> TargetStore | None:
-        where = self._given if self._given is not None else run.record.get("targets")
-        if where is None:
-            self._left_out.append(
-                f"images of {run.name}: it does not say where its targets are; name them with --targets"
-            )
-            return None
-        where = str(where)
-        if where not in self._open:
-            try:
-                self._open[where] = open_targets(where)
-            except MilanError as error:
-                if self._given is not None:
-                    raise
-                self._open[where] = None
-                self._left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
-        return self._open[where]
+def _targets_of(
+    run: RunRecord, given: str | Path | None, opened: dict[str, Targets | None], left_out: list[str]
+) -> Targets | None:
+    """The targets of a run, opened once; those that cannot be opened are reported and left out."""
+    where = given if given is not None else run.record.get("targets")
+    if where is None:
+        left_out.append(f"images of {run.name}: it does not say where its targets are; name them with --targets")
+        return None
+    if str(where) not in opened:
+        try:
+            opened[str(where)] = open_targets(where)
+        except MilanError as error:
+            if given is not None:
+                raise
+            opened[str(where)] = None
+            left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
+    return opened[str(where)]
 
 
-def _predictions(run: RunRecord, store: TargetStore, left_out: list[str]) -> dict[str, Any] | None:
+def _predictions(run: RunRecord, targets: Targets, left_out: list[str]) -> list[dict[str, Any]]:
     try:
-        objective = pretrained_objective(run.checkpoint, store.header, torch.device("cpu"))
+        objective = pretrained_objective(run.checkpoint, targets.header, torch.device("cpu"))
     except MilanError as error:
         left_out.append(f"predictions of {run.name}: {error}")
-        return None
-    targets = Targets(store)
+        return []
     samples = choose_samples(targets, (), _STUDENT_SAMPLES)
     sheets, cosines = student_sheets(targets, samples, objective, epoch=0, view=0)
-    mean = sum(hidden for _, hidden in cosines) / len(cosines)
-    return {
-        "run": run.name,
-        "what": f"target {objective.target}, {objective.masking.kind} masks of epoch 1; cosine of hidden patches "
-        f"{mean:.3f} on these {len(samples)}",
-        "sheets": [embedded(sheet) for sheet in sheets],
-    }
-
-
-def _store_section(store: TargetStore, masking: MaskSettings) -> dict[str, Any]:
-    facts, bad = store_facts(store)
-    targets = Targets(store)
-    sheets = target_sheets(targets, choose_samples(targets, (), _TARGET_SAMPLES), masking, 0)
-    return {"facts": facts, "bad": bad, "sheets": [embedded(sheet) for sheet in sheets]}
+    what = (
+        f"target {objective.target}, {objective.masking.kind} masks of epoch 1; cosine of hidden patches "
+        f"{sum(hidden for _, hidden in cosines) / len(cosines):.3f} on these {len(samples)}"
+    )
+    return [{"run": run.name, "what": what, "sheets": sheets}]
 
 
 def _times(extraction: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -263,22 +239,26 @@ def write_report(
     file = local_folder(out, "reports")
     if not runs:
         raise SettingError("a report needs a run; name the folders that `milan-pipe pretrain` and others wrote")
-    folders = [Path(run) for run in runs]
-    found = read_runs(folders)
-    kept = [evaluation for folder in evaluations for evaluation in read_evaluations(_folder_of(folder))]
+    found = read_runs([Path(run) for run in runs])
+    for folder in map(Path, evaluations):
+        if not folder.is_dir():
+            raise SettingError(f"--evaluations {folder}: no such folder; name one that `milan-pipe knn --keep` wrote")
+    kept = [evaluation for folder in evaluations for evaluation in read_evaluations(Path(folder))]
     pretrained = [run for run in found if run.task == PRETRAIN]
     left_out: list[str] = []
-    stores = _Stores(targets, left_out)
-    sections: dict[str, dict[str, Any]] = {}
-    predictions = []
+    opened: dict[str, Targets | None] = {}
+    stores: dict[str, dict[str, Any]] = {}
+    predictions: list[dict[str, Any]] = []
     for number, run in enumerate(pretrained):
-        store = stores.of(run)
+        store = _targets_of(run, targets, opened, left_out)
         if store is not None:
-            if str(store.location) not in sections:
+            name = str(store.store.location)
+            if name not in stores:
                 masking = MaskSettings.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))
-                sections[str(store.location)] = _store_section(store, masking)
-            drawn = _predictions(run, store, left_out)
-            predictions += [drawn] if drawn is not None else []
+                facts, bad = store_facts(store.store)
+                sheets = target_sheets(store, choose_samples(store, (), _TARGET_SAMPLES), masking, 0)
+                stores[name] = {"facts": facts, "bad": bad, "sheets": sheets}
+            predictions += _predictions(run, store, left_out)
         on_progress(number + 1, len(pretrained))
     others = [run for run in found if run.task != PRETRAIN]
     text = render(
@@ -288,7 +268,7 @@ def write_report(
         transfer=transfer_table(found, kept),
         charts=_charts(pretrained),
         transfer_charts=_transfer_charts(others),
-        stores=sections,
+        stores=stores,
         extraction=_times(extraction),
         predictions=predictions,
         segmentations=_segment_images(others),
@@ -304,10 +284,3 @@ def write_report(
     return ReportReport(
         page=str(file), bytes=len(data), runs=tuple(str(run.folder) for run in found), left_out=tuple(left_out)
     )
-
-
-def _folder_of(folder: str | Path) -> Path:
-    path = Path(folder)
-    if not path.is_dir():
-        raise SettingError(f"--evaluations {path}: no such folder; name one that `milan-pipe knn --keep` wrote")
-    return path

@@ -111,12 +111,11 @@ def _read_run(path: Path) -> RunRecord:
 def _unique_names(folders: list[Path]) -> list[str]:
     """The last part of each path, with as many before it as tell them apart."""
     resolved = [folder.resolve().parts for folder in folders]
-    depth = 1
-    while True:
+    for depth in range(1, max(map(len, resolved)) + 1):
         names = ["/".join(parts[-depth:]) for parts in resolved]
-        if len(set(names)) == len(set(resolved)) or depth > max(map(len, resolved)):
-            return names
-        depth += 1
+        if len(set(names)) == len(set(resolved)):
+            break
+    return names
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:

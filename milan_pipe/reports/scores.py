@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from milan_pipe.evaluation.results import Evaluation
 from milan_pipe.reports.runs import PRETRAIN, RunRecord
@@ -20,15 +20,12 @@ _TASKS = {
 _BOUNDS = {"random": "random initialisation", "teacher": "teacher"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(NamedTuple):
     """One number of the table: a share between 0 and 1."""
 
-    task: str
-    data: str
     value: float
     command: str
-    more: str
+    all_scores: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +51,6 @@ class Table:
     commands: Sequence[tuple[str, str, str, str]] = ()
 
 
-def _score(task: str, data: str, scores: Mapping[str, Any], command: str) -> Score:
-    shown = (f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, int | float))
-    return Score(task=task, data=data, value=float(scores[_TASKS[task][1]]), command=command, more=", ".join(shown))
-
-
 def _gather(
     runs: Sequence[RunRecord], evaluations: Iterable[Evaluation]
 ) -> tuple[dict[str, dict[tuple[str, str], list[Score]]], dict[str, str]]:
@@ -66,20 +58,22 @@ def _gather(
     names = {run.identity: run.name for run in runs if run.task == PRETRAIN}
     found: dict[str, dict[tuple[str, str], list[Score]]] = {identity: {} for identity in names}
 
-    def add(identity: str, subject: str, score: Score) -> None:
+    def add(identity: str, subject: str, key: tuple[str, str], scores: Mapping[str, Any], command: str) -> None:
         names.setdefault(identity, _BOUNDS.get(subject, subject))
-        same = found.setdefault(identity, {}).setdefault((score.task, score.data), [])
+        shown = (f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, int | float))
+        score = Score(float(scores[_TASKS[key[0]][1]]), command, ", ".join(shown))
+        same = found.setdefault(identity, {}).setdefault(key, [])
         if score not in same:
             same.append(score)
 
     for one in [*evaluations, *(one for run in runs for one in run.evaluations)]:
         task = "linear-probe --quick" if one.task == "linear-probe" else one.task
-        add(one.identity, one.subject, _score(task, one.data, one.scores, one.command))
+        add(one.identity, one.subject, (task, one.data), one.scores, one.command)
     for run in runs:
-        scores = run.report.get("scores")
+        scores, record = run.report.get("scores"), run.record
         if run.task != PRETRAIN and isinstance(scores, dict):
-            score = _score(run.task, str(run.record.get("data", "")), scores, str(run.record.get("command", "")))
-            add(run.identity, str(run.record.get("backbone", run.name)), score)
+            key = (run.task, str(record.get("data", "")))
+            add(run.identity, str(record.get("backbone", run.name)), key, scores, str(record.get("command", "")))
     return found, names
 
 
@@ -109,6 +103,6 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
             text = " / ".join(f"{100 * score.value:.1f} %" for score in scores)
             top = len(students) > 1 and identity in students and any(score.value == best[key] for score in scores)
             cells.append(Cell(text=text or "-", best=top))
-            commands += [(names[identity], titles[key], score.command, score.more) for score in scores]
+            commands += [(names[identity], titles[key], score.command, score.all_scores) for score in scores]
         rows.append(cells)
     return Table(columns=["student", *titles.values()], rows=rows, commands=commands)

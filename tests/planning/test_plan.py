@@ -24,10 +24,9 @@ from milan_pipe.extraction import space
 from milan_pipe.images.count import ImageCount, count_images, indexed_images
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
-from milan_pipe.planning.flops import teacher_flops
 from milan_pipe.planning.load import SCHEDULER_TASK_SECONDS, cluster_load, limits, node_load
 from milan_pipe.planning.run import PlanProgress, PlanReport
-from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours
+from milan_pipe.planning.speed import ExtractionHours, Speed, extraction_hours, pretraining_hours, teacher_flops
 from milan_pipe.planning.store import StoreEstimate, sample_images
 from milan_pipe.planning.tables import duration, rows
 from milan_pipe.storage import location_of
@@ -304,7 +303,7 @@ def test_what_is_counted_is_what_a_transformer_does(scenes: Path) -> None:
     expected = 64 * width * 8 * 8 * 3
     expected += blocks * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden)
     expected += tokens * width * model.info.width
-    pixels = sample_images(expand_shards(scenes), load_params(None).views, 64, 1, nothing).pixels_NHWC
+    pixels = sample_images(expand_shards(scenes), load_params(None), 1, nothing).pixels_NHWC
     assert teacher_flops(model, pixels) == pytest.approx(2 * expected, rel=0.005)
 
 
@@ -366,7 +365,7 @@ def test_files_that_can_be_made_are_counted_where_the_store_will_lie(tmp_path: P
     assert space.free_files(location_of(f"{bucket}/t")) is None
 
 
-@pytest.mark.parametrize("wrong", [{"total": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
+@pytest.mark.parametrize("wrong", [{"sample": 0}, {"total": 0}, {"devices": 0}, {"tflops": 0.0}, {"tflops": -1.0}])
 def test_numbers_that_make_no_plan_are_refused(scenes: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="above 0"):
         api.plan(scenes, None, params(), **wrong)

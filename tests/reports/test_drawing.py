@@ -57,17 +57,17 @@ def test_heat_rises_in_brightness_and_takes_what_is_not_a_number() -> None:
 def test_colours_of_features_are_the_same_for_the_same_directions() -> None:
     rng = np.random.default_rng(1)
     features = rng.normal(size=(200, 12)).astype(np.float32)
-    colours = FeatureColours.fit(features)
+    colours = FeatureColours(features)
     assert np.array_equal(colours(features), colours(features * 7))
-    assert np.array_equal(colours(features), FeatureColours.fit(features[::-1])(features))
+    assert np.array_equal(colours(features), FeatureColours(features[::-1])(features))
     # An axis alone decides, whatever sign its solver gave it.
-    assert np.array_equal(FeatureColours.fit(np.repeat(features, 2, 0))(features), colours(features))
+    assert np.array_equal(FeatureColours(np.repeat(features, 2, 0))(features), colours(features))
 
 
 def test_the_first_component_is_the_one_with_the_largest_variance() -> None:
     rng = np.random.default_rng(2)
     features = rng.normal(size=(500, 5)) * [0.1, 4, 1, 0.3, 0.1]
-    axes = FeatureColours.fit(features).axes_T3
+    axes = FeatureColours(features).axes_T3
     assert abs(axes[1, 0]) > 0.95
     assert abs(axes[2, 1]) > 0.9
     assert (axes[np.abs(axes).argmax(0), np.arange(3)] > 0).all()
@@ -75,7 +75,7 @@ def test_the_first_component_is_the_one_with_the_largest_variance() -> None:
 
 @pytest.mark.parametrize("features", [np.ones((1, 4)), np.ones((6, 2)), np.eye(2), np.zeros((3, 5))])
 def test_too_few_features_for_three_components_still_have_colours(features: np.ndarray) -> None:
-    colours = FeatureColours.fit(features)(features)
+    colours = FeatureColours(features)(features)
     assert colours.shape == (len(features), 3)
     assert (colours[:, 2] == 128).all()
 
