@@ -240,27 +240,30 @@ def finetune(
     checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Train student and classifier on labelled images; see `milan_pipe.evaluation.finetune`."""
-    from milan_pipe.evaluation.finetune import finetune
+    from milan_pipe.evaluation.finetune import FinetuneTask
+    from milan_pipe.evaluation.supervised import run_supervised
 
-    return finetune(checkpoint, train, val, run, params, on_progress=on_progress)
+    return run_supervised(FinetuneTask, checkpoint, train, val, run, params, on_progress)
 
 
 def segment(
     checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Train UperNet on the student; see `milan_pipe.evaluation.segment`."""
-    from milan_pipe.evaluation.segment import segment
+    from milan_pipe.evaluation.segment import SegmentTask
+    from milan_pipe.evaluation.supervised import run_supervised
 
-    return segment(checkpoint, train, val, run, params, on_progress=on_progress)
+    return run_supervised(SegmentTask, checkpoint, train, val, run, params, on_progress)
 
 
 def lars_probe(
     checkpoint: Where, train: Where, val: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
 ) -> RunReport:
     """Linear probe by protocol, with LARS; see `milan_pipe.evaluation.lars_probe`."""
-    from milan_pipe.evaluation.lars_probe import lars_probe
+    from milan_pipe.evaluation.lars_probe import LarsProbeTask
+    from milan_pipe.evaluation.supervised import run_supervised
 
-    return lars_probe(checkpoint, train, val, run, params, on_progress=on_progress)
+    return run_supervised(LarsProbeTask, checkpoint, train, val, run, params, on_progress)
 
 
 def export(checkpoint: Where, out: Where) -> ExportReport:

@@ -61,8 +61,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
 TargetsArgument = Annotated[str, typer.Argument(metavar="TARGETS", help="Folder or URL of the target store.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Local folder for checkpoints and metrics.")]
+_CHECKPOINT = "Checkpoint folder, or run folder (its last checkpoint)"
+CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}.")]
 StudentArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder, or run folder (its last checkpoint).")
+    str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or `random` (untrained student).")
+]
+SubjectArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or `random` (untrained student), or `teacher`.")
 ]
 
 

@@ -28,10 +28,14 @@ def show_warnings_as_lines() -> None:
 
     def show_one(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, (RuntimeWarning, UserWarning)):
-            line = " ".join(str(message).split())
-            console.print(Text.assemble(("warning:", "bold yellow"), " ", printable(line)), soft_wrap=True)
+            print_labelled("warning", "bold yellow", " ".join(str(message).split()))
 
     warnings.showwarning = show_one
+
+
+def print_labelled(label: str, style: str, text: str) -> None:
+    """One line on stderr, however long, that begins with a label."""
+    console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
 
 
 def plain(text: str, **style: Any) -> Text:
@@ -88,8 +92,7 @@ def raise_file_limit() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(message.splitlines())
-    console.print(Text.assemble(("error:", "bold red"), " ", printable(line)), soft_wrap=True)
+    print_labelled("error", "bold red", " ".join(message.splitlines()))
     sys.exit(2)
 
 
@@ -99,7 +102,7 @@ def errors_as_one_line() -> Iterator[None]:
     try:
         yield
     except StoppedError as stopped:
-        console.print(Text.assemble(("stopped:", "bold yellow"), " ", str(stopped)), soft_wrap=True)
+        print_labelled("stopped", "bold yellow", str(stopped))
         sys.exit(128 + stopped.signal)
     except ReportedElsewhereError as reported:
         sys.exit(128 + reported.cause.signal if isinstance(reported.cause, StoppedError) else 2)

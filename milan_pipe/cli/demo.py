@@ -27,22 +27,10 @@ def _print_command(*words: object) -> None:
     console.print(Text.assemble(("\n$ ", "dim"), plain(line, style="bold cyan")), soft_wrap=True)
 
 
-def _run(command: Callable[..., Any], name: str, *arguments: object, words: tuple[str, ...] = (), **more: Any) -> Any:
-    _print_command(name, *arguments, *words, "--params", _RECIPE)
-    return command(*map(str, arguments), **more)
-
-
-def _score(students: dict[str, str], train: str, test: str, kept: Path, features: Path) -> Table:
-    table = Table("student", title="On unseen scenes of 12 shapes", title_justify="left", title_style="bold")
-    for column in ("k-NN", "linear probe"):
-        table.add_column(column, justify="right")
-    where = ("--features", str(features), "--keep", str(kept))
-    more = {"features": str(features), "keep": str(kept), "params": _RECIPE}
-    for student, name in students.items():
-        near = _run(knn, "knn", student, train, test, words=where, **more)
-        linear = _run(linear_probe, "linear-probe", student, train, test, words=("--quick", *where), quick=True, **more)
-        table.add_row(name, f"{100 * near.best:.1f} %", f"{100 * linear.accuracy:.1f} %")
-    return table
+def _run(command: Callable[..., Any], *arguments: object, **options: Any) -> Any:
+    flags = [word for name, value in options.items() for word in (f"--{name}", value) if word is not True]
+    _print_command(command.__name__.replace("_", "-"), *arguments, *flags)
+    return command(*map(str, arguments), **options)
 
 
 @app.command()
@@ -62,12 +50,19 @@ def demo(
     milan = folder / "milan"
     train, test = str(images / "train-*.tar"), str(images / "test-*.tar")
     if not (images / "index.json").is_file():
-        _run(prepare, "prepare", "demo", images, params=_RECIPE)
-    _run(extract_targets, "extract-targets", train, targets, params=_RECIPE)
-    _run(verify_targets, "verify-targets", targets, params=_RECIPE)
-    _run(pretrain, "pretrain", targets, milan, params=_RECIPE)
+        _run(prepare, "demo", images, params=_RECIPE)
+    _run(extract_targets, train, targets, params=_RECIPE)
+    _run(verify_targets, targets, params=_RECIPE)
+    _run(pretrain, targets, milan, params=_RECIPE)
     students = {"random": "untrained student", str(milan): "MILAN student", "teacher": "teacher (upper bound)"}
-    table = _score(students, train, test, kept, folder / "features")
+    table = Table("student", title="On unseen scenes of 12 shapes", title_justify="left", title_style="bold")
+    for column in ("k-NN", "linear probe"):
+        table.add_column(column, justify="right")
+    options = {"features": str(folder / "features"), "keep": str(kept), "params": _RECIPE}
+    for student, name in students.items():
+        near = _run(knn, student, train, test, **options)
+        linear = _run(linear_probe, student, train, test, quick=True, **options)
+        table.add_row(name, f"{100 * near.best:.1f} %", f"{100 * linear.accuracy:.1f} %")
     page = folder / "report.html"
     _print_command("report", milan, "--evaluations", kept, "--out", page)
     report([str(milan)], page, evaluations=[str(kept)])

@@ -6,18 +6,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
+import milan_pipe
 from milan_pipe.cli.base import JsonOption, app
-from milan_pipe.cli.console import console, plain, show
+from milan_pipe.cli.console import console, plain, print_labelled, show
 from milan_pipe.units import size
 
 
 @app.command()
 def doctor(
     locations: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[LOCATION...]", help="Folders or URLs to check."),
+        list[str] | None, typer.Argument(metavar="[LOCATION...]", help="Folders or URLs to check.")
     ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Also write a small file to each location, and remove it.")
@@ -31,9 +30,7 @@ def doctor(
 
     Example: milan-pipe doctor . s3://bucket/targets --write
     """
-    from milan_pipe import api
-
-    report = api.doctor(locations or (), write=write)
+    report = milan_pipe.doctor(locations or (), write=write)
     rows = {
         "python": report.python,
         "system": report.system,
@@ -56,7 +53,7 @@ def doctor(
         console.print(table)
     show("doctor", rows, report, as_json)
     for problem in report.problems:
-        console.print(Text.assemble(("problem:", "bold red"), " ", plain(problem)), soft_wrap=True)
+        print_labelled("problem", "bold red", problem)
     if report.problems:
         raise typer.Exit(1)
     return report

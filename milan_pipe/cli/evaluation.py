@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -11,28 +11,25 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, RunArgument, SetOption, app, read_settings
+import milan_pipe
+from milan_pipe.cli.base import (
+    JsonOption,
+    ParamsOption,
+    RunArgument,
+    SetOption,
+    StudentArgument,
+    SubjectArgument,
+    app,
+    read_settings,
+)
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.cli.training import run_training, scored_rows
+from milan_pipe.errors import SettingError
 
 _MOST_CLASSES = 30
 _TOP = {"top1": "top-1", "top5": "top-5"}
 _MIOU = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
 
-CheckpointArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student), or `teacher`.",
-    ),
-]
-StudentArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="Checkpoint folder, or run folder (its last checkpoint), or `random` (untrained student).",
-    ),
-]
 TrainArgument = Annotated[
     str,
     typer.Argument(
@@ -68,7 +65,7 @@ def _frozen_rows(report: Any) -> dict[str, str]:
 
 @app.command()
 def knn(
-    checkpoint: CheckpointArgument,
+    checkpoint: SubjectArgument,
     train: TrainArgument,
     test: TestArgument,
     features: FeaturesOption = None,
@@ -81,11 +78,9 @@ def knn(
 
     Example: milan-pipe knn run 'images/train-*.tar' 'images/test-*.tar'
     """
-    from milan_pipe import api
-
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = api.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
+        report = milan_pipe.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
     show(f"k-NN of {report.subject}", rows | _frozen_rows(report), report, as_json)
     return report
@@ -113,16 +108,10 @@ def finetune(
 
     Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
     """
-    from milan_pipe import api
-
-    places = checkpoint, train, val, run
+    arguments = checkpoint, train, val, run, read_settings(params, overrides)
+    title = f"{checkpoint} -> {run}"
     return run_training(
-        api.finetune,
-        *places,
-        read_settings(params, overrides),
-        title=f"{checkpoint} -> {run}",
-        rows=lambda report: scored_rows(report, _TOP),
-        as_json=as_json,
+        milan_pipe.finetune, *arguments, title=title, rows=lambda report: scored_rows(report, _TOP), as_json=as_json
     )
 
 
@@ -146,7 +135,6 @@ def segment(
 
     Example: milan-pipe segment run own/train own/val segmented
     """
-    from milan_pipe import api
     from milan_pipe.evaluation.segment import PER_CLASS_FILE
 
     def rows(report: Any) -> dict[str, str]:
@@ -156,17 +144,8 @@ def segment(
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
 
-    return run_training(
-        api.segment,
-        checkpoint,
-        train,
-        val,
-        run,
-        read_settings(params, overrides),
-        title=f"{checkpoint} -> {run}",
-        rows=rows,
-        as_json=as_json,
-    )
+    arguments = checkpoint, train, val, run, read_settings(params, overrides)
+    return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
 
 
 def _print_classes(file: Path) -> None:
@@ -186,7 +165,7 @@ def _print_classes(file: Path) -> None:
 
 @app.command("linear-probe")
 def linear_probe(
-    checkpoint: CheckpointArgument,
+    checkpoint: SubjectArgument,
     train: TrainArgument,
     test: TestArgument,
     run: Annotated[
@@ -194,8 +173,7 @@ def linear_probe(
         typer.Argument(metavar="[RUN]", help="Folder for checkpoints and metrics, to go on in; none: nothing is kept."),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Features once, of untouched images, and L-BFGS: a matter of minutes."),
+        bool, typer.Option("--quick", help="Features once, of untouched images, and L-BFGS: a matter of minutes.")
     ] = False,
     features: FeaturesOption = None,
     keep: KeepOption = None,
@@ -213,15 +191,11 @@ def linear_probe(
 
     Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
-    from milan_pipe import api
-    from milan_pipe.errors import SettingError
-
     settings = read_settings(params, overrides)
     if quick:
         with progress() as update:
-            report = api.linear_probe(
-                checkpoint, train, test, settings, features=features, keep=keep, on_progress=update
-            )
+            kept = {"features": features, "keep": keep}
+            report = milan_pipe.linear_probe(checkpoint, train, test, settings, **kept, on_progress=update)
         advice = "" if report.converged else " (not converged: raise linear_probe.max_iterations)"
         found = {
             "accuracy": f"{100 * report.accuracy:.2f} %",
@@ -237,9 +211,7 @@ def linear_probe(
         left_out = () if run is not None else ("checkpoint", "best")
         return {name: text for name, text in scored_rows(report, _TOP).items() if name not in left_out}
 
-    with ExitStack() as stack:
-        folder = run if run is not None else stack.enter_context(TemporaryDirectory(prefix="milan-pipe-probe-"))
+    with nullcontext(run) if run is not None else TemporaryDirectory(prefix="milan-pipe-probe-") as folder:
+        arguments = checkpoint, train, test, folder, settings
         title = f"linear probe of {checkpoint}"
-        return run_training(
-            api.lars_probe, checkpoint, train, test, folder, settings, title=title, rows=rows, as_json=as_json
-        )
+        return run_training(milan_pipe.lars_probe, *arguments, title=title, rows=rows, as_json=as_json)

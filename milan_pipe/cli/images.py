@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
+import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
-from milan_pipe.cli.console import console, plain, print_json, progress, show
+from milan_pipe.cli.console import console, print_json, print_labelled, progress, show
 from milan_pipe.units import size
 
 
@@ -27,11 +27,9 @@ def prepare(
 
     Example: milan-pipe prepare ~/photos data/images
     """
-    from milan_pipe import api
-
     settings = read_settings(params, overrides)
     with progress() as update:
-        report = api.prepare(source, images, settings, on_progress=update)
+        report = milan_pipe.prepare(source, images, settings, on_progress=update)
     rows = {"shards": str(report.shards), "images": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["skipped"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
@@ -109,12 +107,11 @@ def plan(
 
     Example: milan-pipe plan images targets --total 1000000 --devices 64
     """
-    from milan_pipe import api
     from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
     settings = read_settings(params, overrides)
     with progress("what") as update:
-        report = api.plan(
+        report = milan_pipe.plan(
             images,
             targets,
             settings,
@@ -127,5 +124,5 @@ def plan(
     console.print(store_table(report))
     show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
     for line in report.warnings:
-        console.print(Text.assemble(("warning:", "bold yellow"), " ", plain(line)), soft_wrap=True)
+        print_labelled("warning", "bold yellow", line)
     return report

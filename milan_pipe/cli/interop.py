@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, StudentArgument, app, read_settings
+import milan_pipe
+from milan_pipe.cli.base import CheckpointArgument, JsonOption, ParamsOption, SetOption, app, read_settings
 from milan_pipe.cli.console import console, plain, print_json, show
 
 
 @app.command()
 def export(
-    checkpoint: StudentArgument,
+    checkpoint: CheckpointArgument,
     out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for model.safetensors and config.json.")],
     as_json: JsonOption = False,
 ) -> Any:
@@ -24,9 +26,7 @@ def export(
 
     Example: milan-pipe export run vit-milan
     """
-    from milan_pipe import api
-
-    report = api.export(checkpoint, out)
+    report = milan_pipe.export(checkpoint, out)
     sizes = "".join(f", {name}={value!r}" for name, value in report.model_args.items())
     rows = {
         "parameters": f"{report.parameters:,}",
@@ -60,9 +60,9 @@ def import_published(
 
     Example: milan-pipe import-published milan_vit_base.pth runs/published
     """
-    from milan_pipe import api
-
-    report = api.import_published(file, out, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
+    report = milan_pipe.import_published(
+        file, out, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix
+    )
     student, decoder = report.student, report.decoder
     rows = {
         "student": f"{student.model}, {student.image_size} pixels, patch {student.patch_size}, width {student.width}, "
@@ -87,8 +87,6 @@ def train_demo_teacher(
 
     The package ships what this wrote. It takes about an hour on two cores.
     """
-    import logging
-
     from milan_pipe import api
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+import milan_pipe
 from milan_pipe.cli.base import (
     DeviceOption,
     JsonOption,
@@ -46,20 +46,10 @@ def pretrain(
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
-    from milan_pipe import api
-
     settings = read_settings(params, overrides)
     return run_training(
-        api.pretrain, targets, run, settings, title=f"{targets} -> {run}", rows=training_rows, as_json=as_json
+        milan_pipe.pretrain, targets, run, settings, title=f"{targets} -> {run}", rows=training_rows, as_json=as_json
     )
-
-
-class PrecisionChoice(StrEnum):
-    """Precisions of a forward pass."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @app.command()
@@ -67,7 +57,8 @@ def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="RUN/not-finite/step-NNNNNNNN.safetensors.")],
     device: DeviceOption = "auto",
     precision: Annotated[
-        PrecisionChoice | None, typer.Option("--precision", help="Of the forward pass. Default: the run's.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--precision", help="Of the forward pass. Default: the run's."),
     ] = None,
     as_json: JsonOption = False,
 ) -> Any:
@@ -78,10 +69,8 @@ def replay(
 
     Example: milan-pipe replay run/not-finite/step-00001234.safetensors --precision float32
     """
-    from milan_pipe import api
-
     with progress() as update:
-        report = api.replay(file, device=device, precision=precision.value if precision else None, on_progress=update)
+        report = milan_pipe.replay(file, device=device, precision=precision, on_progress=update)
     worst = [f"{key}: {loss:.4g}" for key, loss in list(report.loss_by_key.items())[:_WORST]]
     broken = [f"{count} in {name}" for name, count in report.stored.items() if count]
     first = ", ".join(report.gradient[:_WORST]) + (" ..." if len(report.gradient) > _WORST else "")

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+import milan_pipe
 from milan_pipe.cli.base import (
+    CheckpointArgument,
     DeviceOption,
     JsonOption,
     ParamsOption,
     SetOption,
-    StudentArgument,
     TargetsArgument,
     app,
     read_settings,
@@ -57,11 +58,9 @@ def inspect_targets(
 
     Example: milan-pipe inspect-targets targets looks --keys scene-0000000003,scene-0000000017
     """
-    from milan_pipe import api
-
     settings = read_settings(params, overrides)
     with progress(what="samples") as update:
-        report = api.inspect_targets(
+        report = milan_pipe.inspect_targets(
             targets, out, settings, keys=_keys(keys), count=count, epoch=epoch, on_progress=update
         )
     rows = {"page": report.page, "images": f"{len(report.images)}, {report.views} views each"}
@@ -71,7 +70,7 @@ def inspect_targets(
 
 @app.command("inspect-student")
 def inspect_student(
-    checkpoint: StudentArgument,
+    checkpoint: CheckpointArgument,
     targets: Annotated[str, typer.Argument(metavar="TARGETS", help="Targets of the teacher that it learned from.")],
     out: OutArgument,
     keys: KeysOption = None,
@@ -90,10 +89,8 @@ def inspect_student(
 
     Example: milan-pipe inspect-student run targets looks --count 16
     """
-    from milan_pipe import api
-
     with progress(what="samples") as update:
-        report = api.inspect_student(
+        report = milan_pipe.inspect_student(
             checkpoint,
             targets,
             out,
@@ -127,8 +124,7 @@ def _extraction(file: Path) -> dict[str, Any]:
 @app.command()
 def report(
     runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Folders of runs: pretrain, finetune, segment, linear-probe."),
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs: pretrain, finetune, segment, linear-probe.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
     targets: Annotated[
@@ -155,11 +151,9 @@ def report(
 
     Example: milan-pipe report run mae tuned segmented --out report.html
     """
-    from milan_pipe import api
-
     timings = _extraction(extraction) if extraction is not None else None
     with progress(what="runs") as update:
-        written = api.report(
+        written = milan_pipe.report(
             runs, out, targets=targets, evaluations=evaluations or (), extraction=timings, on_progress=update
         )
     rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}

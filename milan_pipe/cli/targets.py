@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app, read_settings
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.units import rate, size
@@ -62,7 +63,6 @@ def extract_targets(
 
     Example: milan-pipe extract-targets images targets
     """
-    from milan_pipe import api
     from milan_pipe.extraction.run import ExtractProgress
 
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
@@ -85,7 +85,7 @@ def extract_targets(
                 workers=f"{now.workers} workers" if now.workers > 1 else "",
             )
 
-        report = api.extract_targets(
+        report = milan_pipe.extract_targets(
             images,
             targets,
             settings,
@@ -130,11 +130,9 @@ def verify_targets(
 
     Example: milan-pipe verify-targets targets --against-teacher 8
     """
-    from milan_pipe import api
-
     settings = read_settings(params, overrides)
     with progress(what="shards") as update:
-        report = api.verify_targets(targets, settings, against_teacher=against_teacher, on_progress=update)
+        report = milan_pipe.verify_targets(targets, settings, against_teacher=against_teacher, on_progress=update)
     rows = {
         "shards": str(report.shards),
         "views": f"{report.views} of {report.samples} images",
@@ -169,12 +167,11 @@ def convert_targets(
 
     Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
     """
-    from milan_pipe import api
     from milan_pipe.config.extraction import ExtractSettings
 
     wanted = ExtractSettings.parse({"format": store_format}, "--format").format
     with progress(what="shards") as update:
-        report = api.convert_targets(source, destination, format=wanted, on_progress=update)
+        report = milan_pipe.convert_targets(source, destination, format=wanted, on_progress=update)
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)",
         "images": str(report.samples),

@@ -45,11 +45,7 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
-    """A crop of (3, size, size) normalised floats, drawn from the global generators.
-
-    Raises:
-        SettingError: `auto_augment` is not understood.
-    """
+    """A crop of (3, size, size) normalised floats, drawn from the global generators; raises SettingError."""
     if not 0 < config.scale[0] <= config.scale[1] <= 1:
         raise SettingError(f"augment.scale must be two numbers with 0 < least <= greatest <= 1, found {config.scale}")
     try:
@@ -116,13 +112,10 @@ class TestImages:
 
 
 def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch with its own reverse, label smoothing included; None where both are off.
+    """timm's mixup and cutmix, label smoothing included; None where both are off.
 
     Args:
-        part: images that are mixed with each other: a rank's share of the batch.
-
-    Raises:
-        SettingError: it is odd.
+        part: images that are mixed with each other, a rank's share of the batch; an odd number is a SettingError.
     """
     if not config.mixup and not config.cutmix:
         return None

@@ -22,13 +22,7 @@ from milan_pipe.weights_file import load_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A student's weights and where they come from.
-
-    Attributes:
-        name: path of the checkpoint, or `random`.
-        config: sizes that the weights have.
-        weights: by timm's names, no classifier among them.
-    """
+    """A student's sizes and weights, by timm's names without classifier; `name` is a checkpoint's path or `random`."""
 
     name: str
     config: StudentSettings
@@ -53,8 +47,7 @@ def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransform
     """Settings and encoder of a checkpoint.
 
     Raises:
-        DataError: the checkpoint does not say which student it holds, or is damaged.
-        MismatchError: its tensors are not those of that student.
+        DataError, MismatchError: it is damaged, holds no student, or tensors of another one.
     """
     sizes, task = checkpoint.record.get("student"), checkpoint.record.get("task")
     if not isinstance(sizes, dict) or task is not None:

@@ -82,13 +82,11 @@ class StepPlan:
             yield [SampleRequest(epoch, int(number)) for number in batch]
 
 
+@dataclass(frozen=True)
 class _Batches(Dataset[Any], Generic[T, B]):
-    def __init__(
-        self, take: Callable[[SampleRequest], T], collate: Callable[[list[T]], B], keys: Sequence[str]
-    ) -> None:
-        self._take = take
-        self._collate = collate
-        self._keys = keys
+    take: Callable[[SampleRequest], T]
+    collate: Callable[[list[T]], B]
+    image_keys: Sequence[str]
 
     def __getitem__(self, requests: list[SampleRequest]) -> _Answer[B]:
         bad: list[tuple[str, str]] = []
@@ -97,20 +95,20 @@ class _Batches(Dataset[Any], Generic[T, B]):
         except MilanError as error:
             return _Answer(None, bad, error)
         keys = tuple(key for key, _ in read)
-        return _Answer(Batch(self._collate([value for _, value in read]), keys) if read else None, bad)
+        return _Answer(Batch(self.collate([value for _, value in read]), keys) if read else None, bad)
 
     def _read(self, request: SampleRequest, bad: list[tuple[str, str]]) -> Iterator[tuple[str, T]]:
         """Key and sample of the first image that can be read; in evaluation of this one, if it can."""
         training = request.epoch >= 0
         for offset in range(_TRIES if training else 1):
-            number = (request.number + offset) % len(self._keys)
+            number = (request.number + offset) % len(self.image_keys)
             try:
-                yield self._keys[number], self._take(SampleRequest(request.epoch, number))
+                yield self.image_keys[number], self.take(SampleRequest(request.epoch, number))
                 return
             except LabelError:
                 raise
             except DataError as error:
-                bad.append((self._keys[number], str(error)))
+                bad.append((self.image_keys[number], str(error)))
         if training:
             key, reason = bad[-_TRIES]
             raise DataError(f"{_TRIES} images in a row cannot be read, the first is {key!r}: {reason}")
@@ -131,21 +129,13 @@ class BadImages:
         self.keys: dict[str, str] = {}
 
     def limit(self, readable: int, max_fraction: float) -> None:
-        """Say how many images were listed; from then on `max_fraction` of them may be bad.
-
-        Raises:
-            DataError: more of them are.
-        """
+        """Say how many images were listed; from then on more than `max_fraction` of them bad is a DataError."""
         self._images = readable + len(self.keys)
         self._most = max_fraction * self._images
         self._check()
 
     def add(self, key: str, reason: str) -> None:
-        """Count an image.
-
-        Raises:
-            DataError: they are too many.
-        """
+        """Count an image; raises DataError where they are too many."""
         if key in self.keys:
             return
         self.keys[key] = reason
@@ -193,8 +183,6 @@ def load_batches(
         sampler=batches,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=False,
         prefetch_factor=4 if workers else None,
     )
     for answer in loader:
@@ -204,10 +192,6 @@ def load_batches(
             raise answer.error
         if answer.batch is not None:
             yield answer.batch
-
-
-def _unchanged(answer: Any) -> Any:
-    return answer
 
 
 def in_turn(count: int, batch_size: int, rank: int, ranks: int) -> Iterator[list[SampleRequest]]:

@@ -9,15 +9,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from milan_pipe.config.evaluation import Pool
+from milan_pipe.config.evaluation import FinetuneSettings, Pool
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.backbone import Backbone, resized
 from milan_pipe.evaluation.features import pooled, require_directions
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
-
-_HEAD_DEVIATION = 2e-5
 
 
 def timm_sizes(config: StudentSettings) -> dict[str, Any]:
@@ -40,17 +38,13 @@ def build_vit(config: StudentSettings, **options: Any) -> VisionTransformer:
 
 
 def build_classifier(
-    backbone: Backbone, *, classes: int, image_size: int | None, drop_path: float, seed: int
+    backbone: Backbone, settings: FinetuneSettings, classes: int, seed: int
 ) -> tuple[StudentSettings, VisionTransformer]:
-    """A ViT that classifies the norm of the mean of its patches, with the backbone's weights; all of it is trained.
+    """Sizes, and a ViT that classifies the norm of the mean of its patches, with the backbone's weights.
 
     Args:
-        image_size: side of the input; None: the backbone's.
-        drop_path: rate of the last block; it rises linearly from 0.
+        settings: side of the input and drop path.
         seed: of the classifier's weights.
-
-    Returns:
-        Its sizes, and the model: (B, 3, H, W) normalised floats to (B, classes) logits.
 
     Raises:
         SettingError: the patch does not divide `image_size`.
@@ -58,14 +52,14 @@ def build_classifier(
     Source: arXiv 2111.06377, appendix A.1, and its published code for the head: a norm of its own after the mean, in
     place of the encoder's; classifier weights with deviation 2e-5.
     """
-    config, weights = resized(backbone, image_size)
-    model = build_vit(config, num_classes=classes, global_pool="avg", drop_path_rate=drop_path)
+    config, weights = resized(backbone, settings.image_size)
+    model = build_vit(config, num_classes=classes, global_pool="avg", drop_path_rate=settings.drop_path)
     missing, unexpected = model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}, strict=False
     )
     assert not unexpected, unexpected
     assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
-    _init_head(model.head, _HEAD_DEVIATION, seed)
+    _init_head(model.head, 2e-5, seed)
     return config, model
 
 

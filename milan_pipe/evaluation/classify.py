@@ -5,14 +5,11 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -21,34 +18,12 @@ from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, Lars
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, seeded
-from milan_pipe.evaluation.batches import BadImages
+from milan_pipe.evaluation.batches import share_of_classes
 from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
-from milan_pipe.images.labelled import LabelledImages, labelled_images, require_same_classes
+from milan_pipe.images.labelled import labelled_images, require_same_classes
 from milan_pipe.training.optim import cosine_lr
 
 C = TypeVar("C", bound=FinetuneSettings | LarsProbeSettings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassImages:
-    """What a classifier learns from and is judged on."""
-
-    train: LabelledImages
-    val: LabelledImages
-    classes: int
-
-
-def find_images(train: str | Path, val: str | Path, bad: BadImages) -> ClassImages:
-    """Find both sets; see `labelled_images`.
-
-    Raises:
-        DataError: their classes differ, or there are not two.
-    """
-    first, second = labelled_images(train, bad.add), labelled_images(val, bad.add)
-    classes = require_same_classes(first, second)
-    if len(set(first.label_N)) < 2:
-        raise DataError(f"all images of {first.where} are of one class; a classifier needs two at least")
-    return ClassImages(train=first, val=second, classes=classes)
 
 
 class ClassifierObjective(nn.Module):
@@ -69,57 +44,39 @@ class ClassifierObjective(nn.Module):
 
 
 class ClassifyTask(SupervisedTask[C]):
-    """Training of a classifier, and its top-1 and top-5 accuracy."""
+    """Training of a classifier, and its top-1 and top-5 accuracy. `optimiser` is that of the recipe."""
 
     main_score = "top1"
 
     def __init__(
-        self,
-        start: Start[C],
-        images: ClassImages,
-        *,
-        sizes: StudentSettings,
-        model: nn.Module,
-        optimiser: Callable[[float], torch.optim.Optimizer],
-        augment: AugmentSettings,
-        final_lr: float = 0.0,
-        train_fraction: float = 1.0,
-        ema: float | None = None,
-        record: Mapping[str, Any] = MappingProxyType({}),
+        self, start: Start[C], augment: AugmentSettings, train_fraction: float = 1.0, final_lr: float = 0.0
     ) -> None:
         """See `SupervisedTask`.
 
         Args:
-            optimiser: made with the peak of the learning rate.
             final_lr: at the end of the cosine, before any layer's scale.
         """
-        settings = start.settings
-        super().__init__(
-            start,
-            train=images.train,
-            val=images.val,
-            label_N=images.train.label_N,
-            classes=images.train.classes or images.val.classes or images.classes,
-            train_fraction=train_fraction,
-            sizes=sizes,
-            model=model,
-            record=record,
-        )
+        super().__init__(start)
+        settings = self.settings
+        train, val = labelled_images(start.train, start.bad.add), labelled_images(start.val, start.bad.add)
+        classes = require_same_classes(train, val)
+        if len(set(train.label_N)) < 2:
+            raise DataError(f"all images of {train.where} are of one class; a classifier needs two at least")
+        sizes, model = self.classifier(start, classes)
+        number_N = share_of_classes(train.label_N, train_fraction, settings.seed)
+        self.learn(start, train, val, number_N, train.classes or val.classes or classes, sizes, model)
         self.steps = settings.epochs * self.steps_per_epoch
         self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
-        self._optimiser = optimiser
         self.objective = ClassifierObjective(model, augment.smoothing)
         share = self._plan.share
-        self._mixup = build_mixup(augment, images.classes, share.stop - share.start)
-        self.take = TrainingImages(images.train, augment, sizes.image_size, settings.seed)
-        self._show = TestImages(images.val, sizes.image_size, settings.crop)
-        self._ema = ModelEmaV3(model, decay=ema) if ema is not None else None
-        if self._ema is not None:
-            self.modules = {"model": model, "ema": self._ema.module}
+        self._mixup = build_mixup(augment, classes, share.stop - share.start)
+        self.take = TrainingImages(train, augment, sizes.image_size, settings.seed)
+        self._show = TestImages(val, sizes.image_size, settings.crop)
+        self._judged = model
 
-    def optimiser(self) -> torch.optim.Optimizer:
-        """That of the recipe."""
-        return self._optimiser(self._peak_lr)
+    @abstractmethod
+    def classifier(self, start: Start[C], classes: int) -> tuple[StudentSettings, nn.Module]:
+        """Sizes of the student, and what is trained: (B, 3, H, W) normalised floats to (B, classes) logits."""
 
     def lr(self, step: int) -> float:
         """Cosine per step after a linear warm-up."""
@@ -138,22 +95,17 @@ class ClassifyTask(SupervisedTask[C]):
         """At the end of every few epochs."""
         return step % (self.settings.eval_every * self.steps_per_epoch) == 0
 
-    def after_step(self, step: int) -> None:
-        """Move the mean of the weights."""
-        if self._ema is not None:
-            self._ema.update(self.model, step)
-
     @torch.inference_mode()
     def evaluate(self, *, last: bool) -> dict[str, float]:
-        """Shares of VAL's images whose class is the first, or among the first five; of the mean weights, if any."""
+        """Shares of VAL's images whose class is the first, or among the first five."""
         del last
-        ranks, model = self._ranks, self.model if self._ema is None else self._ema.module
+        ranks = self._ranks
         # Sums by hand, not torchmetrics' means: batches and ranks have different numbers of images.
         sums = torch.zeros(4, dtype=torch.float64)
         for shown in self._shown(self._show, default_collate, max(1, self.batch_size // ranks.count)):
             pixels_BCHW, label_B = (tensor.to(ranks.device) for tensor in shown.value)
             with self._autocast():
-                logits_BG = model(pixels_BCHW).float()
+                logits_BG = self._judged(pixels_BCHW).float()
             hit_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)

@@ -38,11 +38,7 @@ def pooled(tokens_BSD: Tensor, pool: Pool) -> Tensor:
 
 
 def require_directions(features_NF: Tensor) -> None:
-    """See that each of N features is finite and not all zero.
-
-    Raises:
-        DataError: one is.
-    """
+    """Raise DataError unless each of N features is finite and not all zero."""
     broken = int((~features_NF.isfinite().all(dim=1) | ~features_NF.any(dim=1)).sum())
     if broken:
         raise DataError(
@@ -53,11 +49,7 @@ def require_directions(features_NF: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledFeatures:
-    """Features of N images and the class of each, in the order of their shards.
-
-    Attributes:
-        features_NF: float32, on the CPU.
-        label_N: int64 class indices, 0 or more.
+    """Features of N images, float32 on the CPU, and the class of each, int64 and 0 or more; in the shards' order.
 
     Raises:
         ShapeError: the two do not fit each other, or one has another type.
@@ -85,12 +77,7 @@ class LabelledFeatures:
 
 
 def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
-    """See that a classifier of `train` can be judged on `test`.
-
-    Raises:
-        ShapeError: their features differ in width.
-        DataError: `test` has classes that `train` lacks.
-    """
+    """Raise ShapeError where features differ in width, DataError where `test` has classes that `train` lacks."""
     if train.features_NF.shape[1] != test.features_NF.shape[1]:
         raise ShapeError(
             f"train features are {train.features_NF.shape[1]} wide, test features {test.features_NF.shape[1]}; "
@@ -106,22 +93,12 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
 
 
 def student_embedder(encoder: VisionTransformer, pool: Pool, device: torch.device) -> Embedder:
-    """The encoder as an `Embedder` of F = D: all patches seen, tokens taken after the final norm.
+    """The encoder, moved to `device` in place and set to evaluation, as an `Embedder` of F = D; all patches are seen.
 
-    It is moved to `device` in place, run in evaluation mode, and left in the mode that it was in. Pixels that are not
-    of its input size raise ShapeError.
+    Pixels that are not of its input size raise ShapeError.
     """
-    encoder.to(device)
-
-    def embed(pixels_BHWC: Tensor) -> Tensor:
-        was_training = encoder.training
-        encoder.eval()
-        try:
-            return pooled(encode_all(encoder, normalise(pixels_BHWC.to(device))), pool)
-        finally:
-            encoder.train(was_training)
-
-    return embed
+    encoder.to(device).eval()
+    return lambda pixels_BHWC: pooled(encode_all(encoder, normalise(pixels_BHWC.to(device))), pool)
 
 
 def kept_features(
@@ -130,12 +107,11 @@ def kept_features(
     """Features that were computed before, or compute and keep them.
 
     Args:
-        folder: where they are kept, one file for each identity; None keeps nothing.
+        folder: for one file for each identity; None keeps nothing.
         identity: JSON data, all that the features depend on.
 
     Raises:
-        DataError: a kept file is damaged.
-        StoreError: FOLDER cannot be written, or a kept file not be read.
+        DataError, StoreError: a kept file is damaged or cannot be read, or `folder` cannot be written.
     """
     if folder is None:
         return compute()
@@ -155,13 +131,9 @@ def kept_features(
 
 
 def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:
-    """The image's centre square, (size, size, 3), as images are shown at test time.
+    """The image's centre square, (size, size, 3), as images are shown at test time; a very long one is a DataError.
 
-    The shorter side is resized to floor(size / crop), bicubic with antialiasing, the longer one in proportion and
-    rounded down; then the centre is cut out.
-
-    Raises:
-        DataError: so long and thin that the resized image would pass `MAX_PIXELS`.
+    The shorter side is resized to floor(size / crop), bicubic with antialiasing; the longer one is rounded down.
 
     Source: torchvision's Resize and CenterCrop, with timm's rule for the shorter side.
     """
@@ -185,21 +157,18 @@ def embed_shards(
 ) -> LabelledFeatures:
     """Embed all labelled images of `images`, without gradients.
 
-    Images are decoded on threads, a bounded number of them ahead of the forward pass. The result, order included,
-    does not depend on `config.threads`.
+    The result, order included, does not depend on `config.threads`.
 
     Args:
-        images: shards as `expand_shards` takes them, or a folder with one subfolder of images per class.
+        images: as `labelled_images` takes them.
         size: height and width of the pixels that `embedder` takes.
         config: `pool` is not read here.
         on_bad: called with key and reason of each image that is skipped.
         on_progress: called with the number of images done.
 
     Raises:
-        MissingError: the shards are not there.
-        DataError: a shard is damaged, an image has no label, no image can be read, or as `LabelledFeatures`.
         ShapeError: the embedder does not return (B, F).
-        StoreError: the object store cannot be read.
+        MissingError, DataError, StoreError: as `labelled_images` and `LabelledFeatures`, or no image can be read.
     """
     bad = 0
 

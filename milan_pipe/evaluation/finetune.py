@@ -2,73 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils.model_ema import ModelEmaV3
 
 from milan_pipe.config.evaluation import FinetuneSettings
-from milan_pipe.config.params import Params
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.evaluation.classifier import build_classifier
-from milan_pipe.evaluation.classify import ClassifyTask, find_images
-from milan_pipe.evaluation.supervised import Start, run_supervised
+from milan_pipe.evaluation.classify import ClassifyTask
+from milan_pipe.evaluation.supervised import Start
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.task import RunReport
 
 
-def finetune(
-    checkpoint: str | Path,
-    train: str | Path,
-    val: str | Path,
-    run: str | Path,
-    params: Params,
-    *,
-    on_progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> RunReport:
-    """Train student and classifier; writes RUN/checkpoints, RUN/best and RUN/metrics.
+class FinetuneTask(ClassifyTask[FinetuneSettings]):
+    """Trains student and classifier; with `ema`, the mean of the weights is judged."""
 
-    A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit,
-    whatever the number of workers. Under torchrun all ranks call it: the order of images and their augmentation do
-    not depend on their number, while mixup pairs images of a rank.
+    name, sections = "finetune", ("augment", "finetune")
 
-    Args:
-        checkpoint: as `backbone_of` takes it.
-        train, val: as `labelled_images` takes them.
-        params: `student` has the sizes of a student with fresh weights.
-
-    Raises:
-        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `labelled_images`,
-            `require_same_classes` and `run_task`.
-    """
-
-    def task_of(start: Start[FinetuneSettings]) -> ClassifyTask[FinetuneSettings]:
+    def __init__(self, start: Start[FinetuneSettings]) -> None:
         settings = start.settings
-        images = find_images(train, val, start.bad)
-        sizes, model = build_classifier(
-            start.backbone,
-            classes=images.classes,
-            image_size=settings.image_size,
-            drop_path=settings.drop_path,
-            seed=start.head_seed,
-        )
-        model.set_grad_checkpointing(settings.checkpoint_activations)
-        return ClassifyTask(
-            start,
-            images,
-            sizes=sizes,
-            model=model,
-            optimiser=lambda lr: build_adamw(
-                model,
-                lr=lr,
-                betas=settings.betas,
-                weight_decay=settings.weight_decay,
-                layer_decay=settings.layer_decay,
-            ),
-            augment=params.augment,
-            final_lr=settings.min_lr,
-            train_fraction=settings.train_fraction,
-            ema=settings.ema,
-            record={"crop": settings.crop},
+        super().__init__(start, start.params.augment, settings.train_fraction, settings.min_lr)
+        self.record = {**self.record, "crop": settings.crop}
+        self._ema = ModelEmaV3(self.model, decay=settings.ema) if settings.ema is not None else None
+        if self._ema is not None:
+            self._judged = self._ema.module
+            self.modules = {"model": self.model, "ema": self._ema.module}
+
+    def classifier(self, start: Start[FinetuneSettings], classes: int) -> tuple[StudentSettings, VisionTransformer]:
+        """The student, its patches' mean and a linear map."""
+        sizes, model = build_classifier(start.backbone, start.settings, classes, start.head_seed)
+        model.set_grad_checkpointing(start.settings.checkpoint_activations)
+        return sizes, model
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """AdamW with a rate that falls from each layer to the one below."""
+        settings, lr = self.settings, self._peak_lr
+        return build_adamw(
+            self.model,
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
         )
 
-    places = checkpoint, train, val, run
-    return run_supervised("finetune", ("augment", "finetune"), params.finetune, places, params, task_of, on_progress)
+    def after_step(self, step: int) -> None:
+        """Move the mean of the weights."""
+        if self._ema is not None:
+            self._ema.update(self.model, step)

@@ -38,14 +38,7 @@ from milan_pipe.training.checkpoint import run_of
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated.
-
-    Attributes:
-        name: to print.
-        identity: of weights and settings, the same for the same features.
-        size: side of the input in pixels.
-        embed: pixels to features.
-    """
+    """What is evaluated: `identity` is the same for the same features, `size` the side of the input in pixels."""
 
     name: str
     identity: str
@@ -54,15 +47,10 @@ class Subject:
 
 
 def subject_of(checkpoint: str | Path, params: Params) -> Subject:
-    """What a CHECKPOINT argument names.
-
-    Args:
-        checkpoint: a checkpoint folder, a run folder (its last checkpoint), `random` (the configured student with
-            fresh weights) or `teacher` (the configured teacher: the upper bound).
+    """What a CHECKPOINT argument names: as of `backbone_of`, or `teacher`, the configured one.
 
     Raises:
-        MissingError, DataError, MismatchError: see `open_checkpoint`.
-        SettingError: the teacher or student that the settings name does not exist.
+        MissingError, DataError, MismatchError, SettingError: as `backbone_of`, or there is no such teacher.
     """
     student, pool = params.student, params.embed.pool
     device = resolve_device(params.pretrain.device)
@@ -125,10 +113,9 @@ class FrozenSets:
 
     Args:
         checkpoint: see `subject_of`.
-        train, test: see `embed_shards`.
+        train, test: see `embed_shards`, as `on_progress`.
         features: folder that keeps what is embedded; skipped images are reported the first time alone.
         keep: folder for the result, which `report` reads; none: `evaluations` in the run of the checkpoint.
-        on_progress: called with the number of images embedded.
 
     Raises:
         MissingError, DataError, MismatchError, SettingError, StoreError: as `subject_of` and `embed_shards`, or a

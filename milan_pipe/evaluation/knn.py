@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from milan_pipe.config.evaluation import KnnSettings
@@ -17,17 +14,10 @@ _CHUNK_VALUES = 2**24
 
 
 def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSettings) -> dict[int, float]:
-    """Share of test images whose nearest train images vote for the right class.
+    """Share of test images whose nearest train images vote for the right class, by rising number of neighbours.
 
-    Similarity is the cosine, in float32 and over all pairs: nothing is approximated. Votes are summed in float64; of
-    equal classes the lowest index wins. Memory is bounded: test images go in chunks.
-
-    Args:
-        train, test: features of one encoder.
-        config: numbers of neighbours above the number of train images are left out of the answer.
-
-    Returns:
-        Accuracy in 0..1 for each number of neighbours, in rising order.
+    Similarity is the cosine in float32, over all pairs; votes are summed in float64, and of equal classes the lowest
+    index wins. Numbers of neighbours above the number of train images are left out.
 
     Raises:
         SettingError: all of `config.neighbours` are above the number of train images.
@@ -54,17 +44,9 @@ def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSet
         cosine_BK, nearest_BK = (F.normalize(features_BF, dim=1) @ train_NF.T).topk(counts[-1], dim=1)
         # Relative to the nearest neighbour: the same winner, and no overflow at a low temperature.
         weight_BK = ((cosine_BK.double() - cosine_BK[:, :1].double()) / config.temperature).exp()
-        winners = _winners(train_class_N[nearest_BK], weight_BK, counts, len(class_G))
-        for count, winner_B in zip(counts, winners, strict=True):
-            right[count] += int((class_G[winner_B] == label_B).sum())
+        class_BK = train_class_N[nearest_BK]
+        votes_BG = torch.zeros(len(label_B), len(class_G), dtype=torch.float64)
+        for first, count in zip([0, *counts[:-1]], counts, strict=True):
+            votes_BG.scatter_add_(1, class_BK[:, first:count], weight_BK[:, first:count])
+            right[count] += int((class_G[votes_BG.argmax(dim=1)] == label_B).sum())
     return {count: hits / len(test.label_N) for count, hits in right.items()}
-
-
-def _winners(class_BK: Tensor, weight_BK: Tensor, counts: Sequence[int], classes: int) -> list[Tensor]:
-    """Class of the most votes among the first `count` neighbours, for each of the rising `counts`."""
-    votes_BG = torch.zeros(len(class_BK), classes, dtype=weight_BK.dtype)
-    winners = []
-    for start, stop in zip([0, *counts[:-1]], counts, strict=True):
-        votes_BG.scatter_add_(1, class_BK[:, start:stop], weight_BK[:, start:stop])
-        winners.append(votes_BG.argmax(dim=1))
-    return winners

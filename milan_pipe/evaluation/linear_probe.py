@@ -23,14 +23,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a linear probe came to.
+    """Accuracy, 0..1, on test and train images, and the strength that was chosen.
 
-    Attributes:
-        accuracy: on the test images, 0..1.
-        l2: strength that was chosen.
-        train_accuracy: of the same classifier on the images it was fitted to.
-        converged: False where the last fit stopped at `max_iterations` or for want of progress: raise
-            `max_iterations`, or drop the smallest strengths.
+    `converged` is False where the last fit stopped at `max_iterations` or made no progress: raise `max_iterations`, or
+    drop the smallest strengths.
     """
 
     accuracy: float
@@ -42,12 +38,9 @@ class ProbeResult:
 def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeSettings) -> ProbeResult:
     """Fit multinomial logistic regression on `train`, report it on `test`.
 
-    Each feature is shifted and scaled by mean and deviation of the images fitted to, a BatchNorm without affine
-    part; constant features become 0. The strength is chosen on a held-out part of `train` (the strongest of equals),
-    then the classifier is fitted to all of `train`. `test` is looked at once.
-
-    Returns:
-        The same record each time for the same arguments, up to the arithmetic of the machine's BLAS.
+    Features are standardised, constant ones become 0. The strength is chosen on a held-out part of `train` (the
+    strongest of equals), then the classifier is fitted to all of `train`. The result is reproducible, up to the
+    arithmetic of the machine's BLAS.
 
     Raises:
         DataError: fewer than two classes, no train image to hold out, or as `check_same_task`.
@@ -115,11 +108,7 @@ def _choose_l2(features_NF: Floats, label_N: Ints, config: LinearProbeSettings) 
 
 
 def _held_out(label_N: Ints, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which samples to hold out: spread evenly over the classes, and never the last one of a class.
-
-    Raises:
-        DataError: every class has one sample only.
-    """
+    """Which samples to hold out: spread evenly over the classes, and never the last one of a class."""
     shuffled_N = permutation(len(label_N), "held out", seed)
     by_class_N = shuffled_N[np.argsort(label_N[shuffled_N], kind="stable")]
     first_N = np.diff(label_N[by_class_N], prepend=-1) != 0

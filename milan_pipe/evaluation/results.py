@@ -52,11 +52,7 @@ def make_folder(folder: Path) -> None:
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
-    """Write FOLDER/TASK-DIGEST.json; the same task of the same weights with the same command is replaced.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
+    """Write FOLDER/TASK-DIGEST.json, in place of the same command's on the same weights; raises StoreError."""
     name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
     file = folder / f"{evaluation.task}-{name}.json"
     write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", _ADVICE)
@@ -64,11 +60,7 @@ def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """All results in a folder, by file name.
-
-    Raises:
-        DataError: a file is damaged or of another version.
-    """
+    """All results in a folder, by file name; DataError where one is damaged or of another version."""
     found = []
     for file in sorted(folder.glob("[!.]*.json")):
         try:

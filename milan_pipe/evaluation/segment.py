@@ -6,7 +6,7 @@ Shape suffixes are explained in `milan_pipe.evaluation`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,20 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milan_pipe.config.evaluation import SegmentSettings
-from milan_pipe.config.params import Params
-from milan_pipe.config.student import StudentSettings
 from milan_pipe.drawing.sheet import Segmentation, draw_sheet, segmentation_sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.evaluation.batches import share_of_classes
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict
-from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask, run_supervised
+from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
 from milan_pipe.storage.local import write_file
 from milan_pipe.training.optim import build_adamw, polynomial_lr
-from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.task import RunReport
 
 PER_CLASS_FILE = "per_class.json"
 _IMAGES = 6
@@ -89,41 +86,27 @@ def _described(classes: tuple[str, ...] | int) -> str:
 
 
 class SegmentTask(SupervisedTask[SegmentSettings]):
-    """Training of UperNet, and its scores by sliding windows."""
+    """Training of UperNet, and its scores by sliding windows; also writes RUN/images and RUN/per_class.json."""
 
+    name, sections = "segment", ("segment",)
     main_score = "miou"
     least_part, least_reason = 2, "; the batch norms of UperNet need two images at a time"
 
-    def __init__(
-        self,
-        start: Start[SegmentSettings],
-        *,
-        train: MaskedImages,
-        val: MaskedImages,
-        rule: MaskRule,
-        names: tuple[str, ...],
-        sizes: StudentSettings,
-        model: UperNet,
-    ) -> None:
-        """See `SupervisedTask`."""
-        settings, side = start.settings, sizes.image_size
+    def __init__(self, start: Start[SegmentSettings]) -> None:
+        super().__init__(start)
+        settings = self.settings
+        train = masked_images(start.train, "train", start.bad.add)
+        val = masked_images(start.val, "val", start.bad.add)
+        rule, self._names = _rule_and_names(train, val, settings)
+        sizes, model = build_upernet(start.backbone, settings, len(self._names), start.head_seed)
+        model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
+        side = sizes.image_size
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio must be two numbers with 0 < least <= greatest, found {settings.ratio}")
-        super().__init__(
-            start,
-            train=train,
-            val=val,
-            label_N=np.zeros(len(train), dtype=np.int64),
-            classes=names,
-            train_fraction=settings.train_fraction,
-            sizes=sizes,
-            model=model,
-            data={"rule": asdict(rule)},
-        )
-        self.steps = settings.steps
-        self.objective = SegmentObjective(model, settings.auxiliary)
-        self._net, self._names, self._side = model, names, side
-        self._short = settings.short_side or side
+        number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
+        self.learn(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
+        self.steps, self.objective = settings.steps, SegmentObjective(model, settings.auxiliary)
+        self._side, self._short = side, settings.short_side or side
         self._stride = settings.stride or max(1, round(side * 341 / 512))
         self.take = TrainingMasks(train, rule, side=side, short=self._short, ratio=settings.ratio, seed=settings.seed)
         self._show = TestMasks(val, rule)
@@ -131,10 +114,10 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
 
     def optimiser(self) -> torch.optim.Optimizer:
         """AdamW with a rate that falls from each block to the one below."""
-        settings = self.settings
+        settings, lr = self.settings, self.settings.lr
         return build_adamw(
-            self._net,
-            lr=settings.lr,
+            self.model,
+            lr=lr,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
@@ -202,47 +185,3 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         sheet = segmentation_sheet(f"step {step}", self._drawn, len(self._names))
         write_file(file, draw_sheet(sheet))
         return file
-
-
-def segment(
-    checkpoint: str | Path,
-    train: str | Path,
-    val: str | Path,
-    run: str | Path,
-    params: Params,
-    *,
-    on_progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> RunReport:
-    """Train UperNet on the student; writes RUN/checkpoints, RUN/best, RUN/metrics, RUN/images and RUN/per_class.json.
-
-    A run that was interrupted goes on; on a CPU its curve and weights are then those of an unbroken run, to the bit.
-
-    Args:
-        checkpoint: as `backbone_of` takes it.
-        train, val: as `masked_images` takes them.
-        params: `student` has the sizes of a student with fresh weights.
-
-    Raises:
-        LabelError: a mask is of another size than its image, in colours, or has a value that is no class.
-        MissingError, DataError, MismatchError, SettingError, StoreError: as `backbone_of`, `masked_images` and
-            `run_task`.
-    """
-
-    def task_of(start: Start[SegmentSettings]) -> SegmentTask:
-        settings = start.settings
-        first, second = masked_images(train, "train", start.bad.add), masked_images(val, "val", start.bad.add)
-        rule, names = _rule_and_names(first, second, settings)
-        sizes, model = build_upernet(
-            start.backbone,
-            classes=len(names),
-            crop=settings.crop,
-            blocks=settings.blocks,
-            channels=settings.channels,
-            drop_path=settings.drop_path,
-            seed=start.head_seed,
-        )
-        model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
-        return SegmentTask(start, train=first, val=second, rule=rule, names=names, sizes=sizes, model=model)
-
-    places = checkpoint, train, val, run
-    return run_supervised("segment", ("segment",), params.segment, places, params, task_of, on_progress)

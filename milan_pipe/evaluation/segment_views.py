@@ -97,9 +97,7 @@ class TestMasks(_Masks):
 class TrainingMasks(_Masks):
     """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
 
-    Attributes:
-        short: shorter side of the image at ratio 1.
-        ratio: least and greatest ratio by which it is resized.
+    The image is resized to a shorter side of `short` times a ratio from the range `ratio`.
     """
 
     side: int

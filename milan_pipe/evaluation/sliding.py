@@ -66,15 +66,11 @@ def predict(
     flip: bool,
     device: torch.device,
 ) -> Tensor:
-    """(H, W) class indices of an image, at its own size.
+    """(H, W) class indices of an RGB image, at its own size.
 
     At each scale the image is resized (bilinear, antialiased), its shorter side to `short` x scale and its longer to
     four times that at most; logits come from windows, are resized to the image, and their softmax is averaged over
-    scales and mirrors.
-
-    Args:
-        image: RGB.
-        flip: also of the mirrored image.
+    scales and, with `flip`, mirrors.
     """
     size = image.height, image.width
     total_GHW: Tensor | None = None

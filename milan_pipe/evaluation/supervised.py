@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -24,15 +23,7 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
-from milan_pipe.evaluation.batches import (
-    BadImages,
-    Batch,
-    SampleRequest,
-    StepPlan,
-    in_turn,
-    load_batches,
-    share_of_classes,
-)
+from milan_pipe.evaluation.batches import BadImages, Batch, SampleRequest, StepPlan, in_turn, load_batches
 from milan_pipe.images.labelled import LabelledImages
 from milan_pipe.images.masked import MaskedImages
 from milan_pipe.random_bits import seed_of
@@ -65,13 +56,13 @@ class Start(Generic[S]):
     """What a run on labelled images begins with, on one rank.
 
     Attributes:
-        sections: names of the settings that the weights depend on; the last one is the task's own.
+        train, val: images, as the user named them.
         settings: of the task, with the precision that the device has.
         record: command, data and settings, for checkpoints.
     """
 
-    name: str
-    sections: Sequence[str]
+    train: str | Path
+    val: str | Path
     params: Params
     settings: S
     backbone: Backbone
@@ -87,58 +78,57 @@ class Start(Generic[S]):
 
 
 class SupervisedTask(Task[ImageBatch], Generic[S]):
-    """Training on labelled images. A subclass says what is learnt and how it is judged.
+    """Training on labelled images. A subclass finds images, makes a model, and hands them to `learn`.
 
     Attributes:
+        sections: names of the settings that the weights depend on; the last one is the task's own.
         least_part: fewest images that a rank computes with at a time, and `least_reason` why.
         take: makes a training sample, pixels (C, H, W) and target; runs in a worker process.
     """
 
+    name: str
+    sections: tuple[str, ...]
     settings: S
     least_part, least_reason = 1, ""
     take: Callable[[SampleRequest], tuple[Tensor, Tensor | int]]
 
-    def __init__(
+    def __init__(self, start: Start[S]) -> None:
+        self.settings, self.batch_size = start.settings, start.settings.batch_size
+        self.advice = f"lower {self.sections[-1]}.lr, or look at the images"
+        self._ranks, self._bad, self._run = start.ranks, start.bad, start.run
+
+    def learn(
         self,
         start: Start[S],
-        *,
         train: ImageSet,
         val: ImageSet,
-        label_N: NDArray[np.int64],
+        number_N: NDArray[np.int64],
         classes: Sequence[str] | int,
-        train_fraction: float,
         sizes: StudentSettings,
         model: nn.Module,
-        data: Mapping[str, Any] = MappingProxyType({}),
-        record: Mapping[str, Any] = MappingProxyType({}),
+        **data: Any,
     ) -> None:
         """Check the batch, plan the steps, and say what the run depends on.
 
         Args:
-            label_N: classes of the train images; `train_fraction` of each is trained on.
-            data, record: more to keep of the data and of the model.
+            number_N: images of `train` to train on.
+            data: more that the data depend on.
         """
-        settings, ranks, section = start.settings, start.ranks, start.sections[-1]
-        batch_size = settings.batch_size
-        self.name, self.settings = start.name, settings
-        self.advice = f"lower {section}.lr, or look at the images"
-        self.batch_size = batch_size
-        self.model = model.to(ranks.device)
-        self.modules = {"model": model}
-        self._ranks, self._run, self._train, self._val, self._bad = ranks, start.run, train, val, start.bad
-        number_N = share_of_classes(label_N, train_fraction, settings.seed)
-        if len(number_N) < batch_size:
+        settings, ranks, section = self.settings, self._ranks, self.sections[-1]
+        self.model, self.modules = model.to(ranks.device), {"model": model}
+        self._train, self._val = train, val
+        if len(number_N) < self.batch_size:
             raise SettingError(
-                f"{section}.batch_size is {batch_size}, {train.where} has {len(number_N)} images to train on; set a "
-                "smaller batch_size"
+                f"{section}.batch_size is {self.batch_size}, {train.where} has {len(number_N)} images to train on; "
+                "set a smaller batch_size"
             )
-        if batch_size // ranks.count // settings.accumulate < self.least_part:
+        if self.batch_size // ranks.count // settings.accumulate < self.least_part:
             raise SettingError(
-                f"{section}.batch_size is {batch_size}: {ranks.count} ranks with accumulate={settings.accumulate} "
+                f"{section}.batch_size is {self.batch_size}: {ranks.count} ranks with accumulate={settings.accumulate} "
                 f"need at least {ranks.count * settings.accumulate * self.least_part}{self.least_reason}"
             )
         self._plan = StepPlan(
-            number_N=number_N, batch_size=batch_size, seed=settings.seed, rank=ranks.rank, ranks=ranks.count
+            number_N=number_N, batch_size=self.batch_size, seed=settings.seed, rank=ranks.rank, ranks=ranks.count
         )
         self.steps_per_epoch = self._plan.steps_per_epoch
         if settings.compile:
@@ -146,20 +136,14 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
         start.bad.limit(len(train) + len(val), settings.max_bad_fraction)
         student = sizes.model_dump(mode="json")
         named = classes if isinstance(classes, int) else list(classes)
-        dumped = {name: getattr(start.params, name) for name in start.sections} | {section: settings}
+        dumped = {name: getattr(start.params, name) for name in self.sections} | {section: settings}
         self.configuration = {
             # The class list is part of the data, whatever file it came from.
             **{name: value.model_dump(mode="json", exclude=RESUMABLE | {"classes"}) for name, value in dumped.items()},
             "student": {**student, "weights": start.backbone.digest()},
             "data": {"train": train.fingerprint, "val": val.fingerprint, "classes": named, **data},
         }
-        self.record = {
-            "student": student,
-            "classes": named,
-            **record,
-            "backbone": start.backbone.name,
-            **start.record,
-        }
+        self.record = {"student": student, "classes": named, "backbone": start.backbone.name, **start.record}
 
     def before_step(self, step: int) -> None:
         """Drop path draws from the device's global generator."""
@@ -210,33 +194,41 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
 
 
 def run_supervised(
-    name: str,
-    sections: Sequence[str],
-    settings: S,
-    places: tuple[str | Path, str | Path, str | Path, str | Path],
+    task: type[SupervisedTask[S]],
+    checkpoint: str | Path,
+    train: str | Path,
+    val: str | Path,
+    run: str | Path,
     params: Params,
-    task_of: Callable[[Start[S]], SupervisedTask[S]],
-    on_progress: Callable[[TrainProgress], None],
+    on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> RunReport:
-    """Do the run of a command, or go on with it.
+    """Train, or go on with a run; writes RUN/checkpoints, RUN/best and RUN/metrics.
+
+    On a CPU curve and weights of an interrupted run are those of an unbroken one, to the bit, whatever the number of
+    workers. Under torchrun all ranks call it: order and augmentation of images do not depend on their number, while
+    mixup pairs images of a rank.
 
     Args:
-        name: of the command.
-        sections, settings: as in `Start`; the settings are those of the last section.
-        places: checkpoint, train, val and run, as the user named them.
+        checkpoint: as `backbone_of` takes it.
+        train, val: as `labelled_images` takes them; a segmentation's as `masked_images` does.
+        params: `student` has the sizes of a student with fresh weights.
+
+    Raises:
+        LabelError: a mask is of another size than its image, in colours, or has a value that is no class.
+        MissingError, DataError, MismatchError, SettingError, StoreError: as those, `require_same_classes` and
+            `run_task`.
     """
-    checkpoint, train, val, run = places
-    record = record_of(name, places, params, sections, data=f"{train} -> {val}")
+    settings: Any = getattr(params, task.sections[-1])
+    record = record_of(task.name, (checkpoint, train, val, run), params, task.sections, data=f"{train} -> {val}")
 
     def build(ranks: Ranks, folder: Path) -> SupervisedTask[S]:
         precision = resolve_precision(settings.precision, ranks.device)
-        resolved: Any = settings.model_copy(update={"precision": precision})
-        return task_of(
+        return task(
             Start(
-                name=name,
-                sections=sections,
+                train=train,
+                val=val,
                 params=params,
-                settings=resolved,
+                settings=settings.model_copy(update={"precision": precision}),
                 backbone=backbone_of(checkpoint, params.student, settings.seed),
                 bad=BadImages(folder / "bad_samples.jsonl" if ranks.first else None),
                 record=record,

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, resized
@@ -99,29 +100,20 @@ class UperNet(nn.Module):
 
 
 def build_upernet(
-    backbone: Backbone,
-    *,
-    classes: int,
-    crop: int | None,
-    blocks: tuple[int, ...] | None,
-    channels: int,
-    drop_path: float,
-    seed: int,
+    backbone: Backbone, settings: SegmentSettings, classes: int, seed: int
 ) -> tuple[StudentSettings, UperNet]:
-    """UperNet on the backbone's weights; all of it is trained.
+    """Sizes, and UperNet on the backbone's weights; blocks after the last one that a head reads are left out.
 
     Args:
-        crop: side of the input; None: the backbone's.
-        blocks: four blocks, not falling, counted from 0; None: `default_blocks`. Those after the last one are left out.
         seed: of the heads' weights.
 
     Raises:
-        SettingError: the patch does not divide `crop`, or there are no such blocks.
+        SettingError: the patch does not divide `segment.crop`, or there are no such blocks.
     """
-    config, weights = resized(backbone, crop)
-    encoder = build_vit(config, num_classes=0, drop_path_rate=drop_path)
+    config, weights = resized(backbone, settings.crop)
+    encoder = build_vit(config, num_classes=0, drop_path_rate=settings.drop_path)
     depth = len(encoder.blocks)
-    chosen = default_blocks(depth) if blocks is None else blocks
+    chosen = default_blocks(depth) if settings.blocks is None else settings.blocks
     if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:
         raise SettingError(
             f"segment.blocks is {list(chosen)}, expected four block numbers, not falling, from 0 to {depth - 1}, as "
@@ -133,4 +125,4 @@ def build_upernet(
     encoder.blocks = encoder.blocks[: chosen[-1] + 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return config, UperNet(encoder, chosen, channels, classes)
+        return config, UperNet(encoder, chosen, settings.channels, classes)

@@ -19,6 +19,7 @@ from support import processes
 from support.images import NAMES, TINY, class_folders, image, labelled_shard, png, write_tar
 from support.training import StopAtError, killed_until_done, stop_at
 
+from milan_pipe.api import finetune, lars_probe
 from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, LarsProbeSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
@@ -27,8 +28,6 @@ from milan_pipe.evaluation.augment import TrainingImages, build_mixup, seeded
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.batches import SampleRequest, StepPlan, share_of_classes
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
-from milan_pipe.evaluation.finetune import finetune
-from milan_pipe.evaluation.lars_probe import lars_probe
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
@@ -149,7 +148,7 @@ def backbone(config: StudentSettings = TINY) -> Backbone:
 
 
 def test_every_parameter_of_the_classifier_gets_a_gradient() -> None:
-    _, model = build_classifier(backbone(), classes=5, image_size=None, drop_path=0.0, seed=1)
+    _, model = build_classifier(backbone(), FinetuneSettings(), classes=5, seed=1)
     with torch.no_grad():
         model.head.weight.normal_()
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
@@ -168,7 +167,7 @@ def test_the_linear_probe_trains_its_head_alone() -> None:
 
 def test_the_classifier_begins_with_the_backbone() -> None:
     start = backbone()
-    _, model = build_classifier(start, classes=5, image_size=None, drop_path=0.0, seed=1)
+    _, model = build_classifier(start, FinetuneSettings(), classes=5, seed=1)
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in start.weights.items() if name[:5] != "norm.")
     images = torch.randn(2, 3, 16, 16)
@@ -181,7 +180,7 @@ def test_the_classifier_begins_with_the_backbone() -> None:
 
 
 def test_positions_are_interpolated_to_another_size() -> None:
-    sizes, model = build_classifier(backbone(), classes=5, image_size=24, drop_path=0.0, seed=1)
+    sizes, model = build_classifier(backbone(), FinetuneSettings(image_size=24), classes=5, seed=1)
     assert sizes.image_size == 24
     assert model.pos_embed.shape == (1, 37, 16)
     expected = torch.nn.functional.interpolate(

@@ -19,13 +19,13 @@ from support import processes
 from support.images import TINY, image, labelled_shard, mask, mask_folders, png
 from support.training import StopAtError, killed_until_done, stop_at
 
+from milan_pipe.api import segment
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, MissingError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
-from milan_pipe.evaluation.segment import segment
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
 from milan_pipe.images.masked import MaskRule, decode_mask, masked_images, read_classes
@@ -136,9 +136,8 @@ def test_polynomial_decay() -> None:
 
 
 def upernet(**change: Any) -> UperNet:
-    told = {"classes": 5, "crop": None, "blocks": None, "channels": 8, "drop_path": 0.0, "seed": 1}
     student = TINY.model_copy(update={"depth": 4})
-    return build_upernet(backbone_of("random", student, 0), **{**told, **change})[1]
+    return build_upernet(backbone_of("random", student, 0), SegmentSettings(channels=8, **change), classes=5, seed=1)[1]
 
 
 def test_the_published_blocks() -> None:
