@@ -19,26 +19,7 @@ from milan_pipe.cli.doctor import doctor  # isort: skip
 from milan_pipe.cli.interop import export, import_published, train_demo_teacher  # isort: skip
 
 __all__ = [
-    "app",
-    "convert_targets",
-    "demo",
-    "doctor",
-    "export",
-    "extract_targets",
-    "finetune",
-    "import_published",
-    "inspect_student",
-    "inspect_targets",
-    "knn",
-    "linear_probe",
-    "main",
-    "plan",
-    "prepare",
-    "pretrain",
-    "recipes",
-    "replay",
-    "report",
-    "segment",
-    "train_demo_teacher",
-    "verify_targets",
-]
+    "app", "convert_targets", "demo", "doctor", "export", "extract_targets", "finetune", "import_published",
+    "inspect_student", "inspect_targets", "knn", "linear_probe", "main", "plan", "prepare", "pretrain", "recipes",
+    "replay", "report", "segment", "train_demo_teacher", "verify_targets",
+]  # fmt: skip

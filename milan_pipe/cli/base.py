@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from milan_pipe import __version__
 from milan_pipe.cli.console import errors_as_one_line, raise_file_limit, show_warnings_as_lines
-
-if TYPE_CHECKING:
-    from milan_pipe.config.params import Params
 
 
 class _Commands(typer.core.TyperGroup):
@@ -69,14 +66,6 @@ StudentArgument = Annotated[
 SubjectArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or `random` (untrained student), or `teacher`.")
 ]
-
-
-def read_settings(params: Path | None, overrides: list[str] | None) -> Params:
-    """Settings of --params and --set; raises `SettingError`."""
-    # Imported late: torch and open_clip take seconds, and --help should not.
-    from milan_pipe.config.params import load_params
-
-    return load_params(params, overrides or [])
 
 
 def _version(wanted: bool) -> None:

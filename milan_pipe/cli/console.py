@@ -43,8 +43,8 @@ def plain(text: str, **style: Any) -> Text:
     return Text(printable(text), **style)
 
 
-def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
-    """Print a report as a table, and with `as_json` as one line of JSON."""
+def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
+    """Print a report as a table, and with `as_json` as one line of JSON; returns it."""
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -55,6 +55,7 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> None:
     console.print(table)
     if as_json:
         print_json(dataclasses.asdict(report))
+    return report
 
 
 def print_json(values: dict[Any, Any]) -> None:

@@ -12,16 +12,7 @@ import typer
 from rich.table import Table
 
 import milan_pipe
-from milan_pipe.cli.base import (
-    JsonOption,
-    ParamsOption,
-    RunArgument,
-    SetOption,
-    StudentArgument,
-    SubjectArgument,
-    app,
-    read_settings,
-)
+from milan_pipe.cli.base import JsonOption, ParamsOption, RunArgument, SetOption, StudentArgument, SubjectArgument, app
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.cli.training import run_training, scored_rows
 from milan_pipe.errors import SettingError
@@ -78,12 +69,11 @@ def knn(
 
     Example: milan-pipe knn run 'images/train-*.tar' 'images/test-*.tar'
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     with progress() as update:
         report = milan_pipe.knn(checkpoint, train, test, settings, features=features, keep=keep, on_progress=update)
     rows = {f"k = {k}": f"{100 * accuracy:.2f} %" for k, accuracy in report.accuracy.items()}
-    show(f"k-NN of {report.subject}", rows | _frozen_rows(report), report, as_json)
-    return report
+    return show(f"k-NN of {report.subject}", rows | _frozen_rows(report), report, as_json)
 
 
 @app.command()
@@ -108,7 +98,7 @@ def finetune(
 
     Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
     """
-    arguments = checkpoint, train, val, run, read_settings(params, overrides)
+    arguments = checkpoint, train, val, run, milan_pipe.load_params(params, overrides or ())
     title = f"{checkpoint} -> {run}"
     return run_training(
         milan_pipe.finetune, *arguments, title=title, rows=lambda report: scored_rows(report, _TOP), as_json=as_json
@@ -144,7 +134,7 @@ def segment(
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
 
-    arguments = checkpoint, train, val, run, read_settings(params, overrides)
+    arguments = checkpoint, train, val, run, milan_pipe.load_params(params, overrides or ())
     return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
 
 
@@ -191,7 +181,7 @@ def linear_probe(
 
     Example: milan-pipe linear-probe run 'images/train-*.tar' 'images/test-*.tar' --quick
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     if quick:
         with progress() as update:
             kept = {"features": features, "keep": keep}
@@ -202,8 +192,7 @@ def linear_probe(
             "on train": f"{100 * report.train_accuracy:.2f} %",
             "l2": f"{report.l2:g}{advice}",
         }
-        show(f"linear probe of {report.subject}", found | _frozen_rows(report), report, as_json)
-        return report
+        return show(f"linear probe of {report.subject}", found | _frozen_rows(report), report, as_json)
     if checkpoint == "teacher":
         raise SettingError("the teacher has no linear probe by protocol; add --quick")
 

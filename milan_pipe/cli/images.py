@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app
 from milan_pipe.cli.console import console, print_json, print_labelled, progress, show
 from milan_pipe.units import size
 
@@ -27,14 +27,13 @@ def prepare(
 
     Example: milan-pipe prepare ~/photos data/images
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     with progress() as update:
         report = milan_pipe.prepare(source, images, settings, on_progress=update)
     rows = {"shards": str(report.shards), "images": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
     rows["skipped"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
-    show(f"{source} -> {images}", rows, report, as_json)
-    return report
+    return show(f"{source} -> {images}", rows, report, as_json)
 
 
 @app.command()
@@ -109,7 +108,7 @@ def plan(
     """
     from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     with progress("what") as update:
         report = milan_pipe.plan(
             images,

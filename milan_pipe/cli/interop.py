@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import CheckpointArgument, JsonOption, ParamsOption, SetOption, app, read_settings
+from milan_pipe.cli.base import CheckpointArgument, JsonOption, ParamsOption, SetOption, app
 from milan_pipe.cli.console import console, plain, print_json, show
 
 
@@ -35,8 +35,7 @@ def export(
         "by name": f"timm.create_model('{report.model}'{sizes}, num_classes={report.classes}, "
         f"checkpoint_path='{report.weights}')",
     }
-    show(f"{checkpoint} -> {out}", rows, report, as_json)
-    return report
+    return show(f"{checkpoint} -> {out}", rows, report, as_json)
 
 
 @app.command("import-published")
@@ -72,8 +71,7 @@ def import_published(
         "parameters": f"{report.parameters:,}",
         "checkpoint": report.checkpoint,
     }
-    show(f"{file} -> {out}", rows, report, as_json)
-    return report
+    return show(f"{file} -> {out}", rows, report, as_json)
 
 
 @app.command("train-demo-teacher")
@@ -90,7 +88,7 @@ def train_demo_teacher(
     from milan_pipe import api
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    result = api.train_demo_teacher(out, read_settings(params, overrides))
+    result = api.train_demo_teacher(out, milan_pipe.load_params(params, overrides or ()))
     console.print(plain(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, in {out}"))
     if as_json:
         print_json(result)

@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import (
-    DeviceOption,
-    JsonOption,
-    ParamsOption,
-    RunArgument,
-    SetOption,
-    TargetsArgument,
-    app,
-    read_settings,
-)
+from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, TargetsArgument, app
 from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.training import run_training, training_rows
 
@@ -46,7 +37,7 @@ def pretrain(
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     return run_training(
         milan_pipe.pretrain, targets, run, settings, title=f"{targets} -> {run}", rows=training_rows, as_json=as_json
     )
@@ -81,5 +72,4 @@ def replay(
         "not finite": ", ".join(broken) or "nothing in the batch or the weights",
         "largest losses": ", ".join(worst),
     }
-    show(str(file), rows, report, as_json)
-    return report
+    return show(str(file), rows, report, as_json)

@@ -17,7 +17,6 @@ from milan_pipe.cli.base import (
     SetOption,
     TargetsArgument,
     app,
-    read_settings,
 )
 from milan_pipe.cli.console import progress, show
 from milan_pipe.errors import DataError, MissingError
@@ -58,14 +57,13 @@ def inspect_targets(
 
     Example: milan-pipe inspect-targets targets looks --keys scene-0000000003,scene-0000000017
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     with progress(what="samples") as update:
         report = milan_pipe.inspect_targets(
             targets, out, settings, keys=_keys(keys), count=count, epoch=epoch, on_progress=update
         )
     rows = {"page": report.page, "images": f"{len(report.images)}, {report.views} views each"}
-    show(f"{targets} -> {out}", rows, report, as_json)
-    return report
+    return show(f"{targets} -> {out}", rows, report, as_json)
 
 
 @app.command("inspect-student")
@@ -107,8 +105,7 @@ def inspect_student(
         "images": f"{len(report.images)}, after step {report.step}",
         "cosine": f"{sum(report.cosine) / number:.4f}, of hidden patches {sum(report.masked_cosine) / number:.4f}",
     }
-    show(f"{checkpoint}, {targets} -> {out}", rows, report, as_json)
-    return report
+    return show(f"{checkpoint}, {targets} -> {out}", rows, report, as_json)
 
 
 def _extraction(file: Path) -> dict[str, Any]:
@@ -157,5 +154,4 @@ def report(
             runs, out, targets=targets, evaluations=evaluations or (), extraction=timings, on_progress=update
         )
     rows = {"page": written.page, "size": size(written.bytes), "runs": ", ".join(written.runs)}
-    show("report", rows, written, as_json)
-    return written
+    return show("report", rows, written, as_json)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import milan_pipe
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app, read_settings
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.units import rate, size
 
@@ -67,7 +67,7 @@ def extract_targets(
 
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
     given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
-    settings = read_settings(params, [*(overrides or []), *given])
+    settings = milan_pipe.load_params(params, [*(overrides or []), *given])
     with progress("shards", "rate", "bad", "workers") as update:
         began: float | None = None
 
@@ -103,8 +103,7 @@ def extract_targets(
         "codec": f"{settings.codec.name}, mean cosine "
         + (f"{report.mean_cosine:.7f}" if report.mean_cosine is not None else "not measured: nothing was done"),
     }
-    show(f"{images} -> {targets}", rows, report, as_json)
-    return report
+    return show(f"{images} -> {targets}", rows, report, as_json)
 
 
 @app.command("verify-targets")
@@ -130,7 +129,7 @@ def verify_targets(
 
     Example: milan-pipe verify-targets targets --against-teacher 8
     """
-    settings = read_settings(params, overrides)
+    settings = milan_pipe.load_params(params, overrides or ())
     with progress(what="shards") as update:
         report = milan_pipe.verify_targets(targets, settings, against_teacher=against_teacher, on_progress=update)
     rows = {
@@ -177,5 +176,4 @@ def convert_targets(
         "images": str(report.samples),
         "size": size(report.bytes),
     }
-    show(f"{source} -> {destination}", rows, report, as_json)
-    return report
+    return show(f"{source} -> {destination}", rows, report, as_json)

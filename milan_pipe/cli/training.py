@@ -33,8 +33,7 @@ def run_training(
             )
 
         report = command(*arguments, on_progress=on_progress)
-    show(title, rows(report), report, as_json)
-    return report
+    return show(title, rows(report), report, as_json)
 
 
 def training_rows(report: Any) -> dict[str, str]:

@@ -170,8 +170,8 @@ def load_batches(
 
     Args:
         take: makes a sample; runs in a worker process, and may raise DataError.
-        collate: makes one value of the samples; runs there as well. Every torch tensor in it takes a file descriptor
-            of both processes as long as it lives, so it holds a few tensors, however many samples there are.
+        collate: makes one value of the samples, in the worker too. It should hold few tensors: each takes a file
+            descriptor of both processes as long as it lives.
         keys: of all images, by number.
         workers: processes; 0 makes the batches here, one at a time.
 

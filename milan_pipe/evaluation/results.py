@@ -18,16 +18,13 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One result.
+    """One result of `knn` or `linear-probe`.
 
     Attributes:
-        task: `knn` or `linear-probe`.
         subject: path of a checkpoint, `random` or `teacher`.
-        identity: digest of its weights, wherever they are.
+        identity: digest of its weights.
         scores: shares between 0 and 1; the main one first.
-        data: train and test images, as they were named.
-        train, test: numbers of images.
-        command: what makes it again.
+        data: train and test images, as they were named; `train` and `test` are their numbers.
     """
 
     task: str

@@ -108,7 +108,9 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         self.steps, self.objective = settings.steps, SegmentObjective(model, settings.auxiliary)
         self._side, self._short = side, settings.short_side or side
         self._stride = settings.stride or max(1, round(side * 341 / 512))
-        self.take = TrainingMasks(train, rule, side=side, short=self._short, ratio=settings.ratio, seed=settings.seed)
+        self.take = TrainingMasks(
+            masks=TestMasks(train, rule), side=side, short=self._short, ratio=settings.ratio, seed=settings.seed
+        )
         self._show = TestMasks(val, rule)
         self._drawn: list[Segmentation] = []
 

@@ -70,45 +70,40 @@ def crop_corner(mask_HW: NDArray[np.int64], side: int, rng: np.random.Generator)
 
 
 @dataclass(frozen=True)
-class _Masks:
-    images: MaskedImages
-    rule: MaskRule
-
-    def read(self, number: int) -> tuple[Image.Image, NDArray[np.int64]]:
-        """Raises DataError where the image cannot be read, LabelError where its mask is wrong."""
-        image = decode_image(self.images.image(number))
-        size = image.height, image.width
-        return image, decode_mask(self.images.mask(number), self.rule, size, self.images.keys[number])
-
-
-@dataclass(frozen=True)
-class TestMasks(_Masks):
+class TestMasks:
     """Image `SampleRequest.number` and its mask, untouched: (image, mask_HW).
 
     Their sizes differ, so that they are not stacked; neither is a tensor, see `load_batches`.
     """
 
+    images: MaskedImages
+    rule: MaskRule
+
     def __call__(self, request: SampleRequest) -> tuple[Image.Image, NDArray[np.int64]]:
-        """Raises as `read`."""
-        return self.read(request.number)
+        """Raises DataError where the image cannot be read, LabelError where its mask is wrong."""
+        number = request.number
+        image = decode_image(self.images.image(number))
+        size = image.height, image.width
+        return image, decode_mask(self.images.mask(number), self.rule, size, self.images.keys[number])
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingMasks(_Masks):
+class TrainingMasks:
     """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
 
     The image is resized to a shorter side of `short` times a ratio from the range `ratio`.
     """
 
+    masks: TestMasks
     side: int
     short: int
     ratio: tuple[float, float]
     seed: int
 
     def __call__(self, request: SampleRequest) -> tuple[Tensor, Tensor]:
-        """Raises as `read`."""
-        image, mask_HW = self.read(request.number)
-        side, key = self.side, self.images.keys[request.number]
+        """Raises as `masks`."""
+        image, mask_HW = self.masks(request)
+        side, key = self.side, self.masks.images.keys[request.number]
         rng = np.random.Generator(np.random.Philox(key=seed_of(self.seed, request.epoch, key)))
         short = self.short * rng.uniform(*self.ratio)
         height, width = scaled_size(mask_HW.shape, short, 4 * short)
