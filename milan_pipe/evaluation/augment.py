@@ -1,7 +1,4 @@
-"""Images of a classifier: augmented by timm's transforms, or as in a test.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Images of a classifier: augmented by timm's transforms, or as in a test."""
 
 from __future__ import annotations
 

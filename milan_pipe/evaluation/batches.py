@@ -1,7 +1,4 @@
-"""Images to batches: decoded and augmented in processes, in an order that is arithmetic.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Images to batches: decoded and augmented in processes, in an order that is arithmetic."""
 
 from __future__ import annotations
 

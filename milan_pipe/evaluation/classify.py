@@ -1,7 +1,4 @@
-"""Training of a classifier: what fine-tuning and the linear probe by protocol have in common.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Training of a classifier: what fine-tuning and the linear probe by protocol have in common."""
 
 from __future__ import annotations
 
@@ -56,15 +53,14 @@ class ClassifyTask(SupervisedTask[C]):
         Args:
             final_lr: at the end of the cosine, before any layer's scale.
         """
-        super().__init__(start)
-        settings = self.settings
+        settings = start.settings
         train, val = labelled_images(start.train, start.bad.add), labelled_images(start.val, start.bad.add)
         classes = require_same_classes(train, val)
         if len(set(train.label_N)) < 2:
             raise DataError(f"all images of {train.where} are of one class; a classifier needs two at least")
         sizes, model = self.classifier(start, classes)
         number_N = share_of_classes(train.label_N, train_fraction, settings.seed)
-        self.learn(start, train, val, number_N, train.classes or val.classes or classes, sizes, model)
+        self.set_up(start, train, val, number_N, train.classes or val.classes or classes, sizes, model)
         self.steps = settings.epochs * self.steps_per_epoch
         self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
         self.objective = ClassifierObjective(model, augment.smoothing)

@@ -1,4 +1,4 @@
-"""Labelled image shards to frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+"""Labelled image shards to frozen features."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.pixels import normalise
+from milan_pipe.units import some
 from milan_pipe.weights_file import load_tensors, write_weights
 
 Embedder = Callable[[Tensor], Tensor]
@@ -83,11 +84,10 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
             f"train features are {train.features_NF.shape[1]} wide, test features {test.features_NF.shape[1]}; "
             "embed both with the same encoder"
         )
-    lacking = sorted(set(test.label_N.tolist()) - set(train.label_N.tolist()))
+    lacking = [str(label) for label in sorted({*test.label_N.tolist()} - {*train.label_N.tolist()})]
     if lacking:
-        named = ", ".join(map(str, lacking[:10])) + (", ..." if len(lacking) > 10 else "")
         raise DataError(
-            f"test images are of classes that no train image has ({len(lacking)}): {named}; prepare both from "
+            f"test images are of classes that no train image has ({len(lacking)}): {some(lacking, 10)}; prepare both from "
             "folders of the same class names"
         )
 

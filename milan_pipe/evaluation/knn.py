@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+"""Weighted nearest neighbours on frozen features."""
 
 from __future__ import annotations
 

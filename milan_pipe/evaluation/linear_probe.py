@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features. Shape suffixes are explained in `milan_pipe.evaluation`."""
+"""A linear classifier on frozen features."""
 
 from __future__ import annotations
 

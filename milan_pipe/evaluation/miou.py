@@ -1,4 +1,4 @@
-"""Scores of a segmentation from its confusion matrix. Shape suffixes are explained in `milan_pipe.evaluation`."""
+"""Scores of a segmentation from its confusion matrix."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Segmentation: UperNet on the student, by the recipe that MILAN reports for ADE20K.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Segmentation: UperNet on the student, by the recipe that MILAN reports for ADE20K."""
 
 from __future__ import annotations
 
@@ -93,8 +90,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
     least_part, least_reason = 2, "; the batch norms of UperNet need two images at a time"
 
     def __init__(self, start: Start[SegmentSettings]) -> None:
-        super().__init__(start)
-        settings = self.settings
+        settings = start.settings
         train = masked_images(start.train, "train", start.bad.add)
         val = masked_images(start.val, "val", start.bad.add)
         rule, self._names = _rule_and_names(train, val, settings)
@@ -104,7 +100,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio must be two numbers with 0 < least <= greatest, found {settings.ratio}")
         number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
-        self.learn(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
+        self.set_up(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
         self.steps, self.objective = settings.steps, SegmentObjective(model, settings.auxiliary)
         self._side, self._short = side, settings.short_side or side
         self._stride = settings.stride or max(1, round(side * 341 / 512))

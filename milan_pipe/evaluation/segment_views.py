@@ -1,7 +1,4 @@
-"""Images and masks of a segmentation: augmented, or untouched.
-
-Every draw is a function of seed, epoch and key. Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Images and masks of a segmentation: augmented, or untouched. Every draw is a function of seed, epoch and key."""
 
 from __future__ import annotations
 

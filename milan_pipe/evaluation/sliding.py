@@ -1,7 +1,4 @@
-"""An image of any size through a model of one input size: windows, scales and mirrors, averaged.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""An image of any size through a model of one input size: windows, scales and mirrors, averaged."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""Training on labelled images: what fine-tuning, the linear probe by protocol and segmentation have in common.
-
-Shape suffixes are explained in `milan_pipe.evaluation`.
-"""
+"""Training on labelled images: what fine-tuning, the linear probe by protocol and segmentation have in common."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +76,7 @@ class Start(Generic[S]):
 
 
 class SupervisedTask(Task[ImageBatch], Generic[S]):
-    """Training on labelled images. A subclass finds images, makes a model, and hands them to `learn`.
+    """Training on labelled images. A subclass says what is learned, and how it is judged.
 
     Attributes:
         sections: names of the settings that the weights depend on; the last one is the task's own.
@@ -92,12 +90,11 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
     least_part, least_reason = 1, ""
     take: Callable[[SampleRequest], tuple[Tensor, Tensor | int]]
 
+    @abstractmethod
     def __init__(self, start: Start[S]) -> None:
-        self.settings, self.batch_size = start.settings, start.settings.batch_size
-        self.advice = f"lower {self.sections[-1]}.lr, or look at the images"
-        self._ranks, self._bad, self._run = start.ranks, start.bad, start.run
+        """Find the images, make the model, and call `set_up`."""
 
-    def learn(
+    def set_up(
         self,
         start: Start[S],
         train: ImageSet,
@@ -114,7 +111,10 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
             number_N: images of `train` to train on.
             data: more that the data depend on.
         """
-        settings, ranks, section = self.settings, self._ranks, self.sections[-1]
+        settings, ranks, section = start.settings, start.ranks, self.sections[-1]
+        self.settings, self.batch_size = settings, settings.batch_size
+        self.advice = f"lower {section}.lr, or look at the images"
+        self._ranks, self._bad, self._run = ranks, start.bad, start.run
         self.model, self.modules = model.to(ranks.device), {"model": model}
         self._train, self._val = train, val
         if len(number_N) < self.batch_size:

@@ -1,7 +1,6 @@
 """UperNet on a plain ViT: four of its blocks as a pyramid, pooled and fused, and an auxiliary head.
 
-Shape suffixes are explained in `milan_pipe.evaluation`. The decoder is segmentation-models-pytorch's; it puts a layer
-norm before each level of the pyramid, which the heads of MMSegmentation have not.
+The decoder is segmentation-models-pytorch's; it has a layer norm before each level, MMSegmentation's has none.
 """
 
 from __future__ import annotations
