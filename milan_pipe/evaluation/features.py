@@ -87,8 +87,8 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
     lacking = [str(label) for label in sorted({*test.label_N.tolist()} - {*train.label_N.tolist()})]
     if lacking:
         raise DataError(
-            f"test images are of classes that no train image has ({len(lacking)}): {some(lacking, 10)}; prepare both from "
-            "folders of the same class names"
+            f"test images are of classes that no train image has ({len(lacking)}): {some(lacking, 10)}; prepare both "
+            "from folders of the same class names"
         )
 
 
