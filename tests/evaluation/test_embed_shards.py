@@ -237,19 +237,13 @@ def test_partners_must_fit() -> None:
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(3, 3), label_N=torch.tensor([7, 0, 5])))
 
 
-def test_evaluation_sees_neither_teacher_nor_targets_nor_decoder() -> None:
+def test_transfer_sees_neither_teacher_nor_targets_nor_decoder() -> None:
     code = (
         "import sys, milan_pipe.evaluation.features, milan_pipe.evaluation.knn, milan_pipe.evaluation.linear_probe\n"
-<<<<<<< HEAD
         "own = ('teacher', 'targets', 'extraction', 'student.decoder', 'student.model')\n"
         "banned = (*('milan_pipe.' + name for name in own), 'open_clip', 'zarr')\n"
         "seen = [m for m in sys.modules if m.startswith(banned)]\n"
         "sys.exit(', '.join(seen) or 0)"
-=======
-        "own = ('teacher', 'targets', 'student.decoder', 'student.model', 'extraction')\n"
-        "banned = (*('milan_pipe.' + name for name in own), 'open_clip', 'zarr')\n"
-        "sys.exit(', '.join(name for name in sys.modules if name.startswith(banned)) or 0)"
->>>>>>> 8035604 (Evaluation: a task finds its images and makes its model; commands call the package's own functions)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
