@@ -32,6 +32,11 @@ def system_reason(error: BaseException) -> str:
     return resource_hint(error) or getattr(error, "strerror", None) or str(error)
 
 
+def one_line(error: object) -> str:
+    """What a library's error says, without line breaks and not too long; its type where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def without_password(text: str) -> str:
     """Text with the user and password of URLs hidden."""
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)

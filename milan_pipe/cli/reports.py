@@ -19,7 +19,7 @@ from milan_pipe.cli.base import (
     app,
 )
 from milan_pipe.cli.console import progress, show
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MissingError, one_line
 from milan_pipe.units import size
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Local folder for index.html and the PNGs.")]
@@ -114,7 +114,7 @@ def _extraction(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingError(f"--extraction {file} is not there") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"--extraction {file} cannot be read: {' '.join(str(error).split())}") from error
+        raise DataError(f"--extraction {file} cannot be read: {one_line(error)}") from error
     return values
 
 

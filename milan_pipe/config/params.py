@@ -26,7 +26,7 @@ from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.config.teacher import DemoTeacherSettings, TeacherSettings
-from milan_pipe.errors import MissingError, SettingError
+from milan_pipe.errors import MissingError, SettingError, one_line
 
 DEFAULT_FILE = Path("params.yaml")
 
@@ -67,7 +67,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingError(f"params file {path} is not there") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(f"params file {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -24,7 +24,7 @@ import dask
 import psutil
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
-from milan_pipe.errors import StoreError
+from milan_pipe.errors import StoreError, one_line
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, do_shard
@@ -103,8 +103,8 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
             client = Client(extract.scheduler, timeout=_CONNECT_SECONDS)
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"no Dask scheduler answers at {extract.scheduler} ({' '.join(str(error).split())[:200]}); start one "
-                "with `dask scheduler` and name the address that it prints"
+                f"no Dask scheduler answers at {extract.scheduler} ({one_line(error)}); start one with "
+                "`dask scheduler` and name the address that it prints"
             ) from error
         with client:
             workers = client.scheduler_info(n_workers=-1)["workers"].values()

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, one_line
 
 MAX_PIXELS = 89_478_485
 """Height x width above which an image is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
@@ -44,8 +44,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise DataError(f"more than the {MAX_PIXELS} pixels that are read") from None
     # Pillow's parsers raise SyntaxError, struct.error, IndexError and more on damaged files.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise DataError(f"truncated or damaged: {reason}") from None
+        raise DataError(f"truncated or damaged: {one_line(error)}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from milan_pipe.errors import DataError, LabelError, MissingError
+from milan_pipe.errors import DataError, LabelError, MissingError, one_line
 from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
 from milan_pipe.images.labelled import nth_file, nth_span
@@ -225,7 +225,7 @@ def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) ->
     except LabelError:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise LabelError(f"mask of {key!r} cannot be decoded: {' '.join(str(error).split())[:120]}") from None
+        raise LabelError(f"mask of {key!r} cannot be decoded: {one_line(error)}") from None
     if values.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise LabelError(
             f"mask of {key!r} has colours (mode {mode}), expected one channel of class indices; convert it to a "

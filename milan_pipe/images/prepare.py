@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -309,8 +310,7 @@ def _packed(jobs: Sequence[_Job], paths: list[Path], workers: int | None) -> Ite
         return
     # Not forked: the caller may have threads of torch running, which a fork would copy in any state. Nor spawned by the
     # standard library, which runs the caller's script again in each process.
-    # Ctrl-C reaches all processes; this one ends the others.
-    pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
     try:
         # Not by `map`, which cancels what is left when it is left early: the pool, killed, then stumbles over that.
         for future in [pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True)]:
@@ -321,6 +321,13 @@ def _packed(jobs: Sequence[_Job], paths: list[Path], workers: int | None) -> Ite
         ) from None
     finally:
         pool.shutdown(kill_workers=True)
+
+
+def _begin_worker() -> None:
+    # Ctrl-C reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # webdataset imports torch where it can, which takes seconds; writing tars does without.
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _pack(job: _Job, path: Path) -> _Packed:

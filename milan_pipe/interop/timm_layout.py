@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import DataError, StoreError, resource_hint, system_reason
+from milan_pipe.errors import DataError, StoreError, one_line, resource_hint, system_reason
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
 from milan_pipe.storage import location_of
@@ -87,8 +87,7 @@ def load_student(path: str | Path) -> VisionTransformer:
     except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if hint := resource_hint(error):
             raise StoreError(f"{folder} cannot be read: {hint}") from error
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{folder} is no model that timm can load ({reason}); export it again") from error
+        raise DataError(f"{folder} is no model that timm can load ({one_line(error)}); export it again") from error
     exported: VisionTransformer = model.eval()
     return exported
 

@@ -12,11 +12,11 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, ShapeError
+from milan_pipe.errors import DataError, ShapeError, one_line
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
 from milan_pipe.teacher.checkpoint import load_tower_weights, weights_sha256
 from milan_pipe.teacher.family import TowerFamily
-from milan_pipe.teacher.hub import one_line, quiet
+from milan_pipe.teacher.hub import quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
 from milan_pipe.teacher.source import TowerSource, find_source
 from milan_pipe.teacher.tower import choose_input_size, family_of

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
@@ -19,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransferError  # type: ignore[attr-defined]
 
-from milan_pipe.errors import MissingError, SettingError
+from milan_pipe.errors import MissingError, SettingError, one_line
 
 
 @contextmanager
@@ -34,11 +33,6 @@ def quiet(*names: str | None) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def one_line(error: BaseException) -> str:
-    """What a library's error says, short and without line breaks."""
-    return shorten(str(error), 240, placeholder=" ...") or type(error).__name__
 
 
 def hub_file(repository: str, *names: str) -> Path:

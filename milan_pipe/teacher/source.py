@@ -16,8 +16,8 @@ from open_clip.factory import _find_checkpoint_in_dir, get_model_config, parse_m
 from open_clip.pretrained import _get_safe_alternatives
 
 from milan_pipe.config.teacher import DEMO, FOLDER, RANDOM
-from milan_pipe.errors import DataError, MissingError, SettingError
-from milan_pipe.teacher.hub import hub_file, one_line, quiet
+from milan_pipe.errors import DataError, MissingError, SettingError, one_line
+from milan_pipe.teacher.hub import hub_file, quiet
 from milan_pipe.teacher.normalization import MeanStd, stated_normalization
 
 
