@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
-from typing import IO, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.images.files import IMAGE_SUFFIXES
-from milan_pipe.images.index import read_index
+from milan_pipe.images.index import ShardRecord, read_index
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import no_images, opened, split_member_name, walk
 from milan_pipe.storage import Location
@@ -32,10 +32,9 @@ class ImageCount:
     """Number of images, unreadable ones included.
 
     Attributes:
-        source: `index`, prepare's own count; `headers`, the tar headers of all shards were read; `estimate`, those of
-            some shards, or of their beginnings, and the rest by its size in bytes; `given`, by the user.
+        source: `index`, prepare's own count; `headers`, the tar headers of all shards; `estimate`, those of `looked_at`
+            shards, or of their beginnings, and the rest by its size in bytes; `given`, by the user.
         shards, bytes: all of them.
-        looked_at: shards whose headers were read.
     """
 
     total: int
@@ -90,14 +89,9 @@ def count_images(shards: Sequence[ShardFile], on_progress: Callable[[int, int], 
         for part in pool.map(_look_at, chosen):
             parts.append(part)
             on_progress(len(parts), len(chosen))
-    exact = len(chosen) == len(shards) and all(part.whole for part in parts)
-    return ImageCount(
-        total=_estimate(parts, size),
-        source="headers" if exact else "estimate",
-        shards=len(shards),
-        looked_at=len(chosen),
-        bytes=size,
-    )
+    source: Any = "headers" if len(chosen) == len(shards) and all(part.whole for part in parts) else "estimate"
+    total = _estimate(parts, size)
+    return ImageCount(total=total, source=source, shards=len(shards), looked_at=len(chosen), bytes=size)
 
 
 def like_these(images: ImageCount, total: int, per_shard: int) -> ImageCount:
@@ -108,13 +102,8 @@ def like_these(images: ImageCount, total: int, per_shard: int) -> ImageCount:
     """
     if not images.total:
         raise DataError("no images to plan from")
-    return ImageCount(
-        total=total,
-        source="given",
-        shards=ceil(total / per_shard),
-        looked_at=0,
-        bytes=round(images.bytes / images.total * total),
-    )
+    size = round(images.bytes / images.total * total)
+    return ImageCount(total=total, source="given", shards=ceil(total / per_shard), looked_at=0, bytes=size)
 
 
 def glance_at_images(shards: Sequence[ShardFile]) -> int | None:
@@ -171,17 +160,16 @@ def _count(shard: ShardFile, file: IO[bytes], size: int) -> _Part:
 
 def indexed_images(shards: Sequence[ShardFile]) -> int | None:
     """Number of images by the `index.json` beside the shards; None where it does not have each in its size."""
-    indexes: dict[Location, dict[str, tuple[int, int]]] = {}
+    indexes: dict[Location, dict[str, ShardRecord]] = {}
     images = 0
     for shard in shards:
         if shard.location not in indexes:
             indexes[shard.location] = {}
             # Most shards were never made by `prepare`, and have none.
             with suppress(MilanError):
-                records = read_index(shard.location).shards
-                indexes[shard.location] = {record.name: (record.samples, record.bytes) for record in records}
-        samples, size = indexes[shard.location].get(shard.name, (0, -1))
-        if size != shard.size():
+                indexes[shard.location] = {record.name: record for record in read_index(shard.location).shards}
+        record = indexes[shard.location].get(shard.name)
+        if record is None or record.bytes != shard.size():
             return None
-        images += samples
+        images += record.samples
     return images

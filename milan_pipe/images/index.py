@@ -32,15 +32,7 @@ def _plain_name(name: str) -> str:
 
 
 class ShardRecord(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """One shard of a prepared folder.
-
-    Attributes:
-        name: file name inside the folder.
-        split: "train", "test" or as the source's folder says.
-        samples: number of images, at least 1.
-        bytes: size of the tar file.
-        sha256: hex digest of the tar file.
-    """
+    """One shard of a prepared folder: its file's name, size and hex digest, its split and number of images."""
 
     name: Annotated[str, AfterValidator(_plain_name)]
     split: str
@@ -53,9 +45,9 @@ class ImageIndex(BaseModel, frozen=True, strict=True):
     """Content of `index.json`.
 
     Attributes:
-        source: plain data that says where the images came from.
-        classes: class names, a sample's label is an index into them; None where there are no labels.
-        mask_classes: names of the classes in the samples' masks; None where there are no masks.
+        source: where the images came from.
+        classes: class names, labels are indices into them; None where there are no labels.
+        mask_classes: names of the values in masks; None where there are no masks.
         shards: in name order within each split.
     """
 
@@ -111,11 +103,7 @@ def _resolved(source: Mapping[str, Any]) -> tuple[Any, Path]:
 
 
 def write_index(folder: Path, index: ImageIndex) -> None:
-    """Write `index.json` into `folder`, whole or not at all; the same index gives the same bytes.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
+    """Write `index.json` into `folder`, whole or not at all; raises StoreError where it cannot be written."""
     plain = index.model_dump(mode="json", exclude=None if index.mask_classes else {"mask_classes"})
     write_file(folder / INDEX_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
@@ -126,15 +114,14 @@ def read_index(folder: str | Path | Location) -> ImageIndex:
     Raises:
         MissingError: the folder has no index.
         StoreError: it cannot be read.
-        DataError: the index is damaged.
-        MismatchError: the index is of another version than this package reads.
+        DataError: it is damaged.
+        MismatchError: it is of another version.
     """
     location = folder if isinstance(folder, Location) else location_of(folder)
     path = f"{location}/{INDEX_NAME}"
     try:
         data = location.read(INDEX_NAME)
-        plain = json.loads(data)
-        version = plain.get("version")
+        version = json.loads(data).get("version")
         if version == INDEX_VERSION:
             return ImageIndex.model_validate_json(data)
     except MissingError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,39 +10,48 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, read_file
 from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
-from milan_pipe.images.tar import Located, OnBad, Span, locate_samples
+from milan_pipe.images.tar import Located, OnBad, locate_samples
 from milan_pipe.storage import is_url
-
-_SHOWN = 5
+from milan_pipe.units import some
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledImages:
+class NumberedImages:
     """N images that are not read yet.
 
     Attributes:
         where: path or URL, for messages.
         keys: webdataset's key of each image, or its path inside the folder.
-        label_N: int64 class indices, 0 or more.
-        classes: names of the classes where they are known.
         fingerprint: changes with keys, labels and names of the shards.
-        read: gives the encoded image of a number. It raises DataError where the image is larger than
-            `MAX_ENCODED_BYTES` or cannot be read, and StoreError where the object store cannot be read.
     """
 
     where: str
     keys: Sequence[str]
-    label_N: NDArray[np.int64]
-    classes: tuple[str, ...] | None
     fingerprint: str
-    read: Callable[[int], bytes]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages(NumberedImages):
+    """N images with labels.
+
+    Attributes:
+        label_N: int64 class indices, 0 or more.
+        classes: names of the classes where they are known.
+        read: gives the encoded image of a number. It raises DataError where the image is larger than
+            `MAX_ENCODED_BYTES` or cannot be read, and StoreError where the object store cannot be read.
+    """
+
+    label_N: NDArray[np.int64]
+    classes: tuple[str, ...] | None
+    read: Callable[[int], bytes]
 
 
 def nth_file(paths: Sequence[Path], number: int) -> bytes:
@@ -51,7 +59,7 @@ def nth_file(paths: Sequence[Path], number: int) -> bytes:
     return read_file(paths[number])
 
 
-def nth_span(spans: Sequence[tuple[ShardFile, Span]], number: int) -> bytes:
+def nth_span(spans: Sequence[tuple[ShardFile, range]], number: int) -> bytes:
     """Bytes of a member of a shard by its number."""
     shard, span = spans[number]
     return shard.location.read_range(shard.name, span.start, span.stop)
@@ -148,10 +156,7 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
 
 
 def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for key, label in zip(keys, labels, strict=True):
-        digest.update(f"{key}\0{label}\n".encode())
-    return digest.hexdigest()
+    return sha256_of("".join(f"{key}\0{label}\n" for key, label in zip(keys, labels, strict=True)).encode())
 
 
 def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
@@ -163,11 +168,8 @@ def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         only_train = [name for name in train.classes if name not in val.classes]
         only_val = [name for name in val.classes if name not in train.classes]
-        changes = "; ".join(
-            f"only {side} has {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-            for side, names in ((train.where, only_train), (val.where, only_val))
-            if names
-        )
+        sides = (train.where, only_train), (val.where, only_val)
+        changes = "; ".join(f"only {where} has {some(names, 5)}" for where, names in sides if names)
         raise DataError(
             f"TRAIN and VAL have different classes: {changes or 'their order differs'}; a label is the number of a "
             "class name in order, so both need the same names"
@@ -175,12 +177,11 @@ def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
     named = train.classes or val.classes
     classes = int(train.label_N.max()) + 1 if named is None else len(named)
     for side in (train, val):
-        largest = int(side.label_N.max())
-        if largest >= classes:
-            number = int(side.label_N.argmax())
+        number = int(side.label_N.argmax())
+        if side.label_N[number] >= classes:
             known = f"{classes} classes are named" if named is not None else f"TRAIN has labels 0 to {classes - 1}"
             raise DataError(
-                f"{side.where}: image {side.keys[number]!r} has label {largest}, {known}; prepare both from folders "
-                "of the same class names"
+                f"{side.where}: image {side.keys[number]!r} has label {side.label_N[number]}, {known}; prepare both "
+                "from folders of the same class names"
             )
     return classes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, LabelError, MissingError, one_line
 from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
-from milan_pipe.images.labelled import nth_file, nth_span
+from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, locate_samples
 from milan_pipe.storage import is_url
@@ -29,28 +29,19 @@ _MASK_SUFFIXES = ("png", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedImages:
-    """N images with masks that are not read yet.
+class MaskedImages(NumberedImages):
+    """N images with masks.
 
     Attributes:
-        where: path or URL, for messages.
-        keys: one per image.
         classes: names of the classes, or their number, where it is known.
         zero_is_ignored: True for the layout of ADE20K, where 0 means no class.
-        fingerprint: changes with the keys.
         image, mask: give the encoded image and the encoded mask of a number.
     """
 
-    where: str
-    keys: Sequence[str]
     classes: tuple[str, ...] | int | None
     zero_is_ignored: bool
-    fingerprint: str
     image: Callable[[int], bytes]
     mask: Callable[[int], bytes]
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 def masked_images(where: str | Path, split: str, on_bad: OnBad) -> MaskedImages:
@@ -124,7 +115,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
         keys=keys,
         classes=_class_list(images, ade=ade),
         zero_is_ignored=ade,
-        fingerprint=_fingerprint(keys),
+        fingerprint=sha256_of("\n".join(keys).encode()),
         image=partial(nth_file, files),
         mask=partial(nth_file, [masks_by_key[key] for key in keys]),
     )
@@ -182,14 +173,10 @@ def _shards(where: str, on_bad: OnBad) -> MaskedImages:
         keys=[at.key for _, at in located],
         classes=index.mask_classes if (index := index_beside(shards)) else None,
         zero_is_ignored=False,
-        fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located]),
+        fingerprint=sha256_of("\n".join(f"{shard.name}/{at.key}" for shard, at in located).encode()),
         image=partial(nth_span, [(shard, at.image) for shard, at in located]),
         mask=partial(nth_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
     )
-
-
-def _fingerprint(keys: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,14 +205,12 @@ def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) ->
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise LabelError(f"mask of {key!r}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            mode = image.mode
-            values = np.asarray(image)
-    except LabelError:
-        raise
+            mode, (width, height) = image.mode, image.size
+            values = np.asarray(image) if width * height <= MAX_PIXELS else None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise LabelError(f"mask of {key!r} cannot be decoded: {one_line(error)}") from None
+    if values is None:
+        raise LabelError(f"mask of {key!r}: {width} x {height} pixels, more than {MAX_PIXELS}")
     if values.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise LabelError(
             f"mask of {key!r} has colours (mode {mode}), expected one channel of class indices; convert it to a "

@@ -15,12 +15,11 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from loky import ProcessPoolExecutor
@@ -49,12 +48,9 @@ BAD_SAMPLES_NAME = "bad_samples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """What `prepare` did.
+    """What `prepare` wrote: shards, images in them, and their size.
 
     Attributes:
-        shards: number of shards written.
-        samples: number of images in them.
-        bytes: their size together.
         bad: (path relative to the source, reason) of each image that was skipped.
         classes: class names, labels are indices into them; None where there are none.
     """
@@ -79,8 +75,8 @@ class _Image:
 _Items = range | tuple[_Image, ...]
 """Numbers of scenes, or images."""
 
-_Bad = tuple[str, str, str]
-"""Key, name and reason of an image that was skipped."""
+_Bad = dict[str, str]
+"""Key, file and reason of an image that was skipped."""
 
 _Packed = tuple[ShardRecord | None, list[_Bad]]
 """A finished tar under its temporary name; None where no image could be read."""
@@ -95,12 +91,8 @@ class _Job:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    jobs: list[_Job]
-    classes: tuple[str, ...] | None
-    mask_classes: tuple[str, ...] | None
-    source: Mapping[str, Any]
+_Plan = tuple[list[_Job], ImageIndex]
+"""Jobs, and the index of their shards, which is without shards yet."""
 
 
 def prepare(
@@ -136,20 +128,16 @@ def prepare(
         SettingError: `images` is a URL.
     """
     images = local_folder(images, "shards")
-    plan = _plan_demo(config) if source == DEMO else _plan_folder(source, images, config)
+    jobs, index = _plan_demo(config) if source == DEMO else _plan_folder(source, images, config)
     try:
-        begin_index(images, plan.source)
+        begin_index(images, index.source)
         (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
-        shards, bad = _pack_all(images, plan.jobs, progress, workers)
+        shards, bad = _pack_all(images, jobs, progress, workers)
         if bad:
-            rows = [{"key": key, "file": name, "reason": reason} for key, name, reason in bad]
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
             (images / BAD_SAMPLES_NAME).write_text(lines, encoding="utf-8", newline="\n")
         if shards:
-            index = ImageIndex(
-                shards=tuple(shards), classes=plan.classes, source=plan.source, mask_classes=plan.mask_classes
-            )
-            write_index(images, index)
+            write_index(images, index.model_copy(update={"shards": tuple(shards)}))
         (images / PREPARE_MARKER).unlink()
     except MilanError:
         raise
@@ -159,14 +147,14 @@ def prepare(
             "when that is repaired"
         ) from error
     if not shards:
-        _, name, reason = bad[0]
-        raise DataError(f"none of the {len(bad)} images in {source} can be read; the first is {name}: {reason}")
+        first = f"{bad[0]['file']}: {bad[0]['reason']}"
+        raise DataError(f"none of the {len(bad)} images in {source} can be read; the first is {first}")
     return PrepareReport(
         shards=len(shards),
         samples=sum(shard.samples for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        bad=[(name, reason) for _, name, reason in bad],
-        classes=plan.classes,
+        bad=[(row["file"], row["reason"]) for row in bad],
+        classes=index.classes,
     )
 
 
@@ -178,7 +166,8 @@ def _plan_demo(config: PrepareSettings) -> _Plan:
         *_cut("train", range(config.train_scenes), config),
         *_cut("test", range(TEST_SCENE_OFFSET, TEST_SCENE_OFFSET + config.test_scenes), config),
     ]
-    return _Plan(jobs=jobs, classes=SHAPES, mask_classes=MASK_CLASSES, source={"kind": DEMO, "seed": config.seed})
+    source = {"kind": DEMO, "seed": config.seed}
+    return jobs, ImageIndex(source=source, classes=SHAPES, mask_classes=MASK_CLASSES, shards=())
 
 
 def _cut(split: str, items: _Items, config: PrepareSettings) -> list[_Job]:
@@ -188,7 +177,7 @@ def _cut(split: str, items: _Items, config: PrepareSettings) -> list[_Job]:
 
 def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
     root = Path(source)
-    _check_source(source, root, images)
+    _check_source(source, images)
     files = [path.relative_to(root).parts for path in files_under(root, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
     if not files:
         raise DataError(_what_else(root))
@@ -207,15 +196,16 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
         )
         members[file[0] if splits else config.split].append(image)
         keys.add(image.key)
-    return _Plan(
-        jobs=[job for split, inner in members.items() for job in _cut(split, tuple(inner), config)],
-        classes=tuple(map(_printable, classes)) or None,
-        mask_classes=None,
-        source={"kind": "folder", "path": _printable(root.as_posix())},
+    described = {"kind": "folder", "path": _printable(root.as_posix())}
+    names = tuple(map(_printable, classes)) or None
+    return (
+        [job for split, inner in members.items() for job in _cut(split, tuple(inner), config)],
+        ImageIndex(source=described, classes=names, shards=()),
     )
 
 
-def _check_source(source: str | Path, root: Path, images: Path) -> None:
+def _check_source(source: str | Path, images: Path) -> None:
+    root = Path(source)
     if is_url(source):
         raise DataError(
             f"source {source} is a URL, expected a local folder of images; copy the images to a disk. Shards in a "
@@ -285,7 +275,7 @@ def _printable(name: str) -> str:
 def _pack_all(
     images: Path, jobs: Sequence[_Job], progress: Callable[[int, int], None], workers: int | None
 ) -> tuple[list[ShardRecord], list[_Bad]]:
-    """Run all jobs; final names are given in job order, so that a job without a readable image leaves no gap."""
+    """Run all jobs; names are given in job order, so that a job without a readable image leaves no gap."""
     total, done = sum(len(job.items) for job in jobs), 0
     paths = [beside(images / f"{number:06d}.tar") for number in range(len(jobs))]
     shards: list[ShardRecord] = []
@@ -316,9 +306,8 @@ def _packed(jobs: Sequence[_Job], paths: list[Path], workers: int | None) -> Ite
         for future in [pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True)]:
             yield future.result()
     except BrokenProcessPool:
-        raise StoreError(
-            "a process that packs shards was killed, perhaps for memory; run the same command again"
-        ) from None
+        reason = "a process that packs shards was killed, perhaps for memory; run the same command again"
+        raise StoreError(reason) from None
     finally:
         pool.shutdown(kill_workers=True)
 
@@ -357,15 +346,8 @@ def _members(job: _Job, bad: list[_Bad]) -> Iterator[tuple[str, dict[str, bytes]
     for item in job.items:
         if isinstance(item, int):
             scene = render_scene(job.seed, item)
-            yield (
-                f"scene-{item:010d}",
-                {
-                    "png": _png(scene.image),
-                    "cls": str(scene.label).encode(),
-                    "txt": scene.caption.encode(),
-                    MASK_SUFFIX: _png(scene.segmentation),
-                },
-            )
+            parts = {"png": _png(scene.image), "cls": str(scene.label).encode(), "txt": scene.caption.encode()}
+            yield f"scene-{item:010d}", {**parts, MASK_SUFFIX: _png(scene.segmentation)}
             continue
         suffix = item.path.suffix[1:].lower()
         try:
@@ -374,7 +356,7 @@ def _members(job: _Job, bad: list[_Bad]) -> Iterator[tuple[str, dict[str, bytes]
             data = read_file(item.path)
             decode_image(data)
         except DataError as error:
-            bad.append((item.key, item.name, str(error)))
+            bad.append({"key": item.key, "file": item.name, "reason": str(error)})
         else:
             yield item.key, {suffix: data} | ({"cls": str(item.label).encode()} if item.label >= 0 else {})
 

@@ -50,7 +50,6 @@ class Scene:
     Attributes:
         image: (64, 64, 3) uint8, RGB.
         label: index of the main shape in `SHAPES`.
-        caption: size, colour, shape and background in words.
         segmentation: (64, 64) uint8; 0 is background, 1 + i is `SHAPES[i]`, distractors included.
     """
 
@@ -124,31 +123,23 @@ def _unit_outlines(shape: str) -> tuple[_Outline, ...]:
     return tuple((outline - centre) * math.sqrt(math.pi / area) for outline in outlines)
 
 
-@dataclass(frozen=True)
-class _Placed:
-    shape: str
-    radius: float
-    turn: float
-    mirrored: bool
-
-    def outlines(self) -> list[_Outline]:
-        """Outlines in pixels, around (0, 0)."""
-        cos, sin = math.cos(self.turn), math.sin(self.turn)
-        matrix = self.radius * np.array([[cos, -sin], [sin, cos]])
-        if self.mirrored:
-            matrix = matrix @ np.diag([-1.0, 1.0])
-        return [outline @ matrix.T for outline in _unit_outlines(self.shape)]
+def _outlines(label: int, radius: float, turn: float, *, mirrored: bool) -> list[_Outline]:
+    """Outlines of `SHAPES[label]` in pixels, around (0, 0)."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    matrix = radius * np.array([[cos, -sin], [sin, cos]])
+    if mirrored:
+        matrix = matrix @ np.diag([-1.0, 1.0])
+    return [outline @ matrix.T for outline in _unit_outlines(SHAPES[label])]
 
 
 def _paint(
     canvas: NDArray[np.float32],
     segmentation: NDArray[np.uint8],
-    placed: _Placed,
-    centre: tuple[float, float],
+    label: int,
+    outlines: list[_Outline],
     rgb: NDArray[np.float32],
 ) -> None:
-    """Blend the object into `canvas` and write 1 + its shape's index into `segmentation`, both in place."""
-    outlines = [outline + centre for outline in placed.outlines()]
+    """Blend an object into `canvas` and write 1 + `label` into `segmentation`, both in place."""
     low = np.clip(np.floor(outlines[0].min(axis=0)).astype(int) - 1, 0, SCENE_SIZE - 1)
     high = np.clip(np.ceil(outlines[0].max(axis=0)).astype(int) + 1, low + 1, SCENE_SIZE)
     box_width, box_height = ((high - low) * _SUPERSAMPLE).tolist()
@@ -159,7 +150,7 @@ def _paint(
     coverage = np.asarray(box.reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
     window = slice(low[1], high[1]), slice(low[0], high[0])
     canvas[window] += coverage[..., None] * (rgb - canvas[window])
-    segmentation[window][coverage > 0.5] = 1 + SHAPES.index(placed.shape)
+    segmentation[window][coverage > 0.5] = 1 + label
 
 
 def _background_colours(rng: np.random.Generator, avoid: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
@@ -191,8 +182,7 @@ def _background_mix(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
     if kind == "striped":
         return (((along + offset) % period) * 2 < period).astype(np.float32)
     if kind == "checkered":
-        first = ((along + offset) % period) * 2 < period
-        second = ((across + offset) % period) * 2 < period
+        first, second = (((way + offset) % period) * 2 < period for way in (along, across))
         return (first ^ second).astype(np.float32)
     if kind == "noisy":
         return rng.random((SCENE_SIZE, SCENE_SIZE), dtype=np.float32) * 1.5
@@ -201,10 +191,9 @@ def _background_mix(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
     return slope
 
 
-def _place(rng: np.random.Generator, radius: float) -> tuple[float, float]:
+def _place(rng: np.random.Generator, radius: float) -> NDArray[np.float64]:
     margin = min(radius, SCENE_SIZE / 2 - 1)
-    x, y = rng.uniform(margin, SCENE_SIZE - margin, 2)
-    return float(x), float(y)
+    return rng.uniform(margin, SCENE_SIZE - margin, 2)
 
 
 def _object_colour(name: str, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -222,9 +211,8 @@ def render_scene(seed: int, index: int) -> Scene:
         SettingError: seed or index is out of its range.
     """
     if not 0 <= seed < 2**64 or not 0 <= index < 2**63:
-        raise SettingError(
-            f"a scene needs 0 <= seed < 2**64 and 0 <= index < 2**63, found seed {seed} and index {index}"
-        )
+        found = f"seed {seed} and index {index}"
+        raise SettingError(f"a scene needs 0 <= seed < 2**64 and 0 <= index < 2**63, found {found}")
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
 
     label = int(rng.integers(len(SHAPES)))
@@ -233,14 +221,9 @@ def render_scene(seed: int, index: int) -> Scene:
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     colour = _object_colour(colour_name, rng)
 
-    main = _Placed(
-        shape=SHAPES[label],
-        radius=float(rng.uniform(*SIZES[size])),
-        turn=math.radians(rng.uniform(-30, 30)),
-        mirrored=bool(rng.integers(2)),
-    )
-    reach = float(np.abs(main.outlines()[0]).max())
-    main_x, main_y = _place(rng, reach)
+    radius, turn = float(rng.uniform(*SIZES[size])), math.radians(rng.uniform(-30, 30))
+    main = _outlines(label, radius, turn, mirrored=bool(rng.integers(2)))
+    main_centre = _place(rng, float(np.abs(main[0]).max()))
 
     first, second = _background_colours(rng, colour)
     mix = _background_mix(background, rng)[..., None]
@@ -252,10 +235,10 @@ def render_scene(seed: int, index: int) -> Scene:
         radius = float(rng.uniform(2.5, 3.5))
         rgb = _object_colour(list(COLOURS)[int(rng.integers(len(COLOURS)))], rng)
         turn = math.radians(rng.uniform(-30, 30))
-        x, y = _place(rng, radius)
-        placed = _Placed(SHAPES[other], radius, turn, mirrored=bool(rng.integers(2)))
-        _paint(canvas, segmentation, placed, (x, y), rgb)
-    _paint(canvas, segmentation, main, (main_x, main_y), colour)
+        centre = _place(rng, radius)
+        outlines = _outlines(other, radius, turn, mirrored=bool(rng.integers(2)))
+        _paint(canvas, segmentation, other, [outline + centre for outline in outlines], rgb)
+    _paint(canvas, segmentation, label, [outline + main_centre for outline in main], colour)
 
     grain = 4 * rng.standard_normal(canvas.shape, dtype=np.float32)
     image = np.clip(canvas + grain + 0.5, 0, 255).astype(np.uint8)

@@ -36,24 +36,18 @@ class ShardFile:
     known_size: int | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        return (
-            str(self.location.local / self.name) if self.location.local is not None else f"{self.location}/{self.name}"
-        )
+        folder = self.location.local
+        return f"{self.location}/{self.name}" if folder is None else str(folder / self.name)
 
     def __lt__(self, other: ShardFile) -> bool:
         return str(self) < str(other)
 
     def size(self) -> int:
-        """Bytes of the tar.
-
-        Raises:
-            MissingError: it is not there.
-            StoreError: it cannot be read.
-        """
+        """Bytes of the tar; raises MissingError or StoreError."""
         return self.location.size(self.name) if self.known_size is None else self.known_size
 
     def open(self) -> IO[bytes]:
-        """A seekable file to read from. Raises as `size`, also while it is read."""
+        """A seekable file to read from; raises as `size`, also while it is read."""
         return self.location.open(self.name)
 
 
@@ -116,6 +110,8 @@ def expand_shards(spec: str | Path) -> list[ShardFile]:
 
 def _regular(shards: list[ShardFile]) -> list[ShardFile]:
     for shard in shards:
+        if not Path(str(shard)).exists():
+            raise MissingError(f"{shard} is a link to a file that is not there")
         if not Path(str(shard)).is_file():
             raise DataError(f"{shard} is not a regular file; a shard is a tar file, remove this or rename it")
     return shards
@@ -205,11 +201,7 @@ def _shards_in(folder: Path) -> list[ShardFile]:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
     folders = [entry.name for entry in entries if entry.is_dir()]
     files = {entry.name: None for entry in entries if not entry.is_dir()}
-    shards = _shards_of(location_of(folder), files, folders)
-    dangling = [shard for shard in shards if not (folder / shard.name).exists()]
-    if dangling:
-        raise MissingError(f"{dangling[0]} is a link to a file that is not there")
-    return _regular(shards)
+    return _regular(_shards_of(location_of(folder), files, folders))
 
 
 def _shards_of(location: Location, files: Mapping[str, int | None], folders: Iterable[str]) -> list[ShardFile]:

@@ -17,13 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, system_reason
-from milan_pipe.images.files import (
-    IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
-    MAX_ENCODED_BYTES,
-    OTHER_IMAGE_SUFFIXES,
-    suffix_of,
-)
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_ENCODED_BYTES, OTHER_IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.shards import ShardFile, shard_file
 
 _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
@@ -50,30 +44,19 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Bytes `start` to `stop` - 1 of a shard's file."""
-
-    start: int
-    stop: int
-
-    def __bool__(self) -> bool:
-        return self.stop > self.start
-
-
-@dataclass(frozen=True, kw_only=True)
 class Located:
     """Where an image of a shard lies, and its label.
 
     Attributes:
         key, label: as of a `Sample`.
-        image: the encoded image, at least one byte.
-        mask: the member with one of `MASK_SUFFIXES`; None where there is none.
+        image: bytes of the shard that are the encoded image, at least one.
+        mask: those of the member with one of `MASK_SUFFIXES`; None where there is none.
     """
 
     key: str
     label: int
-    image: Span
-    mask: Span | None
+    image: range
+    mask: range | None
 
 
 @dataclass(kw_only=True)
@@ -89,8 +72,8 @@ class _Group:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     dotted: list[str] = field(default_factory=list)
-    image: bytes | Span | None = None
-    mask: Span | None = None
+    image: bytes | range | None = None
+    mask: range | None = None
     fault: str | None = None
 
     def skip(self, reason: str) -> None:
@@ -125,7 +108,7 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
 def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
     """As `read_shard`, but images are found by the headers and not read."""
     for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
-        assert isinstance(group.image, Span)
+        assert isinstance(group.image, range)
         yield Located(key=group.key, label=label, image=group.image, mask=group.mask)
 
 
@@ -164,11 +147,7 @@ def no_images(shard: ShardFile) -> DataError:
 
 
 def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterator[_Group]:
-    """Neighbouring members of one key.
-
-    Args:
-        locate: give the span of an image in the file, and leave it unread.
-    """
+    """Neighbouring members of one key; with `locate`, images are not read."""
     group: _Group | None = None
     with opened(shard, copy) as file:
         for info in walk(shard, file, file.seek(0, io.SEEK_END)):
@@ -180,7 +159,7 @@ def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterat
                 if group is not None:
                     yield group
                 group = _Group(key=key)
-            data: bytes | Span | None = None
+            data: bytes | range | None = None
             if suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES:
                 data = _span(info)
                 if not (locate and suffix in IMAGE_SUFFIXES):
@@ -201,11 +180,11 @@ def _is_plain(info: tarfile.TarInfo) -> bool:
     return info.isreg() and not info.issparse()
 
 
-def _span(info: tarfile.TarInfo) -> Span:
-    return Span(start=info.offset_data, stop=info.offset_data + info.size)
+def _span(info: tarfile.TarInfo) -> range:
+    return range(info.offset_data, info.offset_data + info.size)
 
 
-def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | Span | None) -> None:
+def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | range | None) -> None:
     if suffix in MASK_SUFFIXES and _is_plain(info):
         group.mask = _span(info)
     if suffix in OTHER_IMAGE_SUFFIXES:
@@ -215,7 +194,7 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
     elif suffix not in IMAGE_SUFFIXES:
-        assert not isinstance(data, Span)
+        assert not isinstance(data, range)
         if data is not None and suffix in group.parts:
             group.skip(f"two .{suffix} members of one key")
         else:

@@ -117,9 +117,9 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
         encoded: bytes = simplejpeg.encode_jpeg(
             np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
         )
+        return encoded
     except ValueError as error:
         raise DataError(f"JPEG cannot be encoded: {error}") from None
-    return encoded
 
 
 def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
