@@ -67,14 +67,7 @@ def require_opens(path: Path) -> None:
 
 
 def require_folder_name(path: Path, holds: str) -> None:
-    """Refuse the name of a weights file where a folder is to be written.
-
-    Args:
-        holds: what the folder will hold, for the message.
-
-    Raises:
-        SettingError: the name has a suffix of weights files.
-    """
+    """Raise SettingError for the name of a weights file where a folder is written, which will hold `holds`."""
     if path.suffix.lower() in _SUFFIXES:
         raise SettingError(
             f"{path} has the name of a file, and a folder is written: name one without {path.suffix!r}, as "

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from milan_pipe.errors import SettingError
-
-
-def unknown_key_message(key: str, known: Iterable[str], where: str, renamed: Mapping[str, str] | None = None) -> str:
-    """The error for an unknown key: its new name, or the nearest known one."""
-    if renamed and key in renamed:
-        return f"unknown key {key!r} in {where}: it is now {renamed[key]!r}"
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
-    return f"unknown key {key!r} in {where}{hint}"
 
 
 class Settings(BaseModel):
@@ -32,25 +22,29 @@ class Settings(BaseModel):
     @classmethod
     def _reject_unknown(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            for key in values:
-                if key not in cls.model_fields:
-                    raise SettingError(cls._unknown(key, f"{cls.__name__} settings"))
+            cls.require_known(values, f"{cls.__name__} settings")
         return values
 
     @classmethod
-    def _unknown(cls, key: Any, where: str) -> str:
-        return unknown_key_message(str(key), cls.model_fields, where, cls.renamed)
+    def require_known(cls, keys: Iterable[object], where: str) -> None:
+        """Raise SettingError for an unknown key, with its new name or the nearest known one."""
+        for key in map(str, keys):
+            if key in cls.renamed:
+                raise SettingError(f"unknown key {key!r} in {where}: it is now {cls.renamed[key]!r}")
+            if key not in cls.model_fields:
+                names = sorted(cls.model_fields)
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+                raise SettingError(f"unknown key {key!r} in {where}; {hint}")
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], where: str) -> Any:
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
         """Build from plain data; `where` is for messages, as "params.yaml, pretrain".
 
         Raises:
             SettingError: a key is unknown, or a value is of the wrong type or out of its range.
         """
-        for key in values:
-            if key not in cls.model_fields:
-                raise SettingError(cls._unknown(key, where))
+        cls.require_known(values, where)
         try:
             return cls(**values)
         except ValidationError as error:

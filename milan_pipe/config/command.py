@@ -22,14 +22,11 @@ def settings_of(params: Params, sections: Sequence[str]) -> list[str]:
     for name in sections:
         section, _, only = name.partition(".")
         found, default = values[section], defaults[section]
-        if not isinstance(found, dict):
-            given += [f"{section}={_word(found)}"] if found != default else []
-            continue
-        given += [
-            f"{section}.{key}={_word(value)}"
-            for key, value in found.items()
-            if value != default[key] and only in ("", key)
-        ]
+        if isinstance(found, dict):
+            changed = {key: value for key, value in found.items() if value != default[key] and only in ("", key)}
+            given += [f"{section}.{key}={_word(value)}" for key, value in changed.items()]
+        elif found != default:
+            given.append(f"{section}={_word(found)}")
     return given
 
 

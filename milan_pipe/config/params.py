@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from milan_pipe.config.base import Settings, unknown_key_message
+from milan_pipe.config.base import Settings
 from milan_pipe.config.evaluation import (
     AugmentSettings,
     EmbedSettings,
@@ -47,8 +47,7 @@ class Params(Settings):
     masking: MaskSettings = Field(default_factory=MaskSettings)
     decoder: DecoderSettings = Field(default_factory=DecoderSettings)
     target: Target = Field(
-        "clip",
-        description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients",
+        "clip", description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients"
     )
     pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
     embed: EmbedSettings = Field(default_factory=EmbedSettings)
@@ -75,6 +74,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _expanded(section: str, value: Any) -> Any:
+    return {_SHORTHAND[section]: value} if isinstance(value, str) and section in _SHORTHAND else value
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
@@ -84,34 +87,22 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
-    inside = values.get(section)
-    if isinstance(inside, str) and section in _SHORTHAND:
-        inside = {_SHORTHAND[section]: inside}
-    if not dot:
-        if not isinstance(value, str) or section not in _SHORTHAND:
-            values[section] = value
-            return
-        # The word chooses the kind; other keys of the section stay.
-        key = _SHORTHAND[section]
-    values[section] = {**(inside if isinstance(inside, dict) else {}), key: value}
+    given = {key: value} if dot else _expanded(section, value)
+    inside = _expanded(section, values.get(section))
+    # A bare word chooses the kind; other keys of the section stay.
+    values[section] = value if given is value else {**(inside if isinstance(inside, dict) else {}), **given}
 
 
 def _build(values: Mapping[str, Any], where: str) -> Params:
-    parts: dict[str, Any] = {}
-    for section, value in values.items():
-        if section not in Params.model_fields:
-            raise SettingError(unknown_key_message(str(section), Params.model_fields, where))
+    Params.require_known(values, where)
+    parts = {section: _expanded(section, value) for section, value in values.items()}
+    for section, value in parts.items():
         kind = Params.model_fields[section].annotation
         if isinstance(kind, type) and issubclass(kind, Settings):
-            if isinstance(value, str) and section in _SHORTHAND:
-                value = {_SHORTHAND[section]: value}
             if not isinstance(value, Mapping):
                 raise SettingError(f"{where}: section {section!r} holds {value!r}, expected keys and values")
             parts[section] = kind.parse({str(key): entry for key, entry in value.items()}, f"{where}, {section}")
-        else:
-            parts[section] = value
-    params: Params = Params.parse(parts, where)
-    return params
+    return Params.parse(parts, where)
 
 
 def _file_of(path: str | Path) -> Path:

@@ -23,8 +23,5 @@ class CodecSettings(Settings):
 
     def header_fields(self) -> dict[str, Any]:
         """What a store's header must say of the codec for a run with this setting to go on in it."""
-        return {
-            "name": self.name,
-            "zstd_level": self.zstd_level,
-            "quality": self.quality if self.name == "klt" else None,
-        }
+        quality = self.quality if self.name == "klt" else None
+        return {"name": self.name, "zstd_level": self.zstd_level, "quality": quality}

@@ -25,8 +25,7 @@ class TeacherSettings(Settings):
     """Which CLIP or SigLIP image tower gives the targets."""
 
     model: str = Field(
-        DEMO,
-        description="`demo` (ships with the package), an open_clip name, `hf-hub:ORG/NAME` or `local-dir:PATH`",
+        DEMO, description="`demo` (ships with the package), an open_clip name, `hf-hub:ORG/NAME` or `local-dir:PATH`"
     )
     pretrained: str | None = Field(
         None,
@@ -44,10 +43,7 @@ class TeacherSettings(Settings):
     )
 
     def header_fields(self) -> dict[str, str | None]:
-        """Model and weights as a store's header says them.
-
-        Without folders: the digest identifies the weights, wherever they are.
-        """
+        """Model and weights as a store's header says them: without folders, as the digest identifies the weights."""
         return {"model": portable_name(self.model), "pretrained": self.pretrained and Path(self.pretrained).name}
 
 

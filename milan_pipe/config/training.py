@@ -14,19 +14,8 @@ SinkName = Literal["tensorboard", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 RESUMABLE = {
-    "accumulate",
-    "compile",
-    "checkpoint_activations",
-    "threads",
-    "workers",
-    "device",
-    "parallel",
-    "sinks",
-    "plot_every",
-    "log_every",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep_checkpoints",
+    *("accumulate", "compile", "checkpoint_activations", "threads", "workers", "device", "parallel"),
+    *("sinks", "plot_every", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
 }
 """What may change between two parts of a run: where and how fast it runs, and what is written down."""
 

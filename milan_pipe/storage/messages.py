@@ -10,7 +10,7 @@ import re
 
 from obstore.exceptions import NotSupportedError, PreconditionError
 
-from milan_pipe.errors import MilanError, MissingError, StoreError, resource_hint
+from milan_pipe.errors import MilanError, MissingError, StoreError, one_line, resource_hint
 
 _HOW_TO_SIGN = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
@@ -54,16 +54,16 @@ def translated(error: Exception, url: str, doing: str) -> MilanError:
     return StoreError(f"{failed}: {resource_hint(error) or _reason(text, scheme)}")
 
 
-def one_line(text: str) -> str:
-    """Text without its line breaks and the debug form that obstore adds, cut to 300 characters."""
-    return " ".join(text.partition("Debug source:")[0].split())[:300] or "no reason was given"
+def without_debug(text: str) -> str:
+    """Text on one line, without the debug form that obstore adds."""
+    return one_line(text.partition("Debug source:")[0].strip() or "no reason was given")
 
 
 def _reason(text: str, scheme: str) -> str:
     message, _, debug = text.partition("Debug source:")
     request = _REQUEST.search(message)
     if request is None:
-        return one_line(message) + _cause(debug)
+        return without_debug(message) + _cause(debug)
     if _ASKS_FOR_CREDENTIALS.search(request["url"]) and scheme in _HOW_TO_SIGN:
         return f"no credentials were found; {_HOW_TO_SIGN[scheme]}"
     seconds = f"{float(request['time']):.0f} s" if request["unit"] == "s" else "less than a second"
@@ -72,7 +72,7 @@ def _reason(text: str, scheme: str) -> str:
         return f"no answer from {request['host']}{_cause(debug)}{tries}"
     said = ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)</", request["body"]))
     answer = f"{request['host']} answered {request['status']} {request['phrase']}"
-    return answer + (f", {one_line(said)}" if said else "") + tries + _ADVICE.get(request["status"], "")
+    return answer + (f", {without_debug(said)}" if said else "") + tries + _ADVICE.get(request["status"], "")
 
 
 def _cause(debug: str) -> str:
@@ -81,4 +81,4 @@ def _cause(debug: str) -> str:
         return f": its certificate is not accepted ({certificate[1]}); set SSL_CERT_FILE to that of its issuer"
     words = re.findall(r'(?:message|error): "([^"]+)"', debug)
     words = words or [_KINDS[kind] for kind in re.findall(r"kind: (Connect|Timeout|Interrupted)", debug)[:1]]
-    return f": {one_line(words[-1])}" if words else ""
+    return f": {without_debug(words[-1])}" if words else ""

@@ -28,7 +28,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 from milan_pipe.errors import MilanError, MissingError, SettingError, StoreError
 from milan_pipe.storage.local import LocalFolder, clear_scratch
 from milan_pipe.storage.location import SCHEMES, Listing, Location, is_foreign
-from milan_pipe.storage.messages import one_line, translated
+from milan_pipe.storage.messages import translated, without_debug
 
 READ_AHEAD_BYTES = 8 * 1024 * 1024
 # The factor bounds a random pause: below 3, pauses shrink as often as they grow.
@@ -82,7 +82,7 @@ class RemoteFolder(Location):
         except MilanError:
             raise
         except (BaseError, ValueError, OSError) as error:
-            reason = one_line(str(error))
+            reason = without_debug(str(error))
             hint = "; set AZURE_STORAGE_ACCOUNT_NAME" if "Account must be specified" in reason else ""
             raise SettingError(f"{self.name} cannot be opened: {reason}{hint}") from error
 
@@ -262,7 +262,7 @@ def _profile() -> Any:
     except Exception as error:
         if profile is None:
             return None
-        reason = f"cannot be used: {one_line(str(error))}"
+        reason = f"cannot be used: {without_debug(str(error))}"
         if isinstance(error, ImportError):
             reason = (
                 "boto3, which reads profiles, is not installed; install it, or set AWS_ACCESS_KEY_ID and "
