@@ -9,11 +9,7 @@ from milan_pipe.errors import SettingError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU; other names are torch's.
-
-    Raises:
-        SettingError: this machine has no such device.
-    """
+    """`auto` is the first CUDA device, else the CPU; other names are torch's. Raises SettingError if it is absent."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

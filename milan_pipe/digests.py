@@ -15,11 +15,7 @@ def sha256_of(data: bytes) -> str:
 
 
 def sha256_of_file(file: Path | IO[bytes]) -> str:
-    """Hexadecimal digest of a file by its path, or of the rest of an open one; it is read in pieces.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Hexadecimal digest of a file by its path, or of the rest of an open one, read in pieces; raises OSError."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return sha256_of_file(opened)

@@ -29,11 +29,7 @@ _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; makes the folder.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
+    """Write a safetensors file, whole or not at all; makes the folder. Raises StoreError."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +40,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU.
-
-    Raises:
-        StoreError: it cannot be read.
-        DataError: it is damaged.
-    """
+    """Tensors of a safetensors file, on the CPU; raises StoreError where it cannot be read, DataError if damaged."""
     try:
         require_opens(path)
         return load_file(path)
@@ -164,10 +155,7 @@ def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, name: str = "the model") -> None:
-    """Load all tensors, in place; names and shapes must be the model's, every one.
-
-    Args:
-        where, name: the source and the model, for the message.
+    """Load all tensors, in place; `where` and `name` are the source and the model, for the message.
 
     Raises:
         MismatchError: names the first tensors that are missing, not expected, or of another shape.

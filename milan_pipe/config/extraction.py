@@ -27,11 +27,7 @@ class ExtractSettings(Settings):
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """`i/n` to (i, n), i from 0 to n - 1: the shards whose number leaves i when divided by n.
-
-    Raises:
-        SettingError: not of this form.
-    """
+    """`i/n` to (i, n), i from 0 to n - 1: shards whose number leaves i when divided by n. Raises SettingError."""
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if match is None or not int(match[1]) < int(match[2]):
         raise SettingError(f"--shards {text!r} is not understood, expected i/n with i from 0 to n - 1, as 0/8")

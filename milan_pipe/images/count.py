@@ -95,11 +95,7 @@ def count_images(shards: Sequence[ShardFile], on_progress: Callable[[int, int], 
 
 
 def like_these(images: ImageCount, total: int, per_shard: int) -> ImageCount:
-    """`total` images of the same mean size, in shards of `per_shard`.
-
-    Raises:
-        DataError: there are none to go by.
-    """
+    """`total` images of the same mean size, in shards of `per_shard`; raises DataError where `images` has none."""
     if not images.total:
         raise DataError("no images to plan from")
     size = round(images.bytes / images.total * total)

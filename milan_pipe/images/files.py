@@ -29,21 +29,13 @@ MAX_ENCODED_BYTES = 2**28
 
 
 def read_regular(path: Path) -> bytes:
-    """All bytes of a file.
-
-    Raises:
-        OSError: it cannot be read, or is a FIFO, a socket or a device, where reading might never end.
-    """
+    """All bytes of a file; raises OSError also for a FIFO, a socket or a device, where reading might never end."""
     with open_regular(path) as file:
         return file.read()
 
 
 def read_file(path: Path) -> bytes:
-    """Bytes of an encoded image.
-
-    Raises:
-        DataError: it is larger than `MAX_ENCODED_BYTES`, or cannot be read.
-    """
+    """Bytes of an encoded image; raises DataError where it is larger than `MAX_ENCODED_BYTES` or cannot be read."""
     try:
         if path.stat().st_size > MAX_ENCODED_BYTES:
             raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
@@ -55,8 +47,7 @@ def read_file(path: Path) -> bytes:
 def files_under(folder: Path, suffixes: Container[str] | None = None) -> list[Path]:
     """All files below a folder, or those with one of the suffixes, sorted; without hidden names, through links.
 
-    Raises:
-        DataError: a folder cannot be listed.
+    Raises DataError where a folder cannot be listed.
     """
     found: list[Path] = []
     for inside, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):

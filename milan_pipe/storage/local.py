@@ -157,11 +157,7 @@ def beside(path: Path) -> Path:
 def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A new file to write in place of `path`: flushed and renamed at the end, removed on an error. Mode by umask.
 
-    Args:
-        replace: False raises FileExistsError where `path` exists.
-
-    Raises:
-        OSError: it cannot be written.
+    Raises OSError where it cannot be written: FileExistsError where `path` exists and must not be replaced.
     """
     partial = beside(path)
     try:
@@ -182,11 +178,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes | str, advice: str = "make room, or choose another folder") -> None:
-    """Write bytes, or text as UTF-8, whole or not at all; makes the folder.
-
-    Raises:
-        StoreError: it cannot be written; ends with `advice`.
-    """
+    """Write bytes, or text as UTF-8, whole or not at all; makes the folder. Raises StoreError, with `advice`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:

@@ -48,14 +48,7 @@ def location_of(where: str | Path) -> Location:
 
 
 def local_folder(where: str | Path, what: str) -> Path:
-    """The path of a folder that must be on a disk.
-
-    Args:
-        what: what is written there, for the message.
-
-    Raises:
-        SettingError: it is a URL, from which `Path` would make a folder named `s3:`.
-    """
+    """The path of a folder for `what`; raises SettingError for a URL, of which `Path` would make a folder `s3:`."""
     _require_whole(where)
     if is_url(where):
         raise SettingError(
@@ -73,15 +66,10 @@ def _require_whole(where: str | Path) -> None:
 
 
 def require_writable(location: Location) -> None:
-    """Refuse a location that can only be read.
-
-    Raises:
-        SettingError: it is on a web server.
-    """
+    """Raise SettingError for a location on a web server, which can only be read."""
     if not location.listable:
-        raise SettingError(
-            f"{location} can only be read, as any web server; write to a local folder, s3://, gs:// or az://"
-        )
+        expected = "a local folder, s3://, gs:// or az://"
+        raise SettingError(f"{location} can only be read, as any web server; write to {expected}")
 
 
 class Listing(NamedTuple):

@@ -13,12 +13,12 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 from urllib.parse import unquote
 
 import obstore
@@ -43,6 +43,8 @@ _PARALLEL_REQUESTS = 16
 _PARTS_IN_FLIGHT = 4
 # Up to this number of files, a request for each is faster than listing a folder of unknown length.
 _FEW_FILES = 64
+
+T = TypeVar("T")
 
 _first_process: int | None = None
 
@@ -156,9 +158,8 @@ class RemoteFolder(Location):
                 return self.size(name)
             return None
 
-        with _pool(len(wanted)) as pool:
-            sizes = zip(wanted, pool.map(size, wanted), strict=True)
-            return {name: size for name, size in sizes if size is not None}
+        sizes = zip(wanted, _in_parallel(size, wanted), strict=True)
+        return {name: size for name, size in sizes if size is not None}
 
     def listing(self) -> Listing:
         if not self.listable:
@@ -220,8 +221,7 @@ class RemoteFolder(Location):
             with self._errors(f"{path}/{name}", "written"):
                 obstore.put(self._root, self._key(f"{path}/{name}"), files[name], max_concurrency=_PARTS_IN_FLIGHT)
 
-        with _pool(len(files)) as pool:
-            list(pool.map(upload, sorted(files)))
+        _in_parallel(upload, sorted(files))
         for stray in self.child(path).sizes().keys() - files.keys():
             self.remove(f"{path}/{stray}")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -271,12 +271,11 @@ def _profile() -> Any:
         raise SettingError(f"AWS_PROFILE is {profile} and {reason}") from error
 
 
-@contextmanager
-def _pool(tasks: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for requests; the first error cancels those that have not begun."""
-    pool = ThreadPoolExecutor(max(1, min(tasks, _PARALLEL_REQUESTS)), thread_name_prefix="requests")
+def _in_parallel(request: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """Requests on threads, their results in order; the first error cancels those that have not begun."""
+    pool = ThreadPoolExecutor(max(1, min(len(names), _PARALLEL_REQUESTS)), thread_name_prefix="requests")
     try:
-        yield pool
+        return list(pool.map(request, names))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
