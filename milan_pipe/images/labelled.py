@@ -15,7 +15,7 @@ from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, read_file
 from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
-from milan_pipe.images.tar import Located, OnBad, locate_samples
+from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import is_url
 from milan_pipe.units import some
 
@@ -132,9 +132,9 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
 
 def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
     shards = expand_shards(where)
-    located: list[tuple[ShardFile, Located]] = []
+    located: list[tuple[ShardFile, Sample]] = []
     for shard in shards:
-        for at in locate_samples(shard, on_bad):
+        for at in read_shard(shard, on_bad, locate=True):
             if at.label < 0:
                 raise DataError(
                     f"shard {shard}: image {at.key!r} has no label; put images into one folder per class and run "

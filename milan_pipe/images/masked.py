@@ -19,7 +19,7 @@ from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
 from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
-from milan_pipe.images.tar import OnBad, locate_samples
+from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.storage import is_url
 
 ADE20K_CLASSES = 150
@@ -159,7 +159,7 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
 
 def _shards(where: str, on_bad: OnBad) -> MaskedImages:
     shards = expand_shards(where)
-    located = [(shard, at) for shard in shards for at in locate_samples(shard, on_bad)]
+    located = [(shard, at) for shard in shards for at in read_shard(shard, on_bad, locate=True)]
     lacking = [at.key for _, at in located if at.mask is None]
     if lacking:
         raise MissingError(

@@ -32,31 +32,19 @@ class Sample:
 
     Attributes:
         key: webdataset key: the member's path up to the first dot of its last part.
-        data: the encoded image, at least one byte.
+        data: the encoded image; empty where it was only located.
         label: class index, -1 where there is none.
         caption: None where there is none.
+        image: bytes of the shard's file that are the encoded image; empty where it is a file of its own.
+        mask: those of the member with one of `MASK_SUFFIXES`; None where there is none.
     """
 
     key: str
     data: bytes
     label: int
     caption: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Located:
-    """Where an image of a shard lies, and its label.
-
-    Attributes:
-        key, label: as of a `Sample`.
-        image: bytes of the shard that are the encoded image, at least one.
-        mask: those of the member with one of `MASK_SUFFIXES`; None where there is none.
-    """
-
-    key: str
-    label: int
-    image: range
-    mask: range | None
+    image: range = range(0)
+    mask: range | None = None
 
 
 @dataclass(kw_only=True)
@@ -72,7 +60,8 @@ class _Group:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     dotted: list[str] = field(default_factory=list)
-    image: bytes | range | None = None
+    image: range | None = None
+    data: bytes = b""
     mask: range | None = None
     fault: str | None = None
 
@@ -80,7 +69,9 @@ class _Group:
         self.fault = self.fault or reason
 
 
-def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None) -> Iterator[Sample]:
+def read_shard(
+    shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None = None, *, locate: bool = False
+) -> Iterator[Sample]:
     """Read a shard's samples in their order, one at a time; nothing is unpickled or written to disk.
 
     Neighbouring members of one key are one sample: an image (`IMAGE_SUFFIXES`), and optionally `cls` (a whole number),
@@ -93,6 +84,7 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
             and for `a.v2.jpg`, which is file `v2.jpg` of sample `a`, where `a` has no image. Other keys without an
             image are passed over.
         copy: the shard's bytes, where they have been fetched; a seekable file, left open.
+        locate: find images by the headers, and leave them unread.
 
     Raises:
         MissingError: the shard is not there.
@@ -100,22 +92,6 @@ def read_shard(shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | N
             case after the samples before the damage.
         StoreError: the object store cannot be read.
     """
-    for group, label, caption in _whole_groups(shard, on_bad, copy, locate=False):
-        assert isinstance(group.image, bytes)
-        yield Sample(key=group.key, data=group.image, label=label, caption=caption)
-
-
-def locate_samples(shard: ShardFile | str | Path, on_bad: OnBad) -> Iterator[Located]:
-    """As `read_shard`, but images are found by the headers and not read."""
-    for group, label, _ in _whole_groups(shard, on_bad, None, locate=True):
-        assert isinstance(group.image, range)
-        yield Located(key=group.key, label=label, image=group.image, mask=group.mask)
-
-
-def _whole_groups(
-    shard: ShardFile | str | Path, on_bad: OnBad, copy: IO[bytes] | None, *, locate: bool
-) -> Iterator[tuple[_Group, int, str | None]]:
-    """Groups with an image and no fault, with label (-1: none) and caption."""
     shard = shard if isinstance(shard, ShardFile) else shard_file(shard)
     seen: set[str] = set()
     images = 0
@@ -132,11 +108,11 @@ def _whole_groups(
             continue
         images += 1
         try:
-            label, caption = _label_and_caption(group)
+            sample = _sample_of(group)
         except DataError as error:
             on_bad(group.key, str(error))
         else:
-            yield group, label, caption
+            yield sample
     if not images:
         raise no_images(shard)
 
@@ -159,11 +135,11 @@ def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterat
                 if group is not None:
                     yield group
                 group = _Group(key=key)
-            data: bytes | range | None = None
+            data = None
             if suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES:
-                data = _span(info)
+                data = b""
                 if not (locate and suffix in IMAGE_SUFFIXES):
-                    file.seek(data.start)
+                    file.seek(info.offset_data)
                     data = file.read(info.size)
                     if len(data) != info.size:
                         raise _damaged(shard, info.offset)
@@ -180,13 +156,10 @@ def _is_plain(info: tarfile.TarInfo) -> bool:
     return info.isreg() and not info.issparse()
 
 
-def _span(info: tarfile.TarInfo) -> range:
-    return range(info.offset_data, info.offset_data + info.size)
-
-
-def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | range | None) -> None:
+def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | None) -> None:
+    span = range(info.offset_data, info.offset_data + info.size)
     if suffix in MASK_SUFFIXES and _is_plain(info):
-        group.mask = _span(info)
+        group.mask = span
     if suffix in OTHER_IMAGE_SUFFIXES:
         group.skip(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
     elif suffix not in _WANTED:
@@ -194,7 +167,6 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
     elif suffix not in IMAGE_SUFFIXES:
-        assert not isinstance(data, range)
         if data is not None and suffix in group.parts:
             group.skip(f"two .{suffix} members of one key")
         else:
@@ -205,7 +177,7 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
     elif group.image is not None:
         group.skip("two images of one key")
     else:
-        group.image = data
+        group.image, group.data = span, data
         # Names are never used as paths here, but keys become member names in what is written later.
         if prefix.startswith("/") or ".." in prefix.split("/"):
             group.skip("member name is absolute or has '..'")
@@ -287,8 +259,8 @@ def _damaged(shard: ShardFile, offset: int) -> DataError:
     return DataError(f"shard {shard} is cut or damaged at byte {offset}; copy or prepare it again")
 
 
-def _label_and_caption(group: _Group) -> tuple[int, str | None]:
-    """Label, -1 for none, and caption; raises where the sample is skipped."""
+def _sample_of(group: _Group) -> Sample:
+    """The sample of these members; raises where it is skipped."""
     if group.fault is not None:
         raise DataError(group.fault)
     if not group.image:
@@ -313,7 +285,7 @@ def _label_and_caption(group: _Group) -> tuple[int, str | None]:
             caption = group.parts["txt"].decode()
         except UnicodeDecodeError:
             raise DataError("txt is not UTF-8") from None
-    return label, caption
+    return Sample(key=group.key, data=group.data, label=label, caption=caption, image=group.image, mask=group.mask)
 
 
 def _checked_label(value: object, where: str) -> int:
