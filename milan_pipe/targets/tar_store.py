@@ -26,7 +26,7 @@ from numcodecs.shuffle import Shuffle
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, one_line
 from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
@@ -189,7 +189,7 @@ class TarShard:
         try:
             return [json.loads(bytes(sample["json"]))["key"] for sample in samples]
         except (ValueError, LookupError, TypeError) as error:
-            raise self._fail(f"{_tar_name(0)}: {' '.join(str(error).split())[:200]}") from error
+            raise self._fail(f"{_tar_name(0)}: {one_line(error)}") from error
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
@@ -201,7 +201,7 @@ class TarShard:
         try:
             return self._run(chosen)
         except (ValueError, LookupError, TypeError, RuntimeError) as error:
-            raise self._fail(f"{_tar_name(view)}: {' '.join(str(error).split())[:200]}") from error
+            raise self._fail(f"{_tar_name(view)}: {one_line(error)}") from error
 
     def _samples(self, view: int, block: int) -> list[dict[str, memoryview]]:
         name = _tar_name(view)

@@ -29,7 +29,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, StoreError, resource_hint
+from milan_pipe.errors import DataError, StoreError, one_line, resource_hint
 from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import CRC_BYTES, ENTRY_BYTES, crc32c, parse_index, read_chunks
 from milan_pipe.targets.codec import Codec, codec_of
@@ -311,7 +311,7 @@ class ZarrShard:
             # `zarrs` reports damage, too many open files and a lost connection alike: the digests tell them apart.
             for path in set(paths) & self._record.files.keys():
                 self._checked_file(path)
-            hint, what = resource_hint(error), " ".join(str(error).split())[:200]
+            hint, what = resource_hint(error), one_line(error)
             if hint is not None or (paths and self._location.local is None):
                 raise StoreError(f"{self._location}, array {name!r} cannot be read: {hint or what}") from error
             raise self._fail(f"array {name!r} is damaged ({what})") from error
