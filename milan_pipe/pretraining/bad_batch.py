@@ -135,9 +135,7 @@ def replay(
             by_key[key] = float(stepper.loss(batch.rows(row, row + 1), metadata["epoch"]))
         on_progress(row + 1, len(keys))
     result = stepper(batch, metadata["epoch"], 0.0)
-    gradient = tuple(
-        name for name, value in model.named_parameters() if value.grad is not None and _not_finite(value.grad)
-    )
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     return ReplayReport(
         step=metadata["step"],
         epoch=metadata["epoch"],
@@ -145,7 +143,7 @@ def replay(
         loss=float(result.loss),
         grad_norm=float(result.grad_norm),
         loss_by_key=dict(sorted(by_key.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)),
-        gradient=gradient,
+        gradient=tuple(name for name, grad in gradients.items() if _not_finite(grad)),
         stored={
             **{name: _not_finite(value) for name, value in of["batch"].items()},
             "weights": sum(_not_finite(value) for part in ("student", "decoder") for value in of[part].values()),

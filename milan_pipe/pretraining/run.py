@@ -96,10 +96,8 @@ class PretrainTask(Task[Batch]):
         teach = None
         if self._config.targets == "online":
             if self._teacher_for is None or params.target != "clip":
-                raise SettingError(
-                    f"pretrain.targets is 'online' with target {params.target!r}; it needs target 'clip' and, from "
-                    "Python, teacher_for"
-                )
+                found = f"pretrain.targets is 'online' with target {params.target!r}"
+                raise SettingError(f"{found}; it needs target 'clip' and, from Python, teacher_for")
             teach = self._teacher_for(self._reader.header, device)
         self._with_targets = params.target == "clip" and teach is None
         self.objective: Objective = build_objective(self._reader.header, params, device, teach)
@@ -173,17 +171,13 @@ class PretrainTask(Task[Batch]):
 def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
     config = params.pretrain
     if ranks.count > 1 and config.batch_size // ranks.count < config.accumulate:
-        raise SettingError(
-            f"pretrain.batch_size is {config.batch_size}: {ranks.count} ranks with pretrain.accumulate="
-            f"{config.accumulate} need at least {ranks.count * config.accumulate}"
-        )
+        wanted = f"{ranks.count} ranks with pretrain.accumulate={config.accumulate}"
+        least = ranks.count * config.accumulate
+        raise SettingError(f"pretrain.batch_size is {config.batch_size}: {wanted} need at least {least}")
     if ranks.first and config.canonical_streams < ranks.count:
-        warnings.warn(
-            f"pretrain.canonical_streams is {config.canonical_streams} for {ranks.count} ranks: some read what others "
-            f"use; set it to a multiple of {ranks.count} for a new run",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        found = f"pretrain.canonical_streams is {config.canonical_streams} for {ranks.count} ranks"
+        todo = f"some read what others use; set it to a multiple of {ranks.count} for a new run"
+        warnings.warn(f"{found}: {todo}", RuntimeWarning, stacklevel=2)
     order = EpochOrder(
         samples=tuple(reader.samples(shard) for shard in reader.shards),
         views=reader.header.views.count,

@@ -1,7 +1,6 @@
-"""Decoders: from the encoder's visible tokens to a feature at every position.
+"""Decoders, under the published key names: from the encoder's visible tokens to a feature at every position.
 
-Both keep the published key names: decoder_embed, mask_token, decoder_pos_embed, decoder_blocks, decoder_norm,
-decoder_pred. Shape suffixes are explained in `milan_pipe.student`.
+Shape suffixes are explained in `milan_pipe.student`.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(width, output_width)
         init_like_mae(self)
 
-    _block: Callable[[int, int, int], nn.Module]
-    """Makes a block of a width, heads and an MLP's width."""
+    _block: Callable[[int, int, int], nn.Module]  # of a width, heads and an MLP's width
 
     def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
         """The prompt (CLS and visible tokens) and the masked tokens, both with their positions."""

@@ -1,7 +1,4 @@
-"""The student's encoder: a timm ViT under timm's own parameter names, run on the visible patches only.
-
-Shape suffixes are explained in `milan_pipe.student`.
-"""
+"""The encoder: a timm ViT under timm's names, run on visible patches. Suffixes: see `milan_pipe.student`."""
 
 from __future__ import annotations
 
@@ -35,10 +32,8 @@ def grid_of(settings: StudentSettings) -> Grid:
     patch = settings.patch_size
     height, width = native_patch(settings.model) if patch is None else (patch, patch)
     if settings.image_size % height or settings.image_size % width:
-        raise SettingError(
-            f"student: image_size {settings.image_size} is no multiple of the patch, {height} x {width} pixels; "
-            "change image_size or patch_size"
-        )
+        found = f"image_size {settings.image_size} is no multiple of the patch, {height} x {width} pixels"
+        raise SettingError(f"student: {found}; change image_size or patch_size")
     return settings.image_size // height, settings.image_size // width
 
 
@@ -119,7 +114,7 @@ def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskS
     """Encode CLS and the visible patches; masked patches cost nothing, not even their projection.
 
     Args:
-        encoder: from `build_encoder`, or any timm ViT with a class token and no registers.
+        encoder: any timm ViT with a class token and no registers, as of `build_encoder`.
         images_BCHW: normalised floats of the encoder's input size.
         split: kept and masked patch indices, 0..L-1, CLS not counted.
 
@@ -195,10 +190,8 @@ def _parameter(encoder: VisionTransformer, name: str) -> nn.Parameter:
 def _check_images(encoder: VisionTransformer, images_BCHW: Tensor) -> None:
     expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
     if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
-        raise ShapeError(
-            f"images have shape {tuple(images_BCHW.shape)}, expected (B, {', '.join(map(str, expected))}); "
-            "render the views at the student's image_size"
-        )
+        found = f"images have shape {tuple(images_BCHW.shape)}, expected (B, {', '.join(map(str, expected))})"
+        raise ShapeError(f"{found}; render the views at the student's image_size")
 
 
 def _create(model: str, **sizes: Any) -> VisionTransformer:

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from milan_pipe.student.encoder import cut_patches, require_whole_patches
 
-BINS, CELL = 9, 8
+BINS = 9
 
 
 def cell_side(patch: int) -> int:
     """Pixels of a cell's side: 8, or the largest number below it that divides the patch."""
-    return next(side for side in range(min(CELL, patch), 0, -1) if patch % side == 0)
+    return next(side for side in range(min(8, patch), 0, -1) if patch % side == 0)
 
 
 def hog_width(patch: int, channels: int = 3) -> int:

@@ -25,10 +25,8 @@ def feature_loss(prediction_BST: Tensor, target_BST: Tensor) -> Tensor:
     Source: arXiv 2208.06049, section 3.1.
     """
     if prediction_BST.shape != target_BST.shape:
-        raise ShapeError(
-            f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target_BST.shape)}; the decoder's "
-            "output width and grid must be the teacher's"
-        )
+        found = f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target_BST.shape)}"
+        raise ShapeError(f"{found}; the decoder's output width and grid must be the teacher's")
     cosine_BS = F.cosine_similarity(prediction_BST.float(), target_BST.float(), dim=-1)
     return 2.0 - 2.0 * cosine_BS.mean()
 

@@ -36,7 +36,7 @@ class MaskSplit:
     masked_BM: Tensor
 
     def __post_init__(self) -> None:
-        for name, index in (("keep_BV", self.keep_BV), ("masked_BM", self.masked_BM)):
+        for name, index in vars(self).items():
             if index.ndim != 2 or index.dtype != torch.int64:
                 found = f"shape {tuple(index.shape)}, {index.dtype}"
                 raise ShapeError(f"MaskSplit.{name}: found {found}, expected two dimensions of torch.int64 indices")
@@ -85,10 +85,8 @@ def visible_count(patches: int, ratio: float) -> int:
     # Rounding of `1 - ratio` and of the product stays below 1e-10 for any L in use.
     visible = math.floor(patches * (1.0 - ratio) + 1e-9)
     if not 0 < visible < patches:
-        raise SettingError(
-            f"mask ratio {ratio} leaves {visible} of {patches} patches visible, expected 1 to {patches - 1}; "
-            "change the ratio, or take smaller patches"
-        )
+        found = f"mask ratio {ratio} leaves {visible} of {patches} patches visible, expected 1 to {patches - 1}"
+        raise SettingError(f"{found}; change the ratio, or take smaller patches")
     return visible
 
 

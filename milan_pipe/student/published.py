@@ -102,10 +102,9 @@ class _Sizes:
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         if key not in self._state:
-            raise MismatchError(
-                f"state dict: {self._prefix + key!r} is missing, one of the keys that give the model's sizes; "
-                f"{self._found}; if all names share a prefix, name it in `prefix`"
-            )
+            missing = f"{self._prefix + key!r} is missing, one of the keys that give the model's sizes"
+            todo = "if all names share a prefix, name it in `prefix`"
+            raise MismatchError(f"state dict: {missing}; {self._found}; {todo}")
         shape = tuple(self._state[key].shape)
         if len(shape) != dimensions:
             found = f"state dict: {self._prefix + key!r} has shape {shape}"

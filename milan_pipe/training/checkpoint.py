@@ -201,15 +201,14 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
     """
     found = checkpoint.record.get("configuration")
     if not isinstance(found, dict):
-        raise MismatchError(
-            f"{run} holds {checkpoint.path.name}, which does not say what it was trained with; name another folder"
-        )
+        holds = f"{run} holds {checkpoint.path.name}, which does not say what it was trained with"
+        raise MismatchError(f"{holds}; name another folder")
     theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
     if theirs.get("order") != ours.get("order") and not checkpoint.record["finished"]:
+        versions = f"version {theirs.get('order', 1)}, here {ours.get('order', 1)}"
         raise MismatchError(
-            f"{run} was begun by another version of milan-pipe, which takes samples in another order (version "
-            f"{theirs.get('order', 1)}, here {ours.get('order', 1)}); train in another folder. "
-            f"{checkpoint.path.name} can still be evaluated and exported"
+            f"{run} was begun by another version of milan-pipe, which takes samples in another order ({versions}); "
+            f"train in another folder. {checkpoint.path.name} can still be evaluated and exported"
         )
     differences = [
         f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
@@ -217,7 +216,5 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         if theirs.get(name) != ours.get(name)
     ]
     if differences:
-        raise MismatchError(
-            f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}. Use the "
-            "same settings to go on, or name another folder"
-        )
+        holds = f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}"
+        raise MismatchError(f"{holds}. Use the same settings to go on, or name another folder")

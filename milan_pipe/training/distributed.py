@@ -72,10 +72,9 @@ class Ranks:
         Raises:
             MismatchError: says what each rank found.
         """
-        if self.count == 1:
-            return
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
         if any(other != found[0] for other in found):
             values = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(found))
             raise MismatchError(f"the ranks see different {what} ({values}); {todo}")
@@ -120,8 +119,7 @@ class Ranks:
         if self.count == 1:
             return True
         try:
-            store = dist.distributed_c10d._get_default_store()
-            return int(store.add("milan_pipe/reported", 1)) == 1
+            return int(dist.distributed_c10d._get_default_store().add("milan_pipe/reported", 1)) == 1
         except RuntimeError:
             return True  # the store has gone with its process
 

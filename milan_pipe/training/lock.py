@@ -137,15 +137,13 @@ def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
 def _owner(handle: int) -> dict[str, Any]:
     with suppress(ValueError):
         found = json.loads(os.pread(handle, 4096, 0))
-        if isinstance(found, dict):
-            return found
+        return found if isinstance(found, dict) else {}
     return {}
 
 
 def _described(owner: dict[str, Any]) -> str:
-    if not owner:
-        return "another process"
-    return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+    known = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+    return known if owner else "another process"
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:

@@ -30,11 +30,7 @@ class MetricFile:
 
 
 def metric_files(folder: Path) -> list[Path]:
-    """All metrics below a folder; none if the folder does not exist.
-
-    Raises:
-        StoreError: it cannot be listed.
-    """
+    """All metrics below a folder, none if there is no folder; StoreError if it cannot be listed."""
     try:
         return sorted(path for path in folder.rglob("*.tsv") if path.is_file())
     except OSError as error:
@@ -42,11 +38,7 @@ def metric_files(folder: Path) -> list[Path]:
 
 
 def read_metric(file: Path) -> MetricFile:
-    """Read a metric; damage is reported, not raised.
-
-    Raises:
-        StoreError: the file cannot be read.
-    """
+    """Read a metric; damage is reported, not raised; StoreError if the file cannot be read."""
     data = location_of(file.parent).read(file.name)
     header, *lines = data.decode(errors="replace").split("\n")
     columns = header.rstrip("\r").split("\t")
@@ -90,11 +82,8 @@ def _is_summary(data: bytes) -> bool:
         values = json.loads(data)
     except (ValueError, RecursionError):
         return False
-    return (
-        isinstance(values, dict)
-        and isinstance(values.pop("step", 0), int)
-        and all(isinstance(value, dict) for value in values.values())
-    )
+    known = isinstance(values, dict) and isinstance(values.pop("step", 0), int)
+    return known and all(isinstance(value, dict) for value in values.values())
 
 
 def _move_damaged(file: Path, damage: str) -> None:

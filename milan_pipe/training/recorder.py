@@ -38,6 +38,9 @@ class TrainProgress:
     memory: int
 
 
+OnProgress = Callable[[TrainProgress], None]
+
+
 class Recorder:
     """Sums of the losses, and points of the metrics for the sinks and the listener.
 
@@ -49,9 +52,7 @@ class Recorder:
         progress: last report; None before the first.
     """
 
-    def __init__(
-        self, task: Task[Any], ranks: Ranks, on_progress: Callable[[TrainProgress], None], *, first_step: int
-    ) -> None:
+    def __init__(self, task: Task[Any], ranks: Ranks, on_progress: OnProgress, *, first_step: int) -> None:
         self._task, self._ranks, self._on_progress, self._first_step = task, ranks, on_progress, first_step
         # With float16 the loss scale handles gradients that are not finite.
         self._checked = ("loss",) if task.settings.precision == "float16" else ("loss", "norm of the gradient")
@@ -115,9 +116,7 @@ class Recorder:
             epoch = (step - 1) // self._task.steps_per_epoch
             if epoch != self._epoch:
                 self._epoch, self._sums["epoch"] = epoch, [0.0, 0]
-            for sums in self._sums.values():
-                sums[0] += loss
-                sums[1] += 1
+            self._sums = {name: [total + loss, count + 1] for name, (total, count) in self._sums.items()}
             self._grad_norm = norm
         self._unread.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from milan_pipe.training.checkpoint import (
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.lock import only_writer
 from milan_pipe.training.metrics import cut_metrics
-from milan_pipe.training.recorder import Recorder, TrainProgress
+from milan_pipe.training.recorder import OnProgress, Recorder
 from milan_pipe.training.saver import BEST, Saver
 from milan_pipe.training.sinks import open_sinks
 from milan_pipe.training.step import Stepper
@@ -49,12 +49,7 @@ def _average_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 class _Run(Generic[B]):
     def __init__(
-        self,
-        folder: Path,
-        task: Task[B],
-        ranks: Ranks,
-        previous: Checkpoint | None,
-        on_progress: Callable[[TrainProgress], None],
+        self, folder: Path, task: Task[B], ranks: Ranks, previous: Checkpoint | None, on_progress: OnProgress
     ) -> None:
         self.folder, self.task, self.ranks = folder, task, ranks
         task.build()
@@ -78,20 +73,17 @@ class _Run(Generic[B]):
         self.first_step = 0 if previous is None else int(previous.record["step"])
         self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
         self.recorder = Recorder(task, ranks, on_progress, first_step=self.first_step)
-        self.scores: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.best_step = 0
+        state: Mapping[str, Any] = {} if previous is None else previous.record
+        self.scores: dict[str, float] = dict(state.get("scores", {}))
+        self.best: dict[str, float] = dict(state.get("best", {}))
+        self.best_step = int(state.get("best_step", 0))
         if previous is not None:
             self.saver.restore(previous)
-            state = previous.record
             self.recorder.restore(state["losses"])
-            self.scores, self.best = dict(state.get("scores", {})), dict(state.get("best", {}))
-            self.best_step = int(state.get("best_step", 0))
             if ranks.first:
                 cut_metrics(folder / "metrics", self.first_step)
 
     def go(self) -> RunReport:
-        """Do all remaining steps, and write the report and the last checkpoint."""
         task = self.task
         with stop_requests() as stop, ExitStack() as stack:
             if self.ranks.first:
@@ -105,7 +97,6 @@ class _Run(Generic[B]):
             return self._finish()
 
     def _train(self, stop: StopRequest) -> None:
-        """The one loop of all training."""
         task, recorder = self.task, self.recorder
         task.model.train()
         began, waited, evaluating = time.monotonic(), 0.0, 0.0
@@ -191,21 +182,15 @@ def _finished(run: Path, checkpoint: Checkpoint) -> RunReport:
         values = json.loads((run / _REPORT).read_text())
         return RunReport(**{**values, "checkpoint": str(checkpoint.path), "steps_now": 0})
     except OSError as error:
-        raise StoreError(
-            f"{run / _REPORT} cannot be read: {system_reason(error)}; {checkpoint.path} is that of the finished run"
-        ) from error
+        found = f"{run / _REPORT} cannot be read: {system_reason(error)}"
+        raise StoreError(f"{found}; {checkpoint.path} is that of the finished run") from error
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read ({type(error).__name__}); "
-            "its checkpoint can be used"
-        ) from error
+        found = f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read"
+        raise DataError(f"{found} ({type(error).__name__}); its checkpoint can be used") from error
 
 
 def run_task(
-    run: str | Path,
-    device: str,
-    task_of: Callable[[Ranks, Path], Task[Any]],
-    on_progress: Callable[[TrainProgress], None],
+    run: str | Path, device: str, task_of: Callable[[Ranks, Path], Task[Any]], on_progress: OnProgress
 ) -> RunReport:
     """Do a run, or go on with it; under torchrun all ranks call it, and `task_of` for a rank and the run's folder.
 

@@ -42,10 +42,7 @@ class Saver:
         return late or (every is not None and step % every == 0)
 
     def save(self, step: int, state: Mapping[str, Any], *, finished: bool) -> Path:
-        """Write the checkpoint of a step and remove the oldest ones; a finished run's has no optimiser.
-
-        Args:
-            state: JSON data of this step, beside the record of the task.
+        """Write the checkpoint of a step with JSON data, and remove the oldest ones; a finished run's has no optimiser.
 
         Raises:
             DataError: a weight is not finite.

@@ -38,7 +38,7 @@ class Stepper(Generic[B]):
     still finds the weights that caused it. With float16 the loss scale handles such gradients, and steps go on.
 
     Args:
-        optimiser: a fused one, if steps are to be skipped.
+        optimiser: only a fused one skips steps.
         loss_of: scalar loss of a batch in an epoch.
         split: a batch's parts with their shares of it, for gradient accumulation.
         clip_grad: largest L2 norm of the gradient over all parameters.

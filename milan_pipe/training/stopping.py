@@ -29,8 +29,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """Note SIGTERM, SIGINT and SIGHUP instead of dying of them.
 
     The same signal again does what it did before, except SIGHUP, which a closed terminal sends more than once. An
-    ignored signal, as under nohup, stays ignored. Outside the main thread, where Python allows no handlers, nothing
-    is noted.
+    ignored signal, as under nohup, stays ignored. Outside the main thread, which alone has handlers, none is noted.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

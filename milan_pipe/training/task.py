@@ -43,8 +43,7 @@ class RunReport:
         images_per_second, data_wait, seconds: of the process that finished the run, without evaluation; `data_wait` is
             a share of the time.
         bad: images that could not be read.
-        resumed_from: step after which that process began.
-        steps_now: steps of that process; 0 where the run was finished before.
+        resumed_from, steps_now: step after which that process began, and its steps; 0 if the run was finished before.
     """
 
     steps: int
