@@ -182,7 +182,7 @@ def order(samples: int, streams: int = 4) -> dict[str, Any]:
     plan = BatchPlan(order=whole, batch_size=4096, canonical_streams=32, rank=0, ranks=32 // streams)
 
     def begin(epoch: int) -> int:
-        first = [next(iter(whole.groups(epoch, plan.stream(piece.stream)))) for piece in plan.pieces()]
+        first = [next(iter(whole.groups(epoch, piece.stream))) for piece in plan.pieces()]
         return sum(len(blocks) for blocks, _ in first)
 
     began = time.perf_counter()

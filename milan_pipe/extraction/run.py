@@ -23,7 +23,7 @@ from milan_pipe.extraction.worker import Assignment, load_extraction_teacher
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.storage import location_of, require_writable
 from milan_pipe.targets.codec import build_codec
-from milan_pipe.targets.manifest import CommittedShard, write_bad_samples
+from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader, ViewInfo
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher
@@ -134,10 +134,11 @@ class _Tally:
         whole = seen * self.shards / max(len(self.committed), 1)
         is_enough = seen >= _JUDGED_FROM_IMAGES and seen >= _JUDGED_FROM_SHARE * whole
         if self.bad > limit * (seen if is_enough else whole):
-            listed = write_bad_samples(writer.location, writer.committed())
+            write_bad_samples(writer.location, writer.committed())
             raise DataError(
                 f"{self.bad} of {seen} images are unreadable, more than extract.max_bad_fraction {limit:g} allows "
-                f"({self.bad_example}). {listed} lists them: repair the source, or raise the limit"
+                f"({self.bad_example}). {writer.location}/{BAD_SAMPLES} lists them: repair the source, or raise the "
+                "limit"
             )
 
     def failure(self) -> Exception:

@@ -57,10 +57,6 @@ def _read(where: str, identity: str, view: int, shard: str, start: int, stop: in
     }
 
 
-def _field(found: dict[str, NDArray[Any]], name: str) -> NDArray[Any]:
-    return found[name]
-
-
 def dask_targets(store: TargetStore) -> DaskTargets:
     """Arrays of a store; nothing is read before they are computed.
 
@@ -78,7 +74,7 @@ def dask_targets(store: TargetStore) -> DaskTargets:
         "label": ((), np.int64),
         "key": ((), object),
     }
-    read, field = delayed(_read, pure=True), delayed(_field, pure=True)
+    read = delayed(_read, pure=True)
     blocks = [
         (shard, start, min(start + BLOCK_SAMPLES, store.samples(shard)))
         for shard in store.shards
@@ -88,7 +84,7 @@ def dask_targets(store: TargetStore) -> DaskTargets:
     def rows(name: str, found: list[Any]) -> Any:
         tail, dtype = tails[name]
         parts = [
-            da.from_delayed(field(one, name), (stop - start, *tail), dtype=dtype)
+            da.from_delayed(one[name], (stop - start, *tail), dtype=dtype)
             for one, (_, start, stop) in zip(found, blocks, strict=True)
         ]
         return da.concatenate(parts)

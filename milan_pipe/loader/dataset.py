@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.loader.order import Block, EpochOrder
 from milan_pipe.targets.codec import decode_run
-from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, ViewRun
+from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
 from milan_pipe.targets.store import TargetStore
 from milan_pipe.targets.store import open_targets as _open_store
 
 if TYPE_CHECKING:
     from milan_pipe.loader.dask_arrays import DaskTargets
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +60,9 @@ class Targets:
     """
 
     def __init__(self, store: TargetStore) -> None:
-        """See `open_targets`.
-
-        Attributes:
-            store: the reader below, which gives runs of stored codes.
-        """
+        """See `open_targets`; `store` gives runs of stored codes."""
         self.store = store
         self._ends = list(accumulate(store.samples(shard) for shard in store.shards))
-        self._by_key: dict[str, int] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Targets], tuple[str]]:
         return open_targets, (str(self.store.location),)
@@ -123,27 +116,22 @@ class Targets:
         Raises:
             MissingError: there is none.
         """
-        if self._by_key is None:
-            # The first of several with one key, as a list would find.
-            self._by_key = {name: number for number, name in reversed(list(enumerate(self.keys())))}
-        found = self._by_key.get(key)
-        if found is None:
+        if key not in self._by_key:
             raise MissingError(self.no_sample(repr(key)))
-        return found
+        return self._by_key[key]
+
+    @cached_property
+    def _by_key(self) -> dict[str, int]:
+        # The first of several with one key, as a list would find.
+        return {key: number for number, key in reversed(list(enumerate(self.keys())))}
 
     def no_sample(self, names: str) -> str:
         """The message for keys that are not in the store."""
-        some = ", ".join(self.store.keys(self.store.shards[0])[:_SHOWN])
+        some = ", ".join(self.store.keys(self.store.shards[0])[:3])
         return f"{self.store.location} has no sample {names}; its keys are such as {some}"
 
     def __contains__(self, key: object) -> bool:
-        if not isinstance(key, str):
-            return False
-        try:
-            self.index(key)
-        except MissingError:
-            return False
-        return True
+        return isinstance(key, str) and key in self._by_key
 
     def location(self, number: int) -> tuple[int, int]:
         """Number of the shard, and of the row in it; negative numbers count from the end.
@@ -165,15 +153,6 @@ class Targets:
         shard, row = self.location(number)
         return Block(shard, view, row, row + 1)
 
-    def run(self, index: int, view: int) -> ViewRun:
-        """One view of one sample as it is stored; raises as indexing does."""
-        block = self.block(index, view)
-        return self.store.read(self.store.shards[block.shard], view, block.start, block.stop)
-
-    def decode(self, run: ViewRun) -> Tensor:
-        """Features (N, S, T) float32 of what `run` or `store.read` gave."""
-        return decode_run(self.header.codec, run)
-
     def __getitem__(self, index: int | str | tuple[int | str, int]) -> Target:
         """One view of one sample.
 
@@ -188,9 +167,9 @@ class Targets:
             raise TypeError(
                 f"targets are indexed by number or key, and view, as targets[3], targets['key', 1]; found {index!r}"
             )
-        run = self.run(self.index(sample) if isinstance(sample, str) else int(sample), int(view))
+        block = self.block(self.index(sample) if isinstance(sample, str) else int(sample), int(view))
+        run = self.store.read(self.store.shards[block.shard], block.view, block.start, block.stop)
         label = int(run.label_N[0])
-        top, left, height, width = run.crop_N4[0].tolist()
         try:
             pixels = decode_jpeg(run.jpegs[0])
         except DataError as error:
@@ -200,9 +179,9 @@ class Targets:
             label=None if label < 0 else label,
             view=int(view),
             pixels_HWC=pixels,
-            features_ST=self.decode(run)[0].numpy(),
+            features_ST=decode_run(self.header.codec, run)[0].numpy(),
             attention_L=run.attention_NL[0].astype(np.float32),
-            crop=(top, left, height, width),
+            crop=tuple(run.crop_N4[0].tolist()),
             flip=bool(run.flip_N[0]),
         )
 
@@ -214,20 +193,13 @@ class Targets:
         `pretrain` reads runs of a shard instead, which is many times as fast; this is for code that expects a dataset.
 
         Args:
-            view: which one; none takes another in each epoch, as `pretrain` does with this seed.
+            view: which one, or SettingError; none takes another in each epoch, as `pretrain` does with this seed.
             transform: from a `Target` to what is handed out; none gives a dict of tensors.
-
-        Raises:
-            SettingError: no such view.
         """
         return TargetDataset(self, view=view, seed=seed, transform=transform)
 
     def as_dask(self) -> DaskTargets:
-        """All samples as lazy arrays of Dask, a chunk for each view of a block of samples.
-
-        Raises:
-            DataError: the store is damaged; raised where a chunk is computed.
-        """
+        """All samples as lazy arrays of Dask, a chunk for each view of a block; computing raises as indexing does."""
         from milan_pipe.loader.dask_arrays import dask_targets
 
         return dask_targets(self.store)

@@ -58,54 +58,50 @@ class CanonicalStream:
 
 @dataclass(frozen=True)
 class Piece:
-    """Samples `start` to `stop` of the part of each batch that comes from a stream."""
+    """Samples `start` to `stop` of the `size` samples of each batch that come from a stream."""
 
-    stream: int
+    stream: CanonicalStream
+    size: int
     start: int
     stop: int
 
 
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks of an epoch in reading order, each made when it is used.
+    """Blocks of an epoch in reading order, each made when it is used: of millions only the numbers are kept.
 
-    A billion samples have eight million blocks, and a rank uses a few at a time: only their numbers are kept.
-
-    Args:
+    Attributes:
         number_N: of the blocks, counted through the shards in order.
         head, tail: samples that are cut from the beginning of the first block, and from the end of the last one.
     """
 
-    def __init__(
-        self, order: EpochOrder, epoch: int, number_N: NDArray[np.int64], head: int = 0, tail: int = 0
-    ) -> None:
-        self._order = order
-        self._epoch = epoch
-        self._number_N = number_N
-        self._head = head
-        self._tail = tail
+    order: EpochOrder
+    epoch: int
+    number_N: NDArray[np.int64]
+    head: int = 0
+    tail: int = 0
 
     def __len__(self) -> int:
-        return len(self._number_N)
+        return len(self.number_N)
 
     def __getitem__(self, index: int) -> Block:
         position = range(len(self))[index]
-        block = self._order.block_of(self._epoch, int(self._number_N[position]))
-        first = block.start + (self._head if position == 0 else 0)
-        last = block.stop - (self._tail if position == len(self) - 1 else 0)
+        block = self.order.block_of(self.epoch, int(self.number_N[position]))
+        first = block.start + (self.head if position == 0 else 0)
+        last = block.stop - (self.tail if position == len(self) - 1 else 0)
         return replace(block, start=first, stop=last)
 
     def cut(self, start: int, stop: int) -> Blocks:
         """Positions `start` to `stop` of the blocks' samples laid end to end; blocks astride a border are cut."""
-        end_N = np.cumsum(self._order.sizes_of(self._number_N))
-        start = start + self._head
-        stop = min(stop + self._head, int(end_N[-1]) - self._tail) if len(end_N) else 0
+        end_N = np.cumsum(self.order.sizes_of(self.number_N))
+        start = start + self.head
+        stop = min(stop + self.head, int(end_N[-1]) - self.tail) if len(end_N) else 0
         if start >= stop:
-            return Blocks(self._order, self._epoch, self._number_N[:0])
+            return Blocks(self.order, self.epoch, self.number_N[:0])
         first, last = (int(found) for found in np.searchsorted(end_N, [start, stop - 1], side="right"))
         before = int(end_N[first - 1]) if first else 0
-        return Blocks(
-            self._order, self._epoch, self._number_N[first : last + 1], start - before, int(end_N[last]) - stop
-        )
+        chosen_N = self.number_N[first : last + 1]
+        return Blocks(self.order, self.epoch, chosen_N, start - before, int(end_N[last]) - stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +163,9 @@ class EpochOrder:
 
         A stream's groups are smaller by the number of streams, as all streams are open at a time.
         """
-        blocks = self.blocks(epoch)
-        number, count = 0, 1
+        blocks, number, count = self.blocks(epoch), 0, 1
         if stream is not None:
-            blocks = blocks.cut(stream.start, stream.stop)
-            number, count = stream.number, stream.count
+            blocks, number, count = blocks.cut(stream.start, stream.stop), stream.number, stream.count
         step = max(1, self.shuffle_blocks // count)
         for index, start in enumerate(range(0, len(blocks), step)):
             chosen = [blocks[position] for position in range(start, min(start + step, len(blocks)))]
@@ -220,36 +214,20 @@ class BatchPlan:
         """Batches of an epoch, the same number on every rank; see `batches_per_epoch`."""
         return batches_per_epoch(sum(self.order.samples), self.batch_size)
 
-    @property
-    def size(self) -> int:
-        """This rank's samples of a batch."""
-        return sum(piece.stop - piece.start for piece in self.pieces())
-
-    def _borders(self) -> list[int]:
-        count = min(self.canonical_streams, self.batch_size)
-        return [self.batch_size * number // count for number in range(count + 1)]
-
-    def stream(self, number: int) -> CanonicalStream:
-        """A stream's positions in an epoch. The last one also has what no whole batch takes."""
-        borders = self._borders()
-        last = number == len(borders) - 2
-        stop = sum(self.order.samples) if last else self.steps * borders[number + 1]
-        return CanonicalStream(number, len(borders) - 1, self.steps * borders[number], stop)
-
-    def stream_size(self, number: int) -> int:
-        """Samples of each batch that come from a stream."""
-        borders = self._borders()
-        return borders[number + 1] - borders[number]
-
     def pieces(self) -> list[Piece]:
         """This rank's part of each batch, in the batch's order."""
         first = self.batch_size * self.rank // self.ranks
         last = self.batch_size * (self.rank + 1) // self.ranks
-        return [
-            Piece(number, max(first, start) - start, min(last, stop) - start)
-            for number, (start, stop) in enumerate(pairwise(self._borders()))
-            if max(first, start) < min(last, stop)
-        ]
+        count = min(self.canonical_streams, self.batch_size)
+        borders = pairwise(self.batch_size * number // count for number in range(count + 1))
+        found = []
+        for number, (start, stop) in enumerate(borders):
+            if max(first, start) < min(last, stop):
+                # The last stream also has what no whole batch takes.
+                end = self.steps * stop if number < count - 1 else sum(self.order.samples)
+                stream = CanonicalStream(number, count, self.steps * start, end)
+                found.append(Piece(stream, stop - start, max(first, start) - start, min(last, stop) - start))
+        return found
 
     def of_rank(self, rank: int, ranks: int) -> BatchPlan:
         """The same batches, seen by another rank of another number of ranks."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from milan_pipe.errors import DataError
@@ -113,34 +115,30 @@ class Loader:
         """
         streams = [self._stream(epoch, piece, skip) for piece in self.plan.pieces()]
         for _ in range(skip, self.plan.steps):
-            yield self._batch([fragment for stream in streams for fragment in next(stream)])
+            yield _batch(
+                [fragment for stream in streams for fragment in next(stream)],
+                self._decoders.map,
+                with_targets=self._with_targets,
+            )
 
-    def _read(self, blocks: Sequence[Block]) -> _Group:
-        reader = self._reader
-        return _Group([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
-
-    def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[_Fragment]:
+    def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[tuple[Future[_Group], list[int]]]:
         """What is left of a stream after its first `unwanted` samples, group after group, the next one under way."""
-        pending: tuple[Future[_Group], list[int]] | None = None
-        for blocks, order in self.plan.order.groups(epoch, self.plan.stream(piece.stream)):
+        ahead: deque[tuple[Future[_Group], list[int]]] = deque()
+        for blocks, order in self.plan.order.groups(epoch, piece.stream):
             rows = order[unwanted:].tolist()
             unwanted -= len(order) - len(rows)
-            if not rows:
-                continue
-            following = self._readers.submit(self._read, blocks), rows
-            if pending is not None:
-                yield pending[0].result(), pending[1]
-            pending = following
-        if pending is not None:
-            yield pending[0].result(), pending[1]
+            if rows:
+                ahead.append((self._readers.submit(_read, self._reader, blocks), rows))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
 
     def _stream(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Fragment]]:
         """This rank's rows of each batch, from one stream."""
-        size = self.plan.stream_size(piece.stream)
+        size, position = piece.size, 0  # within the stream's part of a batch
         fragments: list[_Fragment] = []
-        position = 0  # within the stream's part of a batch
-        for group, rows in self._groups(epoch, piece, skip * size):
-            used = 0
+        for loading, rows in self._groups(epoch, piece, skip * size):
+            group, used = loading.result(), 0
             while used < len(rows):
                 stop = min(size, position + len(rows) - used)
                 first, last = max(position, piece.start), min(stop, piece.stop)
@@ -152,24 +150,6 @@ class Loader:
                     yield fragments
                     fragments = []
 
-    def _batch(self, fragments: list[_Fragment]) -> Batch:
-        keys = tuple(group.keys[row] for group, rows in fragments for row in rows)
-        jpegs = [group.jpegs[row] for group, rows in fragments for row in rows]
-        try:
-            pixels = np.stack(list(self._decoders.map(decode_jpeg, jpegs)))
-        except DataError as error:
-            raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
-        parts = [(group, torch.tensor(rows)) for group, rows in fragments]
-        coded = parts if self._with_targets else []
-        scales = [group.scale_NS[index] for group, index in coded if group.scale_NS is not None]
-        return Batch(
-            keys=keys,
-            pixels_BHWC=torch.from_numpy(pixels),
-            code_BST=_cat([group.code_NST[index] for group, index in coded]) if coded else parts[0][0].code_NST[:0],
-            scale_BS=_cat(scales) if scales else None,
-            attention_BL=_cat([group.attention_NL[index] for group, index in parts]),
-        )
-
 
 def read_batch(reader: TargetStore, block: Block) -> Batch:
     """All samples of one block, in their order.
@@ -177,11 +157,29 @@ def read_batch(reader: TargetStore, block: Block) -> Batch:
     Raises:
         DataError: the store is damaged.
     """
-    group = _Group([reader.read(reader.shards[block.shard], block.view, block.start, block.stop)])
+    return _batch([(_read(reader, [block]), list(range(block.stop - block.start)))], map)
+
+
+def _read(reader: TargetStore, blocks: Sequence[Block]) -> _Group:
+    return _Group([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
+
+
+def _batch(
+    fragments: list[_Fragment], decode_map: Callable[..., Iterable[NDArray[np.uint8]]], *, with_targets: bool = True
+) -> Batch:
+    keys = tuple(group.keys[row] for group, rows in fragments for row in rows)
+    jpegs = [group.jpegs[row] for group, rows in fragments for row in rows]
+    try:
+        pixels = np.stack(list(decode_map(decode_jpeg, jpegs)))
+    except DataError as error:
+        raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
+    parts = [(group, torch.tensor(rows)) for group, rows in fragments]
+    coded = parts if with_targets else []
+    scales = [group.scale_NS[index] for group, index in coded if group.scale_NS is not None]
     return Batch(
-        keys=tuple(group.keys),
-        pixels_BHWC=torch.from_numpy(np.stack([decode_jpeg(jpeg) for jpeg in group.jpegs])),
-        code_BST=group.code_NST,
-        scale_BS=group.scale_NS,
-        attention_BL=group.attention_NL,
+        keys=keys,
+        pixels_BHWC=torch.from_numpy(pixels),
+        code_BST=_cat([group.code_NST[index] for group, index in coded]) if coded else parts[0][0].code_NST[:0],
+        scale_BS=_cat(scales) if scales else None,
+        attention_BL=_cat([group.attention_NL[index] for group, index in parts]),
     )

@@ -8,7 +8,7 @@ S tokens of an image, T width of the teacher; C = T coefficients of codec `klt`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.errors import DataError, ShapeError
-from milan_pipe.targets.klt import KltCodec, fit_klt
+from milan_pipe.targets.klt import FLOAT16_MAX, KltCodec, fit_klt, require_finite
 from milan_pipe.targets.schema import CodecInfo, ViewRun
-
-_FLOAT16_MAX = 65504.0
 
 
 class Codec(Protocol):
@@ -58,11 +56,6 @@ class Codec(Protocol):
         """Float32 features (..., S, T)."""
 
 
-def _require_finite(feature_ST: Tensor) -> None:
-    if not bool(torch.isfinite(feature_ST).all()):
-        raise DataError("the teacher gave features that are not finite; check its weights and precision")
-
-
 class Float16Codec:
     """Half precision, rounded to nearest."""
 
@@ -75,10 +68,10 @@ class Float16Codec:
         self.info = CodecInfo(name="float16", zstd_level=zstd_level)
 
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
-        _require_finite(feature_ST)
+        require_finite(feature_ST)
         largest = float(feature_ST.abs().max()) if feature_ST.numel() else 0.0
-        if largest > _FLOAT16_MAX:
-            raise DataError(f"a feature of {largest:g} does not fit float16 (at most {_FLOAT16_MAX:g}); use codec int8")
+        if largest > FLOAT16_MAX:
+            raise DataError(f"a feature of {largest:g} does not fit float16 (at most {FLOAT16_MAX:g}); use codec int8")
         return feature_ST.to(torch.float16), None
 
     def decode(self, code_ST: Tensor, scale_S: Tensor | None) -> Tensor:
@@ -88,27 +81,25 @@ class Float16Codec:
 
 
 class Int8Codec:
-    """Uniform steps in -127..127; the step of a token is its largest magnitude / 127, kept in float16.
-
-    The step is rounded before the codes are taken, so that decoding multiplies by the very step that encoding divided
-    by. A step below float16's smallest normal number would be coarse itself, hence the floor.
-    """
+    """Uniform steps in -127..127; the step of a token is its largest magnitude / 127, rounded to float16."""
 
     dtype = np.dtype(np.int8)
     has_scale = True
     coefficient_major = False
     least_cosine = 0.999
+    # Smaller ones are coarse themselves.
     _smallest_step = float(np.finfo(np.float16).tiny)
 
     def __init__(self, zstd_level: int = 1) -> None:
         self.info = CodecInfo(name="int8", zstd_level=zstd_level)
 
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
-        _require_finite(feature_ST)
+        require_finite(feature_ST)
         step = (feature_ST.abs().amax(dim=-1) / 127).clamp_(min=self._smallest_step)
-        if bool((step > _FLOAT16_MAX).any()):
+        if bool((step > FLOAT16_MAX).any()):
             raise DataError(f"a feature of {float(step.max()) * 127:g} is too large for codec int8")
         scale = step.to(torch.float16)
+        # By the very step that decoding multiplies by.
         code = (feature_ST / scale.float()[..., None]).round_().clamp_(-127, 127)
         return code.to(torch.int8), scale
 
@@ -116,6 +107,9 @@ class Int8Codec:
         if scale_S is None:
             raise ShapeError("int8 codes need a scale per token, found none")
         return code_ST.float() * scale_S.float()[..., None]
+
+
+_UNFITTED: dict[str, Callable[[int], Codec]] = {"int8": Int8Codec, "float16": Float16Codec}
 
 
 def build_codec(config: CodecSettings, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
@@ -128,10 +122,8 @@ def build_codec(config: CodecSettings, features: Tensor | Iterable[Tensor] | Non
     Raises:
         DataError: codec `klt` cannot be fitted.
     """
-    if config.name == "int8":
-        return Int8Codec(config.zstd_level)
-    if config.name == "float16":
-        return Float16Codec(config.zstd_level)
+    if config.name in _UNFITTED:
+        return _UNFITTED[config.name](config.zstd_level)
     if features is None:
         raise DataError("codec klt is fitted to features, found none; give some, or use codec int8 or float16")
     return fit_klt(features, config.quality, config.zstd_level)
@@ -147,10 +139,8 @@ def codec_of(info: CodecInfo) -> Codec:
     Raises:
         DataError: this version knows no such codec, or what the header says of it is damaged.
     """
-    if info.name == "int8":
-        return Int8Codec(info.zstd_level)
-    if info.name == "float16":
-        return Float16Codec(info.zstd_level)
+    if info.name in _UNFITTED:
+        return _UNFITTED[info.name](info.zstd_level)
     if info.name == "klt":
         return _klt_of(info)
     raise DataError(f"the store's codec is {info.name!r}, this version reads int8, float16 and klt; update milan-pipe")

@@ -2,8 +2,7 @@
 
 The loss compares directions, so a token is coded as a unit vector, with its length beside it. Unit vectors are turned
 onto the eigenvectors of their covariance, strongest first, and rounded to multiples of a step. Weak coefficients then
-carry nearly no bits. The entropy coder is the backends', and works best where codes of like strength lie together
-(`coefficient_major`).
+carry nearly no bits in the backends' entropy coder.
 
 Source: Goyal, "Theoretical Foundations of Transform Coding", IEEE Signal Processing Magazine 18(5), 2001.
 
@@ -16,8 +15,8 @@ import base64
 import binascii
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.schema import CodecInfo
 
 _LIMIT = 127
-_FLOAT16_MAX = 65504.0
+FLOAT16_MAX = 65504.0
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 _SMALLEST_NORM = float(np.finfo(np.float32).tiny)
 # A reconstruction shorter than this has lost its direction; to divide by its length would only blow up the scale.
@@ -43,29 +42,19 @@ _MEAN_ROOM = 1.25
 _WIDEST_STEP, _FINEST_STEP, _HALVINGS = 2.0, 1 / 32, 13
 
 
-@dataclass(frozen=True)
-class _Matrices:
-    """Factors of a codec on one device, float32.
+class _Matrices(NamedTuple):
+    """Factors of a codec on one device, float32."""
 
-    Attributes:
-        mean_T: of the unit vectors.
-        synthesis_CT: row c is one step along coefficient c.
-        analysis_TC: unit vectors to coefficients, in steps.
-        mean_C: the mean's own coefficients, in steps.
-    """
-
-    mean_T: Tensor
-    synthesis_CT: Tensor
-    analysis_TC: Tensor
-    mean_C: Tensor
+    mean_T: Tensor  # of the unit vectors
+    synthesis_CT: Tensor  # row c is one step along coefficient c
+    analysis_TC: Tensor  # unit vectors to coefficients, in steps
+    mean_C: Tensor  # the mean's own coefficients, in steps
 
 
 class KltCodec:
     """Codes -127..127 of the coefficients of a token's direction, and a float16 scale with its length.
 
-    Codes out of range are not cut off: the direction is coded by a shorter vector, which the scale makes long again.
-    The token is coarser by as much, and keeps its direction.
-
+    Codes out of range are not cut off: a shorter vector keeps the direction, coarser, and the scale its length.
     Decoding gives `scale * (codes @ (step * basis) + mean)`.
     """
 
@@ -130,23 +119,17 @@ class KltCodec:
         """See `Codec`. An image may lose four times what the codec was fitted for; see `fit_klt`."""
         return 1 - 4 * (1 - self.quality)
 
-    @property
-    def width(self) -> int:
-        """T."""
-        return len(self.mean_T)
-
     def _on(self, device: torch.device) -> _Matrices:
         if device not in self._matrices:
             home = self._matrices[torch.device("cpu")]
-            moved = (home.mean_T, home.synthesis_CT, home.analysis_TC, home.mean_C)
-            self._matrices[device] = _Matrices(*(matrix.to(device) for matrix in moved))
+            self._matrices[device] = _Matrices(*(matrix.to(device) for matrix in home))
         return self._matrices[device]
 
     def _require_width(self, tensor: Tensor, what: str) -> None:
-        if not tensor.ndim or tensor.shape[-1] != self.width:
+        width = len(self.mean_T)
+        if not tensor.ndim or tensor.shape[-1] != width:
             raise ShapeError(
-                f"{what} of shape {tuple(tensor.shape)} do not fit codec klt, which was fitted to features "
-                f"{self.width} wide"
+                f"{what} of shape {tuple(tensor.shape)} do not fit codec klt, fitted to features {width} wide"
             )
 
     def encode(self, feature_ST: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -172,10 +155,10 @@ class KltCodec:
         # The scale makes up for the length that the rounded codes have, so that lengths survive as float16 keeps them.
         rebuilt_S = torch.linalg.vector_norm(code @ on.synthesis_CT + on.mean_T, dim=-1)
         scale = norm_S / rebuilt_S.clamp(min=_SHORTEST)
-        if bool((scale > _FLOAT16_MAX).any()):
+        if bool((scale > FLOAT16_MAX).any()):
             raise DataError(
                 f"a feature vector of length {float(norm_S.max()):g} is too long for codec klt (at most about "
-                f"{_FLOAT16_MAX:g}); check the teacher, or use codec int8"
+                f"{FLOAT16_MAX:g}); check the teacher, or use codec int8"
             )
         scale = torch.where(norm_S > 0, scale.clamp(min=_SMALLEST_SCALE), 0)
         return code.to(torch.int8), scale.to(torch.float16)
@@ -211,11 +194,20 @@ def _unpacked(text: str, name: str, dtype: np.dtype[np.floating]) -> NDArray[np.
     return values
 
 
+def require_finite(feature_ST: Tensor) -> None:
+    """Refuse what a broken teacher gives.
+
+    Raises:
+        DataError: a value is not finite.
+    """
+    if not bool(torch.isfinite(feature_ST).all()):
+        raise DataError("the teacher gave features that are not finite; check its weights and precision")
+
+
 def _unit(feature_ST: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors, and lengths; a zero vector stays zero."""
     largest_S = feature_ST.abs().amax(dim=-1)
-    if not bool(torch.isfinite(largest_S).all()):
-        raise DataError("the teacher gave features that are not finite; check its weights and precision")
+    require_finite(largest_S)
     # Squares of very small or large values would leave the range of float32.
     largest_S = largest_S.clamp(min=_SMALLEST_NORM)
     scaled_ST = feature_ST / largest_S[..., None]
@@ -257,16 +249,8 @@ def _split(images: list[Tensor]) -> tuple[Tensor, Tensor]:
     return tokens_NT[~held_out], tokens_NT[held_out] if bool(held_out.any()) else tokens_NT
 
 
-@dataclass(frozen=True)
-class _Spectrum:
+def _spectrum(tokens_NT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (T) and eigenvectors (C, T) of unit vectors, float64, and how far codes must reach, (C)."""
-
-    mean_T: Tensor
-    axes_CT: Tensor
-    reach_C: Tensor
-
-
-def _spectrum(tokens_NT: Tensor) -> _Spectrum:
     unit_NT = _unit(tokens_NT.double())[0]
     mean_T = unit_NT.mean(dim=0)
     centred_NT = unit_NT - mean_T
@@ -276,32 +260,15 @@ def _spectrum(tokens_NT: Tensor) -> _Spectrum:
     largest_C = axes_CT.gather(1, axes_CT.abs().argmax(dim=1, keepdim=True))
     axes_CT *= largest_C.sign()
     reach_C = torch.maximum((centred_NT @ axes_CT.T).abs().amax(dim=0), _MEAN_ROOM * (axes_CT @ mean_T).abs())
-    return _Spectrum(mean_T, axes_CT, reach_C)
-
-
-def _with_step(spectrum: _Spectrum, step: float, quality: float, zstd_level: int) -> KltCodec:
-    # Where 127 steps do not reach far enough, that coefficient's step is wider.
-    widening_C = (spectrum.reach_C / (_LIMIT * step)).clamp(min=1)
-    return KltCodec(
-        mean_T=spectrum.mean_T.numpy().astype(np.float32),
-        basis_CT=(spectrum.axes_CT * widening_C[:, None]).numpy().astype(np.float16),
-        step=step,
-        quality=quality,
-        zstd_level=zstd_level,
-    )
-
-
-def _measured(codec: KltCodec, tokens_NT: Tensor) -> float:
-    decoded_NT = codec.decode(*codec.encode(tokens_NT))
-    return float(torch.nn.functional.cosine_similarity(tokens_NT.double(), decoded_NT.double(), dim=-1).mean())
+    return mean_T, axes_CT, reach_C
 
 
 def fit_klt(features: Tensor | Iterable[Tensor], quality: float, zstd_level: int = 1) -> KltCodec:
     """Fit the codec to a sample of the data: the same features give the same codec.
 
-    Memory holds up to 64 tokens of each image. Errors of T coefficients with a variance of step²/12 each give a mean
-    cosine of about 1 - T step² / 24; coefficients that round to zero err less, so bisection looks for a wider step, up
-    to twice as wide: where the sample is flat and other images are not, they lose at most four times as much.
+    Errors of T coefficients with a variance of step²/12 each give a mean cosine of about 1 - T step² / 24; coefficients
+    that round to zero err less, so bisection looks for a wider step, up to twice as wide: where the sample is flat and
+    other images are not, they lose at most four times as much.
 
     Args:
         features: (P, S, T) of P images, or batches of them. Images should lie spread over the data.
@@ -315,24 +282,33 @@ def fit_klt(features: Tensor | Iterable[Tensor], quality: float, zstd_level: int
     if not 0 < quality < 1:
         raise DataError(f"codec klt reaches a mean cosine above 0 and below 1, asked for {quality}")
     basis_NT, measure_NT = _split(_images(features))
-    spectrum = _spectrum(basis_NT)
+    mean_T, axes_CT, reach_C = _spectrum(basis_NT)
+
+    def with_step(logarithm: float) -> tuple[KltCodec, float]:
+        """A codec, and the mean cosine that it reaches."""
+        step = 2.0**logarithm
+        # Where 127 steps do not reach far enough, that coefficient's step is wider.
+        basis_CT = (axes_CT * (reach_C / (_LIMIT * step)).clamp(min=1)[:, None]).numpy().astype(np.float16)
+        codec = KltCodec(mean_T.numpy().astype(np.float32), basis_CT, step, quality, zstd_level)
+        decoded_NT = codec.decode(*codec.encode(measure_NT)).double()
+        return codec, float(torch.nn.functional.cosine_similarity(measure_NT.double(), decoded_NT, dim=-1).mean())
+
     target = 1 - _SPENT * (1 - quality)
-    plain = math.sqrt(24 * (1 - quality) / len(spectrum.mean_T))
+    plain = math.sqrt(24 * (1 - quality) / len(mean_T))
     fine, wide = math.log2(plain * _FINEST_STEP), math.log2(plain * _WIDEST_STEP)
-    best = _with_step(spectrum, 2.0**fine, quality, zstd_level)
-    reached = _measured(best, measure_NT)
+    best, reached = with_step(fine)
     if reached < target:
         raise DataError(
             f"codec klt reaches a mean cosine of {reached:.7f} on these features, asked for {quality}; lower "
             "codec.quality, or use codec int8 or float16"
         )
-    widest = _with_step(spectrum, 2.0**wide, quality, zstd_level)
-    if _measured(widest, measure_NT) >= target:
+    widest, reached = with_step(wide)
+    if reached >= target:
         return widest
     for _ in range(_HALVINGS):
         trial = (fine + wide) / 2
-        codec = _with_step(spectrum, 2.0**trial, quality, zstd_level)
-        if _measured(codec, measure_NT) >= target:
+        codec, reached = with_step(trial)
+        if reached >= target:
             fine, best = trial, codec
         else:
             wide = trial

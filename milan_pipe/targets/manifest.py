@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from threading import Lock
@@ -18,12 +18,10 @@ from typing import Any, TypeVar
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from milan_pipe.digests import sha256_of as sha256_of
-from milan_pipe.digests import verified as verified
-from milan_pipe.digests import with_digest as with_digest
+from milan_pipe.digests import sha256_of, verified, with_digest
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import Location
-from milan_pipe.targets.schema import ShardName, ShardRecord, SourceShard
+from milan_pipe.targets.schema import FileRecord, ShardName, ShardRecord, SourceShard
 
 FOLDER, MANIFEST, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
@@ -43,9 +41,9 @@ def _from_file(data: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(data)
         values = verified(found)
+        return values if values is not None and _file_of(found) == data else None
     except (ValueError, RecursionError):
         return None
-    return values if values is not None and _file_of(found) == data else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +70,7 @@ T = TypeVar("T")
 
 
 def _checked(kind: TypeAdapter[T], values: Any, where: str) -> T:
-    """Values whose digest fits, as what they should be.
-
-    Raises:
-        DataError: they are not. Whoever made the digest did not use this package, so that no command repairs it.
-    """
+    # The digest fits, so whoever made it did not use this package, and no command repairs it.
     try:
         return kind.validate_python(values)
     except ValidationError as error:
@@ -154,10 +148,8 @@ def committed_names(location: Location) -> tuple[str, ...]:
     return tuple(sorted(match[1] for match in found if match is not None))
 
 
-def read_committed(
-    location: Location, names: Iterable[str], *, sizes: bool = False
-) -> tuple[dict[str, CommittedShard], dict[str, str]]:
-    """Several committed shards, read side by side, and what is wrong with those that cannot be.
+def read_committed(location: Location, *, sizes: bool = False) -> tuple[dict[str, CommittedShard], dict[str, str]]:
+    """All committed shards, read side by side, and what is wrong with those that cannot be.
 
     A store of a billion images has gigabytes of records: what is kept of each does not grow with its files.
 
@@ -166,9 +158,6 @@ def read_committed(
 
     Returns:
         Shards that are whole, and a reason for each that is not, by name.
-
-    Raises:
-        StoreError: the store cannot be read.
     """
     parsing = Lock()
 
@@ -183,21 +172,20 @@ def read_committed(
             return str(error)
         if wrong is not None:
             return wrong
-        entry = ManifestEntry(
-            samples=record.source.samples,
-            bad=len(record.source.bad),
-            bytes=sum(file.bytes for file in record.files.values()),
-            record_sha256=digest,
-        )
-        return CommittedShard(source=record.source, entry=entry)
+        source, size = record.source, sum(file.bytes for file in record.files.values())
+        entry = ManifestEntry(samples=source.samples, bad=len(source.bad), bytes=size, record_sha256=digest)
+        return CommittedShard(source=source, entry=entry)
 
-    listed = list(names)
+    names = committed_names(location)
+    whole: dict[str, CommittedShard] = {}
+    broken: dict[str, str] = {}
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        found = dict(zip(listed, pool.map(read, listed), strict=True))
-    return (
-        {name: shard for name, shard in found.items() if isinstance(shard, CommittedShard)},
-        {name: reason for name, reason in found.items() if isinstance(reason, str)},
-    )
+        for name, found in zip(names, pool.map(read, names), strict=True):
+            if isinstance(found, str):
+                broken[name] = found
+            else:
+                whole[name] = found
+    return whole, broken
 
 
 def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None:
@@ -206,39 +194,35 @@ def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None
     zarr reads a missing chunk, or an empty file, as zeros.
     """
     sizes = location.child(name).sizes(record.files)
-    for path, file in record.files.items():
-        found = sizes.get(path)
-        if found != file.bytes:
-            return f"{path} is missing" if found is None else f"{path} has {found} bytes, {file.bytes} were written"
-    return None
+    wrong = ((path, wrong_bytes(sizes.get(path), file)) for path, file in record.files.items())
+    return next((f"{path} {what}" for path, what in wrong if what is not None), None)
 
 
-def bad_samples_file(committed: Mapping[str, CommittedShard]) -> bytes:
-    """`bad_samples.jsonl`: one line for each sample skipped."""
+def wrong_bytes(found: int | None, file: FileRecord) -> str | None:
+    """What is wrong with a file of `found` bytes, which is None where it does not exist; None where nothing is."""
+    if found is None:
+        return "is missing"
+    return None if found == file.bytes else f"has {found} bytes, {file.bytes} were written"
+
+
+def write_bad_samples(location: Location, committed: Mapping[str, CommittedShard]) -> bytes:
+    """Write `bad_samples.jsonl`, one line for each sample skipped; returns its content."""
     lines = [
         json.dumps({"shard": name, "source": c.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
         for name, c in sorted(committed.items())
         for key, reason in c.source.bad
     ]
-    return "".join(lines).encode()
+    data = "".join(lines).encode()
+    _write_new(location, BAD_SAMPLES, data)
+    return data
 
 
 def write_manifest(location: Location, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
     """Write `bad_samples.jsonl` and, after it, `manifest.json`; files that are the same already stay."""
-    bad = bad_samples_file(committed)
-    manifest = Manifest(
-        header_sha256=sha256_of(header),
-        bad_samples_sha256=sha256_of(bad),
-        shards={name: shard.entry for name, shard in sorted(committed.items())},
-    )
-    for name, data in ((BAD_SAMPLES, bad), (MANIFEST, to_file(asdict(manifest)))):
-        _write_new(location, name, data)
-
-
-def write_bad_samples(location: Location, committed: Mapping[str, CommittedShard]) -> str:
-    """Write `bad_samples.jsonl` of a store that is not finished; returns its path or URL."""
-    _write_new(location, BAD_SAMPLES, bad_samples_file(committed))
-    return f"{location}/{BAD_SAMPLES}"
+    bad = write_bad_samples(location, committed)
+    shards = {name: shard.entry for name, shard in sorted(committed.items())}
+    manifest = Manifest(header_sha256=sha256_of(header), bad_samples_sha256=sha256_of(bad), shards=shards)
+    _write_new(location, MANIFEST, to_file(asdict(manifest)))
 
 
 def _write_new(location: Location, name: str, data: bytes) -> None:

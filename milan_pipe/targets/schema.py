@@ -120,24 +120,24 @@ def _short(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
 
 
-def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
-    """Settings in which two headers differ, as `teacher.model: store has 'a', this run has 'b'`.
+def _by_name(header: StoreHeader) -> dict[str, Any]:
+    """Values of a header by name, as `teacher.model`. The schema version tells layouts apart, not the package's."""
+    found = header.model_dump(mode="json", exclude={"package_version"})
+    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    return flat | {f"{name}.{key}": v for name, part in found.items() if name not in flat for key, v in part.items()}
 
-    The package version is recorded and not compared: the schema version says whether the layout changed.
-    """
-    differences = []
-    left, right = found.model_dump(mode="json"), expected.model_dump(mode="json")
-    for section, value in left.items():
-        if section == "package_version":
-            continue
-        ours, theirs = right[section], value
-        if not isinstance(value, dict):
-            ours, theirs = {"": ours}, {"": theirs}
-        for key, stored in theirs.items():
-            if stored != ours[key]:
-                name = f"{section}.{key}" if key else section
-                differences.append(f"{name}: store has {_short(stored)}, this run has {_short(ours[key])}")
-    return differences
+
+def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any], who: str) -> list[str]:
+    return [
+        f"{name}: store has {_short(stored[name])}, {who} {_short(value)}"
+        for name, value in expected.items()
+        if stored.get(name, value) != value
+    ]
+
+
+def header_differences(found: StoreHeader, expected: StoreHeader) -> list[str]:
+    """Settings in which two headers differ, as `teacher.model: store has 'a', this run has 'b'`."""
+    return _differences(_by_name(found), _by_name(expected), "this run has")
 
 
 def require_same_header(found: StoreHeader, expected: StoreHeader, where: object) -> None:
@@ -163,12 +163,8 @@ def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]],
     Raises:
         MismatchError: names every setting that differs, with both values.
     """
-    differences = []
-    for section, values in stated.items():
-        found = getattr(header, section).model_dump(mode="json")
-        for key, ours in values.items():
-            if ours is not None and key in found and found[key] != ours:
-                differences.append(f"{section}.{key}: store has {found[key]!r}, the settings say {ours!r}")
+    expected = {f"{part}.{key}": v for part, values in stated.items() for key, v in values.items() if v is not None}
+    differences = _differences(_by_name(header), expected, "the settings say")
     if differences:
         raise MismatchError(
             f"{where} does not fit the settings: {'; '.join(differences)}. Change the settings, or extract the targets "
@@ -178,15 +174,7 @@ def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]],
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShard:
-    """A source shard as its targets remember it.
-
-    Attributes:
-        name: file name.
-        bytes: size.
-        sha256: of the whole file.
-        samples: samples kept.
-        bad: key and reason of each sample skipped.
-    """
+    """A source shard as its targets remember it: its file, samples kept, key and reason of each sample skipped."""
 
     name: str
     bytes: NonNegativeInt
@@ -208,7 +196,6 @@ class ShardRecord:
     """What was committed of one shard.
 
     Attributes:
-        source: the shard of images.
         files: all files, by path below the shard's folder.
         blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
             large file of zarr its end.

@@ -11,11 +11,11 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from milan_pipe.digests import sha256_of_file
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, resource_hint
+from milan_pipe.digests import sha256_of, sha256_of_file, verified, with_digest
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
 from milan_pipe.storage import Location, location_of, require_writable
 from milan_pipe.targets import manifest, tar_store, zarr_store
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
@@ -41,24 +41,13 @@ _MOST_NAMED = 10
 _REMOVAL_PAUSES = (0.01, 0.1, 1.0)
 
 
-# --- header -------------------------------------------------------------------------------------------------------
-
-
 def header_file(header: StoreHeader) -> tuple[str, bytes]:
     """Name and content of the file that makes a folder a store."""
-    values = manifest.with_digest(header.model_dump(mode="json"))
+    values = with_digest(header.model_dump(mode="json"))
     if header.format == "zarr":
         group = {"zarr_format": 3, "node_type": "group", "attributes": {_HEADER: values}}
         return zarr_store.HEADER_FILE, json.dumps(group, indent=2).encode() + b"\n"
     return tar_store.HEADER_FILE, json.dumps({_HEADER: values}, indent=2).encode() + b"\n"
-
-
-def _header_of_file(data: bytes) -> Any:
-    try:
-        content = json.loads(data)
-        return content.get("attributes", content)[_HEADER]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def read_header(location: Location) -> StoreHeader | None:
@@ -77,36 +66,37 @@ def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
             data = location.read(name)
         except MissingError:
             continue
-        found = _header_of_file(data)
-        if not isinstance(found, dict):
-            raise DataError(f"{location}/{name} is not the header of a target store; extract into another folder")
+        try:
+            content = json.loads(data)
+            found = content.get("attributes", content)[_HEADER]
+            version = found.get("schema_version")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise DataError(
+                f"{location}/{name} is not the header of a target store; extract into another folder"
+            ) from None
         # The version goes first: the digest may change with it.
-        version = found.get("schema_version")
         if version != SCHEMA_VERSION:
             raise MismatchError(
                 f"{location} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
                 f"extract the targets again, or use the version that wrote them ({found.get('package_version')})"
             )
-        values = manifest.verified(found)
+        values = verified(found)
         if values is None:
             raise DataError(
                 f"{location}/{name} is damaged: its content does not fit its digest. Remove it and run the same "
                 "`milan-pipe extract-targets` again: where all shards had been committed, it writes the header anew"
             )
         header: StoreHeader = StoreHeader.parse(values, f"{location}/{name}")
-        return header, manifest.sha256_of(data)
+        return header, sha256_of(data)
     return None, ""
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
 
 
 class StoreShardWriter:
     """One shard in the making, in a scratch folder.
 
-    Several processes may make one shard at once, as a cluster does after it took a worker for dead: the last one to
-    begin removes the scratch of the others, which then fail and leave what is committed alone. Libraries recreate a
-    folder that was removed while they wrote, so only the very folder that was begun is committed.
+    Of several processes that make one shard at once, the last to begin removes the scratch of the others, which then
+    fail and leave what is committed alone. Libraries recreate a folder that was removed while they wrote, so only the
+    very folder that was begun is committed.
     """
 
     def __init__(self, location: Location, name: str, header: StoreHeader) -> None:
@@ -126,11 +116,17 @@ class StoreShardWriter:
             self.discard()
             raise
 
-    def _is_own(self) -> bool:
+    def _require_own(self, cause: Exception | None = None) -> None:
         try:
-            return os.path.samestat(self._scratch.stat(), os.fstat(self._begun))
+            own = os.path.samestat(self._scratch.stat(), os.fstat(self._begun))
         except OSError:
-            return False
+            own = False
+        if not own:
+            raise StoreError(
+                f"{self._location}/{self._name}: {self._scratch} was removed while it was written, by another process "
+                "that does the same shard or has finished the store; run one extraction, or share the shards out with "
+                "--shards"
+            ) from cause
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -138,25 +134,13 @@ class StoreShardWriter:
             yield
         # A folder that goes while it is written shows as KeyError, RuntimeError and more, by what was to be done next.
         except Exception as error:
-            if not self._is_own():
-                raise self._overtaken() from error
+            self._require_own(error)
             if isinstance(error, OSError) and not isinstance(error, MilanError):
-                reason = resource_hint(error) or error.strerror or error
-                raise StoreError(f"{self._scratch} cannot be written: {reason}") from error
+                raise StoreError(f"{self._scratch} cannot be written: {system_reason(error)}") from error
             raise
 
-    def _overtaken(self) -> StoreError:
-        return StoreError(
-            f"{self._location}/{self._name}: {self._scratch} was removed while it was written, by another process that "
-            "does the same shard or has finished the store; run one extraction, or share the shards out with --shards"
-        )
-
     def append(self, block: TargetBlock) -> None:
-        """Write the next samples.
-
-        Raises:
-            StoreError: they cannot be written, or do not follow a whole block.
-        """
+        """Write the next samples; StoreError where they cannot be written, or do not follow a whole block."""
         count = len(block.keys)
         if self._samples % BLOCK_SAMPLES or not 0 < count <= BLOCK_SAMPLES:
             raise StoreError(
@@ -164,34 +148,28 @@ class StoreShardWriter:
             )
         with self._errors():
             self._files.append(block)
-        if not self._is_own():
-            raise self._overtaken()
+        self._require_own()
         self._samples += count
 
     def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
-        """Make the shard visible: all its files, and after them its record.
-
-        Args:
-            mean_cosine: see `ShardRecord`.
+        """Make the shard visible: all its files, and after them its record; for `mean_cosine` see `ShardRecord`.
 
         Raises:
             StoreError: it cannot be written, or does not have the samples that `source` names.
         """
-        if not self._samples or source.samples != self._samples:
-            raise StoreError(
-                f"{self._location}/{self._name}: {self._samples} samples written, {source.samples} announced"
-            )
+        count = self._samples
+        if not count or source.samples != count:
+            raise StoreError(f"{self._location}/{self._name}: {count} samples written, {source.samples} announced")
         with self._errors():
             blocks = self._files.close()
-            paths = sorted(path for path in self._scratch.rglob("*") if path.is_file())
             files = {
                 path.relative_to(self._scratch).as_posix(): FileRecord(
                     bytes=path.stat().st_size, sha256=sha256_of_file(path)
                 )
-                for path in paths
+                for path in sorted(self._scratch.rglob("*"))
+                if path.is_file()
             }
-            if not self._is_own():
-                raise self._overtaken()
+            self._require_own()
             self._location.publish(self._scratch, self._name)
         record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
         manifest.write_record(self._location, self._name, record)
@@ -230,7 +208,14 @@ class TargetStoreWriter:
         name, content = header_file(header)
         found = read_header(self.location)
         if found is None:
-            self._require_free(content)
+            # Nothing may be here but a store without its header, which was this one.
+            present = self.location.sizes()
+            previous = manifest.read_manifest(self.location) if present else None
+            if present and (previous is None or previous.header_sha256 != sha256_of(content)):
+                raise DataError(
+                    f"{self.location} is not a target store and not empty (it holds {min(present)}); name another "
+                    "folder"
+                )
             if not self.location.write(name, content, replace=False):
                 # Another process of the same job was first.
                 found = read_header(self.location)
@@ -239,26 +224,13 @@ class TargetStoreWriter:
             # Its package version stays, and with it its bytes.
             self.header = found
 
-    def _require_free(self, header: bytes) -> None:
-        """Refuse a folder that holds anything but a store without its header, which was this one."""
-        present = self.location.sizes()
-        if not present:
-            return
-        found = manifest.read_manifest(self.location)
-        if found is None or found.header_sha256 != manifest.sha256_of(header):
-            raise DataError(
-                f"{self.location} is not a target store and not empty (it holds {min(present)}); name another folder"
-            )
-
     def committed(self, *, sizes: bool = False) -> dict[str, CommittedShard]:
-        """The shards that are committed, by name.
-
-        One whose record is damaged is left out, with a warning, and is done again.
+        """The shards that are committed, by name. One whose record is damaged is left out, with a warning.
 
         Args:
             sizes: also leave out those whose files do not all exist in full length.
         """
-        found, broken = manifest.read_committed(self.location, manifest.committed_names(self.location), sizes=sizes)
+        found, broken = manifest.read_committed(self.location, sizes=sizes)
         if broken:
             first = min(broken)
             warnings.warn(
@@ -283,22 +255,17 @@ class TargetStoreWriter:
 
     def finish(self) -> None:
         """Write `bad_samples.jsonl` and `manifest.json`; call it when all shards are committed."""
-        name, _ = header_file(self.header)
-        committed = self.committed()
-        if len(committed) != self.header.source.shards:
+        committed, count = self.committed(), self.header.source.shards
+        if len(committed) != count:
             raise StoreError(
-                f"{self.location}: {len(committed)} of {self.header.source.shards} shards are whole; run the same "
-                "command again"
+                f"{self.location}: {len(committed)} of {count} shards are whole; run the same command again"
             )
         try:
-            manifest.write_manifest(self.location, self.location.read(name), committed)
+            manifest.write_manifest(self.location, self.location.read(header_file(self.header)[0]), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
         self.location.clear_scratch()
         self.location.child(manifest.FOLDER).clear_scratch()
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
 
 
 class TargetStore:
@@ -313,11 +280,7 @@ class TargetStore:
         self._opening = threading.Lock()
 
     def samples(self, shard: str) -> int:
-        """Number of samples of a shard.
-
-        Raises:
-            LookupError: no such shard.
-        """
+        """Number of samples of a shard; LookupError where there is none."""
         return self._entries[shard].samples
 
     def record(self, shard: str) -> ShardRecord:
@@ -343,12 +306,7 @@ class TargetStore:
             return self._open[name]
 
     def keys(self, shard: str) -> Sequence[str]:
-        """Keys of a shard's samples, in order; of a tar, its first view is read for them.
-
-        Raises:
-            LookupError: no such shard.
-            DataError: the shard is damaged.
-        """
+        """Keys of a shard's samples, in order; of a tar, its first view is read for them. Raises as `record` does."""
         try:
             return self._shard(shard).keys()
         except MissingError as error:
@@ -386,16 +344,11 @@ def open_shard(location: Location, name: str, header: StoreHeader, record: Shard
     Raises:
         DataError: files are missing, cut, too long, or their metadata is damaged.
     """
-    wrong = manifest.wrong_size(location, name, record)
-    if wrong is not None:
-        raise damaged(location, name, wrong)
-
-    def fail(what: str) -> DataError:
-        return damaged(location, name, what)
-
-    if header.format == "zarr":
-        return zarr_store.ZarrShard(location.child(name), header, record, fail)
-    return tar_store.TarShard(location.child(name), header, record, fail)
+    fail = partial(damaged, location, name)
+    if wrong := manifest.wrong_size(location, name, record):
+        raise fail(wrong)
+    backend = zarr_store.ZarrShard if header.format == "zarr" else tar_store.TarShard
+    return backend(location.child(name), header, record, fail)
 
 
 def open_targets(where: str | Path) -> TargetStore:
@@ -409,14 +362,12 @@ def open_targets(where: str | Path) -> TargetStore:
     """
     location = location_of(where)
     header, digest = _header_and_digest(location)
-    advice = f"write targets with `milan-pipe extract-targets IMAGES {location}`"
     if header is None:
-        if location.local is not None and location.local.is_dir():
-            raise DataError(
-                f"{location} is not a target store: it has neither {zarr_store.HEADER_FILE} nor "
-                f"{tar_store.HEADER_FILE}; {advice}"
-            )
-        raise MissingError(f"{location} is not there; {advice}")
+        advice = f"write targets with `{manifest.extract_command(location)}`"
+        if location.local is None or not location.local.is_dir():
+            raise MissingError(f"{location} is not there; {advice}")
+        names = f"neither {zarr_store.HEADER_FILE} nor {tar_store.HEADER_FILE}"
+        raise DataError(f"{location} is not a target store: it has {names}; {advice}")
     found = manifest.read_manifest(location)
     if found is not None:
         if digest != found.header_sha256:
@@ -425,12 +376,12 @@ def open_targets(where: str | Path) -> TargetStore:
                 "bring back the true one, or extract the targets again into another folder"
             )
         return TargetStore(location, header, dict(sorted(found.shards.items())))
-    committed, broken = manifest.read_committed(location, manifest.committed_names(location))
+    committed, broken = manifest.read_committed(location)
     if broken:
-        first, names = min(broken), ",".join(sorted(broken))
+        first = min(broken)
         raise DataError(
             f"{location}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them "
-            f"again with `{manifest.redo_command(location, names)}`"
+            f"again with `{manifest.redo_command(location, ','.join(sorted(broken)))}`"
         )
     if not committed:
         raise DataError(f"{location} has no committed shard; run extract-targets again to finish it")

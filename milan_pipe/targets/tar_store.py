@@ -1,13 +1,7 @@
 """One shard of a target store as webdataset tars, `view-0.tar` and on: one per view, each complete in itself.
 
-Members of a sample, in this order; any webdataset reader finds them:
-
-    KEY.jpg         rendered view
-    KEY.json        key, label (-1 where there is none), view, crop (top, left, height, width), flip
-    KEY.features    codes of S tokens: little-endian, bytes shuffled where a code has several, zstd unless level 0;
-                    coefficients first where the codec says so
-    KEY.scale       S float16, where the codec needs it
-    KEY.attention   L float16
+Members of a sample: KEY.jpg, KEY.json, KEY.features, KEY.scale where the codec needs it, and KEY.attention; their bytes
+are described in `docs/store.md`. Any webdataset reader finds them.
 
 The tars are sequential and carry no index. The shard's record does: where each block of 128 samples begins, and the
 crc32c of all its bytes. A block is fetched with one read, checked, and only then taken apart.
@@ -17,7 +11,8 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +21,7 @@ from numcodecs.shuffle import Shuffle
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from milan_pipe.errors import DataError, one_line
+from milan_pipe.errors import DataError, MilanError, one_line
 from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
@@ -42,18 +37,16 @@ class CodePacker:
         self._dtype = codec.dtype.newbyteorder("<")
         self._shape = (width, tokens) if codec.coefficient_major else (tokens, width)
         self._transposed = codec.coefficient_major
-        self._shuffle = Shuffle(elementsize=codec.dtype.itemsize) if codec.dtype.itemsize > 1 else None
-        level = codec.info.zstd_level
-        self._zstd = Zstd(level=level, checksum=True) if level else None
+        item, level = codec.dtype.itemsize, codec.info.zstd_level
+        self._filters: list[Any] = [Shuffle(elementsize=item)] if item > 1 else []
+        if level:
+            self._filters.append(Zstd(level=level, checksum=True))
 
     def pack(self, code_ST: NDArray[Any]) -> bytes:
         """Bytes of one sample."""
-        ordered = np.ascontiguousarray(code_ST.T if self._transposed else code_ST, dtype=self._dtype)
-        data: Any = ordered
-        if self._shuffle is not None:
-            data = self._shuffle.encode(data)
-        if self._zstd is not None:
-            data = self._zstd.encode(data)
+        data: Any = np.ascontiguousarray(code_ST.T if self._transposed else code_ST, dtype=self._dtype)
+        for each in self._filters:
+            data = each.encode(data)
         return memoryview(data).cast("B").tobytes()
 
     def unpack(self, data: bytes | memoryview, into_ST: NDArray[Any]) -> None:
@@ -63,62 +56,42 @@ class CodePacker:
             ValueError, RuntimeError: the bytes are not what `pack` gives.
         """
         raw: Any = data
-        if self._zstd is not None:
-            raw = self._zstd.decode(raw)
-        if self._shuffle is not None:
-            raw = self._shuffle.decode(raw)
+        for each in reversed(self._filters):
+            raw = each.decode(raw)
         code = np.frombuffer(memoryview(raw).cast("B"), self._dtype).reshape(self._shape)
         into_ST[...] = code.T if self._transposed else code
 
 
-class _Tar:
-    """A tar that is written block by block, with the crc32c of each. It is open only while a block is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._end = 0
-        self._blocks: list[tuple[int, int]] = []
-
-    def write_block(self, members: Iterable[tuple[str, bytes]]) -> None:
-        """Append members, given by name and content."""
-        begin, crc = self._end, 0
-        with self._open() as file:
-            file.seek(begin)
-            for name, data in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                info.mode = 0o644
-                header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
-                for part in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
-                    file.write(part)
-                    crc = crc32c(part, crc)
-            self._end = file.tell()
-        self._blocks.append((begin, crc))
-
-    def _open(self) -> BinaryIO:
-        # A file that has vanished must not be begun anew behind its first blocks.
-        return self._path.open("r+b" if self._end else "xb")
-
-    def close(self) -> list[tuple[int, int]]:
-        """Write the end. Returns offset and crc32c of each block, then the end of the last one with a 0."""
-        with self._open() as file:
-            file.seek(self._end)
-            file.write(bytes(-(self._end + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE))
-        return [*self._blocks, (self._end, 0)]
-
-
 class TarShardFiles:
-    """Tars of one shard in the making."""
+    """Tars of one shard in the making, each open only while a block is written."""
 
     def __init__(self, folder: Path, header: StoreHeader) -> None:
-        codec = codec_of(header.codec)
-        self._packer = CodePacker(codec, header.tokens, header.teacher.width)
-        self._tars = [_Tar(folder / _tar_name(view)) for view in range(header.views.count)]
+        self._folder = folder
+        self._packer = CodePacker(codec_of(header.codec), header.tokens, header.teacher.width)
+        # By name of the tar, offset and crc32c of each block, and where the last one ends.
+        self._blocks: dict[str, list[tuple[int, int]]] = {_tar_name(view): [] for view in range(header.views.count)}
+        self._ends = dict.fromkeys(self._blocks, 0)
 
     def append(self, block: TargetBlock) -> None:
         """Write the next samples."""
-        for view, tar in enumerate(self._tars):
-            tar.write_block(self._members(block, view))
+        for view, name in enumerate(self._blocks):
+            begin, crc = self._ends[name], 0
+            with self._open(name) as file:
+                for member, data in self._members(block, view):
+                    info = tarfile.TarInfo(member)
+                    info.size, info.mode = len(data), 0o644
+                    header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+                    for part in (header, data, bytes(-len(data) % tarfile.BLOCKSIZE)):
+                        file.write(part)
+                        crc = crc32c(part, crc)
+                self._ends[name] = file.tell()
+            self._blocks[name].append((begin, crc))
+
+    def _open(self, name: str) -> BinaryIO:
+        # A file that has vanished must not be begun anew behind its first blocks.
+        file = (self._folder / name).open("r+b" if self._ends[name] else "xb")
+        file.seek(self._ends[name])
+        return file
 
     def _members(self, block: TargetBlock, view: int) -> Iterator[tuple[str, bytes]]:
         for row, key in enumerate(block.keys):
@@ -138,7 +111,11 @@ class TarShardFiles:
 
     def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
         """End the tars. Per tar, offset and crc32c of each block, then the end of the last block with a 0."""
-        return {_tar_name(view): tar.close() for view, tar in enumerate(self._tars)}
+        for name, end in self._ends.items():
+            with self._open(name) as file:
+                file.write(bytes(-(end + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE))
+            self._blocks[name].append((end, 0))
+        return self._blocks
 
 
 def _tar_name(view: int) -> str:
@@ -185,11 +162,8 @@ class TarShard:
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
         blocks = range(len(self._record.blocks[_tar_name(0)]) - 1)
-        samples = (sample for block in blocks for sample in self._samples(0, block))
-        try:
-            return [json.loads(bytes(sample["json"]))["key"] for sample in samples]
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._fail(f"{_tar_name(0)}: {one_line(error)}") from error
+        with self._parsing(0):
+            return [json.loads(bytes(s["json"]))["key"] for block in blocks for s in self._samples(0, block)]
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
@@ -198,8 +172,15 @@ class TarShard:
         chosen = samples[start - first * BLOCK_SAMPLES : stop - first * BLOCK_SAMPLES]
         if len(chosen) != stop - start:
             raise self._fail(f"{_tar_name(view)} holds {len(chosen)} of samples {start} to {stop}")
-        try:
+        with self._parsing(view):
             return self._run(chosen)
+
+    @contextmanager
+    def _parsing(self, view: int) -> Iterator[None]:
+        try:
+            yield
+        except MilanError:
+            raise
         except (ValueError, LookupError, TypeError, RuntimeError) as error:
             raise self._fail(f"{_tar_name(view)}: {one_line(error)}") from error
 
@@ -211,10 +192,11 @@ class TarShard:
         if len(data) != stop - start or crc32c(data) != crc:
             raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
         samples: list[dict[str, memoryview]] = []
-        for suffix, content in _members(data):
-            if suffix == "jpg":
-                samples.append({})
-            samples[-1][suffix] = content
+        with self._parsing(view):
+            for suffix, content in _members(data):
+                if suffix == "jpg":
+                    samples.append({})
+                samples[-1][suffix] = content
         return samples
 
     def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:

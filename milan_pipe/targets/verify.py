@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from milan_pipe.digests import sha256_of_file
+from milan_pipe.digests import sha256_of, sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import Location, location_of
@@ -35,14 +35,7 @@ ShardCheck = Callable[[str, int, int, int, ViewRun], Iterator["Problem"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that is not as it was written.
-
-    Attributes:
-        shard: name, or "" for the store's own files.
-        array: array, file or folder.
-        what: what was found and what was expected.
-        repair: what to run.
-    """
+    """Something that is not as it was written, and the command to run; shard "" for the store's own files."""
 
     shard: str
     array: str
@@ -52,13 +45,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What a check came to.
-
-    Attributes:
-        shards, samples, views, files, bytes: what was looked at.
-        problems: all of them; none means that the store is whole.
-        repair: what to run, one after another, to be rid of all of them.
-    """
+    """What was looked at, what is wrong, and what to run, one after another, to repair all of it."""
 
     shards: int
     samples: int
@@ -71,44 +58,41 @@ class VerifyReport:
 
 class _Check:
     def __init__(self, location: Location, header: StoreHeader, on_run: ShardCheck) -> None:
-        self.location = location
-        self.header = header
-        self.on_run = on_run
+        self.location, self.header, self.on_run = location, header, on_run
         self.problems: list[Problem] = []
         self.samples = self.views = self.files = self.bytes = 0
         self.finished = False
         self._removals: list[str] = []
         self._keys: dict[str, NDArray[np.uint64]] = {}
 
-    def report(self, shard: str, array: str, what: str) -> None:
-        repair = manifest.redo_command(self.location, shard) if shard else manifest.extract_command(self.location)
-        self.problems.append(Problem(shard=shard, array=array, what=what, repair=repair))
+    def report(self, shard: str, array: str, what: str, repair: str = "") -> None:
+        again = manifest.redo_command(self.location, shard) if shard else manifest.extract_command(self.location)
+        self.problems.append(Problem(shard=shard, array=array, what=what, repair=repair or again))
 
     def report_header(self, name: str, what: str) -> None:
-        repair = f"{self._removal(name)}; {manifest.extract_command(self.location)}"
-        self.problems.append(Problem(shard="", array=name, what=what, repair=repair))
+        self.report("", name, what, f"{self._removal(name)}; {manifest.extract_command(self.location)}")
 
     def report_stray(self, shard: str, path: str, what: str) -> None:
         # What has not a store's own name is the user's, as a run that was put here, and is never advised away.
         is_own = shard or re.fullmatch(r"[0-9]{6,9}|manifest/[0-9]{6,9}\.json|zarr\.json|header\.json", path)
         inside = f"{shard}/{path}" if shard else path
-        repair = self._removal(inside) if is_own else self._removal(inside, ("mv", "move"), " ELSEWHERE")
-        self.problems.append(Problem(shard=shard, array=path, what=what, repair=repair))
+        self.report(shard, path, what, self._removal(inside) if is_own else self._removal(inside, "mv", " ELSEWHERE"))
 
-    def _removal(self, path: str, verbs: tuple[str, str] = ("rm -rf", "remove"), where: str = "") -> str:
-        verb = verbs[self.location.local is None]
+    def _removal(self, path: str, verb: str = "rm -rf", where: str = "") -> str:
+        if self.location.local is None:
+            verb = {"rm -rf": "remove", "mv": "move"}[verb]
         self._removals.append(f"{verb} {shlex.quote(f'{self.location}/{path}')}{where}")
         return self._removals[-1]
 
     def repair(self) -> tuple[str, ...]:
         """What repairs all problems: one extraction, after what is too much is gone."""
-        rest = [problem for problem in self.problems if problem.repair not in self._removals]
-        shards = sorted({problem.shard for problem in rest} - {""})
-        if shards:
-            last = [manifest.redo_command(self.location, ",".join(shards))]
-        else:
-            last = [manifest.extract_command(self.location)] if rest else []
-        return (*dict.fromkeys(self._removals), *last)
+        commands = list(dict.fromkeys(self._removals))
+        rest = {problem.shard for problem in self.problems if problem.repair not in commands}
+        if shards := sorted(rest - {""}):
+            commands.append(manifest.redo_command(self.location, ",".join(shards)))
+        elif rest:
+            commands.append(manifest.extract_command(self.location))
+        return tuple(commands)
 
     def store(self) -> dict[str, int]:
         """Check header, manifest and bad samples. Returns samples by shard."""
@@ -127,10 +111,10 @@ class _Check:
         committed = self._committed(found)
         if found is None:
             return dict.fromkeys(sorted(committed), -1)
-        if manifest.sha256_of(data) != found.header_sha256:
+        if sha256_of(data) != found.header_sha256:
             self.report_header(name, f"does not fit its digest in {manifest.MANIFEST}")
         try:
-            bad = manifest.sha256_of(self.location.read(manifest.BAD_SAMPLES))
+            bad = sha256_of(self.location.read(manifest.BAD_SAMPLES))
         except MissingError:
             bad = ""
         if bad != found.bad_samples_sha256:
@@ -144,7 +128,7 @@ class _Check:
                 self.report(shard, path, "is missing")
                 continue
             samples[shard] = entry.samples
-            if manifest.sha256_of(self.location.read(path)) != entry.record_sha256:
+            if sha256_of(self.location.read(path)) != entry.record_sha256:
                 self.report(shard, path, f"does not fit its digest in {manifest.MANIFEST}")
         return samples
 
@@ -160,64 +144,54 @@ class _Check:
         """Files of a store that nothing refers to; a folder of them counts as one."""
         name, _ = header_file(self.header)
         own = {name, manifest.MANIFEST, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
-        strays: dict[str, int] = {}
+        strays: Counter[str] = Counter()
         for path in self.location.sizes():
             top, _, inside = path.partition("/")
             # The next shard of an unfinished store may exist before it is committed.
             begun = inside and top.isdigit() and not self.finished
             if path not in own and top not in shards and not begun:
-                entry = path if top == manifest.FOLDER else top
-                strays[entry] = strays.get(entry, 0) + 1
+                strays[path if top == manifest.FOLDER else top] += 1
         for entry, files in strays.items():
-            what = "is not part of the store"
-            self.report_stray("", entry, what if files == 1 else f"{what}, with {files} files")
+            self.report_stray("", entry, f"is not part of the store{f', with {files} files' if files > 1 else ''}")
 
     def shard(self, name: str, samples: int) -> None:
+        path = f"{manifest.FOLDER}/{name}.json"
         try:
             record = manifest.read_record(self.location, name)
         except MilanError as error:
-            self.report(name, f"{manifest.FOLDER}/{name}.json", str(error))
+            self.report(name, path, str(error))
             return
         if samples not in (-1, record.source.samples):
-            self.report(name, f"{manifest.FOLDER}/{name}.json", f"has {record.source.samples} samples, not {samples}")
-        least = codec_of(self.header.codec).least_cosine
-        if record.mean_cosine is not None and not record.mean_cosine >= least:
-            self.report(
-                name,
-                "features",
-                f"a mean cosine of {record.mean_cosine:g} to the teacher's, expected at least {least:g}",
-            )
+            self.report(name, path, f"has {record.source.samples} samples, not {samples}")
+        cosine, least = record.mean_cosine, codec_of(self.header.codec).least_cosine
+        if cosine is not None and not cosine >= least:
+            self.report(name, "features", f"a mean cosine of {cosine:g} to the teacher's, expected at least {least:g}")
         if self._files(name, record):
             self._content(name, record)
 
     def _files(self, name: str, record: ShardRecord) -> bool:
-        sizes = self.location.child(name).sizes(record.files)
-        readable = [path for path, file in record.files.items() if sizes.get(path) == file.bytes]
+        folder = self.location.child(name)
+        sizes = folder.sizes(record.files)
+
+        def wrong(path: str) -> str | None:
+            expected = record.files[path]
+            if what := manifest.wrong_bytes(sizes.get(path), expected):
+                return what
+            with folder.open(path) as file:
+                return None if sha256_of_file(file) == expected.sha256 else "has other bytes than were written"
+
         # Far away each file takes a while to answer.
         with ThreadPoolExecutor(1 if self.location.local is not None else _PARALLEL_READS) as pool:
-            digests = dict(zip(readable, pool.map(self._sha256, (f"{name}/{path}" for path in readable)), strict=True))
-        good = True
-        for path, file in record.files.items():
-            found = sizes.get(path)
-            if found is None:
-                what = "is missing"
-            elif found != file.bytes:
-                what = f"has {found} bytes, {file.bytes} were written"
-            elif digests[path] != file.sha256:
-                what = "has other bytes than were written"
-            else:
-                self.files += 1
-                self.bytes += file.bytes
-                continue
-            good = False
-            self.report(name, path.partition("/")[0], f"{path} {what}")
+            found = dict(zip(record.files, pool.map(wrong, record.files), strict=True))
+        for path, what in found.items():
+            if what is not None:
+                self.report(name, path.partition("/")[0], f"{path} {what}")
+        good = [path for path, what in found.items() if what is None]
+        self.files += len(good)
+        self.bytes += sum(record.files[path].bytes for path in good)
         for path in sorted(sizes.keys() - record.files.keys()):
             self.report_stray(name, path, "is not part of the shard")
-        return good
-
-    def _sha256(self, path: str) -> str:
-        with self.location.open(path) as file:
-            return sha256_of_file(file)
+        return len(good) == len(found)
 
     def _content(self, name: str, record: ShardRecord) -> None:
         """What the bytes say; they are those that were written, so this finds what was wrong from the start."""
@@ -247,20 +221,18 @@ class _Check:
         """Find keys that are in several shards, by eight bytes of memory each."""
         if not self._keys:
             return
-        owners = np.repeat(np.arange(len(self._keys)), [len(digests) for digests in self._keys.values()])
+        names = list(self._keys)
+        owners = np.repeat(np.arange(len(names)), [len(digests) for digests in self._keys.values()])
         digests = np.concatenate(list(self._keys.values()))
         order = np.argsort(digests, kind="stable")
         digests, owners = digests[order], owners[order]
         again = np.flatnonzero(digests[1:] == digests[:-1]) + 1
-        names = list(self._keys)
         for owner in np.unique(owners[again]):
             here = again[owners[again] == owner]
             name, other = names[owner], names[owners[here[0] - 1]]
             record = manifest.read_record(self.location, name)
             keys = open_shard(self.location, name, self.header, record).keys()
-            wanted = set(digests[here].tolist())
-            repeated = zip(keys, _digests(keys).tolist(), strict=True)
-            shared = sorted({key for key, digest in repeated if digest in wanted})
+            shared = sorted(set(np.array(keys, object)[np.isin(_digests(keys), digests[here])]))
             self.report(name, "key", f"{_named(shared)} in another shard too, as {other}; rename in IMAGES first")
 
     def _run(self, name: str, samples: int, view: int, start: int, run: ViewRun) -> None:
@@ -316,7 +288,7 @@ def verify_store(
     """Check a store: every file's presence, size and sha256, and that what it says makes sense.
 
     Args:
-        on_run: a further check, called with shard, view, number of the first sample, and the samples.
+        on_run: a further check.
         on_progress: called with shards done and shards in all.
 
     Raises:
@@ -327,9 +299,7 @@ def verify_store(
     location = location_of(where)
     header = read_header(location)
     if header is None:
-        raise MissingError(
-            f"{location} is not a target store; write one with `milan-pipe extract-targets IMAGES {location}`"
-        )
+        raise MissingError(f"{location} is not a target store; write one with `{manifest.extract_command(location)}`")
     check = _Check(location, header, on_run)
     shards = check.store()
     check.strays(set(shards) | {problem.shard for problem in check.problems})

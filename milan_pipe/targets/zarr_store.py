@@ -68,32 +68,23 @@ def use_fast_pipeline() -> bool:
     return True
 
 
-def _most_samples(sample_bytes: int, chunk_bytes: int) -> int:
-    """Samples of one inner chunk: a power of two, so that it divides the block; one at least."""
-    samples = 1
-    while samples < BLOCK_SAMPLES and 2 * samples * sample_bytes <= chunk_bytes:
-        samples *= 2
-    return samples
-
-
 def _features_layout(codec: Codec, tokens: int, width: int) -> dict[str, Any]:
-    """Inner chunk and codecs of the features."""
     level, item = codec.info.zstd_level, codec.dtype.itemsize
-    # Coefficients that are sorted by strength shrink best beside their like, so neighbours share a chunk.
-    coefficients = min(_COEFFICIENTS_PER_CHUNK, width) if codec.coefficient_major else width
     if level == 0:
         # Without zstd the crc32c stands alone, and is checked where whole chunks are read: one sample each.
-        samples, compressors = 1, list[Any]([_CRC32C])
-        coefficients = width
+        samples, coefficients, zstd = 1, width, []
     else:
+        # Coefficients that are sorted by strength shrink best beside their like, so neighbours share a chunk.
+        coefficients = min(_COEFFICIENTS_PER_CHUNK, width) if codec.coefficient_major else width
         most = _COEFFICIENT_CHUNK_BYTES if codec.coefficient_major else _FEATURE_CHUNK_BYTES
-        samples = _most_samples(tokens * coefficients * item, most)
-        compressors = [ZstdCodec(level=level, checksum=True), _CRC32C]
+        # A power of two, so that it divides the block.
+        samples = min(BLOCK_SAMPLES, 1 << max(0, (most // (tokens * coefficients * item)).bit_length() - 1))
+        zstd = [ZstdCodec(level=level, checksum=True)]
     return {
         "dtype": codec.dtype,
         "chunks": (1, samples, tokens, coefficients),
         "shards": (1, BLOCK_SAMPLES, tokens, -(-width // coefficients) * coefficients),
-        "compressors": compressors,
+        "compressors": [*zstd, _CRC32C],
     }
 
 
@@ -128,7 +119,6 @@ class ZarrShardFiles:
         self._samples = 0
         self._written_views = 0
         self._pending_views = bytearray()
-        self._keys: list[str] = []
         # By name of the array, its part of each block; their number of samples is not known before the end.
         self._columns: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -170,6 +160,7 @@ class ZarrShardFiles:
         lengths = np.array([[len(jpeg) for jpeg in row] for row in block.jpegs], np.int64)
         ends = np.cumsum(lengths.ravel()).reshape(lengths.shape)
         columns = {
+            "key": np.array(block.keys, dtype=object),
             "label": block.label_N,
             "scale": block.scale_KNS,
             "attention": block.attention_KNL,
@@ -178,7 +169,6 @@ class ZarrShardFiles:
             "view_offset": ends - lengths + self._written_views + len(self._pending_views),
             "view_length": lengths.astype(np.int32),
         }
-        self._keys += block.keys
         for name, values in columns.items():
             if values is not None:
                 self._columns[name].append(values)
@@ -195,26 +185,19 @@ class ZarrShardFiles:
         self._written_views += count
 
     def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
-        """Write what was kept. Per file of the large arrays, offset and crc32c of its end.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write what was kept. Per file of the large arrays, offset and crc32c of its end."""
         if self._pending_views:
             # Whole chunks only: of one that reaches over the array's end, zarr reads a part and checks nothing.
             self._pending_views += bytes(-len(self._pending_views) % VIEW_CHUNK_BYTES)
             self._flush_views(len(self._pending_views))
-        label = np.concatenate(self._columns.pop("label"))
         for name, parts in self._columns.items():
-            values = np.concatenate(parts, axis=1)
-            views, samples, *tail = values.shape
-            shard_samples = -(-samples // BLOCK_SAMPLES) * BLOCK_SAMPLES
-            layout = {"chunks": (1, BLOCK_SAMPLES, *tail), "shards": (views, shard_samples, *tail)}
-            self._create(name, shape=values.shape, dtype=values.dtype, **layout)
-            self._put(name, ..., values)
-        for name, values in (("label", label), ("key", np.array(self._keys, dtype=object))):
-            dtype = str if name == "key" else values.dtype
-            self._create(name, shape=values.shape, dtype=dtype, chunks=values.shape)
+            values = np.concatenate(parts, axis=min(1, parts[0].ndim - 1))
+            layout: dict[str, Any] = {"chunks": values.shape}
+            if values.ndim > 1:
+                views, samples, *tail = values.shape
+                shard_samples = -(-samples // BLOCK_SAMPLES) * BLOCK_SAMPLES
+                layout = {"chunks": (1, BLOCK_SAMPLES, *tail), "shards": (views, shard_samples, *tail)}
+            self._create(name, shape=values.shape, dtype=str if name == "key" else values.dtype, **layout)
             self._put(name, ..., values)
         return {
             path.relative_to(self._folder).as_posix(): [_end_of(path, self._arrays[name])]
@@ -386,16 +369,17 @@ class ZarrShard:
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         names = ["features", "attention", *(["scale"] if self._has_scale else [])]
-        reads: list[Callable[[], Any]] = [partial(self._jpegs, view, start, stop)]
-        reads += [partial(self._rows, name, start, stop, view) for name in names]
+        reads: list[Callable[[], Any]] = [partial(self._rows, name, start, stop, view) for name in names]
         with _reads_of(self._location) as together:
-            jpegs, *large = together(lambda read: read(), reads)
+            jpegs, code_NST, attention_NL, *scales = together(
+                lambda read: read(), [partial(self._jpegs, view, start, stop), *reads]
+            )
         return ViewRun(
             keys=[str(key) for key in self._small["key"][start:stop]],
             label_N=self._small["label"][start:stop],
-            code_NST=large[0],
-            scale_NS=large[2] if self._has_scale else None,
-            attention_NL=large[1],
+            code_NST=code_NST,
+            scale_NS=scales[0] if scales else None,
+            attention_NL=attention_NL,
             crop_N4=self._small["crop"][view, start:stop],
             flip_N=self._small["flip"][view, start:stop],
             jpegs=jpegs,

@@ -196,9 +196,9 @@ def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
     pieces = plan.pieces()
     canonical_streams = {}
     for piece in pieces:
-        canonical_streams[piece.stream] = [
+        canonical_streams[piece.stream.number] = [
             end_to_end[i]
-            for blocks, sample_order in plan.order.groups(epoch, plan.stream(piece.stream))
+            for blocks, sample_order in plan.order.groups(epoch, piece.stream)
             for end_to_end in [[(b.shard, row) for b in blocks for row in range(b.start, b.stop)]]
             for i in sample_order
         ]
@@ -206,8 +206,8 @@ def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
     for step in range(plan.steps):
         batch = []
         for piece in pieces:
-            first = step * plan.stream_size(piece.stream)
-            batch += canonical_streams[piece.stream][first + piece.start : first + piece.stop]
+            first = step * piece.size
+            batch += canonical_streams[piece.stream.number][first + piece.start : first + piece.stop]
         batches.append(batch)
     return batches
 
@@ -231,7 +231,7 @@ def test_ranks_and_canonical_streams_share_an_epoch_whole(
     shown = [sample for batch in whole for sample in batch]
     assert len(set(shown)) == len(shown)
     shares = [plan.of_rank(rank, ranks) for rank in range(ranks)]
-    sizes = [share.size for share in shares]
+    sizes = [sum(piece.stop - piece.start for piece in share.pieces()) for share in shares]
     assert sum(sizes) == batch_size
     assert max(sizes) - min(sizes) <= 1
     parts = [taken(share, epoch) for share in shares]

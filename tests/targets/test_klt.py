@@ -318,4 +318,4 @@ def test_info_makes_the_same_codec_directly():
     again = KltCodec.of(codec.info)
     assert np.array_equal(again.mean_T, codec.mean_T)
     assert np.array_equal(again.basis_CT, codec.basis_CT)
-    assert (again.step, again.width) == (codec.step, 48)
+    assert (again.step, len(again.mean_T)) == (codec.step, 48)

@@ -11,9 +11,11 @@ import pytest
 from support.targets import header, write_store
 
 from milan_pipe.config.student import MaskSettings
+from milan_pipe.digests import sha256_of, with_digest
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.reports.inspect_targets import inspect_targets
 from milan_pipe.targets import manifest
+from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets
 from milan_pipe.targets.verify import verify_store
@@ -119,7 +121,29 @@ def test_a_header_of_impossible_sizes_is_refused(tmp_path: Path, section: str) -
     values = content["attributes"]["milan_pipe"]
     del values["sha256"]
     values[section][key] = value
-    content["attributes"]["milan_pipe"] = manifest.with_digest(values)
+    content["attributes"]["milan_pipe"] = with_digest(values)
     (tmp_path / "zarr.json").write_text(json.dumps(content))
     with pytest.raises(MilanError, match=f"{section}.{key}"):
         open_targets(tmp_path)
+
+
+def test_a_tar_that_fits_its_digests_and_is_none_is_damage(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    write_store(store, header(format="webdataset"), [5])
+    tar = store / "000000" / "view-0.tar"
+    data = bytearray(tar.read_bytes())
+    data[124:135] = b"not octal!!"
+    tar.write_bytes(data)
+
+    def fit(values: Any) -> None:
+        values["files"][tar.name]["sha256"] = sha256_of(bytes(data))
+        (start, _), (stop, _) = values["blocks"][tar.name]
+        values["blocks"][tar.name][0][1] = crc32c(bytes(data[start:stop]))
+
+    (store / "manifest.json").unlink()
+    rewrite(store / "manifest" / "000000.json", fit)
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(store)
+    for read in (lambda: opened.read("000000", 0, 0, 5), lambda: opened.keys("000000")):
+        with pytest.raises(DataError, match=r"view-0\.tar"):
+            read()
