@@ -46,14 +46,12 @@ def verify_against_teacher(
     teacher = load_teacher_of(header, settings, resolve_device(params.extract.device), location)
     codec, view_count = codec_of(header.codec), header.views.count
 
-    def rows_of(shard: str, samples: int, view: int) -> list[int]:
-        """Samples of a view to compare: spread over the shard, chosen by shard and view alone."""
+    def check(shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
+        # Spread over the shard, chosen by shard and view alone.
         first = seed_of(shard) % view_count
         wanted = (views + view_count - 1 - (view - first) % view_count) // view_count
-        return sorted(permutation(samples, "rows", shard, view)[:wanted].tolist())
-
-    def check(shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
-        rows = [row - start for row in rows_of(shard, samples, view) if start <= row < start + len(run.keys)]
+        chosen = permutation(samples, "rows", shard, view)[:wanted].tolist()
+        rows = sorted(row - start for row in chosen if start <= row < start + len(run.keys))
         if not rows:
             return
         try:

@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -33,7 +33,6 @@ from milan_pipe.images.ahead import thread_count
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
-_ABOVE_CRITICAL = logging.CRITICAL + 1
 # How often a worker reports to the scheduler and the client counts workers. The scheduler keeps what it is sent, and
 # answers with all workers: neither must grow with batches and shards.
 _REPORT_SECONDS = 1.0
@@ -41,24 +40,22 @@ _REPORT_SECONDS = 1.0
 _FOLDER_PREFIX = f"milan-pipe-dask-{platform.node()}-"
 
 
-class _Every:
-    """True at most once in some seconds, the first time always."""
+def _report_timer() -> Callable[[], bool]:
+    """A function that is true when the next report is due: at once, then every `_REPORT_SECONDS` at most."""
+    due_at = 0.0
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._next = 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if now < self._next:
+    def due() -> bool:
+        nonlocal due_at
+        if (now := time.monotonic()) < due_at:
             return False
-        self._next = now + self._seconds
+        due_at = now + _REPORT_SECONDS
         return True
+
+    return due
 
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
-    worker = get_worker()
-    due = _Every(_REPORT_SECONDS)
+    worker, due = get_worker(), _report_timer()
     done_views = done_bad = 0
 
     def report(views: int, bad: int) -> None:
@@ -76,22 +73,22 @@ def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> Sh
     return result
 
 
-class _Counts:
-    """Views and bad samples of each shard, by the attempt at it that came farthest, so that none counts twice."""
+def _counter(on_progress: Callable[[int, int], None]) -> Callable[[str, int, int], None]:
+    """Takes what an attempt at a shard has done so far; the one that came farthest counts, so that none counts twice.
 
-    def __init__(self, on_progress: Callable[[int, int], None]) -> None:
-        self._on_progress = on_progress
-        self._lock = threading.Lock()
-        self._most: dict[str, tuple[int, int]] = {}
+    Reports may come late, even after the shard's end, and from another thread.
+    """
+    lock = threading.Lock()
+    most: dict[str, tuple[int, int]] = {}
 
-    def raise_to(self, shard: str, views: int, bad: int) -> None:
-        """Take what an attempt has done so far; reports may come late, even after the shard's end."""
-        with self._lock:
-            then = self._most.get(shard, (0, 0))
-            now = (max(views, then[0]), max(bad, then[1]))
+    def count(shard: str, views: int, bad: int) -> None:
+        with lock:
+            then = most.get(shard, (0, 0))
+            most[shard] = now = (max(views, then[0]), max(bad, then[1]))
             if now != then:
-                self._most[shard] = now
-                self._on_progress(now[0] - then[0], now[1] - then[1])
+                on_progress(now[0] - then[0], now[1] - then[1])
+
+    return count
 
 
 @contextmanager
@@ -181,30 +178,25 @@ def _local_cluster(folder: str) -> LocalCluster:
 def _silence_dask() -> None:
     # Dask logs each worker that comes, goes or hangs at length; what matters is reported here, in a line. Some of its
     # loggers have levels and handlers of their own. A client that leaves before its tasks is logged as critical.
-    for name in ("distributed", "tornado", "asyncio", *logging.root.manager.loggerDict):
-        if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
-            logging.getLogger(name).setLevel(_ABOVE_CRITICAL)
+    libraries = ("distributed", "tornado", "asyncio")
+    for name in (*libraries, *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in libraries:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def _outcome(future: Future) -> tuple[Exception | None, ShardResult | None]:  # type: ignore[type-arg]
-    """Error or result of a task that has ended.
-
-    Raises:
-        CancelledError, OSError: the scheduler does not know it any more, or does not answer.
-    """
+def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-arg]
+    """The result of a task that has ended; CancelledError or OSError where the scheduler has lost it or is lost."""
     if future.status in ("cancelled", "lost"):
         raise CancelledError(future.status)
     error: Exception | None = future.exception()
     if isinstance(error, CancelledError):
         raise error
-    if error is not None:
-        return error, None
-    result: ShardResult = future.result()
-    return None, result
+    result: ShardResult = ShardResult(name=shard, error=error) if error is not None else future.result()
+    return result
 
 
 def extract_on_cluster(
@@ -212,7 +204,7 @@ def extract_on_cluster(
     jobs: Sequence[ShardJob],
     on_progress: Callable[[int, int], None],
     on_workers: Callable[[int], None],
-) -> Iterator[ShardResult]:
+) -> Generator[ShardResult, None, None]:
     """Do shards on a cluster of this machine, or on one that runs already.
 
     Args:
@@ -229,8 +221,8 @@ def extract_on_cluster(
     with _client(assignment) as (client, sharing):
         # A scheduler may have other extractions at the same time, of shards of the same names.
         topic = f"milan-pipe-{uuid.uuid4().hex}"
-        counts = _Counts(on_progress)
-        client.subscribe_topic(topic, lambda event: counts.raise_to(*event[1]))
+        count = _counter(on_progress)
+        client.subscribe_topic(topic, lambda event: count(*event[1]))
 
         def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
             key = f"{topic}-{job.name}-{attempt}"
@@ -247,7 +239,7 @@ def extract_on_cluster(
             known = present
             on_workers(len(present))
 
-        due = _Every(_REPORT_SECONDS)
+        due = _report_timer()
         look_at_workers()
         waiting = {submit(job, 1): (job, 1) for job in jobs}
         finished = as_completed(list(waiting))
@@ -257,18 +249,19 @@ def extract_on_cluster(
                 # The last to end may be the one that took over what a lost worker had.
                 if due() or not waiting:
                     look_at_workers()
-                error, result = _outcome(future)
+                result = _outcome(future, job.name)
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:
                 raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost") from gone
-            if result is not None:
-                counts.raise_to(job.name, result.views, len(result.source.bad) if result.source is not None else 0)
+            if result.source is not None:
+                count(job.name, result.views, len(result.source.bad))
                 yield result
-            elif attempt < _ATTEMPTS and not isinstance(error, KilledWorker):
+            elif isinstance(result.error, KilledWorker):
+                death = StoreError(f"the worker died {_ATTEMPTS} times over it; see the worker's own log")
+                yield ShardResult(name=job.name, error=death)
+            elif attempt == _ATTEMPTS:
+                yield result
+            else:
                 again = submit(job, attempt + 1)
                 waiting[again] = (job, attempt + 1)
                 finished.add(again)
-            else:
-                if isinstance(error, KilledWorker):
-                    error = StoreError(f"the worker died {_ATTEMPTS} times over it; see the worker's own log")
-                yield ShardResult(name=job.name, error=error)

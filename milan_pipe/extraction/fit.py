@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import Clock, RenderedSample, render_sample
 from milan_pipe.images.count import spread_evenly
@@ -39,40 +39,34 @@ def draw_images(
     """
     used, one, drawn = spread_evenly(shards, most_shards), views.model_copy(update={"count": 1}), 0
     for position, shard in enumerate(used):
+        samples = read_shard(shard, on_bad)
         # A shard with few images leaves its share to the next.
-        wanted = count * (position + 1) // len(used) - drawn
-        for rendered in islice(_rendered(shard, one, size, clock, on_bad), wanted):
+        while drawn < count * (position + 1) // len(used) and (sample := next(samples, None)):
+            try:
+                rendered = render_sample(sample, one, size, clock)
+            except DataError as error:
+                on_bad(sample.key, str(error))
+                continue
             drawn += 1
             yield shard, rendered
 
 
-def _rendered(
-    shard: ShardFile, views: ViewSettings, size: int, clock: Clock, on_bad: OnBad
-) -> Iterator[RenderedSample]:
-    for sample in read_shard(shard, on_bad):
-        try:
-            yield render_sample(sample, views, size, clock)
-        except DataError as error:
-            on_bad(sample.key, str(error))
-
-
-def sample_features(
-    teacher: Teacher, shards: Sequence[ShardFile], views: ViewSettings, size: int, batch_size: int, count: int
-) -> Tensor:
-    """Features (count, S, T), on the CPU, of images from up to 16 shards.
+def sample_features(teacher: Teacher, shards: Sequence[ShardFile], params: Params) -> Tensor:
+    """Features (`codec.fit_samples`, S, T), on the CPU, of images from up to 16 shards.
 
     Raises:
         DataError: no image can be read, or the teacher's output for one cannot be stored.
     """
     names, pixels = [], []
-    for shard, rendered in draw_images(shards, views, size, count, Clock()):
+    size, count = params.student.image_size, params.codec.fit_samples
+    for shard, rendered in draw_images(shards, params.views, size, count, Clock()):
         names.append(f"{shard}: {rendered.key}")
         pixels.append(torch.from_numpy(rendered.pixels_KHWC[0]))
     if not pixels:
         others = min(MOST_SHARDS, len(shards)) - 1
         raise DataError(f"{shards[0]} and {others} other shards have no readable image to fit the codec on")
     features, faults = [], []
-    for batch in torch.split(torch.stack(pixels), batch_size):
+    for batch in torch.split(torch.stack(pixels), params.extract.batch_size):
         output = teacher(batch)
         features.append(output.features_BST.cpu())
         faults.append(output.faults_BF().cpu())

@@ -28,7 +28,6 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES
 _AHEAD_PER_THREAD = 32
 _COPY_BYTES = 4 * 1024 * 1024
 
-
 Phase = Literal["read", "decode", "crop", "jpeg", "teacher", "encode", "write"]
 
 
@@ -58,13 +57,7 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedSample:
-    """One sample and its K views.
-
-    Attributes:
-        jpegs: K stored views.
-        pixels_KHWC: uint8, the stored views decoded again: what the teacher sees and the student will see.
-        views: K crop boxes and flips.
-    """
+    """One sample and its K views; pixels are the stored JPEGs decoded again, as teacher and student see them."""
 
     key: str
     label: int
@@ -100,11 +93,14 @@ class ShardJob:
 
 @dataclass(kw_only=True)
 class SourceFile:
-    """What is known of a source shard while it is read: size and sha256 of the file, key and reason of bad samples."""
+    """What is known of a source shard while it is read; `bad` has key and reason of skipped samples."""
 
     bytes: int = 0
     sha256: str = ""
     bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def skip(self, key: str, reason: str) -> None:
+        self.bad.append((key, reason))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,44 +162,35 @@ def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, st
 def rendered_blocks(
     jobs: Iterable[ShardJob], views: ViewSettings, size: int, threads: int, clock: Clock
 ) -> Iterator[RenderedBlock]:
-    """The blocks of all shards, one shard after another; see `Background` for how it runs ahead of the teacher."""
+    """The blocks of all shards, one shard after another."""
     for job in jobs:
         source = SourceFile()
         error: Exception | None = None
         try:
-            for samples in _rendered_samples(job.images, source, views, size, threads, clock):
-                yield RenderedBlock(job=job, source=source, samples=samples)
-        # A shard that fails must not take the others with it; what it was is reported where the shard is committed.
+            # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
+            with tempfile.TemporaryFile() if job.images.location.local is None else nullcontext() as copy:
+                with clock.of("read"):
+                    source.bytes, source.sha256 = digest(job.images, copy)
+                rendered = decoded_ahead(
+                    _read(job.images, source, copy, clock),
+                    lambda sample: render_sample(sample, views, size, clock),
+                    threads,
+                    _AHEAD_PER_THREAD * threads,
+                    source.skip,
+                )
+                while samples := list(islice(rendered, BLOCK_SAMPLES)):
+                    yield RenderedBlock(job=job, source=source, samples=samples)
+        # A shard that fails must not take the others with it; its error is reported where the shard is committed.
         except Exception as caught:
             error = caught
         yield RenderedBlock(job=job, source=source, samples=[], error=error)
 
 
-def _rendered_samples(
-    images: ShardFile, source: SourceFile, views: ViewSettings, size: int, threads: int, clock: Clock
-) -> Iterator[list[RenderedSample]]:
-    def skip(key: str, reason: str) -> None:
-        source.bad.append((key, reason))
-
-    def read(copy: IO[bytes] | None) -> Iterator[Sample]:
-        samples = read_shard(images, skip, copy)
-        while True:
-            with clock.of("read"), _reading(images):
-                sample = next(samples, None)
-            if sample is None:
-                return
-            yield sample
-
-    # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
-    with tempfile.TemporaryFile() if images.location.local is None else nullcontext() as copy:
-        with clock.of("read"):
-            source.bytes, source.sha256 = digest(images, copy)
-        rendered = decoded_ahead(
-            read(copy),
-            lambda sample: render_sample(sample, views, size, clock),
-            threads,
-            _AHEAD_PER_THREAD * threads,
-            skip,
-        )
-        while block := list(islice(rendered, BLOCK_SAMPLES)):
-            yield block
+def _read(images: ShardFile, source: SourceFile, copy: IO[bytes] | None, clock: Clock) -> Iterator[Sample]:
+    samples = read_shard(images, source.skip, copy)
+    while True:
+        with clock.of("read"), _reading(images):
+            sample = next(samples, None)
+        if sample is None:
+            return
+        yield sample

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
@@ -72,27 +72,21 @@ class ExtractReport:
     phases: dict[str, float]
 
 
+@dataclass(kw_only=True)
 class _Tally:
     """What is known of the run so far; its sums grow with it, as adding up all shards after each is quadratic."""
 
-    def __init__(
-        self, shards: int, known: Mapping[str, CommittedShard], on_progress: Callable[[ExtractProgress], None]
-    ) -> None:
-        self.shards = shards
-        self.committed: set[str] = set()
-        self.samples = 0
-        self.bad = 0
-        self.bad_example = ""
-        self.failed: list[ShardResult] = []
-        self.views = 0
-        self.cosine = 0.0
-        self.phases: dict[str, float] = {}
-        self._progress = ExtractProgress(shards_done=0, shards=shards, views=0, bad=0, workers=1)
-        self._on_progress = on_progress
-        self._lock = Lock()  # a cluster's client reports from a thread of its own
-        for name, shard in known.items():
-            self.add_committed(name, shard.source)
-        self.report()
+    progress: ExtractProgress
+    on_progress: Callable[[ExtractProgress], None]
+    committed: set[str] = field(default_factory=set)
+    samples: int = 0
+    bad: int = 0
+    bad_example: str = ""
+    failed: list[ShardResult] = field(default_factory=list)
+    views: int = 0
+    cosine: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)  # a cluster's client reports from a thread of its own
 
     def add_committed(self, name: str, source: SourceShard) -> None:
         self.committed.add(name)
@@ -114,16 +108,12 @@ class _Tally:
 
     def report(self, views: int = 0, bad: int = 0, workers: int | None = None) -> None:
         """Report what was done since the last call, shards that are not committed yet included."""
-        with self._lock:
-            before = self._progress
-            self._progress = replace(
-                before,
-                shards_done=len(self.committed),
-                views=before.views + views,
-                bad=before.bad + bad,
-                workers=workers or before.workers,
-            )
-            self._on_progress(self._progress)
+        with self.lock:
+            views, bad = self.progress.views + views, self.progress.bad + bad
+            workers = workers or self.progress.workers
+            done = len(self.committed)
+            self.progress = replace(self.progress, shards_done=done, views=views, bad=bad, workers=workers)
+            self.on_progress(self.progress)
 
     def require_few_bad(self, limit: float, writer: TargetStoreWriter) -> None:
         """Over the whole store, earlier runs included: to run the same command again must not get past the limit.
@@ -131,7 +121,7 @@ class _Tally:
         Judged once it is sure, or once enough of the whole is known: a first shard may hold all that is bad.
         """
         seen = self.bad + self.samples
-        whole = seen * self.shards / max(len(self.committed), 1)
+        whole = seen * self.progress.shards / max(len(self.committed), 1)
         is_enough = seen >= _JUDGED_FROM_IMAGES and seen >= _JUDGED_FROM_SHARE * whole
         if self.bad > limit * (seen if is_enough else whole):
             write_bad_samples(writer.location, writer.committed())
@@ -143,37 +133,33 @@ class _Tally:
 
     def failure(self) -> Exception:
         """The error for shards that failed."""
-        first = self.failed[0].error
-        if len(self.failed) == 1 and self.shards == 1 and isinstance(first, MilanError):
+        first, failed, shards = self.failed[0].error, len(self.failed), self.progress.shards
+        if shards == 1 and isinstance(first, MilanError):
             return first
         reasons = [
             f"{r.name}: {r.error if isinstance(r.error, MilanError) else f'{type(r.error).__name__}: {r.error}'}"
-            for r in self.failed
+            for r in self.failed[:_MOST_NAMED]
         ]
-        more = [f"and {len(reasons) - _MOST_NAMED} more"] if len(reasons) > _MOST_NAMED else []
+        if failed > _MOST_NAMED:
+            reasons.append(f"and {failed - _MOST_NAMED} more")
         return DataError(
-            f"{len(reasons)} of {self.shards} shards failed: {'; '.join(reasons[:_MOST_NAMED] + more)}. "
+            f"{failed} of {shards} shards failed: {'; '.join(reasons)}. "
             f"{len(self.committed)} shards are committed; repair these and run the same command again"
         )
 
 
 def _header(teacher: Teacher, sources: Sequence[ShardFile], params: Params, found: StoreHeader | None) -> StoreHeader:
     """The header of this run; the codec is that of the store, if it was made for the same setting, else a new one."""
-    size, settings = params.student.image_size, params.codec
     codec = found.codec if found is not None else None
-    if codec is None or codec.model_copy(update=settings.header_fields()) != codec:
-        features = None
-        if settings.name == "klt":
-            features = sample_features(
-                teacher, sources, params.views, size, params.extract.batch_size, settings.fit_samples
-            )
-        codec = build_codec(settings, features).info
+    if codec is None or codec.model_copy(update=params.codec.header_fields()) != codec:
+        features = sample_features(teacher, sources, params) if params.codec.name == "klt" else None
+        codec = build_codec(params.codec, features).info
     names = "".join(f"{source.name}\n" for source in sources)
     return StoreHeader(
         package_version=__version__,
         format=params.extract.format,
         teacher=teacher.info,
-        views=ViewInfo(size=size, **params.views.model_dump()),
+        views=ViewInfo(size=params.student.image_size, **params.views.model_dump()),
         codec=codec,
         source=SourceInfo(shards=len(sources), fingerprint=sha256_of(names.encode())),
     )
@@ -182,17 +168,11 @@ def _header(teacher: Teacher, sources: Sequence[ShardFile], params: Params, foun
 def _require_same_sources(
     sources: Mapping[str, ShardFile], committed: Mapping[str, CommittedShard], with_digests: bool
 ) -> None:
-    """Find source shards that are not what they were when their targets were made.
-
-    Raises:
-        MismatchError: names them, and what to run.
-    """
+    """Refuse source shards that are not what they were when their targets were made."""
     changed = {}
-    for name, source in sources.items():
-        if name not in committed:
-            continue
-        then, size = committed[name].source, source.size()
-        if size != then.bytes:
+    for name in sorted(sources.keys() & committed.keys()):
+        source, then = sources[name], committed[name].source
+        if (size := source.size()) != then.bytes:
             changed[name] = f"{source}: {size} bytes, {then.bytes} when it was extracted"
         elif with_digests and digest(source)[1] != then.sha256:
             changed[name] = f"{source}: another sha256 than when it was extracted"
@@ -229,7 +209,7 @@ def extract_targets(
         MismatchError: the store that is there has another configuration, or source shards have changed.
         StoreError: the store cannot be written.
     """
-    began = time.monotonic()
+    began, extract = time.monotonic(), params.extract
     share, shares = parse_share(shards) if shards is not None else (0, 1)
     sources = {f"{position:06d}": source for position, source in enumerate(expand_shards(images))}
     location = location_of(targets)
@@ -254,11 +234,24 @@ def extract_targets(
     space = extraction_space_warning(writer.header, [job.images for job in jobs], location)
     if space is not None:
         warnings.warn(space, UserWarning, stacklevel=2)
-    tally = _Tally(len(sources), known, on_progress)
-    tally.require_few_bad(params.extract.max_bad_fraction, writer)
+    nothing = ExtractProgress(shards_done=0, shards=len(sources), views=0, bad=0, workers=1)
+    tally = _Tally(progress=nothing, on_progress=on_progress)
+    for name, shard in known.items():
+        tally.add_committed(name, shard.source)
+    tally.report()
+    tally.require_few_bad(extract.max_bad_fraction, writer)
+    results: Generator[ShardResult, None, None]
+    if jobs and (extract.scheduler is not None or extract.workers > 1):
+        # Dask takes a second to import, and only a cluster needs it.
+        from milan_pipe.extraction.cluster import extract_on_cluster
+
+        assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
+        results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
+    else:
+        results = Extractor(teacher, writer, extract).run(jobs, tally.report)
     unreadable = 0
     try:
-        with closing(_results(targets, params, teacher, writer, jobs, tally)) as results:
+        with closing(results):
             for result in results:
                 tally.add(result)
                 # The next shard would fail in the same way: a full disk, no permission, a store out of reach.
@@ -267,7 +260,7 @@ def extract_targets(
                 unreadable = unreadable + 1 if isinstance(result.error, SourceError) else 0
                 if unreadable == _MOST_UNREADABLE:
                     break
-                tally.require_few_bad(params.extract.max_bad_fraction, writer)
+                tally.require_few_bad(extract.max_bad_fraction, writer)
     except OSError as error:
         if isinstance(error, MilanError) and not isinstance(error, StoreError):
             raise
@@ -299,25 +292,5 @@ def extract_targets(
         bytes=size,
         bytes_per_view=size / (tally.samples * params.views.count) if tally.samples else 0.0,
         mean_cosine=tally.cosine / tally.views if tally.views else None,
-        phases=dict(tally.phases),
+        phases=tally.phases,
     )
-
-
-def _results(
-    targets: str | Path,
-    params: Params,
-    teacher: Teacher,
-    writer: TargetStoreWriter,
-    jobs: Sequence[ShardJob],
-    tally: _Tally,
-) -> Generator[ShardResult, None, None]:
-    """The shards, done by this process or by a cluster."""
-    extract = params.extract
-    if not jobs or (extract.scheduler is None and extract.workers == 1):
-        yield from Extractor(teacher, writer, extract).run(jobs, tally.report)
-        return
-    # Dask takes a second to import, and only a cluster needs it.
-    from milan_pipe.extraction.cluster import extract_on_cluster
-
-    assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
-    yield from extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))

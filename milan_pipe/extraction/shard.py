@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class ShardResult:
     """What one shard came to: `source` is what was committed, `error` why it failed.
 
     Attributes:
-        cosine_sum: codec fidelity: over views, the mean cosine of their tokens.
+        cosine_sum: over views, the mean cosine of their tokens, stored against given.
         seconds: by phase; see `Clock`. Rendering ahead counts here what belongs to the next shard.
     """
 
@@ -53,7 +53,9 @@ class Extractor:
         self.batch_size = extract.batch_size
         self._threads = thread_count(extract.threads)
 
-    def run(self, jobs: Iterable[ShardJob], on_progress: Callable[[int, int], None]) -> Iterator[ShardResult]:
+    def run(
+        self, jobs: Iterable[ShardJob], on_progress: Callable[[int, int], None]
+    ) -> Generator[ShardResult, None, None]:
         """Do shards one after another; the next one is rendered while the last one is encoded and written.
 
         Args:
@@ -135,22 +137,17 @@ class _Shard:
 
     def end(self, source: SourceFile, error: Exception | None) -> ShardResult:
         """Commit, or discard if anything went wrong; runs on the writer's thread."""
-        committed = None
-        self.error = self.error or error
+        record = None
         try:
-            if self.error is None:
-                committed = self._commit(source)
+            if failure := self.error or error:
+                raise failure
+            record = self._commit(source)
         except Exception as caught:  # reported with the shard's result
-            self.error = caught
-        if self.error is not None:
+            failure = caught
             self.discard()
+        views, seconds = self._views(), self.clock.take()
         return ShardResult(
-            name=self.job.name,
-            source=committed,
-            error=self.error,
-            views=self._views(),
-            cosine_sum=self.cosine,
-            seconds=self.clock.take(),
+            name=self.job.name, source=record, error=failure, views=views, cosine_sum=self.cosine, seconds=seconds
         )
 
     def discard(self) -> None:
@@ -164,14 +161,9 @@ class _Shard:
         if self.writer is None:
             first = f"; the first: {source.bad[0][0]}: {source.bad[0][1]}" if source.bad else ""
             raise DataError(f"{self.job.images} has no readable image ({len(source.bad)} skipped{first})")
-        record = SourceShard(
-            name=self.job.images.name,
-            bytes=source.bytes,
-            sha256=source.sha256,
-            samples=self.samples,
-            # Threads may report bad samples out of turn; sorted, the record is the same each time.
-            bad=tuple(sorted(source.bad)),
-        )
+        # Threads may report bad samples out of turn; sorted, the record is the same each time.
+        name, bad = self.job.images.name, tuple(sorted(source.bad))
+        record = SourceShard(name=name, bytes=source.bytes, sha256=source.sha256, samples=self.samples, bad=bad)
         # Six digits: what is below them may depend on the order of a sum.
         self._timed(self.writer.commit, record, round(self.cosine / self._views(), 6))
         return record
@@ -214,19 +206,9 @@ class _Shard:
         return block, sum(float(view["cosine_N"].sum()) for view in by_view)
 
     def _forward(self, pixels_NHWC: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """One view of a block, on the CPU.
-
-        A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is fixed
-        by the shard alone. Checks are read once, at the end: reading them of each batch would wait for each.
-
-        Returns:
-            `code_NST`, `scale_NS` where the codec has one, `attention_NL`, and `cosine_N`: the mean over an image's
-            tokens, stored against given.
-
-        Raises:
-            DataError: the teacher's output for an image is not fit to be stored, or the codec does not keep it; begins
-                with its name.
-        """
+        """One view of a block, on the CPU; `cosine_N` is the mean over an image's tokens, stored against given."""
+        # A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is
+        # fixed by the shard alone. Checks are read once, at the end: reading them of each batch would wait for each.
         codec = self.extractor.codec
         parts: defaultdict[str, list[Tensor]] = defaultdict(list)
         for batch in torch.split(pixels_NHWC, self.extractor.batch_size):
@@ -250,19 +232,13 @@ class _Shard:
         with self.clock.of("encode"):
             view = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
             require_sound(view["faults_NF"], names)
-        _require_kept(codec, view["cosine_N"], names)
+        for name, cosine in zip(names, view["cosine_N"].tolist(), strict=True):
+            if not cosine >= codec.least_cosine:
+                raise DataError(
+                    f"{name}: codec {codec.info.name} keeps the teacher's features at a mean cosine of {cosine:.6f}, "
+                    f"expected at least {codec.least_cosine:g}; check the teacher's checkpoint, or use another codec"
+                )
         return view
-
-
-def _require_kept(codec: Codec, cosine_N: Tensor, names: Sequence[str]) -> None:
-    lost = (~(cosine_N >= codec.least_cosine)).nonzero()
-    if len(lost):
-        row = int(lost[0])
-        raise DataError(
-            f"{names[row]}: codec {codec.info.name} keeps the teacher's features at a mean cosine of "
-            f"{float(cosine_N[row]):.6f}, expected at least {codec.least_cosine:g}; check the teacher's checkpoint, or "
-            "use another codec"
-        )
 
 
 def _not_encoded(codec: Codec, features_BST: Tensor, names: Sequence[str], error: DataError) -> DataError:

@@ -20,19 +20,12 @@ from milan_pipe.units import size as in_words
 _JPEG_BYTES_PER_PIXEL = 1
 # A tar pads each of five members and gives it a header; zarr keeps crop, flip and where a JPEG lies.
 _FIXED_BYTES: dict[StoreFormat, int] = {"zarr": 64, "webdataset": 5 * 1024}
-_SCALE_BYTES = 2
-_ATTENTION_BYTES = 2
+_SCALE_BYTES = _ATTENTION_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeSpace:
-    """Room for a store that is to come.
-
-    Attributes:
-        folder: of the store, as it was named.
-        needed_bytes: size that the store will have.
-        free_bytes: what this user may still write there; None where it cannot be known, as in a bucket.
-    """
+    """Room for a store, in its folder as named; `free_bytes` is None where it cannot be known, as in a bucket."""
 
     folder: str
     needed_bytes: int
@@ -59,8 +52,8 @@ def free_files(location: Location) -> int | None:
 
 def _of_disk(location: Location, measure: Callable[[Path], int]) -> int | None:
     """A measure of the disk that a folder is to lie on; None in a bucket."""
-    folder = location.local
-    for present in () if folder is None else (folder.absolute(), *folder.absolute().parents):
+    folder = location.local and location.local.absolute()
+    for present in (folder, *folder.parents) if folder else ():
         # Not made yet, or a file is in the way: the write will report that.
         with suppress(OSError):
             return measure(present)
@@ -87,10 +80,7 @@ def most_bytes_per_view(header: StoreHeader) -> int:
 
 
 def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], location: Location) -> str | None:
-    """One line where the targets of these shards may not fit; costs a look at their index or a few of them.
-
-    None where they fit, and where it cannot be known: in a bucket, or for an unknown number of images.
-    """
+    """One line where the targets of these shards may not fit, as far as that can be known from a glance at them."""
     images = glance_at_images(shards) if location.local is not None and shards else None
     if images is None:
         return None

@@ -46,11 +46,7 @@ def _teacher_device(extract: ExtractSettings) -> torch.device:
 
 
 def load_extraction_teacher(params: Params) -> Teacher:
-    """The teacher of a run, on its device, with the student's grid.
-
-    Raises:
-        SettingError, MissingError, DataError: there is no such teacher, or its weights cannot be had.
-    """
+    """The teacher of a run, on its device, with the student's grid; raises as `load_teacher`."""
     return load_teacher(params.teacher, _teacher_device(params.extract), grid=grid_of(params.student))
 
 

@@ -38,21 +38,16 @@ class ImportReport:
 
 
 def _student_config(encoder: Any, where: Path) -> StudentSettings:
-    height, width = encoder.patch_embed.patch_size
-    image_height, image_width = encoder.patch_embed.img_size
-    if height != width or image_height != image_width:
+    patch, image = encoder.patch_embed.patch_size, encoder.patch_embed.img_size
+    if patch[0] != patch[1] or image[0] != image[1]:
         raise MismatchError(
-            f"the encoder reads {image_height} x {image_width} pixels in patches of {height} x {width}; a student of "
+            f"the encoder reads {image[0]} x {image[1]} pixels in patches of {patch[0]} x {patch[1]}; a student of "
             "this package is square in both"
         )
-    sizes = (encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads)
+    width, depth, heads = encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads
+    model = _NAMES.get((width, depth, heads), "vit_base_patch16_224")
     config = StudentSettings(
-        model=_NAMES.get(sizes, "vit_base_patch16_224"),
-        image_size=image_height,
-        patch_size=height,
-        width=sizes[0],
-        depth=sizes[1],
-        heads=sizes[2],
+        model=model, image_size=image[0], patch_size=patch[0], width=width, depth=depth, heads=heads
     )
     if problems := mismatch(encoder.state_dict(), build_encoder(config).state_dict()):
         raise MismatchError(
@@ -63,14 +58,11 @@ def _student_config(encoder: Any, where: Path) -> StudentSettings:
 
 
 def _decoder_config(decoder: Any) -> DecoderSettings:
+    width, depth = decoder.decoder_embed.out_features, len(decoder.decoder_blocks)
     attention = decoder.decoder_blocks[0].attn
-    prompting = isinstance(decoder, PromptingDecoder)
-    return DecoderSettings(
-        kind="prompting" if prompting else "plain",
-        width=decoder.decoder_embed.out_features,
-        depth=len(decoder.decoder_blocks),
-        heads=attention.heads if prompting else attention.num_heads,
-    )
+    if isinstance(decoder, PromptingDecoder):
+        return DecoderSettings(kind="prompting", width=width, depth=depth, heads=attention.heads)
+    return DecoderSettings(kind="plain", width=width, depth=depth, heads=attention.num_heads)
 
 
 def import_published(
@@ -99,23 +91,19 @@ def import_published(
     require_folder_name(folder, "checkpoints")
     if present := checkpoints_of(folder):
         raise StoreError(f"{folder} holds checkpoints ({present[-1].name}); name another folder")
-    student = student_from_published(
-        read_weights(path), encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix
-    )
+    weights = read_weights(path)
+    student = student_from_published(weights, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
     encoder_config, decoder_config = _student_config(student.encoder, path), _decoder_config(student.decoder)
-    written = save_checkpoint(
-        folder,
-        0,
-        {"student": student.encoder.state_dict(), "decoder": student.decoder.state_dict()},
-        {
-            "package_version": __version__,
-            "epochs": None,
-            "student": encoder_config.model_dump(mode="json"),
-            "teacher": None,
-            "settings": {"decoder": decoder_config.model_dump(mode="json")},
-            "source": {"file": path.name, "sha256": sha256_of_file(path)},
-        },
-    )
+    record = {
+        "package_version": __version__,
+        "epochs": None,
+        "student": encoder_config.model_dump(mode="json"),
+        "teacher": None,
+        "settings": {"decoder": decoder_config.model_dump(mode="json")},
+        "source": {"file": path.name, "sha256": sha256_of_file(path)},
+    }
+    parts = {"student": student.encoder.state_dict(), "decoder": student.decoder.state_dict()}
+    written = save_checkpoint(folder, 0, parts, record)
     return ImportReport(
         checkpoint=str(written),
         student=encoder_config,

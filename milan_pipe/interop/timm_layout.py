@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from safetensors import SafetensorError
@@ -41,10 +41,10 @@ class ExportReport:
 
 
 def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
-    """A checkpoint's student, with its classifier where it was fine-tuned, and what timm reads of its input."""
-    tuned = _is_tuned(checkpoint)
+    """A checkpoint's student, with its classifier where it was fine-tuned, described as timm describes models."""
+    tuned = checkpoint.record.get("task") == "finetune"
     config, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
-    # In place of what timm says of its own weights of that name: tag, licence and origin are not these weights'.
+    # timm's own weights of that name have another tag, licence and origin.
     described: Any = model
     described.pretrained_cfg = described.default_cfg = {
         "architecture": config.model,
@@ -59,10 +59,6 @@ def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransforme
         "crop_pct": checkpoint.record["crop"] if tuned else _CROP,
     }
     return config, model
-
-
-def _is_tuned(checkpoint: Checkpoint) -> bool:
-    return checkpoint.record.get("task") == "finetune"
 
 
 def load_student(path: str | Path) -> VisionTransformer:
@@ -88,8 +84,7 @@ def load_student(path: str | Path) -> VisionTransformer:
         if hint := resource_hint(error):
             raise StoreError(f"{folder} cannot be read: {hint}") from error
         raise DataError(f"{folder} is no model that timm can load ({one_line(error)}); export it again") from error
-    exported: VisionTransformer = model.eval()
-    return exported
+    return cast("VisionTransformer", model.eval())
 
 
 def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
@@ -110,11 +105,10 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
     config, encoder = _model_of(opened)
-    record = opened.record
-    arguments = timm_sizes(config)
+    record, arguments = opened.record, timm_sizes(config)
     origin = {name: record.get(name) for name in ("step", "epochs", "package_version", "teacher")}
     described: dict[str, Any] = {"milan_pipe": origin}
-    if _is_tuned(opened):
+    if encoder.num_classes:
         arguments["global_pool"] = "avg"
         if isinstance(record["classes"], list):
             described["label_names"] = record["classes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +99,8 @@ class Teacher(nn.Module):
             ShapeError: not (B, H, W, 3) uint8.
         """
         if pixels_BHWC.ndim != 4 or pixels_BHWC.shape[-1] != 3 or pixels_BHWC.dtype != torch.uint8:
-            raise ShapeError(
-                f"expected (B, H, W, 3) uint8 pixels, found {tuple(pixels_BHWC.shape)} {pixels_BHWC.dtype}"
-            )
+            found = f"{tuple(pixels_BHWC.shape)} {pixels_BHWC.dtype}"
+            raise ShapeError(f"expected (B, H, W, 3) uint8 pixels, found {found}")
         pixels = pixels_BHWC.to(self.mean.device).permute(0, 3, 1, 2).float()
         side = self.info.image_size
         if pixels.shape[-2:] != (side, side):
@@ -118,7 +116,7 @@ def _build_tower(source: TowerSource) -> nn.Module:
     vision = {**source.config["vision_cfg"], "timm_model_pretrained": False}
     quick_gelu = bool(source.config.get("quick_gelu", False))
     # Untrained weights must be the same in every process, as targets of one store come from many.
-    with torch.random.fork_rng(devices=[]), quiet(None):
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         try:
             visual: nn.Module = _build_vision_tower(source.config["embed_dim"], vision, quick_gelu=quick_gelu)
@@ -129,12 +127,6 @@ def _build_tower(source: TowerSource) -> nn.Module:
                 f"{one_line(error)}); check its vision_cfg, or update open_clip_torch and timm"
             ) from error
     return visual.eval()
-
-
-def _resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> str:
-    if precision != "auto":
-        return precision
-    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def load_teacher(
@@ -164,11 +156,12 @@ def load_teacher(
     if family.sizes(visual).image_size != (side, side):
         family.resize(visual, side)
     sizes = family.sizes(visual)
+    automatic = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     info = TeacherInfo(
         **config.header_fields(),
         weights_sha256=digest,
         normalization=config.normalization,
-        precision=_resolve_precision(config.precision, torch.device(device)),
+        precision=automatic if config.precision == "auto" else config.precision,
         image_size=side,
         grid=sizes.grid,
         width=sizes.width,

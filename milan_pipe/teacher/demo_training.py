@@ -79,7 +79,7 @@ def shorten_caption(caption: str, keep: tuple[bool, bool, bool]) -> str:
 
 
 def caption_matches(short_ids: Tensor, full_ids: Tensor) -> Tensor:
-    """(B, B) bool: does caption j hold for image i, that is, does i's full caption have all of j's words?"""
+    """(B, B) bool: does image i's full caption have all words of caption j?"""
 
     def bag(ids: Tensor) -> Tensor:
         words = torch.zeros(len(ids), VOCABULARY_SIZE).scatter_(1, ids, 1.0)
@@ -127,18 +127,15 @@ def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]
 
 
 def _optimisers(model: CLIP, config: DemoTeacherSettings) -> list[torch.optim.Optimizer]:
-    inside = {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2}
+    decay, inside = config.weight_decay, {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2}
     outside = [p for n, p in model.named_parameters() if n not in inside]
+    groups = [
+        {"params": [p for p in outside if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in outside if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return [
-        torch.optim.Muon(list(inside.values()), lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in outside if p.ndim > 1], "weight_decay": config.weight_decay},
-                {"params": [p for p in outside if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(0.9, 0.98),
-        ),
+        torch.optim.Muon(list(inside.values()), lr=config.muon_lr, weight_decay=decay, momentum=0.95),
+        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98)),
     ]
 
 
@@ -194,13 +191,8 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
         if step % config.evaluate_every == 0 or step == config.steps:
             accuracy = zero_shot_accuracy(model, test_images, test_labels)
             rate = step * config.batch_size / (time.monotonic() - began)
-            logger.info(
-                "step %d of %d  loss %.3f  zero-shot %.2f %%  %.0f images/s",
-                step, config.steps, loss.item(), 100 * accuracy, rate,
-            )  # fmt: skip
+            scores = f"loss {loss.item():.3f}  zero-shot {100 * accuracy:.2f} %  {rate:.0f} images/s"
+            logger.info("step %d of %d  %s", step, config.steps, scores)
             write_weights(model.state_dict(), out_dir / WEIGHTS_NAME)
-    return {
-        "zero_shot_accuracy": accuracy,
-        "images_seen": float(config.steps * config.batch_size),
-        "seconds": time.monotonic() - began,
-    }
+    seen, seconds = float(config.steps * config.batch_size), time.monotonic() - began
+    return {"zero_shot_accuracy": accuracy, "images_seen": seen, "seconds": seconds}

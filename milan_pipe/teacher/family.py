@@ -74,25 +74,15 @@ def record_heads(attention: nn.Module, query_norm: nn.Module, key_norm: nn.Modul
     """
     heads = Heads(torch.empty(0), torch.empty(0), None)
 
-    def keep_query(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        heads.query_BNQE = output
+    def keep(name: str, value: Any) -> None:
+        setattr(heads, name, value)
 
-    def keep_key(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        heads.key_BNKE = output
-
-    def keep_rope(_module: nn.Module, _inputs: Any, keywords: dict[str, Any]) -> None:
-        heads.rope = keywords.get("rope")
-
-    hooks = [
-        query_norm.register_forward_hook(keep_query),
-        key_norm.register_forward_hook(keep_key),
-        attention.register_forward_pre_hook(keep_rope, with_kwargs=True),
-    ]
-    try:
+    with (
+        query_norm.register_forward_hook(lambda _module, _inputs, output: keep("query_BNQE", output)),
+        key_norm.register_forward_hook(lambda _module, _inputs, output: keep("key_BNKE", output)),
+        attention.register_forward_pre_hook(lambda _m, _i, kwargs: keep("rope", kwargs.get("rope")), with_kwargs=True),
+    ):
         yield heads
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def attention_row(query_BNE: Tensor, key_BNKE: Tensor) -> Tensor:

@@ -15,24 +15,18 @@ from torch import Tensor, nn
 from milan_pipe.teacher.family import TowerSizes, attention_row, record_heads
 
 
-def _attend(attention: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = x_BSD.shape
-    heads = attention.num_heads
-    qkv = F.linear(x_BSD, attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(query, key, value)
-    return attention.out_proj(out.transpose(1, 2).reshape(batch, tokens, width)), query, key
-
-
 def _run_block(block: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens after the block, its queries and its keys (B, N, S, E)."""
     if isinstance(block, CustomResidualAttentionBlock):
         with record_heads(block.attn, block.attn.ln_q, block.attn.ln_k) as heads:
             x_BSD = block(x_BSD)
         return x_BSD, heads.query_BNQE, heads.key_BNKE
-    attended, query_BNSE, key_BNSE = _attend(block.attn, block.ln_1(x_BSD))
-    x_BSD = x_BSD + block.ls_1(attended)
-    return x_BSD + block.ls_2(block.mlp(block.ln_2(x_BSD))), query_BNSE, key_BNSE
+    attention, (batch, tokens, width) = block.attn, x_BSD.shape
+    qkv = F.linear(block.ln_1(x_BSD), attention.in_proj_weight, attention.in_proj_bias)
+    qkv_3BNSE = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(*qkv_3BNSE).transpose(1, 2).reshape(batch, tokens, width)
+    x_BSD = x_BSD + block.ls_1(attention.out_proj(attended))
+    return x_BSD + block.ls_2(block.mlp(block.ln_2(x_BSD))), qkv_3BNSE[0], qkv_3BNSE[1]
 
 
 class NativeFamily:

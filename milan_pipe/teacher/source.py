@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +93,20 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
             f"local-dir:PATH{hint}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
+    known = ", ".join(tags) or "none"
     if pretrained is None:
         raise SettingError(
-            f"teacher {model!r} needs `teacher.pretrained`: one of {', '.join(tags) or 'no known tag'}, "
-            "the path of a local checkpoint, or `random`"
+            f"teacher {model!r} needs `teacher.pretrained`: a known tag ({known}), the path of a local checkpoint, or "
+            "`random`"
         )
     if pretrained in tags:
         preset = open_clip.get_pretrained_cfg(name, pretrained)
-        return TowerSource(
-            model=name,
-            # The activation is the weights' own: open_clip only warns about ViT-B-16 with OpenAI's weights.
-            config={**config, "quick_gelu": preset.get("quick_gelu", False)},
-            tag=pretrained,
-            checkpoint=lambda: _of_tag(name, pretrained, preset),
-        )
-    return _with_file(
-        TowerSource(model=name, config=config),
-        pretrained,
-        f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {', '.join(tags) or 'none'}",
-    )
+        # The activation is the weights' own: open_clip only warns about ViT-B-16 with OpenAI's weights.
+        config = {**config, "quick_gelu": preset.get("quick_gelu", False)}
+        weights = partial(_of_tag, name, pretrained, preset)
+        return TowerSource(model=name, config=config, tag=pretrained, checkpoint=weights)
+    problem = f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {known}"
+    return _with_file(TowerSource(model=name, config=config), pretrained, problem)
 
 
 def _with_file(source: TowerSource, pretrained: str, problem: str) -> TowerSource:
@@ -128,7 +124,7 @@ def _of_tag(name: str, tag: str, preset: dict[str, Any]) -> Path:
     try:
         if preset.get("hf_hub"):
             return _hub_weights(*os.path.split(preset["hf_hub"]))
-        with quiet(None):
+        with quiet():
             return Path(open_clip.download_pretrained(preset))
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise MissingError(
@@ -162,12 +158,10 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
         raise MissingError(f"teacher {model!r}: {folder} is no folder; name it with --set teacher.model=local-dir:PATH")
     description = folder / HF_CONFIG_NAME
     if not description.is_file():
-        raise MissingError(
-            f"teacher {model!r}: {folder} has no {HF_CONFIG_NAME}, with which open_clip describes a model"
-        )
+        raise MissingError(f"teacher {model!r}: {folder} has no {HF_CONFIG_NAME}, open_clip's description of a model")
 
     def weights() -> Path:
-        with quiet(None):
+        with quiet():
             found = _find_checkpoint_in_dir(folder)
         if found is None:
             raise MissingError(
@@ -183,18 +177,17 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
     """A model by its `open_clip_config.json`, with the weights beside it unless the settings name others."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        config, preprocess = found["model_cfg"], found.get("preprocess_cfg") or {}
-        complete = isinstance(config["embed_dim"], int) and isinstance(config["vision_cfg"], dict)
-        stated = stated_normalization(preprocess)
-        problem = f"{'mean or std' if complete else 'embed_dim or vision_cfg'} of another kind"
+        config, stated = found["model_cfg"], stated_normalization(found.get("preprocess_cfg") or {})
+        if not isinstance(config["embed_dim"], int) or not isinstance(config["vision_cfg"], dict):
+            raise TypeError("embed_dim or vision_cfg of another kind")
+        if stated is None:
+            raise TypeError("mean or std of another kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        complete, stated = False, None
         problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-    if not complete or stated is None:
         raise DataError(
             f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
             "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
-        )
+        ) from error
     source = TowerSource(model=model, config=config, stated=stated)
     if pretrained is None:
         return replace(source, checkpoint=own)

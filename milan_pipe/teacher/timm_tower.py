@@ -1,10 +1,8 @@
 """timm's vision transformers inside open_clip: EVA02 and its kin by their CLS token, SigLIP by its attention pooling.
 
-The trunk runs its own forward pass with its own fused attention. Only the queries and keys of one attention module
-are looked at as they pass, so that fused or split projections, biases and norms are timm's own arithmetic.
+The trunk runs its own forward pass; only the queries and keys of one attention module are recorded as they pass.
 
-Shape suffixes: B views, P prefix tokens (CLS and registers), L patches, S = 1 + L, D trunk width, T feature width,
-N heads, E head width, K keys.
+Shape suffixes: B views, L patches, S = 1 + L, D trunk width, N heads, E head width, K keys, prefix tokens included.
 """
 
 from __future__ import annotations
@@ -39,31 +37,9 @@ def _keys_as_attended(attention: Any, heads: Heads) -> Tensor:
     return key_BNKE.repeat_interleave(groups, dim=1) if groups > 1 else key_BNKE
 
 
-def _pooled_by_cls(trunk: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CLS token (B, 1, D), all tokens (B, P + L, D) after the final norm, the last block's CLS row over them."""
-    attention = trunk.blocks[-1].attn
-    with record_heads(attention, attention.q_norm, attention.k_norm) as heads:
-        tokens = trunk.forward_features(pixels_BCHW)
-    row = attention_row(heads.query_BNQE[:, :, 0], _keys_as_attended(attention, heads))
-    return tokens[:, :1], tokens, row
-
-
-def _pooled_by_attention(trunk: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled token (B, 1, D), all tokens (B, P + L, D) after the final norm, the pooling query's row.
-
-    The row is over all tokens or over the patches alone, as the trunk pools.
-    """
-    pool = trunk.attn_pool
-    tokens = trunk.forward_features(pixels_BCHW)
-    with record_heads(pool, pool.q_norm, pool.k_norm) as heads:
-        pooled = trunk.pool(tokens)
-    return pooled[:, None], tokens, attention_row(heads.query_BNQE[:, :, 0], heads.key_BNKE)
-
-
 def _project(visual: Any, x_BSD: Tensor) -> Tensor:
     """What follows pooling, which is pointwise, on every token: to the width and space of the image embedding."""
-    trunk = visual.trunk
-    projected: Tensor = visual.head(trunk.head(trunk.fc_norm(x_BSD)))
+    projected: Tensor = visual.head(visual.trunk.head(visual.trunk.fc_norm(x_BSD)))
     return projected
 
 
@@ -104,9 +80,18 @@ class TimmFamily:
         visual.set_input_size(side)
 
     def outputs(self, visual: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        trunk = visual.trunk
-        pool = _pooled_by_cls if trunk.attn_pool is None else _pooled_by_attention
-        summary_B1D, tokens_BKD, row_BK = pool(trunk, pixels_BCHW)
+        trunk, pool = visual.trunk, visual.trunk.attn_pool
+        if pool is None:
+            attention = trunk.blocks[-1].attn
+            with record_heads(attention, attention.q_norm, attention.k_norm) as heads:
+                tokens_BKD = trunk.forward_features(pixels_BCHW)
+            summary_BD, key_BNKE = tokens_BKD[:, 0], _keys_as_attended(attention, heads)
+        else:
+            tokens_BKD = trunk.forward_features(pixels_BCHW)
+            with record_heads(pool, pool.q_norm, pool.k_norm) as heads:
+                summary_BD = trunk.pool(tokens_BKD)
+            key_BNKE = heads.key_BNKE  # of all tokens or of the patches alone, as the trunk pools
+        row_BK = attention_row(heads.query_BNQE[:, :, 0], key_BNKE)
         patches_BLD = tokens_BKD[:, trunk.num_prefix_tokens :]
-        x_BSD = torch.cat([summary_B1D, patches_BLD], dim=1)
+        x_BSD = torch.cat([summary_BD[:, None], patches_BLD], dim=1)
         return _project(visual, x_BSD), row_BK[:, -patches_BLD.shape[1] :]

@@ -35,16 +35,10 @@ def choose_input_size(
 ) -> int:
     """Side of the square input in pixels, a whole number of patches.
 
-    Args:
-        sizes: of the tower as built.
-        name: of the teacher, for messages.
-        image_size: the setting, which wins.
-        grid: patches of the student, down and across, to be matched.
-            With neither, the tower's own side, less what does not fill a patch.
+    The setting `image_size`, else what gives the student's `grid`, else the tower's own, less what fills no patch.
 
     Raises:
-        SettingError: input or patches are not square, `image_size` is no whole number of patches, or the student's grid
-            is not square.
+        SettingError: input, patches or grid are not square, or `image_size` is no whole number of patches.
     """
     own, patch = sizes.image_size[0], sizes.patch_size[0]
     for what, (height, width) in {"reads": sizes.image_size, "has patches of": sizes.patch_size}.items():
