@@ -41,8 +41,7 @@ from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 from milan_pipe.targets.store import open_targets
-from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.online import teacher_of
+from milan_pipe.teacher.clip import load_teacher, load_teacher_of
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper
@@ -207,7 +206,7 @@ def measure(job: Job) -> list[tuple[str, str, str]]:
     rows.append((f"step, batch {count}, images/s", f"{count / seconds:.0f}", "5,000"))
     share = counter.get_total_flops() / seconds / rate
     rows.append(("step's share of the matrix rate", f"{100 * share:.0f} %", "40 %"))
-    teach = teacher_of(job.params.teacher, reader.header, job.device, targets)
+    teach = load_teacher_of(reader.header, job.params.teacher, job.device, targets).online_targets
     online = stepper_of(job, reader.header, teach, compiled)
     ratio = seconds_of(lambda: online(batch, 0, 1e-4), job.device, job.rounds) / seconds
     rows.append(("online ÷ offline step", f"{ratio:.2f}", "1.5"))

@@ -48,8 +48,7 @@ from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
-from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.online import teacher_of
+from milan_pipe.teacher.clip import load_teacher, load_teacher_of
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, resolve_precision
@@ -184,7 +183,7 @@ def bench_online(work: Path, photos: Path, options: argparse.Namespace) -> None:
         config = TeacherSettings(model=name, pretrained="random", image_size=side)
         teacher = load_teacher(config, device, grid=(14, 14))
         told = header.model_copy(update={"teacher": teacher.info})
-        teach = teacher_of(config, told, device, "the benchmark")
+        teach = load_teacher_of(told, config, device, "the benchmark").online_targets
         plain_teacher = PlainTeacher(teacher.visual)
         offline = objective_of(header, device, options.compile)
         online = objective_of(told, device, options.compile, teach)

@@ -7,13 +7,14 @@ part of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from milan_pipe.config.params import Params
 
 if TYPE_CHECKING:
+    import torch
+
     from milan_pipe.config.targets import StoreFormat
     from milan_pipe.config.training import Precision
     from milan_pipe.evaluation.frozen import KnnReport, LinearProbeReport
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from milan_pipe.planning.doctor import DoctorReport
     from milan_pipe.planning.run import PlanProgress, PlanReport
     from milan_pipe.pretraining.bad_batch import ReplayReport
+    from milan_pipe.pretraining.objective import Teach
     from milan_pipe.reports.inspect_student import InspectStudentReport
     from milan_pipe.reports.inspect_targets import InspectTargetsReport
     from milan_pipe.reports.report import ReportReport
     from milan_pipe.targets.convert import ConvertReport
+    from milan_pipe.targets.schema import StoreHeader
     from milan_pipe.targets.verify import VerifyReport
     from milan_pipe.training.recorder import TrainProgress
     from milan_pipe.training.task import RunReport
@@ -118,12 +121,12 @@ def pretrain(targets: Where, run: Where, params: Params = DEFAULT, *, on_progres
     """Train a student on a target store; see `milan_pipe.pretraining.run`."""
     from milan_pipe.pretraining.run import pretrain
 
-    teacher_for = None
-    if params.pretrain.targets == "online":
-        from milan_pipe.teacher.online import teacher_of
+    def teacher_for(header: StoreHeader, device: torch.device) -> Teach:
+        from milan_pipe.teacher.clip import load_teacher_of
 
         teacher = params.teacher if params.teacher.model_fields_set else None
-        teacher_for = partial(teacher_of, teacher, where=targets)
+        return load_teacher_of(header, teacher, device, targets).online_targets
+
     return pretrain(targets, run, params, teacher_for=teacher_for, on_progress=on_progress)
 
 

@@ -62,8 +62,7 @@ def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> Sh
         nonlocal done_views, done_bad
         done_views += views
         done_bad += bad
-        # What the last second did is reported by the shard's end.
-        if due():
+        if due():  # what the last second did is reported by the shard's end
             worker.log_event(topic, (job.name, done_views, done_bad))
 
     # Shared out here, as the processors are this machine's.
@@ -93,7 +92,7 @@ def _counter(on_progress: Callable[[int, int], None]) -> Callable[[str, int, int
 
 @contextmanager
 def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
-    """A client, and the number of workers that share a machine with each other."""
+    """A client, and how many workers share a machine."""
     extract = assignment.extract
     if extract.scheduler is not None:
         try:
@@ -142,11 +141,7 @@ def own_folder() -> Iterator[str]:
 
 @contextmanager
 def _script_unseen() -> Iterator[None]:
-    """Let processes that are spawned meanwhile start without the caller's script.
-
-    They would run it again: one without the usual guard would begin the same extraction in each of them. All that they
-    do is in this package.
-    """
+    """Let processes that are spawned meanwhile start without the caller's script, which would extract again in each."""
     main = sys.modules["__main__"].__dict__
     file = main.pop("__file__", None) if main.get("__spec__") is None else None
     try:
@@ -205,14 +200,11 @@ def extract_on_cluster(
     on_progress: Callable[[int, int], None],
     on_workers: Callable[[int], None],
 ) -> Generator[ShardResult, None, None]:
-    """Do shards on a cluster of this machine, or on one that runs already.
+    """Do shards on a cluster of this machine, or on one that runs already; results come as shards end.
 
     Args:
         on_progress: called with views done and samples skipped, from whichever worker.
         on_workers: called with how many workers there are.
-
-    Yields:
-        One result per job, as they come. A shard that failed three times comes with its error.
 
     Raises:
         StoreError: no scheduler answers, or it was lost.
@@ -224,10 +216,14 @@ def extract_on_cluster(
         count = _counter(on_progress)
         client.subscribe_topic(topic, lambda event: count(*event[1]))
 
+        waiting: dict[Future, tuple[ShardJob, int]] = {}  # type: ignore[type-arg]
+
         def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
             key = f"{topic}-{job.name}-{attempt}"
             # First come, first served, so that what is left at the end is the tail and not holes.
-            return client.submit(_task, assignment, sharing, job, topic, key=key, priority=-int(job.name))
+            future = client.submit(_task, assignment, sharing, job, topic, key=key, priority=-int(job.name))
+            waiting[future] = (job, attempt)
+            return future
 
         known: set[str] = set()
 
@@ -241,8 +237,7 @@ def extract_on_cluster(
 
         due = _report_timer()
         look_at_workers()
-        waiting = {submit(job, 1): (job, 1) for job in jobs}
-        finished = as_completed(list(waiting))
+        finished = as_completed([submit(job, 1) for job in jobs])
         for future in finished:
             job, attempt = waiting.pop(future)
             try:
@@ -262,6 +257,4 @@ def extract_on_cluster(
             elif attempt == _ATTEMPTS:
                 yield result
             else:
-                again = submit(job, attempt + 1)
-                waiting[again] = (job, attempt + 1)
-                finished.add(again)
+                finished.add(submit(job, attempt + 1))

@@ -51,7 +51,6 @@ class ExtractReport:
 
     Attributes:
         shards, samples, bad, bytes, bytes_per_view: of the whole store, earlier runs included.
-        complete: whether all shards are committed.
         skipped: shards that an earlier run had committed.
         views, seconds, views_per_second: of this run.
         mean_cosine: codec fidelity over this run's views; None where all was skipped.
@@ -204,9 +203,8 @@ def extract_targets(
         verify_sources: compare the sha256 of source shards that are done, and not their sizes alone.
 
     Raises:
-        MissingError, DataError: images are not there or cannot be read, too many are unreadable, or shards failed; all
-            that could be done is committed first.
-        MismatchError: the store that is there has another configuration, or source shards have changed.
+        MissingError, DataError: images are missing, too many are unreadable, or shards failed; others are committed.
+        MismatchError: the store has another configuration, or source shards have changed.
         StoreError: the store cannot be written.
     """
     began, extract = time.monotonic(), params.extract
@@ -219,10 +217,8 @@ def extract_targets(
     writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found))
     for name in redo:
         if name not in sources:
-            raise DataError(
-                f"there is no shard {name!r} to do again; {location} has {next(iter(sources))} to "
-                f"{next(reversed(sources))}"
-            )
+            names = f"{next(iter(sources))} to {next(reversed(sources))}"
+            raise DataError(f"there is no shard {name!r} to do again; {location} has {names}")
         writer.forget(name)
     known = writer.committed(sizes=True)
     _require_same_sources(sources, known, verify_sources)

@@ -7,11 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from milan_pipe.background import Background
@@ -62,7 +60,7 @@ class Extractor:
             on_progress: called with views done and samples skipped since its last call.
 
         Yields:
-            One result per job, in order. A shard that fails is discarded and reported; the others go on.
+            One result per job, in order. A shard that fails is discarded; the others go on.
         """
         clock = Clock()
         policy = self.writer.header.views
@@ -123,7 +121,7 @@ class _Shard:
                 self.writer = self.extractor.writer.open_shard(self.job.name)
             block, cosine = self._encode(samples)
             self._await_writing()
-            self.writing = self.pool.submit(self._timed, self.writer.append, block)
+            self.writing = self.pool.submit(self.clock.of("write")(self.writer.append), block)
         except Exception as error:  # reported with the shard's result
             self.error = error
             return
@@ -164,16 +162,13 @@ class _Shard:
         # Threads may report bad samples out of turn; sorted, the record is the same each time.
         name, bad = self.job.images.name, tuple(sorted(source.bad))
         record = SourceShard(name=name, bytes=source.bytes, sha256=source.sha256, samples=self.samples, bad=bad)
-        # Six digits: what is below them may depend on the order of a sum.
-        self._timed(self.writer.commit, record, round(self.cosine / self._views(), 6))
+        with self.clock.of("write"):
+            # Six digits: what is below them may depend on the order of a sum.
+            self.writer.commit(record, round(self.cosine / self._views(), 6))
         return record
 
     def _views(self) -> int:
         return self.samples * self.extractor.writer.header.views.count
-
-    def _timed(self, function: Callable[..., None], *arguments: object) -> None:
-        with self.clock.of("write"):
-            function(*arguments)
 
     def _await_writing(self) -> None:
         if self.writing is not None:
@@ -188,20 +183,18 @@ class _Shard:
             for k, pixels_NHWC in enumerate(pixels_KNHWC)
         ]
 
-        def stacked(name: str) -> NDArray[Any]:
-            return torch.stack([view[name] for view in by_view]).numpy()
-
-        views = [sample.views for sample in samples]
-        crops = [[(v.top, v.left, v.height, v.width) for v in row] for row in views]
+        stacked = {name: torch.stack([view[name] for view in by_view]).numpy() for name in by_view[0]}
+        views_KN = list(zip(*(sample.views for sample in samples), strict=True))
+        crops = [[(view.top, view.left, view.height, view.width) for view in row] for row in views_KN]
         block = TargetBlock(
             keys=[sample.key for sample in samples],
             label_N=np.array([sample.label for sample in samples], np.int64),
-            code_KNST=stacked("code_NST"),
-            scale_KNS=stacked("scale_NS") if "scale_NS" in by_view[0] else None,
-            attention_KNL=stacked("attention_NL"),
-            crop_KN4=np.array(crops, np.int32).transpose(1, 0, 2),
-            flip_KN=np.array([[v.flip for v in row] for row in views], np.bool_).T,
-            jpegs=[[sample.jpegs[k] for sample in samples] for k in range(len(by_view))],
+            code_KNST=stacked["code_NST"],
+            scale_KNS=stacked.get("scale_NS"),
+            attention_KNL=stacked["attention_NL"],
+            crop_KN4=np.array(crops, np.int32),
+            flip_KN=np.array([[view.flip for view in row] for row in views_KN], np.bool_),
+            jpegs=[list(row) for row in zip(*(sample.jpegs for sample in samples), strict=True)],
         )
         return block, sum(float(view["cosine_N"].sum()) for view in by_view)
 

@@ -64,9 +64,8 @@ def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransforme
 def load_student(path: str | Path) -> VisionTransformer:
     """The student of a checkpoint, a run, or a folder that `export` wrote, in evaluation mode on the CPU.
 
-    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` gives the
-    logits. Images are RGB, normalised with ImageNet's mean and deviation:
-    `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` does all of it.
+    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` the logits.
+    `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images for it.
 
     Raises:
         MissingError: nothing is there.
@@ -88,14 +87,13 @@ def load_student(path: str | Path) -> VisionTransformer:
 
 
 def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
-    """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, as FOLDER/model.safetensors.
+    """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, in timm's layout.
 
-    FOLDER/config.json stands beside it. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads both, as does
-    `hf-hub:` once the folder is uploaded. The weights have timm's own names.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, as does `hf-hub:` once the folder is uploaded.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its last checkpoint).
-        folder: must not be there yet, or be empty.
+        folder: must not be there yet, or be empty; gets model.safetensors and config.json.
 
     Raises:
         SettingError: FOLDER has the name of a weights file.

@@ -20,9 +20,6 @@ def load_tower_weights(visual: nn.Module, path: Path, name: str) -> None:
 
     A learned position embedding of another grid is interpolated, as open_clip does on loading.
 
-    Args:
-        name: of the teacher, for messages.
-
     Raises:
         MissingError, DataError: the file is not there, cannot be read, or holds no tensors.
         MismatchError: names tensors that are missing, too many, or of another shape.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,7 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What one forward pass gives.
-
-    Attributes:
-        features_BST: float32, CLS or pooled token first, not unit length.
-        importance_BL: float32, share of the pooling query's attention on each patch; a row sums to at most 1.
-    """
+    """What `TowerFamily.outputs` gives, as float32."""
 
     features_BST: Tensor
     importance_BL: Tensor
@@ -110,6 +106,15 @@ class Teacher(nn.Module):
             features, importance = self.family.outputs(self.visual, normalised)
         return TeacherOutput(features.float(), importance.float())
 
+    def online_targets(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and importance as extraction stores them; where it would refuse them, features are NaN.
+
+        Marked and not raised: to read the faults would wait for the device in every step.
+        """
+        output = self(pixels_BHWC)
+        faulty_B11 = output.faults_BF().any(dim=1)[:, None, None]
+        return output.features_BST.masked_fill(faulty_B11, math.nan), output.share_BL().half()
+
 
 def _build_tower(source: TowerSource) -> nn.Module:
     """The image tower alone, untrained: text towers are never needed, and some ask a model hub for their parts."""
@@ -135,14 +140,11 @@ def load_teacher(
     """Load a frozen teacher.
 
     Args:
-        device: where it runs; with `precision: auto` it decides the precision too.
-        grid: the student's patches, down and across. Without `image_size` in the settings, the teacher then reads the
-            size at which its own grid is the same, with its position embedding interpolated.
+        device: with `precision: auto` it decides the precision too.
+        grid: the student's patches, down and across; see `choose_input_size`. Position embeddings are interpolated.
 
     Raises:
-        SettingError: unknown model, no weights named, a tower that cannot serve, or a size that does not fit it.
-        MissingError: unknown tag, no such folder or repository, or the hub is out of reach.
-        DataError: a checkpoint or a model's description cannot be read.
+        SettingError, MissingError, DataError: as `find_source`; the tower cannot serve, or a size does not fit it.
         MismatchError: a checkpoint of another model.
     """
     source = find_source(config.model, config.pretrained)
@@ -172,15 +174,11 @@ def load_teacher(
 def load_teacher_of(
     header: StoreHeader, config: TeacherSettings | None, device: str | torch.device, where: object
 ) -> Teacher:
-    """Load the teacher that wrote a store, with the store's grid.
-
-    Args:
-        config: the teacher; none takes the header's.
-        where: names the store in messages.
+    """Load the teacher that wrote a store, with the store's grid; without `config`, by the store's header.
 
     Raises:
         SettingError, MissingError, DataError: as `load_teacher`.
-        MismatchError: it is not the one that wrote the store.
+        MismatchError: it is not the one that wrote the store; `where` names the store.
     """
     if config is None:
         stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))

@@ -1,7 +1,6 @@
 """Contrastive training of the small CLIP that ships with the package: images of scenes and their captions, no labels.
 
-Size, colour and background are each left out of half of the captions. A caption is true of every image of a batch whose
-full caption has all of its words, so that "a star" is not held against another image of a star.
+Captions leave words out, and match every image of a batch whose full caption has all of their words.
 """
 
 from __future__ import annotations

@@ -67,11 +67,7 @@ class Heads:
 
 @contextmanager
 def record_heads(attention: nn.Module, query_norm: nn.Module, key_norm: nn.Module) -> Iterator[Heads]:
-    """Record one call of `attention`, whatever its projections and biases; filled in once it has run.
-
-    Args:
-        query_norm, key_norm: its submodules that queries and keys pass last, identities where it has no such norm.
-    """
+    """Record one call of `attention`; queries and keys are what its submodules `query_norm` and `key_norm` give."""
     heads = Heads(torch.empty(0), torch.empty(0), None)
 
     def keep(name: str, value: Any) -> None:
@@ -86,14 +82,8 @@ def record_heads(attention: nn.Module, query_norm: nn.Module, key_norm: nn.Modul
 
 
 def attention_row(query_BNE: Tensor, key_BNKE: Tensor) -> Tensor:
-    """Attention of one query per view: softmax over all keys, mean over heads.
-
-    Costs O(K * width). Scores and softmax are float32 in any precision: the smallest of some hundred shares would
-    lose their order in bfloat16.
-
-    Returns:
-        (B, K) float32, each row sums to 1.
-    """
+    """Attention of one query per view: softmax over all keys, mean over heads; (B, K) float32, each row sums to 1."""
+    # In bfloat16 the smallest of some hundred shares would lose their order.
     with torch.autocast(query_BNE.device.type, enabled=False):
         query = query_BNE.float() * query_BNE.shape[-1] ** -0.5
         scores = query[:, :, None] @ key_BNKE.float().transpose(-2, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,10 +55,9 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     path = checkpoint.parent / HF_CONFIG_NAME
     if not path.is_file():
         return None
-    try:
+    found = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = _of(json.loads(path.read_text(encoding="utf-8"))["preprocess_cfg"])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
     if found is None:
         raise DataError(
             f"{path} says no mean and std of its checkpoint {checkpoint.name}, expected three numbers each under "
@@ -69,10 +69,9 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
 def normalization_of(kind: Literal["clip", "imagenet"], source: TowerSource, visual: nn.Module) -> MeanStd:
     """Mean and std for a teacher's input.
 
-    Args:
-        kind: `imagenet` is the published code's; `clip` is the first of these that is known: what open_clip says of the
-            tag, what `open_clip_config.json` beside a local checkpoint says, what the model's own description says,
-            what all tags of the model share, what timm says of the tower, OpenAI's.
+    `imagenet` is the published code's. `clip` is the first that is known of: open_clip's for the tag, those of
+    `open_clip_config.json` beside a local checkpoint, the model description's, those of most of the model's tags,
+    timm's for the tower, OpenAI's.
 
     Raises:
         DataError: the description beside a local checkpoint cannot be read.

@@ -30,9 +30,9 @@ class TowerSource:
         model: open_clip's name of it.
         config: `embed_dim`, `vision_cfg` and `quick_gelu`, the activation of the weights, as open_clip has them.
         tag: open_clip's name of the weights, where they have one.
-        checkpoint: gives the weights' file, fetched where need be; raises MissingError. None: untrained.
-        file: that file, where the settings name it, so that what lies beside it describes it.
-        stated: mean and std by the model's description; None where it has none.
+        checkpoint: fetches the weights' file; raises MissingError. None: untrained.
+        file: that file, where the settings name it: a description beside it is its own.
+        stated: mean and std by the model's description.
     """
 
     model: str
@@ -44,7 +44,6 @@ class TowerSource:
 
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-"""Holds the bundled teacher's model config and weights."""
 DEMO_NAME = "milan-demo-ViT-S-8-64"
 
 
