@@ -134,6 +134,11 @@ def _build_tower(source: TowerSource) -> nn.Module:
     return visual.eval()
 
 
+def _resolve_precision(precision: str, device: torch.device) -> str:
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    return automatic if precision == "auto" else precision
+
+
 def load_teacher(
     config: TeacherSettings, device: str | torch.device = "cpu", *, grid: tuple[int, int] | None = None
 ) -> Teacher:
@@ -158,12 +163,11 @@ def load_teacher(
     if family.sizes(visual).image_size != (side, side):
         family.resize(visual, side)
     sizes = family.sizes(visual)
-    automatic = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     info = TeacherInfo(
         **config.header_fields(),
         weights_sha256=digest,
         normalization=config.normalization,
-        precision=automatic if config.precision == "auto" else config.precision,
+        precision=_resolve_precision(config.precision, torch.device(device)),
         image_size=side,
         grid=sizes.grid,
         width=sizes.width,

@@ -185,7 +185,7 @@ def test_a_scheduler_that_goes_between_two_questions_is_lost_all_the_same(questi
             raise FutureCancelledError("key", "scheduler-connection-lost")
 
     with pytest.raises(CancelledError):
-        _outcome(Gone())  # type: ignore[arg-type]
+        _outcome(Gone(), "000000")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
