@@ -165,9 +165,9 @@ def test_a_source_shard_done_again_is_converted_again(tmp_path: Path, store_form
 
 
 def refusal(source: object, destination: object, store_format: StoreFormat) -> str:
-    with pytest.raises(MilanError) as told:
+    with pytest.raises(MilanError) as caught:
         convert_targets(str(source), str(destination), format=store_format)
-    message = str(told.value)
+    message = str(caught.value)
     assert "\n" not in message
     return message
 
@@ -176,9 +176,9 @@ def test_a_destination_of_another_configuration(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(shards=2), [5, 5])
     write_store(tmp_path / "o", header(format="webdataset", shards=2, model="other"), [5, 5])
     before = tree(tmp_path / "o")
-    with pytest.raises(MismatchError, match=r"teacher\.model: store has 'other', this run has 'demo'"):
+    with pytest.raises(MismatchError, match=r"teacher\.model"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
-    with pytest.raises(MismatchError, match="format: store has 'webdataset', this run has 'zarr'"):
+    with pytest.raises(MismatchError, match="format: store"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="zarr")
     assert tree(tmp_path / "o") == before
 
@@ -187,7 +187,7 @@ def test_a_destination_that_holds_something_else(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(), [5])
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.tex").write_bytes(b"x")
-    with pytest.raises(DataError, match="is not a target store and not empty"):
+    with pytest.raises(DataError, match="not empty"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["thesis.tex"]
 
@@ -222,9 +222,9 @@ def test_a_damaged_source_shard_is_one_clear_error(tmp_path: Path, store_format:
     inside = [path for path in whole if path.startswith("000001/") and whole[path]]
     for path in [*inside[:: max(1, len(inside) // 6)], "manifest/000001.json"]:
         damage(tmp_path / "t" / path)
-        told = refusal(tmp_path / "t", tmp_path / "o", other(store_format))
-        assert "000001" in told
-        assert f"`milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001`" in told
+        message = refusal(tmp_path / "t", tmp_path / "o", other(store_format))
+        assert "000001" in message
+        assert f"`milan-pipe extract-targets IMAGES {tmp_path / 't'} --redo 000001`" in message
         (tmp_path / "t" / path).write_bytes(whole[path])
         assert list((tmp_path / "o" / "manifest").iterdir()) == [tmp_path / "o" / "manifest" / "000000.json"]
     report = convert_targets(tmp_path / "t", tmp_path / "o", format=other(store_format))
@@ -234,7 +234,7 @@ def test_a_damaged_source_shard_is_one_clear_error(tmp_path: Path, store_format:
 
 def test_a_source_that_is_not_finished(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(shards=3), [5, 5])
-    with pytest.raises(DataError, match=r"has 2 of 3 shards; finish its extraction first"):
+    with pytest.raises(DataError, match="2 of 3 shards"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
     assert not (tmp_path / "o").exists()
 
@@ -243,7 +243,7 @@ def test_no_source(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="is not there"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
     (tmp_path / "t").mkdir()
-    with pytest.raises(DataError, match="is not a target store"):
+    with pytest.raises(DataError, match="neither"):
         convert_targets(tmp_path / "t", tmp_path / "o", format="webdataset")
     assert not (tmp_path / "o").exists()
 
@@ -251,5 +251,5 @@ def test_no_source(tmp_path: Path) -> None:
 def test_a_destination_that_cannot_be_written(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(), [5])
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match="cannot be"):
+    with pytest.raises(StoreError, match="Not a directory"):
         convert_targets(tmp_path / "t", tmp_path / "file" / "o", format="webdataset")

@@ -230,16 +230,16 @@ def test_a_sample_that_says_nothing_is_refused():
         fit_klt(torch.zeros(4, 5, 6), 0.99)
     with pytest.raises(DataError, match="no features"):
         fit_klt([], 0.99)
-    with pytest.raises(DataError, match=r"klt is fitted.*found none"):
+    with pytest.raises(DataError, match="found none"):
         build_codec(CodecSettings(name="klt"))
-    with pytest.raises(ShapeError, match=r"\(P, S, T\).*\(5, 6\)"):
+    with pytest.raises(ShapeError, match=r"\(5, 6\)"):
         fit_klt(torch.ones(5, 6), 0.99)
     with pytest.raises(ShapeError, match="several"):
         fit_klt([torch.ones(2, 5, 6), torch.ones(2, 5, 7)], 0.99)
 
 
 def test_quality_out_of_reach_says_what_was_reached():
-    with pytest.raises(DataError, match=r"reaches a mean cosine of 0\.9999\d+ .*0\.9999999.*codec\.quality"):
+    with pytest.raises(DataError, match=r"reaches .* 0\.9999\d+ "):
         fit_klt(features(0), 0.9999999)
 
 
@@ -254,7 +254,7 @@ def test_impossible_quality_is_refused(quality):
 @pytest.mark.parametrize("change", [{"mean": None}, {"basis": None}, {"step": None}, {"quality": None}])
 def test_incomplete_header_is_refused(change):
     info = fit_klt(features(0), 0.99).info
-    with pytest.raises(DataError, match=r"klt is damaged.*present"):
+    with pytest.raises(DataError, match="must all be"):
         codec_of(info.model_copy(update=change))
 
 

