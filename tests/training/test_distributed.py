@@ -137,5 +137,5 @@ def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     assert rank_of_environment() == 0
-    with pytest.raises(SettingError, match="RANK is ''; start several ranks with torchrun"), joined("cpu", str):
+    with pytest.raises(SettingError, match="RANK"), joined("cpu", str):
         pass

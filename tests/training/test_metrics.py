@@ -51,7 +51,7 @@ def goes_on(folder: Path, step: int) -> None:
 def test_a_damaged_file_is_renamed_and_the_run_goes_on(folder: Path, loss: Path, kind: str) -> None:
     data, kept = DAMAGED[kind]
     loss.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"loss\.tsv .*; it is now loss\.tsv\.damaged, and the run goes on"):
+    with pytest.warns(RuntimeWarning, match=r"loss\.tsv\.damaged"):
         goes_on(folder, 20)
     assert loss.with_name("loss.tsv.damaged").read_bytes() == data
     assert loss.read_text() == "".join([*(kept or ROWS[:1]), "30\t0.25\n"])
@@ -80,7 +80,7 @@ def test_a_last_line_that_was_cut_is_no_damage(folder: Path, loss: Path, tail: s
 )
 def test_damaged_last_values_are_moved(folder: Path, data: bytes) -> None:
     (folder / "metrics.json").write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"metrics\.json is damaged; it is now metrics\.json\.damaged"):
+    with pytest.warns(RuntimeWarning, match=r"metrics\.json\.damaged"):
         goes_on(folder, 20)
     assert (folder / "metrics.json.damaged").read_bytes() == data
     assert json.loads((folder / "metrics.json").read_text()) == {"train": {"loss": 0.25}, "step": 30}

@@ -80,7 +80,7 @@ def test_the_first_value_that_is_not_finite_is_named_however_late_it_is_read() -
     found = recorder(1000, [])
     for step, loss in enumerate([1.0, float("inf"), float("nan")], 1):
         add(found, step, loss)
-    with pytest.raises(NotFiniteError, match=r"loss is inf at step 2 \(batch of 2: a2 ... z2\)") as caught:
+    with pytest.raises(NotFiniteError, match=r"inf at step 2 .*a2") as caught:
         found.settle()
     assert caught.value.step == 2
 

@@ -77,7 +77,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001"]
     with torch.no_grad():
         task.weight.w.fill_(float("nan"))
-    with pytest.raises(DataError, match=r"after step 3 'w' of the model is not finite; take smaller.*step-00000001"):
+    with pytest.raises(DataError, match=r"after step 3 .*step-00000001"):
         saver.save(3, {}, finished=False)
     with pytest.raises(DataError, match="not finite"):
         saver.save_best(3, {})
