@@ -221,7 +221,9 @@ def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Pa
     ],
 )
 def test_a_mistake_is_reported_once(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    process = start(command(store, tmp_path / "run", 2, **change), tmp_path)
+    # As a user starts it, ranks too.
+    words = command(store, tmp_path / "run", 2, **change)
+    process = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == 1, stderr

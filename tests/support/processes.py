@@ -143,7 +143,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         words, streams = call["args"], [call["p2cread"], call["c2pwrite"], call["errwrite"]]
         usual = call["preexec_fn"] or call["executable"] or call["shell"] or not isinstance(words, (list, tuple))
         pid = None
-        if not usual:
+        if not usual and _target([os.fsdecode(word) for word in words]) is not None:
             descriptors = {number: number if own < 0 else own for number, own in enumerate(streams)}
             pid = server().fork(
                 [os.fsdecode(word) for word in words],
@@ -288,6 +288,8 @@ def _main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     del sys.path[0]
+    # Before torchrun's own module takes it.
+    subprocess.Popen = Popen  # type: ignore[misc]
     for name in _IMPORTED:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -303,7 +305,6 @@ def _main() -> None:
     requests.close()
     _become(request, descriptors)
     _server = _Server(own, dict(os.environ))
-    subprocess.Popen = Popen  # type: ignore[misc]
     target = _target(request.words)
     assert target is not None
     code, interrupted = 0, False
