@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.digests import sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
 from milan_pipe.storage import location_of
@@ -203,7 +204,9 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
     if not isinstance(found, dict):
         holds = f"{run} holds {checkpoint.path.name}, which does not say what it was trained with"
         raise MismatchError(f"{holds}; name another folder")
-    theirs, ours = _flat(found), _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
+    former = {f"pretrain.{old}": f"pretrain.{new}" for old, new in PretrainSettings.renamed.items()}
+    theirs = {former.get(name, name): value for name, value in _flat(found).items()}
+    ours = _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
     if theirs.get("order") != ours.get("order") and not checkpoint.record["finished"]:
         versions = f"version {theirs.get('order', 1)}, here {ours.get('order', 1)}"
         raise MismatchError(

@@ -190,7 +190,9 @@ def test_a_run_of_another_order_of_samples_ends_as_it_is_and_does_not_go_on(
     store: Path, head: StoreHeader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_order(*args: Any) -> dict[str, Any]:
-        return {name: value for name, value in configuration_of(*args).items() if name != "order"}
+        found = {name: value for name, value in configuration_of(*args).items() if name != "order"}
+        former = {new: old for old, new in PretrainSettings.renamed.items()}
+        return {**found, "pretrain": {former.get(name, name): value for name, value in found["pretrain"].items()}}
 
     monkeypatch.setattr("milan_pipe.pretraining.run.configuration_of", without_order)
     with pytest.raises(StopAtError):
