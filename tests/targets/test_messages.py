@@ -212,7 +212,7 @@ CASES: dict[str, Case] = {
     "klt of another width": (
         lambda: fit_klt(features(), 0.99).encode(torch.ones(2, 3, 47)),
         ShapeError,
-        "features of shape (2, 3, 47) do not fit codec klt, which was fitted to features 48 wide",
+        "features of shape (2, 3, 47) do not fit codec klt, fitted to features 48 wide",
     ),
     "klt without a mean": (
         lambda: codec_of(fit_klt(features(), 0.99).info.model_copy(update={"mean": None})),
