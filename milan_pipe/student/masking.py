@@ -136,7 +136,8 @@ def draw_split(importance_BL: Tensor | None, noise_BL: Tensor, visible: int) -> 
             )
         weight_BL = importance_BL.to(device=noise_BL.device, dtype=torch.float32)
         if weight_BL.device.type == "cpu" and not bool(((weight_BL >= 0) & weight_BL.isfinite()).all()):
-            raise DataError("importance has negative, infinite or NaN values, expected attention weights; run `milan-pipe verify-targets`")
+            what = "importance has negative, infinite or NaN values, expected attention weights"
+            raise DataError(f"{what}; check the store with `milan-pipe verify-targets`")
         # Attention in half precision underflows to 0. log(tiny) = -87 keeps zeros behind all that is not zero (above
         # -17 in half precision; the noise lies in -3.6 to 36.1) and leaves the order among them to the noise.
         score_BL = score_BL + weight_BL.clamp(min=torch.finfo(torch.float32).tiny).log()
