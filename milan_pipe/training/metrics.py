@@ -88,10 +88,10 @@ def _is_summary(data: bytes) -> bool:
 
 def _move_damaged(file: Path, damage: str) -> None:
     names = chain([f"{file.name}.damaged"], (f"{file.name}.damaged-{number}" for number in count(2)))
-    aside = next(path for path in map(file.with_name, names) if not path.exists())
+    kept = next(path for path in map(file.with_name, names) if not path.exists())
     try:
-        file.rename(aside)
+        file.rename(kept)
     except OSError as error:
         raise StoreError(f"{file} {damage} and cannot be renamed: {system_reason(error)}") from error
-    text = f"{file} {damage}; it is now {aside.name}, and the run goes on with what can be read of it"
+    text = f"{file} {damage}; it is now {kept.name}, and the run goes on with what can be read of it"
     warnings.warn(text, RuntimeWarning, stacklevel=3)

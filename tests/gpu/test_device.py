@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from support.project import SETTINGS
 from support.targets import header
-from support.training import StopAtError, stop_at
+from support.training import StopAtError, stop_at, stored_batch
 
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
@@ -47,17 +47,6 @@ def objective(device: torch.device, **change: Any) -> Objective:
     return build_objective(HEAD, Params(student=student, decoder=decoder, pretrain=PretrainSettings(**change)), device)
 
 
-def batch(count: int = 12) -> Batch:
-    rng = np.random.default_rng(3)
-    return Batch(
-        keys=tuple(f"k{row}" for row in range(count)),
-        pixels_BHWC=torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
-        code_BST=torch.from_numpy(rng.integers(-90, 99, (count, 17, 12)).astype(np.int8)),
-        scale_BS=torch.from_numpy(rng.random((count, 17)).astype(np.float16) + 0.5),
-        attention_BL=torch.from_numpy(rng.random((count, 16)).astype(np.float16)),
-    )
-
-
 def stepper(model: Objective, device: torch.device, precision: Precision, **change: Any) -> Stepper[Batch]:
     return Stepper(
         build_adamw(model.student, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05),
@@ -70,7 +59,7 @@ def stepper(model: Objective, device: torch.device, precision: Precision, **chan
 
 
 def losses(step: Stepper[Batch], count: int = 5, given: Batch | None = None) -> list[float]:
-    return [float(step(given or batch(), number, 1e-3).loss) for number in range(count)]
+    return [float(step(given or stored_batch(12), number, 1e-3).loss) for number in range(count)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -94,7 +83,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(device: torch.device, p
     model = objective(device)
     poisoned = stepper(model, device, precision, loss_of=lambda part, epoch: model(part, epoch) * float("nan"))
     before = [parameter.clone() for parameter in model.student.parameters()]
-    result: StepResult = poisoned(batch(), 0, 1e-3)
+    result: StepResult = poisoned(stored_batch(12), 0, 1e-3)
     assert not torch.isfinite(result.loss)
     assert all(torch.equal(old, new) for old, new in zip(before, model.student.parameters(), strict=True))
 
@@ -115,7 +104,7 @@ def test_a_batch_in_pinned_memory_has_the_same_losses(device: torch.device) -> N
     def pinned(value: Any) -> Any:
         return value.pin_memory() if isinstance(value, torch.Tensor) and device.type == "cuda" else value
 
-    whole = batch()
+    whole = stored_batch(12)
     copied = dataclasses.replace(
         whole, **{field.name: pinned(getattr(whole, field.name)) for field in dataclasses.fields(whole)}
     )

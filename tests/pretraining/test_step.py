@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.targets import header
+from support.training import stored_batch
 from torch import nn
 
 from milan_pipe.config.params import Params
@@ -36,17 +36,6 @@ def objective(kind: str = "prompting", **change: Any) -> Objective:
     )
 
 
-def batch(count: int = 10) -> Batch:
-    rng = np.random.default_rng(3)
-    return Batch(
-        keys=tuple(f"k{row}" for row in range(count)),
-        pixels_BHWC=torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
-        code_BST=torch.from_numpy(rng.integers(-90, 99, (count, 17, 12)).astype(np.int8)),
-        scale_BS=torch.from_numpy(rng.random((count, 17)).astype(np.float16) + 0.5),
-        attention_BL=torch.from_numpy(rng.random((count, 16)).astype(np.float16)),
-    )
-
-
 def stepper(model: Objective, precision: Precision = "float32", **change: Any) -> Stepper[Batch]:
     parts = change.pop("parts", 1)
     optimiser = build_adamw(model.student, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
@@ -65,14 +54,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def losses(step: Stepper[Batch], count: int = 6) -> list[float]:
-    return [float(step(batch(), number, 1e-3).loss) for number in range(count)]
+    return [float(step(stored_batch(), number, 1e-3).loss) for number in range(count)]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7, 10, 50])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
     whole, cut = objective(), objective()
-    first = float(stepper(whole)(batch(), 0, 0.0).loss)
-    second = float(stepper(cut, parts=parts)(batch(), 0, 0.0).loss)
+    first = float(stepper(whole)(stored_batch(), 0, 0.0).loss)
+    second = float(stepper(cut, parts=parts)(stored_batch(), 0, 0.0).loss)
     assert second == pytest.approx(first, rel=1e-6)
     left, right = gradients(whole), gradients(cut)
     assert left.keys() == right.keys()
@@ -82,8 +71,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 11])
 def test_parts_are_the_batch_and_shares_are_of_one(count: int) -> None:
-    parts = batch().parts(count)
-    assert [key for part, _ in parts for key in part.keys] == list(batch().keys)
+    parts = stored_batch().parts(count)
+    assert [key for part, _ in parts for key in part.keys] == list(stored_batch().keys)
     assert sum(share for _, share in parts) == pytest.approx(1)
     sizes = [len(part.keys) for part, _ in parts]
     assert max(sizes) - min(sizes) <= 1
@@ -99,7 +88,7 @@ def test_activations_computed_again_change_no_bit(kind: str) -> None:
     calls: dict[str, int] = {"blocks": 0}
     for block in [*again.student.encoder.blocks, *again.student.decoder.decoder_blocks]:
         block.register_forward_pre_hook(lambda *_: calls.update(blocks=calls["blocks"] + 1))
-    assert float(stepper(kept)(batch(), 0, 0.0).loss) == float(stepper(again)(batch(), 0, 0.0).loss)
+    assert float(stepper(kept)(stored_batch(), 0, 0.0).loss) == float(stepper(again)(stored_batch(), 0, 0.0).loss)
     left, right = gradients(kept), gradients(again)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -118,19 +107,19 @@ def test_half_precision_learns_the_same_and_keeps_weights_whole(precision: Preci
 
 def test_clipping_bounds_the_norm_and_leaves_the_direction() -> None:
     free, clipped = objective(), objective()
-    stepper(free)(batch(), 0, 0.0)
+    stepper(free)(stored_batch(), 0, 0.0)
     norm = torch.cat([g.flatten() for g in gradients(free).values()]).norm()
-    stepper(clipped, clip_grad=float(norm) / 10)(batch(), 0, 0.0)
+    stepper(clipped, clip_grad=float(norm) / 10)(stored_batch(), 0, 0.0)
     for name, gradient in gradients(clipped).items():
         assert torch.allclose(10 * gradient, gradients(free)[name], rtol=1e-4, atol=1e-7)
     untouched = objective()
-    stepper(untouched, clip_grad=float(norm) * 10)(batch(), 0, 0.0)
+    stepper(untouched, clip_grad=float(norm) * 10)(stored_batch(), 0, 0.0)
     assert all(torch.equal(g, gradients(free)[name]) for name, g in gradients(untouched).items())
 
 
 def test_clipping_sees_gradients_without_the_scale_of_half_precision() -> None:
     half = objective()
-    stepper(half, "float16", clip_grad=1e-3)(batch(), 0, 0.0)
+    stepper(half, "float16", clip_grad=1e-3)(stored_batch(), 0, 0.0)
     norm = torch.cat([g.flatten() for g in gradients(half).values()]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 

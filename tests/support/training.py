@@ -1,4 +1,4 @@
-"""Runs that are broken off: by an error of the listener, and by SIGKILL."""
+"""Runs that are broken off: by an error of the listener, and by SIGKILL; a batch to step on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from support import processes
 
+from milan_pipe.loader.stream import Batch
 from milan_pipe.training.recorder import TrainProgress
+
+
+def stored_batch(count: int = 10) -> Batch:
+    """As of a store of 32 pixels, 16 patches and features 12 wide, codec int8."""
+    rng = np.random.default_rng(3)
+    return Batch(
+        keys=tuple(f"k{row}" for row in range(count)),
+        pixels_BHWC=torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
+        code_BST=torch.from_numpy(rng.integers(-90, 99, (count, 17, 12)).astype(np.int8)),
+        scale_BS=torch.from_numpy(rng.random((count, 17)).astype(np.float16) + 0.5),
+        attention_BL=torch.from_numpy(rng.random((count, 16)).astype(np.float16)),
+    )
 
 
 class StopAtError(Exception):
