@@ -41,20 +41,20 @@ def seeded(*parts: int | str) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
+def training_view(settings: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
     """A crop of (3, size, size) normalised floats, drawn from the global generators; raises SettingError."""
-    if not 0 < config.scale[0] <= config.scale[1] <= 1:
-        raise SettingError(f"augment.scale must be two numbers with 0 < least <= greatest <= 1, found {config.scale}")
+    if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
+        raise SettingError(f"augment.scale must be two numbers with 0 < least <= greatest <= 1, found {settings.scale}")
     try:
         view: Callable[[Image.Image], Tensor] = create_transform(
             input_size=size,
             is_training=True,
-            scale=config.scale,
-            hflip=config.flip,
+            scale=settings.scale,
+            hflip=settings.flip,
             color_jitter=None,  # type: ignore[arg-type]
-            auto_augment=config.auto_augment,
+            auto_augment=settings.auto_augment,
             interpolation="bicubic",
-            re_prob=config.erasing,
+            re_prob=settings.erasing,
             re_mode="pixel",
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
@@ -68,7 +68,7 @@ def training_view(config: AugmentSettings, size: int) -> Callable[[Image.Image],
     # timm checks these words by assertions and look-ups.
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise SettingError(
-            f"augment.auto_augment={config.auto_augment!r} is not understood by timm ({error!r}); expected words as "
+            f"augment.auto_augment={settings.auto_augment!r} is not understood by timm ({error!r}); expected words as "
             "rand-m9-mstd0.5-inc1"
         ) from error
     return view
@@ -82,9 +82,9 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 class TrainingImages:
     """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label)."""
 
-    def __init__(self, images: LabelledImages, config: AugmentSettings, size: int, seed: int) -> None:
+    def __init__(self, images: LabelledImages, settings: AugmentSettings, size: int, seed: int) -> None:
         self._images, self._seed = images, seed
-        self._view = training_view(config, size)
+        self._view = training_view(settings, size)
 
     def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
         """Raises DataError where the image cannot be read."""
@@ -108,13 +108,13 @@ class TestImages:
         return normalise(pixels_HWC[None])[0], int(self.images.label_N[request.number])
 
 
-def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | None:
+def build_mixup(settings: AugmentSettings, classes: int, part: int) -> Mixup | None:
     """timm's mixup and cutmix, label smoothing included; None where both are off.
 
     Args:
         part: images that are mixed with each other, a rank's share of the batch; an odd number is a SettingError.
     """
-    if not config.mixup and not config.cutmix:
+    if not settings.mixup and not settings.cutmix:
         return None
     if part % 2:
         raise SettingError(
@@ -122,6 +122,9 @@ def build_mixup(config: AugmentSettings, classes: int, part: int) -> Mixup | Non
             "gives every rank an even number, or set augment.mixup=0 and augment.cutmix=0"
         )
     mixup: Mixup = Mixup(  # type: ignore[no-untyped-call]
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=classes
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.smoothing,
+        num_classes=classes,
     )
     return mixup

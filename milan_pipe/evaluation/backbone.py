@@ -25,12 +25,12 @@ class Backbone:
     """A student's sizes and weights, by timm's names without classifier; `name` is a checkpoint's path or `random`."""
 
     name: str
-    config: StudentSettings
+    settings: StudentSettings
     weights: Mapping[str, Tensor]
 
     def encoder(self) -> VisionTransformer:
         """A new encoder with these weights."""
-        encoder = build_encoder(self.config)
+        encoder = build_encoder(self.settings)
         load_weights(encoder, self.weights, self.name)
         return encoder
 
@@ -53,9 +53,9 @@ def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransform
     if not isinstance(sizes, dict) or task is not None:
         found = f"holds what `milan-pipe {task}` trained" if task else "does not say which student it holds"
         raise DataError(f"{checkpoint.path} {found}; name one that `milan-pipe pretrain` wrote")
-    config: StudentSettings = StudentSettings.parse(sizes, f"{checkpoint.path}, student")
-    saved = Backbone(name=str(checkpoint.path), config=config, weights=checkpoint.weights("student"))
-    return config, saved.encoder()
+    settings: StudentSettings = StudentSettings.parse(sizes, f"{checkpoint.path}, student")
+    saved = Backbone(name=str(checkpoint.path), settings=settings, weights=checkpoint.weights("student"))
+    return settings, saved.encoder()
 
 
 def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> Backbone:
@@ -71,10 +71,10 @@ def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> 
     if str(checkpoint) == RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Backbone(name=RANDOM, config=student, weights=build_encoder(student).state_dict())
+            return Backbone(name=RANDOM, settings=student, weights=build_encoder(student).state_dict())
     opened = open_checkpoint(checkpoint)
-    config, encoder = student_of(opened)
-    return Backbone(name=str(opened.path), config=config, weights=encoder.state_dict())
+    settings, encoder = student_of(opened)
+    return Backbone(name=str(opened.path), settings=settings, weights=encoder.state_dict())
 
 
 def resized(backbone: Backbone, side: int | None) -> tuple[StudentSettings, dict[str, Tensor]]:
@@ -83,8 +83,8 @@ def resized(backbone: Backbone, side: int | None) -> tuple[StudentSettings, dict
     Raises:
         SettingError: the patch does not divide `side`.
     """
-    config = backbone.config if side is None else backbone.config.model_copy(update={"image_size": side})
-    weights, grid, old = dict(backbone.weights), list(grid_of(config)), list(grid_of(backbone.config))
+    settings = backbone.settings if side is None else backbone.settings.model_copy(update={"image_size": side})
+    weights, grid, old = dict(backbone.weights), list(grid_of(settings)), list(grid_of(backbone.settings))
     if grid != old:
         weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, old)
-    return config, weights
+    return settings, weights

@@ -18,21 +18,21 @@ from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
 
 
-def timm_sizes(config: StudentSettings) -> dict[str, Any]:
+def timm_sizes(settings: StudentSettings) -> dict[str, Any]:
     """Options of `timm.create_model` beside the name."""
     sizes = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.heads,
+        "img_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "embed_dim": settings.width,
+        "depth": settings.depth,
+        "num_heads": settings.heads,
     }
     return {name: value for name, value in sizes.items() if value is not None}
 
 
-def build_vit(config: StudentSettings, **options: Any) -> VisionTransformer:
+def build_vit(settings: StudentSettings, **options: Any) -> VisionTransformer:
     """timm's ViT of these sizes; `options` are those of `timm.create_model`."""
-    model: Any = timm.create_model(config.model, pretrained=False, **timm_sizes(config), **options)
+    model: Any = timm.create_model(settings.model, pretrained=False, **timm_sizes(settings), **options)
     vit: VisionTransformer = model
     return vit
 
@@ -52,15 +52,15 @@ def build_classifier(
     Source: arXiv 2111.06377, appendix A.1, and its published code for the head: a norm of its own after the mean, in
     place of the encoder's; classifier weights with deviation 2e-5.
     """
-    config, weights = resized(backbone, settings.image_size)
-    model = build_vit(config, num_classes=classes, global_pool="avg", drop_path_rate=settings.drop_path)
+    student, weights = resized(backbone, settings.image_size)
+    model = build_vit(student, num_classes=classes, global_pool="avg", drop_path_rate=settings.drop_path)
     missing, unexpected = model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}, strict=False
     )
     assert not unexpected, unexpected
     assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
     _init_head(model.head, 2e-5, seed)
-    return config, model
+    return student, model
 
 
 @torch.no_grad()
@@ -108,12 +108,12 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransf
     """
     record = checkpoint.record
     try:
-        config: StudentSettings = StudentSettings.parse(record["student"], f"{checkpoint.path}, student")
+        settings: StudentSettings = StudentSettings.parse(record["student"], f"{checkpoint.path}, student")
         classes = record["classes"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error
     count = classes if isinstance(classes, int) else len(classes)
-    model = build_vit(config, num_classes=count, global_pool="avg")
+    model = build_vit(settings, num_classes=count, global_pool="avg")
     part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
     load_weights(model, checkpoint.weights(part), str(checkpoint.path))
-    return config, model
+    return settings, model

@@ -151,18 +151,18 @@ def embed_shards(
     images: str | Path,
     embedder: Embedder,
     size: int,
-    config: EmbedSettings,
+    settings: EmbedSettings,
     on_bad: OnBad = lambda *_: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
     """Embed all labelled images of `images`, without gradients.
 
-    The result, order included, does not depend on `config.threads`.
+    The result, order included, does not depend on `settings.threads`.
 
     Args:
         images: as `labelled_images` takes them.
         size: height and width of the pixels that `embedder` takes.
-        config: `pool` is not read here.
+        settings: `pool` is not read here.
         on_bad: called with key and reason of each image that is skipped.
         on_progress: called with the number of images done.
 
@@ -178,13 +178,13 @@ def embed_shards(
         on_bad(key, reason)
 
     def view_of(sample: Sample) -> tuple[NDArray[np.uint8], int]:
-        return centre_view(decode_image(sample.data), size, config.crop), sample.label
+        return centre_view(decode_image(sample.data), size, settings.crop), sample.label
 
-    threads = thread_count(config.threads)
-    views = decoded_ahead(_labelled(images, skip), view_of, threads, max(config.batch_size, 32 * threads), skip)
+    threads = thread_count(settings.threads)
+    views = decoded_ahead(_labelled(images, skip), view_of, threads, max(settings.batch_size, 32 * threads), skip)
     features: list[Tensor] = []
     labels: list[int] = []
-    while batch := list(islice(views, config.batch_size)):
+    while batch := list(islice(views, settings.batch_size)):
         pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _ in batch]))
         with torch.inference_mode():
             features_BF = embedder(pixels_BHWC)

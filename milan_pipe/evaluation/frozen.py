@@ -57,7 +57,7 @@ def subject_of(checkpoint: str | Path, params: Params) -> Subject:
     if str(checkpoint) != TEACHER:
         backbone = backbone_of(checkpoint, student, params.pretrain.seed)
         embed = student_embedder(backbone.encoder(), pool, device)
-        return Subject(name=backbone.name, identity=backbone.digest(), size=backbone.config.image_size, embed=embed)
+        return Subject(name=backbone.name, identity=backbone.digest(), size=backbone.settings.image_size, embed=embed)
     teacher = load_teacher(params.teacher, device, grid=grid_of(student))
 
     def embed_by_teacher(pixels_BHWC: Tensor) -> Tensor:

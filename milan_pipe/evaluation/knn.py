@@ -13,14 +13,14 @@ _CHUNK_VALUES = 2**24
 """Similarities (or votes) that are held at a time: 64 MiB of float32."""
 
 
-def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSettings) -> dict[int, float]:
+def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, settings: KnnSettings) -> dict[int, float]:
     """Share of test images whose nearest train images vote for the right class, by rising number of neighbours.
 
     Similarity is the cosine in float32, over all pairs; votes are summed in float64, and of equal classes the lowest
     index wins. Numbers of neighbours above the number of train images are left out.
 
     Raises:
-        SettingError: all of `config.neighbours` are above the number of train images.
+        SettingError: all of `settings.neighbours` are above the number of train images.
         ShapeError, DataError: as `check_same_task`.
 
     Source: arXiv 1805.01978, section 3.4, as arXiv 2104.14294 (DINO) evaluates.
@@ -28,10 +28,10 @@ def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSet
     # By hand: scikit-learn's classifier holds all pairs, and searches again for each number of neighbours.
     check_same_task(train, test)
     samples = len(train.label_N)
-    counts = sorted({count for count in config.neighbours if count <= samples})
+    counts = sorted({count for count in settings.neighbours if count <= samples})
     if not counts:
         raise SettingError(
-            f"knn.neighbours asks for {min(config.neighbours)} and more, the train set has {samples} images; "
+            f"knn.neighbours asks for {min(settings.neighbours)} and more, the train set has {samples} images; "
             "give a smaller number"
         )
     # Sorted, so that the first of equal votes is the lowest class.
@@ -43,7 +43,7 @@ def knn_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: KnnSet
         features_BF, label_B = test.features_NF[start : start + rows], test.label_N[start : start + rows]
         cosine_BK, nearest_BK = (F.normalize(features_BF, dim=1) @ train_NF.T).topk(counts[-1], dim=1)
         # Relative to the nearest neighbour: the same winner, and no overflow at a low temperature.
-        weight_BK = ((cosine_BK.double() - cosine_BK[:, :1].double()) / config.temperature).exp()
+        weight_BK = ((cosine_BK.double() - cosine_BK[:, :1].double()) / settings.temperature).exp()
         class_BK = train_class_N[nearest_BK]
         votes_BG = torch.zeros(len(label_B), len(class_G), dtype=torch.float64)
         for first, count in zip([0, *counts[:-1]], counts, strict=True):

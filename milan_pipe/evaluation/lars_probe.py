@@ -27,7 +27,7 @@ class LarsProbeTask(ClassifyTask[LarsProbeSettings]):
     def classifier(self, start: Start[LarsProbeSettings], classes: int) -> tuple[StudentSettings, LinearClassifier]:
         """The frozen encoder, a BatchNorm and a linear map."""
         encoder = start.backbone.encoder()
-        return start.backbone.config, LinearClassifier(encoder, start.settings.pool, classes, start.head_seed)
+        return start.backbone.settings, LinearClassifier(encoder, start.settings.pool, classes, start.head_seed)
 
     def optimiser(self) -> torch.optim.Optimizer:
         """LARS over the linear map."""

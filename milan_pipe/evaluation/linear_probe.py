@@ -35,7 +35,9 @@ class ProbeResult:
     converged: bool
 
 
-def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, config: LinearProbeSettings) -> ProbeResult:
+def linear_probe_accuracy(
+    train: LabelledFeatures, test: LabelledFeatures, settings: LinearProbeSettings
+) -> ProbeResult:
     """Fit multinomial logistic regression on `train`, report it on `test`.
 
     Features are standardised, constant ones become 0. The strength is chosen on a held-out part of `train` (the
@@ -50,8 +52,8 @@ def linear_probe_accuracy(train: LabelledFeatures, test: LabelledFeatures, confi
     features_NF, label_N = _arrays(train)
     if len(np.unique(label_N)) < 2:
         raise DataError(f"all train images are of class {label_N[0]}; a linear probe needs two classes at least")
-    l2 = config.l2[0] if len(set(config.l2)) == 1 else _choose_l2(features_NF, label_N, config)
-    probe = _Probe(features_NF, label_N, config.max_iterations)
+    l2 = settings.l2[0] if len(set(settings.l2)) == 1 else _choose_l2(features_NF, label_N, settings)
+    probe = _Probe(features_NF, label_N, settings.max_iterations)
     probe.fit(l2)
     return ProbeResult(
         accuracy=probe.accuracy(*_arrays(test)),
@@ -94,12 +96,12 @@ def _arrays(data: LabelledFeatures) -> tuple[Floats, Ints]:
     return data.features_NF.double().numpy(), data.label_N.numpy()
 
 
-def _choose_l2(features_NF: Floats, label_N: Ints, config: LinearProbeSettings) -> float:
-    held_N = _held_out(label_N, config.validation_fraction, config.seed)
-    probe = _Probe(features_NF[~held_N], label_N[~held_N], config.max_iterations)
+def _choose_l2(features_NF: Floats, label_N: Ints, settings: LinearProbeSettings) -> float:
+    held_N = _held_out(label_N, settings.validation_fraction, settings.seed)
+    probe = _Probe(features_NF[~held_N], label_N[~held_N], settings.max_iterations)
     best, best_accuracy = 0.0, -1.0
     # From strong to weak: the strong fit is quick, and a good start for the next.
-    for l2 in sorted(set(config.l2), reverse=True):
+    for l2 in sorted(set(settings.l2), reverse=True):
         probe.fit(l2)
         accuracy = probe.accuracy(features_NF[held_N], label_N[held_N])
         if accuracy > best_accuracy:

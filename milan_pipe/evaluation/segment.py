@@ -51,14 +51,14 @@ def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
 
 
 def _rule_and_names(
-    train: MaskedImages, val: MaskedImages, config: SegmentSettings
+    train: MaskedImages, val: MaskedImages, settings: SegmentSettings
 ) -> tuple[MaskRule, tuple[str, ...]]:
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         raise MismatchError(
             f"TRAIN and VAL have different class lists: {train.where} {_described(train.classes)}, {val.where} "
             f"{_described(val.classes)}"
         )
-    given = config.classes if config.classes is not None else train.classes or val.classes
+    given = settings.classes if settings.classes is not None else train.classes or val.classes
     if given is None:
         raise SettingError(
             f"the classes of {train.where} are not known; set segment.classes to a file with their names, one a "
@@ -69,10 +69,10 @@ def _rule_and_names(
     names = tuple(f"class {number}" for number in range(given)) if isinstance(given, int) else given
     if len(names) < 2:
         raise SettingError(f"there is one class, {names[0]!r}; a segmentation needs two at least")
-    reduce = config.reduce_zero_label
+    reduce = settings.reduce_zero_label
     rule = MaskRule(
         classes=len(names),
-        ignore_index=config.ignore_index,
+        ignore_index=settings.ignore_index,
         zero_is_ignored=train.zero_is_ignored if reduce is None else reduce,
     )
     return rule, names

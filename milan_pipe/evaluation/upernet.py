@@ -109,8 +109,8 @@ def build_upernet(
     Raises:
         SettingError: the patch does not divide `segment.crop`, or there are no such blocks.
     """
-    config, weights = resized(backbone, settings.crop)
-    encoder = build_vit(config, num_classes=0, drop_path_rate=settings.drop_path)
+    student, weights = resized(backbone, settings.crop)
+    encoder = build_vit(student, num_classes=0, drop_path_rate=settings.drop_path)
     depth = len(encoder.blocks)
     chosen = default_blocks(depth) if settings.blocks is None else settings.blocks
     if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:
@@ -124,4 +124,4 @@ def build_upernet(
     encoder.blocks = encoder.blocks[: chosen[-1] + 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return config, UperNet(encoder, chosen, settings.channels, classes)
+        return student, UperNet(encoder, chosen, settings.channels, classes)

@@ -66,7 +66,7 @@ class RenderedSample:
     views: tuple[View, ...]
 
 
-def render_sample(sample: Sample, config: ViewSettings, size: int, clock: Clock) -> RenderedSample:
+def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Clock) -> RenderedSample:
     """Decode an image once and render its K views at `size` pixels.
 
     Raises:
@@ -75,10 +75,12 @@ def render_sample(sample: Sample, config: ViewSettings, size: int, clock: Clock)
     with clock.of("decode"):
         image = decode_image(sample.data)
     with clock.of("crop"):
-        views = tuple(draw_view(config, sample.key, index, image.height, image.width) for index in range(config.count))
+        views = tuple(
+            draw_view(settings, sample.key, index, image.height, image.width) for index in range(settings.count)
+        )
         rendered = [render_view(image, view, size) for view in views]
     with clock.of("jpeg"):
-        jpegs = tuple(encode_jpeg(pixels, config.jpeg_quality) for pixels in rendered)
+        jpegs = tuple(encode_jpeg(pixels, settings.jpeg_quality) for pixels in rendered)
         pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])
     return RenderedSample(key=sample.key, label=sample.label, jpegs=jpegs, pixels_KHWC=pixels_KHWC, views=views)
 

@@ -98,7 +98,7 @@ _Plan = tuple[list[_Job], ImageIndex]
 def prepare(
     source: str | Path,
     images: str | Path,
-    config: PrepareSettings,
+    settings: PrepareSettings,
     progress: Callable[[int, int], None] = lambda *_: None,
     *,
     workers: int | None = None,
@@ -128,7 +128,7 @@ def prepare(
         SettingError: `images` is a URL.
     """
     images = local_folder(images, "shards")
-    jobs, index = _plan_demo(config) if source == DEMO else _plan_folder(source, images, config)
+    jobs, index = _plan_demo(settings) if source == DEMO else _plan_folder(source, images, settings)
     try:
         begin_index(images, index.source)
         (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
@@ -161,21 +161,21 @@ def prepare(
 # --- planning -----------------------------------------------------------------------------------------------------
 
 
-def _plan_demo(config: PrepareSettings) -> _Plan:
+def _plan_demo(settings: PrepareSettings) -> _Plan:
     jobs = [
-        *_cut("train", range(config.train_scenes), config),
-        *_cut("test", range(TEST_SCENE_OFFSET, TEST_SCENE_OFFSET + config.test_scenes), config),
+        *_cut("train", range(settings.train_scenes), settings),
+        *_cut("test", range(TEST_SCENE_OFFSET, TEST_SCENE_OFFSET + settings.test_scenes), settings),
     ]
-    source = {"kind": DEMO, "seed": config.seed}
+    source = {"kind": DEMO, "seed": settings.seed}
     return jobs, ImageIndex(source=source, classes=SHAPES, mask_classes=MASK_CLASSES, shards=())
 
 
-def _cut(split: str, items: _Items, config: PrepareSettings) -> list[_Job]:
-    step = config.samples_per_shard
-    return [_Job(split, items[start : start + step], config.seed) for start in range(0, len(items), step)]
+def _cut(split: str, items: _Items, settings: PrepareSettings) -> list[_Job]:
+    step = settings.samples_per_shard
+    return [_Job(split, items[start : start + step], settings.seed) for start in range(0, len(items), step)]
 
 
-def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _Plan:
+def _plan_folder(source: str | Path, images: Path, settings: PrepareSettings) -> _Plan:
     root = Path(source)
     _check_source(source, images)
     files = [path.relative_to(root).parts for path in files_under(root, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)]
@@ -185,7 +185,7 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
     depth = 1 if splits else 0
     classes = sorted({file[depth] for file in files if len(file) > depth + 1})
     labels = {name: label for label, name in enumerate(classes)}
-    members: dict[str, list[_Image]] = {split: [] for split in splits or [config.split]}
+    members: dict[str, list[_Image]] = {split: [] for split in splits or [settings.split]}
     keys: set[str] = set()
     for file in files:
         image = _Image(
@@ -194,12 +194,12 @@ def _plan_folder(source: str | Path, images: Path, config: PrepareSettings) -> _
             key=_free_key(file, keys),
             label=labels[file[depth]] if len(file) > depth + 1 else -1,
         )
-        members[file[0] if splits else config.split].append(image)
+        members[file[0] if splits else settings.split].append(image)
         keys.add(image.key)
     described = {"kind": "folder", "path": _printable(root.as_posix())}
     names = tuple(map(_printable, classes)) or None
     return (
-        [job for split, inner in members.items() for job in _cut(split, tuple(inner), config)],
+        [job for split, inner in members.items() for job in _cut(split, tuple(inner), settings)],
         ImageIndex(source=described, classes=names, shards=()),
     )
 

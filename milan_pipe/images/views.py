@@ -30,11 +30,11 @@ class View:
     flip: bool
 
 
-def draw_view(config: ViewSettings, key: str, index: int, height: int, width: int) -> View:
-    """Draw view `index` of an image: a pure function of config, key, index and the image's size.
+def draw_view(settings: ViewSettings, key: str, index: int, height: int, width: int) -> View:
+    """Draw view `index` of an image: a pure function of settings, key, index and the image's size.
 
     Area is uniform over `scale`, width / height log-uniform over `ratio`, the position uniform; after ten crops that do
-    not fit, the largest centred crop within `ratio`. The flip does not depend on the size, nothing on `config.count`.
+    not fit, the largest centred crop within `ratio`. The flip does not depend on the size, nothing on `settings.count`.
 
     Args:
         key: the sample's key.
@@ -51,23 +51,23 @@ def draw_view(config: ViewSettings, key: str, index: int, height: int, width: in
         raise ShapeError(f"an image needs height and width of at least 1, found {height} x {width}")
     if not 0 <= index < 2**64:
         raise SettingError(f"a view index must be 0 to 2**64 - 1, found {index}")
-    digest = blake2b(config.seed.to_bytes(8, "little") + key.encode(), digest_size=16).digest()
+    digest = blake2b(settings.seed.to_bytes(8, "little") + key.encode(), digest_size=16).digest()
     draws = uniform(raw_bits([digest], _DRAWS, sequence=index)[0]).tolist()
-    flip = draws[0] < config.flip
-    low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    flip = draws[0] < settings.flip
+    low, high = math.log(settings.ratio[0]), math.log(settings.ratio[1])
     for attempt in range(_TRIES):
         u_area, u_ratio, u_top, u_left = draws[1 + 4 * attempt : 5 + 4 * attempt]
-        area = height * width * (config.scale[0] + u_area * (config.scale[1] - config.scale[0]))
+        area = height * width * (settings.scale[0] + u_area * (settings.scale[1] - settings.scale[0]))
         ratio = math.exp(low + u_ratio * (high - low))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = int(u_top * (height - crop_height + 1)), int(u_left * (width - crop_width + 1))
             return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
     crop_height, crop_width = height, width
-    if width / height < config.ratio[0]:
-        crop_height = min(height, max(1, round(width / config.ratio[0])))
-    elif width / height > config.ratio[1]:
-        crop_width = min(width, max(1, round(height * config.ratio[1])))
+    if width / height < settings.ratio[0]:
+        crop_height = min(height, max(1, round(width / settings.ratio[0])))
+    elif width / height > settings.ratio[1]:
+        crop_width = min(width, max(1, round(height * settings.ratio[1])))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
 

@@ -37,7 +37,7 @@ class ImportReport:
     parameters: int
 
 
-def _student_config(encoder: Any, where: Path) -> StudentSettings:
+def _student_settings(encoder: Any, where: Path) -> StudentSettings:
     patch, image = encoder.patch_embed.patch_size, encoder.patch_embed.img_size
     if patch[0] != patch[1] or image[0] != image[1]:
         raise MismatchError(
@@ -46,18 +46,18 @@ def _student_config(encoder: Any, where: Path) -> StudentSettings:
         )
     width, depth, heads = encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads
     model = _NAMES.get((width, depth, heads), "vit_base_patch16_224")
-    config = StudentSettings(
+    settings = StudentSettings(
         model=model, image_size=image[0], patch_size=patch[0], width=width, depth=depth, heads=heads
     )
-    if problems := mismatch(encoder.state_dict(), build_encoder(config).state_dict()):
+    if problems := mismatch(encoder.state_dict(), build_encoder(settings).state_dict()):
         raise MismatchError(
-            f"{where} is no ViT that timm's {config.model!r} can be: {problems}; an MLP 4 times the width and a "
+            f"{where} is no ViT that timm's {settings.model!r} can be: {problems}; an MLP 4 times the width and a "
             "query-key-value bias are expected"
         )
-    return config
+    return settings
 
 
-def _decoder_config(decoder: Any) -> DecoderSettings:
+def _decoder_settings(decoder: Any) -> DecoderSettings:
     width, depth = decoder.decoder_embed.out_features, len(decoder.decoder_blocks)
     attention = decoder.decoder_blocks[0].attn
     if isinstance(decoder, PromptingDecoder):
@@ -93,21 +93,21 @@ def import_published(
         raise StoreError(f"{folder} holds checkpoints ({present[-1].name}); name another folder")
     weights = read_weights(path)
     student = student_from_published(weights, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
-    encoder_config, decoder_config = _student_config(student.encoder, path), _decoder_config(student.decoder)
+    encoder_settings, decoder_settings = _student_settings(student.encoder, path), _decoder_settings(student.decoder)
     record = {
         "package_version": __version__,
         "epochs": None,
-        "student": encoder_config.model_dump(mode="json"),
+        "student": encoder_settings.model_dump(mode="json"),
         "teacher": None,
-        "settings": {"decoder": decoder_config.model_dump(mode="json")},
+        "settings": {"decoder": decoder_settings.model_dump(mode="json")},
         "source": {"file": path.name, "sha256": sha256_of_file(path)},
     }
     parts = {"student": student.encoder.state_dict(), "decoder": student.decoder.state_dict()}
     written = save_checkpoint(folder, 0, parts, record)
     return ImportReport(
         checkpoint=str(written),
-        student=encoder_config,
-        decoder=decoder_config,
+        student=encoder_settings,
+        decoder=decoder_settings,
         output_width=student.decoder.decoder_pred.out_features,
         parameters=sum(parameter.numel() for parameter in student.parameters()),
     )

@@ -43,22 +43,22 @@ class ExportReport:
 def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
     """A checkpoint's student, with its classifier where it was fine-tuned, described as timm describes models."""
     tuned = checkpoint.record.get("task") == "finetune"
-    config, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
+    settings, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
     # timm's own weights of that name have another tag, licence and origin.
     described: Any = model
     described.pretrained_cfg = described.default_cfg = {
-        "architecture": config.model,
+        "architecture": settings.model,
         "num_classes": model.num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "fixed_input_size": True,
-        "input_size": (3, config.image_size, config.image_size),
+        "input_size": (3, settings.image_size, settings.image_size),
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
         "crop_pct": checkpoint.record["crop"] if tuned else _CROP,
     }
-    return config, model
+    return settings, model
 
 
 def load_student(path: str | Path) -> VisionTransformer:
@@ -102,8 +102,8 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     """
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
-    config, encoder = _model_of(opened)
-    record, arguments = opened.record, timm_sizes(config)
+    settings, encoder = _model_of(opened)
+    record, arguments = opened.record, timm_sizes(settings)
     origin = {name: record.get(name) for name in ("step", "epochs", "package_version", "teacher")}
     described: dict[str, Any] = {"milan_pipe": origin}
     if encoder.num_classes:
@@ -132,7 +132,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     return ExportReport(
         folder=str(target),
         weights=str(target / _WEIGHTS_FILE),
-        model=config.model,
+        model=settings.model,
         model_args=arguments,
         parameters=sum(tensor.numel() for tensor in encoder.parameters()),
         step=int(record["step"]),

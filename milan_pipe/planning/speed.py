@@ -127,17 +127,17 @@ def run_student(params: Params, header: StoreHeader, batch: Batch) -> Speed:
     Raises:
         SettingError: there is no such student or device.
     """
-    config, device = params.pretrain, resolve_device(params.pretrain.device)
+    settings, device = params.pretrain, resolve_device(params.pretrain.device)
     objective = build_objective(header, params, device)
-    precision = resolve_precision(config.precision, device)
-    optimiser = build_adamw(objective.student, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    precision = resolve_precision(settings.precision, device)
+    optimiser = build_adamw(objective.student, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     stepper = Stepper(
         optimiser,
         objective,
-        split=lambda whole: whole.parts(config.accumulate),
+        split=lambda whole: whole.parts(settings.accumulate),
         device=device,
         precision=precision,
-        clip_grad=config.clip_grad,
+        clip_grad=settings.clip_grad,
     )
     return _measure(lambda _: stepper(batch, 0, 0.0), [len(batch.keys)], device, precision, 1, _MOST_BATCHES)
 

@@ -107,13 +107,13 @@ class EncodedSample:
     mean_cosine: float
 
 
-def encode_sample(sample: ImageSample, output: TeacherOutput, config: CodecSettings) -> EncodedSample:
+def encode_sample(sample: ImageSample, output: TeacherOutput, settings: CodecSettings) -> EncodedSample:
     """Encode the teacher's outputs for the sample, on the CPU; codec klt is fitted to them.
 
     Raises:
         DataError: a feature cannot be stored, or codec klt cannot reach its quality.
     """
-    codec = build_codec(config, output.features_BST)
+    codec = build_codec(settings, output.features_BST)
     code, scale = codec.encode(output.features_BST)
     batch = Batch(
         keys=tuple(image.key for image in sample.rendered),

@@ -117,17 +117,17 @@ def replay(
     batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})
     # Not compiled, so that it shows where a value went wrong.
     params = Params.parse({name: metadata[name] for name in _SECTIONS}, where)
-    config = params.pretrain
+    settings = params.pretrain
     objective = build_objective(StoreHeader.model_validate(metadata["header"]), params, chosen)
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)
     stepper = Stepper(
-        build_adamw(model, lr=0.0, betas=config.betas, weight_decay=0.0),
+        build_adamw(model, lr=0.0, betas=settings.betas, weight_decay=0.0),
         objective,
         split=lambda whole: whole.parts(1),
         device=chosen,
-        precision=precision or config.precision,
+        precision=precision or settings.precision,
     )
     by_key: dict[str, float] = {}
     for row, key in enumerate(keys):
@@ -139,7 +139,7 @@ def replay(
     return ReplayReport(
         step=metadata["step"],
         epoch=metadata["epoch"],
-        precision=precision or config.precision,
+        precision=precision or settings.precision,
         loss=float(result.loss),
         grad_norm=float(result.grad_norm),
         loss_by_key=dict(sorted(by_key.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)),

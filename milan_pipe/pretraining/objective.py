@@ -109,15 +109,15 @@ def build_objective(header: StoreHeader, params: Params, device: torch.device, t
     Raises:
         SettingError: there is no such student or decoder.
     """
-    config, patch_size = params.pretrain, _patch_size(params)
+    settings, patch_size = params.pretrain, _patch_size(params)
     widths = {"clip": header.teacher.width, "pixels": 3 * patch_size**2, "hog": hog_width(patch_size)}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(settings.seed)
         model = build_student(params.student, params.decoder, widths[params.target]).to(device)
-    model.checkpoint_activations(config.checkpoint_activations)
-    if config.compile:
+    model.checkpoint_activations(settings.checkpoint_activations)
+    if settings.compile:
         # What FSDP gathers one at a time is compiled one at a time.
-        for module in model.units() if config.parallel == "fsdp" else [model]:
+        for module in model.units() if settings.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
     return Objective(model, header, params, teach)
 

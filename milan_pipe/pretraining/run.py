@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from milan_pipe.background import Background
 from milan_pipe.config.command import command_of
 from milan_pipe.config.params import Params, stated_of
+from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError
@@ -58,6 +59,7 @@ class PretrainTask(Task[Batch]):
     """A student that learns from a target store."""
 
     name = None
+    settings: PretrainSettings
     advice = "lower pretrain.lr, or check the targets"
 
     def __init__(
@@ -69,21 +71,20 @@ class PretrainTask(Task[Batch]):
         teacher_for: Callable[[StoreHeader, torch.device], Teach] | None,
     ) -> None:
         precision = resolve_precision(params.pretrain.precision, ranks.device)
-        self.settings = self._config = params.pretrain.model_copy(update={"precision": precision})
-        self._params = params.model_copy(update={"pretrain": self._config})
+        self.settings = settings = params.pretrain.model_copy(update={"precision": precision})
+        self._params = params.model_copy(update={"pretrain": settings})
         self._run, self._reader, self._ranks, self._teacher_for = run, reader, ranks, teacher_for
-        config = self._config
-        if config.parallel == "fsdp" and precision == "float16":
+        if settings.parallel == "fsdp" and precision == "float16":
             raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
         self._plan = _plan_of(reader, params, ranks)
-        self.parallel = config.parallel
-        self.batch_size = config.batch_size
-        self._peak = config.lr * config.batch_size / 256
+        self.parallel = settings.parallel
+        self.batch_size = settings.batch_size
+        self._peak = settings.lr * settings.batch_size / 256
         self.steps_per_epoch = self._plan.steps
-        self.steps = self._plan.steps * config.epochs
+        self.steps = self._plan.steps * settings.epochs
         self.configuration = configuration_of(reader.header, self._plan.order.samples, self._params)
         self.record = {
-            "epochs": config.epochs,
+            "epochs": settings.epochs,
             "student": params.student.model_dump(mode="json"),
             "teacher": reader.header.teacher.model_dump(mode="json"),
             "settings": params.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
@@ -94,7 +95,7 @@ class PretrainTask(Task[Batch]):
     def build(self) -> None:
         params, device = self._params, self._ranks.device
         teach = None
-        if self._config.targets == "online":
+        if self.settings.targets == "online":
             if self._teacher_for is None or params.target != "clip":
                 found = f"pretrain.targets is 'online' with target {params.target!r}"
                 raise SettingError(f"{found}; it needs target 'clip' and, from Python, teacher_for")
@@ -104,16 +105,16 @@ class PretrainTask(Task[Batch]):
         self.model = student = self.objective.student
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         self._shown: Batch | None = None
-        if self._config.plot_every is not None:
+        if self.settings.plot_every is not None:
             samples = self._reader.samples(self._reader.shards[0])
             self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 
     def optimiser(self) -> torch.optim.Optimizer:
-        config = self._config
-        return build_adamw(self.model, lr=self._peak, betas=config.betas, weight_decay=config.weight_decay)
+        settings = self.settings
+        return build_adamw(self.model, lr=self._peak, betas=settings.betas, weight_decay=settings.weight_decay)
 
     def lr(self, step: int) -> float:
-        warmup = round(self._config.warmup_epochs * self.steps_per_epoch)
+        warmup = round(self.settings.warmup_epochs * self.steps_per_epoch)
         return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self._peak)
 
     def units(self) -> Iterable[nn.Module]:
@@ -122,20 +123,20 @@ class PretrainTask(Task[Batch]):
     def batches(self, first_step: int) -> Generator[Batch]:
         """This rank's part of every batch, read ahead across the borders of epochs: no epoch begins by waiting."""
         epoch, skip = divmod(first_step, self.steps_per_epoch)
-        with Loader(self._reader, self._plan, threads=self._config.threads, with_targets=self._with_targets) as loader:
-            later = map(loader.batches, range(epoch + 1, self._config.epochs))
+        with Loader(self._reader, self._plan, threads=self.settings.threads, with_targets=self._with_targets) as loader:
+            later = map(loader.batches, range(epoch + 1, self.settings.epochs))
             batches = chain(loader.batches(epoch, skip), chain.from_iterable(later))
             with closing(Background(batches, _AHEAD, "prefetch")) as ahead:
                 yield from ahead
 
     def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
         # The objective brings them to the device.
-        return batch.parts(self._config.accumulate)
+        return batch.parts(self.settings.accumulate)
 
     def after_step(self, step: int) -> Path | None:
         """Draw RUN/predictions/epoch-NNNN.png every few epochs, always of the same samples."""
         epoch, rest = divmod(step, self.steps_per_epoch)
-        batch, every = self._shown, self._config.plot_every
+        batch, every = self._shown, self.settings.plot_every
         if batch is None or every is None or rest or epoch % every:
             return None
         # On every rank, as each may hold shards of the student.
@@ -160,7 +161,7 @@ class PretrainTask(Task[Batch]):
         if self._ranks.first:
             epoch, skip = divmod(error.step - 1, self.steps_per_epoch)
             plan = self._plan.of_rank(0, 1)
-            with Loader(self._reader, plan, threads=self._config.threads, with_targets=True) as loader:
+            with Loader(self._reader, plan, threads=self.settings.threads, with_targets=True) as loader:
                 batch = next(loader.batches(epoch, skip))
             metadata = {"step": error.step, "epoch": epoch, "header": self._reader.header.model_dump(mode="json")}
             write_bad_batch(file, batch, met, {**metadata, **self.configuration})
@@ -169,27 +170,27 @@ class PretrainTask(Task[Batch]):
 
 
 def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
-    config = params.pretrain
-    if ranks.count > 1 and config.batch_size // ranks.count < config.accumulate:
-        wanted = f"{ranks.count} ranks with pretrain.accumulate={config.accumulate}"
-        least = ranks.count * config.accumulate
-        raise SettingError(f"pretrain.batch_size is {config.batch_size}: {wanted} need at least {least}")
-    if ranks.first and config.canonical_streams < ranks.count:
-        found = f"pretrain.canonical_streams is {config.canonical_streams} for {ranks.count} ranks"
+    settings = params.pretrain
+    if ranks.count > 1 and settings.batch_size // ranks.count < settings.accumulate:
+        wanted = f"{ranks.count} ranks with pretrain.accumulate={settings.accumulate}"
+        least = ranks.count * settings.accumulate
+        raise SettingError(f"pretrain.batch_size is {settings.batch_size}: {wanted} need at least {least}")
+    if ranks.first and settings.canonical_streams < ranks.count:
+        found = f"pretrain.canonical_streams is {settings.canonical_streams} for {ranks.count} ranks"
         todo = f"some read what others use; set it to a multiple of {ranks.count} for a new run"
         warnings.warn(f"{found}: {todo}", RuntimeWarning, stacklevel=2)
     order = EpochOrder(
         samples=tuple(reader.samples(shard) for shard in reader.shards),
         views=reader.header.views.count,
         block=BLOCK_SAMPLES,
-        shuffle_blocks=config.shuffle_blocks,
-        seed=config.seed,
+        shuffle_blocks=settings.shuffle_blocks,
+        seed=settings.seed,
     )
-    batches_per_epoch(sum(order.samples), config.batch_size)
+    batches_per_epoch(sum(order.samples), settings.batch_size)
     return BatchPlan(
         order=order,
-        batch_size=config.batch_size,
-        canonical_streams=config.canonical_streams,
+        batch_size=settings.batch_size,
+        canonical_streams=settings.canonical_streams,
         rank=ranks.rank,
         ranks=ranks.count,
     )

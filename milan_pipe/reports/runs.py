@@ -81,8 +81,8 @@ def _report_of(folder: Path) -> dict[str, Any]:
 
 def _identity(checkpoint: Checkpoint, task: str) -> str:
     if task == PRETRAIN:
-        config, encoder = student_of(checkpoint)
-        return Backbone(name=str(checkpoint.path), config=config, weights=encoder.state_dict()).digest()
+        settings, encoder = student_of(checkpoint)
+        return Backbone(name=str(checkpoint.path), settings=settings, weights=encoder.state_dict()).digest()
     try:
         return str(checkpoint.record["configuration"]["student"]["weights"])
     except (KeyError, TypeError) as error:

@@ -190,10 +190,10 @@ class PlainDecoder(Decoder):
 
 
 def build_decoder(
-    config: DecoderSettings, encoder_width: int, grid: Grid, output_width: int
+    settings: DecoderSettings, encoder_width: int, grid: Grid, output_width: int
 ) -> PromptingDecoder | PlainDecoder:
     """Build the decoder of the settings; the other arguments and errors are those of `Decoder`."""
-    kind = PromptingDecoder if config.kind == "prompting" else PlainDecoder
+    kind = PromptingDecoder if settings.kind == "prompting" else PlainDecoder
     return kind(
-        encoder_width=encoder_width, grid=grid, output_width=output_width, **config.model_dump(exclude={"kind"})
+        encoder_width=encoder_width, grid=grid, output_width=output_width, **settings.model_dump(exclude={"kind"})
     )

@@ -37,7 +37,7 @@ def grid_of(settings: StudentSettings) -> Grid:
     return settings.image_size // height, settings.image_size // width
 
 
-def build_encoder(config: StudentSettings) -> VisionTransformer:
+def build_encoder(settings: StudentSettings) -> VisionTransformer:
     """Build the timm ViT without a classifier, ready for pretraining from scratch.
 
     Its `state_dict` loads with `strict=True` in the timm model of the same name and sizes. Weights are drawn as MAE
@@ -49,11 +49,11 @@ def build_encoder(config: StudentSettings) -> VisionTransformer:
 
     Source: initialisation and position embedding: arXiv 2111.06377, section 4 and appendix A.1.
     """
-    grid = grid_of(config)
-    heads, width = config.heads, config.width
-    sizes = {"patch_size": config.patch_size, "embed_dim": width, "depth": config.depth, "num_heads": heads}
+    grid = grid_of(settings)
+    heads, width = settings.heads, settings.width
+    sizes = {"patch_size": settings.patch_size, "embed_dim": width, "depth": settings.depth, "num_heads": heads}
     given = {name: value for name, value in sizes.items() if value is not None}
-    encoder = _create(config.model, img_size=config.image_size, **given)
+    encoder = _create(settings.model, img_size=settings.image_size, **given)
     set_fixed_positions(encoder, grid)
     init_like_mae(encoder)
     return encoder

@@ -112,21 +112,21 @@ class Int8Codec:
 _UNFITTED: dict[str, Callable[[int], Codec]] = {"int8": Int8Codec, "float16": Float16Codec}
 
 
-def build_codec(config: CodecSettings, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
+def build_codec(settings: CodecSettings, features: Tensor | Iterable[Tensor] | None = None) -> Codec:
     """The codec that a configuration names, for a store that begins; one that goes on has its codec in its header.
 
     Args:
-        features: (P, S, T) of `config.fit_samples` images, or batches of them; codec `klt` is fitted to them, the
+        features: (P, S, T) of `settings.fit_samples` images, or batches of them; codec `klt` is fitted to them, the
             others need none.
 
     Raises:
         DataError: codec `klt` cannot be fitted.
     """
-    if config.name in _UNFITTED:
-        return _UNFITTED[config.name](config.zstd_level)
+    if settings.name in _UNFITTED:
+        return _UNFITTED[settings.name](settings.zstd_level)
     if features is None:
         raise DataError("codec klt is fitted to features, found none; give some, or use codec int8 or float16")
-    return fit_klt(features, config.quality, config.zstd_level)
+    return fit_klt(features, settings.quality, settings.zstd_level)
 
 
 # Shards are opened one by one, and a large basis takes a while to be unpacked.

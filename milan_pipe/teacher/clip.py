@@ -140,7 +140,7 @@ def _resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def load_teacher(
-    config: TeacherSettings, device: str | torch.device = "cpu", *, grid: tuple[int, int] | None = None
+    settings: TeacherSettings, device: str | torch.device = "cpu", *, grid: tuple[int, int] | None = None
 ) -> Teacher:
     """Load a frozen teacher.
 
@@ -152,41 +152,41 @@ def load_teacher(
         SettingError, MissingError, DataError: as `find_source`; the tower cannot serve, or a size does not fit it.
         MismatchError: a checkpoint of another model.
     """
-    source = find_source(config.model, config.pretrained)
+    source = find_source(settings.model, settings.pretrained)
     visual = _build_tower(source)
-    family = family_of(visual, config.model)
+    family = family_of(visual, settings.model)
     if source.checkpoint is not None:
-        load_tower_weights(visual, source.checkpoint(), config.model)
+        load_tower_weights(visual, source.checkpoint(), settings.model)
     # Over the weights as trained: the same teacher at another input size keeps its identity.
     digest = weights_sha256(visual)
-    side = choose_input_size(family.sizes(visual), config.model, config.image_size, grid)
+    side = choose_input_size(family.sizes(visual), settings.model, settings.image_size, grid)
     if family.sizes(visual).image_size != (side, side):
         family.resize(visual, side)
     sizes = family.sizes(visual)
     info = TeacherInfo(
-        **config.header_fields(),
+        **settings.header_fields(),
         weights_sha256=digest,
-        normalization=config.normalization,
-        precision=_resolve_precision(config.precision, torch.device(device)),
+        normalization=settings.normalization,
+        precision=_resolve_precision(settings.precision, torch.device(device)),
         image_size=side,
         grid=sizes.grid,
         width=sizes.width,
     )
-    return Teacher(visual, family, info, normalization_of(config.normalization, source, visual)).to(device)
+    return Teacher(visual, family, info, normalization_of(settings.normalization, source, visual)).to(device)
 
 
 def load_teacher_of(
-    header: StoreHeader, config: TeacherSettings | None, device: str | torch.device, where: object
+    header: StoreHeader, settings: TeacherSettings | None, device: str | torch.device, where: object
 ) -> Teacher:
-    """Load the teacher that wrote a store, with the store's grid; without `config`, by the store's header.
+    """Load the teacher that wrote a store, with the store's grid; without `settings`, by the store's header.
 
     Raises:
         SettingError, MissingError, DataError: as `load_teacher`.
         MismatchError: it is not the one that wrote the store; `where` names the store.
     """
-    if config is None:
+    if settings is None:
         stored = header.teacher.model_dump(include=set(TeacherSettings.model_fields))
-        config = TeacherSettings.parse(stored, f"{where}, teacher")
-    teacher = load_teacher(config, device, grid=header.teacher.grid)
+        settings = TeacherSettings.parse(stored, f"{where}, teacher")
+    teacher = load_teacher(settings, device, grid=header.teacher.grid)
     require_same_header(header, header.model_copy(update={"teacher": teacher.info}), where)
     return teacher

@@ -125,59 +125,62 @@ def zero_shot_accuracy(model: CLIP, images: NDArray[np.uint8], labels: list[int]
     return int((logits.argmax(dim=1) == torch.tensor(labels)).sum()) / len(images)
 
 
-def _optimisers(model: CLIP, config: DemoTeacherSettings) -> list[torch.optim.Optimizer]:
-    decay, inside = config.weight_decay, {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2}
+def _optimisers(model: CLIP, settings: DemoTeacherSettings) -> list[torch.optim.Optimizer]:
+    decay, inside = (
+        settings.weight_decay,
+        {n: p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2},
+    )
     outside = [p for n, p in model.named_parameters() if n not in inside]
     groups = [
         {"params": [p for p in outside if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in outside if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(list(inside.values()), lr=config.muon_lr, weight_decay=decay, momentum=0.95),
-        torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98)),
+        torch.optim.Muon(list(inside.values()), lr=settings.muon_lr, weight_decay=decay, momentum=0.95),
+        torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)),
     ]
 
 
-def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, float]:
+def train_demo_teacher(out_dir: Path, settings: DemoTeacherSettings) -> dict[str, float]:
     """Train the scenes' CLIP and write its weights, both towers, to `out_dir`.
 
     Returns:
         zero-shot accuracy on unseen scenes, images seen, seconds.
     """
     began = time.monotonic()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(settings.seed)
     model = CLIP(**json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
-    images, captions, _ = _render(config.seed, config.scenes)
-    test_images, _, test_labels = _render(config.seed + 1, config.test_scenes)
+    images, captions, _ = _render(settings.seed, settings.scenes)
+    test_images, _, test_labels = _render(settings.seed + 1, settings.test_scenes)
     full_ids = tokenize(captions)
-    logger.info("rendered %d scenes in %.0f s", config.scenes, time.monotonic() - began)
+    logger.info("rendered %d scenes in %.0f s", settings.scenes, time.monotonic() - began)
 
     def towers(pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             return model.encode_image(pixels), model.encode_text(ids)
 
-    forward = torch.compile(towers) if config.compile else towers
-    optimisers = _optimisers(model, config)
+    forward = torch.compile(towers) if settings.compile else towers
+    optimisers = _optimisers(model, settings)
 
     def factor(done: int) -> float:
         step = done + 1
-        warm = min(1.0, step / max(config.warmup_steps, 1))
-        return warm * min(1.0, (config.steps - step + 1) / (config.decay_share * config.steps))
+        warm = min(1.0, step / max(settings.warmup_steps, 1))
+        return warm * min(1.0, (settings.steps - step + 1) / (settings.decay_share * settings.steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in optimisers]
-    rng = np.random.default_rng(config.seed)
-    order = rng.permutation(config.scenes)
+    rng = np.random.default_rng(settings.seed)
+    order = rng.permutation(settings.scenes)
     position = 0
     out_dir.mkdir(parents=True, exist_ok=True)
     accuracy = 0.0
-    for step in range(1, config.steps + 1):
-        if position + config.batch_size > config.scenes:
-            order, position = rng.permutation(config.scenes), 0
-        rows = np.sort(order[position : position + config.batch_size])
-        position += config.batch_size
-        keep = rng.random((len(rows), 3)) < config.keep_word
+    for step in range(1, settings.steps + 1):
+        if position + settings.batch_size > settings.scenes:
+            order, position = rng.permutation(settings.scenes), 0
+        rows = np.sort(order[position : position + settings.batch_size])
+        position += settings.batch_size
+        keep = rng.random((len(rows), 3)) < settings.keep_word
         short_ids = tokenize([shorten_caption(captions[r], tuple(k)) for r, k in zip(rows, keep, strict=True)])
-        image, text = forward(_augmented(images[rows], config.shift, rng), short_ids)
+        image, text = forward(_augmented(images[rows], settings.shift, rng), short_ids)
         match = caption_matches(short_ids, full_ids[rows])
         loss = contrastive_loss(image.float(), text.float(), model.logit_scale.exp(), match)
         model.zero_grad()
@@ -187,11 +190,11 @@ def train_demo_teacher(out_dir: Path, config: DemoTeacherSettings) -> dict[str, 
             schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(100)))
-        if step % config.evaluate_every == 0 or step == config.steps:
+        if step % settings.evaluate_every == 0 or step == settings.steps:
             accuracy = zero_shot_accuracy(model, test_images, test_labels)
-            rate = step * config.batch_size / (time.monotonic() - began)
+            rate = step * settings.batch_size / (time.monotonic() - began)
             scores = f"loss {loss.item():.3f}  zero-shot {100 * accuracy:.2f} %  {rate:.0f} images/s"
-            logger.info("step %d of %d  %s", step, config.steps, scores)
+            logger.info("step %d of %d  %s", step, settings.steps, scores)
             write_weights(model.state_dict(), out_dir / WEIGHTS_NAME)
-    seen, seconds = float(config.steps * config.batch_size), time.monotonic() - began
+    seen, seconds = float(settings.steps * settings.batch_size), time.monotonic() - began
     return {"zero_shot_accuracy": accuracy, "images_seen": seen, "seconds": seconds}
