@@ -141,7 +141,7 @@ class Targets:
         """
         count = len(self)
         if not -count <= number < count:
-            raise IndexError(f"{self.store.location} has no sample {number}; it has {count}")
+            raise IndexError(f"{self.store.location} has no sample {number}; it has samples 0 to {count - 1}")
         number %= count
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
@@ -216,7 +216,7 @@ class TargetDataset(Dataset[Any]):
         self, targets: Targets, *, view: int | None, seed: int, transform: Callable[[Target], Any] | None
     ) -> None:
         if view is not None and not 0 <= view < targets.views:
-            raise SettingError(f"view {view}: {targets.store.location} has views 0 to {targets.views - 1}")
+            raise SettingError(f"view is {view}; {targets.store.location} has views 0 to {targets.views - 1}")
         self.targets = targets
         self._view = view
         self._transform = transform

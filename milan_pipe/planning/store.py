@@ -92,7 +92,8 @@ def sample_images(
         on_progress(len(rendered))
     if not rendered:
         first, others = f"; the first: {bad[0][0]}: {bad[0][1]}" if bad else "", min(most, len(shards)) - 1
-        raise DataError(f"{shards[0]} and {others} other shards have no readable image to measure with{first}")
+        looked_at = f"{shards[0]} and {others} more of {len(shards)} shards have" if others else f"{shards[0]} has"
+        raise DataError(f"{looked_at} no readable image to measure with{first}")
     seconds = clock.take()
     each_view = seconds["decode"] / views.count + seconds["crop"] + seconds["jpeg"]
     return ImageSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from milan_pipe.errors import SettingError
 from milan_pipe.loader.order import BatchPlan, Block, CanonicalStream, EpochOrder, batches_per_epoch
 from milan_pipe.random_bits import permutation
 
@@ -176,19 +175,8 @@ def test_two_epochs_put_different_blocks_into_one_group() -> None:
     assert groups[0] != groups[1] != groups[2]
 
 
-@pytest.mark.parametrize(
-    "change", [{"samples": ()}, {"samples": (0, 0)}, {"views": 0}, {"block": 0}, {"shuffle_blocks": 0}], ids=str
-)
-def test_an_order_of_nothing_is_refused(change: dict[str, object]) -> None:
-    good: dict[str, object] = {"samples": (3,), "views": 1, "block": 1, "shuffle_blocks": 1, "seed": 0}
-    with pytest.raises(SettingError, match="at least 1"):
-        EpochOrder(**{**good, **change})  # type: ignore[arg-type]
-
-
-def test_whole_batches_are_counted_and_a_batch_above_the_data_is_refused() -> None:
+def test_whole_batches_are_counted() -> None:
     assert [batches_per_epoch(samples, 16) for samples in (16, 31, 32)] == [1, 1, 2]
-    with pytest.raises(SettingError, match=r"15 samples.*batch of 16"):
-        batches_per_epoch(15, 16)
 
 
 def taken(plan: BatchPlan, epoch: int) -> list[list[tuple[int, int]]]:
@@ -254,10 +242,3 @@ def test_canonical_streams_mix_as_far_as_one_does(canonical_streams: int) -> Non
     shards = [len({shard for shard, _ in batch}) for batch in batches]
     # 16 blocks of 320 in the air: of 16 shards, drawn 16 times, 1 - (15/16)^16 = 64 % are met, 10.3.
     assert 9 < sum(shards) / len(shards) < 12
-
-
-@pytest.mark.parametrize("change", [{"ranks": 5}, {"rank": 2}, {"rank": -1}, {"canonical_streams": 0}])
-def test_a_plan_that_cannot_be_shared_is_refused(change: dict[str, int]) -> None:
-    order = EpochOrder(samples=(9,), views=1, block=4, shuffle_blocks=1, seed=0)
-    with pytest.raises(SettingError, match="over all ranks"):
-        BatchPlan(**{"order": order, "batch_size": 4, "ranks": 2, **change})  # type: ignore[arg-type]
