@@ -151,7 +151,6 @@ def stepper_of(job: Job, header: Any, teach: Any, compiled: bool) -> Stepper[Bat
         split=lambda batch: batch.parts(1),
         device=job.device,
         precision="bfloat16",
-        clip_grad=None,
     )
 
 

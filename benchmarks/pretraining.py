@@ -133,7 +133,6 @@ def step_of(objective: Objective, device: torch.device, precision: Any) -> Calla
         split=lambda batch: batch.parts(1),
         device=device,
         precision=precision,
-        clip_grad=None,
     )
     return lambda batch: float(stepper(batch, 0, 1e-4).loss)
 

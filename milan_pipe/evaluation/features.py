@@ -21,7 +21,7 @@ from milan_pipe.config.evaluation import EmbedSettings, Pool
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
-from milan_pipe.images.labelled import is_class_folder, labelled_images
+from milan_pipe.images.labelled import is_class_folder, labelled_images, no_label
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.encoder import encode_all
@@ -215,8 +215,5 @@ def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
     for shard in expand_shards(images):
         for sample in read_shard(shard, on_bad):
             if sample.label < 0:
-                raise DataError(
-                    f"shard {shard}: image {sample.key!r} has no label; put images into one folder per class and "
-                    "run `milan-pipe prepare`, or add a .cls member with the class index"
-                )
+                raise no_label(shard, sample.key)
             yield sample

@@ -136,10 +136,7 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
     for shard in shards:
         for at in read_shard(shard, on_bad, locate=True):
             if at.label < 0:
-                raise DataError(
-                    f"shard {shard}: image {at.key!r} has no label; put images into one folder per class and run "
-                    "`milan-pipe prepare`, or add a .cls member with the class index"
-                )
+                raise no_label(shard, at.key)
             located.append((shard, at))
     if not located:
         raise DataError(f"none of the images of {where} can be used; prepare the shards again")
@@ -152,6 +149,14 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
         classes=index.classes if (index := index_beside(shards)) else None,
         fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located], labels),
         read=partial(nth_span, [(shard, at.image) for shard, at in located]),
+    )
+
+
+def no_label(shard: ShardFile, key: str) -> DataError:
+    """The error of an image without a label."""
+    return DataError(
+        f"shard {shard}: image {key!r} has no label; put images into one folder per class and run `milan-pipe prepare`, "
+        "or add a .cls member with the class index"
     )
 
 

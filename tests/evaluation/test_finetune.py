@@ -136,7 +136,6 @@ def test_the_step_multiplies_the_rate_with_the_scale() -> None:
         split=lambda _: [(None, 1.0)],
         device=torch.device("cpu"),
         precision="float32",
-        clip_grad=None,
     )
     stepper(None, 0, 0.1)
     moved = [old - layer.weight.item() for old, layer in zip(before, layers, strict=True)]
