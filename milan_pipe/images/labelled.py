@@ -155,8 +155,8 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
 def no_label(shard: ShardFile, key: str) -> DataError:
     """The error of an image without a label."""
     return DataError(
-        f"shard {shard}: image {key!r} has no label; put images into one folder per class and run `milan-pipe prepare`, "
-        "or add a .cls member with the class index"
+        f"shard {shard}: image {key!r} has no label; put images into one folder per class and run "
+        "`milan-pipe prepare`, or add a .cls member with the class index"
     )
 
 
