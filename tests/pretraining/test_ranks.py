@@ -21,7 +21,7 @@ from support.targets import header, random_blocks, write_blocks, write_store
 from milan_pipe.api import replay
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
-SAMPLES, BATCH = [150, 90, 41], 17  # of two ranks one has a sample more
+SAMPLES, BATCH = [130, 60, 21], 17  # of two ranks one has a sample more
 HEAD = header(format="zarr", shards=len(SAMPLES))
 SIDE = HEAD.views.size // HEAD.teacher.grid[0]
 SETTINGS: dict[str, Any] = {
@@ -116,13 +116,15 @@ def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_have_the_losses_of_one(alone: Path, pair: Path) -> None:
     assert len(curve(alone)) == 3 * (sum(SAMPLES) // BATCH)
-    assert len(set(curve(alone))) > 40
+    assert len(set(curve(alone))) > 30
     assert_close(pair, alone)
 
 
-def test_a_sharded_student_has_them_too(store: Path, alone: Path, tmp_path: Path) -> None:
-    go(store, tmp_path / "run", 2, parallel="fsdp", clip_grad=1e9, accumulate=2, checkpoint_every=20)
-    assert_close(tmp_path / "run", alone)
+def test_a_sharded_student_has_them_too(store: Path, tmp_path: Path) -> None:
+    # One epoch: a sharded step takes 0.2 s.
+    go(store, tmp_path / "alone", 1, epochs=1)
+    go(store, tmp_path / "run", 2, epochs=1, parallel="fsdp", clip_grad=1e9, accumulate=2, checkpoint_every=5)
+    assert_close(tmp_path / "run", tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -221,9 +223,7 @@ def test_a_batch_that_is_not_finite_is_kept_whole_by_the_first_rank(tmp_path: Pa
     ],
 )
 def test_a_mistake_is_reported_once(store: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    # As a user starts it, ranks too.
-    words = command(store, tmp_path / "run", 2, **change)
-    process = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = start(command(store, tmp_path / "run", 2, **change), tmp_path)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == 1, stderr

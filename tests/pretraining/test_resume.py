@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -312,7 +310,7 @@ def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]
 
 
 def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
-    epochs = 10 * kills
+    epochs = 5 * kills
     draw = random.Random(kills)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = command(store, head, folder / "run", epochs)
@@ -383,21 +381,20 @@ def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeade
     assert len(steps) == len(set(steps))
 
 
-def take_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+IN_TERMINAL = """
+import fcntl, runpy, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("milan_pipe", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_a_closed_terminal_leaves_a_checkpoint(store: Path, head: StoreHeader, tmp_path: Path) -> None:
-    words = [*command(store, head, tmp_path / "run", 2000), "--set", "pretrain.checkpoint_every=100000"]
+    given = command(store, head, tmp_path / "run", 2000)[3:]
+    words = [sys.executable, "-c", IN_TERMINAL, *given]
+    words += ["--set", "pretrain.checkpoint_every=100000", "--set", "pretrain.log_every=1"]
     window, terminal = os.openpty()
-    with subprocess.Popen(
-        words,
-        cwd=tmp_path,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=take_terminal,
+    with processes.Popen(
+        words, cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
     ) as process:
         os.close(terminal)
         curve_file = tmp_path / "run" / "metrics" / "plots" / "metrics" / "train" / "loss.tsv"
