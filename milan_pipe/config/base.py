@@ -49,7 +49,10 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join([where, *(str(part) for part in first["loc"])])
+            keys = ".".join(str(part) for part in first["loc"])
+            # `where` ends with a section, or is all the settings.
+            name = f"{where}{'.' if ', ' in where else ', '}{keys}" if keys else where
             # The message of a rule over several fields quotes what it found; its input is the whole section.
             found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-            raise SettingError(f"{name}: {first['msg'].removeprefix('Value error, ')}{found}") from None
+            said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            raise SettingError(f"{name}: {said}{found}") from None

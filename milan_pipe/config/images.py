@@ -36,7 +36,9 @@ class ViewSettings(Settings):
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be two numbers with 0 < least <= greatest <= 1, found {self.scale}")
+            raise ValueError(
+                f"scale is the least and the greatest share of the area, above 0 and at most 1, found {self.scale}"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise ValueError(f"ratio must be two numbers with 0 < least <= greatest, found {self.ratio}")
+            raise ValueError(f"ratio is the least and the greatest width / height, above 0, found {self.ratio}")
         return self

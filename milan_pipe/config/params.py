@@ -65,6 +65,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError(f"params file {path} is not there") from None
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        problem = str(error.problem).replace("<", "").replace(">", "")
+        raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
