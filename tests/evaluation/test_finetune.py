@@ -323,7 +323,7 @@ def test_bfloat16_and_a_larger_input_run(shards: Path, tmp_path: Path) -> None:
 COMMAND = [sys.executable, "-m", "milan_pipe", "finetune", "random"]
 SETTINGS = {
     **{f"student.{name}": value for name, value in TINY.model_dump(exclude={"model"}).items()},
-    "finetune.epochs": 30,
+    "finetune.epochs": 12,
     "finetune.batch_size": 16,
     "finetune.drop_path": 0.2,
     "finetune.log_every": 1,
@@ -345,16 +345,24 @@ def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+FEW_FILES = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+runpy.run_module("milan_pipe", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_few_file_descriptors_are_enough(shards: Path, tmp_path: Path) -> None:
     """Eight workers with batches of 256 must run where 1,024 descriptors are allowed, most systems' default.
 
     Here in proportion: 2 workers read 4 batches each ahead, 240 images of which every one would take a descriptor.
     A batch takes two, and the process itself some 40.
     """
-    words = [*command(shards, tmp_path / "run"), "--set", "finetune.batch_size=30", "--set", "finetune.epochs=4"]
-    limited = ["bash", "-c", 'ulimit -n 96; exec "$@"', "-", *words, "--set", "finetune.workers=2"]
+    few = ["finetune.batch_size=30", "finetune.epochs=4", "finetune.workers=2"]
+    given = command(shards, tmp_path / "run")[3:] + [word for setting in few for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = processes.run(limited, capture_output=True, text=True, env=environment)
+    words = [sys.executable, "-c", FEW_FILES, *given]
+    done = processes.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert open_checkpoint(tmp_path / "run").record["finished"] is True
 

@@ -389,8 +389,8 @@ def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     ]
     given_ = {
         **{f"student.{name}": value for name, value in TINY.model_dump(exclude={"model"}).items()},
-        **{"segment.steps": 60, "segment.batch_size": 8, "segment.channels": 8, "segment.classes": 2},
-        **{"segment.checkpoint_every": 3, "segment.eval_every": 20, "segment.log_every": 1},
+        **{"segment.steps": 24, "segment.batch_size": 8, "segment.channels": 8, "segment.classes": 2},
+        **{"segment.checkpoint_every": 3, "segment.eval_every": 8, "segment.log_every": 1},
     }
     settings_ = [word for name, value in given_.items() for word in ("--set", f"{name}={value}")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

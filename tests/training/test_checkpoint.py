@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import processes
 from support.checkpoints import change_record
 from torch import Tensor
 
@@ -250,9 +251,7 @@ for left in (0, 1):
 
 def test_too_many_open_files_are_not_damage(tmp_path: Path) -> None:
     folder = save(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_FILES, str(folder)], capture_output=True, text=True, check=False
-    )
+    done = processes.run([sys.executable, "-c", OUT_OF_FILES, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from support import processes
 
 READ = """
 import resource, sys
@@ -56,7 +56,7 @@ def test_every_reader_says_what_ran_out(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "loss.tsv").write_text("step\tloss\n1\t2\n")
     words = [sys.executable, "-c", READ, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = processes.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert list(errors) == ["weights", "torch", "features", "bad batch", "metrics", "student"]
