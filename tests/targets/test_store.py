@@ -39,9 +39,26 @@ from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.tar_store import CodePacker
 
 CODECS = [(codec, level) for codec in ("int8", "float16", "klt") for level in (0, 1)]
+FORMATS = ("zarr", "webdataset")
+# Codecs have nothing to do with where a store lies: a bucket has one with scales and one without.
+LOCATIONS_OF_CODECS = [
+    *(("local", store_format, *codec) for store_format in FORMATS for codec in CODECS),
+    ("s3", "zarr", "float16", 0),
+    ("s3", "webdataset", "int8", 1),
+]
+# Of every kind of array and of both ways to lay it down; `test_what_goes_in_comes_out` has all of them.
+FEW_CODECS = [("int8", 0), ("float16", 1), ("klt", 1)]
+LOCATIONS_OF_ZEROS = [
+    *(("local", name, codec, level) for name in FORMATS for codec in ("int8", "float16") for level in (0, 1)),
+    ("s3", "zarr", "int8", 1),
+    ("s3", "webdataset", "float16", 0),
+]
 
 
-@pytest.fixture(params=["zarr", "webdataset"])
+INDIRECT = ["where", "store_format"]
+
+
+@pytest.fixture(params=FORMATS)
 def store_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -65,7 +82,7 @@ def zeros(block: TargetBlock) -> TargetBlock:
 class TestContract:
     """What every format promises wherever it lies."""
 
-    @pytest.mark.parametrize(("codec", "level"), CODECS)
+    @pytest.mark.parametrize(("where", "store_format", "codec", "level"), LOCATIONS_OF_CODECS, indirect=INDIRECT)
     def test_what_goes_in_comes_out(self, where: str, store_format: str, codec: str, level: int) -> None:
         head = header(codec, format=store_format, zstd_level=level, shards=2)
         written = write_store(where, head, [131, 1])
@@ -78,9 +95,9 @@ class TestContract:
                 assert differences(store.read("000000", view, start, stop), runs[view], start, stop) == []
 
     def test_many_blocks_and_one_view(self, where: str, store_format: str) -> None:
-        written = write_store(where, header(format=store_format, views=1), [385])
+        written = write_store(where, header(format=store_format, views=1), [257])
         store, run = open_targets(where), joined(written["000000"], 0)
-        for start, stop in ((0, 385), (100, 300), (255, 257), (256, 384), (384, 385), (383, 385)):
+        for start, stop in ((0, 257), (100, 240), (127, 129), (128, 256), (256, 257), (255, 257)):
             assert differences(store.read("000000", 0, start, stop), run, start, stop) == []
 
     def test_keys_of_any_kind(self, where: str, store_format: str) -> None:
@@ -89,20 +106,19 @@ class TestContract:
         written = write_blocks(where, head, [random_blocks(head, len(keys), keys=keys)])
         check_store(open_targets(where), written)
 
-    @pytest.mark.parametrize("codec", ["int8", "float16"])
-    @pytest.mark.parametrize("level", [0, 1])
+    @pytest.mark.parametrize(("where", "store_format", "codec", "level"), LOCATIONS_OF_ZEROS, indirect=INDIRECT)
     def test_zeros_are_not_taken_for_lost_chunks(self, where: str, store_format: str, codec: str, level: int) -> None:
         head = header(codec, format=store_format, zstd_level=level)
         written = write_blocks(where, head, [[zeros(block) for block in random_blocks(head, 130)]])
         check_store(open_targets(where), written)
 
-    def test_the_same_bytes_each_time(self, where: str, store_format: str) -> None:
+    def test_the_same_bytes_each_time(self, where: str, store_format: str, tmp_path: Path) -> None:
         """Many inner chunks a block: threads that race for the place in a shard would show."""
         head = header(format=store_format, width=1500)
         trees = []
-        for number in range(3):
-            write_store(f"{where}/{number}", head, [130])
-            trees.append(tree(f"{where}/{number}"))
+        for number, folder in enumerate([tmp_path, tmp_path, where]):
+            write_store(f"{folder}/{number}", head, [130])
+            trees.append(tree(f"{folder}/{number}"))
         for other in trees[1:]:
             assert other.keys() == trees[0].keys()
             assert [path for path in other if other[path] != trees[0][path]] == []
@@ -115,7 +131,7 @@ class TestContract:
         half = writer.open_shard("000001")
         half.append(random_blocks(head, 128, 9)[0])
         assert list(writer.committed()) == ["000000"]
-        with pytest.warns(RuntimeWarning, match="1 of 2 shards"):
+        with pytest.warns(RuntimeWarning, match="1 of 2"):
             check_store(open_targets(f"{where}/t"), {"000000": written["000000"]})
         again = TargetStoreWriter(f"{where}/t", head)
         commit(again, "000001", written["000001"])
@@ -146,58 +162,57 @@ class TestContract:
             assert record.source == source(samples, f"train-{name}.tar", [("worse", "damaged")])
             own = {path.partition("/")[2]: len(data) for path, data in files.items() if path.startswith(f"{name}/")}
             assert {path: file.bytes for path, file in record.files.items()} == own
-        told = {name: (s["samples"], s["bad"]) for name, s in json.loads(files["manifest.json"])["shards"].items()}
-        assert told == {"000000": (130, 1), "000001": (5, 1)}
+        summary = json.loads(files["manifest.json"])["shards"]
+        assert {name: (s["samples"], s["bad"]) for name, s in summary.items()} == {"000000": (130, 1), "000001": (5, 1)}
         assert [json.loads(line) for line in files["bad_samples.jsonl"].splitlines()] == [
             {"shard": name, "source": f"train-{name}.tar", "key": "worse", "reason": "damaged"} for name in committed
         ]
 
-    @pytest.mark.parametrize(
-        ("shard", "view", "start", "stop"),
-        [("000000", 2, 0, 1), ("000000", -1, 0, 1), ("000000", 0, 3, 3), ("000000", 0, 0, 6), ("x", 0, 0, 1)],
-    )
-    def test_reads_of_what_is_not_there(
-        self, where: str, store_format: str, shard: str, view: int, start: int, stop: int
-    ) -> None:
+    def test_reads_of_what_is_not_there(self, where: str, store_format: str) -> None:
         write_store(where, header(format=store_format), [5])
-        with pytest.raises(IndexError, match=rf"{start}:{stop} of view {view} .*'{shard}'"):
-            open_targets(where).read(shard, view, start, stop)
+        store = open_targets(where)
+        for read in (
+            ("000000", 2, 0, 1),
+            ("000000", -1, 0, 1),
+            ("000000", 0, 3, 3),
+            ("000000", 0, 0, 6),
+            ("x", 0, 0, 1),
+        ):
+            with pytest.raises(IndexError, match=read[0]):
+                store.read(*read)
 
-    def test_another_configuration_is_refused(self, where: str, store_format: str) -> None:
-        write_store(where, header(format=store_format), [3])
+    def test_another_configuration_is_refused_and_the_first_ones_version_stays(
+        self, where: str, store_format: str
+    ) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
         before = tree(where)
         other = header("float16", format=store_format, views=3, grid=(2, 3), precision="bfloat16")
         with pytest.raises(MismatchError) as caught:
             TargetStoreWriter(where, other)
         for setting in ("teacher.grid", "teacher.precision", "views.count", "codec.name"):
             assert f"{setting}: store has" in str(caught.value)
-        with pytest.raises(MismatchError, match="format: store"):
+        with pytest.raises(MismatchError, match="format"):
             TargetStoreWriter(where, header(format="webdataset" if store_format == "zarr" else "zarr"))
-        assert tree(where) == before
-
-    def test_the_package_version_of_the_first_run_stays(self, where: str, store_format: str) -> None:
-        head = header(format=store_format)
-        write_store(where, head, [3])
-        before = tree(where)
         TargetStoreWriter(where, head.model_copy(update={"package_version": "9"})).finish()
         assert tree(where) == before
 
-    def test_another_schema_version(self, where: str, store_format: str) -> None:
+    def test_a_header_of_another_version_of_another_store_and_none(self, where: str, store_format: str) -> None:
         head = header(format=store_format)
         write_store(where, head, [3])
-        location, name = location_of(where), header_name(head)
+        before, location, name = tree(where), location_of(where), header_name(head)
         content = json.loads(location.read(name))
         content.get("attributes", content)["milan_pipe"]["schema_version"] = 99
         location.write(name, json.dumps(content).encode())
         for attempt in (open_targets, lambda root: TargetStoreWriter(root, head)):
-            with pytest.raises(MismatchError, match="schema version 99"):
+            with pytest.raises(MismatchError, match="version 99"):
                 attempt(where)
-
-    def test_a_lost_header_comes_back_and_no_other(self, where: str, store_format: str) -> None:
-        head = header(format=store_format)
-        write_store(where, head, [3])
-        before = tree(where)
-        location_of(where).remove(header_name(head))
+        TargetStoreWriter(f"{where}-other", header(format=store_format, weights_sha256="ef" * 32))
+        location.write(name, tree(f"{where}-other")[name])
+        with pytest.raises(DataError, match="digest"):
+            open_targets(where)
+        # One that is lost comes back, and no other.
+        location.remove(name)
         with pytest.raises(DataError, match="not empty"):
             TargetStoreWriter(where, header(format=store_format, views=3))
         with pytest.raises((DataError, MissingError), match="extract-targets"):
@@ -205,41 +220,22 @@ class TestContract:
         TargetStoreWriter(where, head)
         assert tree(where) == before
 
-    def test_a_header_of_another_store_is_refused(self, where: str, store_format: str) -> None:
-        head = header(format=store_format)
-        write_store(where, head, [3])
-        TargetStoreWriter(f"{where}-other", header(format=store_format, weights_sha256="ef" * 32))
-        location_of(where).write(header_name(head), tree(f"{where}-other")[header_name(head)])
-        with pytest.raises(DataError, match="digest"):
-            open_targets(where)
-
-    @pytest.mark.parametrize("samples", [0, 4, 6])
-    def test_commit_of_another_count_is_refused(self, where: str, store_format: str, samples: int) -> None:
+    def test_what_cannot_be_committed_leaves_nothing(self, where: str, store_format: str) -> None:
         head = header(format=store_format)
         writer = TargetStoreWriter(where, head)
-        shard = writer.open_shard("000000")
-        if samples:
-            shard.append(random_blocks(head, 5)[0])
-        with pytest.raises(StoreError, match=f"{5 if samples else 0} samples written, {samples} announced"):
-            shard.commit(source(samples))
-        shard.discard()
+        for samples in (0, 4, 6):
+            shard = writer.open_shard("000000")
+            if samples:
+                shard.append(random_blocks(head, 5)[0])
+                assert any(shard._scratch.iterdir())
+                # None follows a short one.
+                with pytest.raises(StoreError, match="follow"):
+                    shard.append(random_blocks(head, 5)[0])
+            with pytest.raises(StoreError, match="announced"):
+                shard.commit(source(samples))
+            shard.discard()
+            assert not shard._scratch.exists()
         assert writer.committed() == {}
-
-    def test_no_block_after_a_short_one(self, where: str, store_format: str) -> None:
-        head = header(format=store_format)
-        shard = TargetStoreWriter(where, head).open_shard("000000")
-        shard.append(random_blocks(head, 5)[0])
-        with pytest.raises(StoreError, match="cannot follow 5"):
-            shard.append(random_blocks(head, 5)[0])
-        shard.discard()
-
-    def test_discard_leaves_nothing(self, where: str, store_format: str) -> None:
-        head = header(format=store_format)
-        shard = TargetStoreWriter(where, head).open_shard("000000")
-        shard.append(random_blocks(head, 5)[0])
-        assert any(shard._scratch.iterdir())
-        shard.discard()
-        assert not shard._scratch.exists()
         assert list(tree(where)) == [header_name(head)]
 
     def test_who_is_overtaken_fails_and_harms_nothing(self, where: str, store_format: str) -> None:
@@ -250,7 +246,7 @@ class TestContract:
         slow.append(blocks[0])
         quick = TargetStoreWriter(where, head).open_shard("000000")
         quick.append(blocks[0])
-        with pytest.raises(StoreError, match="removed while"):  # noqa: PT012
+        with pytest.raises(StoreError, match="removed"):  # noqa: PT012
             slow.append(blocks[1])
             slow.commit(source(130))
         slow.discard()
@@ -286,17 +282,17 @@ class TestContract:
         store = open_targets(where)
         store.read("000000", 0, 0, 128)
         location_of(where).child("000000").remove("features/c/1" if store_format == "zarr" else "view-1.tar")
-        with pytest.raises(DataError, match="--redo 000000"):
+        with pytest.raises(DataError, match="--redo"):
             store.read("000000", 1, 0, 128)
 
     def test_begun_and_not_there(self, where: str, store_format: str) -> None:
         with pytest.raises(MissingError, match="extract-targets"):
             open_targets(where)
         TargetStoreWriter(where, header(format=store_format))
-        with pytest.raises(DataError, match="no committed shard"):
+        with pytest.raises(DataError, match="committed"):
             open_targets(where)
 
-    def test_only_so_many_shards_stay_open(
+    def test_only_so_many_shards_stay_open_and_others_go_at_once(
         self, where: str, store_format: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("milan_pipe.targets.store._OPEN_SHARDS", 2)
@@ -305,26 +301,21 @@ class TestContract:
         check_store(store, written)
         check_store(store, written)
         assert list(store._open) == ["000001", "000002"]
+        gc.disable()
+        try:
+            shard = weakref.ref(store._open["000001"])
+            assert shard() is not None
+            store.read("000000", 0, 0, 3)
+            assert list(store._open) == ["000002", "000000"]
+            assert shard() is None, "something leads back to it: its arrays stay until the garbage collector comes"
+        finally:
+            gc.enable()
 
 
 # --- other readers ------------------------------------------------------------------------------------------------
 
 
-def test_a_shard_that_is_put_away_goes_at_once(store_format: str, where: str) -> None:
-    write_store(where, header(format=store_format, shards=2), [3, 3])
-    reader = open_targets(where)
-    gc.disable()
-    try:
-        reader.read("000000", 0, 0, 3)
-        shard = weakref.ref(reader._open["000000"])
-        assert shard() is not None
-        reader._open.clear()
-        assert shard() is None, "something leads back to it: its arrays stay until the garbage collector comes"
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize(("codec", "level"), CODECS)
+@pytest.mark.parametrize(("codec", "level"), FEW_CODECS)
 def test_zarr_alone_reads_a_zarr_store(tmp_path: Path, codec: str, level: int) -> None:
     blocks = write_store(tmp_path / "t", header(codec, zstd_level=level, width=70), [130])["000000"]
     fields = {
@@ -348,7 +339,7 @@ def test_zarr_alone_reads_a_zarr_store(tmp_path: Path, codec: str, level: int) -
             assert bytes(group["view_bytes"][offset : offset + length]) == run.jpegs[129]
 
 
-@pytest.mark.parametrize(("codec", "level"), CODECS)
+@pytest.mark.parametrize(("codec", "level"), FEW_CODECS)
 def test_webdataset_alone_reads_each_tar(tmp_path: Path, codec: str, level: int) -> None:
     head = header(codec, format="webdataset", zstd_level=level)
     blocks = write_store(tmp_path / "t", head, [130])["000000"]
@@ -390,7 +381,7 @@ def test_members_of_a_tar_are_plain_files_in_a_fixed_order(tmp_path: Path) -> No
     assert path.stat().st_size % tarfile.RECORDSIZE == 0
 
 
-@pytest.mark.parametrize(("codec", "level"), CODECS)
+@pytest.mark.parametrize(("codec", "level"), FEW_CODECS)
 def test_without_zarrs_the_values_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, level: int
 ) -> None:
@@ -406,9 +397,9 @@ def test_without_zarrs_the_values_are_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", without)
         with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
-            with pytest.warns(RuntimeWarning, match="zarrs codec pipeline is not installed"):
+            with pytest.warns(RuntimeWarning, match="not installed"):
                 slow = write_store(tmp_path / "slow", head, [130])
-            with pytest.warns(RuntimeWarning, match="reading will be slower"):
+            with pytest.warns(RuntimeWarning, match="slower"):
                 check_store(open_targets(tmp_path / "fast"), fast)
     check_store(open_targets(tmp_path / "slow"), slow)
 
@@ -419,22 +410,22 @@ def test_without_zarrs_the_values_are_the_same(
 def test_differences_name_both_values_and_cut_long_ones(tmp_path: Path) -> None:
     found, expected = header("klt", width=12), header(views=3, weights_sha256="ef" * 32, width=12)
     assert header_differences(found, found.model_copy(update={"package_version": "9"})) == []
-    told = header_differences(found, expected)
-    assert told[:3] == [
+    differing = header_differences(found, expected)
+    assert differing[:3] == [
         f"teacher.weights_sha256: store has {'ab' * 32!r}, this run has {'ef' * 32!r}",
         "views.count: store has 2, this run has 3",
         "codec.name: store has 'klt', this run has 'int8'",
     ]
-    assert any("codec.basis" in line and "characters" in line and len(line) < 250 for line in told)
+    assert any("codec.basis" in line and "characters" in line and len(line) < 250 for line in differing)
     with pytest.raises(MismatchError) as caught:
         require_same_header(found, expected, tmp_path)
-    assert all(line in str(caught.value) for line in [str(tmp_path), *told])
+    assert all(line in str(caught.value) for line in [str(tmp_path), *differing])
 
 
 @pytest.mark.parametrize("value", [None, [1], "text", 7])
 def test_header_of_another_kind(tmp_path: Path, value: Any) -> None:
     (tmp_path / "zarr.json").write_text(json.dumps({"attributes": {"milan_pipe": value}}))
-    with pytest.raises(DataError, match="not the header"):
+    with pytest.raises(DataError, match="header"):
         open_targets(tmp_path)
 
 
@@ -442,7 +433,7 @@ def test_foreign_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither"):
         open_targets(tmp_path)
     zarr.create_group(tmp_path / "other", zarr_format=3, attributes={"x": 1})
-    with pytest.raises(DataError, match="not the header"):
+    with pytest.raises(DataError, match="header"):
         open_targets(tmp_path / "other")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -451,7 +442,7 @@ def test_foreign_folders(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_unwritable_place(tmp_path: Path) -> None:
+def test_a_location_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for root in (tmp_path / "file" / "targets", tmp_path / "file"):
         with pytest.raises(StoreError, match="file"):
@@ -467,7 +458,7 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard._files, "append", full)
-    with pytest.raises(StoreError, match="No space left"):
+    with pytest.raises(StoreError, match="space"):
         shard.append(random_blocks(head, 3)[0])
 
 

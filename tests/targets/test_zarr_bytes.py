@@ -51,7 +51,7 @@ def test_one_content_gives_one_store(tmp_path: Path) -> None:
     head = header(format="zarr")
     blocks = random_blocks(head, 300)
     trees = []
-    for number in range(5):
+    for number in range(3):
         writer = TargetStoreWriter(tmp_path / str(number), head)
         shard = writer.open_shard("000000")
         for block in blocks:
