@@ -288,7 +288,7 @@ def test_it_learns_and_says_so(shards: Path, tmp_path: Path) -> None:
     assert go(shards, tmp_path / "run", augment=PLAIN, epochs=12, drop_path=0.0).steps_now == 0
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [2, 3])
 def test_a_broken_run_ends_as_the_whole_one(shards: Path, whole: Path, tmp_path: Path, every: int) -> None:
     for step in (4, 8):
         with pytest.raises(StopAtError):

@@ -158,7 +158,7 @@ def test_shapes_that_do_not_fit_are_refused():
         draw_split(None, noise[0], 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), batch=st.integers(0, 3), patches=st.integers(1, 30), seed=st.integers(-(2**70), 2**70))
 def test_split_is_a_partition(data, batch, patches, seed):
     visible = data.draw(st.integers(1, patches))
