@@ -1,4 +1,4 @@
-"""Sixty scenes in three shards, their targets from one unbroken run, and helpers to compare whole folders."""
+"""Twenty-four scenes in three shards, their targets from one unbroken run, and helpers to compare whole folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIEWS = ViewSettings(count=2, seed=5)
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    prepare("demo", folder, PrepareSettings(train_scenes=60, test_scenes=0, samples_per_shard=25), workers=1)
+    prepare("demo", folder, PrepareSettings(train_scenes=24, test_scenes=0, samples_per_shard=10), workers=1)
     return folder
 
 
@@ -31,7 +31,7 @@ def extract():
     def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, **changes):
         arguments = ("on_progress", "shards", "redo", "verify_sources")
         more = {name: changes.pop(name) for name in arguments if name in changes}
-        settings = ExtractSettings(**{"batch_size": 16, "threads": 2, "device": "cpu", **changes})
+        settings = ExtractSettings(**{"batch_size": 8, "threads": 2, "teacher_threads": 1, "device": "cpu", **changes})
         with processes.forked_workers():
             return extract_targets(
                 images,

@@ -7,26 +7,27 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 from distributed.client import FutureCancelledError
 from support import processes
+from support.s3 import free_port
 
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, StoreError
 from milan_pipe.extraction.cluster import _outcome
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
 
-SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
+SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=4", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0
 
 Tree = dict[str, bytes]
@@ -67,26 +68,26 @@ def committed(targets: Path) -> list[str]:
     return sorted(path.stem for path in targets.glob("manifest/0*.json"))
 
 
-def require_plain(told: str) -> None:
+def require_plain(stderr: str) -> None:
     """No traceback, and none of Dask's own log lines, as `2026-11-24 03:37:04,123 - distributed.nanny - WARNING`."""
-    assert "Traceback" not in told, told
-    assert not re.search(r" - (distributed|tornado|asyncio)\b", told), told
+    assert "Traceback" not in stderr, stderr
+    assert not re.search(r" - (distributed|tornado|asyncio)\b", stderr), stderr
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
-    """Eight shards of ten scenes, and the files of an unbroken run in one process."""
-    return unbroken(tmp_path_factory.mktemp("eight"), 80)
+    """Eight shards of six scenes, and the files of an unbroken run in one process."""
+    return unbroken(tmp_path_factory.mktemp("eight"), 48)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tree]:
     """As `eight`, of other images."""
-    return unbroken(tmp_path_factory.mktemp("others"), 40, seed=9)
+    return unbroken(tmp_path_factory.mktemp("others"), 24, seed=9)
 
 
 def unbroken(folder: Path, scenes: int, seed: int = 0) -> tuple[Path, Tree]:
-    sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=10, seed=seed)
+    sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=6, seed=seed)
     prepare("demo", folder / "images", sizes, workers=1)
     processes.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", files(folder / "whole")
@@ -112,58 +113,101 @@ def dask_process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]
             process.wait()
 
 
-@contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Address of a scheduler with two workers, and its process."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = f"tcp://127.0.0.1:{port}"
-    worker = ("worker", address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "60")
-    with (
-        dask_process(folder, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard") as scheduler,
-        dask_process(folder, *worker),
-        dask_process(folder, *worker),
-    ):
-        yield address, scheduler
+@dataclass
+class Cluster:
+    """A scheduler and its workers, as processes; they end with `stack`."""
+
+    folder: Path
+    stack: contextlib.ExitStack
+    address: str = ""
+    scheduler: subprocess.Popen[bytes] | None = None
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> None:
+        port = str(free_port())
+        self.address = f"tcp://127.0.0.1:{port}"
+        words = ("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
+        self.scheduler = self.stack.enter_context(dask_process(self.folder, *words))
+        self.workers = []
+
+    def add_worker(self) -> None:
+        words = ("worker", self.address, "--nthreads", "1", "--no-dashboard", "--death-timeout", "60")
+        self.workers.append(self.stack.enter_context(dask_process(self.folder, *words)))
+
+
+@pytest.fixture(scope="module")
+def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with contextlib.ExitStack() as stack:
+        yield Cluster(tmp_path_factory.mktemp("dask"), stack)
+
+
+@pytest.fixture
+def running(started_cluster: Cluster) -> Cluster:
+    """A scheduler with two workers: that of the test before, where it is alive."""
+    if started_cluster.scheduler is None or started_cluster.scheduler.poll() is not None:
+        started_cluster.start()
+    while len(started_cluster.workers) < 2:
+        started_cluster.add_worker()
+    return started_cluster
 
 
 def test_two_runs_on_one_scheduler_and_one_of_them_killed(
-    eight: tuple[Path, Tree], others: tuple[Path, Tree], tmp_path: Path
+    eight: tuple[Path, Tree], others: tuple[Path, Tree], running: Cluster, tmp_path: Path
 ) -> None:
     """Shards of both have the same names; neither takes the other's for its own."""
     first, second = tmp_path / "first", tmp_path / "second"
-    with cluster(tmp_path / "dask") as (address, _):
-        killed = started(eight[0], first, "--scheduler", address)
-        wait_for(lambda: committed(first), killed)
-        killed.kill()
-        killed.wait()
-        assert 0 < len(committed(first)) < 8
-        runs = [
-            started(eight[0], first, "--scheduler", address),
-            started(others[0], second, "--scheduler", address),
-        ]
-        for run in runs:
-            told = run.communicate(timeout=DEADLINE)[1]
-            assert run.returncode == 0, told
-            require_plain(told)
+    killed = started(eight[0], first, "--scheduler", running.address)
+    wait_for(lambda: committed(first), killed)
+    killed.kill()
+    killed.wait()
+    assert 0 < len(committed(first)) < 8
+    runs = [
+        started(eight[0], first, "--scheduler", running.address),
+        started(others[0], second, "--scheduler", running.address),
+    ]
+    for run in runs:
+        stderr = run.communicate(timeout=DEADLINE)[1]
+        assert run.returncode == 0, stderr
+        require_plain(stderr)
     assert files(first) == eight[1]
     assert files(second) == others[1]
 
 
-def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(eight: tuple[Path, Tree], tmp_path: Path) -> None:
+def test_workers_join_and_leave(eight: tuple[Path, Tree], running: Cluster, tmp_path: Path) -> None:
     targets = tmp_path / "t"
-    with cluster(tmp_path / "dask") as (address, scheduler):
-        run = started(eight[0], targets, "--scheduler", address)
-        wait_for(lambda: len(committed(targets)) > 1, run)
-        scheduler.kill()
-        told = run.communicate(timeout=DEADLINE)[1]
-    assert run.returncode == 2, told
-    require_plain(told)
-    errors = [line for line in told.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, told
-    assert f"the scheduler {address} was lost" in errors[0]
+    run = started(eight[0], targets, "--scheduler", running.address)
+    wait_for(lambda: committed(targets), run)
+    # They stand still until the new one holds a shard, so that the run cannot end before.
+    present = [process for worker in running.workers for process in children(psutil.Process(worker.pid))]
+    for process in present:
+        process.suspend()
+    held = set(targets.glob(".partial-0*"))
+    running.add_worker()
+    wait_for(lambda: set(targets.glob(".partial-0*")) - held, run)
+    for process in present:
+        process.resume()
+    running.workers.pop(0).terminate()
+    stderr = run.communicate(timeout=DEADLINE)[1]
+    assert run.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert files(targets) == eight[1]
+
+
+def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
+    eight: tuple[Path, Tree], running: Cluster, tmp_path: Path
+) -> None:
+    targets = tmp_path / "t"
+    run = started(eight[0], targets, "--scheduler", running.address)
+    wait_for(lambda: len(committed(targets)) > 1, run)
+    assert running.scheduler is not None
+    running.scheduler.kill()
+    stderr = run.communicate(timeout=DEADLINE)[1]
+    running.scheduler.wait()
+    assert run.returncode == 2, stderr
+    require_plain(stderr)
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, stderr
+    assert f"the scheduler {running.address} was lost" in errors[0]
     assert "the same command goes on" in errors[0]
     processes.run(command(eight[0], targets), check=True, capture_output=True, cwd=tmp_path)
     assert files(targets) == eight[1]
@@ -205,13 +249,17 @@ def test_a_script_needs_no_guard(eight: tuple[Path, Tree], tmp_path: Path) -> No
     assert files(tmp_path / "targets") == eight[1]
 
 
+def test_no_scheduler_there(images: Path, extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milan_pipe.extraction.cluster._CONNECT_SECONDS", 2)
+    with pytest.raises(StoreError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9.*`dask scheduler`"):
+        extract(images, tmp_path / "t", scheduler="tcp://127.0.0.1:9")
+
+
 @pytest.mark.slow
-def test_a_scheduler_without_workers_is_told(eight: tuple[Path, Tree], tmp_path: Path) -> None:
+def test_a_scheduler_without_workers_is_reported(eight: tuple[Path, Tree], tmp_path: Path) -> None:
     targets, folder = tmp_path / "t", tmp_path / "dask"
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     address = f"tcp://127.0.0.1:{port}"
     with dask_process(folder, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"):
         run = started(eight[0], targets, "--scheduler", address)
@@ -219,8 +267,8 @@ def test_a_scheduler_without_workers_is_told(eight: tuple[Path, Tree], tmp_path:
         line = next(line for line in run.stderr if line.startswith("warning:"))
         assert f"no worker has joined {address}" in line
         with dask_process(folder, "worker", address, "--nthreads", "2", "--no-dashboard"):
-            told = run.communicate(timeout=DEADLINE)[1]
-    assert run.returncode == 0, told
+            stderr = run.communicate(timeout=DEADLINE)[1]
+    assert run.returncode == 0, stderr
     assert files(targets) == eight[1]
 
 
@@ -234,34 +282,40 @@ def children(parent: psutil.Process) -> list[psutil.Process]:
 
 
 def test_a_shard_that_is_done_again_counts_once(images: Path, extract, tmp_path: Path) -> None:
-    told: list[ExtractProgress] = []
+    reported: list[ExtractProgress] = []
     killed: list[int] = []
 
     def kill_one(now: ExtractProgress) -> None:
-        told.append(now)
+        reported.append(now)
         if now.views and not killed:
             for worker in children(psutil.Process())[:1]:
                 killed.append(worker.pid)
                 worker.kill()
 
-    with pytest.warns(RuntimeWarning, match=r"lost 1 of 2 workers; what they had is done again"):
+    with pytest.warns(RuntimeWarning, match="lost 1 of 2 workers"):
         extract(images, tmp_path / "t", workers=2, teacher_threads=1, on_progress=kill_one)
     assert len(killed) == 1
-    assert (told[-1].shards_done, told[-1].views) == (3, 120)
-    assert max(now.views for now in told) == 120
-    counts = [now.views for now in told]
+    assert (reported[-1].shards_done, reported[-1].views) == (3, 48)
+    assert max(now.views for now in reported) == 48
+    counts = [now.views for now in reported]
     assert counts == sorted(counts)
 
 
-def test_a_shard_that_fails_three_times_counts_no_view_twice(images: Path, extract, tmp_path: Path) -> None:
+def test_a_shard_that_fails_three_times_counts_no_view_twice(images: Path, whole, extract, tmp_path: Path) -> None:
+    """The others are committed, and the same command goes on once it is repaired."""
     shutil.copytree(images, tmp_path / "images")
     bad = sorted((tmp_path / "images").glob("*.tar"))[1]
-    bad.write_bytes(bad.read_bytes()[:-20_000])
-    told: list[ExtractProgress] = []
-    with pytest.raises(DataError, match=r"1 of 3 shards failed: 000001: .*train-000001.tar"):
-        extract(tmp_path / "images", tmp_path / "t", workers=2, teacher_threads=1, on_progress=told.append)
-    assert told[-1].shards_done == 2
-    assert 70 <= max(now.views for now in told) <= 120
+    data = bad.read_bytes()
+    bad.write_bytes(data[:-20_000])
+    reported: list[ExtractProgress] = []
+    with pytest.raises(DataError, match=r"000001: .*train-000001\.tar"):
+        extract(tmp_path / "images", tmp_path / "t", workers=2, teacher_threads=1, on_progress=reported.append)
+    assert reported[-1].shards_done == 2
+    assert 28 <= max(now.views for now in reported) <= 48
+    assert committed(tmp_path / "t") == ["000000", "000002"]
+    bad.write_bytes(data)
+    assert extract(tmp_path / "images", tmp_path / "t").skipped == 2
+    assert files(tmp_path / "t") == files(whole[0])
 
 
 @pytest.mark.parametrize("spawned", [1, 2])
@@ -272,10 +326,10 @@ def test_an_interrupt_while_workers_start(eight: tuple[Path, Tree], tmp_path: Pa
     wait_for(lambda: len(children(process)) >= spawned, run)
     family = process.children(recursive=True)
     os.killpg(run.pid, signal.SIGINT)
-    told = run.communicate(timeout=60)[1]
-    assert run.returncode == 130, told
-    require_plain(told)
-    assert told.strip().splitlines()[-1].startswith("interrupted"), told
+    stderr = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, stderr
+    require_plain(stderr)
+    assert stderr.strip().splitlines()[-1].startswith("interrupted"), stderr
     assert psutil.wait_procs(family, timeout=60)[1] == []
     assert committed(targets) == []
 
@@ -285,7 +339,7 @@ def test_an_interrupt_while_the_program_loads(eight: tuple[Path, Tree], tmp_path
     process = psutil.Process(run.pid)
     wait_for(lambda: any("torch" in entry.path for entry in process.memory_maps()), run)
     os.killpg(run.pid, signal.SIGINT)
-    told = run.communicate(timeout=60)[1]
-    assert run.returncode == 130, told
-    require_plain(told)
-    assert told.strip().splitlines()[-1].startswith("interrupted"), told
+    stderr = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, stderr
+    require_plain(stderr)
+    assert stderr.strip().splitlines()[-1].startswith("interrupted"), stderr

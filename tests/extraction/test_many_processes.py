@@ -1,17 +1,12 @@
-"""A scheduler that runs already, shares of a batch queue, a full disk, and memory that does not grow."""
+"""Shares of a batch queue, sources that change, a full disk, and memory that does not grow."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,12 +15,12 @@ from support import processes
 from support.disks import small_disk
 
 from milan_pipe.config.images import PrepareSettings, ViewSettings
-from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
+from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
 from milan_pipe.targets.store import open_targets
 
-SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=8", "extract.threads=1", "extract.teacher_threads=1"]
+SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=4", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 120.0
 
 
@@ -38,105 +33,13 @@ def tree(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def wait_for(condition: object, what: str) -> None:
-    assert callable(condition)
-    ends = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < ends, what
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Twelve shards of ten scenes, and their targets from an unbroken run."""
+    """Eight shards of six scenes, and their targets from an unbroken run."""
     folder = tmp_path_factory.mktemp("many")
-    prepare(
-        "demo", folder / "images", PrepareSettings(train_scenes=120, test_scenes=0, samples_per_shard=10), workers=1
-    )
+    prepare("demo", folder / "images", PrepareSettings(train_scenes=48, test_scenes=0, samples_per_shard=6), workers=1)
     processes.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
     return folder / "images", folder / "whole"
-
-
-# --- a scheduler that runs already --------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-@contextlib.contextmanager
-def dask_process(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    process = processes.Popen(
-        [sys.executable, "-m", "dask", *words],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def test_workers_join_and_leave_a_running_scheduler(many: tuple[Path, Path], tmp_path: Path) -> None:
-    images, whole = many
-    address = f"tcp://127.0.0.1:{free_port()}"
-    targets, scratch = tmp_path / "t", tmp_path / "dask"
-    scratch.mkdir()
-    port = address.rpartition(":")[2]
-    with (
-        dask_process(scratch, "scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"),
-        dask_process(scratch, "worker", address, "--nthreads", "1", "--no-dashboard") as first,
-    ):
-        run = processes.Popen(
-            command(images, targets, "--scheduler", address), cwd=tmp_path, stderr=subprocess.PIPE, text=True
-        )
-        wait_for(lambda: list(targets.glob("manifest/*.json")) or run.poll() is not None, "no shard was committed")
-        with dask_process(scratch, "worker", address, "--nthreads", "1", "--no-dashboard"):
-            # Both hold a shard before the first one goes.
-            wait_for(lambda: len(list(targets.glob(".partial-0*"))) > 1 or run.poll() is not None, "no one joined")
-            first.terminate()
-            told = run.communicate(timeout=DEADLINE)[1]
-    assert run.returncode == 0, told
-    assert "Traceback" not in told
-    assert tree(targets) == tree(whole)
-
-
-def test_no_scheduler_there(many: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extract) -> None:
-    monkeypatch.setattr("milan_pipe.extraction.cluster._CONNECT_SECONDS", 2)
-    with pytest.raises(StoreError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9.*`dask scheduler`"):
-        extract(many[0], tmp_path / "t", scheduler="tcp://127.0.0.1:9")
-
-
-def test_a_shard_that_fails_is_told_at_the_end_and_the_others_are_committed(
-    many: tuple[Path, Path], tmp_path: Path
-) -> None:
-    images, whole = many
-    shutil.copytree(images, tmp_path / "images")
-    bad = sorted((tmp_path / "images").glob("*.tar"))[3]
-    data = bad.read_bytes()
-    bad.write_bytes(data[: len(data) // 2])
-    (tmp_path / "images" / "index.json").unlink()
-    targets = tmp_path / "t"
-    told = []
-    for more in (["--workers", "2"], []):
-        done = processes.run(
-            command(tmp_path / "images", targets, *more), cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        told.append(next(line for line in done.stderr.splitlines() if line.startswith("error:")))
-        assert "1 of 12 shards failed: 000003" in told[-1]
-        assert bad.name in told[-1]
-        assert "11 shards are committed" in told[-1]
-        assert open_targets(targets).shards == tuple(f"{n:06d}" for n in range(12) if n != 3)
-    bad.write_bytes(data)
-    processes.run(command(tmp_path / "images", targets), cwd=tmp_path, check=True, capture_output=True)
-    assert tree(targets) == tree(whole)
 
 
 # --- a batch queue ------------------------------------------------------------------------------------------------
@@ -150,8 +53,8 @@ def test_shares_of_a_batch_queue_at_once(many: tuple[Path, Path], tmp_path: Path
         for share in range(3)
     ]
     for run in runs:
-        told = run.communicate(timeout=DEADLINE)[1]
-        assert run.returncode == 0, told
+        stderr = run.communicate(timeout=DEADLINE)[1]
+        assert run.returncode == 0, stderr
     assert tree(targets) == tree(whole)
 
 
@@ -198,16 +101,16 @@ def test_a_changed_source_is_found_and_done_again(images: Path, extract, tree, t
     before = tree(targets)
     other_images(own, 1)
     assert extract(own, targets).skipped == 3
-    with pytest.raises(MismatchError, match=r"1 source shards have changed.*another sha256.*--redo 000001"):
+    with pytest.raises(MismatchError, match="another sha256"):
         extract(own, targets, verify_sources=True)
     assert tree(targets) == before
     report = extract(own, targets, redo=["000001"], verify_sources=True)
-    assert (report.skipped, report.views) == (2, 50)
+    assert (report.skipped, report.views) == (2, 20)
     extract(own, tmp_path / "fresh")
     assert tree(targets) == tree(tmp_path / "fresh") != before
     path = sorted(own.glob("*.tar"))[2]
     path.write_bytes(path.read_bytes() + bytes(512))
-    with pytest.raises(MismatchError, match=r"1 source shards have changed.*bytes, \d+ when it was extracted.*000002"):
+    with pytest.raises(MismatchError, match=r"bytes, \d+ when it was"):
         extract(own, targets)
     with pytest.raises(DataError, match="no shard '000009'"):
         extract(own, targets, redo=["000009"])
@@ -217,13 +120,13 @@ def test_a_changed_source_is_found_and_done_again(images: Path, extract, tree, t
 
 
 def test_progress_over_two_workers_adds_up(images: Path, extract, tmp_path: Path) -> None:
-    told: list[ExtractProgress] = []
-    extract(images, tmp_path / "t", workers=2, teacher_threads=1, on_progress=told.append)
-    assert told[-1].shards_done == told[-1].shards == 3
-    assert told[-1].views == 120
-    assert max(now.views for now in told) == 120
-    assert {now.workers for now in told} >= {2}
-    assert all(a.shards_done <= b.shards_done for a, b in pairwise(told))
+    reported: list[ExtractProgress] = []
+    extract(images, tmp_path / "t", workers=2, teacher_threads=1, on_progress=reported.append)
+    assert reported[-1].shards_done == reported[-1].shards == 3
+    assert reported[-1].views == 48
+    assert max(now.views for now in reported) == 48
+    assert {now.workers for now in reported} >= {2}
+    assert all(a.shards_done <= b.shards_done for a, b in pairwise(reported))
 
 
 def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) -> None:
@@ -242,7 +145,7 @@ def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) 
         assert "the same command goes on" in errors[0]
         assert "Traceback" not in done.stderr
         committed = sorted(path.stem for path in (disk / "t" / "manifest").glob("*.json"))
-        assert 0 < len(committed) < 12
+        assert 0 < len(committed) < 8
         for name in committed:
             for path, data in expected.items():
                 if path.startswith((f"{name}/", f"manifest/{name}")):
@@ -286,13 +189,12 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str, m
         assert peaks[1] < peaks[0] + 64e6
 
 
-def test_views_are_the_same_whatever_the_views_of_others(images: Path, extract, tmp_path: Path) -> None:
+def test_views_are_the_same_whatever_the_views_of_others(images: Path, whole, extract, tmp_path: Path) -> None:
     """A run with more views begins with those of a run with fewer."""
-    extract(images, tmp_path / "two")
     extract(images, tmp_path / "three", views=ViewSettings(count=3, seed=5))
-    two, three = open_targets(tmp_path / "two"), open_targets(tmp_path / "three")
+    two, three = open_targets(whole[0]), open_targets(tmp_path / "three")
     for view in range(2):
-        left, right = (store.read("000001", view, 0, 25) for store in (two, three))
+        left, right = (store.read("000001", view, 0, 10) for store in (two, three))
         assert left.crop_N4.tolist() == right.crop_N4.tolist()
         assert [bytes(jpeg) for jpeg in left.jpegs] == [bytes(jpeg) for jpeg in right.jpegs]
 

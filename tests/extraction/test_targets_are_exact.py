@@ -51,19 +51,19 @@ def check_offline_is_online(root, teacher, least):
 
 def test_offline_is_online_int8(whole):
     targets, report = whole
-    assert check_offline_is_online(targets, load_teacher(TeacherSettings()), 0.9999) == 120
+    assert check_offline_is_online(targets, load_teacher(TeacherSettings()), 0.9999) == 48
     assert 0.9999 <= report.mean_cosine < 1
 
 
 def test_offline_is_online_float16(images, extract, tmp_path):
     report = extract(images / "train-000002.tar", tmp_path / "t", codec="float16")
-    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.999999) == 20
+    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.999999) == 8
     assert report.mean_cosine >= 0.999999
 
 
 def test_another_view_size_than_the_teachers(images, extract, tmp_path):
     extract(images / "train-000002.tar", tmp_path / "t", view_size=48)
-    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.9999) == 20
+    assert check_offline_is_online(tmp_path / "t", load_teacher(TeacherSettings()), 0.9999) == 8
     run = open_targets(tmp_path / "t").read("000000", 0, 0, 1)
     assert decode_jpeg(run.jpegs[0]).shape == (48, 48, 3)
 
@@ -87,8 +87,8 @@ def test_stored_crop_and_flip_give_the_stored_view(whole, images):
 
 def test_views_differ_between_keys_and_views(whole):
     boxes = [tuple(row) for _, _, run in runs(whole[0]) for row in run.crop_N4.tolist()]
-    assert len(boxes) == 120
-    assert len(set(boxes)) > 110
+    assert len(boxes) == 48
+    assert len(set(boxes)) > 44
 
 
 def pack(path, members):
@@ -118,9 +118,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(whole, images, extract, tmp_
 
 def test_store_size_is_near_a_byte_a_dimension(whole):
     _, report = whole
-    assert (report.shards, report.skipped, report.samples, report.bad, report.views) == (3, 0, 60, 0, 120)
+    assert (report.shards, report.skipped, report.samples, report.bad, report.views) == (3, 0, 24, 0, 48)
     assert report.bytes == sum(path.stat().st_size for path in whole[0].rglob("*") if path.is_file())
-    assert report.bytes_per_view * 120 == pytest.approx(report.bytes)
+    assert report.bytes_per_view * 48 == pytest.approx(report.bytes)
     assert 65 * 128 * 0.5 < report.bytes_per_view < 65 * 128 * 1.0 + 8000
 
 
