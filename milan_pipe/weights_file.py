@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,8 @@ def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) ->
     except Exception as error:
         if hint := resource_hint(error):
             raise StoreError(f"checkpoint {path} cannot be read: {hint}") from error
-        if isinstance(error, OSError):
+        # A file that was cut short sends its reader before its beginning, which the system calls an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise DataError(f"checkpoint {path} cannot be read: {error.strerror or type(error).__name__}") from error
         if objects := _objects_in(path):
             raise DataError(

@@ -120,18 +120,27 @@ def proxied_bucket(bucket: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy) -> str:
+def flaky_bucket(proxied_bucket: str, s3_proxy: Proxy, short_pauses: None) -> str:  # noqa: ARG001
     """As `proxied_bucket`; every third request is answered 500."""
     s3_proxy.fail_every = 3
     return proxied_bucket
 
 
 @pytest.fixture
-def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests to an object store are repeated for one second, not for twenty."""
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to an object store are repeated sooner."""
     from milan_pipe.storage import object_store
 
-    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=1))
+    pauses = {"init_backoff": timedelta(milliseconds=10), "max_backoff": timedelta(milliseconds=50), "base": 4}
+    monkeypatch.setitem(object_store.RETRIES, "backoff", pauses)
+
+
+@pytest.fixture
+def short_patience(short_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """And they are for half a second, not for twenty."""
+    from milan_pipe.storage import object_store
+
+    monkeypatch.setitem(object_store.RETRIES, "retry_timeout", timedelta(seconds=0.5))
 
 
 @pytest.fixture(scope="session")
@@ -139,10 +148,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Scenes, targets, runs of every kind, results of probes; made once, and not to be changed."""
     from milan_pipe import api
     from milan_pipe.config.params import load_params
+    from milan_pipe.images.prepare import prepare
 
     root = tmp_path_factory.mktemp("project")
     params = load_params(None, SETTINGS)
-    api.prepare("demo", root / "images", params)
+    prepare("demo", root / "images", params.prepare, workers=1)
     images = str(root / "images" / "train-*.tar"), str(root / "images" / "test-*.tar")
     targets = root / "targets"
     api.extract_targets(images[0], targets, params)

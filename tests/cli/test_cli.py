@@ -18,9 +18,9 @@ from milan_pipe.cli import console
 from milan_pipe.errors import DataError
 
 SMALL = {
-    "prepare.train_scenes": 80,
-    "prepare.test_scenes": 40,
-    "prepare.samples_per_shard": 40,
+    "prepare.train_scenes": 32,
+    "prepare.test_scenes": 16,
+    "prepare.samples_per_shard": 16,
     "views.count": 2,
     "extract.threads": 1,
     "embed.threads": 1,
@@ -30,6 +30,7 @@ SMALL = {
     "student.width": 32,
     "student.depth": 1,
     "knn.neighbours": [1, 5],
+    "linear_probe.l2": [0.1, 1.0],
 }
 SETTINGS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 COMMANDS = {
@@ -89,9 +90,9 @@ def test_from_images_to_scores(
 ) -> None:
     monkeypatch.chdir(chain)
     prepared = last_json(Path("prepare.json").read_text())
-    assert (prepared["samples"], prepared["shards"], prepared["bad"]) == (120, 3, [])
+    assert (prepared["samples"], prepared["shards"], prepared["bad"]) == (48, 3, [])
     extracted = last_json(Path("extract-targets.json").read_text())
-    assert (extracted["shards"], extracted["samples"], extracted["views"]) == (2, 80, 160)
+    assert (extracted["shards"], extracted["samples"], extracted["views"]) == (2, 32, 64)
     assert extracted["mean_cosine"] > 0.999
     assert extracted["bytes"] == sum(path.stat().st_size for path in Path("targets").rglob("*") if path.is_file())
 
@@ -108,8 +109,8 @@ def test_from_images_to_scores(
         "steps_now", "scores", "best", "best_step", "best_checkpoint", "bad",
     }  # fmt: skip
     assert (trained["scores"], trained["best"], trained["bad"]) == ({}, {}, 0)
-    assert (trained["resumed_from"], trained["steps_now"]) == (0, 10)
-    assert (trained["steps"], trained["checkpoint"]) == (10, "run/checkpoints/step-00000010")
+    assert (trained["resumed_from"], trained["steps_now"]) == (0, 4)
+    assert (trained["steps"], trained["checkpoint"]) == (4, "run/checkpoints/step-00000004")
     assert Path(trained["checkpoint"]).is_dir()
     assert max(len(line) for line in err.splitlines()) <= 80
 
@@ -125,7 +126,7 @@ def test_from_images_to_scores(
         code, out, err = run(capsys, monkeypatch, "knn", subject, *shards, *SETTINGS, "--json")
         assert code == 0, err
         found = last_json(out)
-        assert (found["subject"], found["train"], found["test"], found["bad"]) == (name, 80, 40, 0)
+        assert (found["subject"], found["train"], found["test"], found["bad"]) == (name, 32, 16, 0)
         assert found["accuracy"].keys() == {"1", "5"}
         assert found["best"] == max(found["accuracy"].values())
     code, out, err = run(capsys, monkeypatch, "linear-probe", "run", *shards, "--quick", *SETTINGS, "--json")
@@ -200,10 +201,10 @@ def test_a_mistake_is_one_line_and_code_two(
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
-    done = external(tmp_path, "pretrain", "[no]:smile:", "run")
+    done = external(tmp_path, "prepare", "[no]:smile:", "images")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines() == [done.stderr.strip()]
-    assert "[no]:smile: is not there" in done.stderr
+    assert "'[no]:smile:' is not there" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
-def test_faults_of_data_and_disk_are_told_plainly(
+def test_faults_of_data_and_disk_are_named_plainly(
     fault: Exception, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""`doctor` tells what is wrong with a place; `demo` runs everything, and goes on."""
+"""`doctor` says what is wrong with a location; `demo` runs everything, and goes on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 
 
-def test_places_of_every_kind(tmp_path: Path) -> None:
+def test_locations_of_every_kind(tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(shards=3), [2, 3])
     before = sorted(path.name for path in (tmp_path / "t").iterdir())
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    places = [tmp_path / name for name in ("t", "full", "none/deeper", "file/below")]
-    report = api.doctor(places, write=True)
+    locations = [tmp_path / name for name in ("t", "full", "none/deeper", "file/below")]
+    report = api.doctor(locations, write=True)
     store, full, none, below = report.locations
     assert store.found.startswith("target store, zarr: 5 images, 2 views, teacher 'demo', grid 2 x 2, codec 'int8'")
     assert "2 of 3 shards, not complete" in store.found
@@ -61,9 +61,9 @@ def test_a_bucket_is_reached_and_written(s3_endpoint: str, monkeypatch: pytest.M
 
 
 def test_the_exit_code_says_whether_something_is_wrong(tmp_path: Path) -> None:
-    for place, code in ((tmp_path, 0), ("ftp://x/y", 1)):
+    for location, code in ((tmp_path, 0), ("ftp://x/y", 1)):
         done = processes.run(
-            [sys.executable, "-m", "milan_pipe", "doctor", str(place), "--json"],
+            [sys.executable, "-m", "milan_pipe", "doctor", str(location), "--json"],
             capture_output=True, text=True, check=False, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
@@ -81,13 +81,16 @@ def test_demo_runs_every_stage_and_goes_on(
         "decoder: {width: 16, depth: 1}\n"
         "pretrain: {batch_size: 16, epochs: 2}\n"
         "knn: {neighbours: [1, 5]}\n"
+        "linear_probe: {l2: [0.1, 1.0]}\n"
     )
     monkeypatch.setattr(import_module("milan_pipe.cli.demo"), "_RECIPE", small)
+    # Packing in several processes is tested where images are.
+    monkeypatch.setattr("milan_pipe.images.prepare.thread_count", lambda _: 1)
     monkeypatch.chdir(tmp_path)
     page = cli.demo(Path("here"))
-    told = capsys.readouterr().err
+    shown = capsys.readouterr().err
     for word in ("extract-targets", "verify-targets", "MILAN student", "teacher (upper bound)", "here/report.html"):
-        assert word in told, word
+        assert word in shown, word
     text = page.read_text()
     assert "random initialisation" in text
     assert "teacher" in text

@@ -41,7 +41,7 @@ def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    config = PrepareSettings(train_scenes=30, test_scenes=0, samples_per_shard=10)
+    config = PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=4)
     prepare("demo", folder, config, workers=1)
     return folder
 
@@ -78,7 +78,7 @@ def test_a_whole_store(milan: Command, extracted: tuple[str, dict[str, bytes]], 
     assert len(done.out.splitlines()) == 1
     assert (report["problems"], report["repair"]) == ([], [])
     shards = {path: data for path, data in extracted[1].items() if path.startswith("0")}
-    assert (report["shards"], report["samples"], report["views"]) == (3, 30, 60)
+    assert (report["shards"], report["samples"], report["views"]) == (3, 12, 24)
     assert (report["files"], report["bytes"]) == (len(shards), sum(map(len, shards.values())))
 
 
@@ -103,9 +103,9 @@ def test_the_printed_commands_mend(
     for paths, change in changes:
         for path in paths:
             change(targets / path)
-        told = milan("verify-targets", targets)
-        assert (told.code, told.out) == (1, "")
-        *_, commands = told.err.partition("repair with, IMAGES and settings as they were:\n")
+        found = milan("verify-targets", targets)
+        assert (found.code, found.out) == (1, "")
+        *_, commands = found.err.partition("repair with, IMAGES and settings as they were:\n")
         assert commands
         for line in commands.splitlines():
             # As a shell would take it.
@@ -163,9 +163,9 @@ def test_what_cannot_be_checked(milan: Command, tmp_path: Path) -> None:
     text = (spoilt / "zarr.json").read_text()
     (spoilt / "zarr.json").write_text(text.replace('"flip": 0.5', '"flip": 0.6'))
     assert "its content does not fit its digest. Remove it and run" in milan("verify-targets", spoilt).error
-    told = milan("verify-targets", targets, "--against-teacher", 1, *WORDS)
-    assert (told.code, told.out) == (2, "")
-    assert "teacher.weights_sha256: store has 'abab" in told.error, "the demo teacher is another one"
+    done = milan("verify-targets", targets, "--against-teacher", 1, *WORDS)
+    assert (done.code, done.out) == (2, "")
+    assert "teacher.weights_sha256: store has 'abab" in done.error, "the demo teacher is another one"
     for words in ([], ["--against-teacher", "-1"], ["--against-teacher", "x"], ["--what"]):
         done = milan("verify-targets", *([targets] if words else []), *words)
         assert (done.code, done.out) == (2, "")
@@ -192,7 +192,7 @@ def test_converted_is_as_extracted(
     done = milan("convert-targets", targets, tmp_path / "o", "--format", into, "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert (report["shards"], report["skipped"], report["samples"]) == (3, 0, 30)
+    assert (report["shards"], report["skipped"], report["samples"]) == (3, 0, 12)
     assert report["bytes"] == sum(map(len, tree(tmp_path / "o").values()))
     extract_targets(images, tmp_path / "at once", load_params(None, [*SETTINGS, f"extract.format={into}"]))
     assert tree(tmp_path / "o") == tree(tmp_path / "at once")
@@ -209,12 +209,12 @@ def test_mistakes(milan: Command, tmp_path: Path) -> None:
     targets = tmp_path / "t"
     write_store(targets, header(), [5])
     assert "zarr" in milan("convert-targets", targets, tmp_path / "o", "--format", "parquet").error
-    told = milan("convert-targets", targets, targets, "--format", "webdataset").error
-    assert "is the store to convert; name another folder for the new store" in told
-    told = milan("convert-targets", tmp_path / "gone", tmp_path / "o", "--format", "zarr").error
-    assert "is not there" in told
+    error = milan("convert-targets", targets, targets, "--format", "webdataset").error
+    assert "is the store to convert; name another folder for the new store" in error
+    error = milan("convert-targets", tmp_path / "gone", tmp_path / "o", "--format", "zarr").error
+    assert "is not there" in error
     (targets / "000000" / "key" / "c" / "0").unlink()
-    told = milan("convert-targets", targets, tmp_path / "o", "--format", "webdataset").error
-    assert "shard 000000" in told
-    assert "--redo 000000`" in told
+    error = milan("convert-targets", targets, tmp_path / "o", "--format", "webdataset").error
+    assert "shard 000000" in error
+    assert "--redo 000000`" in error
     assert milan("convert-targets", targets, tmp_path / "o").code == 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from support import processes
 from support.pages import PAGES, ROOT, blocks, commands, run, shell_lines
 from support.project import Project, params_file
 
@@ -26,7 +27,7 @@ GIVEN = {
     "cluster.md": (),
     "commands.md": ("mae",),
     "exchange.md": ("run",),
-    "repair.md": (),
+    "repair.md": ("targets", "run"),
     "object-storage.md": (),
     "own-images.md": (),
     "plan.md": (),
@@ -55,13 +56,28 @@ ELSEWHERE = {
     "dvc ": ("tests/docs/test_commands_run.py", "test_dvc_runs_as_the_pages_say"),
     "milan-pipe demo": ("tests/cli/test_doctor_and_demo.py", "test_demo_runs_every_stage_and_goes_on"),
     "milan-pipe replay ": ("tests/pretraining/test_replay.py", "replay"),
-    "dask scheduler": ("tests/extraction/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
-    "dask worker tcp": ("tests/extraction/test_many_processes.py", "test_workers_join_and_leave_a_running_scheduler"),
+    "dask scheduler": ("tests/extraction/test_cluster.py", "test_workers_join_and_leave"),
+    "dask worker tcp": ("tests/extraction/test_cluster.py", "test_workers_join_and_leave"),
     "milan-pipe extract-targets s3://bucket/images s3://bucket/targets --scheduler": (
-        "tests/extraction/test_many_processes.py",
-        "test_workers_join_and_leave_a_running_scheduler",
+        "tests/extraction/test_cluster.py",
+        "test_workers_join_and_leave",
     ),
 }
+
+
+# What takes long and changes nothing of what a line is run for.
+SMALLER = {
+    "milan-pipe plan ": "milan-pipe plan --sample 4 ",
+    "prepare.train_scenes=100": "prepare.train_scenes=100 --set prepare.test_scenes=20",
+    "pretrain.epochs=20": "pretrain.epochs=2",
+    "segment.crop=128": "segment.crop=64",
+}
+
+
+def smaller(line: str) -> str:
+    for long, short in SMALLER.items():
+        line = line.replace(long, short)
+    return line
 
 
 def elsewhere(line: str) -> tuple[str, str] | None:
@@ -111,10 +127,10 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     home, here = tmp_path / "home", tmp_path / "here"
     for split in ("train", "test"):
         for kind in ("cat", "dog"):
-            images(home / "photos" / split / kind, 12)
+            images(home / "photos" / split / kind, 8)
     shutil.copytree(home / "photos", here / "photos")
     for split in ("train", "val"):
-        masked(here / "own" / split, 6)
+        masked(here / "own" / split, 4)
         (here / f"images-{split}").mkdir()
         for shard in (project.root / "images").glob(f"{'test' if split == 'val' else split}-*"):
             shutil.copy(shard, here / f"images-{split}")
@@ -125,6 +141,9 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         StudentSettings(image_size=32, width=64, depth=2, heads=1), DecoderSettings(width=512, depth=1, heads=16), 24
     )
     torch.save({"model": published_state_dict(model)}, here / "milan_vit_base.pth")
+    # Packing in several processes is tested where images are, how long a plan measures where plans are.
+    monkeypatch.setattr("milan_pipe.images.prepare.thread_count", lambda _: 1)
+    monkeypatch.setattr("milan_pipe.planning.load._LOADER_SECONDS", 0.05)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.chdir(here)
@@ -134,12 +153,12 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_page_runs_as_it_stands(name: str, world: Path, project: Project, request: pytest.FixtureRequest) -> None:
     page = next(page for page in PAGES if page.name == name)
-    there = {
+    prepared = {
         "targets": project.targets,
         **dict(zip(("run", "mae", "tuned", "", "segmented"), project.runs, strict=True)),
     }
     for given in GIVEN[name]:
-        shutil.copytree(there[given], world / given)
+        shutil.copytree(prepared[given], world / given)
     if name not in ("README.md", "own-images.md"):
         shutil.copytree(project.root / "images", world / "images")
     if "targets" in GIVEN[name]:
@@ -156,9 +175,10 @@ def test_a_page_runs_as_it_stands(name: str, world: Path, project: Project, requ
             for shard in sorted((project.root / "images").glob("train-*.tar")):
                 location_of(f"{bucket}/images").write(shard.name, shard.read_bytes())
         lines = [line.replace("s3://bucket", bucket).replace("{000000..000127}", "{000000..000001}") for line in lines]
-    for line in lines:
-        if line not in scripts:
-            run(line.replace("milan-pipe plan ", "milan-pipe plan --sample 4 "))
+    with processes.forked_workers():
+        for line in lines:
+            if line not in scripts:
+                run(smaller(line))
     for made in MADE.get(name, ()):
         assert (world / made).exists(), made
     assert lines, f"{name} has no command that is run: take it from the list"

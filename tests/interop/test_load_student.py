@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from support.project import Project
 
 import milan_pipe
-from milan_pipe.errors import DataError, MissingError
 
 
 def test_run_checkpoint_and_export_give_one_model(project: Project, tmp_path: Path) -> None:
@@ -38,14 +36,3 @@ def test_a_fine_tuned_one_has_its_classifier(project: Project, tmp_path: Path) -
         logits = milan_pipe.load_student(tuned / "best")(images)
         assert logits.shape == (2, 12)
         assert torch.equal(logits, milan_pipe.load_student(tmp_path / "out")(images))
-
-
-def test_what_is_no_student_is_named(project: Project, tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="is not there"):
-        milan_pipe.load_student(tmp_path / "none")
-    with pytest.raises(DataError, match="holds what `milan-pipe segment` trained"):
-        milan_pipe.load_student(project.runs[4])
-    milan_pipe.export(project.runs[0], tmp_path / "out")
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(DataError, match="is no model that timm can load"):
-        milan_pipe.load_student(tmp_path / "out")

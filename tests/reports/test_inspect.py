@@ -17,7 +17,6 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.dataset import open_targets
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.reports.inspect_student import pretrained_objective
@@ -37,8 +36,6 @@ def test_samples_are_spread_and_found_by_key(tmp_path: Path, store_format: str) 
     assert [store[s].key for s in choose_samples(store, (), 1000)] == keys
     wanted = [keys[140], keys[2], keys[5]]
     assert [store.location(s) for s in choose_samples(store, wanted, 1)] == [(2, 134), (0, 2), (1, 0)]
-    with pytest.raises(MissingError, match=r"no sample nothing, such; its keys are such as dir/k"):
-        choose_samples(store, ["nothing", keys[0], "such"], 1)
     view = store[keys[140], 1]
     row = 134 - 128
     assert view.crop == tuple(blocks[3].crop_KN4[1, row])
@@ -114,26 +111,9 @@ def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: 
     assert Path(report.page).read_text().count("<figure>") == 5
 
 
-def test_what_does_not_fit_is_told(project: Project, tmp_path: Path) -> None:
+def test_a_student_of_pixels_takes_views_of_any_teacher(project: Project, tmp_path: Path) -> None:
     write_store(tmp_path / "t", header(size=64, grid=(8, 8), width=128), [3])
-    with pytest.raises(MismatchError, match=r"learned from teacher 'demo' \(weights [0-9a-f]{12}\), the store is of"):
-        api.inspect_student(project.runs[0], tmp_path / "t", tmp_path / "o")
-    # A student of pixels takes any teacher's views.
-    api.inspect_student(project.runs[1], tmp_path / "t", tmp_path / "o", count=1)
-    write_store(tmp_path / "u", header(size=16), [3])
-    with pytest.raises(MismatchError, match=r"views of 16 pixels, the student reads 64"):
-        api.inspect_student(project.runs[0], tmp_path / "u", tmp_path / "o")
-    with pytest.raises(DataError, match=r"holds no decoder; name a checkpoint that `milan-pipe pretrain` wrote"):
-        api.inspect_student(project.runs[2], project.targets, tmp_path / "o")
-    with pytest.raises(SettingError, match=r"view 2: .* has views 0 to 1"):
-        api.inspect_student(project.runs[0], project.targets, tmp_path / "o", view=2)
-    with pytest.raises(SettingError, match="is a URL"):
-        api.inspect_targets(project.targets, "s3://bucket/o")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be written"):
-        api.inspect_targets(project.targets, tmp_path / "file" / "o", count=1)
-    with pytest.raises(SettingError, match="leaves 0 of 64 patches visible"):
-        api.inspect_targets(project.targets, tmp_path / "o", load_params(None, ["masking.ratio=0.999"]))
+    assert api.inspect_student(project.runs[1], tmp_path / "t", tmp_path / "o", count=1).images
 
 
 def test_the_commands(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def below_a_file(bucket: Bucket) -> None:
 
 NO_BUCKET = "s3://no-such-bucket/a"
 READ = "{url}/x/a cannot be read"
-TRIED = r"\(tried ([2-9]|\d\d) times in \d+ s\)"
+TRIED = r"\(tried ([2-9]|\d\d) times in (\d+ s|less than a second)\)"
 CASES: dict[str, tuple[Callable[[Bucket], object], type[MilanError], str]] = {
     "missing": (lambda b: b.location().read("gone/a"), MissingError, "{url}/x/gone/a is not there"),
     "missing here": (lambda b: location_of(b.folder).read("a"), MissingError, "{folder}/a is not there"),

@@ -1,0 +1,201 @@
+"""What the errors of students from and to other tools say, word for word. Each case runs in a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import change_record
+from support.messages import Case, require_message
+
+from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.interop.published_file import import_published
+from milan_pipe.interop.timm_layout import export_student, load_student
+from milan_pipe.student.model import build_student
+from milan_pipe.student.published import published_state_dict
+from milan_pipe.training.checkpoint import save_checkpoint
+
+STUDENT = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=1)
+STEP = "run/checkpoints/step-00000007"
+EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("sprung"),))
+
+
+@cache
+def published() -> dict[str, torch.Tensor]:
+    return published_state_dict(build_student(STUDENT, DecoderSettings(width=32, depth=2, heads=4), 24))
+
+
+def saved(change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+    """A run whose record was changed."""
+    model = build_student(STUDENT, DecoderSettings(width=16, depth=1, heads=2), 8)
+    save_checkpoint(
+        Path("run"), 7, {"student": model.encoder.state_dict()}, {"student": STUDENT.model_dump(mode="json")}
+    )
+    change_record(Path(STEP), change)
+
+
+def export(folder: str = "out", change: Callable[[dict[str, Any]], object] = lambda _: None) -> object:
+    saved(change)
+    return export_student("run", folder)
+
+
+def export_beside(file: str, folder: str) -> object:
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).touch()
+    return export(folder)
+
+
+def spoilt_export() -> object:
+    export()
+    Path("out/model.safetensors").write_bytes(b"no")
+    return load_student("out")
+
+
+def read(name: str, write: Callable[[Path], object], heads: int | None = 4) -> object:
+    """Import a file that is written so. Nothing in it has run, and nothing is left of it."""
+    write(Path(name))
+    try:
+        return import_published(name, "o", decoder_heads=heads)
+    finally:
+        assert not Path("sprung").exists()
+        assert not Path("o").exists()
+
+
+def torch_file(content: object, name: str = "c.pth") -> object:
+    return read(name, lambda file: torch.save(content, file))
+
+
+def cut(file: Path, size: int) -> None:
+    if file.suffix == ".safetensors":
+        save_file(published(), file)
+    else:
+        torch.save(published(), file)
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def second_import() -> None:
+    save_file(published(), "c.safetensors")
+    for _ in range(2):
+        import_published("c.safetensors", "run", decoder_heads=4)
+
+
+def without(name: str) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in published().items() if key != name}
+
+
+def named_as_a_file(name: str) -> Case:
+    stem, _, suffix = name.rpartition(".")
+    message = (
+        f"{name} has the name of a file, and a folder is written: name one without '.{suffix}', as {stem}; it will "
+        "hold model.safetensors and config.json"
+    )
+    return lambda: export(name), SettingError, message
+
+
+def damaged(name: str, write: Callable[[Path], object]) -> Case:
+    message = f"checkpoint {name} cannot be read (...): it is damaged; {EXPECTED}"
+    return lambda: read(name, write), DataError, message
+
+
+CASES: dict[str, Case] = {
+    "objects beside the tensors": (
+        lambda: torch_file({"model": published(), "args": argparse.Namespace(lr=1)}),
+        DataError,
+        "checkpoint c.pth holds Python objects beside its tensors (argparse.Namespace), which are never unpickled "
+        f"here; {EXPECTED}. If you trust its author, load it with torch.load yourself and save the state dict alone",
+    ),
+    "objects that run code": (
+        lambda: torch_file({"model": published(), "trap": Trap()}),
+        DataError,
+        "checkpoint c.pth holds Python objects beside its tensors (...), which are never unpickled here; ...",
+    ),
+    "bare pickle": (
+        lambda: read("c.pth", lambda file: file.write_bytes(pickle.dumps(Trap()))),
+        DataError,
+        "checkpoint c.pth ...",
+    ),
+    "no tensors": (lambda: torch_file({"epoch": 3}), DataError, f"checkpoint c.pth holds no tensors; {EXPECTED}"),
+    "list": (lambda: torch_file([1, 2]), DataError, f"checkpoint c.pth holds a list, {EXPECTED}"),
+    "text": damaged("c.pth", lambda file: file.write_text("not a checkpoint")),
+    "cut short": damaged("c.pth", lambda file: cut(file, 5000)),
+    "cut short safetensors": damaged("c.safetensors", lambda file: cut(file, -9)),
+    "program": (
+        lambda: read("c.pth", lambda file: torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))),
+        DataError,
+        f"checkpoint c.pth is a TorchScript program, {EXPECTED}",
+    ),
+    "tensor that is missing": (
+        lambda: torch_file(without("blocks.1.attn.proj.bias")),
+        MismatchError,
+        "state dict does not fit a student of the sizes it has: it lacks blocks.1.attn.proj.bias",
+    ),
+    "no file": (
+        lambda: read("c.pth", lambda _: None),
+        MissingError,
+        f"checkpoint c.pth is not there; {EXPECTED}",
+    ),
+    "heads that do not follow": (
+        lambda: read("c.safetensors", lambda file: save_file(published(), file), None),
+        SettingError,
+        "decoder width 32 is not the usual 512 (16 heads); give decoder_heads",
+    ),
+    "run with checkpoints": (
+        second_import,
+        StoreError,
+        "run holds checkpoints (step-00000000); name another folder",
+    ),
+    "no run": (lambda: export_student("none", "out"), MissingError, "... is not there..."),
+    "folder that is not empty": (
+        lambda: export_beside("taken/file", "taken"),
+        StoreError,
+        "...taken exists and is not empty; name another folder, or remove this one first",
+    ),
+    "folder below a file": (
+        lambda: export_beside("flat", "flat/out"),
+        StoreError,
+        "... cannot be made: ...",
+    ),
+    "student of another depth": (
+        lambda: export(change=lambda record: record["student"].update(depth=3)),
+        MismatchError,
+        f"{STEP} does not fit the model: it lacks blocks.2.norm1.weight, ...",
+    ),
+    "unknown student": (
+        lambda: export(change=lambda record: record.pop("student")),
+        DataError,
+        f"{STEP} does not say which student it holds; name one that `milan-pipe pretrain` wrote",
+    ),
+    "run of segmentation": (
+        lambda: (saved(lambda record: record.update(task="segment")), load_student("run")),
+        DataError,
+        f"{STEP} holds what `milan-pipe segment` trained; name one that `milan-pipe pretrain` wrote",
+    ),
+    "damaged export": (
+        spoilt_export,
+        DataError,
+        "out is no model that timm can load (...); export it again",
+    ),
+    "name of a file": named_as_a_file("student.safetensors"),
+    "name of a file, large": named_as_a_file("student.PTH"),
+    "name of a bin": named_as_a_file("a.bin"),
+    "name of a pt": named_as_a_file("a.pt"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_message(CASES[case])
