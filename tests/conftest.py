@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -25,18 +27,26 @@ _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPO
 _LONGEST = (
     "extraction/test_killed.py",
     "docs/test_commands_run.py",
-    "pretraining/test_ranks.py",
-    "extraction/test_many_processes.py",
-    "pretraining/test_resume.py",
-    "extraction/test_cluster.py",
     "storage/test_bucket_end_to_end.py",
-    "evaluation/test_segment.py",
-    "evaluation/test_finetune.py",
-    "extraction/test_wild_images.py",
+    "pretraining/test_resume.py",
     "targets/test_store.py",
-    "extraction/test_free_disk.py",
+    "pretraining/test_ranks.py",
     "targets/test_verify.py",
+    "evaluation/test_finetune.py",
+    "targets/test_convert.py",
+    "evaluation/test_segment.py",
+    "extraction/test_cluster.py",
     "targets/test_damage.py",
+    "docs/test_docs.py",
+    "cli/test_verify_and_convert.py",
+    "cli/test_cli.py",
+    "planning/test_plan.py",
+    "extraction/test_many_processes.py",
+    "extraction/test_wild_images.py",
+    "images/test_prepare.py",
+    "reports/test_report.py",
+    "teacher/test_source.py",
+    "loader/test_dataset.py",
 )
 
 
@@ -145,28 +155,46 @@ def short_patience(short_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Scenes, targets, runs of every kind, results of probes; made once, and not to be changed."""
+    """Scenes, targets, runs of every kind, results of probes; made once for all workers, and not to be changed."""
+    from milan_pipe.config.params import load_params
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    root = folder / "project"
+    found = Project(
+        root,
+        load_params(None, SETTINGS),
+        (str(root / "images" / "train-*.tar"), str(root / "images" / "test-*.tar")),
+        root / "targets",
+        tuple(root / name for name in ("runs/milan", "runs/mae", "tuned/milan", "tuned/random", "segmented")),
+    )
+    with (folder / "project.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "whole").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            _make(found)
+            (root / "whole").touch()
+    return found
+
+
+def _make(project: Project) -> None:
     from milan_pipe import api
     from milan_pipe.config.params import load_params
     from milan_pipe.images.prepare import prepare
 
-    root = tmp_path_factory.mktemp("project")
-    params = load_params(None, SETTINGS)
-    prepare("demo", root / "images", params.prepare, workers=1)
-    images = str(root / "images" / "train-*.tar"), str(root / "images" / "test-*.tar")
-    targets = root / "targets"
+    params, images, targets = project.params, project.images, project.targets
+    milan, mae, tuned, tuned_random, segmented = project.runs
+    prepare("demo", project.root / "images", params.prepare, workers=1)
     api.extract_targets(images[0], targets, params)
-    milan, mae = root / "runs" / "milan", root / "runs" / "mae"
     api.pretrain(targets, milan, params)
     api.pretrain(
         targets, mae, load_params(None, [*SETTINGS, "target=pixels", "decoder.kind=plain", "masking.kind=random"])
     )
-    api.finetune(milan, *images, root / "tuned" / "milan", params)
-    api.finetune("random", *images, root / "tuned" / "random", params)
-    api.segment(milan, *images, root / "segmented", params)
+    api.finetune(milan, *images, tuned, params)
+    api.finetune("random", *images, tuned_random, params)
+    api.segment(milan, *images, segmented, params)
     api.knn(milan, *images, params)
-    api.knn("random", *images, params, keep=root / "bounds")
-    api.knn("teacher", *images, params, keep=root / "bounds")
+    api.knn("random", *images, params, keep=project.root / "bounds")
+    api.knn("teacher", *images, params, keep=project.root / "bounds")
     api.linear_probe(mae, *images, params)
-    runs = milan, mae, root / "tuned" / "milan", root / "tuned" / "random", root / "segmented"
-    return Project(root, params, images, targets, runs)
