@@ -96,7 +96,7 @@ class ClassifyTask(SupervisedTask[C]):
         """Shares of VAL's images whose class is the first, or among the first five."""
         del last
         ranks = self._ranks
-        # Sums by hand, not torchmetrics' means: batches and ranks have different numbers of images.
+        # Sums, not means: batches and ranks have different numbers of images.
         sums = torch.zeros(4, dtype=torch.float64)
         for shown in self._shown(self._show, default_collate, max(1, self.batch_size // ranks.count)):
             pixels_BCHW, label_B = (tensor.to(ranks.device) for tensor in shown.value)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 from support import processes
 from support.images import TINY, image, labelled_shard, mask, mask_folders, png
 from support.training import StopAtError, killed_until_done, stop_at
@@ -38,6 +39,13 @@ from milan_pipe.training.optim import polynomial_lr
 CPU = torch.device("cpu")
 
 # --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_confusion_is_that_of_scikit_learn() -> None:
+    predicted, truth = torch.randint(0, 7, (31, 17)), torch.randint(-1, 7, (31, 17))
+    known = truth >= 0
+    expected = confusion_matrix(truth[known], predicted[known], labels=range(7))
+    assert confusion(predicted, truth, 7).tolist() == expected.tolist()
 
 
 def test_scores_of_a_confusion_matrix_made_by_hand() -> None:

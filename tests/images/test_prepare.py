@@ -351,7 +351,15 @@ def test_settings_are_checked(values: dict[str, object]) -> None:
 
 def packing(folder: Path) -> subprocess.Popen[str]:
     """`milan-pipe prepare` in the middle of its work, with two processes that pack."""
-    words = ["prepare", "demo", "images", "--set", "prepare.train_scenes=40000"]
+    words = [
+        "prepare",
+        "demo",
+        "images",
+        "--set",
+        "prepare.train_scenes=40000",
+        "--set",
+        "prepare.samples_per_shard=50",
+    ]
     run = subprocess.Popen(
         [sys.executable, "-m", "milan_pipe", *words],
         cwd=folder,
