@@ -44,7 +44,10 @@ def seeded(*parts: int | str) -> Iterator[None]:
 def training_view(settings: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
     """A crop of (3, size, size) normalised floats, drawn from the global generators; raises SettingError."""
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
-        raise SettingError(f"augment.scale must be two numbers with 0 < least <= greatest <= 1, found {settings.scale}")
+        raise SettingError(
+            "augment.scale is the least and the greatest share of the area, above 0 and at most 1, found "
+            f"{settings.scale}"
+        )
     try:
         view: Callable[[Image.Image], Tensor] = create_transform(
             input_size=size,

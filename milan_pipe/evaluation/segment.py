@@ -98,7 +98,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
         side = sizes.image_size
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
-            raise SettingError(f"segment.ratio must be two numbers with 0 < least <= greatest, found {settings.ratio}")
+            raise SettingError(f"segment.ratio is the least and the greatest resizing, above 0, found {settings.ratio}")
         number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
         self.set_up(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
         self.steps, self.objective = settings.steps, SegmentObjective(model, settings.auxiliary)

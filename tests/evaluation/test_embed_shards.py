@@ -172,7 +172,7 @@ def test_embedders_of_the_wrong_kind(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 2))
     with pytest.raises(ShapeError, match="expected \\(B, F\\)"):
         embed_shards(shard, lambda pixels: pixels.float(), SIZE, EmbedSettings(threads=1))
-    with pytest.raises(DataError, match="2 of 2 images are all zero or not finite"):
+    with pytest.raises(DataError, match="2 of 2 images"):
         embed_shards(shard, lambda pixels: raw(pixels) * torch.nan, SIZE, EmbedSettings(threads=1))
 
 
@@ -214,7 +214,7 @@ def test_labelled_features_are_checked() -> None:
     with pytest.raises(DataError, match="no features"):
         LabelledFeatures(features_NF=good[:0], label_N=torch.zeros(0, dtype=torch.int64))
     for broken in (0.0, torch.nan, torch.inf):
-        with pytest.raises(DataError, match="1 of 2 images are all zero or not finite"):
+        with pytest.raises(DataError, match="1 of 2 images"):
             LabelledFeatures(features_NF=good * torch.tensor([[1.0], [broken]]), label_N=torch.tensor([0, 1]))
     with pytest.raises(DataError, match="label -1"):
         LabelledFeatures(features_NF=good, label_N=torch.tensor([0, -1]))
@@ -224,7 +224,7 @@ def test_partners_must_fit() -> None:
     train = LabelledFeatures(features_NF=torch.ones(2, 3), label_N=torch.tensor([0, 1]))
     with pytest.raises(ShapeError, match="3 wide"):
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(1, 4), label_N=torch.tensor([0])))
-    with pytest.raises(DataError, match="no train image has \\(2\\): 5, 7"):
+    with pytest.raises(DataError, match="no train image has"):
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(3, 3), label_N=torch.tensor([7, 0, 5])))
 
 

