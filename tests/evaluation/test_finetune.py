@@ -484,7 +484,6 @@ def _without(path: Path, *kept: str) -> Path:
     ("change", "kind", "message"),
     [
         ({"checkpoint": "missing"}, MissingError, "missing is not there"),
-        ({"batch_size": 64}, SettingError, "has 60 images"),
         ({"batch_size": 15}, SettingError, "even number"),
         ({"image_size": 18}, SettingError, "no multiple of the patch"),
         ({"train": "nowhere"}, MissingError, "nowhere is not there"),
@@ -512,7 +511,7 @@ def test_folders_that_are_no_classes(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="lower finetune.lr"):
+    with pytest.raises(DataError, match=r"lower finetune\.lr"):
         go(shards, tmp_path / "run", lr=1e12, warmup_epochs=0, epochs=8, checkpoint_every=1)
     last = open_checkpoint(tmp_path / "run")
     assert last.record["finished"] is False
@@ -525,7 +524,7 @@ def test_unknown_augmentation(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_something_else(shards: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match="the run has 0.05"):
+    with pytest.raises(MismatchError, match=r"the run has 0\.05"):
         go(shards, whole, ema=0.9, lr=0.1)
     with pytest.raises(DataError, match="milan-pipe finetune"):
         go(shards, tmp_path / "run", checkpoint=whole)

@@ -140,8 +140,8 @@ CASES: dict[str, Case] = {
     ),
     "mixup of an odd part": (
         lambda: build_mixup(AugmentSettings(mixup=0.5), 3, 7), SettingError,
-        "mixup and cutmix pair the images of a batch, 7 of them on this rank; choose a batch_size that gives every rank "
-        "an even number, or set augment.mixup=0 and augment.cutmix=0",
+        "mixup and cutmix pair the images of a batch, 7 of them on this rank; choose a batch_size that gives every "
+        "rank an even number, or set augment.mixup=0 and augment.cutmix=0",
     ),
     "another task's checkpoint": (
         lambda: checkpoint({"task": "finetune", "student": {}}, student_of), DataError,
@@ -197,7 +197,8 @@ CASES: dict[str, Case] = {
     ),
     "classes of test": (
         lambda: check_same_task(features(), features(labels=[0, 5, 7, 5])), DataError,
-        "test images are of classes that no train image has (2): 5, 7; prepare both from folders of the same class names",
+        "test images are of classes that no train image has (2): 5, 7; prepare both from folders of the same "
+        "class names",
     ),
     "kept features": (
         kept, DataError,
@@ -217,8 +218,8 @@ CASES: dict[str, Case] = {
     ),
     "no label": (
         lambda: embedded(write_tar(Path("a.tar"), {"lonely.png": png(image(0, 0))})), DataError,
-        "shard a.tar: image 'lonely' has no label; put images into one folder per class and run `milan-pipe prepare`, or "
-        "add a .cls member with the class index",
+        "shard a.tar: image 'lonely' has no label; put images into one folder per class and run `milan-pipe prepare`, "
+        "or add a .cls member with the class index",
     ),
     "neighbours": (
         lambda: knn_accuracy(features(), features(), KnnSettings(neighbours=(20, 30))), SettingError,
@@ -239,8 +240,8 @@ CASES: dict[str, Case] = {
     ),
     "no result": (
         lambda: read_evaluations(Path(file("kept/knn-1.json", '{"version": 7}')).parent), DataError,
-        "kept/knn-1.json is no result that `milan-pipe knn` or `linear-probe` kept (another version); remove it, and run "
-        "them again",
+        "kept/knn-1.json is no result that `milan-pipe knn` or `linear-probe` kept (another version); remove it, and "
+        "run them again",
     ),
     "class lists": (
         lambda: segmented(val="other"), MismatchError,
@@ -268,8 +269,8 @@ CASES: dict[str, Case] = {
     ),
     "one image a rank": (
         lambda: segmented(batch_size=1), SettingError,
-        "segment.batch_size is 1: 1 ranks with accumulate=1 need at least 2; the batch norms of UperNet need two images "
-        "at a time",
+        "segment.batch_size is 1: 1 ranks with accumulate=1 need at least 2; the batch norms of UperNet need two "
+        "images at a time",
     ),
 }  # fmt: skip
 
