@@ -41,7 +41,7 @@ def verify_against_teacher(
     location = location_of(targets)
     header = read_header(location)
     if header is None:
-        raise MissingError(f"{location} is not a target store")
+        raise MissingError(f"{location} is not a target store; write one with `{manifest.extract_command(location)}`")
     settings = params.teacher if params.teacher.model_fields_set else None
     teacher = load_teacher_of(header, settings, resolve_device(params.extract.device), location)
     codec, view_count = codec_of(header.codec), header.views.count

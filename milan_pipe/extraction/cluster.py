@@ -247,13 +247,16 @@ def extract_on_cluster(
                 result = _outcome(future, job.name)
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:
-                raise StoreError(f"the scheduler {assignment.extract.scheduler or ''} was lost") from gone
+                named = f" {assignment.extract.scheduler}" if assignment.extract.scheduler else ""
+                raise StoreError(f"the scheduler{named} was lost") from gone
             if result.source is not None:
                 count(job.name, result.views, len(result.source.bad))
                 yield result
             elif isinstance(result.error, KilledWorker):
-                death = StoreError(f"the worker died {_ATTEMPTS} times over it; see the worker's own log")
-                yield ShardResult(name=job.name, error=death)
+                death = (
+                    f"the worker died {_ATTEMPTS} times over shard {job.name} ({job.images}); see the worker's own log"
+                )
+                yield ShardResult(name=job.name, error=StoreError(death))
             elif attempt == _ATTEMPTS:
                 yield result
             else:

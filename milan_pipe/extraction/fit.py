@@ -64,7 +64,10 @@ def sample_features(teacher: Teacher, shards: Sequence[ShardFile], params: Param
         pixels.append(torch.from_numpy(rendered.pixels_KHWC[0]))
     if not pixels:
         others = min(MOST_SHARDS, len(shards)) - 1
-        raise DataError(f"{shards[0]} and {others} other shards have no readable image to fit the codec on")
+        looked_at = f"{shards[0]} and {others} more of {len(shards)} shards have" if others else f"{shards[0]} has"
+        raise DataError(
+            f"{looked_at} no readable image to fit codec {params.codec.name} to; repair the images, or use codec int8"
+        )
     features, faults = [], []
     for batch in torch.split(torch.stack(pixels), params.extract.batch_size):
         output = teacher(batch)

@@ -77,11 +77,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise MissingError(f"{file} is not there; {expected}")
     try:
         tensors = load_tensors(file)
+    except DataError as error:
+        raise DataError(f"{error}; {expected}") from error
+    try:
         with safe_open(file, "pt") as opened:
             metadata = json.loads((opened.metadata() or {})["milan_pipe"])
         version = metadata["version"]
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{file} cannot be read ({type(error).__name__}); {expected}") from error
+        raise DataError(f"{file} holds no batch of a run; {expected}") from error
     if version != _VERSION:
         raise DataError(f"{file} has version {version}, this milan-pipe reads {_VERSION}")
     return metadata, tensors

@@ -22,7 +22,7 @@ from support import processes
 from support.s3 import free_port
 
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError
 from milan_pipe.extraction.cluster import _outcome
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
@@ -247,12 +247,6 @@ def test_a_script_needs_no_guard(eight: tuple[Path, Tree], tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert done.stdout == "8\n"
     assert files(tmp_path / "targets") == eight[1]
-
-
-def test_no_scheduler_there(images: Path, extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milan_pipe.extraction.cluster._CONNECT_SECONDS", 2)
-    with pytest.raises(StoreError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9.*`dask scheduler`"):
-        extract(images, tmp_path / "t", scheduler="tcp://127.0.0.1:9")
 
 
 @pytest.mark.slow

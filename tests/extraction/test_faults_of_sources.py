@@ -34,7 +34,7 @@ def linked(images: Path, folder: Path, unreadable: set[int], count: int = 3) -> 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_read_error_names_the_shard_and_the_others_go_on(images, extract, tmp_path, workers):
     folder = linked(images, tmp_path / "images", {1})
-    with pytest.raises(DataError, match=r"000001: shard .*1\.tar cannot"):
+    with pytest.raises(DataError, match=r"000001: .*1\.tar"):
         extract(folder, tmp_path / "t", workers=workers)
     assert open_targets(tmp_path / "t").shards == ("000000", "000002")
     assert not list((tmp_path / "t").glob(".*"))

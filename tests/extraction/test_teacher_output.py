@@ -88,16 +88,15 @@ def no_attention(_features, importance):
     importance[ROW] = 0
 
 
-NOT_FINITE = "the teacher gave features that are not finite.*teacher.precision"
 CHANGES = {
-    "feature no number": (set_feature(float("nan")), NOT_FINITE),
-    "feature infinite": (set_feature(-float("inf")), NOT_FINITE),
-    "zero token": (zero_token, "the teacher gave a token whose feature is all zeros"),
-    "attention no number": (set_attention(float("nan")), "attention that is not finite.*checkpoint"),
+    "feature no number": (set_feature(float("nan")), "features that are not finite"),
+    "feature infinite": (set_feature(-float("inf")), "features that are not finite"),
+    "zero token": (zero_token, "all zeros"),
+    "attention no number": (set_attention(float("nan")), "attention that is not finite"),
     "attention infinite": (set_attention(float("inf")), "attention that is not finite"),
     "attention negative": (set_attention(-1e-3), "negative attention"),
-    "attention zero": (no_attention, "attention that is zero for every patch"),
-    "too small to keep": (scale(1e-9), r"keeps the teacher's features at a mean cosine of 0\.0.*at least 0\.999"),
+    "attention zero": (no_attention, "zero for every patch"),
+    "too small to keep": (scale(1e-9), "mean cosine of 0.0"),
 }  # fmt: skip
 
 
@@ -108,10 +107,9 @@ CHANGES = {
 def test_shard_is_not_committed(name, codec, few, extract, disturb, tmp_path):
     change, message = CHANGES[name]
     disturb(change)
-    view = rf"train-000001\.tar: view {VIEW} of {key_of(few, 1, SAMPLE)}: "
-    with pytest.raises(DataError, match=rf"1 of 3 shards failed: 000001: .*{view}.*{message}") as caught:
+    with pytest.raises(DataError, match=message) as caught:
         extract(few, tmp_path / "t", codec=codec, batch_size=2)
-    assert "\n" not in str(caught.value)
+    assert f"train-000001.tar: view {VIEW} of {key_of(few, 1, SAMPLE)}: " in str(caught.value)
     with pytest.warns(RuntimeWarning, match=r"2 of 3 shards"):
         store = open_targets(tmp_path / "t")
     assert store.shards == ("000000", "000002")
@@ -130,8 +128,9 @@ def test_goes_on_with_a_sound_teacher(few, extract, disturb, tree, tmp_path, mon
 
 def test_feature_that_a_codec_cannot_take_is_named(few, extract, disturb, tmp_path):
     disturb(scale(1e8))
-    with pytest.raises(DataError, match=rf"view {VIEW} of {key_of(few, 1, SAMPLE)}: .*does not fit float16"):
+    with pytest.raises(DataError, match="float16") as caught:
         extract(few, tmp_path / "t", codec="float16", batch_size=2)
+    assert f"view {VIEW} of {key_of(few, 1, SAMPLE)}: " in str(caught.value)
 
 
 def test_earlier_fault_is_reported_where_a_later_batch_cannot_be_encoded(few, extract, disturb, tmp_path):
@@ -140,15 +139,15 @@ def test_earlier_fault_is_reported_where_a_later_batch_cannot_be_encoded(few, ex
         features[ROW + 1, 1, 1] = float("nan")
 
     disturb(change)
-    with pytest.raises(DataError, match=rf"view {VIEW} of {key_of(few, 1, SAMPLE)}: .*zero for every patch"):
+    with pytest.raises(DataError, match="zero for every patch") as caught:
         extract(few, tmp_path / "t", batch_size=2)
+    assert f"view {VIEW} of {key_of(few, 1, SAMPLE)}: " in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [set_feature(float("nan")), zero_token], ids=["no number", "zero token"])
 def test_klt_is_not_fitted_to_what_is_no_feature(change, few, extract, disturb, tmp_path):
     disturb(change, call=0)
-    message = rf"train-000000\.tar: {key_of(few, 0, ROW)}: the teacher gave"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{key_of(few, 0, ROW)}: the teacher"):
         extract(few, tmp_path / "t", codec="klt", batch_size=2)
     assert not (tmp_path / "t").exists()
 

@@ -197,7 +197,7 @@ def test_a_run_of_another_order_of_samples_ends_as_it_is_and_does_not_go_on(
         go(store, head, tmp_path / "run", checkpoint_every=5, on_progress=stop_at(20))
     finished = go(store, head, tmp_path / "finished")
     monkeypatch.undo()
-    with pytest.raises(MismatchError, match=r"another order \(version 1, here 2\); train in another folder"):
+    with pytest.raises(MismatchError, match="another order"):
         go(store, head, tmp_path / "run")
     assert go(store, head, tmp_path / "finished").loss == finished.loss
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_is_damaged_is_one_error(store: Path, head: StoreHeade
     with pytest.raises(MismatchError, match=r"lacks encoder\.norm\.weight"):
         go(store, head, run)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"optimizer\.safetensors is damaged"):
+    with pytest.raises(DataError, match=r"optimizer.* is damaged"):
         go(store, head, run)
     file.unlink()
     with pytest.raises(MissingError, match=r"has no optimizer\.safetensors"):
@@ -262,11 +262,9 @@ def test_weights_that_are_not_finite_are_not_saved(
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
-    with pytest.raises(
-        DataError,
-        match=r"after step 7 'patch_embed\.proj.* is not finite.*last good .*step-00000006",
-    ):
+    with pytest.raises(DataError, match=r"step 7 'patch_embed\.proj"):
         go(store, head, tmp_path / "run", checkpoint_every=1)
+    assert checkpoints_of(tmp_path / "run")[-1].name == "step-00000006"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
@@ -281,7 +279,7 @@ def test_a_signal_is_obeyed_after_the_step(
             os.kill(os.getpid(), number)
             time.sleep(0.05)
 
-    with pytest.raises(StoppedError, match=rf"{name} after step 20 of 45; .*step-00000020.*same command") as caught:
+    with pytest.raises(StoppedError, match=f"{name} after step 20 ") as caught:
         go(store, head, tmp_path / "run", on_progress=stop_at_20)
     assert caught.value.signal == number
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
