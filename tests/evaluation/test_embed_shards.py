@@ -100,14 +100,14 @@ def test_a_thread_of_a_image_is_refused_before_it_fills_the_memory() -> None:
 def test_features_labels_and_order(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", labelled(7, 4))
     write_tar(tmp_path / "a.tar", labelled(0, 7))
-    told: list[int] = []
-    found = embed_shards(tmp_path, raw, SIZE, EmbedSettings(batch_size=3, threads=2, crop=0.8), on_progress=told.append)
+    seen: list[int] = []
+    found = embed_shards(tmp_path, raw, SIZE, EmbedSettings(batch_size=3, threads=2, crop=0.8), on_progress=seen.append)
     expected = [centre_view(noise(n, 9 + n % 4, 9 + n % 7), SIZE, 0.8).ravel() for n in range(11)]
     np.testing.assert_array_equal(found.features_NF.numpy(), np.stack(expected))
     assert found.features_NF.dtype == torch.float32
     assert not found.features_NF.is_inference()
     assert found.label_N.tolist() == [n % 3 for n in range(11)]
-    assert told == [3, 6, 9, 11]
+    assert seen == [3, 6, 9, 11]
 
 
 def test_threads_do_not_change_the_result(tmp_path: Path) -> None:

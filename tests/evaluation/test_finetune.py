@@ -52,7 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(shards: Path, run: Path, *, augment: AugmentSettings = FULL, **change: Any) -> Any:
-    told = change.pop("on_progress", lambda _: None)
+    listener = change.pop("on_progress", lambda _: None)
     recipe = {"epochs": 4, "warmup_epochs": 1, "batch_size": 16, "lr": 0.05, "drop_path": 0.2, "log_every": 2}
     return finetune(
         change.pop("checkpoint", "random"),
@@ -60,7 +60,7 @@ def go(shards: Path, run: Path, *, augment: AugmentSettings = FULL, **change: An
         change.pop("val", str(shards / "val-*.tar")),
         run,
         Params(student=TINY, augment=augment, finetune=FinetuneSettings(**{**recipe, **change})),
-        on_progress=told,
+        on_progress=listener,
     )
 
 
@@ -89,13 +89,13 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_being_written_is_refused(shards: Path, tmp_path: Path) -> None:
     refused = []
 
-    def told(_: TrainProgress) -> None:
+    def second(_: TrainProgress) -> None:
         if not refused:
             with pytest.raises(StoreError, match="being written") as caught:
                 go(shards, tmp_path / "run")
             refused.append(caught)
 
-    go(shards, tmp_path / "run", epochs=1, on_progress=told)
+    go(shards, tmp_path / "run", epochs=1, on_progress=second)
     assert len(refused) == 1
     assert not (tmp_path / "run" / ".lock").exists()
 
@@ -409,7 +409,7 @@ def test_timm_loads_it_with_its_head(shards: Path, tmp_path: Path) -> None:
 
 
 def probe(shards: Path, run: Path, **change: Any) -> Any:
-    told = change.pop("on_progress", lambda _: None)
+    listener = change.pop("on_progress", lambda _: None)
     recipe = {"epochs": 20, "warmup_epochs": 1, "batch_size": 20, "lr": 500.0, "log_every": 1}
     return lars_probe(
         "random",
@@ -417,7 +417,7 @@ def probe(shards: Path, run: Path, **change: Any) -> Any:
         str(shards / "val-*.tar"),
         run,
         Params(student=TINY, lars_probe=LarsProbeSettings(**{**recipe, **change})),
-        on_progress=told,
+        on_progress=listener,
     )
 
 
@@ -456,8 +456,8 @@ def test_images_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
         (train / NAMES[number % 3] / f"{number:04d}.png").write_bytes(b"broken")
     report = go(shards, tmp_path / "run", train=train, val=class_folders(tmp_path / "v", range(9)))
     assert report.bad == 2
-    told = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert sorted(line["key"] for line in told) == ["bee/0004.png", "cat/0005.png"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == ["bee/0004.png", "cat/0005.png"]
     with pytest.raises(DataError, match="of 69 images"):
         go(shards, tmp_path / "r2", train=train, val=tmp_path / "v", max_bad_fraction=0.01)
 

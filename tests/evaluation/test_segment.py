@@ -118,18 +118,18 @@ def test_windows_are_averaged_where_they_overlap() -> None:
 @pytest.mark.parametrize("size", [(20, 31), (16, 16), (9, 40)])
 def test_one_scale_is_single_scale(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    told = {"window": 16, "stride": 11, "short": 16, "device": CPU}
-    single = predict(classify, image, scales=(1.0,), flip=False, **told)
+    sizes = {"window": 16, "stride": 11, "short": 16, "device": CPU}
+    single = predict(classify, image, scales=(1.0,), flip=False, **sizes)
     height, width = scaled_size(size, 16, 64)
     scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     logits = sliding_logits(classify, normalise(torch.from_numpy(scaled)[None])[0], 16, 11)
     by_hand = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
     assert single.shape == size
     assert torch.equal(single, by_hand.argmax(0))
-    assert torch.equal(predict(classify, image, scales=(1.0, 1.0), flip=False, **told), single)
-    both = predict(classify, image, scales=(0.5, 1.0, 1.5), flip=True, **told)
+    assert torch.equal(predict(classify, image, scales=(1.0, 1.0), flip=False, **sizes), single)
+    both = predict(classify, image, scales=(0.5, 1.0, 1.5), flip=True, **sizes)
     mirrored = predict(
-        lambda windows: classify(windows.flip(-1)).flip(-1), image, scales=(0.5, 1.0, 1.5), flip=True, **told
+        lambda windows: classify(windows.flip(-1)).flip(-1), image, scales=(0.5, 1.0, 1.5), flip=True, **sizes
     )
     # A sum over both mirrors does not know which of them came first, up to the place of padding and windows.
     assert (both == mirrored).float().mean() > 0.8
@@ -320,7 +320,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(shards: Path, run: Path, **change: Any) -> Any:
-    told = change.pop("on_progress", lambda _: None)
+    listener = change.pop("on_progress", lambda _: None)
     recipe = {"steps": 12, "warmup_steps": 2, "batch_size": 8, "lr": 0.01, "channels": 8, "classes": 2}
     recipe |= {"log_every": 1, "eval_every": 5, "drop_path": 0.1}
     return segment(
@@ -329,7 +329,7 @@ def go(shards: Path, run: Path, **change: Any) -> Any:
         change.pop("val", str(shards / "val-*.tar")),
         run,
         Params(student=TINY.model_copy(update={"depth": 4}), segment=SegmentSettings(**{**recipe, **change})),
-        on_progress=told,
+        on_progress=listener,
     )
 
 

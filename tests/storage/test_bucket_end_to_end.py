@@ -208,11 +208,11 @@ def test_from_images_in_a_bucket_to_a_student(
     assert tree(targets) == expected
     assert milan("verify-targets", targets, "--against-teacher", 1, *words(SETTINGS)).code == 0
 
-    for where, run in ((local / store_format, "here"), (targets, "there")):
+    for where, run in ((local / store_format, "local"), (targets, "remote")):
         done = milan("pretrain", where, tmp_path / run, *words(SETTINGS | STUDENT))
         assert done.code == 0, done.err
-    assert losses(tmp_path / "there") == losses(tmp_path / "here")
-    assert weights(tmp_path / "there") == weights(tmp_path / "here") != {}
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert weights(tmp_path / "remote") == weights(tmp_path / "local") != {}
 
     # A byte of one object, a part of another, and a third one that is gone.
     location = location_of(targets)
@@ -223,14 +223,14 @@ def test_from_images_in_a_bucket_to_a_student(
     location.write(paths["000002"], expected[paths["000002"]][:-9])
     gone = min(name for name in expected if name.startswith("000003/"))
     location.remove(gone)
-    told = milan("verify-targets", targets, "--json")
-    assert told.code == 1
-    assert [found["shard"] for found in told.report["problems"]] == ["000001", "000002", "000003"]
+    done = milan("verify-targets", targets, "--json")
+    assert done.code == 1
+    assert [found["shard"] for found in done.report["problems"]] == ["000001", "000002", "000003"]
     assert [
         name.partition("/")[2] in found["what"]
-        for name, found in zip((*paths.values(), gone), told.report["problems"], strict=True)
+        for name, found in zip((*paths.values(), gone), done.report["problems"], strict=True)
     ] == [True] * 3
-    repair = told.report["problems"][0]["repair"]
+    repair = done.report["problems"][0]["repair"]
     assert repair == f"milan-pipe extract-targets IMAGES {targets} --redo 000001"
     refused = milan("pretrain", targets, tmp_path / "refused", *words(SETTINGS | STUDENT))
     assert "--redo 00000" in refused.error
@@ -288,13 +288,13 @@ def test_every_third_request_fails(
     done = milan(*extract)
     assert done.code == 0, done.err
     assert milan("verify-targets", targets).code == 0
-    assert milan("pretrain", targets, tmp_path / "there", *words(SETTINGS | STUDENT)).code == 0
+    assert milan("pretrain", targets, tmp_path / "remote", *words(SETTINGS | STUDENT)).code == 0
     assert milan(*extract, "--redo", "000002").code == 0
     assert sum(request.status == 500 for request in s3_proxy.requests) > 30
     s3_proxy.fail_every = 0
     assert tree(targets) == tree(local / "webdataset")
-    assert milan("pretrain", local / "webdataset", tmp_path / "here", *words(SETTINGS | STUDENT)).code == 0
-    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+    assert milan("pretrain", local / "webdataset", tmp_path / "local", *words(SETTINGS | STUDENT)).code == 0
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
     nothing_left(flaky_bucket)
 
 
@@ -348,22 +348,22 @@ def test_nobody_at_the_endpoint(
         ("convert-targets", local / "zarr", f"{bucket}/t", "--format", "webdataset"),
         ("pretrain", f"{bucket}/t", tmp_path / "run", *words(STUDENT)),
     ):
-        told = milan(*command).error
-        assert bucket in told
-        assert f"no answer from {endpoint}: " in told, told
-        assert len(told) < 400
+        message = milan(*command).error
+        assert bucket in message
+        assert f"no answer from {endpoint}: " in message, message
+        assert len(message) < 400
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd"]
     assert list(Path(os.environ["TMPDIR"]).iterdir()) == []
 
 
 def test_a_bucket_that_is_not_there(local: Path, bucket: str, milan: Command) -> None:
-    told = milan("extract-targets", local / "images", f"{bucket}-not/t", *words(SETTINGS)).error
-    assert f"there is no bucket {bucket.removeprefix('s3://')}-not; make it, or correct its name" in told
-    told = milan("extract-targets", f"{bucket}/nothing", f"{bucket}/t", *words(SETTINGS)).error
-    assert f"{bucket}/nothing is not there" in told
+    message = milan("extract-targets", local / "images", f"{bucket}-not/t", *words(SETTINGS)).error
+    assert f"there is no bucket {bucket.removeprefix('s3://')}-not; make it, or correct its name" in message
+    message = milan("extract-targets", f"{bucket}/nothing", f"{bucket}/t", *words(SETTINGS)).error
+    assert f"{bucket}/nothing is not there" in message
     upload(local / "images", f"{bucket}/images")
-    told = milan("extract-targets", local / "images", f"{bucket}/images", *words(SETTINGS)).error
-    assert "is not a target store and not empty (it holds index.json)" in told
+    message = milan("extract-targets", local / "images", f"{bucket}/images", *words(SETTINGS)).error
+    assert "is not a target store and not empty (it holds index.json)" in message
 
 
 # --- web servers, and what stays on a disk ------------------------------------------------------------------------
@@ -432,37 +432,37 @@ def test_a_web_server_is_read_and_not_written_to(
     web = f"{s3_proxy.endpoint}/{bucket.removeprefix('s3://')}"
     upload(local / "images", f"{bucket}/images")
     shards = f"{web}/images/train-{{000000..{SHARDS - 1:06d}}}.tar"
-    told = milan("extract-targets", f"{web}/images", tmp_path / "t", *words(SETTINGS)).error
-    assert "name its shards one by one or by braces" in told
+    message = milan("extract-targets", f"{web}/images", tmp_path / "t", *words(SETTINGS)).error
+    assert "name its shards one by one or by braces" in message
     assert milan("extract-targets", shards, tmp_path / "t", *words(SETTINGS)).code == 0
     assert tree(tmp_path / "t") == tree(local / "zarr")
     targets = f"{web}/{store_format}"
     upload(local / store_format, f"{bucket}/{store_format}")
     assert milan("verify-targets", targets).code == 0
-    for where, run in ((local / store_format, "here"), (targets, "there")):
+    for where, run in ((local / store_format, "local"), (targets, "remote")):
         done = milan("pretrain", where, tmp_path / store_format / run, *words(SETTINGS | STUDENT))
         assert done.code == 0, done.err
-    assert losses(tmp_path / store_format / "there") == losses(tmp_path / store_format / "here")
+    assert losses(tmp_path / store_format / "remote") == losses(tmp_path / store_format / "local")
     for command in (
         ("extract-targets", local / "images", f"{web}/new", *words(SETTINGS)),
         ("extract-targets", local / "images", f"{web}/{store_format}", *words(SETTINGS)),
         ("convert-targets", local / "zarr", f"{web}/new", "--format", "webdataset"),
     ):
-        told = milan(*command).error
-        assert "can only be read, as any web server; write to a local folder, s3://" in told
+        message = milan(*command).error
+        assert "can only be read, as any web server; write to a local folder, s3://" in message
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
     location = location_of(f"{bucket}/{store_format}")
     location.remove(max(path for path in location.sizes() if path.startswith("000002/")))
-    told = milan("verify-targets", targets, "--json")
-    assert (told.code, {found["shard"] for found in told.report["problems"]}) == (1, {"000002"})
+    done = milan("verify-targets", targets, "--json")
+    assert (done.code, {found["shard"] for found in done.report["problems"]}) == (1, {"000002"})
     assert list(Path.cwd().iterdir()) == []
     assert list(Path(os.environ["TMPDIR"]).iterdir()) == []
 
 
 def test_a_web_server_that_sends_whole_files_only(local: Path, milan: Command, tmp_path: Path) -> None:
     with plain_server(local / "images") as web:
-        told = milan("extract-targets", f"{web}/train-000000.tar", tmp_path / "t", *words(SETTINGS)).error
-    assert "its server does not send parts of files; copy it to a disk" in told
+        message = milan("extract-targets", f"{web}/train-000000.tar", tmp_path / "t", *words(SETTINGS)).error
+    assert "its server does not send parts of files; copy it to a disk" in message
 
 
 @pytest.mark.usefixtures("short_patience")
@@ -474,8 +474,8 @@ def test_https_with_an_issuer_of_ones_own(
 ) -> None:
     root, leaf = own_certificate(tmp_path)
     with plain_server(local / "zarr", leaf) as web:
-        told = milan("verify-targets", web).error
-        assert "its certificate is not accepted (UnknownIssuer); set SSL_CERT_FILE" in told
+        message = milan("verify-targets", web).error
+        assert "its certificate is not accepted (UnknownIssuer); set SSL_CERT_FILE" in message
         monkeypatch.setenv("SSL_CERT_FILE", str(root))
         assert location_of(web).read("zarr.json") == (local / "zarr" / "zarr.json").read_bytes()
         assert location_of(web).present(["zarr.json", "gone"]).keys() == {"zarr.json"}
@@ -485,13 +485,13 @@ def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: P
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(encoded(scene()))
     for source in ("demo", tmp_path / "in"):
-        told = milan("prepare", source, "s3://bucket/images").error
-        assert "s3://bucket/images is a URL, and shards are written to a local folder only" in told
+        message = milan("prepare", source, "s3://bucket/images").error
+        assert "s3://bucket/images is a URL, and shards are written to a local folder only" in message
     assert "is a URL, expected a local folder of images" in milan("prepare", "s3://bucket/a", tmp_path / "out").error
-    told = milan("pretrain", local / "zarr", "s3://bucket/run", *words(STUDENT)).error
-    assert "s3://bucket/run is a URL, and checkpoints and metrics are written to a local folder only" in told
-    told = milan("extract-targets", local / "images", Path("s3://bucket/t"), *words(SETTINGS)).error
-    assert "has lost a slash of its URL" in told
-    assert "s3://bucket/t" in told
+    message = milan("pretrain", local / "zarr", "s3://bucket/run", *words(STUDENT)).error
+    assert "s3://bucket/run is a URL, and checkpoints and metrics are written to a local folder only" in message
+    message = milan("extract-targets", local / "images", Path("s3://bucket/t"), *words(SETTINGS)).error
+    assert "has lost a slash of its URL" in message
+    assert "s3://bucket/t" in message
     assert list(Path.cwd().iterdir()) == []
     assert read_index(local / "images").source == {"kind": "demo", "seed": 0}

@@ -224,12 +224,12 @@ class TestFolder(PlaceContract):
         creators = [context.Process(target=_create, args=(str(tmp_path), mark, barrier, created)) for mark in "ab"]
         for creator in creators:
             creator.start()
-        told = dict(created.get(timeout=60) for _ in creators)
+        answers = dict(created.get(timeout=60) for _ in creators)
         for creator in creators:
             creator.join(60)
         found = {name: location_of(tmp_path).read(name).decode() for name in location_of(tmp_path).sizes()}
         assert len(found) == _CREATED
-        assert {mark: [name for name in found if found[name] == mark] for mark in told} == told
+        assert {mark: [name for name in found if found[name] == mark] for mark in answers} == answers
 
     def test_two_processes_that_publish_one_folder_leave_one_whole_folder(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("spawn")

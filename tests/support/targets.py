@@ -48,8 +48,8 @@ def header(
     size: int = 16,
     **teacher: Any,
 ) -> StoreHeader:
-    """A header; `size` is the side of views and teacher input, keywords replace what is told of the teacher."""
-    told = {
+    """A header; `size` is the side of views and teacher input, keywords replace what is said of the teacher."""
+    teacher = {
         "model": "demo",
         "pretrained": None,
         "weights_sha256": "ab" * 32,
@@ -63,9 +63,9 @@ def header(
     return StoreHeader(
         package_version="0.test",
         format=format,  # type: ignore[arg-type]
-        teacher=TeacherInfo(**told),
+        teacher=TeacherInfo(**teacher),
         views=ViewInfo(count=views, size=size, scale=(0.2, 1), ratio=(0.75, 1.25), flip=0.5, seed=3, jpeg_quality=95),
-        codec=codec_info(codec, zstd_level, told["width"]),
+        codec=codec_info(codec, zstd_level, teacher["width"]),
         source=SourceInfo(shards=shards, fingerprint="f" * 64),
     )
 
