@@ -1,0 +1,39 @@
+"""What the command line says of its own, word for word; the rest is what the functions behind it raise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.messages import Case, require_message
+
+from milan_pipe import cli
+from milan_pipe.errors import MissingError, SettingError
+
+CASES: dict[str, Case] = {
+    "probe of the teacher": (
+        lambda: cli.linear_probe("teacher", "train", "test"), SettingError,
+        "the teacher has no linear probe by protocol; add --quick",
+    ),
+    "format": (
+        lambda: cli.convert_targets("a", "b", store_format="tar"), SettingError,
+        "--format, format: should be 'zarr' or 'webdataset', found 'tar'",
+    ),
+    "settings": (
+        lambda: cli.pretrain("targets", "run", overrides=["pretrain.epoch=3"]), SettingError,
+        "unknown key 'epoch' in the settings, pretrain; did you mean 'epochs'?",
+    ),
+    "flag as a setting": (
+        lambda: cli.extract_targets("images", "targets", workers=0), SettingError,
+        "the settings, extract.workers: should be greater than or equal to 1, found 0",
+    ),
+    "params file": (
+        lambda: cli.knn("run", "a", "b", params=Path("none.yaml")), MissingError, "params file none.yaml is not there",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_messages(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_message(case)
