@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support import processes
+from support.extraction import every_file
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings, ViewSettings
@@ -53,11 +54,7 @@ def extract():
 @pytest.fixture(scope="session")
 def tree():
     """Path and bytes of every file below a folder."""
-
-    def read(root):
-        return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-    return read
+    return every_file
 
 
 @pytest.fixture(scope="session")

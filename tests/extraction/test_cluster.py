@@ -19,6 +19,7 @@ import psutil
 import pytest
 from distributed.client import FutureCancelledError
 from support import processes
+from support.extraction import SETTINGS, command, every_file
 from support.s3 import free_port
 
 from milan_pipe.config.images import PrepareSettings
@@ -27,19 +28,9 @@ from milan_pipe.extraction.cluster import _outcome
 from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
 
-SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=4", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0
 
 Tree = dict[str, bytes]
-
-
-def command(images: Path, targets: Path, *more: str) -> list[str]:
-    words = [part for text in [*SETTINGS, "extract.device=cpu"] for part in ("--set", text)]
-    return [sys.executable, "-m", "milan_pipe", "extract-targets", str(images), str(targets), *words, *more]
-
-
-def files(root: Path) -> Tree:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> None:
@@ -90,7 +81,7 @@ def unbroken(folder: Path, scenes: int, seed: int = 0) -> tuple[Path, Tree]:
     sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=6, seed=seed)
     prepare("demo", folder / "images", sizes, workers=1)
     processes.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
-    return folder / "images", files(folder / "whole")
+    return folder / "images", every_file(folder / "whole")
 
 
 @contextlib.contextmanager
@@ -169,8 +160,8 @@ def test_two_runs_on_one_scheduler_and_one_of_them_killed(
         stderr = run.communicate(timeout=DEADLINE)[1]
         assert run.returncode == 0, stderr
         require_plain(stderr)
-    assert files(first) == eight[1]
-    assert files(second) == others[1]
+    assert every_file(first) == eight[1]
+    assert every_file(second) == others[1]
 
 
 def test_workers_join_and_leave(eight: tuple[Path, Tree], running: Cluster, tmp_path: Path) -> None:
@@ -190,7 +181,7 @@ def test_workers_join_and_leave(eight: tuple[Path, Tree], running: Cluster, tmp_
     stderr = run.communicate(timeout=DEADLINE)[1]
     assert run.returncode == 0, stderr
     assert "Traceback" not in stderr
-    assert files(targets) == eight[1]
+    assert every_file(targets) == eight[1]
 
 
 def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
@@ -210,7 +201,7 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
     assert f"the scheduler {running.address} was lost" in errors[0]
     assert "the same command goes on" in errors[0]
     processes.run(command(eight[0], targets), check=True, capture_output=True, cwd=tmp_path)
-    assert files(targets) == eight[1]
+    assert every_file(targets) == eight[1]
 
 
 @pytest.mark.parametrize("question", ["exception", "result"])
@@ -237,7 +228,7 @@ def test_a_script_needs_no_guard(eight: tuple[Path, Tree], tmp_path: Path) -> No
     """Workers are spawned, and would run the script again that began them."""
     code = (
         "import milan_pipe\n"
-        f"params = milan_pipe.load_params(overrides={[*SETTINGS, 'extract.device=cpu', 'extract.workers=2']!r})\n"
+        f"params = milan_pipe.load_params(overrides={[*SETTINGS, 'extract.workers=2']!r})\n"
         f"print(milan_pipe.extract_targets({str(eight[0])!r}, 'targets', params).shards)\n"
     )
     (tmp_path / "script.py").write_text(code)
@@ -246,7 +237,7 @@ def test_a_script_needs_no_guard(eight: tuple[Path, Tree], tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "8\n"
-    assert files(tmp_path / "targets") == eight[1]
+    assert every_file(tmp_path / "targets") == eight[1]
 
 
 @pytest.mark.slow
@@ -263,7 +254,7 @@ def test_a_scheduler_without_workers_is_reported(eight: tuple[Path, Tree], tmp_p
         with dask_process(folder, "worker", address, "--nthreads", "2", "--no-dashboard"):
             stderr = run.communicate(timeout=DEADLINE)[1]
     assert run.returncode == 0, stderr
-    assert files(targets) == eight[1]
+    assert every_file(targets) == eight[1]
 
 
 def children(parent: psutil.Process) -> list[psutil.Process]:
@@ -309,7 +300,7 @@ def test_a_shard_that_fails_three_times_counts_no_view_twice(images: Path, whole
     assert committed(tmp_path / "t") == ["000000", "000002"]
     bad.write_bytes(data)
     assert extract(tmp_path / "images", tmp_path / "t").skipped == 2
-    assert files(tmp_path / "t") == files(whole[0])
+    assert every_file(tmp_path / "t") == every_file(whole[0])
 
 
 @pytest.mark.parametrize("spawned", [1, 2])

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 from support import processes
+from support.extraction import command, every_file
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.images.prepare import prepare
 
-SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=4", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 180.0
 LONGEST_DELAY = 0.2
 
@@ -33,22 +32,13 @@ class Job:
     whole: dict[str, bytes]
 
 
-def command(images: Path, targets: Path, *more: str) -> list[str]:
-    words = [part for text in [*SETTINGS, "extract.device=cpu"] for part in ("--set", text)]
-    return [sys.executable, "-m", "milan_pipe", "extract-targets", str(images), str(targets), *words, *more]
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("killed")
     prepare("demo", folder / "images", PrepareSettings(train_scenes=60, test_scenes=0, samples_per_shard=5), workers=1)
     # Without `processes`: what they write is compared with what a process writes that has imported for itself.
     subprocess.run(command(folder / "images", folder / "whole"), check=True, capture_output=True, cwd=folder)
-    return Job(folder / "images", tree(folder / "whole"))
+    return Job(folder / "images", every_file(folder / "whole"))
 
 
 @pytest.fixture
@@ -141,7 +131,7 @@ def kills(job: Job, tmp_path: Path, scratch: Path, count: int, more: list[str]) 
             yield len(list(targets.glob("manifest/*.json")))
         end_of(children)
         if (targets / "manifest.json").exists():
-            assert tree(targets) == job.whole
+            assert every_file(targets) == job.whole
             shutil.rmtree(targets)
 
 
@@ -153,7 +143,7 @@ def goes_on(job: Job, tmp_path: Path, scratch: Path, count: int, *more: str) -> 
     targets = tmp_path / "targets"
     process = start(job, targets, scratch, *more)
     assert (process.communicate()[1] is not None, process.returncode) == (True, 0)
-    found = tree(targets)
+    found = every_file(targets)
     assert found.keys() == job.whole.keys()
     assert [path for path in found if found[path] != job.whole[path]] == []
     leave_nothing(targets, scratch)
@@ -186,7 +176,7 @@ def test_a_worker_killed_in_a_shard_costs_nothing(job: Job, tmp_path: Path, scra
     workers_of(process)[0].kill()
     stderr = process.communicate()[1]
     assert process.returncode == 0, stderr
-    assert tree(targets) == job.whole
+    assert every_file(targets) == job.whole
     leave_nothing(targets, scratch)
     assert "Traceback" not in stderr
     assert "distributed" not in stderr
@@ -211,5 +201,5 @@ def test_an_interrupt_is_one_line_and_the_same_command_goes_on(
     end_of(children)
     assert not (targets / "manifest.json").exists()
     processes.run(command(job.images, targets, *more), check=True, capture_output=True, cwd=tmp_path)
-    assert tree(targets) == job.whole
+    assert every_file(targets) == job.whole
     leave_nothing(targets, scratch)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import processes
 from support.disks import small_disk
+from support.extraction import command, every_file
 
 from milan_pipe.config.images import PrepareSettings, ViewSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
@@ -20,17 +21,7 @@ from milan_pipe.extraction.run import ExtractProgress
 from milan_pipe.images.prepare import prepare
 from milan_pipe.targets.store import open_targets
 
-SETTINGS = ["views.count=2", "views.seed=5", "extract.batch_size=4", "extract.threads=1", "extract.teacher_threads=1"]
 DEADLINE = 120.0
-
-
-def command(images: object, targets: object, *more: str) -> list[str]:
-    words = [part for text in [*SETTINGS, "extract.device=cpu"] for part in ("--set", text)]
-    return [sys.executable, "-m", "milan_pipe", "extract-targets", str(images), str(targets), *words, *more]
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +46,7 @@ def test_shares_of_a_batch_queue_at_once(many: tuple[Path, Path], tmp_path: Path
     for run in runs:
         stderr = run.communicate(timeout=DEADLINE)[1]
         assert run.returncode == 0, stderr
-    assert tree(targets) == tree(whole)
+    assert every_file(targets) == every_file(whole)
 
 
 def test_one_share_after_another(images: Path, whole, extract, tree, tmp_path: Path) -> None:
@@ -131,7 +122,7 @@ def test_progress_over_two_workers_adds_up(images: Path, extract, tmp_path: Path
 
 def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) -> None:
     images, whole = many
-    expected = tree(whole)
+    expected = every_file(whole)
     needed = sum(-(-len(data) // 4096) * 4096 for data in expected.values())
     disk = tmp_path / "disk"
     with small_disk(disk, needed // 2):
@@ -152,7 +143,7 @@ def test_a_full_disk_under_two_workers(many: tuple[Path, Path], tmp_path: Path) 
                     assert (disk / "t" / path).read_bytes() == data
         subprocess.run(["mount", "-o", f"remount,size={4 * needed}", str(disk)], check=True)
         processes.run(command(images, disk / "t", "--workers", "2"), cwd=tmp_path, check=True, capture_output=True)
-        assert tree(disk / "t") == expected
+        assert every_file(disk / "t") == expected
 
 
 PEAK = """
@@ -166,8 +157,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 
 
-def peak_bytes(images: object, folder: Path, name: str) -> int:
-    words = command(images, folder / name)[3:]
+def peak_bytes(images: object, folder: Path, name: str, store_format: str) -> int:
+    words = command(images, folder / name, "--format", store_format)[3:]
     done = processes.run([sys.executable, "-c", PEAK, *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stderr.split()[-1]) * 1024
@@ -175,16 +166,15 @@ def peak_bytes(images: object, folder: Path, name: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
-def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, store_format: str) -> None:
     """Two hundred shards need what ten need, and a shard of 4,000 images what one of 500 needs."""
-    monkeypatch.setitem(globals(), "SETTINGS", [*SETTINGS, f"extract.format={store_format}"])
     for few, many in (((200, 20), (4000, 20)), ((500, 500), (4000, 4000))):
         peaks = []
         for scenes, per_shard in (few, many):
             folder = tmp_path / f"{scenes}-{per_shard}"
             sizes = PrepareSettings(train_scenes=scenes, test_scenes=0, samples_per_shard=per_shard)
             prepare("demo", folder / "images", sizes, workers=1)
-            peaks.append(peak_bytes(folder / "images", folder, "t"))
+            peaks.append(peak_bytes(folder / "images", folder, "t", store_format))
         print([f"{peak / 1e6:.0f} MB" for peak in peaks])
         assert peaks[1] < peaks[0] + 64e6
 
