@@ -67,6 +67,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MissingError(f"params file {path} is not there") from None
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        # It writes what it expected as `<block end>`.
         problem = str(error.problem).replace("<", "").replace(">", "")
         raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
