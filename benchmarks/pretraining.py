@@ -179,20 +179,20 @@ def bench_online(work: Path, photos: Path, options: argparse.Namespace) -> None:
     print("| teacher | batch | offline, s | online, s | online ÷ offline | plain online, s | plain online ÷ offline |")
     print("|---|---|---|---|---|---|---|")
     for name, side in (("ViT-B-16", 224), ("ViT-L-14", 196)):
-        config = TeacherSettings(model=name, pretrained="random", image_size=side)
-        teacher = load_teacher(config, device, grid=(14, 14))
-        told = header.model_copy(update={"teacher": teacher.info})
-        teach = load_teacher_of(told, config, device, "the benchmark").online_targets
+        settings = TeacherSettings(model=name, pretrained="random", image_size=side)
+        teacher = load_teacher(settings, device, grid=(14, 14))
+        own = header.model_copy(update={"teacher": teacher.info})
+        teach = load_teacher_of(own, settings, device, "the benchmark").online_targets
         plain_teacher = PlainTeacher(teacher.visual)
         offline = objective_of(header, device, options.compile)
-        online = objective_of(told, device, options.compile, teach)
+        online = objective_of(own, device, options.compile, teach)
 
         def plain_teach(pixels_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             images = torch.nn.functional.interpolate(pixels_BHWC.permute(0, 3, 1, 2).float() / 255, side)  # noqa: B023
             features, row = plain_teacher(images)  # noqa: B023
             return features.clone(), row.clone()
 
-        plain = objective_of(told, device, False, plain_teach)
+        plain = objective_of(own, device, False, plain_teach)
         plain.student = PlainStudent(plain.student)  # type: ignore[assignment]
         steps = {
             what: step_of(each, device, precision)
@@ -292,7 +292,7 @@ def bench_wait(work: Path, photos: Path, options: argparse.Namespace) -> None:
 
 def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
     if options.pinned:
-        told: list[TrainProgress] = []
+        reported: list[TrainProgress] = []
         shards = options.shards
         store = make_store(work, photos, shards, 100)
         epochs = -(-2_000 // (shards * 100 // 32))
@@ -305,9 +305,9 @@ def bench_memory(work: Path, photos: Path, options: argparse.Namespace) -> None:
                 # Groups of 400 samples, so that the smaller store has more than one of them too.
                 pretrain=PretrainSettings(epochs=epochs, batch_size=32, shuffle_blocks=4, device="cpu", log_every=50),
             ),
-            on_progress=told.append,
+            on_progress=reported.append,
         )
-        print(json.dumps({now.step: now.memory for now in told}))
+        print(json.dumps({now.step: now.memory for now in reported}))
         return
     steps = (100, 500, 1_000, 1_500, 2_000)
     print("| shards | samples | " + " | ".join(f"step {step}" for step in steps) + " | most |")

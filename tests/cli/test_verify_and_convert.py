@@ -41,8 +41,8 @@ def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "images"
-    config = PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=4)
-    prepare("demo", folder, config, workers=1)
+    settings = PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=4)
+    prepare("demo", folder, settings, workers=1)
     return folder
 
 

@@ -142,8 +142,8 @@ def test_the_step_multiplies_the_rate_with_the_scale() -> None:
     assert moved == pytest.approx([0.05, 0.1])
 
 
-def backbone(config: StudentSettings = TINY) -> Backbone:
-    return backbone_of("random", config, 0)
+def backbone(settings: StudentSettings = TINY) -> Backbone:
+    return backbone_of("random", settings, 0)
 
 
 def test_every_parameter_of_the_classifier_gets_a_gradient() -> None:

@@ -65,11 +65,11 @@ def test_a_view_is_what_it_was() -> None:
 
 
 def test_views_do_not_depend_on_neighbours_order_or_count() -> None:
-    config = ViewSettings(seed=3)
+    settings = ViewSettings(seed=3)
     wanted = [(key, index) for key in ("a", "b", "ab") for index in range(6)]
-    forward = {place: draw_view(config, *place, 300, 400) for place in wanted}
+    forward = {place: draw_view(settings, *place, 300, 400) for place in wanted}
     backward = {place: draw_view(ViewSettings(seed=3, count=9), *place, 300, 400) for place in reversed(wanted)}
-    alone = draw_view(config, "b", 4, 300, 400)
+    alone = draw_view(settings, "b", 4, 300, 400)
     assert forward == backward
     assert alone == forward["b", 4]
     assert len(set(forward.values())) == len(wanted)
@@ -86,15 +86,15 @@ def test_seeds_keys_and_indices_differ() -> None:
 
 
 def test_flip_does_not_depend_on_the_image_size() -> None:
-    config = ViewSettings(scale=(0.2, 1.0))
+    settings = ViewSettings(scale=(0.2, 1.0))
     for index in range(40):
-        assert len({draw_view(config, "k", index, side, 100).flip for side in (1, 90, 20000)}) == 1
+        assert len({draw_view(settings, "k", index, side, 100).flip for side in (1, 90, 20000)}) == 1
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.25, 0.5, 1.0])
 def test_flip_share(flip: float) -> None:
-    config = ViewSettings(flip=flip)
-    share = np.mean([draw_view(config, f"key {n}", n % 4, 64, 64).flip for n in range(4000)])
+    settings = ViewSettings(flip=flip)
+    share = np.mean([draw_view(settings, f"key {n}", n % 4, 64, 64).flip for n in range(4000)])
     # Four standard deviations of 4000 draws at worst.
     assert abs(share - flip) <= (0.032 if 0 < flip < 1 else 0)
 
@@ -114,8 +114,8 @@ def test_area_and_ratio_are_spread_as_asked() -> None:
 
 
 def test_fallback_is_the_largest_centred_crop_in_ratio() -> None:
-    config = ViewSettings(scale=(1.0, 1.0))
-    wide, high = draw_view(config, "k", 0, 300, 1000), draw_view(config, "k", 0, 1000, 300)
+    settings = ViewSettings(scale=(1.0, 1.0))
+    wide, high = draw_view(settings, "k", 0, 300, 1000), draw_view(settings, "k", 0, 1000, 300)
     assert (wide.top, wide.left, wide.height, wide.width) == (0, 300, 300, 400)
     assert (high.top, high.left, high.height, high.width) == (300, 0, 400, 300)
     whole = draw_view(ViewSettings(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "k", 0, 50, 50)

@@ -32,8 +32,8 @@ def published(kind: str = "prompting", student: StudentSettings = STUDENT) -> di
 
 def rebuilt(run: Path, output_width: int) -> MaskedStudent:
     opened = open_checkpoint(run)
-    config, encoder = student_of(opened)
-    model = build_student(config, DecoderSettings(**opened.record["settings"]["decoder"]), output_width)
+    settings, encoder = student_of(opened)
+    model = build_student(settings, DecoderSettings(**opened.record["settings"]["decoder"]), output_width)
     load_weights(model.encoder, encoder.state_dict(), "encoder")
     load_weights(model.decoder, opened.weights("decoder"), "decoder")
     return model.eval()

@@ -25,9 +25,9 @@ NATIVE = StudentSettings(
 )
 
 
-def saved(run: Path, config: StudentSettings, *, step: int = 7) -> MaskedStudent:
+def saved(run: Path, settings: StudentSettings, *, step: int = 7) -> MaskedStudent:
     torch.manual_seed(0)
-    model = build_student(config, DecoderSettings(width=16, depth=1, heads=2), 8)
+    model = build_student(settings, DecoderSettings(width=16, depth=1, heads=2), 8)
     with torch.no_grad():
         for parameter in model.parameters():  # zeros and ones at the start would hide what is mixed up
             parameter.add_(0.05 * torch.randn(parameter.shape))
@@ -35,18 +35,18 @@ def saved(run: Path, config: StudentSettings, *, step: int = 7) -> MaskedStudent
         run,
         step,
         {"student": model.encoder.state_dict(), "decoder": model.decoder.state_dict()},
-        {"student": config.model_dump(mode="json"), "teacher": {"model": "demo"}, "epochs": 3},
+        {"student": settings.model_dump(mode="json"), "teacher": {"model": "demo"}, "epochs": 3},
     )
     return model.eval()
 
 
-@pytest.mark.parametrize("config", [SMALL, NATIVE], ids=["own sizes", "native sizes"])
-def test_timm_computes_the_same_features(tmp_path: Path, config: StudentSettings) -> None:
-    student = saved(tmp_path / "run", config)
+@pytest.mark.parametrize("settings", [SMALL, NATIVE], ids=["own sizes", "native sizes"])
+def test_timm_computes_the_same_features(tmp_path: Path, settings: StudentSettings) -> None:
+    student = saved(tmp_path / "run", settings)
     report = export_student(tmp_path / "run", tmp_path / "out")
     by_folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     by_name = timm.create_model(report.model, **report.model_args, num_classes=0, checkpoint_path=report.weights).eval()
-    images = torch.randn(2, 3, config.image_size, config.image_size)
+    images = torch.randn(2, 3, settings.image_size, settings.image_size)
     with torch.no_grad():
         expected = encode_all(student.encoder, images)
         for model in (by_folder, by_name):

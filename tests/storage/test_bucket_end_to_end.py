@@ -75,8 +75,8 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, and their targets in both formats."""
     root = tmp_path_factory.mktemp("local")
-    config = PrepareSettings(train_scenes=SAMPLES, test_scenes=0, samples_per_shard=SAMPLES // SHARDS)
-    prepare("demo", root / "images", config, workers=1)
+    sizes = PrepareSettings(train_scenes=SAMPLES, test_scenes=0, samples_per_shard=SAMPLES // SHARDS)
+    prepare("demo", root / "images", sizes, workers=1)
     threads = torch.get_num_threads()
     for store_format in FORMATS:
         settings = [f"{name}={value}" for name, value in (SETTINGS | {"extract.format": store_format}).items()]

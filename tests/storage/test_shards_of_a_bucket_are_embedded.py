@@ -37,10 +37,10 @@ def test_features_of_a_bucket(bucket: str, tmp_path: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / f"{number}.tar", 3 * number)
         location_of(bucket).write(f"set/{number}.tar", (tmp_path / f"{number}.tar").read_bytes())
-    config = EmbedSettings(batch_size=4, threads=1)
-    local = embed_shards(tmp_path, embed, 8, config)
-    remote = embed_shards(f"{bucket}/set", embed, 8, config)
+    settings = EmbedSettings(batch_size=4, threads=1)
+    local = embed_shards(tmp_path, embed, 8, settings)
+    remote = embed_shards(f"{bucket}/set", embed, 8, settings)
     assert remote.label_N.tolist() == local.label_N.tolist() == list(range(6))
     assert torch.equal(remote.features_NF, local.features_NF)
     with pytest.raises(StoreError, match="there is no bucket"):
-        embed_shards("s3://no-such-bucket-at-all/set", embed, 8, config)
+        embed_shards("s3://no-such-bucket-at-all/set", embed, 8, settings)

@@ -122,12 +122,12 @@ def test_fresh_weights_are_maes():
 
 
 def test_the_models_own_sizes():
-    config = StudentSettings(
+    settings = StudentSettings(
         model="vit_tiny_patch16_224", image_size=32, patch_size=None, width=None, depth=1, heads=None
     )
-    assert grid_of(config) == (2, 2)
-    encoder = build_encoder(config)
-    assert (encoder.embed_dim, encoder.blocks[0].attn.num_heads, math.prod(grid_of(config))) == (192, 3, 4)
+    assert grid_of(settings) == (2, 2)
+    encoder = build_encoder(settings)
+    assert (encoder.embed_dim, encoder.blocks[0].attn.num_heads, math.prod(grid_of(settings))) == (192, 3, 4)
     assert encoder.patch_embed.proj.weight.device.type == "cpu"
     assert encoder.norm.eps == 1e-6
 

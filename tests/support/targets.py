@@ -33,9 +33,9 @@ BAD = (("worse", "damaged"),)
 @cache
 def codec_info(name: str, zstd_level: int, width: int) -> CodecInfo:
     """A codec of `width` dimensions; `klt` is fitted to noise."""
-    config = CodecSettings(name=name, zstd_level=zstd_level)  # type: ignore[arg-type]
+    settings = CodecSettings(name=name, zstd_level=zstd_level)  # type: ignore[arg-type]
     features = torch.randn(32, 5, width, generator=torch.Generator().manual_seed(0))
-    return build_codec(config, features).info
+    return build_codec(settings, features).info
 
 
 def header(

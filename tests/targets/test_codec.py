@@ -92,11 +92,11 @@ def test_found_again_by_its_header(name):
 
 @pytest.mark.parametrize("name", ["int8", "float16"])
 def test_header_says_only_what_concerns_the_codec(name):
-    config = CodecSettings(name=name, quality=0.9, fit_samples=7, zstd_level=3)
-    info = build_codec(config).info
+    settings = CodecSettings(name=name, quality=0.9, fit_samples=7, zstd_level=3)
+    info = build_codec(settings).info
     assert info == CodecInfo(name=name, zstd_level=3)
     assert codec_of(info).info == info
-    assert info.model_copy(update=config.header_fields()) == info
+    assert info.model_copy(update=settings.header_fields()) == info
 
 
 def test_header_fields_tell_settings_apart():

@@ -217,8 +217,8 @@ def test_activation_is_the_one_that_the_weights_were_trained_with(model, pretrai
 @pytest.mark.parametrize("name", FAMILIES)
 def test_grid_of_the_student_sets_the_size(name, tmp_path):
     path = save_as("model.safetensors", trained(name), tmp_path)
-    config = TeacherSettings(model=name, pretrained=str(path))
-    own, matched = load_teacher(config), load_teacher(config, grid=(14, 14))
+    settings = TeacherSettings(model=name, pretrained=str(path))
+    own, matched = load_teacher(settings), load_teacher(settings, grid=(14, 14))
     assert (own.info.image_size, own.info.grid) == (224, (16, 16))
     assert (matched.info.image_size, matched.info.grid) == (196, (14, 14))
     # The same weights at another size are the same teacher.
