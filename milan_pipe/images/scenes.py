@@ -1,9 +1,11 @@
-"""Captioned scenes of geometric shapes: the data set that ships as code.
+"""Captioned scenes of things and stuff: the data set that ships as code.
 
-A scene is one main object on a textured background, among small distractors of other shapes. It is a pure function of
-(seed, index): under the same versions of numpy and Pillow the same pair gives the same bytes on any machine.
+A scene is one large thing and one or two small ones on two kinds of stuff. Things are drawn from characteristic parts
+(wheels, petals, sails), stuff is told by its texture. Colours, sizes, places and poses are drawn without regard to the
+kind, and all things have the same area at the same size: only parts and textures show what something is.
 
-All shapes have the same area at the same size, any colour and any position, so that only the outline shows the class.
+A scene is a pure function of (seed, index). All arithmetic is on integers, or on floats by operations that IEEE 754
+defines and then rounded: the same versions of numpy and Pillow give the same bytes on any machine.
 """
 
 from __future__ import annotations
@@ -17,30 +19,36 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from milan_pipe.errors import SettingError
+from milan_pipe.random_bits import raw_bits, seed_of, uniform
 
 SCENE_SIZE = 64
 """Height and width of a scene in pixels."""
 
-_SUPERSAMPLE = 4
-
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40),
-    "orange": (245, 135, 20),
-    "yellow": (245, 220, 50),
-    "green": (45, 160, 65),
-    "cyan": (60, 205, 215),
-    "blue": (45, 85, 215),
-    "purple": (145, 60, 190),
-    "white": (245, 245, 245),
+    "red": (205, 50, 45),
+    "orange": (235, 140, 40),
+    "yellow": (235, 210, 70),
+    "green": (60, 150, 70),
+    "cyan": (80, 195, 205),
+    "blue": (60, 90, 205),
+    "purple": (140, 75, 185),
+    "pink": (235, 140, 180),
+    "white": (235, 235, 235),
+    "brown": (130, 85, 50),
 }
-"""Colour names of main objects and their RGB centres; each object departs from its centre by up to 18 levels."""
+"""Colour names of things and their RGB centres; each thing departs from its centre by up to 20 levels."""
 
-SIZES: dict[str, tuple[float, float]] = {"small": (7.0, 9.0), "medium": (10.0, 12.0), "large": (13.5, 16.0)}
-"""Size names and the range of the radius, in pixels, of the disc that has the object's area."""
+UPPER = ("sky", "wall", "forest", "hills")
+"""Stuff above the horizon."""
 
-BACKGROUNDS = ("plain", "striped", "checkered", "noisy", "gradient")
+LOWER = ("grass", "water", "sand", "road", "tiles", "snow")
+"""Stuff below the horizon."""
 
-_Outline = NDArray[np.float64]
+_SUPERSAMPLE = 4
+_AREA = 2.0  # of each thing, for a radius of 1
+_DRAWS = 160
+
+Outline = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,155 +57,317 @@ class Scene:
 
     Attributes:
         image: (64, 64, 3) uint8, RGB.
-        label: index of the main shape in `SHAPES`.
-        segmentation: (64, 64) uint8; 0 is background, 1 + i is `SHAPES[i]`, distractors included.
+        label: index of the large thing in `THINGS`.
+        captions: true of it, from the short to the full one.
+        segmentation: (64, 64) uint8, indices into `MASK_CLASSES`.
     """
 
     image: NDArray[np.uint8]
     label: int
-    caption: str
+    captions: tuple[str, ...]
     segmentation: NDArray[np.uint8]
 
 
-def _arc(radius: float, start: float, stop: float, steps: int, centre: tuple[float, float] = (0.0, 0.0)) -> _Outline:
-    """Points on a circle from angle `start` to `stop` in degrees; y points down, 0 is right, -90 is up."""
-    angle = np.radians(np.linspace(start, stop, steps))
-    return np.stack([centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle)], axis=1)
+# --- parts: x to the right and y down, a thing reaches from about -1 to 1 -----------------------------------------
 
 
-def _polar(radii: list[float], first_angle: float = -90.0) -> _Outline:
-    angle = np.radians(first_angle + np.arange(len(radii)) * 360.0 / len(radii))
-    return np.stack([np.asarray(radii) * np.cos(angle), np.asarray(radii) * np.sin(angle)], axis=1)
+def _arc(x: float, y: float, across: float, down: float | None = None, *, begin: int = 0, end: int = 360) -> Outline:
+    """An ellipse, or the part of it between two angles in degrees; 0 is right, 90 is down."""
+    down, steps = across if down is None else down, max(10, round((end - begin) / 18))
+    angles = [math.radians(begin + (end - begin) * step / steps) for step in range(steps + (end - begin < 360))]
+    return [(x + across * math.cos(angle), y + down * math.sin(angle)) for angle in angles]
 
 
-def _heart() -> _Outline:
-    t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    x = 16 * np.sin(t) ** 3
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([x, -y], axis=1) / 16
+def _box(left: float, top: float, right: float, bottom: float) -> Outline:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _horseshoe() -> _Outline:
-    outer, inner = _arc(1.0, -180, 0, 24), _arc(0.48, 0, -180, 24)
-    return np.concatenate([[[-1.0, 1.0]], outer, [[1.0, 1.0], [0.48, 1.0]], inner, [[-0.48, 1.0]]])
+def _petals(count: int) -> list[tuple[str, Outline]]:
+    angles = [2 * math.pi * number / count - math.pi / 2 for number in range(count)]
+    return [("main", _arc(0.38 * math.cos(a), 0.38 * math.sin(a) - 0.35, 0.27)) for a in angles]
 
 
-def _points(*flat: float) -> _Outline:
-    return np.asarray(flat, dtype=np.float64).reshape(-1, 2)
+def _rays(count: int) -> list[tuple[str, Outline]]:
+    found = []
+    for number in range(count):
+        cos, sin = math.cos(2 * math.pi * number / count), math.sin(2 * math.pi * number / count)
+        base = [(0.5 * cos - side * sin, 0.5 * sin + side * cos) for side in (0.14, -0.14)]
+        found.append(("other", [base[0], (cos, sin), base[1]]))
+    return found
 
 
-# Each shape is a list of outlines: the first is filled, the others are cut out of it.
-_OUTLINES: dict[str, list[_Outline]] = {
-    "circle": [_arc(1.0, 0, 352.5, 48)],
-    "square": [_points(-1, -1, 1, -1, 1, 1, -1, 1)],
-    "triangle": [_polar([1.0, 1.0, 1.0])],
-    "star": [_polar([1.0, 0.4] * 5)],
-    "heart": [_heart()],
-    "cross": [_points(-1, -3, 1, -3, 1, -1, 3, -1, 3, 1, 1, 1, 1, 3, -1, 3, -1, 1, -3, 1, -3, -1, -1, -1)],
-    "moon": [np.concatenate([_arc(1.0, 55, 305, 40), _arc(0.86, 290, 70, 40, (0.42, 0.0))])],
-    "ring": [_arc(1.0, 0, 352.5, 48), _arc(0.58, 0, 352.5, 48)],
-    "arrow": [_points(0, -1.1, 0.8, -0.1, 0.3, -0.1, 0.3, 1.0, -0.3, 1.0, -0.3, -0.1, -0.8, -0.1)],
-    "bolt": [_points(0.25, -1.2, -0.6, 0.15, -0.05, 0.15, -0.3, 1.2, 0.6, -0.25, 0.05, -0.25, 0.45, -1.2)],
-    "hourglass": [_points(-0.8, -1, 0.8, -1, 0.12, 0, 0.8, 1, -0.8, 1, -0.12, 0)],
-    "horseshoe": [_horseshoe()],
+# Each part has a role, which has a colour in each scene: the thing's own and another, a darker and a lighter shade of
+# its own, two for details; `hole` shows what is behind. Later parts lie over earlier ones.
+_PARTS: dict[str, list[tuple[str, Outline]]] = {
+    "house": [
+        ("main", _box(-0.8, -0.1, 0.8, 0.9)),
+        ("other", [(-1.0, -0.1), (0, -0.95), (1.0, -0.1)]),
+        ("other", _box(0.4, -0.9, 0.62, -0.4)),
+        ("ink", _box(-0.18, 0.35, 0.18, 0.9)),
+        ("shine", _box(-0.62, 0.15, -0.3, 0.45)),
+        ("shine", _box(0.3, 0.15, 0.62, 0.45)),
+        ("ink", _box(-0.48, 0.15, -0.44, 0.45)),
+        ("ink", _box(0.44, 0.15, 0.48, 0.45)),
+    ],
+    "tree": [
+        ("other", _box(-0.14, 0.2, 0.14, 1.0)),
+        ("main", _arc(-0.42, 0.05, 0.42)),
+        ("main", _arc(0.42, 0.05, 0.42)),
+        ("main", _arc(0, -0.42, 0.52)),
+        ("light", _arc(-0.15, -0.5, 0.22)),
+        ("dark", _arc(0.38, 0.15, 0.2)),
+        ("dark", _arc(-0.4, 0.18, 0.16)),
+    ],
+    "car": [
+        (
+            "main",
+            [(-1, 0.35), (-1, 0), (-0.55, -0.1), (-0.35, -0.5), (0.4, -0.5), (0.65, -0.1), (1, 0), (1, 0.35)],
+        ),
+        ("shine", [(-0.42, -0.12), (-0.27, -0.4), (0, -0.4), (0, -0.12)]),
+        ("shine", [(0.08, -0.12), (0.08, -0.4), (0.34, -0.4), (0.52, -0.12)]),
+        ("ink", _arc(-0.52, 0.36, 0.27)),
+        ("shine", _arc(-0.52, 0.36, 0.12)),
+        ("ink", _arc(0.52, 0.36, 0.27)),
+        ("shine", _arc(0.52, 0.36, 0.12)),
+        ("other", _box(0.86, 0.06, 1.0, 0.2)),
+    ],
+    "boat": [
+        ("main", [(-0.95, 0.35), (0.95, 0.35), (0.6, 0.85), (-0.6, 0.85)]),
+        ("ink", _box(-0.05, -0.95, 0.05, 0.35)),
+        ("other", [(0.1, -0.9), (0.1, 0.22), (0.85, 0.22)]),
+        ("shine", [(-0.1, -0.7), (-0.1, 0.22), (-0.6, 0.22)]),
+        ("dark", _box(-0.82, 0.48, 0.82, 0.56)),
+    ],
+    "fish": [
+        ("other", [(-0.5, 0), (-1, -0.5), (-0.85, 0), (-1, 0.5)]),
+        ("other", [(-0.2, -0.35), (0.15, -0.75), (0.35, -0.3)]),
+        ("main", _arc(0.15, 0, 0.8, 0.45)),
+        ("dark", _arc(-0.05, 0.08, 0.14, 0.2, begin=90, end=270)),
+        ("shine", _arc(0.6, -0.1, 0.13)),
+        ("ink", _arc(0.62, -0.1, 0.06)),
+        ("light", _box(-0.32, -0.3, -0.22, 0.3)),
+        ("light", _box(-0.1, -0.38, 0.0, 0.38)),
+        ("light", _box(0.12, -0.4, 0.22, 0.4)),
+    ],
+    "flower": [
+        ("dark", _box(-0.05, -0.1, 0.05, 1.0)),
+        ("dark", [(0, 0.75), (0.45, 0.4), (0.5, 0.6)]),
+        ("dark", [(0, 0.9), (-0.45, 0.5), (-0.5, 0.7)]),
+        *_petals(6),
+        ("other", _arc(0, -0.35, 0.22)),
+        ("ink", _arc(0, -0.35, 0.08)),
+    ],
+    "bird": [
+        ("other", [(-0.55, 0.1), (-1, -0.2), (-0.95, 0.3)]),
+        ("main", _arc(0, 0.15, 0.62, 0.42)),
+        ("main", _arc(0.55, -0.32, 0.3)),
+        ("ink", [(0.8, -0.4), (1.08, -0.28), (0.8, -0.2)]),
+        ("shine", _arc(0.62, -0.38, 0.1)),
+        ("ink", _arc(0.63, -0.38, 0.05)),
+        ("other", [(-0.4, 0), (0.3, 0), (-0.1, 0.4)]),
+        ("ink", _box(-0.1, 0.52, -0.04, 0.9)),
+        ("ink", _box(0.14, 0.52, 0.2, 0.9)),
+    ],
+    "lamp": [
+        ("ink", _box(-0.06, -0.3, 0.06, 0.85)),
+        ("dark", [(-0.45, 0.95), (-0.3, 0.78), (0.3, 0.78), (0.45, 0.95)]),
+        ("main", [(-0.35, -0.95), (0.35, -0.95), (0.75, -0.1), (-0.75, -0.1)]),
+        ("shine", _box(-0.7, -0.2, 0.7, -0.1)),
+        ("other", _box(-0.46, -0.62, 0.46, -0.5)),
+        ("shine", _arc(0, -0.02, 0.14, end=180)),
+    ],
+    "sun": [
+        *_rays(10),
+        ("main", _arc(0, 0, 0.56)),
+        ("ink", _arc(-0.18, -0.1, 0.07)),
+        ("ink", _arc(0.18, -0.1, 0.07)),
+        ("ink", _arc(0, 0.12, 0.24, 0.14, end=180)),
+    ],
+    "cup": [
+        ("dark", _arc(0.72, 0.1, 0.36)),
+        ("hole", _arc(0.72, 0.1, 0.2)),
+        ("main", [(-0.7, -0.45), (0.7, -0.45), (0.52, 0.85), (-0.52, 0.85)]),
+        ("ink", _arc(0, -0.45, 0.7, 0.18)),
+        ("other", _box(-0.62, 0.1, 0.62, 0.3)),
+        ("shine", [(-0.3, -0.75), (-0.2, -1.05), (-0.1, -1.05), (-0.2, -0.75)]),
+        ("shine", [(0.1, -0.75), (0.2, -1.05), (0.3, -1.05), (0.2, -0.75)]),
+    ],
+    "butterfly": [
+        ("main", _arc(-0.5, -0.35, 0.48, 0.4)),
+        ("main", _arc(0.5, -0.35, 0.48, 0.4)),
+        ("other", _arc(-0.4, 0.4, 0.36)),
+        ("other", _arc(0.4, 0.4, 0.36)),
+        ("shine", _arc(-0.55, -0.38, 0.17)),
+        ("shine", _arc(0.55, -0.38, 0.17)),
+        ("dark", _arc(-0.42, 0.42, 0.14)),
+        ("dark", _arc(0.42, 0.42, 0.14)),
+        ("ink", _arc(0, 0.05, 0.1, 0.6)),
+        ("ink", [(0, -0.5), (-0.28, -0.95), (-0.2, -0.98)]),
+        ("ink", [(0, -0.5), (0.28, -0.95), (0.2, -0.98)]),
+    ],
+    "mushroom": [
+        ("shine", [(-0.22, 0), (0.22, 0), (0.32, 0.95), (-0.32, 0.95)]),
+        ("main", _arc(0, 0.1, 0.95, begin=180)),
+        ("other", _arc(-0.4, -0.3, 0.17)),
+        ("other", _arc(0.15, -0.5, 0.2)),
+        ("other", _arc(0.55, -0.15, 0.15)),
+        ("dark", _box(-0.9, 0.05, 0.9, 0.16)),
+    ],
 }
 
-SHAPES = tuple(_OUTLINES)
+THINGS = tuple(_PARTS)
 """Class names; a scene's label is an index into them."""
 
-MASK_CLASSES = ("background", *SHAPES)
+MASK_CLASSES = (*UPPER, *LOWER, *THINGS)
 """Names of the values of a scene's segmentation."""
 
 
-def _signed_area(outline: _Outline) -> float:
-    x, y = outline[:, 0], outline[:, 1]
-    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+@dataclass(frozen=True)
+class _Shape:
+    """A thing's parts one after another: coordinates, the role of each part, and where each begins and ends."""
+
+    x_P: NDArray[np.float64]
+    y_P: NDArray[np.float64]
+    parts: tuple[tuple[str, int, int], ...]
 
 
-@lru_cache(maxsize=len(SHAPES))
-def _unit_outlines(shape: str) -> tuple[_Outline, ...]:
-    """Outlines of the shape, centred on its bounding box, scaled to the area of a disc of radius 1."""
-    outlines = _OUTLINES[shape]
-    centre = (outlines[0].max(axis=0) + outlines[0].min(axis=0)) / 2
-    area = _signed_area(outlines[0]) - sum(_signed_area(hole) for hole in outlines[1:])
-    return tuple((outline - centre) * math.sqrt(math.pi / area) for outline in outlines)
+@lru_cache(maxsize=len(THINGS))
+def _shape(thing: str) -> _Shape:
+    side, unit = 256, 64
+    silhouette = Image.new("1", (side, side))
+    draw = ImageDraw.Draw(silhouette)
+    for role, outline in _PARTS[thing]:
+        draw.polygon([(round(unit * x) + side // 2, round(unit * y) + side // 2) for x, y in outline], role != "hole")
+    size = math.sqrt(_AREA * unit**2 / int(np.asarray(silhouette).sum()))
+    # Rounded: the last bits of cosines depend on the machine's library.
+    points = [(round(size * x, 3), round(size * y, 3)) for _, outline in _PARTS[thing] for x, y in outline]
+    parts, end = [], 0
+    for role, outline in _PARTS[thing]:
+        parts.append((role, 2 * end, 2 * (end + len(outline))))
+        end += len(outline)
+    return _Shape(np.array([x for x, _ in points]), np.array([y for _, y in points]), tuple(parts))
 
 
-def _outlines(label: int, radius: float, turn: float, *, mirrored: bool) -> list[_Outline]:
-    """Outlines of `SHAPES[label]` in pixels, around (0, 0)."""
-    cos, sin = math.cos(turn), math.sin(turn)
-    matrix = radius * np.array([[cos, -sin], [sin, cos]])
-    if mirrored:
-        matrix = matrix @ np.diag([-1.0, 1.0])
-    return [outline @ matrix.T for outline in _unit_outlines(SHAPES[label])]
+# --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def _paint(
-    canvas: NDArray[np.float32],
-    segmentation: NDArray[np.uint8],
-    label: int,
-    outlines: list[_Outline],
-    rgb: NDArray[np.float32],
-) -> None:
-    """Blend an object into `canvas` and write 1 + `label` into `segmentation`, both in place."""
-    low = np.clip(np.floor(outlines[0].min(axis=0)).astype(int) - 1, 0, SCENE_SIZE - 1)
-    high = np.clip(np.ceil(outlines[0].max(axis=0)).astype(int) + 1, low + 1, SCENE_SIZE)
-    box_width, box_height = ((high - low) * _SUPERSAMPLE).tolist()
-    box = Image.new("L", (box_width, box_height))
-    draw = ImageDraw.Draw(box)
-    for position, outline in enumerate(outlines):
-        draw.polygon(((outline - low) * _SUPERSAMPLE).ravel().tolist(), fill=0 if position else 255)
-    coverage = np.asarray(box.reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255)
-    window = slice(low[1], high[1]), slice(low[0], high[0])
-    canvas[window] += coverage[..., None] * (rgb - canvas[window])
-    segmentation[window][coverage > 0.5] = 1 + label
+class _Draws:
+    """Numbers of one scene, in turn."""
+
+    def __init__(self, key: bytes) -> None:
+        self._values = iter(uniform(raw_bits([key], _DRAWS)[0]).tolist())
+
+    def between(self, low: float, high: float) -> float:
+        value: float = next(self._values)
+        return low + (high - low) * value
+
+    def below(self, count: int) -> int:
+        return int(self.between(0, count))
+
+    def one_of(self, names: tuple[str, ...]) -> str:
+        return names[self.below(len(names))]
 
 
-def _background_colours(rng: np.random.Generator, avoid: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
-    """Two muted colours of like hue, both at some distance from the object's colour."""
-    while True:
-        grey = rng.uniform(30, 205)
-        tint = rng.uniform(-35, 35, 3)
-        first = np.clip(grey + tint, 0, 255).astype(np.float32)
-        second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(22, 50) + rng.uniform(-8, 8, 3), 0, 255)
-        second = second.astype(np.float32)
-        if min(np.abs(first - avoid).sum(), np.abs(second - avoid).sum()) > 150:
-            return first, second
+_ROWS: NDArray[np.int32]
+_COLUMNS: NDArray[np.int32]
+_ROWS, _COLUMNS = np.mgrid[0:SCENE_SIZE, 0:SCENE_SIZE].astype(np.int32)
+_WAVE = np.array([round(100 * math.sin(2 * math.pi * step / 256)) for step in range(256)], np.int32)
+_TURNS = tuple(
+    (round(math.cos(math.radians(degrees)), 6), round(math.sin(math.radians(degrees)), 6)) for degrees in range(-15, 16)
+)
+_Levels = NDArray[np.int32]
 
 
-_ROWS: NDArray[np.float32]
-_COLUMNS: NDArray[np.float32]
-_ROWS, _COLUMNS = np.mgrid[0:SCENE_SIZE, 0:SCENE_SIZE].astype(np.float32)
+def _wave(phase: _Levels) -> _Levels:
+    """-100 to 100, with a period of 256."""
+    return _WAVE[phase & 255]
 
 
-def _background_mix(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """(64, 64) in 0..1: how much of the second background colour each pixel takes."""
-    angle = rng.uniform(0, math.pi)
-    along = math.cos(angle) * _COLUMNS + math.sin(angle) * _ROWS
-    across = -math.sin(angle) * _COLUMNS + math.cos(angle) * _ROWS
-    period = rng.uniform(5, 12)
-    offset = rng.uniform(0, period)
-    if kind == "plain":
-        return np.zeros((SCENE_SIZE, SCENE_SIZE), np.float32)
-    if kind == "striped":
-        return (((along + offset) % period) * 2 < period).astype(np.float32)
-    if kind == "checkered":
-        first, second = (((way + offset) % period) * 2 < period for way in (along, across))
-        return (first ^ second).astype(np.float32)
-    if kind == "noisy":
-        return rng.random((SCENE_SIZE, SCENE_SIZE), dtype=np.float32) * 1.5
-    spread = along - along.min()
-    slope: NDArray[np.float32] = (2.0 * spread / spread.max()).astype(np.float32)
-    return slope
+def _texture(stuff: str, draws: _Draws, noise: _Levels) -> _Levels:
+    """(64, 64) levels to add to the colour of a stuff; `noise` is -128 to 127."""
+    right, down, scale = draws.below(256), draws.below(256), draws.between(0, 1)
+    match stuff:
+        case "sky":
+            clouds = _wave(_COLUMNS * (2 + int(3 * scale)) + right) + _wave(_ROWS * 6 + _COLUMNS * 3 + down)
+            return np.maximum(clouds - 60, 0) // 3 - _ROWS
+        case "wall":
+            height = 6 + int(3 * scale)
+            row = (_ROWS + down) // height
+            joint = ((_ROWS + down) % height == 0) | ((_COLUMNS + right + (row & 1) * height) % (2 * height) == 0)
+            return np.where(joint, -45, 8) + noise // 32
+        case "forest":
+            return _wave(_COLUMNS * (36 + int(20 * scale)) + right + (noise >> 2)) // 3 - 10
+        case "hills":
+            ridge = 20 + _wave(_COLUMNS * (3 + int(3 * scale)) + right) // 12 + _wave(_COLUMNS * 9 + down) // 25
+            return np.where(ridge < _ROWS, (_ROWS - ridge) // 2 - 30, 20)
+        case "grass":
+            return np.where(((_COLUMNS * 7 + (noise >> 4) + _ROWS * 3) & 7) < 3, -28, 10) + noise // 16
+        case "water":
+            return _wave(_ROWS * (28 + int(14 * scale)) + (_wave(_COLUMNS * 10 + right) >> 1) + down) // 4
+        case "sand":
+            return noise // 4
+        case "road":
+            line = (np.abs(_ROWS - 50) < 2) & (((_COLUMNS + right) & 15) < 9)
+            return np.where(line, 70, 0) + noise // 24
+        case "tiles":
+            side = 8 + int(4 * scale)
+            return np.where(((_ROWS + down) // side + (_COLUMNS + right) // side) & 1, -22, 22)
+        case _:  # snow
+            return np.where(noise > 118, -52, 8)
 
 
-def _place(rng: np.random.Generator, radius: float) -> NDArray[np.float64]:
-    margin = min(radius, SCENE_SIZE / 2 - 1)
-    return rng.uniform(margin, SCENE_SIZE - margin, 2)
+class _Canvas:
+    """What is drawn at four times the size, as numbers of colours; each colour knows its class."""
+
+    def __init__(self) -> None:
+        side = SCENE_SIZE * _SUPERSAMPLE
+        self._image = Image.new("L", (side, side), 0)
+        self._draw = ImageDraw.Draw(self._image)
+        self._colours: list[tuple[int, ...]] = []
+
+    def colour(self, rgb: list[float], name: str) -> int:
+        """A new colour of a class."""
+        self._colours.append((*(max(0, min(255, int(level))) for level in rgb), MASK_CLASSES.index(name)))
+        return len(self._colours) - 1
+
+    def fill(self, flat: list[int], colour: int) -> None:
+        """Fill the polygon x, y, x, y, ..."""
+        self._draw.polygon(flat, fill=colour)
+
+    def taken(self) -> tuple[_Levels, NDArray[np.uint8]]:
+        """Antialiased levels (64, 64, 3), and classes (64, 64)."""
+        table, half = np.array(self._colours, np.uint8), _SUPERSAMPLE // 2
+        classes = table[:, 3][np.asarray(self._image)[half::_SUPERSAMPLE, half::_SUPERSAMPLE]]
+        self._image.putpalette(table[:, :3].tobytes())
+        return np.asarray(self._image.convert("RGB").reduce(_SUPERSAMPLE)).astype(np.int32), classes
 
 
-def _object_colour(name: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    return np.clip(np.asarray(COLOURS[name]) + rng.uniform(-18, 18, 3), 0, 255).astype(np.float32)
+def _draw_thing(canvas: _Canvas, draws: _Draws, thing: str, x: float, y: float, radius: float, behind: int) -> str:
+    """Draw a thing in its pose and colours; returns the name of its colour. `behind` is the colour of a hole."""
+    shape, (cos, sin) = _shape(thing), _TURNS[draws.below(len(_TURNS))]
+    mirror = 1 if draws.below(2) else -1
+    wide, high = (_SUPERSAMPLE * radius * draws.between(0.88, 1.12) for _ in range(2))
+    x_P = shape.x_P * (cos * wide * mirror) - shape.y_P * (sin * high) + x * _SUPERSAMPLE
+    y_P = shape.x_P * (sin * wide * mirror) + shape.y_P * (cos * high) + y * _SUPERSAMPLE
+    flat: list[int] = np.rint(np.stack([x_P, y_P], axis=1)).astype(np.int32).ravel().tolist()
+    name = draws.one_of(tuple(COLOURS))
+    second = draws.one_of(tuple(colour for colour in COLOURS if colour != name))
+    main, other = ([level + draws.between(-20, 20) for level in COLOURS[colour]] for colour in (name, second))
+    ink, shine = [40.0, 40.0, 45.0], [240.0, 238.0, 230.0]
+    if draws.below(2):
+        ink, shine = [level * 0.45 for level in main], [128 + level / 2 for level in other]
+    shades = {
+        "main": main,
+        "other": other,
+        "dark": [level * 0.6 for level in main],
+        "light": [level * 0.6 + 95 for level in main],
+        "ink": ink,
+        "shine": shine,
+    }
+    colours = {"hole": behind} | {role: canvas.colour(rgb, thing) for role, rgb in shades.items()}
+    for role, begin, end in shape.parts:
+        canvas.fill(flat[begin:end], colours[role])
+    return name
 
 
 def render_scene(seed: int, index: int) -> Scene:
@@ -213,35 +383,53 @@ def render_scene(seed: int, index: int) -> Scene:
     if not 0 <= seed < 2**64 or not 0 <= index < 2**63:
         found = f"seed {seed} and index {index}"
         raise SettingError(f"a scene needs 0 <= seed < 2**64 and 0 <= index < 2**63, found {found}")
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
+    key = seed_of("scene", seed, index).to_bytes(16, "little")
+    draws = _Draws(key)
+    noise = raw_bits([key], SCENE_SIZE**2 // 8, sequence=1).view(np.uint8).reshape(SCENE_SIZE, SCENE_SIZE)
+    grain = noise.astype(np.int32) - 128
 
-    label = int(rng.integers(len(SHAPES)))
-    size = list(SIZES)[int(rng.integers(len(SIZES)))]
-    colour_name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    colour = _object_colour(colour_name, rng)
+    upper, lower = draws.one_of(UPPER), draws.one_of(LOWER)
+    canvas = _Canvas()
+    stuff = [canvas.colour([draws.between(60, 190) for _ in range(3)], name) for name in (upper, lower)]
+    horizon, slope, side = draws.between(22, 44), draws.between(-4, 4), SCENE_SIZE * _SUPERSAMPLE
+    left, right = (int(_SUPERSAMPLE * (horizon + way * slope)) for way in (-1, 1))
+    canvas.fill([0, left, side, right, side, side, 0, side], stuff[1])
 
-    radius, turn = float(rng.uniform(*SIZES[size])), math.radians(rng.uniform(-30, 30))
-    main = _outlines(label, radius, turn, mirrored=bool(rng.integers(2)))
-    main_centre = _place(rng, float(np.abs(main[0]).max()))
+    label, radius = draws.below(len(THINGS)), draws.between(14.5, 20)
+    margin = 0.8 * radius
+    x, y = (draws.between(margin, SCENE_SIZE - margin) for _ in range(2))
+    small = []
+    for _ in range(1 + draws.below(2)):
+        other = THINGS[(label + 1 + draws.below(len(THINGS) - 1)) % len(THINGS)]
+        size = draws.between(5, 7)
+        for _ in range(4):  # beside the large thing, if a few tries find room
+            near, far = (draws.between(3, SCENE_SIZE - 3) for _ in range(2))
+            if (near - x) ** 2 + (far - y) ** 2 > (radius + size) ** 2:
+                break
+        small.append((other, near, far, size, draws.below(3) == 0))
+    # Some stand before the large thing, the others behind it.
+    colours = [_draw_thing(canvas, draws, *one[:4], stuff[0]) for one in small if not one[4]]
+    colour = _draw_thing(canvas, draws, THINGS[label], x, y, radius, stuff[int(y > horizon)])
+    colours += [_draw_thing(canvas, draws, *one[:4], stuff[0]) for one in small if one[4]]
 
-    first, second = _background_colours(rng, colour)
-    mix = _background_mix(background, rng)[..., None]
-    canvas = first + mix * (second - first)
-    segmentation = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
-
-    for _ in range(int(rng.integers(2, 5))):
-        other = (label + 1 + int(rng.integers(len(SHAPES) - 1))) % len(SHAPES)
-        radius = float(rng.uniform(2.5, 3.5))
-        rgb = _object_colour(list(COLOURS)[int(rng.integers(len(COLOURS)))], rng)
-        turn = math.radians(rng.uniform(-30, 30))
-        centre = _place(rng, radius)
-        outlines = _outlines(other, radius, turn, mirrored=bool(rng.integers(2)))
-        _paint(canvas, segmentation, other, [outline + centre for outline in outlines], rgb)
-    _paint(canvas, segmentation, label, [outline + main_centre for outline in main], colour)
-
-    grain = 4 * rng.standard_normal(canvas.shape, dtype=np.float32)
-    image = np.clip(canvas + grain + 0.5, 0, 255).astype(np.uint8)
-    article = "an" if background[0] in "aeiou" else "a"
-    caption = f"a {size} {colour_name} {SHAPES[label]} on {article} {background} background"
-    return Scene(image=image, label=label, caption=caption, segmentation=segmentation)
+    levels, classes = canvas.taken()
+    for name in (upper, lower):
+        levels += np.where(classes == MASK_CLASSES.index(name), _texture(name, draws, grain), 0)[..., None]
+    levels += (grain >> 5)[..., None]
+    thing = THINGS[label]
+    other, near, far, *_ = sorted(small, key=lambda one: one[4])[0]
+    if abs(x - near) > abs(y - far):
+        where = "left of" if x < near else "right of"
+    else:
+        where = "above" if y < far else "below"
+    captions = (
+        f"a {thing}",
+        f"a {colour} {thing}",
+        f"a {thing} {where} a {other}",
+        f"a {thing} with {lower} and {upper}",
+        f"a {colour} {thing} {where} a {colours[0]} {other}",
+        f"a {colour} {thing} {where} a {colours[0]} {other} with {lower} and {upper}",
+    )
+    return Scene(
+        image=np.clip(levels, 0, 255).astype(np.uint8), label=label, captions=captions, segmentation=classes
+    )
