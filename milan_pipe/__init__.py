@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         replay,
         report,
         segment,
+        train_clip,
         verify_targets,
     )
     from milan_pipe.config.params import Params, load_params
@@ -60,6 +61,7 @@ __all__ = [
     "replay",
     "report",
     "segment",
+    "train_clip",
     "verify_targets",
 ]
 

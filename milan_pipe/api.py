@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from milan_pipe.targets.convert import ConvertReport
     from milan_pipe.targets.schema import StoreHeader
     from milan_pipe.targets.verify import VerifyReport
+    from milan_pipe.teacher.clip_training import ClipProgress, ClipReport
     from milan_pipe.training.recorder import TrainProgress
     from milan_pipe.training.task import RunReport
 
@@ -285,8 +286,15 @@ def import_published(
     return import_published(file, run, encoder_heads=encoder_heads, decoder_heads=decoder_heads, prefix=prefix)
 
 
-def train_demo_teacher(out_dir: Where, params: Params = DEFAULT) -> dict[str, float]:
-    """Train the scenes' CLIP anew; takes about an hour on two cores. See `milan_pipe.teacher.demo_training`."""
-    from milan_pipe.teacher.demo_training import train_demo_teacher
+def train_clip(
+    images: Where,
+    out: Where,
+    params: Params = DEFAULT,
+    *,
+    val: Where | None = None,
+    on_progress: Callable[[ClipProgress], None] = _ignore,
+) -> ClipReport:
+    """Train a small CLIP on captioned shards, to be a teacher; see `milan_pipe.teacher.clip_training`."""
+    from milan_pipe.teacher.clip_training import train_clip
 
-    return train_demo_teacher(Path(out_dir), params.demo_teacher)
+    return train_clip(images, out, params.clip, val=val, on_progress=on_progress)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import CheckpointArgument, JsonOption, ParamsOption, SetOption, app
-from milan_pipe.cli.console import console, plain, print_json, show
+from milan_pipe.cli.base import CheckpointArgument, JsonOption, app
+from milan_pipe.cli.console import show
 
 
 @app.command()
@@ -72,23 +71,3 @@ def import_published(
         "checkpoint": report.checkpoint,
     }
     return show(f"{file} -> {out}", rows, report, as_json)
-
-
-@app.command("train-demo-teacher")
-def train_demo_teacher(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the weights.")],
-    params: ParamsOption = None,
-    overrides: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the scenes' small CLIP anew, from images and captions alone.
-
-    The package ships what this wrote. It takes about an hour on two cores.
-    """
-    from milan_pipe import api
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    result = api.train_demo_teacher(out, milan_pipe.load_params(params, overrides or ()))
-    console.print(plain(f"zero-shot accuracy on unseen scenes {100 * result['zero_shot_accuracy']:.2f} %, in {out}"))
-    if as_json:
-        print_json(result)

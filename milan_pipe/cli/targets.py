@@ -1,4 +1,4 @@
-"""Commands that write, check and convert targets."""
+"""Commands that train a teacher, and write, check and convert targets."""
 
 from __future__ import annotations
 
@@ -177,3 +177,43 @@ def convert_targets(
         "size": size(report.bytes),
     }
     return show(f"{source} -> {destination}", rows, report, as_json)
+
+
+@app.command("train-clip")
+def train_clip(
+    images: Annotated[
+        str,
+        typer.Argument(metavar="IMAGES", help="Captioned shards: a .txt with one caption a line beside each image."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the model, as teacher.model=local-dir:OUT.")],
+    val: Annotated[
+        str | None,
+        typer.Option("--val", metavar="VAL", help="Labelled shards, told by clip.prompts: nothing is chosen."),
+    ] = None,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """Train a small CLIP from images and captions, to be a teacher where none fits.
+
+    On the CPU, with all images in memory (section clip). The bundled teacher was made by it; docs/scenes.md has the
+    commands. Labels are not used.
+
+    Example: milan-pipe train-clip 'images/train-*.tar' own-clip --val 'images/test-*.tar'
+    """
+    settings = milan_pipe.load_params(params, overrides or ())
+    with progress("loss", "rate", "accuracy") as update:
+
+        def on_progress(now: Any) -> None:
+            accuracy = "" if now.zero_shot is None else f"zero-shot {100 * now.zero_shot:.2f} %"
+            shown = f"{now.images_per_second:.0f}/s"
+            update(now.step, now.steps, loss=f"loss {now.loss:.3f}", rate=shown, accuracy=accuracy)
+
+        report = milan_pipe.train_clip(images, out, settings, val=val, on_progress=on_progress)
+    rows = {
+        "images": f"{report.images:,} with {report.captions:,} captions of {report.words:,} words",
+        "parameters": f"{report.parameters:,}",
+        "seen": f"{report.images_seen:,} images in {report.seconds:.0f} s",
+        "zero-shot": "not measured: no --val" if report.zero_shot is None else f"{100 * report.zero_shot:.2f} %",
+    }
+    return show(f"{images} -> {out}", rows, report, as_json)

@@ -25,7 +25,7 @@ from milan_pipe.config.pretraining import PretrainSettings, Target
 from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.targets import CodecSettings
-from milan_pipe.config.teacher import DemoTeacherSettings, TeacherSettings
+from milan_pipe.config.teacher import ClipSettings, TeacherSettings
 from milan_pipe.errors import MissingError, SettingError, one_line
 
 DEFAULT_FILE = Path("params.yaml")
@@ -57,7 +57,7 @@ class Params(Settings):
     lars_probe: LarsProbeSettings = Field(default_factory=LarsProbeSettings)
     segment: SegmentSettings = Field(default_factory=SegmentSettings)
     linear_probe: LinearProbeSettings = Field(default_factory=LinearProbeSettings)
-    demo_teacher: DemoTeacherSettings = Field(default_factory=DemoTeacherSettings)
+    clip: ClipSettings = Field(default_factory=ClipSettings)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

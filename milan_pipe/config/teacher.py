@@ -47,20 +47,33 @@ class TeacherSettings(Settings):
         return {"model": portable_name(self.model), "pretrained": self.pretrained and Path(self.pretrained).name}
 
 
-class DemoTeacherSettings(Settings):
-    """How the bundled teacher is trained, by contrast of images and captions."""
+class ClipSettings(Settings):
+    """How `train-clip` trains a small CLIP; the defaults made the bundled teacher."""
 
-    seed: int = Field(1_000_003, ge=0, description="scenes of this seed are trained on; use none that students see")
-    scenes: int = Field(200_000, ge=1, description="scenes rendered once and kept in memory, 12 KB each")
-    steps: int = Field(2800, ge=1, description="of the optimiser")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order, captions and moves")
+    image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
+    patch_size: int = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
+    width: int = Field(128, ge=1, description="of the image tower")
+    layers: int = Field(5, ge=1, description="blocks of the image tower")
+    head_width: int = Field(32, ge=1, description="of both towers; must divide their widths")
+    embed_dim: int = Field(128, ge=1, description="width of the features that both towers give")
+    text_width: int = Field(128, ge=1, description="of the text tower")
+    text_layers: int = Field(2, ge=1, description="blocks of the text tower")
+    context_length: int = Field(20, ge=2, description="most words of a caption, and one to end it")
+    vocabulary: int = Field(20_000, ge=1, description="most words that are known, the most frequent ones")
+    prompts: tuple[str, ...] = Field(("a {}",), min_length=1, description="captions of a class, `{}` for its name")
+    patch_dropout: float = Field(0.5, ge=0, lt=1, description="share of the patches that a step leaves out")
+    attended: float = Field(
+        0.5, ge=0, le=1, description="share of the loss on the mean of the patches by attention; the rest is on CLS"
+    )
+    shift: int = Field(6, ge=0, description="images are moved by up to this many pixels, edges mirrored")
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored image; 0 where captions know the sides")
+    steps: int = Field(4000, ge=1, description="of the optimiser")
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0, description="AdamW: embeddings, norms, projections")
     muon_lr: float = Field(0.02, gt=0, description="Muon: the matrices inside the blocks")
     weight_decay: float = Field(0.02, ge=0)
     warmup_steps: int = Field(100, ge=0)
     decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
-    keep_word: float = Field(0.5, gt=0, le=1, description="chance to mention size, colour and background, each")
-    shift: int = Field(6, ge=0, description="images are moved by up to this many pixels, edges mirrored")
-    test_scenes: int = Field(2000, ge=1)
-    evaluate_every: int = Field(200, ge=1)
+    evaluate_every: int = Field(200, ge=1, description="steps between two looks at VAL")
     compile: bool = Field(True, description="compile the training step with torch.compile")

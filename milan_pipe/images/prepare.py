@@ -33,7 +33,7 @@ from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, files_under, read_file
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
-from milan_pipe.images.scenes import MASK_CLASSES, SHAPES, render_scene
+from milan_pipe.images.scenes import MASK_CLASSES, THINGS, render_scene
 from milan_pipe.storage import is_url, local_folder
 from milan_pipe.storage.local import beside, flush
 
@@ -167,7 +167,7 @@ def _plan_demo(settings: PrepareSettings) -> _Plan:
         *_cut("test", range(TEST_SCENE_OFFSET, TEST_SCENE_OFFSET + settings.test_scenes), settings),
     ]
     source = {"kind": DEMO, "seed": settings.seed}
-    return jobs, ImageIndex(source=source, classes=SHAPES, mask_classes=MASK_CLASSES, shards=())
+    return jobs, ImageIndex(source=source, classes=THINGS, mask_classes=MASK_CLASSES, shards=())
 
 
 def _cut(split: str, items: _Items, settings: PrepareSettings) -> list[_Job]:
@@ -346,7 +346,11 @@ def _members(job: _Job, bad: list[_Bad]) -> Iterator[tuple[str, dict[str, bytes]
     for item in job.items:
         if isinstance(item, int):
             scene = render_scene(job.seed, item)
-            parts = {"png": _png(scene.image), "cls": str(scene.label).encode(), "txt": scene.caption.encode()}
+            parts = {
+                "png": _png(scene.image),
+                "cls": str(scene.label).encode(),
+                "txt": "\n".join(scene.captions).encode(),
+            }
             yield f"scene-{item:010d}", {**parts, MASK_SUFFIX: _png(scene.segmentation)}
             continue
         suffix = item.path.suffix[1:].lower()

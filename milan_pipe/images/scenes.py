@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,40 +281,43 @@ _Levels = NDArray[np.int32]
 
 def _wave(phase: _Levels) -> _Levels:
     """-100 to 100, with a period of 256."""
-    return _WAVE[phase & 255]
+    levels: _Levels = _WAVE[phase & 255]
+    return levels
 
 
 def _texture(stuff: str, draws: _Draws, noise: _Levels) -> _Levels:
     """(64, 64) levels to add to the colour of a stuff; `noise` is -128 to 127."""
     right, down, scale = draws.below(256), draws.below(256), draws.between(0, 1)
+    levels: _Levels
     match stuff:
         case "sky":
             clouds = _wave(_COLUMNS * (2 + int(3 * scale)) + right) + _wave(_ROWS * 6 + _COLUMNS * 3 + down)
-            return np.maximum(clouds - 60, 0) // 3 - _ROWS
+            levels = np.maximum(clouds - 60, 0) // 3 - _ROWS
         case "wall":
             height = 6 + int(3 * scale)
             row = (_ROWS + down) // height
             joint = ((_ROWS + down) % height == 0) | ((_COLUMNS + right + (row & 1) * height) % (2 * height) == 0)
-            return np.where(joint, -45, 8) + noise // 32
+            levels = np.where(joint, -45, 8) + noise // 32
         case "forest":
-            return _wave(_COLUMNS * (36 + int(20 * scale)) + right + (noise >> 2)) // 3 - 10
+            levels = _wave(_COLUMNS * (36 + int(20 * scale)) + right + (noise >> 2)) // 3 - 10
         case "hills":
             ridge = 20 + _wave(_COLUMNS * (3 + int(3 * scale)) + right) // 12 + _wave(_COLUMNS * 9 + down) // 25
-            return np.where(ridge < _ROWS, (_ROWS - ridge) // 2 - 30, 20)
+            levels = np.where(ridge < _ROWS, (_ROWS - ridge) // 2 - 30, 20)
         case "grass":
-            return np.where(((_COLUMNS * 7 + (noise >> 4) + _ROWS * 3) & 7) < 3, -28, 10) + noise // 16
+            levels = np.where(((_COLUMNS * 7 + (noise >> 4) + _ROWS * 3) & 7) < 3, -28, 10) + noise // 16
         case "water":
-            return _wave(_ROWS * (28 + int(14 * scale)) + (_wave(_COLUMNS * 10 + right) >> 1) + down) // 4
+            levels = _wave(_ROWS * (28 + int(14 * scale)) + (_wave(_COLUMNS * 10 + right) >> 1) + down) // 4
         case "sand":
-            return noise // 4
+            levels = noise // 4
         case "road":
             line = (np.abs(_ROWS - 50) < 2) & (((_COLUMNS + right) & 15) < 9)
-            return np.where(line, 70, 0) + noise // 24
+            levels = np.where(line, 70, 0) + noise // 24
         case "tiles":
             side = 8 + int(4 * scale)
-            return np.where(((_ROWS + down) // side + (_COLUMNS + right) // side) & 1, -22, 22)
+            levels = np.where(((_ROWS + down) // side + (_COLUMNS + right) // side) & 1, -22, 22)
         case _:  # snow
-            return np.where(noise > 118, -52, 8)
+            levels = np.where(noise > 118, -52, 8)
+    return levels
 
 
 class _Canvas:
@@ -342,13 +346,23 @@ class _Canvas:
         return np.asarray(self._image.convert("RGB").reduce(_SUPERSAMPLE)).astype(np.int32), classes
 
 
-def _draw_thing(canvas: _Canvas, draws: _Draws, thing: str, x: float, y: float, radius: float, behind: int) -> str:
+class _Placed(NamedTuple):
+    """A thing at a place, in pixels; `in_front` of the large thing or behind it."""
+
+    name: str
+    x: float
+    y: float
+    radius: float
+    in_front: bool = False
+
+
+def _draw_thing(canvas: _Canvas, draws: _Draws, thing: _Placed, behind: int) -> str:
     """Draw a thing in its pose and colours; returns the name of its colour. `behind` is the colour of a hole."""
-    shape, (cos, sin) = _shape(thing), _TURNS[draws.below(len(_TURNS))]
+    shape, (cos, sin) = _shape(thing.name), _TURNS[draws.below(len(_TURNS))]
     mirror = 1 if draws.below(2) else -1
-    wide, high = (_SUPERSAMPLE * radius * draws.between(0.88, 1.12) for _ in range(2))
-    x_P = shape.x_P * (cos * wide * mirror) - shape.y_P * (sin * high) + x * _SUPERSAMPLE
-    y_P = shape.x_P * (sin * wide * mirror) + shape.y_P * (cos * high) + y * _SUPERSAMPLE
+    wide, high = (_SUPERSAMPLE * thing.radius * draws.between(0.88, 1.12) for _ in range(2))
+    x_P = shape.x_P * (cos * wide * mirror) - shape.y_P * (sin * high) + thing.x * _SUPERSAMPLE
+    y_P = shape.x_P * (sin * wide * mirror) + shape.y_P * (cos * high) + thing.y * _SUPERSAMPLE
     flat: list[int] = np.rint(np.stack([x_P, y_P], axis=1)).astype(np.int32).ravel().tolist()
     name = draws.one_of(tuple(COLOURS))
     second = draws.one_of(tuple(colour for colour in COLOURS if colour != name))
@@ -364,7 +378,7 @@ def _draw_thing(canvas: _Canvas, draws: _Draws, thing: str, x: float, y: float, 
         "ink": ink,
         "shine": shine,
     }
-    colours = {"hole": behind} | {role: canvas.colour(rgb, thing) for role, rgb in shades.items()}
+    colours = {"hole": behind} | {role: canvas.colour(rgb, thing.name) for role, rgb in shades.items()}
     for role, begin, end in shape.parts:
         canvas.fill(flat[begin:end], colours[role])
     return name
@@ -385,7 +399,7 @@ def render_scene(seed: int, index: int) -> Scene:
         raise SettingError(f"a scene needs 0 <= seed < 2**64 and 0 <= index < 2**63, found {found}")
     key = seed_of("scene", seed, index).to_bytes(16, "little")
     draws = _Draws(key)
-    noise = raw_bits([key], SCENE_SIZE**2 // 8, sequence=1).view(np.uint8).reshape(SCENE_SIZE, SCENE_SIZE)
+    noise = raw_bits([key], SCENE_SIZE**2 // 8, sequence=1).astype("<u8").view(np.uint8).reshape(SCENE_SIZE, SCENE_SIZE)
     grain = noise.astype(np.int32) - 128
 
     upper, lower = draws.one_of(UPPER), draws.one_of(LOWER)
@@ -403,33 +417,34 @@ def render_scene(seed: int, index: int) -> Scene:
         other = THINGS[(label + 1 + draws.below(len(THINGS) - 1)) % len(THINGS)]
         size = draws.between(5, 7)
         for _ in range(4):  # beside the large thing, if a few tries find room
-            near, far = (draws.between(3, SCENE_SIZE - 3) for _ in range(2))
-            if (near - x) ** 2 + (far - y) ** 2 > (radius + size) ** 2:
+            at = draws.between(3, SCENE_SIZE - 3), draws.between(3, SCENE_SIZE - 3)
+            if (at[0] - x) ** 2 + (at[1] - y) ** 2 > (radius + size) ** 2:
                 break
-        small.append((other, near, far, size, draws.below(3) == 0))
-    # Some stand before the large thing, the others behind it.
-    colours = [_draw_thing(canvas, draws, *one[:4], stuff[0]) for one in small if not one[4]]
-    colour = _draw_thing(canvas, draws, THINGS[label], x, y, radius, stuff[int(y > horizon)])
-    colours += [_draw_thing(canvas, draws, *one[:4], stuff[0]) for one in small if one[4]]
+        small.append(_Placed(other, *at, size, in_front=draws.below(3) == 0))
+    small.sort(key=lambda one: one.in_front)
+    large, first = _Placed(THINGS[label], x, y, radius), small[0]
+    behind = [one for one in small if not one.in_front]
+    things = [*behind, large, *small[len(behind) :]]
+    colours = {id(one): _draw_thing(canvas, draws, one, stuff[int(one.y > horizon)]) for one in things}
 
     levels, classes = canvas.taken()
     for name in (upper, lower):
         levels += np.where(classes == MASK_CLASSES.index(name), _texture(name, draws, grain), 0)[..., None]
     levels += (grain >> 5)[..., None]
-    thing = THINGS[label]
-    other, near, far, *_ = sorted(small, key=lambda one: one[4])[0]
-    if abs(x - near) > abs(y - far):
-        where = "left of" if x < near else "right of"
-    else:
-        where = "above" if y < far else "below"
+    thing, beside = f"{colours[id(large)]} {large.name}", f"{colours[id(first)]} {first.name}"
+    across, down = "left of" if x < first.x else "right of", "above" if y < first.y else "below"
+    where = across if abs(x - first.x) > abs(y - first.y) else down
     captions = (
+        f"a {large.name}",
         f"a {thing}",
-        f"a {colour} {thing}",
-        f"a {thing} {where} a {other}",
-        f"a {thing} with {lower} and {upper}",
-        f"a {colour} {thing} {where} a {colours[0]} {other}",
-        f"a {colour} {thing} {where} a {colours[0]} {other} with {lower} and {upper}",
+        f"a {large.name} {where} a {first.name}",
+        f"a {large.name} with {lower} and {upper}",
+        f"a {thing} {where} a {beside}",
+        f"a {thing} {where} a {beside} with {lower} and {upper}",
     )
     return Scene(
-        image=np.clip(levels, 0, 255).astype(np.uint8), label=label, captions=captions, segmentation=classes
+        image=np.clip(levels, 0, 255).astype(np.uint8),
+        label=label,
+        captions=tuple(line.replace("a orange", "an orange") for line in captions),
+        segmentation=classes,
     )

@@ -1,0 +1,349 @@
+"""Contrastive training of a small CLIP on captioned images: from shards to a folder that `teacher.model` takes.
+
+A sample may have several captions, one a line. Each step takes one of each image, and a caption counts as true of every
+image that has it among its own.
+
+Beside the CLS token, the mean of the patch tokens by the CLS token's attention is held against the captions too. That
+teaches patches what they show, and the attention to lie on what captions speak of.
+
+Source: arXiv 2103.00020 (CLIP); arXiv 2212.00794 (patches are dropped while it trains).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+from open_clip.model import CLIP
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import Tensor
+
+from milan_pipe.config.teacher import ClipSettings
+from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.images.ahead import decoded_ahead, thread_count
+from milan_pipe.images.decode import decode_image
+from milan_pipe.images.shards import expand_shards, index_beside
+from milan_pipe.images.tar import Sample, read_shard
+from milan_pipe.images.views import View, render_view
+from milan_pipe.random_bits import permutation, seed_of
+from milan_pipe.storage import local_folder
+from milan_pipe.storage.local import write_file
+from milan_pipe.teacher.native import NativeFamily
+from milan_pipe.weights_file import write_weights
+
+WORDS_FILE = "words.txt"
+_CHUNK = 500
+_LARGEST_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipProgress:
+    """Reported while a CLIP is trained; `zero_shot` is the last accuracy, None before the first and without VAL."""
+
+    step: int
+    steps: int
+    loss: float
+    images_per_second: float
+    zero_shot: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReport:
+    """What was trained: `zero_shot` is the accuracy on VAL by the captions of `clip.prompts`; None without VAL."""
+
+    folder: str
+    images: int
+    captions: int
+    words: int
+    parameters: int
+    steps: int
+    images_seen: int
+    seconds: float
+    zero_shot: float | None
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    """N images in memory: (N, side, side, 3) uint8, the captions of each, and their classes, -1 for none."""
+
+    pixels_NHWC: NDArray[np.uint8]
+    captions: Sequence[Sequence[str]]
+    label_N: NDArray[np.int64]
+    classes: Sequence[str] | None
+
+
+def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample]:
+    image = decode_image(sample.data)
+    short = min(image.size)
+    top, left = (image.height - short) // 2, (image.width - short) // 2
+    return render_view(image, View(top=top, left=left, height=short, width=short, flip=False), side), sample
+
+
+def _read(images: str | Path, side: int, on_images: Callable[[int], None]) -> _Captioned:
+    shards, threads = expand_shards(images), thread_count(0)
+    pixels, captions, labels = [], [], []
+    samples = (sample for shard in shards for sample in read_shard(shard, lambda *_: None))
+    for view, sample in decoded_ahead(
+        samples, lambda found: _centre_square(found, side), threads, 32 * threads, lambda *_: None
+    ):
+        lines = [line.strip() for line in (sample.caption or "").splitlines() if line.strip()]
+        if not lines:
+            raise DataError(
+                f"{images}: image {sample.key!r} has no caption; add a .txt member with one caption a line, or "
+                "`caption` in its .json"
+            )
+        pixels.append(view)
+        captions.append(lines)
+        labels.append(sample.label)
+        on_images(len(pixels))
+    if not pixels:
+        raise DataError(f"none of the images of {images} can be read; prepare the shards again")
+    index = index_beside(shards)
+    return _Captioned(np.stack(pixels), captions, np.array(labels, np.int64), index.classes if index else None)
+
+
+class Words:
+    """Captions to ids of their words; 0 pads, the highest id ends each caption. Unknown words are dropped."""
+
+    def __init__(self, words: Sequence[str], context: int) -> None:
+        self.words = tuple(words)
+        self._ids = {word: 1 + number for number, word in enumerate(words)}
+        self._context = context
+
+    @classmethod
+    def of(cls, captions: Iterable[str], most: int, context: int) -> Words:
+        """The `most` frequent words of captions, in alphabetical order."""
+        counts = Counter(word for caption in captions for word in _words(caption))
+        frequent = sorted(counts, key=lambda word: (-counts[word], word))[:most]
+        return cls(sorted(frequent), context)
+
+    def __len__(self) -> int:
+        return 2 + len(self.words)
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(N, context) int64; what is too long is cut."""
+        # open_clip's text tower reads its output at the highest id of a row.
+        end, ids = len(self) - 1, torch.zeros(len(captions), self._context, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            known = [self._ids[word] for word in _words(caption) if word in self._ids][: self._context - 1]
+            ids[row, : len(known) + 1] = torch.tensor([*known, end])
+        return ids
+
+
+def _words(caption: str) -> list[str]:
+    return re.findall(r"\w+", caption.lower())
+
+
+def contrastive_loss(image_BT: Tensor, text_BT: Tensor, scale: Tensor, match_BB: Tensor) -> Tensor:
+    """Symmetric cross-entropy over cosines; the target is uniform over all matches of a row or column.
+
+    Args:
+        match_BB: bool, whether caption j is true of image i.
+    """
+    logits = scale * F.normalize(image_BT, dim=-1) @ F.normalize(text_BT, dim=-1).T
+    target = match_BB.float()
+    by_image = F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
+    by_text = F.cross_entropy(logits.T, target.T / target.T.sum(dim=1, keepdim=True))
+    return (by_image + by_text) / 2
+
+
+def _normalised(pixels_BHWC: Tensor) -> Tensor:
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (pixels_BHWC.permute(0, 3, 1, 2).float() - mean) / std
+
+
+def _moved(pixels_BHWC: NDArray[np.uint8], settings: ClipSettings, rng: np.random.Generator) -> Tensor:
+    """Normalised images, each moved by some pixels, edges mirrored, and flipped where the settings allow it."""
+    shift, side = settings.shift, pixels_BHWC.shape[1]
+    padded = np.pad(pixels_BHWC, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="reflect")
+    corners, flips = rng.integers(0, 2 * shift + 1, (len(padded), 2)), rng.random(len(padded)) < settings.flip
+    moved = [
+        image[top : top + side, left : left + side][:, :: -1 if flip else 1]
+        for image, (top, left), flip in zip(padded, corners.tolist(), flips.tolist(), strict=True)
+    ]
+    return _normalised(torch.from_numpy(np.stack(moved)))
+
+
+def model_config(settings: ClipSettings, words: Words) -> dict[str, Any]:
+    """open_clip's description of the model, without what matters in training alone."""
+    vision = {
+        "image_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "width": settings.width,
+        "layers": settings.layers,
+        "head_width": settings.head_width,
+    }
+    text = {
+        "context_length": settings.context_length,
+        "vocab_size": len(words),
+        "width": settings.text_width,
+        "heads": settings.text_width // settings.head_width,
+        "layers": settings.text_layers,
+    }
+    return {"embed_dim": settings.embed_dim, "vision_cfg": vision, "text_cfg": text}
+
+
+class _Model(torch.nn.Module):
+    """Both towers; the image tower gives its CLS token, and the mean of its patches by the CLS token's attention."""
+
+    def __init__(self, settings: ClipSettings, words: Words) -> None:
+        super().__init__()
+        config = model_config(settings, words)
+        vision = {**config["vision_cfg"], "patch_dropout": settings.patch_dropout}
+        self.clip = CLIP(**{**config, "vision_cfg": vision})
+        self._family = NativeFamily()
+
+    def images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        features_BST, row_BL = self._family.outputs(self.clip.visual, pixels_BCHW)
+        share_BL = row_BL / row_BL.sum(dim=1, keepdim=True)
+        return features_BST[:, 0].float(), (share_BL[:, :, None] * features_BST[:, 1:]).sum(dim=1).float()
+
+    def forward(self, pixels_BCHW: Tensor, ids_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CLS token, attended mean and caption, (B, T) each."""
+        with torch.autocast(pixels_BCHW.device.type, torch.bfloat16):
+            return *self.images(pixels_BCHW), self.clip.encode_text(ids_BC).float()
+
+
+@torch.no_grad()
+def _zero_shot(model: _Model, words: Words, val: _Captioned, settings: ClipSettings) -> float:
+    """Share of VAL's images whose class has the nearest prompts, by the mean of each class."""
+    assert val.classes is not None
+    model.eval()
+    texts = []
+    for name in val.classes:
+        ids = words([prompt.format(name.replace("_", " ")) for prompt in settings.prompts])
+        texts.append(F.normalize(model.clip.encode_text(ids), dim=-1).mean(dim=0))
+    text_GT, right = F.normalize(torch.stack(texts), dim=-1), 0
+    for start in range(0, len(val.label_N), _CHUNK):
+        pixels = torch.from_numpy(val.pixels_NHWC[start : start + _CHUNK])
+        found_B = (model.images(_normalised(pixels))[0] @ text_GT.T).argmax(dim=1)
+        right += int((found_B.numpy() == val.label_N[start : start + _CHUNK]).sum())
+    model.train()
+    return right / len(val.label_N)
+
+
+def _optimisers(model: torch.nn.Module, settings: ClipSettings) -> list[torch.optim.Optimizer]:
+    decay = settings.weight_decay
+    inside = {name: p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2}
+    outside = [parameter for name, parameter in model.named_parameters() if name not in inside]
+    groups = [
+        {"params": [parameter for parameter in outside if parameter.ndim > 1], "weight_decay": decay},
+        {"params": [parameter for parameter in outside if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon(list(inside.values()), lr=settings.muon_lr, weight_decay=decay, momentum=0.95),
+        torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98)),
+    ]
+
+
+def train_clip(
+    images: str | Path,
+    out: str | Path,
+    settings: ClipSettings,
+    *,
+    val: str | Path | None = None,
+    on_progress: Callable[[ClipProgress], None] = lambda _: None,
+) -> ClipReport:
+    """Train both towers on the CPU and write them, with open_clip's description and the words, to `out`.
+
+    Args:
+        images: captioned shards, as `expand_shards` takes them; their images are kept in memory.
+        out: local folder, for `teacher.model=local-dir:OUT`.
+        val: labelled shards with an index, to be told by `clip.prompts`; nothing is chosen by the result.
+
+    Raises:
+        MissingError, DataError, StoreError: images are missing, cannot be read or have no captions.
+        SettingError: fewer images than a batch, or `out` is a URL.
+        MismatchError: `val` has no classes.
+    """
+    began, folder = time.monotonic(), local_folder(out, "models")
+
+    def reading(count: int) -> None:
+        rate = count / (time.monotonic() - began)
+        on_progress(ClipProgress(step=0, steps=settings.steps, loss=math.nan, images_per_second=rate, zero_shot=None))
+
+    train = _read(images, settings.image_size, reading)
+    judged = _read(val, settings.image_size, lambda _: None) if val is not None else None
+    if judged is not None and (judged.classes is None or judged.label_N.min() < 0):
+        raise MismatchError(f"{val} has no named classes to tell apart; name shards that `milan-pipe prepare` wrote")
+    count = len(train.captions)
+    if count < settings.batch_size:
+        raise SettingError(f"clip.batch_size is {settings.batch_size}, {images} has {count} images; lower it")
+    numbers: dict[str, int] = {}
+    own = [[numbers.setdefault(line, len(numbers)) for line in lines] for lines in train.captions]
+    words = Words.of(numbers, settings.vocabulary, settings.context_length)
+    ids_NC = words(list(numbers))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = _Model(settings, words)
+        forward = torch.compile(model) if settings.compile else model
+        optimisers = _optimisers(model, settings)
+
+        def factor(done: int) -> float:
+            warm = min(1.0, (done + 1) / max(settings.warmup_steps, 1))
+            return warm * min(1.0, (settings.steps - done) / (settings.decay_share * settings.steps))
+
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in optimisers]
+        per_epoch, accuracy, training = count // settings.batch_size, None, time.monotonic()
+        for step in range(settings.steps):
+            epoch, position = divmod(step, per_epoch)
+            if not position or not step:
+                order_N = permutation(count, "clip", settings.seed, epoch)
+            rows = order_N[position * settings.batch_size :][: settings.batch_size]
+            rng = np.random.Generator(np.random.Philox(key=seed_of("clip", settings.seed, step)))
+            lines = [own[row] for row in rows.tolist()]
+            chosen = [line[int(share * len(line))] for line, share in zip(lines, rng.random(len(rows)), strict=True)]
+            match_BB = torch.tensor([[caption in line for caption in chosen] for line in map(set, lines)])
+            cls_BT, attended_BT, text_BT = forward(_moved(train.pixels_NHWC[rows], settings, rng), ids_NC[chosen])
+            scale = model.clip.logit_scale.exp()
+            loss = (1 - settings.attended) * contrastive_loss(cls_BT, text_BT, scale, match_BB)
+            loss = loss + settings.attended * contrastive_loss(attended_BT, text_BT, scale, match_BB)
+            model.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimiser, schedule in zip(optimisers, schedules, strict=True):
+                optimiser.step()
+                schedule.step()
+            with torch.no_grad():
+                model.clip.logit_scale.clamp_(max=math.log(_LARGEST_SCALE))
+            done = step + 1
+            if judged is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
+                accuracy = _zero_shot(model, words, judged, settings)
+            rate = done * settings.batch_size / (time.monotonic() - training)
+            on_progress(
+                ClipProgress(
+                    step=done, steps=settings.steps, loss=loss.item(), images_per_second=rate, zero_shot=accuracy
+                )
+            )
+    if not math.isfinite(loss.item()):
+        raise DataError(f"the loss is {loss.item()} after step {done}; lower clip.lr and clip.muon_lr")
+    description = {
+        "model_cfg": model_config(settings, words),
+        "preprocess_cfg": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD},
+    }
+    write_weights(model.clip.state_dict(), folder / HF_SAFE_WEIGHTS_NAME)
+    write_file(folder / WORDS_FILE, "".join(f"{word}\n" for word in words.words))
+    # Last: a folder that has it is complete.
+    write_file(folder / HF_CONFIG_NAME, json.dumps(description, indent=1) + "\n")
+    return ClipReport(
+        folder=str(folder),
+        images=count,
+        captions=len(numbers),
+        words=len(words.words),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        steps=settings.steps,
+        images_seen=settings.steps * settings.batch_size,
+        seconds=time.monotonic() - began,
+        zero_shot=accuracy,
+    )
