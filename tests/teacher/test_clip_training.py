@@ -1,0 +1,121 @@
+"""A small CLIP trained on captioned shards: words, the loss over captions, and a folder that is a teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.images import png, write_tar
+
+from milan_pipe.config.teacher import ClipSettings, TeacherSettings
+from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.images.index import ImageIndex, ShardRecord, write_index
+from milan_pipe.teacher.clip import load_teacher
+from milan_pipe.teacher.clip_training import Words, contrastive_loss, train_clip
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
+SMALL = ClipSettings(
+    image_size=16, patch_size=4, width=32, layers=2, head_width=16, embed_dim=16, text_width=32, text_layers=1,
+    context_length=8, batch_size=24, steps=40, lr=3e-3, warmup_steps=5, evaluate_every=20, shift=1, compile=False,
+)  # fmt: skip
+
+
+def shards(folder: Path, count: int, *, captions: bool = True, index: bool = True) -> Path:
+    """Cards of three colours, noisy; captions name the colour, and some more."""
+    members: dict[str, bytes] = {}
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        label, key = number % 3, f"card-{number:03d}"
+        name, rgb = list(COLOURS.items())[label]
+        members[f"{key}.png"] = png(np.clip(np.array(rgb) + rng.normal(0, 25, (20, 16, 3)), 0, 255).astype(np.uint8))
+        members[f"{key}.cls"] = str(label).encode()
+        if captions:
+            members[f"{key}.txt"] = f"a {name} card\nA card, {name}!\n".encode()
+    folder.mkdir()
+    write_tar(folder / "train-000000.tar", members)
+    if index:
+        record = ShardRecord(name="train-000000.tar", split="train", samples=count, bytes=1, sha256="")
+        write_index(folder, ImageIndex(source={"kind": "test"}, classes=tuple(COLOURS), shards=(record,)))
+    return folder
+
+
+def test_ids_close_pad_and_are_cut() -> None:
+    words = Words.of(["A red car.", "a red, red boat"], most=4, context=4)
+    assert words.words == ("a", "boat", "car", "red")
+    ids = words(["a red car", "boat", "", "a unknown red car boat"])
+    end = len(words) - 1
+    assert ids.tolist() == [[1, 4, 3, end], [2, end, 0, 0], [end, 0, 0, 0], [1, 4, 3, end]]
+    # open_clip's text tower pools at the highest id.
+    assert ids.argmax(dim=1).tolist() == [3, 1, 0, 3]
+
+
+def test_the_most_frequent_words_are_known() -> None:
+    assert Words.of(["b b b a a c", "d"], most=2, context=4).words == ("a", "b")
+
+
+def test_loss_by_hand() -> None:
+    eye, scale = torch.eye(2), torch.tensor(2.0)
+    alone = contrastive_loss(3 * eye, 5 * eye, scale, torch.eye(2, dtype=torch.bool))
+    assert alone.item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+    # Both captions true of both images: half of the target lies on the cosine of 0.
+    shared = contrastive_loss(eye, eye, scale, torch.ones(2, 2, dtype=torch.bool))
+    assert shared.item() == pytest.approx(math.log(math.exp(2) + 1) - 1, abs=1e-6)
+
+
+def test_loss_is_symmetric_in_image_and_text() -> None:
+    torch.manual_seed(0)
+    image, text = torch.randn(4, 6), torch.randn(4, 6)
+    match = torch.eye(4, dtype=torch.bool)
+    match[0, 2] = True
+    one = contrastive_loss(image, text, torch.tensor(3.0), match)
+    assert one.item() == pytest.approx(contrastive_loss(text, image, torch.tensor(3.0), match.T).item(), abs=1e-6)
+    assert one.item() != pytest.approx(contrastive_loss(image, text, torch.tensor(3.0), match.T).item(), abs=1e-4)
+
+
+def test_it_learns_from_captions_and_the_folder_is_a_teacher(tmp_path: Path) -> None:
+    images, reports = shards(tmp_path / "images", 96), []
+    report = train_clip(images, tmp_path / "clip", SMALL, val=images, on_progress=reports.append)
+    # Labels are told by captions that training never saw: chance is 1/3.
+    assert report.zero_shot is not None
+    assert report.zero_shot > 0.9
+    assert (report.images, report.captions, report.words) == (96, 6, 5)
+    assert [one.step for one in reports if one.step] == list(range(1, 41))
+    assert [one.zero_shot is None for one in reports if one.step] == [True] * 19 + [False] * 21
+    teacher = load_teacher(TeacherSettings(model=f"local-dir:{tmp_path / 'clip'}"))
+    assert teacher.info.grid == (4, 4)
+    assert teacher.info.width == 16
+    output = teacher(torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8))
+    assert output.features_BST.shape == (2, 17, 16)
+    described = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    assert "patch_dropout" not in described["model_cfg"]["vision_cfg"]
+    assert (tmp_path / "clip" / "words.txt").read_text().split() == ["a", "blue", "card", "green", "red"]
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    images = shards(tmp_path / "images", 48)
+    settings = SMALL.model_copy(update={"steps": 3})
+    for name in ("one", "other"):
+        torch.rand(7)  # what was drawn before does not count
+        train_clip(images, tmp_path / name, settings)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "other"))
+    assert first == second
+    assert sorted(first) == ["open_clip_config.json", "open_clip_model.safetensors", "words.txt"]
+
+
+def test_what_it_cannot_learn_from(tmp_path: Path) -> None:
+    silent = shards(tmp_path / "silent", 48, captions=False)
+    with pytest.raises(DataError, match="no caption"):
+        train_clip(silent, tmp_path / "clip", SMALL)
+    few = shards(tmp_path / "few", 9)
+    with pytest.raises(SettingError, match=r"clip\.batch_size"):
+        train_clip(few, tmp_path / "clip", SMALL)
+    nameless = shards(tmp_path / "nameless", 48, index=False)
+    with pytest.raises(MismatchError, match="named classes"):
+        train_clip(nameless, tmp_path / "clip", SMALL, val=nameless)
+    with pytest.raises(SettingError, match="URL"):
+        train_clip(few, "s3://bucket/clip", SMALL)
+    assert not (tmp_path / "clip").exists()
