@@ -41,7 +41,7 @@ COMMANDS = {
     "linear-probe": ["CHECKPOINT", "TRAIN", "TEST"],
     "finetune": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
     "segment": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
-    "train-demo-teacher": ["OUT"],
+    "train-clip": ["IMAGES", "OUT"],
 }
 
 

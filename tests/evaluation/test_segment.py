@@ -222,8 +222,8 @@ def test_scenes_come_with_their_masks(tmp_path: Path) -> None:
     prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=3, test_scenes=1), workers=1)
     images = masked_images(str(tmp_path / "images" / "train-*.tar"), "train", lambda *_: None)
     assert images.classes == MASK_CLASSES
-    assert len(images.classes) == 13
-    rule = MaskRule(classes=13, ignore_index=255, zero_is_ignored=False)
+    assert len(images.classes) == 22
+    rule = MaskRule(classes=22, ignore_index=255, zero_is_ignored=False)
     for number in range(3):
         found = decode_mask(images.mask(number), rule, (64, 64), "k")
         assert np.array_equal(found, render_scene(0, number).segmentation)

@@ -27,7 +27,7 @@ from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import files_under
 from milan_pipe.images.index import PREPARE_MARKER, read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
-from milan_pipe.images.scenes import SHAPES, render_scene
+from milan_pipe.images.scenes import THINGS, render_scene
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import Sample, read_shard
 
@@ -69,7 +69,7 @@ def test_demo_content(tmp_path: Path) -> None:
     index = read_index(tmp_path / "images")
     assert [shard.name for shard in index.shards] == names
     assert [shard.samples for shard in index.shards] == [2, 2, 1, 2]
-    assert index.classes == report.classes == SHAPES
+    assert index.classes == report.classes == THINGS
     assert steps == [(2, 7), (4, 7), (5, 7), (7, 7)]
     assert (report.shards, report.samples, report.bad) == (4, 7, [])
     assert report.bytes == sum((tmp_path / "images" / name).stat().st_size for name in names)
@@ -78,7 +78,7 @@ def test_demo_content(tmp_path: Path) -> None:
     for number, sample in zip(numbers, samples(tmp_path / "images"), strict=True):
         scene = render_scene(0, number)
         np.testing.assert_array_equal(np.asarray(decode_image(sample.data)), scene.image)
-        assert (sample.label, sample.caption) == (scene.label, scene.caption)
+        assert (sample.label, sample.caption) == (scene.label, "\n".join(scene.captions))
 
 
 def test_demo_is_the_same_bytes_with_any_number_of_workers_and_on_its_own_output(tmp_path: Path) -> None:
