@@ -55,7 +55,9 @@ def demo(
     _run(verify_targets, targets, params=_RECIPE)
     _run(pretrain, targets, milan, params=_RECIPE)
     students = {"random": "untrained student", str(milan): "MILAN student", "teacher": "teacher (upper bound)"}
-    table = Table("student", title="On unseen scenes, by the large thing of 12", title_justify="left", title_style="bold")
+    table = Table(
+        "student", title="On unseen scenes, by the large thing of 12", title_justify="left", title_style="bold"
+    )
     for column in ("k-NN", "linear probe"):
         table.add_column(column, justify="right")
     options = {"features": str(folder / "features"), "keep": str(kept), "params": _RECIPE}

@@ -76,4 +76,4 @@ class ClipSettings(Settings):
     warmup_steps: int = Field(100, ge=0)
     decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
     evaluate_every: int = Field(200, ge=1, description="steps between two looks at VAL")
-    compile: bool = Field(True, description="compile the training step with torch.compile")
+    compile: bool = Field(False, description="compile the training step with torch.compile; takes a minute or more")
