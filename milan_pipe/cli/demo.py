@@ -56,7 +56,7 @@ def demo(
     _run(pretrain, targets, milan, params=_RECIPE)
     students = {"random": "untrained student", str(milan): "MILAN student", "teacher": "teacher (upper bound)"}
     table = Table(
-        "student", title="On unseen scenes, by the large thing of 12", title_justify="left", title_style="bold"
+        "student", title="On unseen scenes of 12 things", title_justify="left", title_style="bold"
     )
     for column in ("k-NN", "linear probe"):
         table.add_column(column, justify="right")
