@@ -35,7 +35,7 @@ ROWS = {
         ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
     ),
 }
-BOUNDS = {RANDOM: "random initialisation", TEACHER: "teacher (upper bound)"}
+BOUNDS = {RANDOM: "untrained", TEACHER: "teacher"}
 POOLS = ("cls", "mean")
 
 

@@ -36,6 +36,7 @@ from PIL import Image
 
 from benchmarks.plain import PlainStudent, PlainTeacher
 from benchmarks.reading import _block, _header, _records
+from milan_pipe.attention import choose_attention
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
@@ -126,6 +127,7 @@ def objective_of(header: StoreHeader, device: torch.device, compiled: bool, teac
 
 def step_of(objective: Objective, device: torch.device, precision: Any) -> Callable[[Batch], float]:
     """One step of pretraining's own stepper, which ends when the device has done it."""
+    choose_attention(objective, device, getattr(torch, resolve_precision(precision, device)))
     optimiser = build_adamw(objective.student, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     stepper = Stepper[Batch](
         optimiser,

@@ -10,8 +10,8 @@ RUN, MAE_RUN = Path("runs/demo"), Path("runs/mae")
 TUNED, SEGMENTED, FEATURES = Path("runs/finetune"), Path("runs/segment"), Path("data/features")
 METRICS, EVALUATIONS, REPORT = Path("metrics"), Path("evaluations"), Path("report.html")
 
-STUDENTS = {"random": "random initialisation", str(MAE_RUN): "MAE student", str(RUN): "MILAN student"}
-SUBJECTS = {**STUDENTS, "teacher": "teacher (upper bound)"}
+STUDENTS = {"random": "untrained", str(MAE_RUN): "MAE student", str(RUN): "MILAN student"}
+SUBJECTS = {**STUDENTS, "teacher": "teacher"}
 """What is evaluated, as the CHECKPOINT argument takes it, and its name in the table."""
 
 

@@ -54,10 +54,8 @@ def demo(
     _run(extract_targets, train, targets, params=_RECIPE)
     _run(verify_targets, targets, params=_RECIPE)
     _run(pretrain, targets, milan, params=_RECIPE)
-    students = {"random": "untrained student", str(milan): "MILAN student", "teacher": "teacher (upper bound)"}
-    table = Table(
-        "student", title="On unseen scenes of 12 things", title_justify="left", title_style="bold"
-    )
+    students = {"random": "untrained", str(milan): "MILAN student", "teacher": "teacher"}
+    table = Table("student", title="On unseen scenes of 12 things", title_justify="left", title_style="bold")
     for column in ("k-NN", "linear probe"):
         table.add_column(column, justify="right")
     options = {"features": str(folder / "features"), "keep": str(kept), "params": _RECIPE}

@@ -9,15 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, RunArgument, SetOption, StudentArgument, SubjectArgument, app
-from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.training import run_training, scored_rows
 from milan_pipe.errors import SettingError
 
-_MOST_CLASSES = 30
 _TOP = {"top1": "top-1", "top5": "top-5"}
 _MIOU = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
 
@@ -128,8 +126,7 @@ def segment(
     from milan_pipe.evaluation.segment import PER_CLASS_FILE
 
     def rows(report: Any) -> dict[str, str]:
-        _print_classes(Path(run) / PER_CLASS_FILE)
-        scores = scored_rows(report, _MIOU)
+        scores = scored_rows(report, _MIOU) | {"IoU of classes": _classes(Path(run) / PER_CLASS_FILE)}
         if "ms_miou" in report.scores:
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
@@ -138,19 +135,12 @@ def segment(
     return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
 
 
-def _print_classes(file: Path) -> None:
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    classes = json.loads(file.read_text(encoding="utf-8"))
-    table = Table("class", title="Per class, in percent", title_justify="left", title_style="bold")
-    for name in ("IoU", "accuracy", "pixels"):
-        table.add_column(name, justify="right")
-    for row in classes[:_MOST_CLASSES]:
-        table.add_row(plain(row["name"]), percent(row["iou"]), percent(row["acc"]), str(row["pixels"]))
-    console.print(table)
-    if len(classes) > _MOST_CLASSES:
-        console.print(plain(f"the first {_MOST_CLASSES} of {len(classes)} classes; all of them are in {file}"))
+def _classes(file: Path) -> str:
+    """The classes that are told best and worst; the file has all."""
+    known = [row for row in json.loads(file.read_text(encoding="utf-8")) if row["iou"] is not None]
+    ordered = sorted(known, key=lambda row: row["iou"])
+    low, high = (f"{row['name']} {100 * row['iou']:.1f} %" for row in (ordered[0], ordered[-1]))
+    return f"from {low} to {high}, all in {file}"
 
 
 @app.command("linear-probe")

@@ -95,10 +95,10 @@ class LarsProbeSettings(SupervisedSettings):
 class SegmentSettings(SupervisedSettings):
     """The recipe of segmentation; defaults are those of the scenes."""
 
-    steps: int = Field(400, ge=1)
-    warmup_steps: int = Field(40, ge=0)
-    batch_size: int = Field(8, ge=1, description="over all ranks")
-    lr: float = Field(2e-3, gt=0, description="as it is used, whatever the batch")
+    steps: int = Field(250, ge=1)
+    warmup_steps: int = Field(25, ge=0)
+    batch_size: int = Field(16, ge=1, description="over all ranks")
+    lr: float = Field(8e-3, gt=0, description="as it is used, whatever the batch")
     power: float = Field(1.0, gt=0, description="of the polynomial decay")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.05, ge=0)
@@ -115,5 +115,5 @@ class SegmentSettings(SupervisedSettings):
     classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
     ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
     reduce_zero_label: bool | None = Field(None, description="0 is no class, k class k - 1; none: as ADE20K's layout")
-    eval_every: int = Field(400, ge=1, description="steps between two evaluations")
+    eval_every: int = Field(250, ge=1, description="steps between two evaluations")
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images that is trained on")

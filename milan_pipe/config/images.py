@@ -18,7 +18,7 @@ class PrepareSettings(Settings):
 
     seed: int = Field(0, ge=0, lt=2**64, description="of the demo's scenes, 0 to 2**64 - 1")
     train_scenes: int = Field(8000, ge=1, le=TEST_SCENE_OFFSET, description="demo scenes in split `train`, 1 to 10**9")
-    test_scenes: int = Field(2000, ge=0, le=TEST_SCENE_OFFSET, description="others, in split `test`, 0 to 10**9")
+    test_scenes: int = Field(1000, ge=0, le=TEST_SCENE_OFFSET, description="others, in split `test`, 0 to 10**9")
     samples_per_shard: int = Field(500, ge=1, le=1_000_000, description="most images in one shard")
     split: str = Field("train", pattern=r"^[A-Za-z0-9_]+$", description="of a folder without train/, val/ or test/")
 
@@ -26,7 +26,7 @@ class PrepareSettings(Settings):
 class ViewSettings(Settings):
     """How views are drawn and stored."""
 
-    count: int = Field(4, ge=1, lt=2**31, description="views per image (K), at least 1")
+    count: int = Field(2, ge=1, lt=2**31, description="views per image (K), at least 1")
     scale: tuple[float, float] = Field((0.5, 1.0), description="least and greatest share of the area that is cropped")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="least and greatest width / height of a crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a mirrored view, 0 to 1")

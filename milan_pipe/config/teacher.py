@@ -63,12 +63,14 @@ class ClipSettings(Settings):
     vocabulary: int = Field(20_000, ge=1, description="most words that are known, the most frequent ones")
     prompts: tuple[str, ...] = Field(("a {}",), min_length=1, description="captions of a class, `{}` for its name")
     patch_dropout: float = Field(0.5, ge=0, lt=1, description="share of the patches that a step leaves out")
-    attended: float = Field(
-        0.5, ge=0, le=1, description="share of the loss on the mean of the patches by attention; the rest is on CLS"
-    )
+    attended: float = Field(0.2, ge=0, description="weight of telling captions by the patches that CLS attends to")
+    local: float = Field(0.8, ge=0, description="weight of the same, patches as the first block leaves them")
+    words: float = Field(20.0, ge=0, description="weight of telling the words of captions by single patches")
+    peak: float = Field(0.14, ge=0, description="weight of keeping the CLS attention on a patch low")
+    peak_from: float = Field(4.5, ge=1, description="attention on a patch that costs nothing, in means of its image")
     shift: int = Field(6, ge=0, description="images are moved by up to this many pixels, edges mirrored")
     flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored image; 0 where captions know the sides")
-    steps: int = Field(4000, ge=1, description="of the optimiser")
+    steps: int = Field(700, ge=1, description="of the optimiser")
     batch_size: int = Field(256, ge=2)
     lr: float = Field(1e-3, gt=0, description="AdamW: embeddings, norms, projections")
     muon_lr: float = Field(0.02, gt=0, description="Muon: the matrices inside the blocks")

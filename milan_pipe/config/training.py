@@ -25,7 +25,9 @@ class RunSettings(Settings):
 
     seed: int = Field(0, ge=0, lt=2**63, description="of fresh weights, the order of images and augmentation")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
-    precision: Precision = Field("auto", description="of the forward pass; auto is bfloat16 on GPUs, else float32")
+    precision: Precision = Field(
+        "auto", description="of the forward pass; auto is bfloat16 on GPUs and on CPUs with AMX, else float32"
+    )
     accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, for its memory")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; none does not clip")
     compile: bool = Field(False, description="compile the model with torch.compile; takes a minute or more")

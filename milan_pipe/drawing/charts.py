@@ -28,6 +28,7 @@ _STYLE: Any = {
     "text.parse_math": False,
 }
 _MOST_POINTS = 400
+_SIZE = (5.2, 3.3)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
 def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> str:
     """An SVG image, as part of a page, with a curve for each name."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         for name, curve in curves.items():
             x, y = _thinned(curve.x), _thinned(curve.y)
@@ -63,6 +64,33 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curv
         axes.set_ylabel(y_label)
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def bar_chart(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """An SVG image, as part of a page: groups of bars, a bar of a name in the same place and colour in each group."""
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    width = 0.84 / len(names)
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "y"}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        for number, name in enumerate(names):
+            at = [place for place, bars in enumerate(groups.values()) if name in bars]
+            heights = [bars[name] for bars in groups.values() if name in bars]
+            left = (number - (len(names) - 1) / 2) * width
+            label = f" {name}" if name.startswith("_") else name
+            colour = _COLOURS[number % len(_COLOURS)]
+            drawn = axes.bar([place + left for place in at], heights, 0.9 * width, color=colour, label=label)
+            axes.bar_label(drawn, fmt="{:.0f}", fontsize=7)
+        axes.set_axisbelow(True)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylabel(y_label)
+        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return file_url(buffer.getvalue().encode(), "svg+xml")

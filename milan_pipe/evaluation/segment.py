@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,9 @@ from milan_pipe.training.optim import build_adamw, polynomial_lr
 
 PER_CLASS_FILE = "per_class.json"
 _IMAGES = 6
+
+_Shown = tuple[str, Image.Image, NDArray[np.int64]]
+"""Key, image and mask."""
 
 
 class SegmentObjective(nn.Module):
@@ -150,25 +155,41 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         ranks, classes = self._ranks, len(self._names)
         counts_GG = torch.zeros((classes, classes), dtype=torch.int64)
         self._drawn.clear()
-        for shown in self._shown(self._show, list, 1):
-            ((image, mask_HW),) = shown.value
-            predicted_HW = predict(
+        for some in self._together():
+            predictions = predict(
                 self._classify,
-                image,
+                [image for _, image, _ in some],
                 window=self._side,
                 stride=self._stride,
                 short=self._short,
                 scales=scales,
                 flip=flip,
                 device=ranks.device,
-            ).cpu()
-            counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
-            if ranks.first and len(self._drawn) < _IMAGES:
-                self._drawn.append(Segmentation(shown.keys[0], np.asarray(image), mask_HW, predicted_HW.numpy()))
+                batch=self.batch_size,
+            )
+            for (key, image, mask_HW), found_HW in zip(some, predictions, strict=True):
+                predicted_HW = found_HW.cpu()
+                counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
+                if ranks.first and len(self._drawn) < _IMAGES:
+                    self._drawn.append(Segmentation(key, np.asarray(image), mask_HW, predicted_HW.numpy()))
         counts_GG = ranks.all_reduce_sum(counts_GG).long()
         if not counts_GG.sum():
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
         return counts_GG
+
+    def _together(self) -> Iterator[list[_Shown]]:
+        """This rank's images of VAL with their masks, as many at a time as have the pixels of a training batch."""
+        found: list[_Shown] = []
+        pixels = 0
+        for shown in self._shown(self._show, list, 1):
+            ((image, mask_HW),) = shown.value
+            found.append((shown.keys[0], image, mask_HW))
+            pixels += mask_HW.size
+            if pixels >= self.batch_size * self._side**2:
+                yield found
+                found, pixels = [], 0
+        if found:
+            yield found
 
     def _classify(self, windows_BCHW: Tensor) -> Tensor:
         with self._autocast():

@@ -57,11 +57,13 @@ def crop_corner(mask_HW: NDArray[np.int64], side: int, rng: np.random.Generator)
     """Where a square begins: drawn anew, up to ten times, while one class has more than 3/4 of its labelled pixels."""
     height, width = mask_HW.shape
     corner = (0, 0)
+    if height <= side and width <= side:
+        return corner
     for _ in range(_TRIES):
         corner = int(rng.integers(0, max(height - side, 0) + 1)), int(rng.integers(0, max(width - side, 0) + 1))
         part = mask_HW[corner[0] : corner[0] + side, corner[1] : corner[1] + side]
-        counts = np.unique(part[part >= 0], return_counts=True)[1]
-        if len(counts) > 1 and counts.max() / counts.sum() < _MOST_OF_ONE_CLASS:
+        counts = np.bincount(part[part >= 0])
+        if counts.any() and counts.max() / counts.sum() < _MOST_OF_ONE_CLASS:
             break
     return corner
 
@@ -104,9 +106,10 @@ class TrainingMasks:
         rng = np.random.Generator(np.random.Philox(key=seed_of(self.seed, request.epoch, key)))
         short = self.short * rng.uniform(*self.ratio)
         height, width = scaled_size(mask_HW.shape, short, 4 * short)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        scaled = Image.fromarray(mask_HW.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
-        mask_HW = np.asarray(scaled, dtype=np.int64)
+        if (height, width) != mask_HW.shape:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            scaled = Image.fromarray(mask_HW.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+            mask_HW = np.asarray(scaled, dtype=np.int64)
         top, left = crop_corner(mask_HW, side, rng)
         image = image.crop((left, top, min(left + side, width), min(top + side, height)))
         mask_HW = mask_HW[top : top + side, left : left + side]

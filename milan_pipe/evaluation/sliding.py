@@ -23,26 +23,34 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def sliding_logits(classify: Classifier, pixels_CHW: Tensor, window: int, stride: int, batch: int = 4) -> Tensor:
-    """(G, H, W): mean over the windows that cover each pixel. A side shorter than the window is padded with zeros."""
-    height, width = pixels_CHW.shape[-2:]
-    padded_CHW = F.pad(pixels_CHW, (0, max(0, window - width), 0, max(0, window - height)))
-    tall, wide = padded_CHW.shape[-2:]
-    corners = [
-        (top, left) for top in window_starts(tall, window, stride) for left in window_starts(wide, window, stride)
-    ]
-    total_GHW: Tensor | None = None
-    count_HW = pixels_CHW.new_zeros((tall, wide))
+def sliding_logits(
+    classify: Classifier, images: Sequence[Tensor], window: int, stride: int, batch: int
+) -> list[Tensor]:
+    """Of each (3, H, W) image (G, H, W), the mean over the windows that cover each pixel.
+
+    A side shorter than the window is padded with zeros. Each call of `classify` has up to `batch` windows, of as many
+    images as it takes.
+    """
+    padded, corners = [], []
+    for number, pixels_CHW in enumerate(images):
+        height, width = pixels_CHW.shape[-2:]
+        padded.append(F.pad(pixels_CHW, (0, max(0, window - width), 0, max(0, window - height))))
+        tall, wide = (window_starts(length, window, stride) for length in (height, width))
+        corners += [(number, top, left) for top in tall for left in wide]
+    totals: dict[int, Tensor] = {}
+    counts = [pixels_CHW.new_zeros(pixels_CHW.shape[-2:]) for pixels_CHW in padded]
     for start in range(0, len(corners), batch):
         some = corners[start : start + batch]
-        windows = torch.stack([padded_CHW[:, top : top + window, left : left + window] for top, left in some])
-        for (top, left), logits_GWW in zip(some, classify(windows), strict=True):
-            if total_GHW is None:
-                total_GHW = logits_GWW.new_zeros((len(logits_GWW), tall, wide))
-            total_GHW[:, top : top + window, left : left + window] += logits_GWW
-            count_HW[top : top + window, left : left + window] += 1
-    assert total_GHW is not None
-    return (total_GHW / count_HW)[:, :height, :width]
+        cut = [padded[image][:, top : top + window, left : left + window] for image, top, left in some]
+        for (image, top, left), logits_GWW in zip(some, classify(torch.stack(cut)), strict=True):
+            if image not in totals:
+                totals[image] = logits_GWW.new_zeros((len(logits_GWW), *padded[image].shape[-2:]))
+            totals[image][:, top : top + window, left : left + window] += logits_GWW
+            counts[image][top : top + window, left : left + window] += 1
+    return [
+        (totals[image] / counts[image])[:, : pixels_CHW.shape[-2], : pixels_CHW.shape[-1]]
+        for image, pixels_CHW in enumerate(images)
+    ]
 
 
 def scaled_size(size: tuple[int, int], short: float, long: float) -> tuple[int, int]:
@@ -54,7 +62,7 @@ def scaled_size(size: tuple[int, int], short: float, long: float) -> tuple[int, 
 
 def predict(
     classify: Classifier,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     *,
     window: int,
     stride: int,
@@ -62,24 +70,29 @@ def predict(
     scales: Sequence[float],
     flip: bool,
     device: torch.device,
-) -> Tensor:
-    """(H, W) class indices of an RGB image, at its own size.
+    batch: int,
+) -> list[Tensor]:
+    """(H, W) class indices of each RGB image, at its own size.
 
-    At each scale the image is resized (bilinear, antialiased), its shorter side to `short` x scale and its longer to
-    four times that at most; logits come from windows, are resized to the image, and their softmax is averaged over
-    scales and, with `flip`, mirrors.
+    At each scale an image is resized (bilinear, antialiased), its shorter side to `short` x scale and its longer to
+    four times that at most; logits come from windows, `batch` at a time, are resized to the image, and their softmax is
+    averaged over scales and, with `flip`, mirrors.
     """
-    size = image.height, image.width
-    total_GHW: Tensor | None = None
+    totals: list[Tensor] = []
     for scale in scales:
-        height, width = scaled_size(size, short * scale, 4 * short * scale)
-        scaled = image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels_CHW = normalise(torch.from_numpy(np.array(scaled))[None].to(device))[0]
+        given = [_scaled(image, short * scale, device) for image in images]
         for mirrored in (False, True) if flip else (False,):
-            given_CHW = pixels_CHW.flip(-1) if mirrored else pixels_CHW
-            logits_GHW = sliding_logits(classify, given_CHW, window, stride).float()
-            logits_GHW = F.interpolate(logits_GHW[None], size=size, mode="bilinear", align_corners=False)[0]
-            share_GHW = (logits_GHW.flip(-1) if mirrored else logits_GHW).softmax(dim=0)
-            total_GHW = share_GHW if total_GHW is None else total_GHW + share_GHW
-    assert total_GHW is not None
-    return total_GHW.argmax(dim=0)
+            turned = [pixels_CHW.flip(-1) for pixels_CHW in given] if mirrored else given
+            shares = []
+            for image, found_GHW in zip(images, sliding_logits(classify, turned, window, stride, batch), strict=True):
+                size = image.height, image.width
+                logits_GHW = F.interpolate(found_GHW[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+                shares.append((logits_GHW.flip(-1) if mirrored else logits_GHW).softmax(dim=0))
+            totals = [a + b for a, b in zip(totals, shares, strict=True)] if totals else shares
+    return [total_GHW.argmax(dim=0) for total_GHW in totals]
+
+
+def _scaled(image: Image.Image, short: float, device: torch.device) -> Tensor:
+    height, width = scaled_size((image.height, image.width), short, 4 * short)
+    scaled = image.resize((width, height), Image.Resampling.BILINEAR)
+    return normalise(torch.from_numpy(np.array(scaled))[None].to(device))[0]

@@ -409,13 +409,13 @@ def render_scene(seed: int, index: int) -> Scene:
     left, right = (int(_SUPERSAMPLE * (horizon + way * slope)) for way in (-1, 1))
     canvas.fill([0, left, side, right, side, side, 0, side], stuff[1])
 
-    label, radius = draws.below(len(THINGS)), draws.between(14.5, 20)
+    label, radius = draws.below(len(THINGS)), draws.between(19.5, 25.5)
     margin = 0.8 * radius
     x, y = (draws.between(margin, SCENE_SIZE - margin) for _ in range(2))
     small = []
     for _ in range(1 + draws.below(2)):
         other = THINGS[(label + 1 + draws.below(len(THINGS) - 1)) % len(THINGS)]
-        size = draws.between(5, 7)
+        size = draws.between(6.5, 9.5)
         for _ in range(4):  # beside the large thing, if a few tries find room
             at = draws.between(3, SCENE_SIZE - 3), draws.between(3, SCENE_SIZE - 3)
             if (at[0] - x) ** 2 + (at[1] - y) ** 2 > (radius + size) ** 2:
@@ -438,7 +438,6 @@ def render_scene(seed: int, index: int) -> Scene:
         f"a {large.name}",
         f"a {thing}",
         f"a {large.name} {where} a {first.name}",
-        f"a {large.name} with {lower} and {upper}",
         f"a {thing} {where} a {beside}",
         f"a {thing} {where} a {beside} with {lower} and {upper}",
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from milan_pipe.attention import choose_attention
 from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
 from milan_pipe.loader.stream import Batch
@@ -130,6 +131,7 @@ def run_student(params: Params, header: StoreHeader, batch: Batch) -> Speed:
     settings, device = params.pretrain, resolve_device(params.pretrain.device)
     objective = build_objective(header, params, device)
     precision = resolve_precision(settings.precision, device)
+    choose_attention(objective, device, getattr(torch, precision))
     optimiser = build_adamw(objective.student, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     stepper = Stepper(
         optimiser,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from milan_pipe.config.params import Params
 from milan_pipe.devices import resolve_device
-from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible
+from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible, overlaid
 from milan_pipe.drawing.sheet import Panel, Row, Sheet
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.loader.dataset import Targets, open_targets
@@ -52,6 +52,7 @@ class _Prediction:
 
     key: str
     pixels_HWC: NDArray[np.uint8]
+    attention_L: NDArray[np.float32]
     visible_L: NDArray[np.bool_]
     target_LT: NDArray[np.float32]
     predicted_LT: NDArray[np.float32]
@@ -100,6 +101,7 @@ def _predict(targets: Targets, sample: int, view: int, objective: Objective, epo
     return _Prediction(
         key=batch.keys[0],
         pixels_HWC=batch.pixels_BHWC[0].numpy(),
+        attention_L=batch.attention_BL[0].float().numpy(),
         visible_L=~predicted.split.masked_map()[0].cpu().numpy(),
         target_LT=target_LT.numpy(),
         predicted_LT=predicted_LT.numpy(),
@@ -113,8 +115,10 @@ def _panels(one: _Prediction, grid: tuple[int, int], colours: FeatureColours, vi
 
     mean, hidden = one.means
     seen = f"seen: {int(one.visible_L.sum())} of {len(one.visible_L)} patches"
+    share_L = one.attention_L / max(float(one.attention_L.max()), 1e-12)
     return [
         Panel(one.pixels_HWC, f"view {view}"),
+        Panel(overlaid(one.pixels_HWC, share_L.reshape(grid)), "teacher's attention"),
         Panel(only_visible(one.pixels_HWC, one.visible_L.reshape(grid)), seen),
         Panel(painted(colours(one.target_LT)), "target"),
         Panel(painted(colours(one.predicted_LT)), "prediction"),

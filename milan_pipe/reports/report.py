@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from milan_pipe.config.student import MaskSettings
-from milan_pipe.drawing.charts import Curve, line_chart
+from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
@@ -64,18 +64,35 @@ def _number(value: Any, form: str) -> str:
     return form.format(value) if isinstance(value, int | float) else "-"
 
 
+def _size(student: Mapping[str, Any]) -> str:
+    own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
+    model = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
+    return model + (f" ({' / '.join(own)})" if own else "")
+
+
+def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
+    """What was done, in a sentence or two."""
+    taught = []
+    for run in runs:
+        kind, teacher = run.record.get("settings", {}).get("target", "clip"), run.record.get("teacher") or {}
+        source = {"clip": f"features of the teacher {teacher.get('model', '')}", "pixels": "its own pixels"}
+        taught.append(f"{run.name} {source.get(kind, kind)}, {_number(run.record.get('epochs'), '{}')} epochs")
+    seen = " and ".join(f"{len(store):,} images in {store.views} views each" for store in stores)
+    what = f"Students saw part of the patches of {seen or 'images'}, and learned to reconstruct all of them: "
+    return what + "; ".join(taught) + "."
+
+
 def _overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        settings, student, report = run.record.get("settings", {}), run.record["student"], run.report
-        size = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
-        own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
+        settings, report = run.record.get("settings", {}), run.report
         row = {
             "run": run.name,
+            "folder": str(run.folder),
             "target": settings.get("target", "clip"),
             "decoder": settings.get("decoder", {}).get("kind", "-"),
             "masks": settings.get("masking", {}).get("kind", "-"),
-            "student (width / blocks / heads)": size + (f" ({' / '.join(own)})" if own else ""),
+            "student (width / blocks / heads)": _size(run.record["student"]),
             "epochs": _number(run.record.get("epochs"), "{}"),
             "steps": f"{run.record['step']}" + ("" if run.finished else ", not finished"),
             "loss": _number(report.get("loss"), "{:.4f}"),
@@ -107,6 +124,11 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         if curves := _curves(runs, name):
             charts.append(_chart(title, label, curves))
     return charts
+
+
+def _score_chart(scores: Table) -> str:
+    shares = {column: {name: 100 * share for name, share in found.items()} for column, found in scores.shares.items()}
+    return bar_chart("Scores on images of the test split", "per cent", shares)
 
 
 def _transfer_charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
@@ -185,7 +207,7 @@ def _predictions(run: RunRecord, targets: Targets, left_out: list[str]) -> list[
         f"target {objective.target}, {objective.masking.kind} masks of epoch 1; cosine of hidden patches "
         f"{sum(hidden for _, hidden in cosines) / len(cosines):.3f} on these {len(samples)}"
     )
-    return [{"run": run.name, "what": what, "sheets": sheets}]
+    return [{"run": run.name, "target": objective.target, "what": what, "sheets": sheets}]
 
 
 def _times(extraction: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -261,11 +283,16 @@ def write_report(
             predictions += _predictions(run, store, left_out)
         on_progress(number + 1, len(pretrained))
     others = [run for run in found if run.task != PRETRAIN]
+    scores = transfer_table(found, kept)
+    shown: list[Any] = next((run["sheets"] for run in predictions if run["target"] == "clip"), [])
     text = render(
         "report.html.j2",
-        title=f"Report: {', '.join(run.name for run in pretrained or found)}",
+        title=", ".join(run.name for run in pretrained or found),
+        told=_told(pretrained, (store for store in opened.values() if store is not None)) if pretrained else None,
+        chart=_score_chart(scores) if scores is not None else None,
+        scene=shown.pop(0) if shown else None,
         overview=_overview(pretrained) if pretrained else None,
-        transfer=transfer_table(found, kept),
+        transfer=scores,
         charts=_charts(pretrained),
         transfer_charts=_transfer_charts(others),
         stores=stores,

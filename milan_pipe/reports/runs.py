@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from milan_pipe.config.command import RANDOM
 from milan_pipe.drawing.charts import Curve
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
@@ -16,6 +17,14 @@ from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.training.metrics import metric_files, read_metric
 
 PRETRAIN = "pretrain"
+UNTRAINED = "untrained"
+METHODS = {
+    ("clip", "prompting", "semantic"): "MILAN student",
+    ("pixels", "plain", "random"): "MAE student",
+    ("hog", "plain", "random"): "MaskFeat student",
+}
+"""What a student is called by its target, decoder and masks."""
+
 _CURVES = Path("metrics", "plots", "metrics")
 
 
@@ -24,7 +33,7 @@ class RunRecord:
     """A run as it lies in its folder, finished or not.
 
     Attributes:
-        name: as it was named, made unique among those of one report.
+        name: of its student, made unique among the runs of one task.
         task: `pretrain`, `finetune`, `segment` or `linear-probe`.
         checkpoint: its last one.
         identity: digest of the pretrained student: its own, or of a transfer run the one that it began with.
@@ -121,6 +130,8 @@ def _unique_names(folders: list[Path]) -> list[str]:
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Runs of one report by unique names; a run that is named twice is read once.
 
+    A run goes by its student: by what it learned from, or by its folder where no method has this combination.
+
     Raises:
         MissingError: one is not there, or has no checkpoint yet.
         DataError: something in it is damaged.
@@ -130,8 +141,24 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     for folder in folders:
         once.setdefault(folder.resolve(), folder)
     runs = [_read_run(folder) for folder in once.values()]
+    students = {run.identity: _student(run) for run in runs if run.task == PRETRAIN}
     named: dict[Path, str] = {}
     for task in {run.task for run in runs}:
-        of_task = [run.folder for run in runs if run.task == task]
-        named.update(zip(of_task, _unique_names(of_task), strict=True))
+        of_task = [run for run in runs if run.task == task]
+        titles = [_title(run, students) for run in of_task]
+        for run, title, own in zip(of_task, titles, _unique_names([run.folder for run in of_task]), strict=True):
+            several = titles.count(title) > 1
+            named[run.folder] = own if title is None else f"{title} ({own})" if several else title
     return [replace(run, name=named[run.folder]) for run in runs]
+
+
+def _student(run: RunRecord) -> str | None:
+    settings = run.record.get("settings", {})
+    decoder, masking = (settings.get(section, {}).get("kind") for section in ("decoder", "masking"))
+    return METHODS.get((settings.get("target", "clip"), decoder, masking))
+
+
+def _title(run: RunRecord, students: Mapping[str, str | None]) -> str | None:
+    if run.record.get("backbone") == RANDOM:
+        return UNTRAINED
+    return students.get(run.identity)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from milan_pipe.evaluation.results import Evaluation
-from milan_pipe.reports.runs import PRETRAIN, RunRecord
+from milan_pipe.reports.runs import PRETRAIN, UNTRAINED, RunRecord
 
 # The column of each task, and the score in it.
 _TASKS = {
@@ -17,7 +17,7 @@ _TASKS = {
     "finetune": ("fine-tuned", "top1"),
     "segment": ("mIoU", "miou"),
 }
-_BOUNDS = {"random": "random initialisation", "teacher": "teacher"}
+_BOUNDS = {"random": UNTRAINED, "teacher": "teacher"}
 
 
 class Score(NamedTuple):
@@ -42,12 +42,14 @@ class Table:
 
     Attributes:
         text: whether cells are words rather than numbers.
+        shares: of a table of scores: by column, the best score of each row that has one, 0 to 1.
         commands: of a table of scores: (student, column, command, all scores).
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     text: bool = False
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     commands: Sequence[tuple[str, str, str, str]] = ()
 
 
@@ -89,7 +91,7 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
         return None
     several = {task for task, _ in keys if sum(other == task for other, _ in keys) > 1}
     titles = {key: _TASKS[key[0]][0] + (f", {key[1]}" if key[0] in several else "") for key in keys}
-    order = sorted(found, key=lambda identity: {_BOUNDS["random"]: 0, _BOUNDS["teacher"]: 2}.get(names[identity], 1))
+    order = sorted(found, key=lambda identity: {UNTRAINED: 0, _BOUNDS["teacher"]: 2}.get(names[identity], 1))
     students = [identity for identity in order if names[identity] != _BOUNDS["teacher"]]
     best = {
         key: max((score.value for identity in students for score in found[identity].get(key, ())), default=None)
@@ -105,4 +107,8 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
             cells.append(Cell(text=text or "-", best=top))
             commands += [(names[identity], titles[key], score.command, score.all_scores) for score in scores]
         rows.append(cells)
-    return Table(columns=["student", *titles.values()], rows=rows, commands=commands)
+    shares = {
+        titles[key]: {names[one]: max(score.value for score in found[one][key]) for one in order if found[one].get(key)}
+        for key in keys
+    }
+    return Table(columns=["student", *titles.values()], rows=rows, commands=commands, shares=shares)

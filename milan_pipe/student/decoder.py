@@ -13,9 +13,9 @@ import torch
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from milan_pipe.attention import attend
 from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import SettingError, ShapeError
 from milan_pipe.student.encoder import Grid, gather_tokens, init_like_mae, sincos_position_embedding
@@ -114,7 +114,7 @@ class PromptAttention(nn.Module):
         """(B, M, D): each query's mixture of the context's values."""
         q_BNMK = self.q(query_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BNSK, v_BNSK = self.kv(context_BSD).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BNMK = F.scaled_dot_product_attention(q_BNMK, k_BNSK, v_BNSK)
+        mixed_BNMK = attend(q_BNMK, k_BNSK, v_BNSK)
         projected_BMD: Tensor = self.proj(mixed_BNMK.transpose(1, 2).flatten(2))
         return projected_BMD
 

@@ -1,25 +1,17 @@
-"""Contrastive training of a small CLIP on captioned images: from shards to a folder that `teacher.model` takes.
+"""Training of a small CLIP on captioned images: from shards to a folder that `teacher.model` takes.
 
 A sample may have several captions, one a line. Each step takes one of each image, and a caption counts as true of every
 image that has it among its own.
-
-Beside the CLS token, the mean of the patch tokens by the CLS token's attention is held against the captions too. That
-teaches patches what they show, and the attention to lie on what captions speak of.
-
-Source: arXiv 2103.00020 (CLIP); arXiv 2212.00794 (patches are dropped while it trains).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +21,6 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from open_clip.model import CLIP
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from milan_pipe.config.teacher import ClipSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
@@ -41,10 +32,9 @@ from milan_pipe.images.views import View, render_view
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
-from milan_pipe.teacher.native import NativeFamily
+from milan_pipe.teacher.clip_model import WORDS_FILE, ClipInTraining, Words, model_config
 from milan_pipe.weights_file import write_weights
 
-WORDS_FILE = "words.txt"
 _CHUNK = 500
 _LARGEST_SCALE = 100.0
 
@@ -115,51 +105,6 @@ def _read(images: str | Path, side: int, on_images: Callable[[int], None]) -> _C
     return _Captioned(np.stack(pixels), captions, np.array(labels, np.int64), index.classes if index else None)
 
 
-class Words:
-    """Captions to ids of their words; 0 pads, the highest id ends each caption. Unknown words are dropped."""
-
-    def __init__(self, words: Sequence[str], context: int) -> None:
-        self.words = tuple(words)
-        self._ids = {word: 1 + number for number, word in enumerate(words)}
-        self._context = context
-
-    @classmethod
-    def of(cls, captions: Iterable[str], most: int, context: int) -> Words:
-        """The `most` frequent words of captions, in alphabetical order."""
-        counts = Counter(word for caption in captions for word in _words(caption))
-        frequent = sorted(counts, key=lambda word: (-counts[word], word))[:most]
-        return cls(sorted(frequent), context)
-
-    def __len__(self) -> int:
-        return 2 + len(self.words)
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(N, context) int64; what is too long is cut."""
-        # open_clip's text tower reads its output at the highest id of a row.
-        end, ids = len(self) - 1, torch.zeros(len(captions), self._context, dtype=torch.int64)
-        for row, caption in enumerate(captions):
-            known = [self._ids[word] for word in _words(caption) if word in self._ids][: self._context - 1]
-            ids[row, : len(known) + 1] = torch.tensor([*known, end])
-        return ids
-
-
-def _words(caption: str) -> list[str]:
-    return re.findall(r"\w+", caption.lower())
-
-
-def contrastive_loss(image_BT: Tensor, text_BT: Tensor, scale: Tensor, match_BB: Tensor) -> Tensor:
-    """Symmetric cross-entropy over cosines; the target is uniform over all matches of a row or column.
-
-    Args:
-        match_BB: bool, whether caption j is true of image i.
-    """
-    logits = scale * F.normalize(image_BT, dim=-1) @ F.normalize(text_BT, dim=-1).T
-    target = match_BB.float()
-    by_image = F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
-    by_text = F.cross_entropy(logits.T, target.T / target.T.sum(dim=1, keepdim=True))
-    return (by_image + by_text) / 2
-
-
 def _normalised(pixels_BHWC: Tensor) -> Tensor:
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (pixels_BHWC.permute(0, 3, 1, 2).float() - mean) / std
@@ -177,63 +122,44 @@ def _moved(pixels_BHWC: NDArray[np.uint8], settings: ClipSettings, rng: np.rando
     return _normalised(torch.from_numpy(np.stack(moved)))
 
 
-def model_config(settings: ClipSettings, words: Words) -> dict[str, Any]:
-    """open_clip's description of the model, without what matters in training alone."""
-    vision = {
-        "image_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "width": settings.width,
-        "layers": settings.layers,
-        "head_width": settings.head_width,
-    }
-    text = {
-        "context_length": settings.context_length,
-        "vocab_size": len(words),
-        "width": settings.text_width,
-        "heads": settings.text_width // settings.head_width,
-        "layers": settings.text_layers,
-    }
-    return {"embed_dim": settings.embed_dim, "vision_cfg": vision, "text_cfg": text}
-
-
-class _Model(torch.nn.Module):
-    """Both towers; the image tower gives its CLS token, and the mean of its patches by the CLS token's attention."""
-
-    def __init__(self, settings: ClipSettings, words: Words) -> None:
-        super().__init__()
-        config = model_config(settings, words)
-        vision = {**config["vision_cfg"], "patch_dropout": settings.patch_dropout}
-        self.clip = CLIP(**{**config, "vision_cfg": vision})
-        self._family = NativeFamily()
-
-    def images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        features_BST, row_BL = self._family.outputs(self.clip.visual, pixels_BCHW)
-        share_BL = row_BL / row_BL.sum(dim=1, keepdim=True)
-        return features_BST[:, 0].float(), (share_BL[:, :, None] * features_BST[:, 1:]).sum(dim=1).float()
-
-    def forward(self, pixels_BCHW: Tensor, ids_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CLS token, attended mean and caption, (B, T) each."""
-        # On a CPU, the fused attention's backward pass takes longer than all the rest: 0.92 s a step, 0.43 without.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(pixels_BCHW.device.type, torch.bfloat16):
-            return *self.images(pixels_BCHW), self.clip.encode_text(ids_BC).float()
+def _batch_words(known: Sequence[NDArray[np.int64]], most: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Ids of `most` words of a batch's captions, (W,), and whether each image has them, (B, W) bool."""
+    found_W = np.unique(np.concatenate(known))
+    if len(found_W) > most:
+        found_W = np.sort(rng.choice(found_W, most, replace=False))
+    has_BW = np.stack([np.isin(found_W, words, assume_unique=True) for words in known])
+    return torch.from_numpy(found_W), torch.from_numpy(has_BW)
 
 
 @torch.no_grad()
-def _zero_shot(model: _Model, words: Words, val: _Captioned, settings: ClipSettings) -> float:
-    """Share of VAL's images whose class has the nearest prompts, by the mean of each class."""
-    assert val.classes is not None
-    model.eval()
-    texts = []
-    for name in val.classes:
-        ids = words([prompt.format(name.replace("_", " ")) for prompt in settings.prompts])
-        texts.append(F.normalize(model.clip.encode_text(ids), dim=-1).mean(dim=0))
+def zero_shot_accuracy(
+    clip: CLIP,
+    words: Words,
+    pixels_NHWC: NDArray[np.uint8],
+    label_N: NDArray[np.int64],
+    prompts: Sequence[Sequence[str]],
+) -> float:
+    """Share of N images whose class has the nearest prompts, by the mean of each class.
+
+    Args:
+        prompts: captions of each class.
+    """
+    texts = [F.normalize(clip.encode_text(words(captions)), dim=-1).mean(dim=0) for captions in prompts]
     text_GT, right = F.normalize(torch.stack(texts), dim=-1), 0
-    for start in range(0, len(val.label_N), _CHUNK):
-        pixels = torch.from_numpy(val.pixels_NHWC[start : start + _CHUNK])
-        found_B = (model.images(_normalised(pixels))[0] @ text_GT.T).argmax(dim=1)
-        right += int((found_B.numpy() == val.label_N[start : start + _CHUNK]).sum())
+    for start in range(0, len(label_N), _CHUNK):
+        pixels_BCHW = _normalised(torch.from_numpy(pixels_NHWC[start : start + _CHUNK]))
+        found_B = (clip.encode_image(pixels_BCHW) @ text_GT.T).argmax(dim=1)
+        right += int((found_B.numpy() == label_N[start : start + _CHUNK]).sum())
+    return right / len(label_N)
+
+
+def _judge(model: ClipInTraining, words: Words, val: _Captioned, settings: ClipSettings) -> float:
+    assert val.classes is not None
+    prompts = [[prompt.format(name.replace("_", " ")) for prompt in settings.prompts] for name in val.classes]
+    model.eval()
+    accuracy = zero_shot_accuracy(model.clip, words, val.pixels_NHWC, val.label_N, prompts)
     model.train()
-    return right / len(val.label_N)
+    return accuracy
 
 
 def _optimisers(model: torch.nn.Module, settings: ClipSettings) -> list[torch.optim.Optimizer]:
@@ -287,10 +213,12 @@ def train_clip(
     own = [[numbers.setdefault(line, len(numbers)) for line in lines] for lines in train.captions]
     words = Words.of(numbers, settings.vocabulary, settings.context_length)
     ids_NC = words(list(numbers))
+    ids_WC = words(["", *words.words])
+    known = [np.array(sorted({word for line in lines for word in words.known(line)})) for lines in train.captions]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = _Model(settings, words)
-        forward = torch.compile(model) if settings.compile else model
+        model = ClipInTraining(settings, words)
+        loss_of = torch.compile(model.loss) if settings.compile else model.loss
         optimisers = _optimisers(model, settings)
 
         def factor(done: int) -> float:
@@ -308,10 +236,9 @@ def train_clip(
             lines = [own[row] for row in rows.tolist()]
             chosen = [line[int(share * len(line))] for line, share in zip(lines, rng.random(len(rows)), strict=True)]
             match_BB = torch.tensor([[caption in line for caption in chosen] for line in map(set, lines)])
-            cls_BT, attended_BT, text_BT = forward(_moved(train.pixels_NHWC[rows], settings, rng), ids_NC[chosen])
-            scale = model.clip.logit_scale.exp()
-            loss = (1 - settings.attended) * contrastive_loss(cls_BT, text_BT, scale, match_BB)
-            loss = loss + settings.attended * contrastive_loss(attended_BT, text_BT, scale, match_BB)
+            word_W, has_BW = _batch_words([known[row] for row in rows.tolist()], settings.batch_size, rng)
+            pixels_BCHW = _moved(train.pixels_NHWC[rows], settings, rng)
+            loss = loss_of(pixels_BCHW, ids_NC[chosen], match_BB, ids_WC[word_W], has_BW)
             model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             for optimiser, schedule in zip(optimisers, schedules, strict=True):
@@ -321,7 +248,7 @@ def train_clip(
                 model.clip.logit_scale.clamp_(max=math.log(_LARGEST_SCALE))
             done = step + 1
             if judged is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
-                accuracy = _zero_shot(model, words, judged, settings)
+                accuracy = _judge(model, words, judged, settings)
             rate = done * settings.batch_size / (time.monotonic() - training)
             on_progress(
                 ClipProgress(

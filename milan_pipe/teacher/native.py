@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
+from milan_pipe.attention import attend
 from milan_pipe.teacher.family import TowerSizes, attention_row, record_heads
 
 
@@ -24,7 +25,7 @@ def _run_block(block: Any, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     attention, (batch, tokens, width) = block.attn, x_BSD.shape
     qkv = F.linear(block.ln_1(x_BSD), attention.in_proj_weight, attention.in_proj_bias)
     qkv_3BNSE = qkv.view(batch, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(*qkv_3BNSE).transpose(1, 2).reshape(batch, tokens, width)
+    attended = attend(*qkv_3BNSE).transpose(1, 2).reshape(batch, tokens, width)
     x_BSD = x_BSD + block.ls_1(attention.out_proj(attended))
     return x_BSD + block.ls_2(block.mlp(block.ln_2(x_BSD))), qkv_3BNSE[0], qkv_3BNSE[1]
 

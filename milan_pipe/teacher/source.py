@@ -44,7 +44,7 @@ class TowerSource:
 
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-DEMO_NAME = "milan-demo-ViT-S-8-64"
+"""What `milan-pipe train-clip` wrote of the built-in scenes."""
 
 
 def find_source(model: str, pretrained: str | None) -> TowerSource:
@@ -60,7 +60,7 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
         DataError: the model's description is damaged.
     """
     if model == DEMO:
-        return _bundled(pretrained)
+        return _in_folder(DEMO, DEMO_FOLDER, pretrained)
     try:
         schema, name = parse_model_name(model)
     except ValueError as error:
@@ -70,14 +70,6 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
     if schema is None:
         return _known(model, pretrained)
     return _in_folder(model, Path(name), pretrained) if schema == FOLDER else _on_hub(model, name, pretrained)
-
-
-def _bundled(pretrained: str | None) -> TowerSource:
-    if pretrained not in (None, RANDOM):
-        raise SettingError(f"teacher 'demo' brings its own weights, found pretrained {pretrained!r}; leave it out")
-    source = TowerSource(model=DEMO_NAME, config=json.loads((DEMO_FOLDER / f"{DEMO_NAME}.json").read_text()))
-    weights = DEMO_FOLDER / f"{DEMO_NAME}.safetensors"
-    return source if pretrained == RANDOM else replace(source, checkpoint=lambda: weights)
 
 
 def _known(model: str, pretrained: str | None) -> TowerSource:

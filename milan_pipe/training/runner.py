@@ -14,6 +14,7 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
+from milan_pipe.attention import choose_attention
 from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
@@ -30,7 +31,7 @@ from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import OnProgress, Recorder
 from milan_pipe.training.saver import BEST, Saver
 from milan_pipe.training.sinks import open_sinks
-from milan_pipe.training.step import Stepper
+from milan_pipe.training.step import Stepper, resolve_precision
 from milan_pipe.training.stopping import StopRequest, stop_requests
 from milan_pipe.training.task import B, NotFiniteError, RunReport, Task
 from milan_pipe.weights_file import load_weights
@@ -53,9 +54,11 @@ class _Run(Generic[B]):
     ) -> None:
         self.folder, self.task, self.ranks = folder, task, ranks
         task.build()
+        precision = resolve_precision(task.settings.precision, ranks.device)
         if previous is not None:
             for name, module in task.modules.items():
                 load_weights(module, previous.weights(name), str(previous.path))
+        choose_attention(task.objective, ranks.device, getattr(torch, precision))
         loss_of, exchange = ranks.parallelize(task.objective, task.parallel, task.units(), task.model)
         optimiser = task.optimiser()
         size, rank, count = task.batch_size, ranks.rank, ranks.count
@@ -66,7 +69,7 @@ class _Run(Generic[B]):
             loss_of,
             split=lambda batch: [(part, share * weight) for part, share in task.parts(batch)],
             device=ranks.device,
-            precision=task.settings.precision,
+            precision=precision,
             clip_grad=task.settings.clip_grad,
             exchange=exchange,
         )

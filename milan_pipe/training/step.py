@@ -17,10 +17,12 @@ B = TypeVar("B")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
-    """`auto` is bfloat16 on a CUDA device that computes in it, else float32."""
+    """`auto` is bfloat16 on what has units for it, a CUDA device or a CPU with AMX, else float32."""
     if precision != "auto":
         return precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "float32"
 
 
 @dataclass(frozen=True)

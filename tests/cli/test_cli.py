@@ -18,6 +18,7 @@ from milan_pipe.cli import console
 from milan_pipe.errors import DataError
 
 SMALL = {
+    "prepare.seed": 2,
     "prepare.train_scenes": 32,
     "prepare.test_scenes": 16,
     "prepare.samples_per_shard": 16,

@@ -51,8 +51,10 @@ def test_every_imagenet_student_fits_its_teachers_grid() -> None:
         assert grid_of(params.student) == (side // patch, side // patch)
 
 
-def test_the_scenes_are_the_defaults() -> None:
-    assert load_params("scenes").model_copy(update={"about": None}) == Params()
+def test_the_scenes_are_the_defaults_but_for_few_labels() -> None:
+    scenes = load_params("scenes").model_copy(update={"about": None})
+    assert scenes.finetune.train_fraction == 0.1
+    assert scenes.model_copy(update={"finetune": Params().finetune}) == Params()
 
 
 def test_set_changes_a_recipe_and_a_file_of_that_name_comes_first(

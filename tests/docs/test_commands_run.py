@@ -136,7 +136,12 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             shutil.copy(shard, here / f"images-{split}")
     (here / "own" / "classes.txt").write_text("ground\nthing\n")
     (here / "classes.txt").write_text("ground\nthing\n")
-    (here / "params.yaml").write_text(params_file(lars_probe={"batch_size": 16, "epochs": 2, "warmup_epochs": 1}))
+    (here / "params.yaml").write_text(
+        params_file(
+            lars_probe={"batch_size": 16, "epochs": 2, "warmup_epochs": 1},
+            clip={"batch_size": 16, "steps": 2, "width": 32, "layers": 1},
+        )
+    )
     model = build_student(
         StudentSettings(image_size=32, width=64, depth=2, heads=1), DecoderSettings(width=512, depth=1, heads=16), 24
     )

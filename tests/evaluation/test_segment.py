@@ -81,7 +81,7 @@ def classify(pixels_BCHW: torch.Tensor) -> torch.Tensor:
 
 def test_a_window_over_the_whole_image_is_the_image() -> None:
     pixels = torch.randn(3, 16, 16)
-    assert torch.equal(sliding_logits(classify, pixels, 16, 11), classify(pixels[None])[0])
+    assert torch.equal(sliding_logits(classify, [pixels], 16, 11, 4)[0], classify(pixels[None])[0])
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), window=st.integers(4, 20), data=st.data())
@@ -101,8 +101,11 @@ def test_windows_cover_every_pixel_and_stay_inside(height: int, width: int, wind
         assert windows.shape[1:] == (3, window, window)
         return torch.ones(len(windows), 2, window, window)
 
-    logits = sliding_logits(constant, torch.zeros(3, height, width), window, stride)
-    assert torch.equal(logits, torch.ones(2, height, width))
+    sizes = (height, width), (width, 1)
+    logits = sliding_logits(constant, [torch.zeros(3, *size) for size in sizes], window, stride, 3)
+    assert all(torch.equal(one, torch.ones(2, *size)) for one, size in zip(logits, sizes, strict=True))
+    assert max(asked) <= 3
+    assert set(asked[:-1]) <= {3}  # windows of one image and of the next are one batch
 
 
 def test_windows_are_averaged_where_they_overlap() -> None:
@@ -111,28 +114,41 @@ def test_windows_are_averaged_where_they_overlap() -> None:
     def by_window(windows: torch.Tensor) -> torch.Tensor:
         return torch.tensor(next(number))[:, None, None, None].expand(len(windows), 1, 4, 4)
 
-    logits = sliding_logits(by_window, torch.zeros(3, 4, 9), 4, 3)
+    (logits,) = sliding_logits(by_window, [torch.zeros(3, 4, 9)], 4, 3, 4)
     assert logits[0, 0].tolist() == [1, 1, 1, 1.5, 2, 3.5, 3.5, 5, 5]
 
 
-@pytest.mark.parametrize("size", [(20, 31), (16, 16), (9, 40)])
+SIZES = [(20, 31), (16, 16), (9, 40)]
+PREDICT = {"window": 16, "stride": 11, "short": 16, "device": CPU, "batch": 4}
+
+
+def noise_image(*size: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_one_scale_is_single_scale(size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    sizes = {"window": 16, "stride": 11, "short": 16, "device": CPU}
-    single = predict(classify, image, scales=(1.0,), flip=False, **sizes)
+    image = noise_image(*size)
+    (single,) = predict(classify, [image], scales=(1.0,), flip=False, **PREDICT)
     height, width = scaled_size(size, 16, 64)
     scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
-    logits = sliding_logits(classify, normalise(torch.from_numpy(scaled)[None])[0], 16, 11)
+    (logits,) = sliding_logits(classify, [normalise(torch.from_numpy(scaled)[None])[0]], 16, 11, 4)
     by_hand = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
     assert single.shape == size
     assert torch.equal(single, by_hand.argmax(0))
-    assert torch.equal(predict(classify, image, scales=(1.0, 1.0), flip=False, **sizes), single)
-    both = predict(classify, image, scales=(0.5, 1.0, 1.5), flip=True, **sizes)
-    mirrored = predict(
-        lambda windows: classify(windows.flip(-1)).flip(-1), image, scales=(0.5, 1.0, 1.5), flip=True, **sizes
-    )
+    assert torch.equal(predict(classify, [image], scales=(1.0, 1.0), flip=False, **PREDICT)[0], single)
+    several = {"scales": (0.5, 1.0, 1.5), "flip": True, **PREDICT}
+    (both,) = predict(classify, [image], **several)
+    (mirrored,) = predict(lambda windows: classify(windows.flip(-1)).flip(-1), [image], **several)
     # A sum over both mirrors does not know which of them came first, up to the place of padding and windows.
     assert (both == mirrored).float().mean() > 0.8
+
+
+def test_images_together_are_predicted_as_alone() -> None:
+    images = [noise_image(*size) for size in SIZES]
+    together = predict(classify, images, scales=(0.5, 1.0), flip=True, **PREDICT)
+    alone = [predict(classify, [image], scales=(0.5, 1.0), flip=True, **PREDICT)[0] for image in images]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
 def test_polynomial_decay() -> None:

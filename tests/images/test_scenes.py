@@ -66,7 +66,7 @@ def test_another_process_in_another_order_gives_the_same_bytes() -> None:
 
 def test_the_bytes_are_those_of_every_machine() -> None:
     # Another digest means that numpy or Pillow draw in another way: targets of the scenes must be extracted again.
-    assert digest(0, 0)[:16] == "a309475719c0adfb"
+    assert digest(0, 0)[:16] == "c1372e1655ff9ba3"
 
 
 def test_seed_and_index_both_count() -> None:
@@ -82,11 +82,10 @@ def test_all_words_occur_and_captions_fit_the_label(scenes: list[Scene]) -> None
     assert where == {"left of", "right of", "above", "below"}
     assert (lower, upper) == (set(LOWER), set(UPPER))
     for scene in scenes:
-        _, thing, where, _, other, lower, upper = words(scene)
+        _, thing, where, _, other, *_ = words(scene)
         assert thing == THINGS[scene.label] != other
         assert scene.captions[0] == f"a {thing}"
         assert f"a {thing} {where} a {other}" in scene.captions
-        assert f"a {thing} with {lower} and {upper}" in scene.captions
 
 
 def test_segmentation_has_what_the_caption_names(scenes: list[Scene]) -> None:
@@ -154,15 +153,15 @@ def test_things_of_one_size_have_the_same_area(thing: str, scenes: list[Scene]) 
         if THINGS[scene.label] == thing
         and (mask := large(scene))[1:-1, 1:-1].sum() == mask.sum()  # not cut by the frame
     ]
-    # Radii are uniform from 14.5 to 20, but those that fit the frame are smaller on average.
+    # Radii are uniform from 19.5 to 25.5, but those that fit the frame are smaller on average.
     assert len(whole) > 5
-    assert module._AREA * 14.5**2 * 0.8 < np.mean(whole) < module._AREA * 18**2
+    assert module._AREA * 19.5**2 * 0.8 < np.mean(whole) < module._AREA * 23.5**2
 
 
 def test_things_leave_room_for_stuff(scenes: list[Scene]) -> None:
     share = [(scene.segmentation >= STUFF).mean() for scene in scenes]
-    assert 0.1 < np.mean(share) < 0.25
-    assert max(share) < 0.4
+    assert 0.2 < np.mean(share) < 0.3
+    assert max(share) < 0.45
 
 
 def test_the_large_thing_has_the_colour_of_its_caption(scenes: list[Scene]) -> None:

@@ -38,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "pretrain.epochs": 3,
     "pretrain.log_every": 1,
     "pretrain.device": "cpu",
+    "pretrain.precision": "float32",
 }
 
 

@@ -124,8 +124,12 @@ def test_clipping_sees_gradients_without_the_scale_of_half_precision() -> None:
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_auto_is_float32_on_a_processor() -> None:
-    assert resolve_precision("auto", resolve_device("cpu")) == "float32"
+@pytest.mark.parametrize(("units", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_on_a_processor_with_units_for_it(
+    units: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": units})
+    assert resolve_precision("auto", resolve_device("cpu")) == expected
     assert resolve_precision("float16", CPU) == "float16"
 
 

@@ -108,7 +108,7 @@ def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: 
     assert report.cosine[0] == pytest.approx(float(cosine.mean()), abs=1e-6)
     assert report.masked_cosine[0] == pytest.approx(float(cosine.gather(1, split.masked_BM).mean()), abs=1e-6)
     assert objective.masking == MaskSettings()
-    assert Path(report.page).read_text().count("<figure>") == 5
+    assert Path(report.page).read_text().count("<figure>") == 6
 
 
 def test_a_student_of_pixels_takes_views_of_any_teacher(project: Project, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts take most of a report's time."""
-    monkeypatch.setattr("milan_pipe.reports.report.line_chart", lambda *_: "")
+    for chart in ("line_chart", "bar_chart"):
+        monkeypatch.setattr(f"milan_pipe.reports.report.{chart}", lambda *_: "")
 
 
 def test_it_has_every_part(page: Path) -> None:
@@ -46,12 +47,24 @@ def test_it_has_every_part(page: Path) -> None:
     for part in ("runs", "transfer", "curves", "targets", "predictions", "segmentation", "commands", "settings"):
         assert f'<h2 id="{part}">' in text
         assert f'href="#{part}"' in text
-    for word in ("random initialisation", "75.0 %", "decoder.kind", "int8", "mean cosine 0.9999", "0 skipped"):
+    for word in ("untrained", "75.0 %", "decoder.kind", "int8", "mean cosine 0.9999", "0 skipped"):
         assert word in text, word
-    # Two samples of two views and four rows; four samples of five panels for each of two students.
-    assert text.count("<figure><img") >= 2 * 2 * 4 + 2 * 4 * 5
+    # Two samples of two views and four rows; four samples of six panels for each of two students.
+    assert text.count("<figure><img") >= 2 * 2 * 4 + 2 * 4 * 6
     assert "not recorded" not in text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+def test_the_first_screen_tells_the_story(page: Path) -> None:
+    first = page.read_text(encoding="utf-8").split("<nav>")[0]
+    assert re.search(r"<h1>MILAN student, MAE student</h1>", first)
+    assert "features of the teacher demo" in first
+    assert "its own pixels" in first
+    assert '<td class="best">' in first
+    for caption in ("teacher&#39;s attention", "seen: ", "target", "prediction"):
+        assert f"<figcaption>{caption}" in first
+    # The scene of the first screen is not drawn again below.
+    assert page.read_text(encoding="utf-8").count("<figcaption>teacher&#39;s attention") == 8
 
 
 def test_the_same_runs_give_the_same_bytes(project: Project, tmp_path: Path) -> None:
@@ -67,18 +80,26 @@ def test_scores_stand_in_the_row_of_their_student(project: Project) -> None:
     table = transfer_table(runs, read_evaluations(project.root / "bounds"))
     assert table is not None
     rows = {row[0].text: dict(zip(table.columns, (cell.text for cell in row), strict=True)) for row in table.rows}
-    assert list(rows) == ["random initialisation", "milan", "mae", "teacher"]
+    assert list(rows) == ["untrained", "MILAN student", "MAE student", "teacher"]
     assert table.columns == ["student", "k-NN", "linear probe, quick", "fine-tuned", "mIoU"]
     tuned = json.loads((project.runs[2] / "report.json").read_text())["scores"]["top1"]
-    assert rows["milan"]["fine-tuned"] == f"{100 * tuned:.1f} %"
-    assert rows["mae"]["fine-tuned"] == rows["teacher"]["mIoU"] == rows["milan"]["linear probe, quick"] == "-"
+    assert rows["MILAN student"]["fine-tuned"] == f"{100 * tuned:.1f} %"
+    assert (
+        rows["MAE student"]["fine-tuned"]
+        == rows["teacher"]["mIoU"]
+        == rows["MILAN student"]["linear probe, quick"]
+        == "-"
+    )
     best = [cell.best for row in table.rows for cell in row if cell.best]
     assert len(best) >= 4
     assert not any(cell.best for cell in table.rows[-1])
 
 
-def test_each_command_is_the_command_that_made_the_number(project: Project, tmp_path: Path) -> None:
+def test_each_command_is_the_command_that_made_the_number(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Read back by the parser of the command line, it names the same settings and paths."""
+    monkeypatch.chdir(tmp_path)  # where no params.yaml changes what is built in
     for run in read_runs(list(project.runs)):
         words = shlex.split(run.record["command"])
         assert words[:2] == ["milan-pipe", run.task]
@@ -134,7 +155,7 @@ def test_names_that_are_alike_are_told_apart_and_none_is_taken_twice(project: Pr
     for name in ("a", "b"):
         shutil.copytree(project.runs[0], tmp_path / name / "run")
     runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "a" / "run" / ".." / "run"])
-    assert [run.name for run in runs] == ["a/run", "b/run"]
+    assert [run.name for run in runs] == ["MILAN student (a/run)", "MILAN student (b/run)"]
 
 
 def test_what_is_put_into_a_page_is_escaped() -> None:

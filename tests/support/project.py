@@ -11,6 +11,7 @@ import yaml
 from milan_pipe.config.params import Params
 
 SETTINGS = [
+    "prepare.seed=2",  # its few scenes are of all classes
     "prepare.train_scenes=48",
     "prepare.test_scenes=16",
     "prepare.samples_per_shard=24",
@@ -25,6 +26,9 @@ SETTINGS = [
     "pretrain.log_every=1",
     "knn.neighbours=[1, 5]",
     "finetune.batch_size=16",
+    "finetune.epochs=1",
+    "finetune.train_fraction=1.0",
+    "finetune.eval_every=1",
     "segment.steps=4",
     "segment.batch_size=4",
     "segment.eval_every=4",

@@ -9,27 +9,24 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.factory import load_checkpoint
 from safetensors.torch import load_file, save_file
 from support import processes
 from torch.testing import assert_close
 
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import ShapeError
-from milan_pipe.images.scenes import render_scene
+from milan_pipe.images.scenes import MASK_CLASSES, THINGS, render_scene
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.demo_training import WEIGHTS_NAME, zero_shot_accuracy
-from milan_pipe.teacher.source import DEMO_FOLDER, DEMO_NAME
+from milan_pipe.teacher.clip_model import read_clip
+from milan_pipe.teacher.clip_training import zero_shot_accuracy
+from milan_pipe.teacher.source import DEMO_FOLDER
+
+WEIGHTS = DEMO_FOLDER / "open_clip_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def demo():
     return load_teacher(TeacherSettings())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _demo_config():
-    open_clip.add_model_config(DEMO_FOLDER)
 
 
 def scenes(count, seed=77):
@@ -41,8 +38,8 @@ def scenes(count, seed=77):
 
 def test_local_checkpoint_is_the_bundled_teacher(demo, tmp_path):
     path = tmp_path / "copy.safetensors"
-    save_file(load_file(DEMO_FOLDER / WEIGHTS_NAME), path)
-    local = load_teacher(TeacherSettings(model=DEMO_NAME, pretrained=str(path)))
+    save_file(load_file(WEIGHTS), path)
+    local = load_teacher(TeacherSettings(pretrained=str(path)))
     assert local.info.weights_sha256 == demo.info.weights_sha256
     # The folder of a checkpoint is not part of the identity.
     assert local.info.pretrained == "copy.safetensors"
@@ -51,18 +48,18 @@ def test_local_checkpoint_is_the_bundled_teacher(demo, tmp_path):
 
 
 def test_digest_changes_with_one_weight(demo, tmp_path):
-    weights = load_file(DEMO_FOLDER / WEIGHTS_NAME)
+    weights = load_file(WEIGHTS)
     weights["visual.transformer.resblocks.2.ln_1.bias"][7] += 1e-4
     save_file(weights, tmp_path / "changed.safetensors")
-    changed = load_teacher(TeacherSettings(model=DEMO_NAME, pretrained=str(tmp_path / "changed.safetensors")))
+    changed = load_teacher(TeacherSettings(pretrained=str(tmp_path / "changed.safetensors")))
     assert changed.info.weights_sha256 != demo.info.weights_sha256
 
 
 def test_digest_ignores_the_text_tower(demo, tmp_path):
-    weights = load_file(DEMO_FOLDER / WEIGHTS_NAME)
+    weights = load_file(WEIGHTS)
     weights["text_projection"] += 1
     save_file(weights, tmp_path / "text.safetensors")
-    changed = load_teacher(TeacherSettings(model=DEMO_NAME, pretrained=str(tmp_path / "text.safetensors")))
+    changed = load_teacher(TeacherSettings(pretrained=str(tmp_path / "text.safetensors")))
     assert changed.info.weights_sha256 == demo.info.weights_sha256
 
 
@@ -147,9 +144,19 @@ def test_wrong_pixels_are_refused(demo, pixels):
         demo(pixels)
 
 
-def test_bundled_teacher_knows_the_shapes():
-    model = open_clip.create_model(DEMO_NAME)
-    load_checkpoint(model, str(DEMO_FOLDER / WEIGHTS_NAME))
+def test_bundled_teacher_knows_the_things():
     unseen = [render_scene(4_242_424, index) for index in range(200)]
-    images = np.stack([scene.image for scene in unseen])
-    assert zero_shot_accuracy(model, images, [scene.label for scene in unseen]) >= 0.9
+    images, labels = np.stack([scene.image for scene in unseen]), np.array([scene.label for scene in unseen])
+    prompts = [[f"a {thing}"] for thing in THINGS]
+    assert zero_shot_accuracy(*read_clip(DEMO_FOLDER), images, labels, prompts) >= 0.95
+
+
+def test_bundled_teacher_looks_at_things(demo):
+    unseen = [render_scene(4_242_424, index) for index in range(200)]
+    share_NL = demo(torch.from_numpy(np.stack([scene.image for scene in unseen]))).importance_BL
+    share_NL = share_NL / share_NL.sum(dim=1, keepdim=True)
+    things = torch.from_numpy(np.stack([scene.segmentation for scene in unseen]) >= len(MASK_CLASSES) - len(THINGS))
+    thing_NL = F.avg_pool2d(things.float()[:, None], 8).flatten(1)
+    assert thing_NL.mean() <= 0.3
+    assert (share_NL * thing_NL).sum(dim=1).mean() >= 0.58
+    assert (share_NL.max(dim=1).values * 64 > 10).float().mean() <= 0.08

@@ -15,12 +15,13 @@ from milan_pipe.config.teacher import ClipSettings, TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.images.index import ImageIndex, ShardRecord, write_index
 from milan_pipe.teacher.clip import load_teacher
-from milan_pipe.teacher.clip_training import Words, contrastive_loss, train_clip
+from milan_pipe.teacher.clip_model import Words, contrastive_loss, peak_loss, word_loss
+from milan_pipe.teacher.clip_training import train_clip
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 SMALL = ClipSettings(
     image_size=16, patch_size=4, width=32, layers=2, head_width=16, embed_dim=16, text_width=32, text_layers=1,
-    context_length=8, batch_size=24, steps=40, lr=3e-3, warmup_steps=5, evaluate_every=20, shift=1, compile=False,
+    context_length=8, batch_size=24, steps=40, lr=3e-3, warmup_steps=5, evaluate_every=20, shift=1,
 )  # fmt: skip
 
 
@@ -74,6 +75,29 @@ def test_loss_is_symmetric_in_image_and_text() -> None:
     one = contrastive_loss(image, text, torch.tensor(3.0), match)
     assert one.item() == pytest.approx(contrastive_loss(text, image, torch.tensor(3.0), match.T).item(), abs=1e-6)
     assert one.item() != pytest.approx(contrastive_loss(image, text, torch.tensor(3.0), match.T).item(), abs=1e-4)
+
+
+def test_word_loss_asks_for_one_patch_alone() -> None:
+    eye, scale, bias = torch.eye(3), torch.tensor(50.0), torch.tensor(-30.0)
+    has = torch.tensor([[True, False, False]])
+    one = torch.stack([eye[0], *[eye[2]] * 7])[None]  # one of eight patches shows word 0, no one word 1
+    words = eye[:2]
+    assert word_loss(one, words, scale, bias, has[:, :2]) < 0.01
+    assert word_loss(one, words, scale, bias, ~has[:, :2]) > 10
+    assert word_loss(eye[2:].expand(1, 8, 3), words, scale, bias, has[:, :2]) > 10
+
+
+def test_word_loss_does_not_depend_on_the_number_of_patches() -> None:
+    torch.manual_seed(0)
+    patches, words, has = torch.randn(2, 4, 8), torch.randn(3, 8), torch.rand(2, 3) < 0.5
+    given = words, torch.tensor(9.0), torch.tensor(-1.0), has
+    torch.testing.assert_close(word_loss(patches, *given), word_loss(patches.repeat(1, 5, 1), *given))
+
+
+def test_peak_loss_by_hand() -> None:
+    share = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    assert peak_loss(share, 2.0).item() == pytest.approx((4 * 0.7 - 2) ** 2 / 8)
+    assert peak_loss(share, 3.0).item() == 0
 
 
 def test_it_learns_from_captions_and_the_folder_is_a_teacher(tmp_path: Path) -> None:
