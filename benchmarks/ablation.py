@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,8 +72,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
-    """Train and judge one row with one seed, unless its results are there."""
+def do_row(
+    work: Path, row: str, seed: int, overrides: list[str], judge: Callable[[str, int, Params], dict[str, float]]
+) -> None:
+    """Train one row with one seed, and keep what `judge` finds of its checkpoint, unless that is there."""
     result = work / "results" / f"{row}-{seed}.json"
     if result.is_file():
         return
@@ -84,7 +87,7 @@ def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
         checkpoint = str(work / "runs" / f"{row}-{seed}")
         report = api.pretrain(work / "targets", checkpoint, params)
         values = {"loss": report.loss, "seconds": report.seconds}
-    values |= evaluate(checkpoint, work / "images", params)
+    values |= judge(checkpoint, seed, params)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(values, indent=2) + "\n")
     print(row, seed, values, flush=True)
@@ -118,11 +121,15 @@ def main() -> None:
     if not (work / "images" / "index.json").is_file():
         api.prepare("demo", work / "images", base)
     api.extract_targets(str(work / "images" / "train-*.tar"), work / "targets", base)
+
+    def judge(checkpoint: str, _: int, params: Params) -> dict[str, float]:
+        return evaluate(checkpoint, work / "images", params)
+
     for seed in arguments.seeds:
         for row in arguments.rows:
             # The teacher has no seed.
             if row != TEACHER or seed == arguments.seeds[0]:
-                _run(work, row, seed, arguments.overrides)
+                do_row(work, row, seed, arguments.overrides, judge)
     print(_table(work))
 
 

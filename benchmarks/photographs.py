@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from webdataset import TarWriter
 
-from benchmarks.ablation import ROWS, evaluate, spread
+from benchmarks.ablation import do_row, evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.command import TEACHER
 from milan_pipe.config.params import Params, load_params
@@ -73,7 +74,7 @@ def caption(photos: Path, images: Path) -> None:
     write_index(images, ImageIndex(source={"kind": "photographs"}, classes=tuple(names), shards=tuple(records)))
 
 
-def _judge(work: Path, checkpoint: str, seed: int, params: Params) -> dict[str, float]:
+def judge(work: Path, checkpoint: str, seed: int, params: Params) -> dict[str, float]:
     """Frozen and fine-tuned scores in per cent; the teacher is not fine-tuned."""
     values = evaluate(checkpoint, work / "images", params)
     if checkpoint == TEACHER:
@@ -85,22 +86,6 @@ def _judge(work: Path, checkpoint: str, seed: int, params: Params) -> dict[str, 
         train, test = (str(work / "images" / f"{split}-*.tar") for split in ("train", "test"))
         values[f"top1_{fraction:g}"] = 100 * api.finetune(checkpoint, train, test, run, tuned).scores["top1"]
     return values
-
-
-def _run(work: Path, row: str, seed: int, overrides: list[str]) -> None:
-    result = work / "results" / f"{row}-{seed}.json"
-    if result.is_file():
-        return
-    settings = ROWS[row][1] if row in ROWS else ()
-    params = load_params(None, [*overrides, f"pretrain.seed={seed}", f"masking.seed={seed}", *settings])
-    checkpoint = row
-    if row in ROWS:
-        checkpoint = str(work / "runs" / f"{row}-{seed}")
-        api.pretrain(work / "targets", checkpoint, params)
-    values = _judge(work, checkpoint, seed, params)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(values, indent=2) + "\n")
-    print(row, seed, values, flush=True)
 
 
 def main() -> None:
@@ -122,8 +107,8 @@ def main() -> None:
     api.extract_targets(train, work / "targets", params)
     for seed in arguments.seeds:
         for row in STUDENTS:
-            _run(work, row, seed, overrides)
-    _run(work, TEACHER, arguments.seeds[0], overrides)
+            do_row(work, row, seed, overrides, partial(judge, work))
+    do_row(work, TEACHER, arguments.seeds[0], overrides, partial(judge, work))
     print("| | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for row, title in {**STUDENTS, TEACHER: "teacher"}.items():

@@ -16,6 +16,11 @@ def attend(query_BNQE: Tensor, key_BNKE: Tensor, value_BNKE: Tensor) -> Tensor:
     """(B, N, Q, E): values, mixed by the softmax over the keys of query x key / sqrt(E)."""
     if fused_is_faster(query_BNQE.device, query_BNQE.dtype):
         return F.scaled_dot_product_attention(query_BNQE, key_BNKE, value_BNKE)
+    return attend_by_products(query_BNQE, key_BNKE, value_BNKE)
+
+
+def attend_by_products(query_BNQE: Tensor, key_BNKE: Tensor, value_BNKE: Tensor) -> Tensor:
+    """`attend` without the fused kernel."""
     scaled_BNQE = query_BNQE * query_BNQE.shape[-1] ** -0.5
     mixed_BNQE: Tensor = (scaled_BNQE @ key_BNKE.transpose(-2, -1)).softmax(dim=-1) @ value_BNKE
     return mixed_BNQE

@@ -46,6 +46,11 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 
+def _legend_entry(name: str) -> str:
+    # A name that begins with an underscore is none for matplotlib.
+    return f" {name}" if name.startswith("_") else name
+
+
 def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> str:
     """An SVG image, as part of a page, with a curve for each name."""
     with mpl.rc_context(_STYLE):
@@ -55,8 +60,7 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curv
             x, y = _thinned(curve.x), _thinned(curve.y)
             dash = _DASHES[curve.colour // len(_COLOURS) % len(_DASHES)]
             marker = "o" if len(x) == 1 else None
-            # A name that begins with an underscore is no legend entry for matplotlib.
-            label = f" {name}" if name.startswith("_") else name
+            label = _legend_entry(name)
             colour = _COLOURS[curve.colour % len(_COLOURS)]
             axes.plot(x, y, dash, color=colour, label=label, linewidth=1.4, marker=marker, markersize=4)
         axes.set_title(title, loc="left", fontsize=10)
@@ -78,9 +82,8 @@ def bar_chart(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]
             at = [place for place, bars in enumerate(groups.values()) if name in bars]
             heights = [bars[name] for bars in groups.values() if name in bars]
             left = (number - (len(names) - 1) / 2) * width
-            label = f" {name}" if name.startswith("_") else name
-            colour = _COLOURS[number % len(_COLOURS)]
-            drawn = axes.bar([place + left for place in at], heights, 0.9 * width, color=colour, label=label)
+            at_left, colour = [place + left for place in at], _COLOURS[number % len(_COLOURS)]
+            drawn = axes.bar(at_left, heights, 0.9 * width, color=colour, label=_legend_entry(name))
             axes.bar_label(drawn, fmt="{:.0f}", fontsize=7)
         axes.set_axisbelow(True)
         axes.set_xticks(range(len(groups)), list(groups))

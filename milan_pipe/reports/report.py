@@ -64,19 +64,14 @@ def _number(value: Any, form: str) -> str:
     return form.format(value) if isinstance(value, int | float) else "-"
 
 
-def _size(student: Mapping[str, Any]) -> str:
-    own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
-    model = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
-    return model + (f" ({' / '.join(own)})" if own else "")
-
-
 def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
     """What was done, in a sentence or two."""
     taught = []
     for run in runs:
         kind, teacher = run.record.get("settings", {}).get("target", "clip"), run.record.get("teacher") or {}
         source = {"clip": f"features of the teacher {teacher.get('model', '')}", "pixels": "its own pixels"}
-        taught.append(f"{run.name} {source.get(kind, kind)}, {_number(run.record.get('epochs'), '{}')} epochs")
+        epochs = _number(run.record.get("epochs"), "{}")
+        taught.append(f"{run.name} from {source.get(kind, kind)} in {epochs} epochs")
     seen = " and ".join(f"{len(store):,} images in {store.views} views each" for store in stores)
     what = f"Students saw part of the patches of {seen or 'images'}, and learned to reconstruct all of them: "
     return what + "; ".join(taught) + "."
@@ -85,14 +80,16 @@ def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
 def _overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        settings, report = run.record.get("settings", {}), run.report
+        settings, student, report = run.record.get("settings", {}), run.record["student"], run.report
+        size = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
+        own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
         row = {
             "run": run.name,
             "folder": str(run.folder),
             "target": settings.get("target", "clip"),
             "decoder": settings.get("decoder", {}).get("kind", "-"),
             "masks": settings.get("masking", {}).get("kind", "-"),
-            "student (width / blocks / heads)": _size(run.record["student"]),
+            "student (width / blocks / heads)": size + (f" ({' / '.join(own)})" if own else ""),
             "epochs": _number(run.record.get("epochs"), "{}"),
             "steps": f"{run.record['step']}" + ("" if run.finished else ", not finished"),
             "loss": _number(report.get("loss"), "{:.4f}"),

@@ -120,12 +120,13 @@ def model_config(settings: ClipSettings, words: Words) -> dict[str, Any]:
 class ClipInTraining(nn.Module):
     """Both towers, and the parts that only training needs.
 
-    Three losses are held against captions:
+    Beside the CLS token, which is all that CLIP holds against a caption, there are
 
-    - the CLS token against a caption: what CLIP is;
+    - the patches, averaged by the CLS token's attention, against a caption: as features, and as the first block leaves
+      them. There a patch knows little of its surroundings, so that the attention must lie on all that tells what the
+      caption says;
     - each patch against the words of all captions, the best patch deciding: patches learn what they show;
-    - what the first block knows, averaged by the CLS token's attention, against a caption. A patch knows little of its
-      surroundings there, so that the attention must lie on all that tells what the caption says.
+    - `peak_loss`, which keeps the attention from gathering on a few patches.
 
     Attributes:
         clip: what is kept.
@@ -158,7 +159,7 @@ class ClipInTraining(nn.Module):
     ) -> Tensor:
         """The whole loss of a batch, a float32 scalar."""
         settings = self._settings
-        # Attention with its weights: on a CPU the fused kernel's backward pass in bfloat16 takes over half a step.
+        # The text tower's, which does not go by `attend`: on a CPU the fused kernel is slow backwards in bfloat16.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(pixels_BCHW.device.type, torch.bfloat16):
             features_BST, row_BL = self._family.outputs(self.clip.visual, pixels_BCHW)
             assert self._early is not None

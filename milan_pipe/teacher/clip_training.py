@@ -32,6 +32,7 @@ from milan_pipe.images.views import View, render_view
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
+from milan_pipe.student.pixels import normalise
 from milan_pipe.teacher.clip_model import WORDS_FILE, ClipInTraining, Words, model_config
 from milan_pipe.weights_file import write_weights
 
@@ -106,8 +107,7 @@ def _read(images: str | Path, side: int, on_images: Callable[[int], None]) -> _C
 
 
 def _normalised(pixels_BHWC: Tensor) -> Tensor:
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (pixels_BHWC.permute(0, 3, 1, 2).float() - mean) / std
+    return normalise(pixels_BHWC, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 def _moved(pixels_BHWC: NDArray[np.uint8], settings: ClipSettings, rng: np.random.Generator) -> Tensor:
@@ -214,7 +214,11 @@ def train_clip(
     words = Words.of(numbers, settings.vocabulary, settings.context_length)
     ids_NC = words(list(numbers))
     ids_WC = words(["", *words.words])
-    known = [np.array(sorted({word for line in lines for word in words.known(line)})) for lines in train.captions]
+    if not words.words:
+        raise DataError(f"captions of {images} have no words to learn; write what the images show")
+    known = [
+        np.array(sorted({word for line in lines for word in words.known(line)}), np.int64) for lines in train.captions
+    ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = ClipInTraining(settings, words)

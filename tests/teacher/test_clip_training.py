@@ -130,10 +130,26 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(first) == ["open_clip_config.json", "open_clip_model.safetensors", "words.txt"]
 
 
+def test_an_image_whose_words_are_all_unknown_is_no_trouble(tmp_path: Path) -> None:
+    images = shards(tmp_path / "images", 48)
+    # "a" and "card" are the most frequent words, and the last image has neither.
+    members = {"odd.png": png(np.zeros((16, 16, 3), np.uint8)), "odd.txt": b"strange"}
+    write_tar(images / "train-000001.tar", members)
+    settings = SMALL.model_copy(update={"steps": 3, "vocabulary": 2, "batch_size": 49})
+    assert train_clip(str(images / "train-*.tar"), tmp_path / "clip", settings).words == 2
+
+
 def test_what_it_cannot_learn_from(tmp_path: Path) -> None:
     silent = shards(tmp_path / "silent", 48, captions=False)
     with pytest.raises(DataError, match="no caption"):
         train_clip(silent, tmp_path / "clip", SMALL)
+    wordless = tmp_path / "wordless"
+    wordless.mkdir()
+    blank = png(np.zeros((16, 16, 3), np.uint8))
+    members = {f"{number}.{end}": data for number in range(24) for end, data in (("png", blank), ("txt", b"!!!"))}
+    write_tar(wordless / "train-000000.tar", members)
+    with pytest.raises(DataError, match="no words"):
+        train_clip(wordless, tmp_path / "clip", SMALL)
     few = shards(tmp_path / "few", 9)
     with pytest.raises(SettingError, match=r"clip\.batch_size"):
         train_clip(few, tmp_path / "clip", SMALL)
