@@ -3,10 +3,10 @@
 from dataclasses import asdict
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import METRICS, TARGETS, TRAIN, write_metrics
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         report = cli.extract_targets(TRAIN, TARGETS)
         write_metrics(METRICS / "extract_targets.json", asdict(report))

@@ -1,11 +1,11 @@
 """Stage `finetune`: every student is trained to classify the scenes."""
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import METRICS, STUDENTS, TEST, TRAIN, TUNED, write_metrics
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         reports = {
             name: cli.finetune(checkpoint, TRAIN, TEST, str(TUNED / checkpoint.rpartition("/")[2]))
             for checkpoint, name in STUDENTS.items()

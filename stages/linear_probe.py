@@ -1,11 +1,11 @@
 """Stage `linear-probe`: linear classifier on untrained and trained students and the teacher."""
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import EVALUATIONS, FEATURES, METRICS, SUBJECTS, TEST, TRAIN, write_metrics
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         reports = {
             name: cli.linear_probe(
                 checkpoint, TRAIN, TEST, quick=True, features=str(FEATURES), keep=str(EVALUATIONS / "linear-probe")

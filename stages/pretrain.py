@@ -1,9 +1,9 @@
 """Stage `pretrain`: the student on stored targets."""
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import RUN, TARGETS
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         cli.pretrain(TARGETS, RUN)

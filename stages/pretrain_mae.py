@@ -1,9 +1,9 @@
 """Stage `pretrain-mae`: the same student on its own pixels, as MAE has it; what MILAN is measured by."""
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import MAE_RUN, TARGETS
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         cli.pretrain(TARGETS, MAE_RUN, overrides=["target=pixels", "decoder=plain", "masking=random"])

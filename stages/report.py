@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from milan_pipe import cli
-from milan_pipe.cli.console import errors_as_one_line
+from milan_pipe.cli.console import as_command
 from stages.layout import EVALUATIONS, MAE_RUN, METRICS, REPORT, RUN, SEGMENTED, SUBJECTS, TUNED
 
 _COLUMNS = {
@@ -30,7 +30,7 @@ def _table() -> Table:
 
 
 if __name__ == "__main__":
-    with errors_as_one_line():
+    with as_command():
         students = [str(folder) for folder in (RUN, MAE_RUN)]
         transferred = [str(folder) for root in (TUNED, SEGMENTED) for folder in sorted(root.iterdir())]
         extraction = METRICS / "extract_targets.json"

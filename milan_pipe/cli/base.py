@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 from milan_pipe import __version__
-from milan_pipe.cli.console import errors_as_one_line, raise_file_limit, show_warnings_as_lines
+from milan_pipe.cli.console import as_command, errors_as_one_line
 
 
 class _Commands(typer.core.TyperGroup):
@@ -85,7 +85,5 @@ def _main(
 
 def main() -> None:
     """Entry point of `milan-pipe`."""
-    show_warnings_as_lines()
-    raise_file_limit()
-    with errors_as_one_line():
+    with as_command():
         app()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -21,6 +24,8 @@ from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, 
 console = Console(stderr=True)
 # No more: some child processes close every descriptor up to the limit.
 _MOST_FILES = 65536
+_LOG_SECONDS = 30.0
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def show_warnings_as_lines() -> None:
@@ -65,8 +70,14 @@ def print_json(values: dict[Any, Any]) -> None:
 
 @contextmanager
 def progress(*columns: str, **fixed: str) -> Iterator[Callable[..., None]]:
-    """A progress line; call what it yields with steps done, steps in all, and the values of `columns`."""
+    """Progress; call what it yields with steps done, steps in all, and the values of `columns`.
+
+    One line that moves on a terminal; elsewhere, as in a log, a new line every half minute.
+    """
     values: dict[str, Any] = dict.fromkeys(columns, "") | fixed
+    if not console.is_terminal:
+        yield _log_lines(values)
+        return
     with Progress(
         SpinnerColumn(),
         BarColumn(bar_width=10),
@@ -84,12 +95,44 @@ def progress(*columns: str, **fixed: str) -> Iterator[Callable[..., None]]:
         yield update
 
 
+def _log_lines(values: dict[str, Any]) -> Callable[..., None]:
+    began = told = time.monotonic()
+    first: int | None = None
+
+    def update(completed: int, total: int | None = None, **fields: Any) -> None:
+        nonlocal began, told, first
+        values.update(fields)
+        now = time.monotonic()
+        if first is None:
+            # What was there before, as in a run that goes on, says nothing about the rate.
+            began, first = now, completed
+        if now - told < _LOG_SECONDS:
+            return
+        told = now
+        parts = [f"{completed:,}" if total is None else f"{completed:,} of {total:,}", *filter(None, values.values())]
+        if total is not None and completed > first:
+            left = (total - completed) * (now - began) / (completed - first)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        console.print(printable(", ".join(parts)), soft_wrap=True, highlight=False, markup=False)
+
+    return update
+
+
 def raise_file_limit() -> None:
     """Raise the soft limit of open files, which most systems set far below the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed: fresh pages cost a CPU more than most of what it does with them."""
+    # It returns every block above 32 MB to the system at once; other C libraries have no such function.
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, 2**30)
+        set_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _fail(message: str) -> NoReturn:
@@ -114,3 +157,13 @@ def errors_as_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("interrupted; what was committed stays", style="bold red")
         sys.exit(130)
+
+
+@contextmanager
+def as_command() -> Iterator[None]:
+    """What a process does as a command: it is made ready for its work, and ends as `errors_as_one_line` says."""
+    show_warnings_as_lines()
+    raise_file_limit()
+    keep_freed_memory()
+    with errors_as_one_line():
+        yield

@@ -51,7 +51,9 @@ class SegmentObjective(nn.Module):
 
 
 def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    total = F.cross_entropy(logits_BGHW.float(), mask_BHW, ignore_index=-1, reduction="sum")
+    # Pixels in a row, classes innermost, as UperNet leaves them: half the time of the same loss on maps.
+    logits_NG = logits_BGHW.float().permute(0, 2, 3, 1).flatten(0, 2)
+    total = F.cross_entropy(logits_NG, mask_BHW.flatten(), ignore_index=-1, reduction="sum")
     return total / (mask_BHW >= 0).sum().clamp(min=1)
 
 

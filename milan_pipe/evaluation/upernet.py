@@ -86,16 +86,21 @@ class UperNet(nn.Module):
         # A shallow encoder gives one block to several levels.
         distinct = sorted(set(self.blocks))
         found: Any = self.encoder.forward_intermediates(
-            pixels_BCHW, indices=distinct, norm=False, output_fmt="NCHW", intermediates_only=True
+            pixels_BCHW, indices=distinct, norm=False, output_fmt="NLC", intermediates_only=True
         )
-        levels = self.pyramid([found[distinct.index(block)] for block in self.blocks])
+        grid = self.encoder.patch_embed.dynamic_feat_size(size)
+        # Tokens are maps with channels innermost, as the convolutions' weights are.
+        maps = [found[distinct.index(block)].unflatten(1, grid).permute(0, 3, 1, 2) for block in self.blocks]
+        levels = self.pyramid(maps)
         unused = levels[0].new_zeros(())
         logits = self.classify(self.decoder([unused, unused, *levels]))
-        whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         if not self.training:
-            return whole, None
-        auxiliary = F.interpolate(self.auxiliary(levels[2]), size=size, mode="bilinear", align_corners=False)
-        return whole, auxiliary
+            return _enlarged(logits, size), None
+        return _enlarged(logits, size), _enlarged(self.auxiliary(levels[2]), size)
+
+
+def _enlarged(logits_BGhw: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(logits_BGhw.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def build_upernet(
@@ -124,4 +129,5 @@ def build_upernet(
     encoder.blocks = encoder.blocks[: chosen[-1] + 1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return student, UperNet(encoder, chosen, settings.channels, classes)
+        model = UperNet(encoder, chosen, settings.channels, classes)
+    return student, model.to(memory_format=torch.channels_last)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from support.messages import Case, require_message
 
 from milan_pipe import cli
+from milan_pipe.cli.console import progress
 from milan_pipe.errors import MissingError, SettingError
 
 CASES: dict[str, Case] = {
@@ -37,3 +39,15 @@ CASES: dict[str, Case] = {
 def test_messages(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_message(case)
+
+
+def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("milan_pipe.cli.console._LOG_SECONDS", 0.0)
+    with progress("rate", what="shards") as update:
+        for done in (100, 103):
+            update(done, 113, rate="0.1/s")
+        monkeypatch.setattr("milan_pipe.cli.console._LOG_SECONDS", 1000.0)
+        update(104, 113, rate="0.1/s")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "100 of 113, 0.1/s, shards"
+    assert re.fullmatch(r"103 of 113, 0\.1/s, shards, 0:00:0\d left", second)
