@@ -7,7 +7,6 @@ import errno
 import os
 import platform
 import resource
-import platform
 import subprocess
 import sys
 import tempfile
