@@ -26,19 +26,31 @@ from milan_pipe.student.pixels import normalise
 
 
 @contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
-    """Python's, numpy's and torch's global CPU generators as a function of `parts`; afterwards as they were."""
-    seed = seed_of(*parts)
+def kept_generators() -> Iterator[None]:
+    """Python's, numpy's and torch's global CPU generators are afterwards as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def reseed(*parts: int | str) -> None:
+    """Set these generators as a function of `parts`."""
+    seed = seed_of(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Both of the above."""
+    with kept_generators():
+        reseed(*parts)
+        yield
 
 
 def training_view(settings: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
@@ -83,7 +95,11 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 
 
 class TrainingImages:
-    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label)."""
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label).
+
+    The global generators are other ones afterwards: keeping them takes longer than the view of a small image, so who
+    needs them does it for a whole run.
+    """
 
     def __init__(self, images: LabelledImages, settings: AugmentSettings, size: int, seed: int) -> None:
         self._images, self._seed = images, seed
@@ -92,8 +108,8 @@ class TrainingImages:
     def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
         """Raises DataError where the image cannot be read."""
         image = decode_image(self._images.read(request.number))
-        with seeded(self._seed, request.epoch, self._images.keys[request.number]):
-            return self._view(image), int(self._images.label_N[request.number])
+        reseed(self._seed, request.epoch, self._images.keys[request.number])
+        return self._view(image), int(self._images.label_N[request.number])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.errors import SettingError
+from milan_pipe.evaluation.augment import kept_generators
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.batches import BadImages, Batch, SampleRequest, StepPlan, in_turn, load_batches
 from milan_pipe.images.labelled import LabelledImages
@@ -237,4 +238,5 @@ def run_supervised(
             )
         )
 
-    return run_task(run, settings.device, build, on_progress)
+    with kept_generators():
+        return run_task(run, settings.device, build, on_progress)
