@@ -21,10 +21,10 @@ class PretrainSettings(RunSettings):
         "picture_every": "plot_every",
     }
 
-    epochs: int = Field(8, ge=1)
+    epochs: int = Field(6, ge=1)
     warmup_epochs: float = Field(1, ge=0)
     batch_size: int = Field(128, ge=1, description="over all ranks")
-    lr: float = Field(5e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    lr: float = Field(1e-2, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     shuffle_blocks: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")

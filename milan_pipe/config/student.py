@@ -27,7 +27,7 @@ class DecoderSettings(Settings):
         "prompting", description="prompting: updates the masked tokens alone; plain: MAE's, all tokens attend to all"
     )
     width: int = Field(64, ge=4, description="of the decoder's tokens; a multiple of 4, for the position embedding")
-    depth: int = Field(2, ge=1, description="number of blocks")
+    depth: int = Field(1, ge=1, description="number of blocks")
     heads: int = Field(4, ge=1, description="of each block; must divide the width")
 
 

@@ -55,9 +55,12 @@ def load_optimiser(
 
 def _placed(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+    # With the parameter's strides: fused AdamW goes through the memory of both side by side.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
