@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -69,7 +69,8 @@ class _Group:
         self.attention_NL = torch.from_numpy(np.concatenate([run.attention_NL for run in runs]))
 
 
-_TASK = 16  # views that a thread decodes at a time: handing over a small one takes three times as long as decoding it
+# Most views that a thread decodes at a time: handing over a small one takes three times as long as decoding it.
+_TASK = 16
 
 _Fragment = tuple[_Group, list[int]]
 """Rows of a group, in the order in which they are handed out."""
@@ -95,7 +96,7 @@ class Loader:
     def __init__(self, reader: TargetStore, plan: BatchPlan, *, threads: int, with_targets: bool) -> None:
         self.plan = plan
         self._reader = reader
-        self._with_targets = with_targets
+        self._with_targets, self._threads = with_targets, threads
         self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(max_workers=self.READERS, thread_name_prefix="read")
 
@@ -119,9 +120,14 @@ class Loader:
         for _ in range(skip, self.plan.steps):
             yield _batch(
                 [fragment for stream in streams for fragment in next(stream)],
-                self._decoders.map,
+                self._decode,
                 with_targets=self._with_targets,
             )
+
+    def _decode(self, jpegs: list[bytes | memoryview]) -> NDArray[np.uint8]:
+        share = min(_TASK, -(-len(jpegs) // self._threads))
+        tasks = [jpegs[start : start + share] for start in range(0, len(jpegs), share)]
+        return np.concatenate(list(self._decoders.map(_decode, tasks)))
 
     def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[tuple[Future[_Group], list[int]]]:
         """What is left of a stream after its first `unwanted` samples, group after group, the next one under way."""
@@ -159,7 +165,7 @@ def read_batch(reader: TargetStore, block: Block) -> Batch:
     Raises:
         DataError: the store is damaged.
     """
-    return _batch([(_read(reader, [block]), list(range(block.stop - block.start)))], map)
+    return _batch([(_read(reader, [block]), list(range(block.stop - block.start)))], _decode)
 
 
 def _read(reader: TargetStore, blocks: Sequence[Block]) -> _Group:
@@ -171,13 +177,15 @@ def _decode(jpegs: list[bytes | memoryview]) -> NDArray[np.uint8]:
 
 
 def _batch(
-    fragments: list[_Fragment], decode_map: Callable[..., Iterable[NDArray[np.uint8]]], *, with_targets: bool = True
+    fragments: list[_Fragment],
+    decode: Callable[[list[bytes | memoryview]], NDArray[np.uint8]],
+    *,
+    with_targets: bool = True,
 ) -> Batch:
     keys = tuple(group.keys[row] for group, rows in fragments for row in rows)
     jpegs = [group.jpegs[row] for group, rows in fragments for row in rows]
-    tasks = [jpegs[start : start + _TASK] for start in range(0, len(jpegs), _TASK)]
     try:
-        pixels = np.concatenate(list(decode_map(_decode, tasks)))
+        pixels = decode(jpegs)
     except DataError as error:
         raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
     parts = [(group, torch.tensor(rows)) for group, rows in fragments]
