@@ -173,7 +173,7 @@ def test_another_configuration_is_refused_and_says_what_differs(
     for words in (
         "masking.kind: the run has 'semantic', the settings say 'random'",
         "pretrain.epochs: the run has 3, the settings say 4",
-        "pretrain.lr: the run has 0.005, the settings say 0.25",
+        f"pretrain.lr: the run has {PretrainSettings().lr}, the settings say 0.25",
     ):
         assert words in str(caught.value)
     assert "batch_size" not in str(caught.value)
