@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.ablation import ROWS, spread
+from benchmarks.ablation import BOUNDS, ROWS, spread
 from milan_pipe import api
 from milan_pipe.config.params import load_params
 from milan_pipe.evaluation.backbone import RANDOM
@@ -20,7 +20,7 @@ from milan_pipe.evaluation.backbone import RANDOM
 EPOCHS = {0.01: 100, 0.1: 20, 1.0: 2}
 """100, 240 and 250 steps of 64 images: few labels are learnt by heart sooner."""
 
-TITLES = {RANDOM: "untrained", **{row: title for row, (title, _) in ROWS.items()}}
+TITLES = {RANDOM: BOUNDS[RANDOM], **{row: title for row, (title, _) in ROWS.items()}}
 
 
 def _run(work: Path, row: str, fraction: float, seed: int, overrides: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from benchmarks.ablation import do_row, evaluate, spread
+from benchmarks.ablation import BOUNDS, do_row, evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.command import TEACHER
 from milan_pipe.config.params import Params, load_params
@@ -44,7 +44,7 @@ SETTINGS = [
     "clip.flip=0.5",
     "clip.prompts=[" + ", ".join(f"'{template}'" for template in TEMPLATES) + "]",
 ]
-STUDENTS = {RANDOM: "untrained", "mae": "MAE student", "milan": "MILAN student"}
+STUDENTS = {RANDOM: BOUNDS[RANDOM], "mae": "MAE student", "milan": "MILAN student"}
 FRACTIONS = {0.1: 20, 1.0: 10}
 """Shares of the labels, and epochs of fine-tuning on them."""
 
@@ -111,7 +111,7 @@ def main() -> None:
     do_row(work, TEACHER, arguments.seeds[0], overrides, partial(judge, work))
     print("| | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for row, title in {**STUDENTS, TEACHER: "teacher"}.items():
+    for row, title in {**STUDENTS, TEACHER: BOUNDS[TEACHER]}.items():
         found = [json.loads(path.read_text()) for path in sorted((work / "results").glob(f"{row}-*.json"))]
         cells = [spread([one[key] for one in found]) if key in found[0] else "" for key in COLUMNS]
         print(f"| {title} | {' | '.join(cells)} |")

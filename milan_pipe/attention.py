@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +30,7 @@ def attend_by_products(query_BNQE: Tensor, key_BNKE: Tensor, value_BNKE: Tensor)
 
 def choose_attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Set the switch that timm's attention layers have; what calls `attend` needs none."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = fused_is_faster(device, dtype)  # type: ignore[assignment]
+            module.fused_attn = fused_is_faster(device, dtype)
