@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import threading
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +37,6 @@ _HEADER = "milan_pipe"
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
 _OPEN_SHARDS = 32
 _MOST_NAMED = 10
-_REMOVAL_PAUSES = (0.01, 0.1, 1.0)
 
 
 def header_file(header: StoreHeader) -> tuple[str, bytes]:
@@ -177,12 +175,9 @@ class StoreShardWriter:
 
     def discard(self) -> None:
         """Remove what was written; what another process makes of the same shard stays."""
-        for pause in _REMOVAL_PAUSES:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            if not self._scratch.exists():
-                break
-            # Where a write has failed, zarr's other threads may be in the middle of theirs.
-            time.sleep(pause)
+        # One write that fails ends the call, while others beside it go on and would make the folder anew.
+        zarr_store.wait_for_writes()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._close()
 
     def _close(self) -> None:

@@ -8,6 +8,7 @@ checksum of its last inner chunk (`ShardRecord.blocks`).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -26,6 +27,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore, StorePath
 
 from milan_pipe.digests import sha256_of
@@ -51,7 +53,7 @@ _SMALL = ("crop", "flip", "view_offset", "view_length", "label", "key")
 _PARALLEL_READS = 8
 _MOST_INDEX_BYTES = 64 * 1024
 _FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
-_creating = threading.Lock()
+_creating, _waiting = threading.Lock(), threading.Lock()
 
 
 def use_fast_pipeline() -> bool:
@@ -108,6 +110,18 @@ def _own_folder(folder: Path) -> LocalStore:
     # On the object: `zarrs` takes no other class.
     store.set_if_not_exists = set_if_not_exists  # type: ignore[method-assign]
     return store
+
+
+def wait_for_writes() -> None:
+    """Wait until all that zarr was doing in this process, for any shard, is done or has failed."""
+
+    async def others() -> None:
+        if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(tasks)
+
+    # One at a time: two would wait for each other.
+    with _waiting:
+        sync(others())
 
 
 class ZarrShardFiles:

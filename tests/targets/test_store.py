@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import dataclasses
 import gc
@@ -29,6 +30,7 @@ from support.targets import (
     write_blocks,
     write_store,
 )
+from zarr.storage import LocalStore
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import location_of
@@ -37,6 +39,7 @@ from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, TargetBlock, header_differences, require_same_header
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.tar_store import CodePacker
+from milan_pipe.targets.zarr_store import wait_for_writes
 
 CODECS = [(codec, level) for codec in ("int8", "float16", "klt") for level in (0, 1)]
 FORMATS = ("zarr", "webdataset")
@@ -460,6 +463,31 @@ def test_a_full_disk_is_a_store_error(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shard._files, "append", full)
     with pytest.raises(StoreError, match="space"):
         shard.append(random_blocks(head, 3)[0])
+
+
+def test_nothing_is_written_after_a_shard_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zarr writes several files at once: one fails, and another, on a slow disk, makes its folders only later."""
+    head = header(format="zarr")
+    shard = TargetStoreWriter(tmp_path / "t", head).open_shard("000000")
+    shard.append(random_blocks(head, 3)[0])
+    exists, put = LocalStore.exists, LocalStore.set
+
+    async def slow(store: LocalStore, key: str) -> bool:
+        await asyncio.sleep(0.3)
+        return await exists(store, key)
+
+    async def full(store: LocalStore, key: str, value: object) -> None:
+        if key == "crop/zarr.json":
+            raise OSError(28, "No space left on device")
+        await put(store, key, value)
+
+    monkeypatch.setattr(LocalStore, "exists", slow)
+    monkeypatch.setattr(LocalStore, "set", full)
+    with pytest.raises(StoreError, match="space"):
+        shard.commit(source(3))
+    shard.discard()
+    wait_for_writes()
+    assert not shard._scratch.exists()
 
 
 def test_an_unfinished_header_is_passed_over(tmp_path: Path) -> None:
