@@ -95,7 +95,7 @@ class LarsProbeSettings(SupervisedSettings):
 class SegmentSettings(SupervisedSettings):
     """The recipe of segmentation; defaults are those of the scenes."""
 
-    steps: int = Field(200, ge=1)
+    steps: int = Field(240, ge=1)
     warmup_steps: int = Field(25, ge=0)
     batch_size: int = Field(16, ge=1, description="over all ranks")
     lr: float = Field(3e-3, gt=0, description="as it is used, whatever the batch")
@@ -110,10 +110,10 @@ class SegmentSettings(SupervisedSettings):
     stride: int | None = Field(None, ge=1, description="of windows when tested; none: two thirds of the crop")
     scales: tuple[Scale, ...] = Field((), description="of a last evaluation, each with its mirror; empty: off")
     blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
-    channels: int = Field(64, ge=1, description="of UperNet's decoder")
+    channels: int = Field(48, ge=1, description="of UperNet's decoder")
     auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
     classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
     ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
     reduce_zero_label: bool | None = Field(None, description="0 is no class, k class k - 1; none: as ADE20K's layout")
-    eval_every: int = Field(200, ge=1, description="steps between two evaluations")
+    eval_every: int = Field(240, ge=1, description="steps between two evaluations")
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images that is trained on")

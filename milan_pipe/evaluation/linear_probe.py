@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from milan_pipe.config.evaluation import LinearProbeSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.features import LabelledFeatures, check_same_task
 from milan_pipe.random_bits import permutation
+
+_LOGITS_FOR_THREADS = 2**21
+"""Samples times classes from which a BLAS of several threads is the faster one; below, they wait for each other."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -70,13 +74,15 @@ class _Probe:
         self._scaler = StandardScaler().fit(features_NF)
         self._features_NF = self._scaler.transform(features_NF)
         self._label_N = label_N
+        self._logits = len(label_N) * len(np.unique(label_N))
         self._model = LogisticRegression(solver="lbfgs", max_iter=max_iterations, warm_start=True)
         self.converged = False
 
     def fit(self, l2: float) -> None:
         # scikit-learn weighs the sum over samples against the penalty; l2 is relative to the mean.
         self._model.set_params(C=1.0 / (l2 * len(self._label_N)))
-        with warnings.catch_warnings(record=True) as caught:
+        threads = 1 if self._logits < _LOGITS_FOR_THREADS else None
+        with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads, user_api="blas"):
             warnings.simplefilter("always", ConvergenceWarning)
             self._model.fit(self._features_NF, self._label_N)
         self.converged = True
