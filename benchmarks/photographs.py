@@ -45,7 +45,7 @@ SETTINGS = [
     "clip.prompts=[" + ", ".join(f"'{template}'" for template in TEMPLATES) + "]",
 ]
 STUDENTS = {RANDOM: BOUNDS[RANDOM], "mae": "MAE student", "milan": "MILAN student"}
-FRACTIONS = {0.1: 20, 1.0: 10}
+FRACTIONS = {0.1: 20, 1.0: 5}
 """Shares of the labels, and epochs of fine-tuning on them."""
 
 COLUMNS = {

@@ -60,12 +60,12 @@ PLAIN = AugmentSettings(smoothing=0.0)
 
 
 class FinetuneSettings(SupervisedSettings):
-    """The recipe of fine-tuning; defaults are those of the scenes."""
+    """The recipe of fine-tuning; defaults are those of the scenes with all labels."""
 
     epochs: int = Field(1, ge=1)
     warmup_epochs: float = Field(0.2, ge=0)
     batch_size: int = Field(64, ge=1, description="over all ranks")
-    lr: float = Field(4e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
+    lr: float = Field(8e-3, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     min_lr: float = Field(1e-6, ge=0, description="at the end of the cosine")
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.05, ge=0)
