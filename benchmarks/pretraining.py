@@ -42,6 +42,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
+from milan_pipe.devices import resolve_precision
 from milan_pipe.images.views import draw_view, encode_jpeg, render_view
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
@@ -52,7 +53,7 @@ from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.teacher.clip import load_teacher, load_teacher_of
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
-from milan_pipe.training.step import Stepper, resolve_precision
+from milan_pipe.training.step import Stepper
 
 SIZE, SHUFFLE_BLOCKS = 224, 16
 BASE = StudentSettings(model="vit_base_patch16_224", image_size=224, patch_size=16, width=768, depth=12, heads=12)

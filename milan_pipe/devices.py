@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import psutil
 import torch
 
+from milan_pipe.config.training import Precision
 from milan_pipe.errors import SettingError
 
 
@@ -19,6 +22,17 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise SettingError(f"device {name!r} cannot be used ({reason}); expected auto, cpu or cuda") from error
     return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
+    """`auto` is bfloat16 on what has units for it, a CUDA device or a CPU with AMX, else float32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    # Older versions of torch do not tell.
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if device.type == "cpu" and capabilities.get("amx_bf16") else "float32"
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -206,12 +206,14 @@ def train_clip(
 
         def on_progress(now: Any) -> None:
             accuracy = "" if now.zero_shot is None else f"zero-shot {100 * now.zero_shot:.2f} %"
-            shown = f"{now.images_per_second:.0f}/s"
-            update(now.step, now.steps, loss=f"loss {now.loss:.3f}", rate=shown, accuracy=accuracy)
+            rate = f"{now.images_per_second:.0f}/s"
+            loss = f"loss {now.loss:.3f}" if now.step else "reading images"
+            update(now.step, now.steps, loss=loss, rate=rate, accuracy=accuracy)
 
         report = milan_pipe.train_clip(images, out, settings, val=val, on_progress=on_progress)
     rows = {
-        "images": f"{report.images:,} with {report.captions:,} captions of {report.words:,} words",
+        "images": f"{report.images:,} with {report.captions:,} different captions ({report.bad} skipped)",
+        "words": f"{report.words:,}",
         "parameters": f"{report.parameters:,}",
         "seen": f"{report.images_seen:,} images in {report.seconds:.0f} s",
         "zero-shot": "not measured: no --val" if report.zero_shot is None else f"{100 * report.zero_shot:.2f} %",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from milan_pipe.config.base import Settings
 
@@ -54,7 +54,7 @@ class ClipSettings(Settings):
     image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
     patch_size: int = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
     width: int = Field(128, ge=1, description="of the image tower")
-    layers: int = Field(5, ge=1, description="blocks of the image tower")
+    layers: int = Field(5, ge=2, description="blocks of the image tower")
     head_width: int = Field(32, ge=1, description="of both towers; must divide their widths")
     embed_dim: int = Field(128, ge=1, description="width of the features that both towers give")
     text_width: int = Field(128, ge=1, description="of the text tower")
@@ -78,4 +78,17 @@ class ClipSettings(Settings):
     warmup_steps: int = Field(100, ge=0)
     decay_share: float = Field(0.4, gt=0, le=1, description="share of the steps over which lr falls to 0, at the end")
     evaluate_every: int = Field(200, ge=1, description="steps between two looks at VAL")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops it")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the forward pass; auto: bfloat16 on a CPU with units for it (AMX), else float32"
+    )
     compile: bool = Field(False, description="compile the training step with torch.compile; takes a minute or more")
+
+    @model_validator(mode="after")
+    def _check_sizes_and_prompts(self) -> Self:
+        for whole, part in (("image_size", "patch_size"), ("width", "head_width"), ("text_width", "head_width")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{part} {getattr(self, part)} must divide {whole} {getattr(self, whole)}")
+        if wrong := [prompt for prompt in self.prompts if "{}" not in prompt]:
+            raise ValueError(f"prompt {wrong[0]!r} has no {{}} for the name of a class")
+        return self

@@ -26,11 +26,12 @@ from milan_pipe.evaluation.features import (
 )
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
-from milan_pipe.evaluation.results import FOLDER, Evaluation, keep_evaluation, make_folder
+from milan_pipe.evaluation.results import ADVICE, FOLDER, Evaluation, keep_evaluation
 from milan_pipe.images.files import files_under
 from milan_pipe.images.labelled import is_class_folder
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import local_folder
+from milan_pipe.storage.local import make_folder
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.training.checkpoint import run_of
@@ -135,7 +136,7 @@ class FrozenSets:
     ) -> None:
         if keep is not None:
             # Before the work, not after it.
-            make_folder(local_folder(keep, "results"))
+            make_folder(local_folder(keep, "results"), ADVICE)
         self.params, self._keep = params, keep
         self._arguments = checkpoint, train, test
         self._subject = subject = subject_of(checkpoint, params)

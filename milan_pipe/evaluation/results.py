@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError
 from milan_pipe.storage.local import write_file
 
 FOLDER = "evaluations"
@@ -37,22 +37,14 @@ class Evaluation:
     command: str
 
 
-_ADVICE = "name another folder with --keep, which `milan-pipe report` is then given with --evaluations"
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results, if it does not exist; raises StoreError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be made: {error.strerror or error}; {_ADVICE}") from error
+ADVICE = "name another folder with --keep, which `milan-pipe report` is then given with --evaluations"
 
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write FOLDER/TASK-DIGEST.json, in place of the same command's on the same weights; raises StoreError."""
     name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
     file = folder / f"{evaluation.task}-{name}.json"
-    write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", _ADVICE)
+    write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", ADVICE)
     return file
 
 

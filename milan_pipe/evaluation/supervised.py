@@ -19,6 +19,7 @@ from milan_pipe.config.evaluation import FinetuneSettings, LarsProbeSettings, Se
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.training import RESUMABLE
+from milan_pipe.devices import resolve_precision
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.augment import kept_generators
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
@@ -29,7 +30,6 @@ from milan_pipe.random_bits import seed_of
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
-from milan_pipe.training.step import resolve_precision
 from milan_pipe.training.task import RunReport, Task
 
 ImageSet = LabelledImages | MaskedImages

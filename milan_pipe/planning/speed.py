@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from milan_pipe.attention import choose_attention
 from milan_pipe.config.params import Params
-from milan_pipe.devices import resolve_device
+from milan_pipe.devices import resolve_device, resolve_precision
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.teacher.clip import Teacher, TeacherOutput
 from milan_pipe.training.optim import build_adamw
-from milan_pipe.training.step import Stepper, resolve_precision
+from milan_pipe.training.step import Stepper
 
 DEVICES = (1, 8, 64)
 """Numbers of devices for which hours are given."""

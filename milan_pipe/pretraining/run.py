@@ -19,6 +19,7 @@ from milan_pipe.config.command import command_of
 from milan_pipe.config.params import Params, stated_of
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.training import RESUMABLE
+from milan_pipe.devices import resolve_precision
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
@@ -32,7 +33,6 @@ from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, cosine_lr
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
-from milan_pipe.training.step import resolve_precision
 from milan_pipe.training.task import NotFiniteError, RunReport, Task
 
 _SECTIONS = ("student", "masking", "decoder", "target", "pretrain")

@@ -177,6 +177,14 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
             partial.unlink()
 
 
+def make_folder(path: Path, advice: str = "choose another folder") -> None:
+    """Make a folder, if it does not exist. Raises StoreError, with `advice`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made: {system_reason(error)}; {advice}") from error
+
+
 def write_file(path: Path, data: bytes | str, advice: str = "make room, or choose another folder") -> None:
     """Write bytes, or text as UTF-8, whole or not at all; makes the folder. Raises StoreError, with `advice`."""
     try:

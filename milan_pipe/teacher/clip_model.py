@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from milan_pipe.config.teacher import ClipSettings
+from milan_pipe.devices import resolve_precision
 from milan_pipe.teacher.native import NativeFamily
 from milan_pipe.weights_file import load_tensors, load_weights
 
@@ -158,9 +159,11 @@ class ClipInTraining(nn.Module):
         self, pixels_BCHW: Tensor, caption_BC: Tensor, match_BB: Tensor, word_WC: Tensor, has_BW: Tensor
     ) -> Tensor:
         """The whole loss of a batch, a float32 scalar."""
-        settings = self._settings
+        settings, device = self._settings, pixels_BCHW.device
+        precision = resolve_precision(settings.precision, device)
+        autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
         # The text tower's, which does not go by `attend`: on a CPU the fused kernel is slow backwards in bfloat16.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(pixels_BCHW.device.type, torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH), autocast:
             features_BST, row_BL = self._family.outputs(self.clip.visual, pixels_BCHW)
             assert self._early is not None
             local_BLT = self.local(self._early[:, 1:])

@@ -31,7 +31,7 @@ from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import View, render_view
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import local_folder
-from milan_pipe.storage.local import write_file
+from milan_pipe.storage.local import make_folder, write_file
 from milan_pipe.student.pixels import normalise
 from milan_pipe.teacher.clip_model import WORDS_FILE, ClipInTraining, Words, model_config
 from milan_pipe.weights_file import write_weights
@@ -53,10 +53,14 @@ class ClipProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipReport:
-    """What was trained: `zero_shot` is the accuracy on VAL by the captions of `clip.prompts`; None without VAL."""
+    """What was trained: `captions` that differ, `bad` images of IMAGES and VAL that were skipped.
+
+    `zero_shot` is the accuracy on VAL by the captions of `clip.prompts`; None without VAL.
+    """
 
     folder: str
     images: int
+    bad: int
     captions: int
     words: int
     parameters: int
@@ -68,12 +72,16 @@ class ClipReport:
 
 @dataclass(frozen=True)
 class _Captioned:
-    """N images in memory: (N, side, side, 3) uint8, the captions of each, and their classes, -1 for none."""
+    """N images in memory, (N, side, side, 3) uint8, the captions of each, and their classes, -1 for none.
+
+    `bad` more cannot be read.
+    """
 
     pixels_NHWC: NDArray[np.uint8]
     captions: Sequence[Sequence[str]]
     label_N: NDArray[np.int64]
     classes: Sequence[str] | None
+    bad: int
 
 
 def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample]:
@@ -83,15 +91,18 @@ def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample
     return render_view(image, View(top=top, left=left, height=short, width=short, flip=False), side), sample
 
 
-def _read(images: str | Path, side: int, on_images: Callable[[int], None]) -> _Captioned:
+def _read(
+    images: str | Path, settings: ClipSettings, on_images: Callable[[int], None], *, captioned: bool = True
+) -> _Captioned:
     shards, threads = expand_shards(images), thread_count(0)
     pixels, captions, labels = [], [], []
-    samples = (sample for shard in shards for sample in read_shard(shard, lambda *_: None))
+    bad: dict[str, str] = {}
+    samples = (sample for shard in shards for sample in read_shard(shard, bad.__setitem__))
     for view, sample in decoded_ahead(
-        samples, lambda found: _centre_square(found, side), threads, 32 * threads, lambda *_: None
+        samples, lambda found: _centre_square(found, settings.image_size), threads, 32 * threads, bad.__setitem__
     ):
         lines = [line.strip() for line in (sample.caption or "").splitlines() if line.strip()]
-        if not lines:
+        if captioned and not lines:
             raise DataError(
                 f"{images}: image {sample.key!r} has no caption; add a .txt member with one caption a line, or "
                 "`caption` in its .json"
@@ -100,10 +111,16 @@ def _read(images: str | Path, side: int, on_images: Callable[[int], None]) -> _C
         captions.append(lines)
         labels.append(sample.label)
         on_images(len(pixels))
-    if not pixels:
-        raise DataError(f"none of the images of {images} can be read; prepare the shards again")
+    seen = len(pixels) + len(bad)
+    if not pixels or len(bad) > settings.max_bad_fraction * seen:
+        key, reason = next(iter(bad.items()), ("", "there are none"))
+        raise DataError(
+            f"{len(bad)} of {seen} images of {images} cannot be read, the first is {key!r}: {reason}; repair them, or "
+            "raise clip.max_bad_fraction"
+        )
     index = index_beside(shards)
-    return _Captioned(np.stack(pixels), captions, np.array(labels, np.int64), index.classes if index else None)
+    labels_N = np.array(labels, np.int64)
+    return _Captioned(np.stack(pixels), captions, labels_N, index.classes if index else None, len(bad))
 
 
 def _normalised(pixels_BHWC: Tensor) -> Tensor:
@@ -155,7 +172,7 @@ def zero_shot_accuracy(
 
 def _judge(model: ClipInTraining, words: Words, val: _Captioned, settings: ClipSettings) -> float:
     assert val.classes is not None
-    prompts = [[prompt.format(name.replace("_", " ")) for prompt in settings.prompts] for name in val.classes]
+    prompts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in settings.prompts] for name in val.classes]
     model.eval()
     accuracy = zero_shot_accuracy(model.clip, words, val.pixels_NHWC, val.label_N, prompts)
     model.train()
@@ -192,30 +209,36 @@ def train_clip(
         val: labelled shards with an index, to be told by `clip.prompts`; nothing is chosen by the result.
 
     Raises:
-        MissingError, DataError, StoreError: images are missing, cannot be read or have no captions.
+        MissingError, DataError, StoreError: images are missing, cannot be read or have no captions, or `out` has a
+            model or cannot be written.
         SettingError: fewer images than a batch, or `out` is a URL.
         MismatchError: `val` has no classes.
     """
     began, folder = time.monotonic(), local_folder(out, "models")
+    if (folder / HF_CONFIG_NAME).exists():
+        raise DataError(f"{folder} has a model already; name another folder, or remove it")
+    make_folder(folder)
 
     def reading(count: int) -> None:
         rate = count / (time.monotonic() - began)
         on_progress(ClipProgress(step=0, steps=settings.steps, loss=math.nan, images_per_second=rate, zero_shot=None))
 
-    train = _read(images, settings.image_size, reading)
-    judged = _read(val, settings.image_size, lambda _: None) if val is not None else None
+    train = _read(images, settings, reading)
+    judged = _read(val, settings, lambda _: None, captioned=False) if val is not None else None
     if judged is not None and (judged.classes is None or judged.label_N.min() < 0):
         raise MismatchError(f"{val} has no named classes to tell apart; name shards that `milan-pipe prepare` wrote")
     count = len(train.captions)
     if count < settings.batch_size:
         raise SettingError(f"clip.batch_size is {settings.batch_size}, {images} has {count} images; lower it")
-    numbers: dict[str, int] = {}
-    own = [[numbers.setdefault(line, len(numbers)) for line in lines] for lines in train.captions]
-    words = Words.of(numbers, settings.vocabulary, settings.context_length)
-    ids_NC = words(list(numbers))
-    ids_WC = words(["", *words.words])
+    distinct = list(dict.fromkeys(line for lines in train.captions for line in lines))
+    words = Words.of(distinct, settings.vocabulary, settings.context_length)
     if not words.words:
         raise DataError(f"captions of {images} have no words to learn; write what the images show")
+    # Captions that read alike are one, or each would be held to be false of the other's images.
+    ids_NC, number_of = torch.unique(words(distinct), dim=0, return_inverse=True)
+    numbers = dict(zip(distinct, number_of.tolist(), strict=True))
+    own = [[numbers[line] for line in lines] for lines in train.captions]
+    ids_WC = words(["", *words.words])
     known = [
         np.array(sorted({word for line in lines for word in words.known(line)}), np.int64) for lines in train.captions
     ]
@@ -233,7 +256,7 @@ def train_clip(
         per_epoch, accuracy, training = count // settings.batch_size, None, time.monotonic()
         for step in range(settings.steps):
             epoch, position = divmod(step, per_epoch)
-            if not position or not step:
+            if not position:
                 order_N = permutation(count, "clip", settings.seed, epoch)
             rows = order_N[position * settings.batch_size :][: settings.batch_size]
             rng = np.random.Generator(np.random.Philox(key=seed_of("clip", settings.seed, step)))
@@ -272,7 +295,8 @@ def train_clip(
     return ClipReport(
         folder=str(folder),
         images=count,
-        captions=len(numbers),
+        bad=train.bad + (judged.bad if judged is not None else 0),
+        captions=len(ids_NC),
         words=len(words.words),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         steps=settings.steps,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from milan_pipe.attention import choose_attention
+from milan_pipe.devices import resolve_precision
 from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
@@ -31,7 +32,7 @@ from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import OnProgress, Recorder
 from milan_pipe.training.saver import BEST, Saver
 from milan_pipe.training.sinks import open_sinks
-from milan_pipe.training.step import Stepper, resolve_precision
+from milan_pipe.training.step import Stepper
 from milan_pipe.training.stopping import StopRequest, stop_requests
 from milan_pipe.training.task import B, NotFiniteError, RunReport, Task
 from milan_pipe.weights_file import load_weights

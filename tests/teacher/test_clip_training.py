@@ -12,7 +12,7 @@ import torch
 from support.images import png, write_tar
 
 from milan_pipe.config.teacher import ClipSettings, TeacherSettings
-from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.images.index import ImageIndex, ShardRecord, write_index
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.clip_model import Words, contrastive_loss, peak_loss, word_loss
@@ -158,4 +158,52 @@ def test_what_it_cannot_learn_from(tmp_path: Path) -> None:
         train_clip(nameless, tmp_path / "clip", SMALL, val=nameless)
     with pytest.raises(SettingError, match="URL"):
         train_clip(few, "s3://bucket/clip", SMALL)
-    assert not (tmp_path / "clip").exists()
+    assert not any((tmp_path / "clip").iterdir())
+
+
+def test_images_that_cannot_be_read_are_counted_and_too_many_stop_it(tmp_path: Path) -> None:
+    images = shards(tmp_path / "images", 48)
+    write_tar(images / "train-000001.tar", {"cut.png": b"\x89PNG", "cut.txt": b"a card"})
+    few = SMALL.model_copy(update={"steps": 1})
+    report = train_clip(str(images / "train-*.tar"), tmp_path / "clip", few)
+    assert (report.images, report.bad) == (48, 1)
+    none = few.model_copy(update={"max_bad_fraction": 0.0})
+    with pytest.raises(DataError, match=r"1 of 49 .*'cut'.*clip\.max_bad_fraction"):
+        train_clip(str(images / "train-*.tar"), tmp_path / "other", none)
+
+
+def test_val_needs_labels_alone(tmp_path: Path) -> None:
+    images, val = shards(tmp_path / "images", 48), shards(tmp_path / "val", 9, captions=False)
+    few = SMALL.model_copy(update={"steps": 1})
+    assert train_clip(images, tmp_path / "clip", few, val=val).zero_shot is not None
+
+
+def test_captions_that_read_alike_are_one(tmp_path: Path) -> None:
+    images = shards(tmp_path / "images", 48)
+    # "a" and "card" are known: all captions of three colours are "a card" then.
+    few = SMALL.model_copy(update={"steps": 1, "vocabulary": 2})
+    assert train_clip(images, tmp_path / "clip", few).captions == 1
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    images, few = shards(tmp_path / "images", 48), SMALL.model_copy(update={"steps": 1})
+    train_clip(images, tmp_path / "clip", few)
+    with pytest.raises(DataError, match="has a model already"):
+        train_clip(images, tmp_path / "clip", few)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file/clip cannot be made"):
+        train_clip(images, tmp_path / "file" / "clip", few)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 7}, "patch_size 7 must divide image_size"),
+        ({"text_width": 100}, "head_width 32 must divide text_width 100"),
+        ({"prompts": ["a {}", "it"]}, "prompt 'it' has no {}"),
+        ({"layers": 1}, "layers"),
+    ],
+)
+def test_settings_that_make_no_model(change: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ClipSettings.parse(change, "clip")
