@@ -129,9 +129,9 @@ def raise_file_limit() -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep large blocks that are freed: fresh pages cost a CPU more than most of what it does with them."""
     # It returns every block above 32 MB to the system at once; other C libraries have no such function.
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_MMAP_THRESHOLD, 2**30)
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    # Older ones take no more than 32 MB. Without a threshold that is set, the second option would make it 128 KB.
+    if any(set_option(_MMAP_THRESHOLD, most) for most in (2**30, 2**25)):
         set_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 

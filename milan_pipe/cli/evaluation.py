@@ -96,11 +96,18 @@ def finetune(
 
     Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
     """
-    arguments = checkpoint, train, val, run, milan_pipe.load_params(params, overrides or ())
-    title = f"{checkpoint} -> {run}"
-    return run_training(
-        milan_pipe.finetune, *arguments, title=title, rows=lambda report: scored_rows(report, _TOP), as_json=as_json
-    )
+    settings = milan_pipe.load_params(params, overrides or ())
+
+    def rows(report: Any) -> dict[str, str]:
+        return scored_rows(report, _TOP) | _share(settings.finetune.train_fraction)
+
+    arguments = checkpoint, train, val, run, settings
+    return run_training(milan_pipe.finetune, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
+
+
+def _share(fraction: float) -> dict[str, str]:
+    """What a run with a part of TRAIN alone says of it: a params.yaml may have set it."""
+    return {} if fraction == 1 else {"trained on": f"{100 * fraction:g} % of TRAIN, by train_fraction"}
 
 
 @app.command()
@@ -125,13 +132,16 @@ def segment(
     """
     from milan_pipe.evaluation.segment import PER_CLASS_FILE
 
+    settings = milan_pipe.load_params(params, overrides or ())
+
     def rows(report: Any) -> dict[str, str]:
-        scores = scored_rows(report, _MIOU) | {"IoU of classes": _classes(Path(run) / PER_CLASS_FILE)}
+        scores = scored_rows(report, _MIOU) | _share(settings.segment.train_fraction)
+        scores["IoU of classes"] = _classes(Path(run) / PER_CLASS_FILE)
         if "ms_miou" in report.scores:
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
 
-    arguments = checkpoint, train, val, run, milan_pipe.load_params(params, overrides or ())
+    arguments = checkpoint, train, val, run, settings
     return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
 
 

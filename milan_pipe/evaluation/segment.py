@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.evaluation.batches import share_of_classes
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
-from milan_pipe.evaluation.sliding import predict
+from milan_pipe.evaluation.sliding import predict, scaled_size
 from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
 from milan_pipe.evaluation.upernet import UperNet, build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
@@ -157,7 +158,8 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         ranks, classes = self._ranks, len(self._names)
         counts_GG = torch.zeros((classes, classes), dtype=torch.int64)
         self._drawn.clear()
-        for some in self._together():
+        batch = max(1, self.batch_size // ranks.count)
+        for some in self._together(batch * self._side**2, max(scales)):
             predictions = predict(
                 self._classify,
                 [image for _, image, _ in some],
@@ -167,7 +169,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
                 scales=scales,
                 flip=flip,
                 device=ranks.device,
-                batch=self.batch_size,
+                batch=batch,
             )
             for (key, image, mask_HW), found_HW in zip(some, predictions, strict=True):
                 predicted_HW = found_HW.cpu()
@@ -179,15 +181,16 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
             raise DataError(f"not one pixel of {self._val.where} has a class; check its masks and segment.ignore_index")
         return counts_GG
 
-    def _together(self) -> Iterator[list[_Shown]]:
-        """This rank's images of VAL with their masks, as many at a time as have the pixels of a training batch."""
+    def _together(self, most: int, scale: float) -> Iterator[list[_Shown]]:
+        """This rank's images of VAL with their masks, as many at a time as have `most` pixels at `scale`."""
         found: list[_Shown] = []
-        pixels = 0
+        pixels, short = 0, self._short * scale
         for shown in self._shown(self._show, list, 1):
             ((image, mask_HW),) = shown.value
             found.append((shown.keys[0], image, mask_HW))
-            pixels += mask_HW.size
-            if pixels >= self.batch_size * self._side**2:
+            # Logits are held at both sizes.
+            pixels += max(mask_HW.size, math.prod(scaled_size(mask_HW.shape, short, 4 * short)))
+            if pixels >= most:
                 yield found
                 found, pixels = [], 0
         if found:

@@ -59,7 +59,7 @@ class Scene:
     Attributes:
         image: (64, 64, 3) uint8, RGB.
         label: index of the large thing in `THINGS`.
-        captions: true of it, from the short to the full one.
+        captions: from the short to the full one; in one of a hundred the second thing they name is hidden.
         segmentation: (64, 64) uint8, indices into `MASK_CLASSES`.
     """
 
@@ -98,7 +98,7 @@ def _rays(count: int) -> list[tuple[str, Outline]]:
 
 
 # Each part has a role, which has a colour in each scene: the thing's own and another, a darker and a lighter shade of
-# its own, two for details; `hole` shows what is behind. Later parts lie over earlier ones.
+# its own, two for details; `hole` shows the stuff there. Later parts lie over earlier ones.
 _PARTS: dict[str, list[tuple[str, Outline]]] = {
     "house": [
         ("main", _box(-0.8, -0.1, 0.8, 0.9)),

@@ -69,11 +69,15 @@ def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
     taught = []
     for run in runs:
         kind, teacher = run.record.get("settings", {}).get("target", "clip"), run.record.get("teacher") or {}
-        source = {"clip": f"features of the teacher {teacher.get('model', '')}", "pixels": "its own pixels"}
-        epochs = _number(run.record.get("epochs"), "{}")
-        taught.append(f"{run.name} from {source.get(kind, kind)} in {epochs} epochs")
+        source = {
+            "clip": f"features of the teacher {teacher.get('model', '')}, for all patches",
+            "pixels": "its own pixels, for the patches that it did not see",
+            "hog": "gradients of its own pixels, for the patches that it did not see",
+        }
+        epochs = _number(run.record.get("epochs"), "{}") + " epochs" + ("" if run.finished else ", not finished")
+        taught.append(f"{run.name} {source.get(kind, kind)}, in {epochs}")
     seen = " and ".join(f"{len(store):,} images in {store.views} views each" for store in stores)
-    what = f"Students saw part of the patches of {seen or 'images'}, and learned to reconstruct all of them: "
+    what = f"Students saw part of the patches of {seen or 'images'}, and learned to reconstruct: "
     return what + "; ".join(taught) + "."
 
 
@@ -125,7 +129,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _score_chart(scores: Table) -> str:
     shares = {column: {name: 100 * share for name, share in found.items()} for column, found in scores.shares.items()}
-    return bar_chart("Scores on images of the test split", "per cent", shares)
+    return bar_chart("Scores", "per cent", shares)
 
 
 def _transfer_charts(runs: Sequence[RunRecord]) -> list[dict[str, str]]:

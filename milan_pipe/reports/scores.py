@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -93,6 +94,10 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
     titles = {key: _TASKS[key[0]][0] + (f", {key[1]}" if key[0] in several else "") for key in keys}
     order = sorted(found, key=lambda identity: {UNTRAINED: 0, _BOUNDS["teacher"]: 2}.get(names[identity], 1))
     students = [identity for identity in order if names[identity] != _BOUNDS["teacher"]]
+    # Untrained students of other seeds, or teachers, have one name.
+    for name, count in Counter(names[identity] for identity in order).items():
+        alike = [identity for identity in order if names[identity] == name]
+        names |= {identity: f"{name} {number}" for number, identity in enumerate(alike, 1) if count > 1}
     best = {
         key: max((score.value for identity in students for score in found[identity].get(key, ())), default=None)
         for key in keys
