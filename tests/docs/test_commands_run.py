@@ -139,7 +139,7 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (here / "params.yaml").write_text(
         params_file(
             lars_probe={"batch_size": 16, "epochs": 2, "warmup_epochs": 1},
-            clip={"batch_size": 16, "steps": 2, "width": 32, "layers": 1},
+            clip={"batch_size": 16, "steps": 2, "width": 32, "layers": 2},
         )
     )
     model = build_student(
