@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from milan_pipe import api
-from milan_pipe.config.command import TEACHER
 from milan_pipe.config.params import Params, load_params
-from milan_pipe.evaluation.backbone import RANDOM
+from milan_pipe.config.subjects import BOUNDS, RANDOM, TEACHER
 from milan_pipe.evaluation.features import LabelledFeatures, embed_shards
 from milan_pipe.evaluation.frozen import Subject, subject_of
 from milan_pipe.evaluation.knn import knn_accuracy
@@ -38,7 +37,6 @@ ROWS = {
         ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
     ),
 }
-BOUNDS = {RANDOM: "untrained", TEACHER: "teacher"}
 POOLS = ("cls", "mean")
 
 

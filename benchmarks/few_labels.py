@@ -12,15 +12,15 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.ablation import BOUNDS, ROWS, spread
+from benchmarks.ablation import ROWS, spread
 from milan_pipe import api
 from milan_pipe.config.params import load_params
-from milan_pipe.evaluation.backbone import RANDOM
+from milan_pipe.config.subjects import RANDOM, UNTRAINED
 
 EPOCHS = {0.01: 100, 0.1: 20, 1.0: 2}
 """100, 240 and 250 steps of 64 images: few labels are learnt by heart sooner."""
 
-TITLES = {RANDOM: BOUNDS[RANDOM], **{row: title for row, (title, _) in ROWS.items()}}
+TITLES = {RANDOM: UNTRAINED, **{row: title for row, (title, _) in ROWS.items()}}
 
 
 def _run(work: Path, row: str, fraction: float, seed: int, overrides: list[str]) -> None:

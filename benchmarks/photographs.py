@@ -17,12 +17,11 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from benchmarks.ablation import BOUNDS, do_row, evaluate, spread
+from benchmarks.ablation import do_row, evaluate, spread
 from milan_pipe import api
-from milan_pipe.config.command import TEACHER
 from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.subjects import BOUNDS, MAE, MILAN, RANDOM, TEACHER, UNTRAINED
 from milan_pipe.digests import sha256_of_file
-from milan_pipe.evaluation.backbone import RANDOM
 from milan_pipe.images.index import ImageIndex, ShardRecord, write_index
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
@@ -44,7 +43,7 @@ SETTINGS = [
     "clip.flip=0.5",
     "clip.prompts=[" + ", ".join(f"'{template}'" for template in TEMPLATES) + "]",
 ]
-STUDENTS = {RANDOM: BOUNDS[RANDOM], "mae": "MAE student", "milan": "MILAN student"}
+STUDENTS = {RANDOM: UNTRAINED, "mae": MAE, "milan": MILAN}
 FRACTIONS = {0.1: 20, 1.0: 5}
 """Shares of the labels, and epochs of fine-tuning on them."""
 

@@ -18,6 +18,7 @@ from milan_pipe.cli.images import prepare
 from milan_pipe.cli.pretraining import pretrain
 from milan_pipe.cli.reports import report
 from milan_pipe.cli.targets import extract_targets, verify_targets
+from milan_pipe.config.subjects import BOUNDS, MILAN, RANDOM, TEACHER, UNTRAINED
 
 _RECIPE = Path("demo")
 
@@ -54,7 +55,7 @@ def demo(
     _run(extract_targets, train, targets, params=_RECIPE)
     _run(verify_targets, targets, params=_RECIPE)
     _run(pretrain, targets, milan, params=_RECIPE)
-    students = {"random": "untrained", str(milan): "MILAN student", "teacher": "teacher"}
+    students = {RANDOM: UNTRAINED, str(milan): MILAN, TEACHER: BOUNDS[TEACHER]}
     table = Table("student", title="On unseen scenes of 12 things", title_justify="left", title_style="bold")
     for column in ("k-NN", "linear probe"):
         table.add_column(column, justify="right")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from milan_pipe.config.params import Params
+from milan_pipe.config.subjects import RANDOM, TEACHER
 from milan_pipe.errors import without_password
 
 
@@ -36,10 +37,6 @@ def command_of(name: str, arguments: Sequence[object], params: Params, sections:
     words = ["milan-pipe", name, *map(str, arguments), *settings]
     # Commands are kept in checkpoints and reports, which are passed on.
     return shlex.join(map(without_password, words))
-
-
-RANDOM, TEACHER = "random", "teacher"
-"""Given as a checkpoint: an untrained student, and the teacher."""
 
 
 def student_sections(checkpoint: object, *sections: str) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from milan_pipe.config.command import RANDOM
 from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.subjects import RANDOM
 from milan_pipe.errors import DataError
 from milan_pipe.student.encoder import build_encoder, grid_of
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from milan_pipe.config.command import TEACHER, command_of, student_sections
+from milan_pipe.config.command import command_of, student_sections
 from milan_pipe.config.params import Params
+from milan_pipe.config.subjects import TEACHER
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.backbone import backbone_of

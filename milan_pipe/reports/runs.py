@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milan_pipe.config.command import RANDOM
+from milan_pipe.config.subjects import METHODS, RANDOM, UNTRAINED
 from milan_pipe.drawing.charts import Curve
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
@@ -17,14 +17,6 @@ from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.training.metrics import metric_files, read_metric
 
 PRETRAIN = "pretrain"
-UNTRAINED = "untrained"
-METHODS = {
-    ("clip", "prompting", "semantic"): "MILAN student",
-    ("pixels", "plain", "random"): "MAE student",
-    ("hog", "plain", "random"): "MaskFeat student",
-}
-"""What a student is called by its target, decoder and masks."""
-
 _CURVES = Path("metrics", "plots", "metrics")
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from milan_pipe.config.subjects import BOUNDS, TEACHER, UNTRAINED
 from milan_pipe.evaluation.results import Evaluation
-from milan_pipe.reports.runs import PRETRAIN, UNTRAINED, RunRecord
+from milan_pipe.reports.runs import PRETRAIN, RunRecord
 
 # The column of each task, and the score in it.
 _TASKS = {
@@ -18,7 +19,6 @@ _TASKS = {
     "finetune": ("fine-tuned", "top1"),
     "segment": ("mIoU", "miou"),
 }
-_BOUNDS = {"random": UNTRAINED, "teacher": "teacher"}
 
 
 class Score(NamedTuple):
@@ -62,7 +62,7 @@ def _gather(
     found: dict[str, dict[tuple[str, str], list[Score]]] = {identity: {} for identity in names}
 
     def add(identity: str, subject: str, key: tuple[str, str], scores: Mapping[str, Any], command: str) -> None:
-        names.setdefault(identity, _BOUNDS.get(subject, subject))
+        names.setdefault(identity, BOUNDS.get(subject, subject))
         shown = (f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, int | float))
         score = Score(float(scores[_TASKS[key[0]][1]]), command, ", ".join(shown))
         same = found.setdefault(identity, {}).setdefault(key, [])
@@ -92,8 +92,8 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
         return None
     several = {task for task, _ in keys if sum(other == task for other, _ in keys) > 1}
     titles = {key: _TASKS[key[0]][0] + (f", {key[1]}" if key[0] in several else "") for key in keys}
-    order = sorted(found, key=lambda identity: {UNTRAINED: 0, _BOUNDS["teacher"]: 2}.get(names[identity], 1))
-    students = [identity for identity in order if names[identity] != _BOUNDS["teacher"]]
+    order = sorted(found, key=lambda identity: {UNTRAINED: 0, BOUNDS[TEACHER]: 2}.get(names[identity], 1))
+    students = [identity for identity in order if names[identity] != BOUNDS[TEACHER]]
     # Untrained students of other seeds, or teachers, have one name.
     for name, count in Counter(names[identity] for identity in order).items():
         alike = [identity for identity in order if names[identity] == name]
