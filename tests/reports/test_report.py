@@ -15,7 +15,7 @@ from support.project import SETTINGS, Project
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.drawing.page import render
-from milan_pipe.evaluation.results import read_evaluations
+from milan_pipe.evaluation.results import Evaluation, read_evaluations
 from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.scores import transfer_table
 from milan_pipe.targets.store import open_targets
@@ -93,6 +93,20 @@ def test_scores_stand_in_the_row_of_their_student(project: Project) -> None:
     best = [cell.best for row in table.rows for cell in row if cell.best]
     assert len(best) >= 4
     assert not any(cell.best for cell in table.rows[-1])
+
+
+def test_two_untrained_students_are_two_rows_and_two_bars() -> None:
+    def result(identity: str, best: float) -> Evaluation:
+        return Evaluation(
+            task="knn", subject="random", identity=identity, scores={"best": best}, data="a -> b", train=1, test=1,
+            command=f"milan-pipe knn random a b --set pretrain.seed={identity}",
+        )  # fmt: skip
+
+    table = transfer_table((), [result("0", 0.1), result("1", 0.2)])
+    assert table is not None
+    assert [[cell.text for cell in row] for row in table.rows] == [["untrained 1", "10.0 %"], ["untrained 2", "20.0 %"]]
+    assert table.shares == {"k-NN": {"untrained 1": 0.1, "untrained 2": 0.2}}
+    assert [command[0] for command in table.commands] == ["untrained 1", "untrained 2"]
 
 
 def test_each_command_is_the_command_that_made_the_number(
