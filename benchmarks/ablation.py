@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from milan_pipe import api
+from milan_pipe.config.evaluation import Pool
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.subjects import BOUNDS, RANDOM, TEACHER
-from milan_pipe.evaluation.features import LabelledFeatures, embed_shards
-from milan_pipe.evaluation.frozen import Subject, subject_of
+from milan_pipe.evaluation.features import LabelledFeatures, embed_shards, pooled
+from milan_pipe.evaluation.frozen import subject_of
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
 
@@ -37,23 +38,19 @@ ROWS = {
         ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
     ),
 }
-POOLS = ("cls", "mean")
-
-
-def _subject(checkpoint: str, params: Params, pool: str) -> Subject:
-    embed = params.embed.model_copy(update={"pool": pool})
-    return subject_of(checkpoint, params.model_copy(update={"embed": embed}))
+POOLS: tuple[Pool, ...] = ("cls", "mean")
 
 
 def evaluate(checkpoint: str, images: Path, params: Params) -> dict[str, float]:
     """k-NN (best k) and linear probe in per cent, by pooled token."""
-    subjects = [_subject(checkpoint, params, pool) for pool in POOLS]
+    subject = subject_of(checkpoint, params)
 
     def embed(pixels_BHWC: Tensor) -> Tensor:
-        return torch.cat([subject.embed(pixels_BHWC) for subject in subjects], dim=1)
+        tokens_BSD = subject.tokens(pixels_BHWC)
+        return torch.cat([pooled(tokens_BSD, pool) for pool in POOLS], dim=1)
 
-    size = subjects[0].size
-    sets = [embed_shards(str(images / f"{split}-*.tar"), embed, size, params.embed) for split in ("train", "test")]
+    shards = [str(images / f"{split}-*.tar") for split in ("train", "test")]
+    sets = [embed_shards(each, embed, subject.size, params.embed) for each in shards]
     results = {}
     for position, pool in enumerate(POOLS):
         train, test = (

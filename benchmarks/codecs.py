@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ablation import evaluate, spread
+from benchmarks.ablation import POOLS, evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.images.views import decode_jpeg
@@ -37,7 +37,6 @@ ROWS = {
     "klt-0.999": ("codec.name=klt", "codec.quality=0.999"),
     "klt-0.99": ("codec.name=klt", "codec.quality=0.99"),
 }
-POOLS = ("cls", "mean")
 VIEWS, PASSES = 2000, 5
 
 

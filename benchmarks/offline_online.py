@@ -23,7 +23,7 @@ from benchmarks.ablation import evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 
-SCENES, EPOCHS, CODEC_VIEWS = 2000, 30, 4
+SCENES, EPOCHS, CODEC_VIEWS = 2000, 24, 4
 VIEWS = ("1", "2", "4", "8", "16")
 CODECS = ("float16", "klt")
 ONLINE = "online"

@@ -32,6 +32,9 @@ from milan_pipe.weights_file import load_tensors, write_weights
 Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
 
+Tokens = Callable[[Tensor], Tensor]
+"""The same pixels to (B, S, D), the class token first."""
+
 
 def pooled(tokens_BSD: Tensor, pool: Pool) -> Tensor:
     """(B, D): the class token, or the mean of the patch tokens."""
@@ -92,13 +95,13 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
         )
 
 
-def student_embedder(encoder: VisionTransformer, pool: Pool, device: torch.device) -> Embedder:
-    """The encoder, moved to `device` in place and set to evaluation, as an `Embedder` of F = D; all patches are seen.
+def student_tokens(encoder: VisionTransformer, device: torch.device) -> Tokens:
+    """The encoder, moved to `device` in place and set to evaluation, as `Tokens`; all patches are seen.
 
     Pixels that are not of its input size raise ShapeError.
     """
     encoder.to(device).eval()
-    return lambda pixels_BHWC: pooled(encode_all(encoder, normalise(pixels_BHWC.to(device))), pool)
+    return lambda pixels_BHWC: encode_all(encoder, normalise(pixels_BHWC.to(device)))
 
 
 def kept_features(

@@ -18,12 +18,12 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.features import (
-    Embedder,
     LabelledFeatures,
+    Tokens,
     embed_shards,
     kept_features,
     pooled,
-    student_embedder,
+    student_tokens,
 )
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
@@ -45,7 +45,7 @@ class Subject:
     name: str
     identity: str
     size: int
-    embed: Embedder
+    tokens: Tokens
 
 
 def subject_of(checkpoint: str | Path, params: Params) -> Subject:
@@ -54,19 +54,20 @@ def subject_of(checkpoint: str | Path, params: Params) -> Subject:
     Raises:
         MissingError, DataError, MismatchError, SettingError: as `backbone_of`, or there is no such teacher.
     """
-    student, pool = params.student, params.embed.pool
-    device = resolve_device(params.pretrain.device)
+    student, device = params.student, resolve_device(params.pretrain.device)
     if str(checkpoint) != TEACHER:
         backbone = backbone_of(checkpoint, student, params.pretrain.seed)
-        embed = student_embedder(backbone.encoder(), pool, device)
-        return Subject(name=backbone.name, identity=backbone.digest(), size=backbone.settings.image_size, embed=embed)
+        tokens = student_tokens(backbone.encoder(), device)
+        size = backbone.settings.image_size
+        return Subject(name=backbone.name, identity=backbone.digest(), size=size, tokens=tokens)
     teacher = load_teacher(params.teacher, device, grid=grid_of(student))
-
-    def embed_by_teacher(pixels_BHWC: Tensor) -> Tensor:
-        return pooled(teacher(pixels_BHWC).features_BST, pool)
-
     identity = json.dumps(teacher.info.model_dump(mode="json"), sort_keys=True)
-    return Subject(name=TEACHER, identity=identity, size=student.image_size, embed=embed_by_teacher)
+    return Subject(
+        name=TEACHER,
+        identity=identity,
+        size=student.image_size,
+        tokens=lambda pixels_BHWC: teacher(pixels_BHWC).features_BST,
+    )
 
 
 def _identity_of(images: str | Path) -> list[str]:
@@ -143,6 +144,9 @@ class FrozenSets:
         self._subject = subject = subject_of(checkpoint, params)
         bad: list[str] = []
 
+        def features_of(pixels_BHWC: Tensor) -> Tensor:
+            return pooled(subject.tokens(pixels_BHWC), params.embed.pool)
+
         def embed(images: str | Path) -> LabelledFeatures:
             identity = {
                 "subject": subject.identity,
@@ -153,7 +157,7 @@ class FrozenSets:
 
             def compute() -> LabelledFeatures:
                 return embed_shards(
-                    images, subject.embed, subject.size, params.embed, lambda key, _: bad.append(key), on_progress
+                    images, features_of, subject.size, params.embed, lambda key, _: bad.append(key), on_progress
                 )
 
             return kept_features(features, identity, compute)

@@ -22,7 +22,8 @@ from milan_pipe.evaluation.features import (
     centre_view,
     check_same_task,
     embed_shards,
-    student_embedder,
+    pooled,
+    student_tokens,
 )
 from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.student.encoder import build_encoder, encode_all
@@ -112,7 +113,11 @@ def test_features_labels_and_order(tmp_path: Path) -> None:
 
 def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 70))
-    embedder = student_embedder(tiny_encoder(), "mean", torch.device("cpu"))
+    tokens = student_tokens(tiny_encoder(), torch.device("cpu"))
+
+    def embedder(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        return pooled(tokens(pixels_BHWC), "mean")
+
     one, four = (embed_shards(shard, embedder, SIZE, EmbedSettings(batch_size=16, threads=n)) for n in (1, 4))
     assert torch.equal(one.features_NF, four.features_NF)
     assert torch.equal(one.label_N, four.label_N)
@@ -179,27 +184,28 @@ def test_embedders_of_the_wrong_kind(tmp_path: Path) -> None:
 # --- the student
 
 
-def test_student_embedder_takes_the_tokens_it_says() -> None:
+def test_pooled_takes_the_tokens_it_says() -> None:
     encoder = tiny_encoder()
     encoder.train()
     pixels_BHWC = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         tokens = encode_all(encoder, ((pixels_BHWC / 255 - mean) / std).permute(0, 3, 1, 2))
-        cls, patches = (student_embedder(encoder, pool, torch.device("cpu"))(pixels_BHWC) for pool in ("cls", "mean"))
+        found = student_tokens(encoder, torch.device("cpu"))(pixels_BHWC)
+    cls, patches = pooled(found, "cls"), pooled(found, "mean")
     torch.testing.assert_close(cls, tokens[:, 0])
     torch.testing.assert_close(patches, tokens[:, 1:].mean(1))
     assert not encoder.training
     with pytest.raises(ShapeError, match="image_size"):
-        student_embedder(encoder, "cls", torch.device("cpu"))(pixels_BHWC[:, :4])
+        student_tokens(encoder, torch.device("cpu"))(pixels_BHWC[:, :4])
 
 
-def test_student_embedder_is_deterministic_with_drop_path() -> None:
+def test_student_tokens_are_deterministic_with_drop_path() -> None:
     encoder = tiny_encoder()
     encoder.blocks[0].drop_path1 = torch.nn.Dropout(0.5)
-    embedder = student_embedder(encoder.train(), "cls", torch.device("cpu"))
+    tokens = student_tokens(encoder.train(), torch.device("cpu"))
     pixels_BHWC = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8)
-    assert torch.equal(embedder(pixels_BHWC), embedder(pixels_BHWC))
+    assert torch.equal(tokens(pixels_BHWC), tokens(pixels_BHWC))
 
 
 # --- the record
