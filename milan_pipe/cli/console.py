@@ -103,8 +103,8 @@ def _log_lines(values: dict[str, Any]) -> Callable[..., None]:
         nonlocal began, told, first
         values.update(fields)
         now = time.monotonic()
-        if first is None:
-            # What was there before, as in a run that goes on, says nothing about the rate.
+        if first is None or completed <= first:
+            # What was there before, as in a run that goes on, says nothing about the rate; nor does preparation.
             began, first = now, completed
         if now - told < _LOG_SECONDS:
             return

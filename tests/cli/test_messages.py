@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.messages import Case, require_message
@@ -51,3 +52,13 @@ def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     first, second = capsys.readouterr().err.splitlines()
     assert first == "100 of 113, 0.1/s, shards"
     assert re.fullmatch(r"103 of 113, 0\.1/s, shards, 0:00:0\d left", second)
+
+
+def test_time_left_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 100.0, 200.0, 201.0])
+    monkeypatch.setattr("milan_pipe.cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress("what") as update:
+        for done, what in ((0, "reading"), (0, "reading"), (1, "")):
+            update(done, 10, what=what)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "1 of 10, 0:00:09 left"
