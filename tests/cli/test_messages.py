@@ -56,6 +56,7 @@ def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_time_left_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter([0.0, 100.0, 200.0, 201.0])
+    monkeypatch.setattr("milan_pipe.cli.console._LOG_SECONDS", 0.0)
     monkeypatch.setattr("milan_pipe.cli.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with progress("what") as update:
         for done, what in ((0, "reading"), (0, "reading"), (1, "")):
