@@ -2,11 +2,10 @@
 
     python -m benchmarks.offline_online WORK [--rows 1 4 online ...] [--seeds 0 1 2] [--set section.key=value ...]
 
-Rows are numbers of stored views, codecs (with CODEC_VIEWS views), and `online`: a teacher in every step on crops of
-which none is seen twice. For that row a store with as many views as epochs serves as the source of crops; its features
-are not read. WORK gets scenes, stores, runs and one file of results per row and seed; what is there is not done again,
-so that several processes may share rows and seeds. At the end the table of all results is printed, and drawn as
-WORK/offline-online.svg.
+Rows are numbers of stored views, and `online`: a teacher in every step on crops of which none is seen twice. For that
+row a store with as many views as epochs serves as the source of crops; its features are not read. WORK gets scenes,
+stores, runs and one file of results per row and seed; what is there is not done again, so that several processes may
+share rows and seeds. At the end the table of all results is printed, and drawn as WORK/offline-online.svg.
 """
 
 from __future__ import annotations
@@ -23,20 +22,14 @@ from benchmarks.ablation import evaluate, spread
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 
-SCENES, EPOCHS, CODEC_VIEWS = 2000, 24, 4
+SCENES, EPOCHS = 2000, 24
 VIEWS = ("1", "2", "4", "8", "16")
-CODECS = ("float16", "klt")
 ONLINE = "online"
 BASE = (f"prepare.train_scenes={SCENES}", f"pretrain.epochs={EPOCHS}", "pretrain.warmup_epochs=3")
 
 
 def _settings(row: str, overrides: list[str]) -> list[str]:
-    if row == ONLINE:
-        own = [f"views.count={EPOCHS}", "pretrain.targets=online"]
-    elif row in CODECS:
-        own = [f"views.count={CODEC_VIEWS}", f"codec.name={row}"]
-    else:
-        own = [f"views.count={row}"]
+    own = [f"views.count={EPOCHS}", "pretrain.targets=online"] if row == ONLINE else [f"views.count={row}"]
     return [*BASE, *own, *overrides]
 
 
@@ -72,8 +65,7 @@ def _table(work: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     titles = {
-        **{row: f"{row} stored view{'s' if row != '1' else ''}, int8" for row in VIEWS},
-        **{codec: f"{CODEC_VIEWS} stored views, {codec}" for codec in CODECS},
+        **{row: f"{row} stored view{'s' if row != '1' else ''}" for row in VIEWS},
         ONLINE: "teacher in every step, fresh crops",
     }
     for row, title in titles.items():
@@ -125,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    rows = [*VIEWS, *CODECS, ONLINE]
+    rows = [*VIEWS, ONLINE]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
