@@ -35,6 +35,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
     return "bfloat16" if device.type == "cpu" and capabilities.get("amx_bf16") else "float32"
 
 
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Passes in it run in a resolved precision; in float32, as they are."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes: on a CUDA device, the most that tensors took so far; else this process's resident memory now.
 

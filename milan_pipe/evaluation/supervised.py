@@ -19,7 +19,7 @@ from milan_pipe.config.evaluation import FinetuneSettings, LarsProbeSettings, Se
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.training import RESUMABLE
-from milan_pipe.devices import resolve_precision
+from milan_pipe.devices import autocast, resolve_precision
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.augment import kept_generators
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
@@ -186,8 +186,7 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
         return self._load(take, collate, self._val, requests)
 
     def _autocast(self) -> torch.autocast:
-        precision = self.settings.precision
-        return torch.autocast(self._ranks.device.type, dtype=getattr(torch, precision), enabled=precision != "float32")
+        return autocast(self.settings.precision, self._ranks.device)
 
     def bad(self) -> int:
         """Images that could not be read, on this rank."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from milan_pipe.config.teacher import ClipSettings
-from milan_pipe.devices import resolve_precision
+from milan_pipe.devices import autocast, resolve_precision
 from milan_pipe.teacher.native import NativeFamily
 from milan_pipe.weights_file import load_tensors, load_weights
 
@@ -161,9 +161,8 @@ class ClipInTraining(nn.Module):
         """The whole loss of a batch, a float32 scalar."""
         settings, device = self._settings, pixels_BCHW.device
         precision = resolve_precision(settings.precision, device)
-        autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
         # The text tower's, which does not go by `attend`: on a CPU the fused kernel is slow backwards in bfloat16.
-        with sdpa_kernel(SDPBackend.MATH), autocast:
+        with sdpa_kernel(SDPBackend.MATH), autocast(precision, device):
             features_BST, row_BL = self._family.outputs(self.clip.visual, pixels_BCHW)
             assert self._early is not None
             local_BLT = self.local(self._early[:, 1:])

@@ -217,7 +217,6 @@ def train_clip(
     began, folder = time.monotonic(), local_folder(out, "models")
     if (folder / HF_CONFIG_NAME).exists():
         raise DataError(f"{folder} has a model already; name another folder, or remove it")
-    make_folder(folder)
 
     def reading(count: int) -> None:
         rate = count / (time.monotonic() - began)
@@ -234,6 +233,8 @@ def train_clip(
     words = Words.of(distinct, settings.vocabulary, settings.context_length)
     if not words.words:
         raise DataError(f"captions of {images} have no words to learn; write what the images show")
+    # Before the work, not after it.
+    make_folder(folder)
     # Captions that read alike are one, or each would be held to be false of the other's images.
     ids_NC, number_of = torch.unique(words(distinct), dim=0, return_inverse=True)
     numbers = dict(zip(distinct, number_of.tolist(), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from milan_pipe.config.training import Precision
-from milan_pipe.devices import resolve_precision
+from milan_pipe.devices import autocast, resolve_precision
 
 B = TypeVar("B")
 
@@ -64,8 +64,7 @@ class Stepper(Generic[B]):
 
     def loss(self, part: B, epoch: int) -> Tensor:
         """Loss of one part, in the chosen precision."""
-        precision = self._precision
-        with torch.autocast(self._device.type, dtype=getattr(torch, precision), enabled=precision != "float32"):
+        with autocast(self._precision, self._device):
             return self._loss_of(part, epoch)
 
     def _clipped_norm(self) -> Tensor:
