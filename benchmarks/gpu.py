@@ -1,24 +1,28 @@
-"""What a GPU reaches, as a Markdown table: the step, extraction, waiting for data, online against offline targets.
+"""What a GPU reaches, as OUT/gpu.json and OUT/gpu.md.
 
-    python -m benchmarks.gpu WORK [--batch 512] [--images 4000] [--views 8] [--device cuda] > table.md
-    python -m benchmarks.gpu WORK --device cpu --quick
+    python -m benchmarks.gpu OUT [--minutes 14] [--images 2000] [--views 8]
+    python -m benchmarks.gpu OUT --quick --device cpu
 
-The student is ViT-B/16 at 224 pixels with the recipe's decoder, the teacher ViT-B-16 with random weights; images are
-drawn, 500 x 375. A step is forward, backward and AdamW in bfloat16, compiled, of one batch in memory; its share of the
-matrix rate counts the products of the step that is not compiled. Waiting is what `pretrain` reports over the last three
-quarters of a run on the store that was extracted. --quick takes small models, to see that all of it runs.
+On one card, with the package's own dependencies and no network: teachers have random weights, images are drawn,
+500 x 375. Students are ViT-B/16 and ViT-L/16 at 224 pixels with the recipe's decoder. A step is forward, backward and
+AdamW in bfloat16 on one batch in memory; its share of the matrix rate counts the products of the step that is not
+compiled. Rows come in the order of their weight; what has not begun when the minutes are over is left out and said so,
+and a row that fails says why. --quick takes small models, to see that all of it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shutil
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +32,8 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.plain import PlainStudent
+from milan_pipe.attention import choose_attention
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
@@ -35,197 +41,374 @@ from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction.run import extract_targets
-from milan_pipe.loader.order import BatchPlan, EpochOrder
-from milan_pipe.loader.stream import Batch, Loader
-from milan_pipe.pretraining.objective import build_objective
+from milan_pipe.loader.order import Block
+from milan_pipe.loader.stream import Batch, read_batch
+from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.targets.schema import BLOCK_SAMPLES
-from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.teacher.clip import load_teacher, load_teacher_of
+from milan_pipe.training.checkpoint import checkpoints_of, save_checkpoint
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper
 
-SHARD_IMAGES, DISTINCT = 250, 250
+SHARD_IMAGES, LOSS_STEPS = 250, 50
+DECODER = DecoderSettings(width=512, depth=8, heads=16)
+STUDENTS = {
+    "ViT-B/16": StudentSettings(
+        model="vit_base_patch16_224", image_size=224, patch_size=16, width=768, depth=12, heads=12
+    ),
+    "ViT-L/16": StudentSettings(
+        model="vit_large_patch16_224", image_size=224, patch_size=16, width=1024, depth=24, heads=16
+    ),
+}
+TEACHERS = {
+    "ViT-B-16": TeacherSettings(model="ViT-B-16", pretrained="random"),
+    "ViT-L-14": TeacherSettings(model="ViT-L-14", pretrained="random", image_size=196),
+}
+QUICK_STUDENT = StudentSettings(image_size=64, patch_size=8, width=64, depth=2, heads=2)
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Bench:
     """What is measured, and on what."""
 
-    work: Path
+    out: Path
     device: torch.device
-    batch: int
+    quick: bool
     images: int
     views: int
-    rounds: int
-    matrix: int
-    epochs: int
-    params: Params
 
+    @property
+    def students(self) -> dict[str, StudentSettings]:
+        return {"small": QUICK_STUDENT} if self.quick else STUDENTS
 
-def job_of(options: argparse.Namespace) -> Job:
-    quick, device = options.quick, torch.device(options.device)
-    size = 64 if quick else 224
-    student = StudentSettings(image_size=64, patch_size=8, width=64, depth=2, heads=2)
-    decoder = DecoderSettings(width=32, depth=1, heads=2)
-    if not quick:
-        student = StudentSettings(
-            model="vit_base_patch16_224", image_size=size, patch_size=16, width=768, depth=12, heads=12
+    @property
+    def teachers(self) -> dict[str, TeacherSettings]:
+        return {"demo": TeacherSettings()} if self.quick else TEACHERS
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return (16, 32) if self.quick else (256, 512, 1024)
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.quick else 10
+
+    def params(self, student: StudentSettings | None = None, **pretraining: Any) -> Params:
+        """Settings of a run of a student, the first by default, and of the extraction for it."""
+        cores = len(os.sched_getaffinity(0))
+        fixed = {"precision": "bfloat16", "device": str(self.device), "threads": cores, "checkpoint_minutes": None}
+        recipe: Any = {"log_every": 1, **fixed, **pretraining}
+        return Params(
+            teacher=next(iter(self.teachers.values())),
+            views=ViewSettings(count=self.views, scale=(0.2, 1)),
+            student=student or next(iter(self.students.values())),
+            decoder=DecoderSettings(width=32, depth=1, heads=2) if self.quick else DECODER,
+            extract=ExtractSettings(batch_size=32 if self.quick else 256, device=str(self.device)),
+            pretrain=PretrainSettings(**recipe),
         )
-        decoder = DecoderSettings(width=512, depth=8, heads=16)
-    batch = 32 if quick else options.batch
-    epochs = 2 if quick else 8
-    cores = len(os.sched_getaffinity(0))
-    compiled = not (quick and device.type == "cpu")
-    recipe = {"batch_size": batch, "epochs": epochs, "precision": "bfloat16", "compile": compiled, "log_every": 1}
-    params = Params(
-        teacher=TeacherSettings() if quick else TeacherSettings(model="ViT-B-16", pretrained="random"),
-        views=ViewSettings(count=2 if quick else options.views, scale=(0.2, 1)),
-        student=student,
-        decoder=decoder,
-        extract=ExtractSettings(batch_size=32 if quick else 256, device=options.device),
-        pretrain=PretrainSettings(device=options.device, threads=cores, checkpoint_minutes=None, **recipe),
-    )
-    return Job(
-        work=options.work,
-        device=device,
-        batch=batch,
-        images=128 if quick else options.images,
-        views=params.views.count,
-        rounds=3 if quick else 20,
-        matrix=1024 if quick else 8192,
-        epochs=epochs,
-        params=params,
-    )
 
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
-def draw_images(job: Job) -> Path:
-    """Shards of smooth noise of a photograph's size, so that JPEG finds about as much in it."""
-    folder = job.work / "images"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    files = []
-    for _ in range(min(DISTINCT, job.images)):
-        coarse = Image.fromarray(rng.integers(0, 256, (47, 62, 3), np.uint8)).resize(
-            (500, 375), Image.Resampling.BICUBIC
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Median of some rounds, after three that do not count."""
+        found = []
+        for number in range(self.rounds + 3):
+            self.sync()
+            began = time.perf_counter()
+            call()
+            self.sync()
+            if number > 2:
+                found.append(time.perf_counter() - began)
+        return median(found)
+
+    @cached_property
+    def matrix_rate(self) -> float:
+        """Operations a second in a product of two bfloat16 matrices."""
+        side = 1024 if self.quick else 8192
+        left, right = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        return 2 * side**3 / self.seconds(lambda: left @ right)
+
+    @cached_property
+    def shards(self) -> Path:
+        """Image shards of smooth noise of a photograph's size, so that JPEG finds about as much in it."""
+        folder = self.out / "images"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        files = []
+        for _ in range(min(SHARD_IMAGES, self.images)):
+            coarse = Image.fromarray(rng.integers(0, 256, (47, 62, 3), np.uint8))
+            data = io.BytesIO()
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
+            files.append(data.getvalue())
+        for shard, start in enumerate(range(0, self.images, SHARD_IMAGES)):
+            with tarfile.open(folder / f"images-{shard:06d}.tar", "w") as tar:
+                for number in range(start, min(start + SHARD_IMAGES, self.images)):
+                    info = tarfile.TarInfo(f"{number:06d}.jpg")
+                    info.size = len(files[number % len(files)])
+                    tar.addfile(info, io.BytesIO(files[number % len(files)]))
+        return folder
+
+    @cached_property
+    def extraction(self) -> Values:
+        """All of an extraction against the teacher alone, on the same number of views at a time."""
+        targets = self.out / "targets"
+        shutil.rmtree(targets, ignore_errors=True)
+        params = self.params()
+        report = extract_targets(self.shards, targets, params)
+        teacher = load_teacher(params.teacher, self.device, grid=open_targets(targets).header.teacher.grid)
+        size, batch = params.student.image_size, params.extract.batch_size
+        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=self.device)
+        bare = batch / self.seconds(lambda: teacher(pixels))
+        return {
+            "views/s": report.views_per_second,
+            "bare teacher, views/s": bare,
+            "extraction ÷ bare teacher": report.views_per_second / bare,
+            **{f"{phase}, s": seconds for phase, seconds in report.phases.items()},
+            "in all, s": report.seconds,
+        }
+
+    @cached_property
+    def store(self) -> TargetStore:
+        """The targets that the extraction wrote."""
+        assert self.extraction
+        return open_targets(self.out / "targets")
+
+    def batch(self, size: int) -> Batch:
+        """Stored samples on the device, over and over."""
+        count = min(128, self.store.samples(self.store.shards[0]))
+        some = read_batch(self.store, Block(0, 0, 0, count))
+        row_B = torch.arange(size) % count
+        return Batch(
+            keys=tuple(some.keys[row] for row in row_B.tolist()), **some.each(lambda values: values[row_B])
+        ).to(self.device)
+
+    def stepper(self, objective: Objective, precision: Any = "bfloat16") -> Stepper[Batch]:
+        """Pretraining's own steps."""
+        choose_attention(objective, self.device, getattr(torch, precision))
+        return Stepper(
+            build_adamw(objective.student, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05),
+            objective,
+            split=lambda batch: batch.parts(1),
+            device=self.device,
+            precision=precision,
         )
-        data = io.BytesIO()
-        coarse.save(data, "JPEG", quality=90)
-        files.append(data.getvalue())
-    for shard, start in enumerate(range(0, job.images, SHARD_IMAGES)):
-        with tarfile.open(folder / f"images-{shard:06d}.tar", "w") as tar:
-            for number in range(start, min(start + SHARD_IMAGES, job.images)):
-                info = tarfile.TarInfo(f"{number:06d}.jpg")
-                info.size = len(files[number % len(files)])
-                tar.addfile(info, io.BytesIO(files[number % len(files)]))
-    return folder
+
+    def objective(
+        self, student: StudentSettings, *, compiled: bool = False, header: Any = None, teach: Any = None
+    ) -> Any:
+        """A fresh student with its loss."""
+        return build_objective(header or self.store.header, self.params(student, compile=compiled), self.device, teach)
+
+    def step_seconds(self, objective: Objective, batch: Batch) -> float:
+        step = self.stepper(objective)
+        return self.seconds(lambda: step(batch, 0, 1e-4))
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Median of some rounds, after three that do not count."""
-    found = []
-    for number in range(rounds + 3):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if number > 2:
-            found.append(time.perf_counter() - began)
-    return median(found)
-
-
-def matrix_rate(job: Job) -> float:
-    """Operations a second in a product of two bfloat16 matrices."""
-    left, right = (torch.randn(job.matrix, job.matrix, device=job.device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * job.matrix**3 / seconds_of(lambda: left @ right, job.device, job.rounds)
-
-
-def stepper_of(job: Job, header: Any, teach: Any, compiled: bool) -> Stepper[Batch]:
-    recipe = job.params.pretrain.model_copy(update={"compile": compiled})
-    objective = build_objective(header, job.params.model_copy(update={"pretrain": recipe}), job.device, teach)
-    return Stepper(
-        build_adamw(objective.student, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05),
-        objective,
-        split=lambda batch: batch.parts(1),
-        device=job.device,
-        precision="bfloat16",
-    )
-
-
-def one_batch(job: Job, reader: Any) -> Batch:
-    order = EpochOrder(
-        samples=tuple(reader.samples(shard) for shard in reader.shards),
-        views=job.views,
-        block=BLOCK_SAMPLES,
-        shuffle_blocks=1,
-        seed=0,
-    )
-    with Loader(reader, BatchPlan(order=order, batch_size=job.batch), threads=2, with_targets=True) as loader:
-        return next(loader.batches(0))
-
-
-def data_wait(job: Job, targets: Path) -> float:
-    """Share of the time that `pretrain` waits for batches, once it is under way."""
-    seen: list[TrainProgress] = []
-    run = job.work / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    pretrain(targets, run, job.params, on_progress=seen.append)
-    first, last = seen[len(seen) // 4], seen[-1]
-    return (last.data_wait * last.seconds - first.data_wait * first.seconds) / (last.seconds - first.seconds)
-
-
-def measure(job: Job) -> list[tuple[str, str, str]]:
-    """What, what it came to, and what it is to reach."""
-    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
-    rows = [("device", f"{name}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores", "")]
-    rate = matrix_rate(job)
-    rows.append(("bfloat16 matrix product", f"{rate / 1e12:.1f} TFLOP/s", ""))
-
-    images, targets = draw_images(job), job.work / "targets"
-    shutil.rmtree(targets, ignore_errors=True)
-    report = extract_targets(images, targets, job.params)
-    reader = open_targets(targets)
-    size, batch_size = job.params.student.image_size, job.params.extract.batch_size
-    teacher = load_teacher(job.params.teacher, job.device, grid=reader.header.teacher.grid)
-    pixels = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8)
-    bare = batch_size / seconds_of(lambda: teacher(pixels).features_BST.cpu(), job.device, job.rounds)
-    rows.append(("extraction, views/s", f"{report.views_per_second:.0f}", ""))
-    rows.append(("bare teacher, views/s", f"{bare:.0f}", ""))
-    rows.append(("extraction ÷ bare teacher", f"{report.views_per_second / bare:.2f}", "0.95"))
-
-    batch = one_batch(job, reader)
+def step(bench: Bench, name: str, size: int, compiled: bool) -> Values:
+    """One kind of step."""
+    student, batch = bench.students[name], bench.batch(size)
+    plain = bench.stepper(bench.objective(student))
     with FlopCounterMode(display=False) as counter:
-        stepper_of(job, reader.header, None, False)(batch, 0, 1e-4)
-    compiled = job.params.pretrain.compile
-    offline = stepper_of(job, reader.header, None, compiled)
-    seconds = seconds_of(lambda: offline(batch, 0, 1e-4), job.device, job.rounds)
-    count = len(batch.keys)
-    rows.append((f"step, batch {count}, images/s", f"{count / seconds:.0f}", "5,000"))
-    share = counter.get_total_flops() / seconds / rate
-    rows.append(("step's share of the matrix rate", f"{100 * share:.0f} %", "40 %"))
-    teach = load_teacher_of(reader.header, job.params.teacher, job.device, targets).online_targets
-    online = stepper_of(job, reader.header, teach, compiled)
-    ratio = seconds_of(lambda: online(batch, 0, 1e-4), job.device, job.rounds) / seconds
-    rows.append(("online ÷ offline step", f"{ratio:.2f}", "1.5"))
-    rows.append(("pretrain waits for data", f"{100 * data_wait(job, targets):.1f} %", "2 %"))
+        plain(batch, 0, 1e-4)
+    del plain
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds = bench.step_seconds(bench.objective(student, compiled=compiled), batch)
+    found = {
+        "images/s": size / seconds,
+        "share of the matrix rate, %": 100 * counter.get_total_flops() / seconds / bench.matrix_rate,
+    }
+    if bench.device.type == "cuda":
+        found["peak memory, GiB"] = torch.cuda.max_memory_allocated(bench.device) / 2**30
+    return found
+
+
+def published(bench: Bench) -> Values:
+    """The published structure's step ÷ ours, neither compiled."""
+    name, student = next(iter(bench.students.items()))
+    batch = bench.batch(bench.batches[0])
+    theirs = bench.objective(student)
+    theirs.student = PlainStudent(theirs.student)
+    seconds = bench.step_seconds(theirs, batch), bench.step_seconds(bench.objective(student), batch)
+    return {"student": name, "batch": len(batch.keys), "published ÷ ours": seconds[0] / seconds[1]}
+
+
+def online(bench: Bench, name: str) -> Values:
+    """The step with the teacher in it ÷ the step on stored targets."""
+    settings, student = bench.teachers[name], next(iter(bench.students.values()))
+    compiled = bench.device.type == "cuda"
+    loaded = load_teacher(settings, bench.device, grid=bench.store.header.teacher.grid)
+    header: StoreHeader = bench.store.header.model_copy(update={"teacher": loaded.info})
+    teach = load_teacher_of(header, settings, bench.device, "the benchmark").online_targets
+    batch = bench.batch(bench.batches[0])
+    offline = bench.step_seconds(bench.objective(student, compiled=compiled), batch)
+    with_teacher = bench.objective(student, compiled=compiled, header=header, teach=teach)
+    return {"batch": len(batch.keys), "online ÷ offline": bench.step_seconds(with_teacher, batch) / offline}
+
+
+def _run(bench: Bench, run: str, stop: int | None = None, **recipe: Any) -> list[TrainProgress]:
+    class StopError(Exception):
+        pass
+
+    seen: list[TrainProgress] = []
+
+    def on_progress(now: TrainProgress) -> None:
+        seen.append(now)
+        if now.step == stop:
+            raise StopError
+
+    with suppress(StopError):
+        pretrain(bench.out / "targets", bench.out / run, bench.params(**recipe), on_progress=on_progress)
+    return seen
+
+
+def waiting(bench: Bench) -> Values:
+    """Real pretraining on the real store: the share of the time that it waits, over its last three quarters."""
+    assert bench.extraction
+    size, epochs = bench.batches[-2], 2 if bench.quick else 12
+    shutil.rmtree(bench.out / "run", ignore_errors=True)
+    seen = _run(bench, "run", batch_size=size, epochs=epochs, compile=bench.device.type == "cuda")
+    first, last = seen[len(seen) // 4], seen[-1]
+    seconds = last.seconds - first.seconds
+    return {
+        "batch": size,
+        "data_wait, %": 100 * (last.data_wait * last.seconds - first.data_wait * first.seconds) / seconds,
+        "images/s": size * (last.step - first.step) / seconds,
+    }
+
+
+def checkpoint(bench: Bench) -> Values:
+    """A checkpoint of student, decoder and optimiser, to OUT."""
+    objective = bench.objective(next(iter(bench.students.values())))
+    weights = objective.student.state_dict()
+    folder = bench.out / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    parts = {
+        name: {key: value.cpu() for key, value in weights.items()} for name in ("student", "mean", "mean of squares")
+    }
+    save_checkpoint(folder, 1, parts, {"finished": False})
+    seconds = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in checkpoints_of(folder)[0].iterdir())
+    return {"s": seconds, "GB": size / 1e9, "GB/s": size / 1e9 / seconds}
+
+
+def precisions(bench: Bench) -> Values:
+    """Losses of 50 steps on one batch, in each type."""
+    student, batch = next(iter(bench.students.values())), bench.batch(min(bench.batches[0], 64))
+    curves = {}
+    for precision in ("float32", "bfloat16", "float16"):
+        step = bench.stepper(bench.objective(student), precision)
+        curves[precision] = [float(step(batch, 0, 1e-4).loss) for _ in range(5 if bench.quick else LOSS_STEPS)]
+    reference = curves["float32"]
+    apart = {
+        f"{name}, farthest from float32": max(abs(a - b) for a, b in zip(curve, reference, strict=True))
+        for name, curve in curves.items()
+        if name != "float32"
+    }
+    return {"first loss": reference[0], "last loss": reference[-1], **apart, "curves": curves}
+
+
+def resume(bench: Bench) -> Values:
+    """A run that is broken off and goes on, against one that is not."""
+    assert bench.extraction
+    recipe = {"batch_size": bench.batches[0] // 2, "epochs": 2, "checkpoint_every": 2}
+    for run in ("whole", "broken"):
+        shutil.rmtree(bench.out / run, ignore_errors=True)
+    whole = [now.loss for now in _run(bench, "whole", **recipe)]
+    _run(bench, "broken", stop=5, **recipe)
+    rest = [now.loss for now in _run(bench, "broken", **recipe)]
+    expected = whole[-len(rest) :]
+    return {"steps": len(rest), "farthest apart": max(abs(a - b) for a, b in zip(rest, expected, strict=True))}
+
+
+def rows_of(bench: Bench) -> dict[str, tuple[Callable[[], Values], str]]:
+    """What to measure by name, with the goal, in the order of weight."""
+    rows: dict[str, tuple[Callable[[], Values], str]] = {
+        "extraction": (lambda: bench.extraction, "÷ bare teacher 0.95 with 16 cores"),
+        "waiting for data": (lambda: waiting(bench), "2 %"),
+    }
+    cuda = bench.device.type == "cuda"
+    for compiled in (True, False) if cuda else (False,):
+        for name in bench.students:
+            for size in bench.batches:
+                title = f"step, {name}, batch {size}, {'compiled' if compiled else 'eager'}"
+                goal = "5,000 images/s, 40 %" if name == "ViT-B/16" and compiled and size >= 512 else ""
+                rows[title] = (lambda name=name, size=size, compiled=compiled: step(bench, name, size, compiled), goal)  # type: ignore[misc]
+    for name in bench.teachers:
+        rows[f"online, {name}"] = (lambda name=name: online(bench, name), "1.5" if name == "ViT-B-16" else "")  # type: ignore[misc]
+    rows["published structure"] = (lambda: published(bench), "")
+    rows["losses by precision"] = (lambda: precisions(bench), "")
+    rows["checkpoint"] = (lambda: checkpoint(bench), "")
+    rows["resume"] = (lambda: resume(bench), "")
     return rows
 
 
-def main() -> None:
+def _told(values: Values) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+        if name != "curves"
+    )
+
+
+def main() -> int:
+    """Measure, and write after each row, so that nothing is lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, default=14)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--quick", action="store_true")
-    rows = measure(job_of(parser.parse_args()))
-    print("| what | measured | goal |\n|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    options = parser.parse_args()
+    began, device = time.monotonic(), torch.device(options.device)
+    bench = Bench(
+        options.out,
+        device,
+        options.quick,
+        128 if options.quick else options.images,
+        2 if options.quick else options.views,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    machine = {"card": card, "torch": torch.__version__, "cores": len(os.sched_getaffinity(0))}
+    report: dict[str, Any] = {**machine, "rows": {}}
+    lines = [
+        f"{card}, torch {machine['torch']}, {machine['cores']} cores",
+        "",
+        "| what | measured | goal |",
+        "|---|---|---|",
+    ]
+    failed = 0
+    rows = {"bfloat16 matrix product": (lambda: {"TFLOP/s": bench.matrix_rate / 1e12}, ""), **rows_of(bench)}
+    for name, (measure, goal) in rows.items():
+        if time.monotonic() - began > 60 * options.minutes:
+            values: Values = {"left out": "no time left"}
+        else:
+            try:
+                values = measure()
+            # Each row stands for itself: what one fails of is its result.
+            except Exception as error:
+                failed += 1
+                values = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        report["rows"][name] = {**values, "goal": goal}
+        lines.append(f"| {name} | {_told(values)} | {goal} |")
+        print(lines[-1], flush=True)
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "gpu.md").write_text("\n".join(lines) + "\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

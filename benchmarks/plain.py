@@ -1,8 +1,9 @@
-"""The same student and teacher computed in the plain way, over the same weights: what the fast paths are timed against.
+"""The same student and teacher computed as published code does, over the same weights: what ours is timed against.
 
-Student: every patch is projected by the convolution, the visible ones are picked afterwards; attention is a matrix
-product, a softmax over the whole map, and another product; every decoder block puts all tokens back into raster order
-before its attention. Teacher: the last block's attention map of all tokens, averaged over heads.
+Student: every patch is projected by the convolution, the visible ones are picked afterwards; the encoder's attention is
+torch's fused one, as in timm's blocks; the decoder's is a matrix product, a softmax over the whole map, and another
+product, and each of its blocks puts all tokens back into raster order first. Teacher: the last block's attention map of
+all tokens, averaged over heads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from milan_pipe.student.masking import MaskSplit
 from milan_pipe.student.model import MaskedStudent
@@ -33,7 +35,7 @@ def _pick(tokens: Tensor, index: Tensor) -> Tensor:
 def _encoder_block(block: Any, tokens: Tensor) -> Tensor:
     attention = block.attn
     query, key, value = (_heads(part, attention.num_heads) for part in attention.qkv(block.norm1(tokens)).chunk(3, -1))
-    mixed = _attend(query, key, value).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     tokens = tokens + attention.proj(mixed)
     return tokens + block.mlp(block.norm2(tokens))
 

@@ -9,7 +9,8 @@ step    forward, backward and AdamW of one batch: ours and `benchmarks.plain` ta
         is checked that both give the same loss. With --compile and --precision on a GPU.
 online  the same step with the teacher in it, ours and plain, against the offline step; all take turns.
 loader  views read, checksummed, decoded and batched, and webdataset that decodes the originals with the usual random
-        crop, flip and conversion to a tensor, pinned to one core and on all.
+        crop, flip and conversion to a tensor, pinned to one core and on all. The last column is the thread that puts
+        batches together: it alone cannot be multiplied by `pretrain.threads`.
 wait    the share of the time that `pretrain` waits for data, over a store that is in the page cache.
 memory  resident memory of `pretrain` over 2,000 steps, on 10 and on 200 shards, each in a process of its own.
 """
@@ -25,14 +26,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from benchmarks.plain import PlainStudent, PlainTeacher
 from benchmarks.reading import _block, _header, _records
@@ -43,11 +44,13 @@ from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import resolve_precision
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.views import draw_view, encode_jpeg, render_view
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
+from milan_pipe.student.masking import mask_noise
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.teacher.clip import load_teacher, load_teacher_of
@@ -75,9 +78,9 @@ def jpegs(work: Path, photos: Path) -> list[bytes]:
         beside = folder.with_suffix(".making")
         beside.mkdir(parents=True, exist_ok=True)
         for number, data in enumerate(originals(photos)):
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            view = draw_view(ViewSettings(), str(number), 0, image.height, image.width)
-            (beside / f"{number:05d}.jpg").write_bytes(encode_jpeg(render_view(image, view, SIZE), 95))
+            image_HWC = decode_pixels(data)
+            view = draw_view(ViewSettings(), str(number), 0, *image_HWC.shape[:2])
+            (beside / f"{number:05d}.jpg").write_bytes(encode_jpeg(render_view(image_HWC, view, SIZE), 95))
         beside.rename(folder)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
@@ -210,16 +213,18 @@ def bench_online(work: Path, photos: Path, options: argparse.Namespace) -> None:
         )
 
 
-def loader_rate(store: Path, threads: int, images: int) -> float:
-    """Images a second of our loader, after a first batch."""
+def loader_rate(store: Path, threads: int, images: int) -> dict[str, float]:
+    """Images a second of our loader, after a first batch, and CPU of the one thread that puts batches together."""
     reader, plan = plan_of(store, 64)
-    with Loader(reader, plan, threads=threads, with_targets=True) as loader:
-        batches: Iterator[Batch] = itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
+    noise = partial(mask_noise, 0, patches=reader.header.patches)
+    with Loader(reader, plan, threads=threads, with_targets=True, draw_noise=noise) as loader:
+        batches = loader.batches(0, stop=10**6)
         next(batches)
-        began, done = time.perf_counter(), 0
+        began, began_cpu, done = time.perf_counter(), time.thread_time(), 0
         while done < images:
             done += len(next(batches).keys)
-        return done / (time.perf_counter() - began)
+        seconds, cpu = time.perf_counter() - began, time.thread_time() - began_cpu
+        return {"images_per_second": done / seconds, "microseconds": 1e6 * cpu / done}
 
 
 def webdataset_rate(tar: Path, workers: int, images: int) -> float:
@@ -266,12 +271,14 @@ def bench_loader(work: Path, photos: Path, options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     every = {"ours": loader_rate(store, cores, 32_768), "webdataset": webdataset_rate(tar, cores, 2_048)}
-    print("| cores | ours, images/s | webdataset on originals, images/s | ÷ |")
-    print("|---|---|---|---|")
+    print(
+        "| cores | ours, images/s | webdataset on originals, images/s | ÷ | ours, CPU of the one thread, µs an image |"
+    )
+    print("|---|---|---|---|---|")
     for count, rates in ((1, one), (cores, every)):
-        print(
-            f"| {count} | {rates['ours']:.0f} | {rates['webdataset']:.0f} | {rates['ours'] / rates['webdataset']:.1f} |"
-        )
+        ours, theirs = rates["ours"], rates["webdataset"]
+        cells = [f"{ours['images_per_second']:.0f}", f"{theirs:.0f}", f"{ours['images_per_second'] / theirs:.1f}"]
+        print(f"| {count} | {' | '.join(cells)} | {ours['microseconds']:.1f} |")
 
 
 def bench_wait(work: Path, photos: Path, options: argparse.Namespace) -> None:

@@ -1,11 +1,15 @@
-"""Which device a setting names."""
+"""Which device a setting names, and its queues of work."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from milan_pipe.config.training import Precision
 from milan_pipe.errors import SettingError
@@ -24,6 +28,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def cards() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
     """`auto` is bfloat16 on what has units for it, a CUDA device or a CPU with AMX, else float32."""
     if precision != "auto":
@@ -38,6 +48,28 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Passes in it run in a resolved precision; in float32, as they are."""
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+class SideStream:
+    """A second queue of work on a CUDA device, beside the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def beside(self) -> Iterator[torch.cuda.Stream]:
+        """Work inside goes to this queue, which waits for nothing of the others."""
+        assert self._stream is not None, "a CPU has no queues"
+        with torch.cuda.stream(self._stream):
+            yield self._stream
+
+    def hand_over(self, *made: Tensor) -> None:
+        """Have the current queue wait for what this one has so far; it may then use `made`."""
+        assert self._stream is not None, "a CPU has no queues"
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_stream(self._stream)
+        for tensor in made:
+            tensor.record_stream(current)
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -35,8 +35,12 @@ def extract_targets(
         str | None, typer.Option("--format", metavar="zarr|webdataset", help="Format of the store (extract.format).")
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option("--workers", metavar="N", help="Processes of a Dask cluster on this machine (extract.workers)."),
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N|auto",
+            help="Processes of a Dask cluster on this machine, auto: one for each GPU (extract.workers).",
+        ),
     ] = None,
     scheduler: Annotated[
         str | None,

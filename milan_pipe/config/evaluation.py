@@ -73,7 +73,9 @@ class FinetuneSettings(SupervisedSettings):
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block; it rises linearly from 0")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of a mean of the weights, which is then evaluated")
     image_size: int | None = Field(None, ge=1, description="side of the input; none: the student's")
-    crop: float = Field(1.0, gt=0, le=1, description="at test time: side of the centre square over the shorter side")
+    crop: float | None = Field(
+        1.0, gt=0, le=1, description="as lars_probe.crop; none: 0.875 for inputs of up to 224 pixels, 1 above"
+    )
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the labels that is used, of each class")
     eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
 
@@ -112,6 +114,7 @@ class SegmentSettings(SupervisedSettings):
     blocks: tuple[int, ...] | None = Field(None, description="four that make the pyramid; none: 3, 5, 7, 11 of 12")
     channels: int = Field(48, ge=1, description="of UperNet's decoder")
     auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss")
+    over_all_pixels: bool = Field(False, description="divide the loss by all pixels, those without a class as well")
     classes: int | str | None = Field(None, description="number of classes, or a file with their names, one a line")
     ignore_index: int = Field(255, ge=0, description="value of masks that stands for no class")
     reduce_zero_label: bool | None = Field(None, description="0 is no class, k class k - 1; none: as ADE20K's layout")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from milan_pipe.config.base import Settings
 from milan_pipe.config.targets import StoreFormat
@@ -15,14 +16,19 @@ class ExtractSettings(Settings):
     """How stage 1 runs; only `format`, `batch_size` and `teacher_threads` can change a byte of what it writes."""
 
     format: StoreFormat = Field("zarr", description="zarr or webdataset, of the store")
-    batch_size: int = Field(64, ge=1, description="views in one forward pass of the teacher; changes rounding")
+    batch_size: int = Field(
+        64, ge=1, description="views in one forward pass of the teacher, at most all of 128 images; changes rounding"
+    )
     threads: int = Field(0, ge=0, description="of a worker, for images; 0: its share of the processors")
     teacher_threads: int = Field(
         0, ge=0, description="of a worker's teacher on a CPU; 0: its share of the processors; changes rounding"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")
-    workers: int = Field(1, ge=1, description="processes of a Dask cluster on this machine; 1 starts no cluster")
+    workers: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="processes of a Dask cluster on this machine, in turn on its GPUs; 1: no cluster; auto: one a GPU",
+    )
     scheduler: str | None = Field(None, description="address of a Dask scheduler that runs already; overrides workers")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from milan_pipe.config.base import Settings
+
+Renderer = Literal["pillow", "torch"]
+"""What crops and scales the views of a store: Pillow in its first versions, torch since."""
 
 TEST_SCENE_OFFSET = 10**9
 """Index of the demo's first test scene; train scenes are counted from 0 and stay below."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
@@ -22,7 +24,8 @@ from milan_pipe.evaluation.features import centre_view
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledImages
 from milan_pipe.random_bits import seed_of
-from milan_pipe.student.pixels import normalise
+
+Box = tuple[int, int, int, int]
 
 
 @contextmanager
@@ -54,7 +57,7 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def training_view(settings: AugmentSettings, size: int) -> Callable[[Image.Image], Tensor]:
-    """A crop of (3, size, size) normalised floats, drawn from the global generators; raises SettingError."""
+    """A crop of (3, size, size) uint8, drawn from the global generators; raises SettingError."""
     if not 0 < settings.scale[0] <= settings.scale[1] <= 1:
         raise SettingError(
             "augment.scale is the least and the greatest share of the area, above 0 and at most 1, found "
@@ -64,15 +67,14 @@ def training_view(settings: AugmentSettings, size: int) -> Callable[[Image.Image
         view: Callable[[Image.Image], Tensor] = create_transform(
             input_size=size,
             is_training=True,
+            use_prefetcher=True,
             scale=settings.scale,
             hflip=settings.flip,
             color_jitter=None,  # type: ignore[arg-type]
             auto_augment=settings.auto_augment,
             interpolation="bicubic",
-            re_prob=settings.erasing,
-            re_mode="pixel",
+            # RandAugment fills with it what it moves in.
             mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
         )
         for step in getattr(view, "transforms", ()):
             for op in getattr(step, "ops", ()):
@@ -94,8 +96,42 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
+class Erasing:
+    """timm's random erasing with normal noise, for pixels that are not normalised yet.
+
+    The noise stands in the pixels, in steps of 1/32 from -4 to 4, and `restored` gives it back: a batch stays in bytes
+    on its way to the device.
+    """
+
+    ZERO, STEPS = 128, 32
+
+    def __init__(self, probability: float) -> None:
+        self._erase = RandomErasing(probability, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+
+    def __call__(self, pixels_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Box]:
+        """Pixels, and top, bottom, left and right of what is noise in them; all 0: nothing."""
+        noise_CHW = self._erase(torch.zeros(pixels_HWC.shape[2], *pixels_HWC.shape[:2])).numpy()  # type: ignore[no-untyped-call]
+        down, across = noise_CHW.any(axis=(0, 2)).nonzero()[0], noise_CHW.any(axis=(0, 1)).nonzero()[0]
+        if not len(down):
+            return pixels_HWC, (0, 0, 0, 0)
+        top, bottom, left, right = box = int(down[0]), int(down[-1]) + 1, int(across[0]), int(across[-1]) + 1
+        coded_CHW = np.clip(np.rint(noise_CHW[:, top:bottom, left:right] * self.STEPS) + self.ZERO, 0, 255)
+        erased_HWC = pixels_HWC.copy()
+        erased_HWC[top:bottom, left:right] = coded_CHW.transpose(1, 2, 0)
+        return erased_HWC, box
+
+    @classmethod
+    def restored(cls, pixels_BHWC: Tensor, images_BCHW: Tensor, box_B4: Tensor) -> Tensor:
+        """Normalised images with the noise of each box in its place."""
+        row_H, column_W = (torch.arange(side, device=box_B4.device) for side in images_BCHW.shape[2:])
+        top_B1, bottom_B1, left_B1, right_B1 = box_B4.unsqueeze(-1).unbind(1)
+        rows_BH, columns_BW = (row_H >= top_B1) & (row_H < bottom_B1), (column_W >= left_B1) & (column_W < right_B1)
+        noise_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() - cls.ZERO) / cls.STEPS
+        return torch.where((rows_BH[:, :, None] & columns_BW[:, None])[:, None], noise_BCHW, images_BCHW)
+
+
 class TrainingImages:
-    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, label).
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_HWC, label, box of `Erasing`).
 
     The global generators are other ones afterwards: keeping them takes longer than the view of a small image, so who
     needs them does it for a whole run.
@@ -104,41 +140,42 @@ class TrainingImages:
     def __init__(self, images: LabelledImages, settings: AugmentSettings, size: int, seed: int) -> None:
         self._images, self._seed = images, seed
         self._view = training_view(settings, size)
+        self._erase = Erasing(settings.erasing)
 
-    def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
+    def __call__(self, request: SampleRequest) -> tuple[NDArray[np.uint8], int, Box]:
         """Raises DataError where the image cannot be read."""
         image = decode_image(self._images.read(request.number))
         reseed(self._seed, request.epoch, self._images.keys[request.number])
-        return self._view(image), int(self._images.label_N[request.number])
+        pixels_HWC, box = self._erase(np.asarray(self._view(image)).transpose(1, 2, 0))
+        return pixels_HWC, int(self._images.label_N[request.number]), box
 
 
 @dataclass(frozen=True)
 class TestImages:
-    """Image `SampleRequest.number` as in a test, its centre `crop`: (pixels_CHW, label)."""
+    """Image `SampleRequest.number` as in a test, its centre `crop`: (pixels_HWC, label)."""
 
     images: LabelledImages
     size: int
     crop: float
 
-    def __call__(self, request: SampleRequest) -> tuple[Tensor, int]:
+    def __call__(self, request: SampleRequest) -> tuple[NDArray[np.uint8], int]:
         """Raises DataError where the image cannot be read."""
         image = decode_image(self.images.read(request.number))
-        pixels_HWC = torch.from_numpy(np.array(centre_view(image, self.size, self.crop)))
-        return normalise(pixels_HWC[None])[0], int(self.images.label_N[request.number])
+        return centre_view(image, self.size, self.crop), int(self.images.label_N[request.number])
 
 
-def build_mixup(settings: AugmentSettings, classes: int, part: int) -> Mixup | None:
+def build_mixup(settings: AugmentSettings, classes: int, batch_size: int, ranks: int) -> Mixup | None:
     """timm's mixup and cutmix, label smoothing included; None where both are off.
 
-    Args:
-        part: images that are mixed with each other, a rank's share of the batch; an odd number is a SettingError.
+    Each image is mixed with the one that lies alike from the other end of the batch, so that each rank must have both;
+    a batch that cannot be shared out like this is a SettingError.
     """
     if not settings.mixup and not settings.cutmix:
         return None
-    if part % 2:
+    if batch_size % (2 * ranks):
         raise SettingError(
-            f"mixup and cutmix pair the images of a batch, {part} of them on this rank; choose a batch_size that "
-            "gives every rank an even number, or set augment.mixup=0 and augment.cutmix=0"
+            f"mixup and cutmix pair the images of a batch; batch_size is {batch_size} for {ranks} rank(s), expected a "
+            f"multiple of {2 * ranks}; change it, or set augment.mixup=0 and augment.cutmix=0"
         )
     mixup: Mixup = Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=settings.mixup,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from milan_pipe.errors import DataError, LabelError, MilanError
 from milan_pipe.random_bits import permutation
@@ -35,6 +36,10 @@ class Batch(Generic[B]):
     value: B
     keys: tuple[str, ...]
 
+    def pin_memory(self) -> Batch[B]:
+        """Called by the loader: tensors in pinned memory, from which copies to a CUDA device do not wait."""
+        return Batch(pin_memory(self.value), self.keys)
+
 
 @dataclass(frozen=True)
 class _Answer(Generic[B]):
@@ -45,12 +50,16 @@ class _Answer(Generic[B]):
     # A value: the loader would wrap what is raised into its own text and traceback.
     error: MilanError | None = None
 
+    def pin_memory(self) -> _Answer[B]:
+        return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """Which images each step takes: every epoch all `number_N` in another order, the last incomplete batch left out.
 
-    A rank takes its contiguous share of `batch_size`.
+    A rank takes its contiguous share of `batch_size`; with `mirrored` its share of either half, so that it has both of
+    the images that lie alike from the two ends of the batch.
     """
 
     number_N: NDArray[np.int64]
@@ -58,6 +67,7 @@ class StepPlan:
     seed: int
     rank: int
     ranks: int
+    mirrored: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,9 +75,11 @@ class StepPlan:
         return len(self.number_N) // self.batch_size
 
     @property
-    def share(self) -> slice:
-        """This rank's part of a batch."""
-        return slice(self.rank * self.batch_size // self.ranks, (self.rank + 1) * self.batch_size // self.ranks)
+    def share(self) -> NDArray[np.int64]:
+        """Positions of this rank's images in a batch."""
+        size = self.batch_size // 2 if self.mirrored else self.batch_size
+        mine = np.arange(self.rank * size // self.ranks, (self.rank + 1) * size // self.ranks)
+        return np.concatenate([mine, self.batch_size - 1 - mine[::-1]]) if self.mirrored else mine
 
     def batches(self, first_step: int, steps: int) -> Iterator[list[SampleRequest]]:
         """Requests of this rank in steps `first_step` to `steps` - 1."""
@@ -75,7 +87,7 @@ class StepPlan:
             epoch, place = divmod(step, self.steps_per_epoch)
             if step == first_step or place == 0:
                 order_N = self.number_N[permutation(len(self.number_N), self.seed, epoch)]
-            batch = order_N[place * self.batch_size : (place + 1) * self.batch_size][self.share]
+            batch = order_N[place * self.batch_size + self.share]
             yield [SampleRequest(epoch, int(number)) for number in batch]
 
 
@@ -159,8 +171,9 @@ def load_batches(
     *,
     workers: int,
     bad: BadImages,
+    pin: bool = False,
 ) -> Iterator[Batch[B]]:
-    """The batches, in order, read ahead by processes.
+    """The batches, in order, read ahead by processes: two for each worker and one that is pinned are in memory.
 
     In training an image that cannot be read is replaced by the next one that can; in evaluation it is left out, and an
     empty batch as well.
@@ -171,6 +184,7 @@ def load_batches(
             descriptor of both processes as long as it lives.
         keys: of all images, by number.
         workers: processes; 0 makes the batches here, one at a time.
+        pin: hand out pinned memory.
 
     Raises:
         DataError: too many images cannot be read.
@@ -180,7 +194,8 @@ def load_batches(
         sampler=batches,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
+        pin_memory=pin,
     )
     for answer in loader:
         for key, reason in answer.bad:

@@ -50,7 +50,7 @@ def build_classifier(
         SettingError: the patch does not divide `image_size`.
 
     Source: arXiv 2111.06377, appendix A.1, and its published code for the head: a norm of its own after the mean, in
-    place of the encoder's; classifier weights with deviation 2e-5.
+    place of the encoder's. Classifier weights have deviation 0.02, as MILAN's published code.
     """
     student, weights = resized(backbone, settings.image_size)
     model = build_vit(student, num_classes=classes, global_pool="avg", drop_path_rate=settings.drop_path)
@@ -59,7 +59,7 @@ def build_classifier(
     )
     assert not unexpected, unexpected
     assert all(name.startswith(("fc_norm.", "head.")) for name in missing), missing
-    _init_head(model.head, 2e-5, seed)
+    _init_head(model.head, 0.02, seed)
     return student, model
 
 

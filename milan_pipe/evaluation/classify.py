@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, LarsProbeSettings
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
-from milan_pipe.evaluation.augment import TestImages, TrainingImages, build_mixup, seeded
+from milan_pipe.evaluation.augment import Erasing, TestImages, TrainingImages, build_mixup, seeded
 from milan_pipe.evaluation.batches import share_of_classes
-from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
+from milan_pipe.evaluation.supervised import ImageBatch, ReadBatch, Start, SupervisedTask, collate
 from milan_pipe.images.labelled import labelled_images, require_same_classes
+from milan_pipe.student.pixels import normalise
 from milan_pipe.training.optim import cosine_lr
 
 C = TypeVar("C", bound=FinetuneSettings | LarsProbeSettings)
@@ -34,7 +33,7 @@ class ClassifierObjective(nn.Module):
     def forward(self, batch: ImageBatch, epoch: int) -> Tensor:
         """Scalar mean over the batch."""
         del epoch
-        logits_BG = self.model(batch.pixels_BCHW)
+        logits_BG = self.model(batch.images_BCHW)
         # Shares of classes are smoothed where they are mixed.
         smoothing = self.smoothing if batch.target.ndim == 1 else 0.0
         return F.cross_entropy(logits_BG.float(), batch.target, label_smoothing=smoothing)
@@ -60,14 +59,17 @@ class ClassifyTask(SupervisedTask[C]):
             raise DataError(f"all images of {train.where} are of one class; a classifier needs two at least")
         sizes, model = self.classifier(start, classes)
         number_N = share_of_classes(train.label_N, train_fraction, settings.seed)
+        self._mixup = build_mixup(augment, classes, settings.batch_size, start.ranks.count)
+        self.mirrored = self._mixup is not None
         self.set_up(start, train, val, number_N, train.classes or val.classes or classes, sizes, model)
         self.steps = settings.epochs * self.steps_per_epoch
         self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
         self.objective = ClassifierObjective(model, augment.smoothing)
-        share = self._plan.share
-        self._mixup = build_mixup(augment, classes, share.stop - share.start)
         self.take = TrainingImages(train, augment, sizes.image_size, settings.seed)
-        self._show = TestImages(val, sizes.image_size, settings.crop)
+        self._erasing = augment.erasing > 0
+        # As published, where the settings leave it open.
+        self.crop = settings.crop or (0.875 if sizes.image_size <= 224 else 1.0)
+        self._show = TestImages(val, sizes.image_size, self.crop)
         self._judged = model
 
     @abstractmethod
@@ -79,13 +81,16 @@ class ClassifyTask(SupervisedTask[C]):
         warmup = round(self.settings.warmup_epochs * self.steps_per_epoch)
         return cosine_lr(step, steps=self.steps, warmup_steps=warmup, peak=self._peak_lr, final=self._final_lr)
 
-    def mixed(self, batch: ImageBatch) -> ImageBatch:
-        """By mixup and cutmix, where they are on."""
+    def prepared(self, batch: ReadBatch) -> ImageBatch:
+        """Normalised, erased, and mixed by mixup and cutmix, where they are on."""
+        pixels_BHWC, label_B, box_B4 = batch.values
+        images_BCHW = normalise(pixels_BHWC)
+        if self._erasing:
+            images_BCHW = Erasing.restored(pixels_BHWC, images_BCHW, box_B4)
         if self._mixup is None:
-            return batch
-        with seeded(self.settings.seed, "mix", batch.step, self._ranks.rank):
-            pixels_BCHW, target_BG = self._mixup(batch.pixels_BCHW, batch.target)
-        return replace(batch, pixels_BCHW=pixels_BCHW, target=target_BG)
+            return ImageBatch(images_BCHW, label_B)
+        with seeded(self.settings.seed, "mix", batch.step):
+            return ImageBatch(*self._mixup(images_BCHW, label_B))
 
     def due(self, step: int) -> bool:
         """At the end of every few epochs."""
@@ -98,10 +103,10 @@ class ClassifyTask(SupervisedTask[C]):
         ranks = self._ranks
         # Sums, not means: batches and ranks have different numbers of images.
         sums = torch.zeros(4, dtype=torch.float64)
-        for shown in self._shown(self._show, default_collate, max(1, self.batch_size // ranks.count)):
-            pixels_BCHW, label_B = (tensor.to(ranks.device) for tensor in shown.value)
+        for shown in self._shown(self._show, collate, max(1, self.batch_size // ranks.count)):
+            pixels_BHWC, label_B = (torch.as_tensor(value).to(ranks.device, non_blocking=True) for value in shown.value)
             with self._autocast():
-                logits_BG = self._judged(pixels_BCHW).float()
+                logits_BG = self._judged(normalise(pixels_BHWC)).float()
             hit_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)

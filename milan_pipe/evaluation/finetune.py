@@ -22,7 +22,7 @@ class FinetuneTask(ClassifyTask[FinetuneSettings]):
     def __init__(self, start: Start[FinetuneSettings]) -> None:
         settings = start.settings
         super().__init__(start, start.params.augment, settings.train_fraction, settings.min_lr)
-        self.record = {**self.record, "crop": settings.crop}
+        self.record = {**self.record, "crop": self.crop}
         self._ema = ModelEmaV3(self.model, decay=settings.ema) if settings.ema is not None else None
         if self._ema is not None:
             self._judged = self._ema.module

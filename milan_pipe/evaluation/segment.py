@@ -23,7 +23,7 @@ from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_sco
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
 from milan_pipe.evaluation.sliding import predict, scaled_size
 from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
-from milan_pipe.evaluation.upernet import UperNet, build_upernet
+from milan_pipe.evaluation.upernet import build_upernet
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
 from milan_pipe.storage.local import write_file
 from milan_pipe.training.optim import build_adamw, polynomial_lr
@@ -36,26 +36,32 @@ _Shown = tuple[str, Image.Image, NDArray[np.int64]]
 
 
 class SegmentObjective(nn.Module):
-    """Cross-entropy over the pixels that have a class, plus that of the auxiliary head by its weight."""
+    """Cross-entropy of the pixels that have a class, plus that of the auxiliary head by its weight.
 
-    def __init__(self, model: UperNet, auxiliary: float) -> None:
+    Args:
+        over_all: divide by the number of all pixels, and not of those that have a class.
+    """
+
+    def __init__(self, model: nn.Module, auxiliary: float, over_all: bool) -> None:
         super().__init__()
         self.model = model
-        self.auxiliary = auxiliary
+        self.auxiliary, self.over_all = auxiliary, over_all
 
     def forward(self, batch: ImageBatch, epoch: int) -> Tensor:
-        """Scalar mean over labelled pixels; 0 where there are none."""
+        """Scalar mean over pixels; 0 where none has a class."""
         del epoch
-        logits, auxiliary = self.model(batch.pixels_BCHW)
+        logits, auxiliary = self.model(batch.images_BCHW)
         assert auxiliary is not None
-        return _pixel_loss(logits, batch.target) + self.auxiliary * _pixel_loss(auxiliary, batch.target)
+        mask_BHW = batch.target.long()
+        labelled = (mask_BHW >= 0).sum().clamp(min=1)
+        pixels = mask_BHW.numel() if self.over_all else labelled
+        return (_pixel_losses(logits, mask_BHW) + self.auxiliary * _pixel_losses(auxiliary, mask_BHW)) / pixels
 
 
-def _pixel_loss(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
+def _pixel_losses(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
     # Pixels in a row, classes innermost, as UperNet leaves them, in float32: half the time of the same loss on maps.
     logits_NG = logits_BGHW.permute(0, 2, 3, 1).flatten(0, 2)
-    total = F.cross_entropy(logits_NG, mask_BHW.flatten(), ignore_index=-1, reduction="sum")
-    return total / (mask_BHW >= 0).sum().clamp(min=1)
+    return F.cross_entropy(logits_NG, mask_BHW.flatten(), ignore_index=-1, reduction="sum")
 
 
 def _rule_and_names(
@@ -104,12 +110,16 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         rule, self._names = _rule_and_names(train, val, settings)
         sizes, model = build_upernet(start.backbone, settings, len(self._names), start.head_seed)
         model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
+        if start.ranks.count > 1 and start.ranks.device.type == "cuda":
+            # A rank has two images at a time in the recipe, too few for statistics of its own. There is none for a CPU.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         side = sizes.image_size
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio is the least and the greatest resizing, above 0, found {settings.ratio}")
         number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
         self.set_up(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
-        self.steps, self.objective = settings.steps, SegmentObjective(model, settings.auxiliary)
+        self.steps = settings.steps
+        self.objective = SegmentObjective(model, settings.auxiliary, settings.over_all_pixels)
         self._side, self._short = side, settings.short_side or side
         self._stride = settings.stride or max(1, round(side * 341 / 512))
         self.take = TrainingMasks(

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
-from torch.nn import functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.sliding import scaled_size
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.masked import MaskedImages, MaskRule, decode_mask
 from milan_pipe.random_bits import seed_of
-from milan_pipe.student.pixels import normalise
 
+# What is nearest to zero once it is normalised.
+_PADDING = [round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN]
 _TRIES = 10
 _MOST_OF_ONE_CLASS = 0.75
 
@@ -88,7 +87,7 @@ class TestMasks:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMasks:
-    """Image `SampleRequest.number` as a training view of its epoch: (pixels_CHW, mask_HW), `side` square; -1 no class.
+    """Image `SampleRequest.number` as a training view of its epoch: (pixels_HWC, mask_HW), `side` square; -1 no class.
 
     The image is resized to a shorter side of `short` times a ratio from the range `ratio`.
     """
@@ -99,7 +98,7 @@ class TrainingMasks:
     ratio: tuple[float, float]
     seed: int
 
-    def __call__(self, request: SampleRequest) -> tuple[Tensor, Tensor]:
+    def __call__(self, request: SampleRequest) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """Raises as `masks`."""
         image, mask_HW = self.masks(request)
         side, key = self.side, self.masks.images.keys[request.number]
@@ -116,6 +115,8 @@ class TrainingMasks:
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
             mask_HW = mask_HW[:, ::-1]
-        pixels_CHW = normalise(torch.from_numpy(np.array(photometric(image, rng)))[None])[0]
-        room = (0, side - image.width, 0, side - image.height)
-        return F.pad(pixels_CHW, room), F.pad(torch.from_numpy(mask_HW.copy()), room, value=-1)
+        pixels_HWC = np.full((side, side, 3), _PADDING, np.uint8)
+        pixels_HWC[: image.height, : image.width] = photometric(image, rng)
+        padded_HW = np.full((side, side), -1, np.int32)
+        padded_HW[: image.height, : image.width] = mask_HW
+        return pixels_HWC, padded_HW

@@ -42,7 +42,8 @@ def sliding_logits(
     for start in range(0, len(corners), batch):
         some = corners[start : start + batch]
         cut = [padded[image][:, top : top + window, left : left + window] for image, top, left in some]
-        for (image, top, left), logits_GWW in zip(some, classify(torch.stack(cut)), strict=True):
+        # Sums of several windows need more digits than a device may compute in.
+        for (image, top, left), logits_GWW in zip(some, classify(torch.stack(cut)).float(), strict=True):
             if image not in totals:
                 totals[image] = logits_GWW.new_zeros((len(logits_GWW), *padded[image].shape[-2:]))
             totals[image][:, top : top + window, left : left + window] += logits_GWW
@@ -86,7 +87,7 @@ def predict(
             shares = []
             for image, found_GHW in zip(images, sliding_logits(classify, turned, window, stride, batch), strict=True):
                 size = image.height, image.width
-                logits_GHW = F.interpolate(found_GHW[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+                logits_GHW = F.interpolate(found_GHW[None], size=size, mode="bilinear", align_corners=False)[0]
                 shares.append((logits_GHW.flip(-1) if mirrored else logits_GHW).softmax(dim=0))
             totals = [a + b for a, b in zip(totals, shares, strict=True)] if totals else shares
     return [total_GHW.argmax(dim=0) for total_GHW in totals]

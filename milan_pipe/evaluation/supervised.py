@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from milan_pipe.config.command import record_of
 from milan_pipe.config.evaluation import FinetuneSettings, LarsProbeSettings, SegmentSettings
@@ -27,6 +26,7 @@ from milan_pipe.evaluation.batches import BadImages, Batch, SampleRequest, StepP
 from milan_pipe.images.labelled import LabelledImages
 from milan_pipe.images.masked import MaskedImages
 from milan_pipe.random_bits import seed_of
+from milan_pipe.student.pixels import normalise
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
@@ -38,16 +38,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ImageBatch:
-    """B training images: normalised floats, and class indices (B,), shares of classes (B, G) or masks (B, H, W)."""
+class ReadBatch:
+    """B training images of a step as they are read: pixels_BHWC uint8, target, and what else a task reads of each."""
 
-    pixels_BCHW: Tensor
-    target: Tensor
+    values: tuple[Tensor, ...]
     keys: tuple[str, ...]
     step: int
 
-    def __getitem__(self, cut: slice) -> ImageBatch:
-        return ImageBatch(self.pixels_BCHW[cut], self.target[cut], self.keys[cut], self.step)
+    def to(self, device: torch.device) -> ReadBatch:
+        """The batch on a device; from pinned memory the copies are under way when this returns."""
+        return replace(self, values=tuple(value.to(device, non_blocking=True) for value in self.values))
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """B training images: normalised floats, and class indices (B,), shares of classes (B, G) or masks (B, H, W)."""
+
+    images_BCHW: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +84,31 @@ class Start(Generic[S]):
         return seed_of(self.settings.seed, "head") % 2**63
 
 
-class SupervisedTask(Task[ImageBatch], Generic[S]):
+def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Tensor | NDArray[Any], ...]:
+    """Pixels, masks, labels and the like of several samples, each in one piece.
+
+    Only images and masks become tensors here: a tensor of a worker process takes a file descriptor.
+    """
+    columns = [np.stack([np.asarray(value) for value in column]) for column in zip(*samples, strict=True)]
+    return tuple(torch.from_numpy(column) if column.ndim > 2 else column for column in columns)
+
+
+class SupervisedTask(Task[ReadBatch], Generic[S]):
     """Training on labelled images. A subclass says what is learned, and how it is judged.
 
     Attributes:
         sections: names of the settings that the weights depend on; the last one is the task's own.
         least_part: fewest images that a rank computes with at a time, and `least_reason` why.
-        take: makes a training sample, pixels (C, H, W) and target; runs in a worker process.
+        take: makes a training sample, pixels (H, W, C) uint8, target, and more; runs in a worker process.
+        mirrored: see `StepPlan`.
     """
 
     name: str
     sections: tuple[str, ...]
     settings: S
     least_part, least_reason = 1, ""
-    take: Callable[[SampleRequest], tuple[Tensor, Tensor | int]]
+    take: Callable[[SampleRequest], tuple[Any, ...]]
+    mirrored = False
 
     @abstractmethod
     def __init__(self, start: Start[S]) -> None:
@@ -129,7 +148,12 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
                 f"need at least {ranks.count * settings.accumulate * self.least_part}{self.least_reason}"
             )
         self._plan = StepPlan(
-            number_N=number_N, batch_size=self.batch_size, seed=settings.seed, rank=ranks.rank, ranks=ranks.count
+            number_N=number_N,
+            batch_size=self.batch_size,
+            seed=settings.seed,
+            rank=ranks.rank,
+            ranks=ranks.count,
+            mirrored=self.mirrored,
         )
         self.steps_per_epoch = self._plan.steps_per_epoch
         if settings.compile:
@@ -157,26 +181,32 @@ class SupervisedTask(Task[ImageBatch], Generic[S]):
         images: ImageSet,
         requests: Iterator[list[SampleRequest]],
     ) -> Iterator[Batch[T]]:
-        return load_batches(take, collate, images.keys, requests, workers=self.settings.workers, bad=self._bad)
+        return load_batches(
+            take,
+            collate,
+            images.keys,
+            requests,
+            workers=self.settings.workers,
+            bad=self._bad,
+            pin=self._ranks.device.type == "cuda",
+        )
 
-    def batches(self, first_step: int) -> Generator[ImageBatch]:
+    def batches(self, first_step: int) -> Generator[ReadBatch]:
         """This rank's images, augmented."""
         requests = self._plan.batches(first_step, self.steps)
-        for step, batch in enumerate(self._load(self.take, default_collate, self._train, requests), first_step):
-            pixels_BCHW, target = batch.value
-            yield ImageBatch(pixels_BCHW, target, batch.keys, step)
+        for step, batch in enumerate(self._load(self.take, collate, self._train, requests), first_step):
+            yield ReadBatch(tuple(map(torch.as_tensor, batch.value)), batch.keys, step)
 
-    def mixed(self, batch: ImageBatch) -> ImageBatch:
-        """A batch on the device, its images mixed with each other where the recipe says so."""
-        return batch
+    def prepared(self, batch: ReadBatch) -> ImageBatch:
+        """Normalised and augmented, where that is done on the device."""
+        pixels_BHWC, target = batch.values
+        return ImageBatch(normalise(pixels_BHWC), target)
 
-    def parts(self, batch: ImageBatch) -> Sequence[tuple[ImageBatch, float]]:
-        """On the device, mixed, and cut for accumulation."""
-        device, count, size = self._ranks.device, self.settings.accumulate, len(batch.keys)
-        moved = replace(batch, pixels_BCHW=batch.pixels_BCHW.to(device), target=batch.target.to(device))
-        whole = self.mixed(moved)
+    def parts(self, batch: ReadBatch) -> Sequence[tuple[ImageBatch, float]]:
+        """Prepared, and cut for accumulation."""
+        count, size, whole = self.settings.accumulate, len(batch.keys), self.prepared(batch)
         cuts = [slice(number * size // count, (number + 1) * size // count) for number in range(count)]
-        return [(whole[cut], (cut.stop - cut.start) / size) for cut in cuts]
+        return [(ImageBatch(whole.images_BCHW[cut], whole.target[cut]), (cut.stop - cut.start) / size) for cut in cuts]
 
     def _shown(
         self, take: Callable[[SampleRequest], Any], collate: Callable[[list[Any]], T], batch_size: int
@@ -205,8 +235,8 @@ def run_supervised(
     """Train, or go on with a run; writes RUN/checkpoints, RUN/best and RUN/metrics.
 
     On a CPU curve and weights of an interrupted run are those of an unbroken one, to the bit, whatever the number of
-    workers. Under torchrun all ranks call it: order and augmentation of images do not depend on their number, while
-    mixup pairs images of a rank.
+    workers. Under torchrun all ranks call it: neither order nor augmentation of images nor mixup depends on their
+    number.
 
     Args:
         checkpoint: as `backbone_of` takes it.

@@ -19,15 +19,19 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import dask
 import psutil
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
-from milan_pipe.errors import StoreError, one_line
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.teacher import TeacherSettings
+from milan_pipe.devices import cards
+from milan_pipe.errors import SettingError, StoreError, one_line
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import ShardResult
-from milan_pipe.extraction.worker import Assignment, do_shard
+from milan_pipe.extraction.worker import Assignment, do_shard, process_count, teacher_precision
 from milan_pipe.images.ahead import thread_count
 
 _ATTEMPTS = 3
@@ -90,22 +94,48 @@ def _counter(on_progress: Callable[[int, int], None]) -> Callable[[str, int, int
     return count
 
 
+def precision_of_workers(scheduler: str, teacher: TeacherSettings, extract: ExtractSettings) -> str:
+    """What precision `auto` means on the workers of a cluster, which may have other devices than this machine.
+
+    Raises:
+        StoreError: no scheduler answers.
+        SettingError: it means different things on them.
+    """
+    _silence_dask()
+    with _connected(scheduler) as client:
+        client.wait_for_workers(1)
+        found = client.run(teacher_precision, teacher, extract)
+    if len(set(found.values())) > 1:
+        told = "; ".join(f"{worker}: {precision}" for worker, precision in sorted(found.items())[:4])
+        raise SettingError(
+            f"teacher.precision 'auto' means different things on the workers of {scheduler} ({told}); set it to "
+            "float32 or bfloat16"
+        )
+    return str(next(iter(found.values())))
+
+
+@contextmanager
+def _connected(scheduler: str) -> Iterator[Client]:
+    try:
+        client = Client(scheduler, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"no Dask scheduler answers at {scheduler} ({one_line(error)}); start one with "
+            "`dask scheduler` and name the address that it prints"
+        ) from error
+    with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            _warn(f"no worker has joined {scheduler}; waiting for `dask worker {scheduler}`")
+        yield client
+
+
 @contextmanager
 def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
     """A client, and how many workers share a machine."""
     extract = assignment.extract
     if extract.scheduler is not None:
-        try:
-            client = Client(extract.scheduler, timeout=_CONNECT_SECONDS)
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"no Dask scheduler answers at {extract.scheduler} ({one_line(error)}); start one with "
-                "`dask scheduler` and name the address that it prints"
-            ) from error
-        with client:
+        with _connected(extract.scheduler) as client:
             workers = client.scheduler_info(n_workers=-1)["workers"].values()
-            if not workers:
-                _warn(f"no worker has joined {extract.scheduler}; waiting for `dask worker {extract.scheduler}`")
             if any(worker["nthreads"] > 1 for worker in workers):
                 _warn(
                     "a worker does one shard at a time and holds as many as it has threads, so that others may wait; "
@@ -113,19 +143,20 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
                 )
             yield client, max(Counter(worker["host"] for worker in workers).values(), default=1)
         return
-    share = str(max(1, thread_count(0) // extract.workers))
+    workers = process_count(extract)
+    share = str(max(1, thread_count(0) // workers))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
     environment["DASK_LOGGING__DISTRIBUTED"] = "critical"
     with (
         _script_unseen(),
         own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
-        _local_cluster(folder) as cluster,
+        _local_cluster(folder, cards() if extract.device in ("auto", "cuda") else []) as cluster,
         Client(cluster) as client,
     ):
-        cluster.scale(extract.workers)
-        client.wait_for_workers(extract.workers, timeout=_START_SECONDS)
-        yield client, extract.workers
+        cluster.scale(workers)
+        client.wait_for_workers(workers, timeout=_START_SECONDS)
+        yield client, workers
 
 
 @contextmanager
@@ -151,14 +182,28 @@ def _script_unseen() -> Iterator[None]:
             main["__file__"] = file
 
 
-def _local_cluster(folder: str) -> LocalCluster:
+class _Cluster(LocalCluster):
+    """A cluster of this machine whose workers see one of its cards each, in turn."""
+
+    cards: Sequence[str] = ()
+
+    def new_worker_spec(self) -> dict[Any, dict[str, Any]]:
+        """Called by Dask for each worker that it adds."""
+        ((name, spec),) = super().new_worker_spec().items()
+        if self.cards:
+            card = self.cards[len(self.worker_spec) % len(self.cards)]
+            spec = {**spec, "options": {**spec["options"], "env": {"CUDA_VISIBLE_DEVICES": card}}}
+        return {name: spec}
+
+
+def _local_cluster(folder: str, cards: Sequence[str] = ()) -> LocalCluster:
     """A cluster without workers yet."""
     # A terminal sends Ctrl-C to all processes, and only this one may answer. The thread that starts workers takes its
     # signal mask from here, and they take theirs from it. Starting the tracker later would unmask.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return LocalCluster(
+        cluster = _Cluster(
             n_workers=0,
             threads_per_worker=1,
             processes=True,
@@ -166,6 +211,8 @@ def _local_cluster(folder: str) -> LocalCluster:
             dashboard_address="127.0.0.1:0",
             local_directory=folder,
         )
+        cluster.cards = cards
+        return cluster
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, MissingError, StoreError, system_reason
 from milan_pipe.images.ahead import decoded_ahead
-from milan_pipe.images.decode import decode_image
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
@@ -45,8 +45,12 @@ class Clock:
         try:
             yield
         finally:
-            with self._lock:
-                self._seconds[phase] += time.perf_counter() - began
+            self.add(phase, time.perf_counter() - began)
+
+    def add(self, phase: Phase, seconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        with self._lock:
+            self._seconds[phase] += seconds
 
     def take(self) -> dict[str, float]:
         """What was counted since the last call."""
@@ -73,12 +77,11 @@ def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Cloc
         DataError: the image cannot be read.
     """
     with clock.of("decode"):
-        image = decode_image(sample.data)
+        image_HWC = decode_pixels(sample.data)
     with clock.of("crop"):
-        views = tuple(
-            draw_view(settings, sample.key, index, image.height, image.width) for index in range(settings.count)
-        )
-        rendered = [render_view(image, view, size) for view in views]
+        height, width, _ = image_HWC.shape
+        views = tuple(draw_view(settings, sample.key, index, height, width) for index in range(settings.count))
+        rendered = [render_view(image_HWC, view, size) for view in views]
     with clock.of("jpeg"):
         jpegs = tuple(encode_jpeg(pixels, settings.jpeg_quality) for pixels in rendered)
         pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])

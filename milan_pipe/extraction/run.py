@@ -10,21 +10,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from milan_pipe import __version__
 from milan_pipe.config.extraction import parse_share
 from milan_pipe.config.params import Params
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extraction.fit import sample_features
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
-from milan_pipe.extraction.shard import Extractor, ShardResult
+from milan_pipe.extraction.shard import Extractor, ShardResult, header_of
 from milan_pipe.extraction.space import extraction_space_warning
-from milan_pipe.extraction.worker import Assignment, load_extraction_teacher
+from milan_pipe.extraction.worker import Assignment, load_extraction_teacher, process_count
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.storage import location_of, require_writable
 from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
-from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader, ViewInfo
+from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher
 
@@ -154,14 +153,8 @@ def _header(teacher: Teacher, sources: Sequence[ShardFile], params: Params, foun
         features = sample_features(teacher, sources, params) if params.codec.name == "klt" else None
         codec = build_codec(params.codec, features).info
     names = "".join(f"{source.name}\n" for source in sources)
-    return StoreHeader(
-        package_version=__version__,
-        format=params.extract.format,
-        teacher=teacher.info,
-        views=ViewInfo(size=params.student.image_size, **params.views.model_dump()),
-        codec=codec,
-        source=SourceInfo(shards=len(sources), fingerprint=sha256_of(names.encode())),
-    )
+    source = SourceInfo(shards=len(sources), fingerprint=sha256_of(names.encode()))
+    return header_of(params, teacher.info, codec, source)
 
 
 def _require_same_sources(
@@ -213,7 +206,12 @@ def extract_targets(
     location = location_of(targets)
     require_writable(location)
     found = read_header(location)
-    teacher = load_extraction_teacher(params)
+    if extract.scheduler is not None and params.teacher.precision == "auto":
+        from milan_pipe.extraction.cluster import precision_of_workers
+
+        precision = precision_of_workers(extract.scheduler, params.teacher, extract)
+        params = params.model_copy(update={"teacher": params.teacher.model_copy(update={"precision": precision})})
+    teacher: Teacher | None = load_extraction_teacher(params)
     writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found))
     for name in redo:
         if name not in sources:
@@ -237,10 +235,12 @@ def extract_targets(
     tally.report()
     tally.require_few_bad(extract.max_bad_fraction, writer)
     results: Generator[ShardResult, None, None]
-    if jobs and (extract.scheduler is not None or extract.workers > 1):
+    if jobs and (extract.scheduler is not None or process_count(extract) > 1):
         # Dask takes a second to import, and only a cluster needs it.
         from milan_pipe.extraction.cluster import extract_on_cluster
 
+        # Each worker has its own; this one would take memory from the first.
+        teacher = None
         assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
         results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
     else:

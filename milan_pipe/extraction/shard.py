@@ -12,16 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from milan_pipe import __version__
 from milan_pipe.background import Background
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
+from milan_pipe.extraction.forward import Forward, Launched
 from milan_pipe.extraction.render import Clock, RenderedSample, ShardJob, SourceFile, rendered_blocks
 from milan_pipe.images.ahead import thread_count
+from milan_pipe.images.views import RENDERER
 from milan_pipe.targets.codec import Codec, codec_of, token_cosines
-from milan_pipe.targets.schema import SourceShard, TargetBlock
+from milan_pipe.targets.schema import (
+    CodecInfo,
+    SourceInfo,
+    SourceShard,
+    StoreHeader,
+    TargetBlock,
+    TeacherInfo,
+    ViewInfo,
+)
 from milan_pipe.targets.store import StoreShardWriter, TargetStoreWriter
-from milan_pipe.teacher.clip import Teacher, require_sound
+from milan_pipe.teacher.clip import Teacher, TeacherOutput, require_sound
+
+
+def header_of(params: Params, teacher: TeacherInfo, codec: CodecInfo, source: SourceInfo) -> StoreHeader:
+    """The header of a store of these settings."""
+    return StoreHeader(
+        package_version=__version__,
+        format=params.extract.format,
+        teacher=teacher,
+        views=ViewInfo(size=params.student.image_size, renderer=RENDERER, **params.views.model_dump()),
+        codec=codec,
+        source=source,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +87,9 @@ class Extractor:
             One result per job, in order. A shard that fails is discarded; the others go on.
         """
         clock = Clock()
+        forward = Forward(self.teacher, clock)
         policy = self.writer.header.views
-        views = ViewSettings(**policy.model_dump(exclude={"size"}))
+        views = ViewSettings(**policy.model_dump(include=set(ViewSettings.model_fields)))
         rendered = rendered_blocks(jobs, views, policy.size, self._threads, clock)
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
@@ -75,11 +100,12 @@ class Extractor:
             try:
                 for block in blocks:
                     if shard is None:
-                        shard = _Shard(block.job, self, pool, clock, on_progress)
+                        shard = _Shard(block.job, self, forward, pool, clock, on_progress)
                     if block.samples:
                         shard.add(block.samples)
                     shard.report_bad(block.source)
                     if not block.samples:
+                        shard.settle()
                         if ending is not None:
                             yield ending.result()
                         # Digests and the commit are made beside the next shard's first block.
@@ -97,17 +123,78 @@ class Extractor:
                     shard.discard()
 
 
+class _Block:
+    """One block on its way through teacher and codec: its views in order, a batch at a time."""
+
+    def __init__(self, names: Sequence[str], samples: list[RenderedSample], codec: Codec) -> None:
+        """`names` are of all views, view after view."""
+        self._names, self._samples, self._codec = names, samples, codec
+        self._parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._done = 0
+
+    @property
+    def whole(self) -> bool:
+        return self._done == len(self._names)
+
+    def add(self, output: TeacherOutput) -> None:
+        """Encode the next views, where they are; the results come to the CPU."""
+        names = self._names[self._done : self._done + len(output.features_BST)]
+        faults_BF = output.faults_BF()
+        try:
+            code, scale = self._codec.encode(output.features_BST)
+        except DataError as error:
+            require_sound(faults_BF, names)
+            raise _not_encoded(self._codec, output.features_BST, names, error) from error
+        cosine_BS = token_cosines(output.features_BST, self._codec.decode(code, scale))
+        found = {"code": code, "attention": output.share_BL().to(torch.float16), "cosine": cosine_BS.mean(dim=1)}
+        for name, tensor in (found if scale is None else {**found, "scale": scale}).items():
+            self._parts[name].append(tensor.cpu())
+        require_sound(faults_BF.cpu(), names)
+        for name, cosine in zip(names, self._parts["cosine"][-1].tolist(), strict=True):
+            if not cosine >= self._codec.least_cosine:
+                raise DataError(
+                    f"{name}: codec {self._codec.info.name} keeps the teacher's features at a mean cosine of "
+                    f"{cosine:.6f}, expected at least {self._codec.least_cosine:g}; check the teacher's checkpoint, "
+                    "or use another codec"
+                )
+        self._done += len(names)
+
+    def finish(self) -> tuple[TargetBlock, float]:
+        """A block of targets, and the sum over its views of the mean cosine of stored and given tokens."""
+        samples, count = self._samples, len(self._samples)
+        joined = {name: torch.cat(parts).unflatten(0, (-1, count)).numpy() for name, parts in self._parts.items()}
+        views_KN = list(zip(*(sample.views for sample in samples), strict=True))
+        crops = [[(view.top, view.left, view.height, view.width) for view in row] for row in views_KN]
+        block = TargetBlock(
+            keys=[sample.key for sample in samples],
+            label_N=np.array([sample.label for sample in samples], np.int64),
+            code_KNST=joined["code"],
+            scale_KNS=joined.get("scale"),
+            attention_KNL=joined["attention"],
+            crop_KN4=np.array(crops, np.int32),
+            flip_KN=np.array([[view.flip for view in row] for row in views_KN], np.bool_),
+            jpegs=[list(row) for row in zip(*(sample.jpegs for sample in samples), strict=True)],
+        )
+        return block, float(joined["cosine"].sum(dtype=np.float64))
+
+
 @dataclass
 class _Shard:
-    """One shard on its way through teacher and writer. Writing runs on the pool's thread, one block behind."""
+    """One shard on its way through teacher and writer.
+
+    The output of a batch is encoded once the next one is on its way, so that a device has work meanwhile. Writing runs
+    on the pool's thread, one block behind.
+    """
 
     job: ShardJob
     extractor: Extractor
+    forward: Forward
     pool: ThreadPoolExecutor
     clock: Clock
     on_progress: Callable[[int, int], None]
     writer: StoreShardWriter | None = None
     writing: Future[None] | None = None
+    late: tuple[_Block, Launched] | None = None
     samples: int = 0
     reported_bad: int = 0
     cosine: float = 0.0
@@ -119,14 +206,42 @@ class _Shard:
         try:
             if self.writer is None:
                 self.writer = self.extractor.writer.open_shard(self.job.name)
-            block, cosine = self._encode(samples)
-            self._await_writing()
-            self.writing = self.pool.submit(self.clock.of("write")(self.writer.append), block)
+            # A batch never crosses a block, so its composition, and with it the last bit of every feature, is fixed by
+            # the shard alone.
+            order = [(sample, k) for k in range(len(samples[0].views)) for sample in samples]
+            names = [f"{self.job.images}: view {k} of {sample.key}" for sample, k in order]
+            block = _Block(names, samples, self.extractor.codec)
+            for start in range(0, len(order), self.extractor.batch_size):
+                some = order[start : start + self.extractor.batch_size]
+                launched = self.forward.launch([sample.pixels_KHWC[k] for sample, k in some])
+                self._encode_late()
+                self.late = block, launched
         except Exception as error:  # reported with the shard's result
             self.error = error
             return
         self.samples += len(samples)
-        self.cosine += cosine
+
+    def settle(self) -> None:
+        """Encode what is left of the last block."""
+        try:
+            self._encode_late()
+        except Exception as error:  # reported with the shard's result
+            self.error = self.error or error
+
+    def _encode_late(self) -> None:
+        if self.late is None:
+            return
+        (block, launched), self.late = self.late, None
+        with self.forward.looking_at(launched) as output, self.clock.of("encode"):
+            block.add(output)
+        self.on_progress(len(output.features_BST), 0)
+        if block.whole:
+            with self.clock.of("encode"):
+                targets, cosine = block.finish()
+            self.cosine += cosine
+            self._await_writing()
+            assert self.writer is not None
+            self.writing = self.pool.submit(self.clock.of("write")(self.writer.append), targets)
 
     def report_bad(self, source: SourceFile) -> None:
         bad = len(source.bad)
@@ -174,64 +289,6 @@ class _Shard:
         if self.writing is not None:
             self.writing.result()
             self.writing = None
-
-    def _encode(self, samples: list[RenderedSample]) -> tuple[TargetBlock, float]:
-        """A block of targets, and the sum of `cosine_N` over its views."""
-        pixels_KNHWC = torch.from_numpy(np.stack([sample.pixels_KHWC for sample in samples], axis=1))
-        by_view = [
-            self._forward(pixels_NHWC, [f"{self.job.images}: view {k} of {sample.key}" for sample in samples])
-            for k, pixels_NHWC in enumerate(pixels_KNHWC)
-        ]
-
-        stacked = {name: torch.stack([view[name] for view in by_view]).numpy() for name in by_view[0]}
-        views_KN = list(zip(*(sample.views for sample in samples), strict=True))
-        crops = [[(view.top, view.left, view.height, view.width) for view in row] for row in views_KN]
-        block = TargetBlock(
-            keys=[sample.key for sample in samples],
-            label_N=np.array([sample.label for sample in samples], np.int64),
-            code_KNST=stacked["code_NST"],
-            scale_KNS=stacked.get("scale_NS"),
-            attention_KNL=stacked["attention_NL"],
-            crop_KN4=np.array(crops, np.int32),
-            flip_KN=np.array([[view.flip for view in row] for row in views_KN], np.bool_),
-            jpegs=[list(row) for row in zip(*(sample.jpegs for sample in samples), strict=True)],
-        )
-        return block, sum(float(view["cosine_N"].sum()) for view in by_view)
-
-    def _forward(self, pixels_NHWC: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """One view of a block, on the CPU; `cosine_N` is the mean over an image's tokens, stored against given."""
-        # A batch never crosses a block or a view, so its composition, and with it the last bit of every feature, is
-        # fixed by the shard alone. Checks are read once, at the end: reading them of each batch would wait for each.
-        codec = self.extractor.codec
-        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-        for batch in torch.split(pixels_NHWC, self.extractor.batch_size):
-            with self.clock.of("teacher"):
-                output = self.extractor.teacher(batch)
-            with self.clock.of("encode"):
-                parts["faults_NF"].append(output.faults_BF())
-                try:
-                    code, scale = codec.encode(output.features_BST)
-                except DataError as error:
-                    require_sound(torch.cat(parts["faults_NF"]), names)
-                    first = sum(len(done) for done in parts["code_NST"])
-                    raise _not_encoded(codec, output.features_BST, names[first:], error) from error
-                cosine_BS = token_cosines(output.features_BST, codec.decode(code, scale))
-                parts["cosine_N"].append(cosine_BS.mean(dim=1))
-                parts["code_NST"].append(code)
-                if scale is not None:
-                    parts["scale_NS"].append(scale)
-                parts["attention_NL"].append(output.share_BL().to(torch.float16))
-            self.on_progress(len(batch), 0)
-        with self.clock.of("encode"):
-            view = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
-            require_sound(view["faults_NF"], names)
-        for name, cosine in zip(names, view["cosine_N"].tolist(), strict=True):
-            if not cosine >= codec.least_cosine:
-                raise DataError(
-                    f"{name}: codec {codec.info.name} keeps the teacher's features at a mean cosine of {cosine:.6f}, "
-                    f"expected at least {codec.least_cosine:g}; check the teacher's checkpoint, or use another codec"
-                )
-        return view
 
 
 def _not_encoded(codec: Codec, features_BST: Tensor, names: Sequence[str], error: DataError) -> DataError:

@@ -11,7 +11,7 @@ import torch
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.devices import resolve_device
+from milan_pipe.devices import cards, resolve_device
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import Extractor, ShardResult
@@ -19,7 +19,7 @@ from milan_pipe.images.ahead import thread_count
 from milan_pipe.storage import location_of
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.store import TargetStoreWriter, read_header
-from milan_pipe.teacher.clip import Teacher, load_teacher, load_teacher_of
+from milan_pipe.teacher.clip import Teacher, load_teacher, load_teacher_of, resolve_teacher_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,22 @@ class Assignment:
         return replace(self, extract=self.extract.model_copy(update=own))
 
 
+def process_count(extract: ExtractSettings) -> int:
+    """Processes on this machine: `auto` is one for each card, and one where there is none."""
+    return max(1, len(cards())) if extract.workers == "auto" else extract.workers
+
+
 def _teacher_device(extract: ExtractSettings) -> torch.device:
     """The teacher's device; on a CPU, torch is given the teacher's number of threads."""
     device = resolve_device(extract.device)
     if device.type == "cpu" and extract.teacher_threads:
         torch.set_num_threads(extract.teacher_threads)
     return device
+
+
+def teacher_precision(teacher: TeacherSettings, extract: ExtractSettings) -> str:
+    """What the teacher's precision means in this process; SettingError as `resolve_device`."""
+    return resolve_teacher_precision(teacher.precision, resolve_device(extract.device))
 
 
 def load_extraction_teacher(params: Params) -> Teacher:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from milan_pipe.errors import DataError, one_line
@@ -16,13 +18,21 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(data: bytes) -> Image.Image:
+    """The image of `decode_pixels`, for Pillow's operations."""
+    return Image.fromarray(decode_pixels(data))
+
+
+def decode_pixels(data: bytes) -> NDArray[np.uint8]:
     """Decode an image to RGB at full size, turned as its EXIF orientation says.
 
     An animation gives its first frame; transparency becomes white; 16-bit grey keeps its high byte, as 16-bit colour
-    does in Pillow; CMYK is converted without a colour profile.
+    does in Pillow; CMYK is converted without a colour profile. All pixels are Pillow's.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.
+
+    Returns:
+        (height, width, 3) uint8, contiguous.
 
     Raises:
         DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; one short line without the
@@ -34,8 +44,11 @@ def decode_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
-            image.load()
-            return _turned(_rgb(image), image)
+            pixels_HWC = _jpeg_pixels(data, image)
+            if pixels_HWC is None:
+                image.load()
+                pixels_HWC = np.array(_rgb(image))
+            return _turned(pixels_HWC, image)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -45,6 +58,18 @@ def decode_image(data: bytes) -> Image.Image:
     # Pillow's parsers raise SyntaxError, struct.error, IndexError and more on damaged files.
     except Exception as error:
         raise DataError(f"truncated or damaged: {one_line(error)}") from None
+
+
+def _jpeg_pixels(data: bytes, image: Image.Image) -> NDArray[np.uint8] | None:
+    """Pixels of a plain JPEG, sooner than Pillow has them; None where Pillow must say what they are."""
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    # It refuses what Pillow only warns of, as bytes between two parts.
+    except ValueError:
+        return None
+    return pixels
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -58,22 +83,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# Of EXIF orientations: whether rows and columns change places, and then the steps along rows and along columns.
+_TURNS = {2: (0, 1, -1), 3: (0, -1, -1), 4: (0, -1, 1), 5: (1, 1, 1), 6: (1, 1, -1), 7: (1, -1, -1), 8: (1, -1, 1)}
 
 
-def _turned(rgb: Image.Image, image: Image.Image) -> Image.Image:
+def _turned(pixels_HWC: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
     try:
         orientation = image.getexif().get(0x0112)
     # A damaged EXIF block says nothing about the pixels: viewers show such an image as it is stored.
     except Exception:
-        return rgb
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return rgb if turn is None else rgb.transpose(turn)
+        return pixels_HWC
+    transposed, down, across = _TURNS.get(orientation, (0, 1, 1)) if isinstance(orientation, int) else (0, 1, 1)
+    return np.ascontiguousarray((pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC)[::down, ::across])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ class Batch:
         code_BST: stored features.
         scale_BS: float16, or None where the codec needs none.
         attention_BL: float16, each row sums to 1.
+        noise_BL: float32, of the masks of one epoch; None where it is not drawn yet.
     """
 
     keys: tuple[str, ...]
@@ -37,16 +40,19 @@ class Batch:
     code_BST: Tensor
     scale_BS: Tensor | None
     attention_BL: Tensor
+    noise_BL: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """All tensors by name, each changed."""
+        return {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples `start` to `stop`; no copy."""
-        return Batch(
-            keys=self.keys[start:stop],
-            pixels_BHWC=self.pixels_BHWC[start:stop],
-            code_BST=self.code_BST[start:stop],
-            scale_BS=None if self.scale_BS is None else self.scale_BS[start:stop],
-            attention_BL=self.attention_BL[start:stop],
-        )
+        return replace(self, keys=self.keys[start:stop], **self.each(lambda values: values[start:stop]))
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory the copies are under way when this returns."""
+        return replace(self, **self.each(lambda values: values.to(device, non_blocking=True)))
 
     def parts(self, count: int) -> list[tuple[Batch, float]]:
         """Cut into `count` parts of nearly one size, fewer where there are fewer samples, each with its share."""
@@ -57,48 +63,67 @@ class Batch:
         return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
 
 
-class _Group:
-    """Several runs, joined."""
+DrawNoise = Callable[[int, Sequence[str]], Tensor]
+"""Epoch and N keys to the noise of their masks, (N, L) float32."""
 
-    def __init__(self, runs: list[ViewRun]) -> None:
-        scales = [run.scale_NS for run in runs if run.scale_NS is not None]
-        self.keys = [key for run in runs for key in run.keys]
-        self.jpegs = [jpeg for run in runs for jpeg in run.jpegs]
-        self.code_NST = torch.from_numpy(np.concatenate([run.code_NST for run in runs]))
-        self.scale_NS = torch.from_numpy(np.concatenate(scales)) if scales else None
-        self.attention_NL = torch.from_numpy(np.concatenate([run.attention_NL for run in runs]))
+_Place = tuple[ViewRun, int]
+"""A sample: a run that was read, and its row in it."""
 
-
-# Most views that a thread decodes at a time: handing over a small one takes three times as long as decoding it.
+# Most samples of one task: handing over a small view takes three times as long as decoding it.
 _TASK = 16
 
-_Fragment = tuple[_Group, list[int]]
-"""Rows of a group, in the order in which they are handed out."""
 
+class _Group:
+    """Blocks that are shuffled together, each read by a task of its own; rows are counted through them in order."""
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def __init__(self, blocks: Sequence[Block], reading: Sequence[Future[ViewRun]]) -> None:
+        self._reading = reading
+        self._end_N = np.cumsum([block.stop - block.start for block in blocks])
+
+    @cached_property
+    def _runs(self) -> list[ViewRun]:
+        return [one.result() for one in self._reading]
+
+    def places(self, row_N: NDArray[np.int64]) -> list[_Place]:
+        """Where samples lie; waits for those that are still being read."""
+        number_N = np.searchsorted(self._end_N, row_N, side="right")
+        within_N = row_N - np.concatenate([[0], self._end_N])[number_N]
+        runs = self._runs
+        return [(runs[number], row) for number, row in zip(number_N.tolist(), within_N.tolist(), strict=True)]
 
 
 class Loader:
-    """Reads and decodes what one rank takes of every batch.
+    """Reads and decodes what one rank takes of every batch, some batches ahead of the one that is handed out.
 
-    Groups of shuffle blocks are read by `READERS` threads, each stream's next one while the one before is handed out:
-    two groups are in memory. Use it as a context manager: its threads end with it.
+    Blocks are read by one pool of threads, those of each stream's next group while the one before is handed out: two
+    groups are in memory. Views are decoded by another pool, straight into the batch's memory. Use it as a context
+    manager: its threads end with it.
 
     Args:
-        threads: threads that decode views.
+        threads: threads that decode views; as many, and at least two, read.
         with_targets: whether codes and scales are handed out; a pixel target needs none.
+        draw_noise: draws `Batch.noise_BL`, on the threads that decode.
+        pin: hand out pinned memory, from which copies to a CUDA device do not wait.
     """
 
-    READERS = 2
-
-    def __init__(self, reader: TargetStore, plan: BatchPlan, *, threads: int, with_targets: bool) -> None:
+    def __init__(
+        self,
+        reader: TargetStore,
+        plan: BatchPlan,
+        *,
+        threads: int,
+        with_targets: bool,
+        draw_noise: DrawNoise | None = None,
+        pin: bool = False,
+    ) -> None:
         self.plan = plan
-        self._reader = reader
-        self._with_targets, self._threads = with_targets, threads
+        self._reader, self._draw_noise = reader, draw_noise
+        self._threads, self._with_targets, self._pin = threads, with_targets, pin
+        size = max(1, sum(piece.stop - piece.start for piece in plan.pieces()))
+        # Twice as many tasks as threads are under way, in two batches at least.
+        self._ahead = max(2, -(-2 * threads * _TASK // size))
         self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
-        self._readers = ThreadPoolExecutor(max_workers=self.READERS, thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="read")
 
     def __enter__(self) -> Loader:
         return self
@@ -107,56 +132,74 @@ class Loader:
         for pool in (self._readers, self._decoders):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """All whole batches of one epoch, in order.
+    def batches(self, epoch: int, skip: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """All whole batches of the epochs `epoch` to `stop` - 1, by default of this one alone, in order.
 
         Args:
-            skip: batches to leave out at the beginning; groups that lie in them whole are not read.
+            skip: batches of the first epoch to leave out; groups that lie in them whole are not read.
 
         Raises:
             DataError: the store is damaged.
         """
-        streams = [self._stream(epoch, piece, skip) for piece in self.plan.pieces()]
-        for _ in range(skip, self.plan.steps):
-            yield _batch(
-                [fragment for stream in streams for fragment in next(stream)],
-                self._decode,
-                with_targets=self._with_targets,
-            )
+        pending: deque[tuple[Batch, list[Future[None]]]] = deque()
 
-    def _decode(self, jpegs: list[bytes | memoryview]) -> NDArray[np.uint8]:
-        share = min(_TASK, -(-len(jpegs) // self._threads))
-        tasks = [jpegs[start : start + share] for start in range(0, len(jpegs), share)]
-        return np.concatenate(list(self._decoders.map(_decode, tasks)))
+        def first() -> Batch:
+            batch, filling = pending.popleft()
+            for part in filling:
+                part.result()
+            return batch
 
-    def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[tuple[Future[_Group], list[int]]]:
+        for number in range(epoch, epoch + 1 if stop is None else stop):
+            for places in self._places(number, skip if number == epoch else 0):
+                pending.append(self._fill(places, number))
+                if len(pending) > self._ahead:
+                    yield first()
+        while pending:
+            yield first()
+
+    def _fill(self, places: list[_Place], epoch: int) -> tuple[Batch, list[Future[None]]]:
+        noise = None if self._draw_noise is None else (self._draw_noise, epoch)
+        batch = _empty(places, self._reader, with_targets=self._with_targets, noise=noise is not None, pin=self._pin)
+        share = min(_TASK, -(-len(places) // self._threads))
+        starts = range(0, len(places), share)
+        return batch, [
+            self._decoders.submit(_fill, batch.rows(at, at + share), places[at : at + share], noise) for at in starts
+        ]
+
+    def _groups(self, epoch: int, piece: Piece, unwanted: int) -> Iterator[tuple[_Group, NDArray[np.int64]]]:
         """What is left of a stream after its first `unwanted` samples, group after group, the next one under way."""
-        ahead: deque[tuple[Future[_Group], list[int]]] = deque()
+        ahead: deque[tuple[_Group, NDArray[np.int64]]] = deque()
         for blocks, order in self.plan.order.groups(epoch, piece.stream):
-            rows = order[unwanted:].tolist()
+            rows = order[unwanted:]
             unwanted -= len(order) - len(rows)
-            if rows:
-                ahead.append((self._readers.submit(_read, self._reader, blocks), rows))
+            if len(rows):
+                ahead.append((_Group(blocks, [self._readers.submit(_read, self._reader, b) for b in blocks]), rows))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
 
-    def _stream(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Fragment]]:
-        """This rank's rows of each batch, from one stream."""
+    def _places(self, epoch: int, skip: int) -> Iterator[list[_Place]]:
+        """This rank's samples of each batch of an epoch."""
+        streams = [self._stream(epoch, piece, skip) for piece in self.plan.pieces()]
+        for _ in range(skip, self.plan.steps):
+            yield [place for stream in streams for place in next(stream)]
+
+    def _stream(self, epoch: int, piece: Piece, skip: int) -> Iterator[list[_Place]]:
+        """This rank's samples of each batch, from one stream."""
         size, position = piece.size, 0  # within the stream's part of a batch
-        fragments: list[_Fragment] = []
-        for loading, rows in self._groups(epoch, piece, skip * size):
-            group, used = loading.result(), 0
+        places: list[_Place] = []
+        for group, rows in self._groups(epoch, piece, skip * size):
+            used = 0
             while used < len(rows):
                 stop = min(size, position + len(rows) - used)
                 first, last = max(position, piece.start), min(stop, piece.stop)
                 if first < last:
-                    fragments.append((group, rows[used + first - position : used + last - position]))
+                    places += group.places(rows[used + first - position : used + last - position])
                 used += stop - position
                 position = stop % size
                 if not position:
-                    yield fragments
-                    fragments = []
+                    yield places
+                    places = []
 
 
 def read_batch(reader: TargetStore, block: Block) -> Batch:
@@ -165,36 +208,49 @@ def read_batch(reader: TargetStore, block: Block) -> Batch:
     Raises:
         DataError: the store is damaged.
     """
-    return _batch([(_read(reader, [block]), list(range(block.stop - block.start)))], _decode)
+    run = _read(reader, block)
+    places = [(run, row) for row in range(block.stop - block.start)]
+    batch = _empty(places, reader, with_targets=True, noise=False, pin=False)
+    _fill(batch, places, None)
+    return batch
 
 
-def _read(reader: TargetStore, blocks: Sequence[Block]) -> _Group:
-    return _Group([reader.read(reader.shards[b.shard], b.view, b.start, b.stop) for b in blocks])
+def _read(reader: TargetStore, block: Block) -> ViewRun:
+    return reader.read(reader.shards[block.shard], block.view, block.start, block.stop)
 
 
-def _decode(jpegs: list[bytes | memoryview]) -> NDArray[np.uint8]:
-    return np.stack([decode_jpeg(jpeg) for jpeg in jpegs])
+def _empty(places: Sequence[_Place], reader: TargetStore, *, with_targets: bool, noise: bool, pin: bool) -> Batch:
+    """Memory for a batch of these samples, with their keys."""
+    run, count, side = places[0][0], len(places), reader.header.views.size
 
+    def like(values_N: NDArray[Any], rows: int = count) -> Tensor:
+        dtype = torch.from_numpy(values_N[:0]).dtype
+        return torch.empty((rows, *values_N.shape[1:]), dtype=dtype, pin_memory=pin)
 
-def _batch(
-    fragments: list[_Fragment],
-    decode: Callable[[list[bytes | memoryview]], NDArray[np.uint8]],
-    *,
-    with_targets: bool = True,
-) -> Batch:
-    keys = tuple(group.keys[row] for group, rows in fragments for row in rows)
-    jpegs = [group.jpegs[row] for group, rows in fragments for row in rows]
-    try:
-        pixels = decode(jpegs)
-    except DataError as error:
-        raise DataError(f"a stored view of one of {keys[0]} ... {keys[-1]} does not decode: {error}") from error
-    parts = [(group, torch.tensor(rows)) for group, rows in fragments]
-    coded = parts if with_targets else []
-    scales = [group.scale_NS[index] for group, index in coded if group.scale_NS is not None]
     return Batch(
-        keys=keys,
-        pixels_BHWC=torch.from_numpy(pixels),
-        code_BST=_cat([group.code_NST[index] for group, index in coded]) if coded else parts[0][0].code_NST[:0],
-        scale_BS=_cat(scales) if scales else None,
-        attention_BL=_cat([group.attention_NL[index] for group, index in parts]),
+        keys=tuple(run.keys[row] for run, row in places),
+        pixels_BHWC=torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=pin),
+        code_BST=like(run.code_NST, count if with_targets else 0),
+        scale_BS=like(run.scale_NS) if with_targets and run.scale_NS is not None else None,
+        attention_BL=like(run.attention_NL),
+        noise_BL=torch.empty((count, reader.header.patches), pin_memory=pin) if noise else None,
     )
+
+
+def _fill(batch: Batch, places: Sequence[_Place], noise: tuple[DrawNoise, int] | None) -> None:
+    """Decode and gather samples into a batch's memory."""
+    pixels_BHWC, code_BST, attention_BL = (v.numpy() for v in (batch.pixels_BHWC, batch.code_BST, batch.attention_BL))
+    scale_BS = None if batch.scale_BS is None else batch.scale_BS.numpy()
+    for at, (run, row) in enumerate(places):
+        try:
+            decode_jpeg(run.jpegs[row], into=pixels_BHWC[at])
+        except DataError as error:
+            raise DataError(f"the stored view of {run.keys[row]} does not decode: {error}") from error
+        attention_BL[at] = run.attention_NL[row]
+        if len(code_BST):
+            code_BST[at] = run.code_NST[row]
+        if scale_BS is not None and run.scale_NS is not None:
+            scale_BS[at] = run.scale_NS[row]
+    if noise is not None and batch.noise_BL is not None:
+        draw, epoch = noise
+        batch.noise_BL.copy_(draw(epoch, batch.keys))

@@ -120,7 +120,8 @@ def plan(
     with speed.same_threads():
         model = load_extraction_teacher(params)
         info = model.info
-        require_fit(store.header_of(params, info, CodecInfo(name=codec.name), extract.format), params.student, images)
+        header = store.planned_header(params, info, CodecInfo(name=codec.name), extract.format)
+        require_fit(header, params.student, images)
         counted = count_images(shards, lambda done, steps: progress("count", steps)(done))
         if total is not None:
             counted = like_these(counted, total, params.prepare.samples_per_shard)
@@ -142,10 +143,11 @@ def plan(
     stores = []
     for done, (one, store_format) in enumerate(kinds):
         progress("stores", len(kinds))(done)
-        stores.append(store.estimate_store(store.header_of(params, info, one.codec, store_format), drawn, one, counted))
+        header = store.planned_header(params, info, one.codec, store_format)
+        stores.append(store.estimate_store(header, drawn, one, counted))
     chosen = next(found for found in stores if (found.codec, found.format) == (codec.name, extract.format))
     encoding = encoded[codec.name]
-    header = store.header_of(params, info, encoding.codec, extract.format)
+    header = store.planned_header(params, info, encoding.codec, extract.format)
     progress("student")(0)
     if tflops is None:
         student = speed.run_student(params, header, encoding.batch.rows(0, batch_size))

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milan_pipe import __version__
 from milan_pipe.config.params import Params
 from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.fit import MOST_SHARDS, draw_images
 from milan_pipe.extraction.render import Clock, RenderedSample
+from milan_pipe.extraction.shard import header_of
 from milan_pipe.images.count import ImageCount
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.loader.stream import Batch
@@ -37,7 +37,6 @@ from milan_pipe.targets.schema import (
     StoreHeader,
     TargetBlock,
     TeacherInfo,
-    ViewInfo,
 )
 from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES
@@ -127,16 +126,10 @@ def encode_sample(sample: ImageSample, output: TeacherOutput, settings: CodecSet
     return EncodedSample(codec=codec.info, batch=batch, mean_cosine=cosine)
 
 
-def header_of(params: Params, teacher: TeacherInfo, codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
+def planned_header(params: Params, teacher: TeacherInfo, codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
     """The header that a store of these settings would have, but for its sources."""
-    return StoreHeader(
-        package_version=__version__,
-        format=store_format,
-        teacher=teacher,
-        views=ViewInfo(size=params.student.image_size, **params.views.model_dump()),
-        codec=codec,
-        source=SourceInfo(shards=1, fingerprint=""),
-    )
+    header = header_of(params, teacher, codec, SourceInfo(shards=1, fingerprint=""))
+    return header.model_copy(update={"format": store_format})
 
 
 @dataclass(frozen=True, kw_only=True)

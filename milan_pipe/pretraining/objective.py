@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,24 +49,29 @@ class Objective(nn.Module):
         self.patches = header.patches
         self.visible = visible_count(header.patches, params.masking.ratio)
 
+    def draw_noise(self, epoch: int, keys: Sequence[str]) -> Tensor:
+        """Noise of the samples' masks in an epoch, (B, L), on the CPU."""
+        return mask_noise(self.masking.seed, epoch, keys, self.patches)
+
     def predict(self, batch: Batch, epoch: int) -> Prediction:
         """Prediction and target of one batch, with the masks of an epoch."""
         device = next(self.student.parameters()).device
-        pixels_BHWC = batch.pixels_BHWC.to(device, non_blocking=True)
-        images_BCHW = normalise(pixels_BHWC)
-        taught = self.teach(pixels_BHWC) if self.teach is not None else None
+        if batch.noise_BL is None:
+            batch = replace(batch, noise_BL=self.draw_noise(epoch, batch.keys))
+        batch = batch.to(device)
+        assert batch.noise_BL is not None
+        images_BCHW = normalise(batch.pixels_BHWC)
+        taught = self.teach(batch.pixels_BHWC) if self.teach is not None else None
         attention_BL = batch.attention_BL if taught is None else taught[1]
-        noise_BL = mask_noise(self.masking.seed, epoch, batch.keys, self.patches).to(device)
-        importance_BL = attention_BL.to(device).float() if self.masking.kind == "semantic" else None
-        split = draw_split(importance_BL, noise_BL, self.visible)
+        importance_BL = attention_BL.float() if self.masking.kind == "semantic" else None
+        split = draw_split(importance_BL, batch.noise_BL, self.visible)
         prediction_BST = self.student(images_BCHW, split)
         if self.target != "clip":
             own_target = pixel_target if self.target == "pixels" else hog_target
             return Prediction(split, prediction_BST, own_target(images_BCHW, self.patch_size))
         if taught is not None:
             return Prediction(split, prediction_BST, taught[0])
-        scale_BS = None if batch.scale_BS is None else batch.scale_BS.to(device)
-        return Prediction(split, prediction_BST, self.codec.decode(batch.code_BST.to(device), scale_BS))
+        return Prediction(split, prediction_BST, self.codec.decode(batch.code_BST, batch.scale_BS))
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
         """Loss of one batch. A sample's mask depends on (seed, epoch, key), not on its neighbours."""

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from milan_pipe.training.runner import run_task
 from milan_pipe.training.task import NotFiniteError, RunReport, Task
 
 _SECTIONS = ("student", "masking", "decoder", "target", "pretrain")
-_AHEAD, _SHOWN = 8, 8
+_AHEAD, _SHOWN = 2, 8
 
 
 def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Params) -> dict[str, Any]:
@@ -48,7 +47,9 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
         **params.model_dump(mode="json", include={"student", "decoder", "masking", "target"}),
         "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
         "targets": {
-            **{name: stored[name] for name in ("teacher", "views")},
+            "teacher": stored["teacher"],
+            # Runs on stores from before there was a second renderer do not name one.
+            "views": header.views.model_dump(mode="json", exclude_defaults=True),
             "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),
             "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         },
@@ -123,14 +124,20 @@ class PretrainTask(Task[Batch]):
     def batches(self, first_step: int) -> Generator[Batch]:
         """This rank's part of every batch, read ahead across the borders of epochs: no epoch begins by waiting."""
         epoch, skip = divmod(first_step, self.steps_per_epoch)
-        with Loader(self._reader, self._plan, threads=self.settings.threads, with_targets=self._with_targets) as loader:
-            later = map(loader.batches, range(epoch + 1, self.settings.epochs))
-            batches = chain(loader.batches(epoch, skip), chain.from_iterable(later))
-            with closing(Background(batches, _AHEAD, "prefetch")) as ahead:
-                yield from ahead
+        with (
+            Loader(
+                self._reader,
+                self._plan,
+                threads=self.settings.threads,
+                with_targets=self._with_targets,
+                draw_noise=self.objective.draw_noise,
+                pin=self._ranks.device.type == "cuda",
+            ) as loader,
+            closing(Background(loader.batches(epoch, skip, self.settings.epochs), _AHEAD, "prefetch")) as ahead,
+        ):
+            yield from ahead
 
     def parts(self, batch: Batch) -> Sequence[tuple[Batch, float]]:
-        # The objective brings them to the device.
         return batch.parts(self.settings.accumulate)
 
     def after_step(self, step: int) -> Path | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
 from milan_pipe.config.base import Settings
+from milan_pipe.config.images import Renderer
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import MismatchError
 
@@ -54,7 +55,12 @@ class TeacherInfo(Settings):
 
 
 class ViewInfo(Settings):
-    """What a target depends on, of the view policy. `size` is the rendered side in pixels, the student's input."""
+    """What a target depends on, of the views: their settings, and how they are rendered.
+
+    Attributes:
+        size: rendered side in pixels, the student's input.
+        renderer: which one; headers from before there was a second do not say.
+    """
 
     count: PositiveInt
     size: PositiveInt
@@ -63,6 +69,7 @@ class ViewInfo(Settings):
     flip: float
     seed: int
     jpeg_quality: int
+    renderer: Renderer = "pillow"
 
 
 class CodecInfo(Settings):

@@ -134,7 +134,8 @@ def _build_tower(source: TowerSource) -> nn.Module:
     return visual.eval()
 
 
-def _resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_teacher_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on a CUDA device and float32 elsewhere."""
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     return automatic if precision == "auto" else precision
 
@@ -167,7 +168,7 @@ def load_teacher(
         **settings.header_fields(),
         weights_sha256=digest,
         normalization=settings.normalization,
-        precision=_resolve_precision(settings.precision, torch.device(device)),
+        precision=resolve_teacher_precision(settings.precision, torch.device(device)),
         image_size=side,
         grid=sizes.grid,
         width=sizes.width,

@@ -25,7 +25,7 @@ from torch import Tensor
 from milan_pipe.config.teacher import ClipSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
-from milan_pipe.images.decode import decode_image
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import View, render_view
@@ -85,10 +85,11 @@ class _Captioned:
 
 
 def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample]:
-    image = decode_image(sample.data)
-    short = min(image.size)
-    top, left = (image.height - short) // 2, (image.width - short) // 2
-    return render_view(image, View(top=top, left=left, height=short, width=short, flip=False), side), sample
+    image_HWC = decode_pixels(sample.data)
+    height, width, _ = image_HWC.shape
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    return render_view(image_HWC, View(top=top, left=left, height=short, width=short, flip=False), side), sample
 
 
 def _read(

@@ -27,6 +27,7 @@ from milan_pipe.training.checkpoint import (
     require_same_configuration,
 )
 from milan_pipe.training.distributed import Ranks, joined
+from milan_pipe.training.feed import on_device
 from milan_pipe.training.lock import only_writer
 from milan_pipe.training.metrics import cut_metrics
 from milan_pipe.training.recorder import OnProgress, Recorder
@@ -104,7 +105,8 @@ class _Run(Generic[B]):
         task, recorder = self.task, self.recorder
         task.model.train()
         began, waited, evaluating = time.monotonic(), 0.0, 0.0
-        with closing(task.batches(self.first_step)) as batches:
+        with closing(task.batches(self.first_step)) as read:
+            batches = on_device(read, self.ranks.device)
             for number in range(self.first_step, task.steps):
                 wait_began = time.monotonic()
                 batch = next(batches)

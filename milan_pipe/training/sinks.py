@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -86,15 +87,19 @@ def open_sinks(
     Raises:
         SettingError: a sink's package is not installed.
     """
-    from dvclive.live import Live  # only processes that write need it: a quarter of a second
-
     with ExitStack() as stack:
-        quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
-        live = Live(str(folder), resume=first_step > 0, **quiet)
-        if live._dvc_repo is not None:
-            # dvclive leaves it open, and its databases hold a dozen descriptors.
-            stack.callback(live._dvc_repo.close)
-        sinks: list[Sink] = [_Dvclive(stack.enter_context(live))]
+        sinks: list[Sink] = []
+        try:
+            from dvclive.live import Live  # only processes that write need it: a quarter of a second
+        except ImportError:
+            warnings.warn(f"dvclive is not installed: no metrics in {folder}", RuntimeWarning, stacklevel=2)
+        else:
+            quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
+            live = Live(str(folder), resume=first_step > 0, **quiet)
+            if live._dvc_repo is not None:
+                # dvclive leaves it open, and its databases hold a dozen descriptors.
+                stack.callback(live._dvc_repo.close)
+            sinks.append(_Dvclive(stack.enter_context(live)))
         if "tensorboard" in names:
             module = _module("torch.utils.tensorboard", "tensorboard")
             # Purged: points after the checkpoint are measured again.

@@ -33,7 +33,7 @@ class Stepper(Generic[B]):
 
     Args:
         optimiser: only a fused one skips steps.
-        loss_of: scalar loss of a batch in an epoch.
+        loss_of: scalar loss of a part in an epoch.
         split: a batch's parts with their shares of it, for gradient accumulation.
         clip_grad: largest L2 norm of the gradient over all parameters.
         exchange: context of each part's passes, given whether ranks exchange gradients in it.
@@ -45,9 +45,9 @@ class Stepper(Generic[B]):
     def __init__(
         self,
         optimiser: torch.optim.Optimizer,
-        loss_of: Callable[[B, int], Tensor],
+        loss_of: Callable[[Any, int], Tensor],
         *,
-        split: Callable[[B], Sequence[tuple[B, float]]],
+        split: Callable[[B], Sequence[tuple[Any, float]]],
         device: torch.device,
         precision: Precision,
         clip_grad: float | None = None,
@@ -62,7 +62,7 @@ class Stepper(Generic[B]):
         self._skips = bool(optimiser.defaults.get("fused")) and self._precision != "float16"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "float16")
 
-    def loss(self, part: B, epoch: int) -> Tensor:
+    def loss(self, part: Any, epoch: int) -> Tensor:
         """Loss of one part, in the chosen precision."""
         with autocast(self._precision, self._device):
             return self._loss_of(part, epoch)

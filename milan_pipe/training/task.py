@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,17 @@ from milan_pipe.config.training import Parallel, RunSettings
 from milan_pipe.errors import DataError
 
 
-class Keyed(Protocol):
+class TrainBatch(Protocol):
     """A batch, or this rank's part of it, that knows the keys of its samples."""
 
     @property
     def keys(self) -> tuple[str, ...]: ...
 
+    def to(self, device: torch.device) -> Self:
+        """Itself on a device; from pinned memory without waiting."""
 
-B = TypeVar("B", bound=Keyed)
+
+B = TypeVar("B", bound=TrainBatch)
 
 
 class NotFiniteError(DataError):
@@ -109,11 +112,11 @@ class Task(ABC, Generic[B]):
 
     @abstractmethod
     def batches(self, first_step: int) -> Generator[B]:
-        """This rank's batches of all remaining steps; closed when the run ends."""
+        """This rank's batches of all remaining steps, pinned for a CUDA device; closed when the run ends."""
 
     @abstractmethod
-    def parts(self, batch: B) -> Sequence[tuple[B, float]]:
-        """A batch on the device, in parts with their shares of it."""
+    def parts(self, batch: B) -> Sequence[tuple[Any, float]]:
+        """What the objective takes of a batch that is on the device, in parts with their shares of it."""
 
     def units(self) -> Iterable[nn.Module]:
         """Parts of the model that FSDP gathers one at a time."""

@@ -41,6 +41,8 @@ def test_the_published_recipe_is_the_papers() -> None:
     assert (params.decoder.width, params.decoder.depth, params.decoder.heads) == (512, 8, 16)
     assert (params.masking.kind, params.masking.ratio) == ("semantic", 0.75)
     assert params.views.scale == (0.2, 1.0)
+    for published in (params, load_params("imagenet1k-vit-l-16")):
+        assert (published.teacher.model, published.teacher.normalization) == ("ViT-B-16", "imagenet")
 
 
 def test_every_imagenet_student_fits_its_teachers_grid() -> None:
@@ -90,3 +92,5 @@ def test_the_published_recipes_of_transfer(name: str) -> None:
     assert (segment.steps, segment.warmup_steps, segment.batch_size, segment.lr) == (160_000, 1500, 16, 1e-4)
     assert (segment.power, segment.weight_decay, segment.layer_decay, segment.drop_path) == (1.0, 0.05, 0.65, 0.1)
     assert (segment.crop, segment.stride, segment.ratio, segment.auxiliary) == (512, 341, (0.5, 2.0), 0.4)
+    assert segment.channels == {"s": 384, "b": 768, "l": 1024}[name[15]]
+    assert segment.over_all_pixels

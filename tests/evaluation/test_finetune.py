@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import operator
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from support import processes
 from support.images import NAMES, TINY, class_folders, image, labelled_shard, png, write_tar
 from support.training import StopAtError, killed_until_done, stop_at
@@ -24,13 +26,14 @@ from milan_pipe.config.evaluation import AugmentSettings, FinetuneSettings, Lars
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.evaluation.augment import TrainingImages, build_mixup, seeded
+from milan_pipe.evaluation.augment import Erasing, TrainingImages, build_mixup, seeded
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.batches import SampleRequest, StepPlan, share_of_classes
 from milan_pipe.evaluation.classifier import LinearClassifier, build_classifier, classifier_of
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import build_encoder, encode_all
+from milan_pipe.student.pixels import normalise
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
@@ -225,21 +228,71 @@ def test_augmentation_depends_on_seed_epoch_and_key_alone(shards: Path) -> None:
     random.seed(1)
     first = views(SampleRequest(2, 7))[0]
     views(SampleRequest(2, 8))
-    assert torch.equal(views(SampleRequest(2, 7))[0], first)
-    assert not torch.equal(views(SampleRequest(3, 7))[0], first)
-    assert first.shape == (3, 16, 16)
-    assert first.dtype == torch.float32
+    assert np.array_equal(views(SampleRequest(2, 7))[0], first)
+    assert not np.array_equal(views(SampleRequest(3, 7))[0], first)
+    assert first.shape == (16, 16, 3)
+    assert first.dtype == np.uint8
 
 
 def test_the_strongest_augmentation_never_fails(shards: Path) -> None:
     images = labelled_images(str(shards / "train-*.tar"), lambda *_: None)
     views = TrainingImages(images, FULL.model_copy(update={"auto_augment": "rand-m10-n15-mstd2-inc1"}), 16, seed=0)
     for epoch in range(20):
-        assert bool(torch.isfinite(views(SampleRequest(epoch, epoch))[0]).all())
+        assert views(SampleRequest(epoch, epoch))[0].shape == (16, 16, 3)
+
+
+def test_images_in_bytes_are_those_of_timms_own_transform(shards: Path) -> None:
+    """Normalised on the device, erased regions included, within the steps in which their noise is kept."""
+    images = labelled_images(str(shards / "train-*.tar"), lambda *_: None)
+    often = FULL.model_copy(update={"erasing": 0.7})
+    views = TrainingImages(images, often, 32, seed=0)
+    theirs: Any = timm.data.create_transform(
+        input_size=32,
+        is_training=True,
+        scale=often.scale,
+        color_jitter=None,
+        auto_augment=often.auto_augment,
+        interpolation="bicubic",
+        re_prob=often.erasing,
+        re_mode="pixel",
+    )
+    erased = 0
+    for number in range(40):
+        pixels_HWC, label, box = views(SampleRequest(1, number))
+        assert label == number % 3
+        erased += any(box)
+        pixels_BHWC = torch.from_numpy(pixels_HWC.copy())[None]
+        found = Erasing.restored(pixels_BHWC, normalise(pixels_BHWC), torch.tensor([box]))[0]
+        with seeded(0, 1, images.keys[number]):
+            expected = theirs(Image.open(io.BytesIO(images.read(number))).convert("RGB"))
+        top, bottom, left, right = box
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        torch.testing.assert_close(found[:, ~inside], expected[:, ~inside], atol=1e-5, rtol=0)
+        noise = expected[:, inside].clamp(-4, 127 / 32)
+        torch.testing.assert_close(found[:, inside], noise, atol=1 / 64 + 1e-6, rtol=0)
+    assert 20 <= erased <= 36
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_mixed_images_do_not_depend_on_the_number_of_ranks(ranks: int) -> None:
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
+    mixed, shares = torch.empty(16, 3, 8, 8), torch.empty(16, 3)
+    for rank in range(ranks):
+        plan = StepPlan(number_N=np.arange(16), batch_size=16, seed=0, rank=rank, ranks=ranks, mirrored=True)
+        mixup = build_mixup(FULL, 3, 16, ranks)
+        assert mixup is not None
+        with seeded(0, "mix", 5):
+            mixed[plan.share], shares[plan.share] = mixup(images[plan.share], labels[plan.share])
+    with seeded(0, "mix", 5):
+        expected = build_mixup(FULL, 3, 16, 1)(images.clone(), labels)  # type: ignore[misc]
+    assert torch.equal(mixed, expected[0])
+    assert torch.equal(shares, expected[1])
+    assert not torch.equal(mixed, images)
 
 
 def test_mixup_shares_out_the_classes() -> None:
-    mixup = build_mixup(FULL, 3, 8)
+    mixup = build_mixup(FULL, 3, 8, 1)
     assert mixup is not None
     pixels, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
     with seeded(0):
@@ -249,8 +302,9 @@ def test_mixup_shares_out_the_classes() -> None:
     assert torch.equal(mixed, again[0])
     assert torch.equal(target, again[1])
     torch.testing.assert_close(target.sum(1), torch.ones(8))
-    with pytest.raises(SettingError, match="even"):
-        build_mixup(FULL, 3, 7)
+    for size, ranks in ((7, 1), (12, 4)):
+        with pytest.raises(SettingError, match=f"expected a multiple of {2 * ranks}"):
+            build_mixup(FULL, 3, size, ranks)
 
 
 def test_class_folders_and_shards_are_the_same_task(tmp_path: Path) -> None:
@@ -491,7 +545,7 @@ def _without(path: Path, *kept: str) -> Path:
     ("change", "kind", "message"),
     [
         ({"checkpoint": "missing"}, MissingError, "missing is not there"),
-        ({"batch_size": 15}, SettingError, "even number"),
+        ({"batch_size": 15}, SettingError, "expected a multiple of 2"),
         ({"image_size": 18}, SettingError, "no multiple of the patch"),
         ({"train": "nowhere"}, MissingError, "nowhere is not there"),
         ({"device": "cuda:9"}, SettingError, "cannot be used"),

@@ -138,10 +138,10 @@ CASES: dict[str, Case] = {
         lambda: tuned(AugmentSettings(auto_augment="loud")), SettingError,
         "augment.auto_augment='loud' is not understood by timm (...); expected words as rand-m9-mstd0.5-inc1",
     ),
-    "mixup of an odd part": (
-        lambda: build_mixup(AugmentSettings(mixup=0.5), 3, 7), SettingError,
-        "mixup and cutmix pair the images of a batch, 7 of them on this rank; choose a batch_size that gives every "
-        "rank an even number, or set augment.mixup=0 and augment.cutmix=0",
+    "mixup of an odd share": (
+        lambda: build_mixup(AugmentSettings(mixup=0.5), 3, 12, 4), SettingError,
+        "mixup and cutmix pair the images of a batch; batch_size is 12 for 4 rank(s), expected a multiple of 8; change "
+        "it, or set augment.mixup=0 and augment.cutmix=0",
     ),
     "another task's checkpoint": (
         lambda: checkpoint({"task": "finetune", "student": {}}, student_of), DataError,

@@ -27,7 +27,10 @@ from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, MissingError, SettingError
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
+from milan_pipe.evaluation.segment import SegmentObjective
+from milan_pipe.evaluation.segment_views import _PADDING
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
+from milan_pipe.evaluation.supervised import ImageBatch
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
 from milan_pipe.images.masked import MaskRule, decode_mask, masked_images, read_classes
 from milan_pipe.images.prepare import prepare
@@ -106,6 +109,34 @@ def test_windows_cover_every_pixel_and_stay_inside(height: int, width: int, wind
     assert all(torch.equal(one, torch.ones(2, *size)) for one, size in zip(logits, sizes, strict=True))
     assert max(asked) <= 3
     assert set(asked[:-1]) <= {3}  # windows of one image and of the next are one batch
+
+
+def test_windows_of_a_coarse_type_are_summed_in_float32() -> None:
+    def third(windows: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(windows), 1, 4, 4), 100.5, dtype=torch.bfloat16)
+
+    (logits,) = sliding_logits(third, [torch.zeros(3, 4, 40)], 4, 1, 64)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, torch.full((1, 4, 40), 100.5))
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+def test_the_loss_is_a_mean_over_pixels(over_all: bool) -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return images_BCHW, images_BCHW.flip(1)
+
+    logits, mask = torch.randn(2, 3, 4, 4), torch.randint(-1, 3, (2, 4, 4), dtype=torch.int32)
+    loss = SegmentObjective(Fixed(), 0.4, over_all)(ImageBatch(logits, mask), 0)
+    mean = torch.nn.CrossEntropyLoss(ignore_index=-1)
+    expected = mean(logits, mask.long()) + 0.4 * mean(logits.flip(1), mask.long())
+    share = (mask >= 0).float().mean() if over_all else 1.0
+    torch.testing.assert_close(loss, expected * share)
+
+
+def test_what_lies_outside_of_an_image_is_nearly_zero_once_normalised() -> None:
+    pixels = torch.tensor(_PADDING, dtype=torch.uint8).expand(1, 2, 2, 3)
+    assert normalise(pixels).abs().max() < 0.01
 
 
 def test_windows_are_averaged_where_they_overlap() -> None:

@@ -17,16 +17,22 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client, LocalCluster
 from distributed.client import FutureCancelledError
 from support import processes
 from support.extraction import SETTINGS, command, every_file
 from support.s3 import free_port
 
+from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError
-from milan_pipe.extraction.cluster import _outcome
+from milan_pipe.devices import cards
+from milan_pipe.errors import DataError, SettingError
+from milan_pipe.extraction import worker
+from milan_pipe.extraction.cluster import _local_cluster, _outcome
 from milan_pipe.extraction.run import ExtractProgress
+from milan_pipe.extraction.worker import process_count
 from milan_pipe.images.prepare import prepare
+from milan_pipe.targets.store import open_targets
 
 DEADLINE = 180.0
 
@@ -301,6 +307,49 @@ def test_a_shard_that_fails_three_times_counts_no_view_twice(images: Path, whole
     bad.write_bytes(data)
     assert extract(tmp_path / "images", tmp_path / "t").skipped == 2
     assert every_file(tmp_path / "t") == every_file(whole[0])
+
+
+def test_each_worker_has_a_card_of_its_own_in_turn(tmp_path: Path) -> None:
+    """Two cards and three workers, as the processes see them; the cards themselves cannot exist here."""
+    with processes.forked_workers(), _local_cluster(str(tmp_path), ["3", "5"]) as cluster, Client(cluster) as client:
+        cluster.scale(3)
+        client.wait_for_workers(3, timeout=60)
+        seen = client.run(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+        assert sorted(seen.values()) == ["3", "3", "5"]
+
+
+def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cards() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,GPU-8a")
+    assert cards() == ["6", "GPU-8a"]
+    assert process_count(ExtractSettings(workers="auto")) == 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert process_count(ExtractSettings(workers="auto")) == 1
+    assert process_count(ExtractSettings(workers=3)) == 3
+
+
+def test_workers_say_what_precision_they_compute_in(images: Path, extract, tmp_path: Path) -> None:
+    """A client whose own device would choose otherwise; a store that it begins has the workers' precision."""
+
+    def bfloat16(precision: str, _: object) -> str:
+        return "bfloat16" if precision == "auto" else precision
+
+    with (
+        processes.forked_workers(),
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("milan_pipe.teacher.clip.resolve_teacher_precision", bfloat16)
+        address = cluster.scheduler_address
+        extract(images, tmp_path / "t", scheduler=address)
+        assert open_targets(tmp_path / "t").header.teacher.precision == "float32"
+        one = next(iter(client.scheduler_info()["workers"]))
+        client.run(lambda: setattr(worker, "resolve_teacher_precision", bfloat16), workers=[one])
+        with pytest.raises(SettingError, match=f"means different things on the workers of {address}"):
+            extract(images, tmp_path / "other", scheduler=address)
 
 
 @pytest.mark.parametrize("spawned", [1, 2])

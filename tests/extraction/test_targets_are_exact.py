@@ -12,7 +12,9 @@ import torch
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.images.decode import decode_image
+from milan_pipe.extraction import shard as extraction_shard
+from milan_pipe.extraction.forward import Forward
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
@@ -78,11 +80,30 @@ def test_stored_crop_and_flip_give_the_stored_view(whole, images):
         for row, sample in enumerate(samples):
             top, left, height, width = run.crop_N4[row].tolist()
             stored = View(top=top, left=left, height=height, width=width, flip=bool(run.flip_N[row]))
-            image = decode_image(sample.data)
-            assert stored == draw_view(ViewSettings(count=2, seed=5), sample.key, view, image.height, image.width)
-            assert encode_jpeg(render_view(image, stored, 64), 95) == run.jpegs[row]
+            image_HWC = decode_pixels(sample.data)
+            assert stored == draw_view(ViewSettings(count=2, seed=5), sample.key, view, *image_HWC.shape[:2])
+            assert encode_jpeg(render_view(image_HWC, stored, 64), 95) == run.jpegs[row]
         flips += run.flip_N.tolist()
     assert {True, False} == set(flips)
+
+
+def test_a_batch_takes_views_of_one_block_and_as_many_as_asked(images, extract, tmp_path, monkeypatch):
+    sizes = []
+
+    class Counting(Forward):
+        def launch(self, views):
+            sizes.append(len(views))
+            return super().launch(views)
+
+    monkeypatch.setattr(extraction_shard, "Forward", Counting)
+    extract(images, tmp_path / "all", batch_size=1000)
+    assert sizes == [20, 20, 8]
+    sizes.clear()
+    extract(images, tmp_path / "some", batch_size=7)
+    assert sizes == [7, 7, 6, 7, 7, 6, 7, 1]
+    for root in ("all", "some"):
+        assert check_offline_is_online(tmp_path / root, load_teacher(TeacherSettings()), 0.9999) == 48
+    assert open_targets(tmp_path / "all").header.views.renderer == "torch"
 
 
 def test_views_differ_between_keys_and_views(whole):

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 from support.s3 import Proxy
 from webdataset.tariterators import base_plus_ext
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.images import decode, tar
-from milan_pipe.images.decode import decode_image
+from milan_pipe.images.decode import decode_image, decode_pixels
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, read_index, write_index
 from milan_pipe.images.labelled import labelled_images
 from milan_pipe.images.shards import ShardFile, expand_shards
@@ -100,6 +102,25 @@ def test_damaged_exif_is_no_reason_to_lose_a_image() -> None:
     payload = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken"
     damaged = data[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[2:]
     np.testing.assert_array_equal(np.asarray(decode_image(damaged)), np.asarray(decode_image(data)))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["L", "RGB 0", "RGB 1", "RGB 2"])
+@given(height=st.integers(1, 40), width=st.integers(1, 40), quality=st.integers(1, 100))
+@settings(deadline=None, max_examples=15)
+def test_a_jpegs_pixels_are_pillows(
+    mode: str, progressive: bool, orientation: int, height: int, width: int, quality: int
+) -> None:
+    mode, _, subsampling = mode.partition(" ")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = Image.fromarray(noise(height, width)).convert(mode)
+    options = {"quality": quality, "progressive": progressive, "subsampling": int(subsampling or 0), "exif": exif}
+    data = encoded(source, "JPEG", **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    np.testing.assert_array_equal(decode_pixels(data), expected)
 
 
 def test_cmyk() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from pydantic import ValidationError
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
-from milan_pipe.images.decode import decode_image
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
@@ -174,13 +177,15 @@ def test_draw_view_refuses_what_is_no_image() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 40))
 @settings(deadline=None, max_examples=60)
-def test_render_equals_numpy_crop_and_resize(height: int, width: int, index: int, size: int) -> None:
-    pixels = noise(height, width)
+def test_a_rendered_view_is_pillows_but_for_rounding(height: int, width: int, index: int, size: int) -> None:
+    # In the middle of the range: what overshoots it is cut after each of two passes, whose order differs.
+    pixels = 64 + noise(height, width) // 2
     view = draw_view(ViewSettings(scale=(0.2, 1.0)), "k", index, height, width)
     window = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     expected = np.asarray(Image.fromarray(np.ascontiguousarray(window)).resize((size, size), Image.Resampling.BICUBIC))
-    rendered = render_view(Image.fromarray(pixels), view, size)
-    np.testing.assert_array_equal(rendered, expected[:, ::-1] if view.flip else expected)
+    rendered = render_view(pixels, view, size)
+    difference = np.abs(rendered.astype(int) - (expected[:, ::-1] if view.flip else expected))
+    assert difference.max() <= 2
     assert rendered.flags["C_CONTIGUOUS"]
     assert rendered.flags["WRITEABLE"]
 
@@ -190,9 +195,7 @@ def test_no_pixel_outside_of_the_crop_is_read() -> None:
     view = View(top=10, left=20, height=15, width=12, flip=False)
     other = 255 - pixels
     other[10:25, 20:32] = pixels[10:25, 20:32]
-    np.testing.assert_array_equal(
-        render_view(Image.fromarray(pixels), view, 33), render_view(Image.fromarray(other), view, 33)
-    )
+    np.testing.assert_array_equal(render_view(pixels, view, 33), render_view(other, view, 33))
 
 
 @pytest.mark.parametrize(
@@ -206,12 +209,38 @@ def test_no_pixel_outside_of_the_crop_is_read() -> None:
 )
 def test_render_refuses_a_view_outside(view: View) -> None:
     with pytest.raises(ShapeError, match="inside"):
-        render_view(Image.new("RGB", (10, 10)), view, 4)
+        render_view(noise(10, 10), view, 4)
 
 
-def test_render_refuses_grey() -> None:
-    with pytest.raises(ShapeError, match="found L"):
-        render_view(Image.new("L", (10, 10)), View(top=0, left=0, height=3, width=3, flip=False), 4)
+@pytest.mark.parametrize("pixels", [np.zeros((10, 10), np.uint8), np.zeros((10, 10, 3), np.float32)])
+def test_render_refuses_what_is_not_rgb(pixels: np.ndarray) -> None:
+    with pytest.raises(ShapeError, match="expected an RGB image"):
+        render_view(pixels, View(top=0, left=0, height=3, width=3, flip=False), 4)
+
+
+_DIGEST_OF_VIEWS = """
+import hashlib, numpy as np, torch
+from milan_pipe.images.views import View, render_view
+image = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+digest = hashlib.sha256()
+for side in (7, 64, 224, 331):
+    for flip in (False, True):
+        digest.update(render_view(image, View(top=3, left=11, height=301, width=409, flip=flip), side).tobytes())
+print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
+"""
+
+
+def test_bytes_of_a_view_do_not_depend_on_the_processor() -> None:
+    found = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        told = subprocess.run(
+            [sys.executable, "-c", _DIGEST_OF_VIEWS], env=environment, capture_output=True, text=True, check=True
+        )
+        used, digest = told.stdout.split()
+        found[used] = digest
+    assert "DEFAULT" in found or "NO AVX" in found
+    assert set(found.values()) == {"bb70fe5a977e37a6e7cd14ec1e54fae6d0d1c5b02521b2683cfc5b17a2301c22"}
 
 
 # --- JPEG
@@ -221,13 +250,13 @@ def test_render_refuses_grey() -> None:
 def test_decoder_equals_pillow_on_photos(quality: int) -> None:
     for number, path in enumerate(photos(8)):
         source = path.read_bytes()
-        image = decode_image(source)
-        view = draw_view(ViewSettings(scale=(0.2, 1.0)), path.stem, number, image.height, image.width)
-        stored = encode_jpeg(render_view(image, view, 97 + 16 * number), quality)
+        image_HWC = decode_pixels(source)
+        view = draw_view(ViewSettings(scale=(0.2, 1.0)), path.stem, number, *image_HWC.shape[:2])
+        stored = encode_jpeg(render_view(image_HWC, view, 97 + 16 * number), quality)
         with Image.open(io.BytesIO(stored)) as opened:
             np.testing.assert_array_equal(decode_jpeg(stored), np.asarray(opened.convert("RGB")))
         with Image.open(io.BytesIO(source)) as opened:
-            np.testing.assert_array_equal(decode_jpeg(source), np.asarray(opened.convert("RGB")))
+            np.testing.assert_array_equal(image_HWC, np.asarray(opened.convert("RGB")))
 
 
 def test_encoder_repeats_itself_and_stays_near() -> None:

@@ -74,7 +74,7 @@ CASES: dict[str, Case] = {
         SettingError,
         "view is 2; t has views 0 to 1",
     ),
-    "batch that does not decode": (load, DataError, "a stored view of one of k... ... k... does not decode: ..."),
+    "batch that does not decode": (load, DataError, "the stored view of k4 does not decode: ..."),
     "order without shards": (lambda: order(samples=()), SettingError, AT_LEAST.format(0, 2, 128, 1)),
     "order of empty shards": (lambda: order(samples=(0, 0)), SettingError, AT_LEAST.format(0, 2, 128, 1)),
     "order without views": (lambda: order(views=0), SettingError, AT_LEAST.format(5, 0, 128, 1)),

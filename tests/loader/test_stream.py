@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,25 +194,60 @@ def test_a_rank_with_streams_of_its_own_reads_what_it_uses_and_no_more() -> None
     assert reader.read_samples <= 8  # the last group
 
 
-def test_the_next_group_is_read_while_one_is_handed_out() -> None:
-    class SlowReader(MemoryReader):
+def test_the_next_group_is_read_while_one_is_handed_out_and_no_more() -> None:
+    class CountingReader(MemoryReader):
         def __init__(self) -> None:
-            super().__init__((8, 8))
+            super().__init__((160, 160))
             self.begun: list[str] = []
 
         def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
             self.begun.append(threading.current_thread().name)
             return super().read(shard, view, start, stop)
 
-    reader = SlowReader()
-    with Loader(
-        reader, BatchPlan(order=order_of(reader, shuffle_blocks=1), batch_size=4), threads=1, with_targets=True
-    ) as loader:
+    reader = CountingReader()
+    plan = BatchPlan(order=order_of(reader, shuffle_blocks=2, block=32), batch_size=16)
+    with Loader(reader, plan, threads=1, with_targets=True) as loader:
         found = loader.batches(0)
         next(found)
         loader._readers.shutdown(wait=True)
-        assert len(reader.begun) == 2
+        # Two groups of two blocks: batches that are under way lie in the first.
+        assert len(reader.begun) == 4
         assert all(name.startswith("read") for name in reader.begun)
+
+
+def test_epochs_follow_each_other() -> None:
+    reader = MemoryReader((9, 6, 1))
+    plan = BatchPlan(order=order_of(reader), batch_size=5)
+    with Loader(reader, plan, threads=2, with_targets=True) as loader:
+        found = [batch.keys for batch in loader.batches(1, 2, 4)]
+    parts = [batch.keys for epoch in (1, 2, 3) for batch in read(reader, plan, epoch)]
+    assert found == parts[2:]
+
+
+def test_noise_is_drawn_for_the_epoch_and_the_keys_of_each_sample() -> None:
+    def draw(epoch: int, keys: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[1000.0 * epoch + sum(key.encode())] * PATCHES for key in keys])
+
+    reader = MemoryReader((90, 60, 1))
+    plan = BatchPlan(order=order_of(reader), batch_size=37)
+    with Loader(reader, plan, threads=2, with_targets=False, draw_noise=draw) as loader:
+        for batch in loader.batches(3):
+            assert batch.noise_BL is not None
+            assert torch.equal(batch.noise_BL, draw(3, batch.keys))
+
+
+def test_a_view_of_another_size_is_refused() -> None:
+    class OtherReader(MemoryReader):
+        def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
+            run = super().read(shard, view, start, stop)
+            jpeg = encode_jpeg(np.zeros((self.side, self.side, 3), np.uint8), 95)
+            return replace(run, jpegs=[jpeg for _ in run.jpegs])
+
+    reader = OtherReader((9,))
+    for side in (SIZE - 1, SIZE + 1):
+        reader.side = side
+        with pytest.raises(DataError, match=r"the stored view of 000000/. does not decode: JPEG"):
+            batches(reader)
 
 
 class BoomError(Exception):

@@ -19,6 +19,10 @@ class Number:
     value: float
     keys: tuple[str, ...]
 
+    def to(self, device: torch.device) -> Number:
+        del device
+        return self
+
 
 class Weight(nn.Module):
     """Loss w x (batch + epoch); `seen` counts batches, as the running statistics of a norm do."""

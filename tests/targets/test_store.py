@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 import webdataset
 import zarr
@@ -199,6 +200,28 @@ class TestContract:
             TargetStoreWriter(where, header(format="webdataset" if store_format == "zarr" else "zarr"))
         TargetStoreWriter(where, head.model_copy(update={"package_version": "9"})).finish()
         assert tree(where) == before
+
+    def test_a_store_that_names_no_renderer_is_pillows(
+        self, where: str, store_format: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As all that were written before there was a second one."""
+
+        def without(self: StoreHeader, **options: Any) -> dict[str, Any]:
+            found = pydantic.BaseModel.model_dump(self, **options)
+            del found["views"]["renderer"]
+            return found
+
+        head = header(format=store_format)
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreHeader, "model_dump", without)
+            write_store(where, head, [3])
+        assert b"renderer" not in location_of(where).read(header_name(head))
+        store = open_targets(where)
+        assert store.header == head
+        assert len(store.read("000000", 1, 0, 3).keys) == 3
+        other = head.model_copy(update={"views": head.views.model_copy(update={"renderer": "torch"})})
+        with pytest.raises(MismatchError, match=r"views\.renderer: store has 'pillow', this run has 'torch'"):
+            TargetStoreWriter(where, other)
 
     def test_a_header_of_another_version_of_another_store_and_none(self, where: str, store_format: str) -> None:
         head = header(format=store_format)
