@@ -31,7 +31,7 @@ class PretrainSettings(RunSettings):
     canonical_streams: int = Field(
         1, ge=1, description="parts of the order that are read side by side: as many as ranks, or a multiple of them"
     )
-    threads: int = Field(1, ge=1, description="threads that decode stored views")
+    threads: int = Field(1, ge=1, description="threads that decode stored views; as many, and at least two, read")
     parallel: Parallel = Field("ddp", description="how ranks share the student: ddp copies it, fsdp shards it")
     targets: Literal["stored", "online"] = Field(
         "stored", description="online: the teacher runs in every step, on the stored views; the baseline"

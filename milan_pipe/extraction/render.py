@@ -22,7 +22,15 @@ from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import Sample, read_shard
-from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.images.views import (
+    View,
+    decode_jpeg,
+    draw_view,
+    encode_jpeg,
+    render_view,
+    shrink_factor,
+    shrunk,
+)
 from milan_pipe.targets.schema import BLOCK_SAMPLES
 
 _AHEAD_PER_THREAD = 32
@@ -76,12 +84,20 @@ def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Cloc
     Raises:
         DataError: the image cannot be read.
     """
+    views: tuple[View, ...] = ()
+    source = (0, 0)
+
+    def draw(height: int, width: int) -> int:
+        nonlocal views, source
+        source = height, width
+        views = tuple(draw_view(settings, sample.key, index, height, width) for index in range(settings.count))
+        return shrink_factor(views, size)
+
     with clock.of("decode"):
-        image_HWC = decode_pixels(sample.data)
+        image_HWC = decode_pixels(sample.data, draw)
     with clock.of("crop"):
         height, width, _ = image_HWC.shape
-        views = tuple(draw_view(settings, sample.key, index, height, width) for index in range(settings.count))
-        rendered = [render_view(image_HWC, view, size) for view in views]
+        rendered = [render_view(image_HWC, shrunk(view, source, (height, width)), size) for view in views]
     with clock.of("jpeg"):
         jpegs = tuple(encode_jpeg(pixels, settings.jpeg_quality) for pixels in rendered)
         pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])

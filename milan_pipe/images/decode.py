@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -22,14 +23,20 @@ def decode_image(data: bytes) -> Image.Image:
     return Image.fromarray(decode_pixels(data))
 
 
-def decode_pixels(data: bytes) -> NDArray[np.uint8]:
-    """Decode an image to RGB at full size, turned as its EXIF orientation says.
+Shrink = Callable[[int, int], int]
+"""Height and width of an image, as it is seen, to the factor by which it may be smaller: 1, 2, 4 or 8."""
+
+
+def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint8]:
+    """Decode an image to RGB, turned as its EXIF orientation says.
 
     An animation gives its first frame; transparency becomes white; 16-bit grey keeps its high byte, as 16-bit colour
     does in Pillow; CMYK is converted without a colour profile. All pixels are Pillow's.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.
+        shrink: called once; a JPEG is then decoded at that size, sides rounded up, which is sooner done. Other formats
+            come at full size whatever it says.
 
     Returns:
         (height, width, 3) uint8, contiguous.
@@ -44,11 +51,17 @@ def decode_pixels(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
-            pixels_HWC = _jpeg_pixels(data, image)
-            if pixels_HWC is None:
+            plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+            if not plain_jpeg:
+                # First, as the EXIF block may lie behind the pixels.
                 image.load()
+            transposed, down, across = _turn(image)
+            factor = shrink(*(image.size if transposed else image.size[::-1]))
+            pixels_HWC = _jpeg_pixels(data, image, factor) if plain_jpeg else None
+            if pixels_HWC is None:
                 pixels_HWC = np.array(_rgb(image))
-            return _turned(pixels_HWC, image)
+            seen_HWC = pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC
+            return np.ascontiguousarray(seen_HWC[::down, ::across])
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -60,12 +73,17 @@ def decode_pixels(data: bytes) -> NDArray[np.uint8]:
         raise DataError(f"truncated or damaged: {one_line(error)}") from None
 
 
-def _jpeg_pixels(data: bytes, image: Image.Image) -> NDArray[np.uint8] | None:
+def _jpeg_pixels(data: bytes, image: Image.Image, factor: int) -> NDArray[np.uint8] | None:
     """Pixels of a plain JPEG, sooner than Pillow has them; None where Pillow must say what they are."""
-    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-        return None
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data,
+            colorspace="RGB",
+            fastdct=False,
+            fastupsample=False,
+            min_height=-(-image.height // factor),
+            min_width=-(-image.width // factor),
+        )
     # It refuses what Pillow only warns of, as bytes between two parts.
     except ValueError:
         return None
@@ -84,14 +102,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 # Of EXIF orientations: whether rows and columns change places, and then the steps along rows and along columns.
+_AS_IT_IS = (0, 1, 1)
 _TURNS = {2: (0, 1, -1), 3: (0, -1, -1), 4: (0, -1, 1), 5: (1, 1, 1), 6: (1, 1, -1), 7: (1, -1, -1), 8: (1, -1, 1)}
 
 
-def _turned(pixels_HWC: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
+def _turn(image: Image.Image) -> tuple[int, int, int]:
     try:
         orientation = image.getexif().get(0x0112)
     # A damaged EXIF block says nothing about the pixels: viewers show such an image as it is stored.
     except Exception:
-        return pixels_HWC
-    transposed, down, across = _TURNS.get(orientation, (0, 1, 1)) if isinstance(orientation, int) else (0, 1, 1)
-    return np.ascontiguousarray((pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC)[::down, ::across])
+        orientation = None
+    return _TURNS.get(orientation, _AS_IT_IS) if isinstance(orientation, int) else _AS_IT_IS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -71,6 +72,22 @@ def draw_view(settings: ViewSettings, key: str, index: int, height: int, width: 
         crop_width = min(width, max(1, round(height * settings.ratio[1])))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return View(top=top, left=left, height=crop_height, width=crop_width, flip=flip)
+
+
+def shrink_factor(views: Sequence[View], size: int) -> int:
+    """How much smaller an image may be decoded: each view has twice the pixels along a side then that it is given."""
+    least = min(min(view.height, view.width) for view in views)
+    return next((factor for factor in (8, 4, 2) if least >= 2 * size * factor), 1)
+
+
+def shrunk(view: View, source: tuple[int, int], image: tuple[int, int]) -> View:
+    """A view of an image of height and width `source` in one that was decoded smaller, to the nearest pixel."""
+    if source == image:
+        return view
+    down, across = (small / large for small, large in zip(image, source, strict=True))
+    top, bottom = round(view.top * down), round((view.top + view.height) * down)
+    left, right = round(view.left * across), round((view.left + view.width) * across)
+    return View(top=top, left=left, height=bottom - top, width=right - left, flip=view.flip)
 
 
 RENDERER: Renderer = "torch"

@@ -19,8 +19,11 @@ from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.config.training import Precision
 from milan_pipe.devices import memory_in_use
+from milan_pipe.extraction.forward import Forward
+from milan_pipe.extraction.render import Clock
 from milan_pipe.loader.stream import Batch
 from milan_pipe.planning.speed import run_teacher
 from milan_pipe.pretraining.objective import Objective, build_objective
@@ -29,6 +32,7 @@ from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.distributed import Ranks
+from milan_pipe.training.feed import on_device
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper, StepResult
@@ -110,6 +114,38 @@ def test_a_batch_in_pinned_memory_has_the_same_losses(device: torch.device) -> N
     )
     plain = losses(stepper(objective(device), device, "float32"))
     assert losses(stepper(objective(device), device, "float32"), given=copied) == pytest.approx(plain, rel=1e-5)
+
+
+def test_batches_come_to_the_device_in_order_while_it_computes(device: torch.device) -> None:
+    def batches() -> Iterator[Batch]:
+        for number in range(20):
+            whole = stored_batch(12)
+            code_BST = torch.full_like(whole.code_BST, number)
+            yield dataclasses.replace(whole, code_BST=code_BST.pin_memory() if device.type == "cuda" else code_BST)
+
+    sums = []
+    for batch in on_device(batches(), device):
+        assert batch.code_BST.device.type == device.type
+        side = torch.randn(512, 512, device=device)
+        for _ in range(20):
+            side = side @ side / 512
+        sums.append(batch.code_BST.long().sum())
+    assert [int(total) for total in sums] == [number * stored_batch(12).code_BST.numel() for number in range(20)]
+
+
+def test_what_the_teacher_gives_does_not_depend_on_when_it_is_looked_at(device: torch.device) -> None:
+    teacher, clock = load_teacher(TeacherSettings(), device), Clock()
+    views = np.random.default_rng(0).integers(0, 256, (12, 8, 64, 64, 3), dtype=np.uint8)
+    forward, found, late = Forward(teacher, clock), [], None
+    for batch in [*views, None]:
+        launched = None if batch is None else forward.launch(list(batch))
+        if late is not None:
+            with forward.looking_at(late) as output:
+                found.append(output.features_BST.cpu())
+        late = launched
+    expected = [teacher(torch.from_numpy(batch)).features_BST.cpu() for batch in views]
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+    assert clock.take()["teacher"] > 0
 
 
 @pytest.fixture

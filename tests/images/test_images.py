@@ -120,7 +120,16 @@ def test_a_jpegs_pixels_are_pillows(
     data = encoded(source, "JPEG", **options)
     with Image.open(io.BytesIO(data)) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    asked: list[tuple[int, int]] = []
+
+    def shrink(*size: int) -> int:
+        asked.append(size)
+        return 2
+
     np.testing.assert_array_equal(decode_pixels(data), expected)
+    half = decode_pixels(data, shrink)
+    assert asked == [expected.shape[:2]]
+    assert half.shape[:2] == tuple(-(-side // 2) for side in expected.shape[:2])
 
 
 def test_cmyk() -> None:

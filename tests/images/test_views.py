@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.images.decode import decode_pixels
-from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view
+from milan_pipe.images.views import View, decode_jpeg, draw_view, encode_jpeg, render_view, shrink_factor, shrunk
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
@@ -216,6 +216,37 @@ def test_render_refuses_a_view_outside(view: View) -> None:
 def test_render_refuses_what_is_not_rgb(pixels: np.ndarray) -> None:
     with pytest.raises(ShapeError, match="expected an RGB image"):
         render_view(pixels, View(top=0, left=0, height=3, width=3, flip=False), 4)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 64))
+@settings(deadline=None, max_examples=60)
+def test_an_image_is_decoded_no_smaller_than_its_views_allow(height: int, width: int, size: int) -> None:
+    views = [draw_view(ViewSettings(scale=(0.2, 1.0)), "k", index, height, width) for index in range(4)]
+    factor = shrink_factor(views, size)
+    assert factor in (1, 2, 4, 8)
+    small = -(-height // factor), -(-width // factor)
+    for view in views:
+        part = shrunk(view, (height, width), small)
+        assert 0 <= part.top < part.top + part.height <= small[0]
+        assert 0 <= part.left < part.left + part.width <= small[1]
+        assert factor == 1 or min(part.height, part.width) >= 2 * size - 1
+        assert abs(part.top - view.top / factor) <= 1
+        assert part.flip == view.flip
+    assert factor == 8 or min(min(view.height, view.width) for view in views) < 4 * size * factor
+
+
+def test_views_of_an_image_decoded_smaller_are_nearly_the_same() -> None:
+    apart = []
+    for path in photos(12):
+        data = path.read_bytes()
+        whole = decode_pixels(data)
+        height, width, _ = whole.shape
+        small = decode_pixels(data, lambda *_: 2)
+        assert small.shape[:2] == (-(-height // 2), -(-width // 2))
+        view = draw_view(ViewSettings(scale=(0.5, 1.0)), path.stem, 0, height, width)
+        part = shrunk(view, (height, width), small.shape[:2])
+        apart.append(np.abs(render_view(small, part, 64).astype(int) - render_view(whole, view, 64)).mean())
+    assert np.mean(apart) < 1.5
 
 
 _DIGEST_OF_VIEWS = """
