@@ -54,7 +54,7 @@ class SideStream:
     """A second queue of work on a CUDA device, beside the current one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     @contextmanager
     def beside(self) -> Iterator[torch.cuda.Stream]:

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from milan_pipe.errors import DataError, LabelError, MilanError
 from milan_pipe.random_bits import permutation
@@ -38,7 +38,10 @@ class Batch(Generic[B]):
 
     def pin_memory(self) -> Batch[B]:
         """Called by the loader: tensors in pinned memory, from which copies to a CUDA device do not wait."""
-        return Batch(pin_memory(self.value), self.keys)
+        if not isinstance(self.value, tuple):
+            return self
+        pinned: Any = tuple(each.pin_memory() if isinstance(each, Tensor) else each for each in self.value)
+        return Batch(pinned, self.keys)
 
 
 @dataclass(frozen=True)

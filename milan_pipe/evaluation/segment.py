@@ -112,7 +112,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
         if start.ranks.count > 1 and start.ranks.device.type == "cuda":
             # A rank has two images at a time in the recipe, too few for statistics of its own. There is none for a CPU.
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         side = sizes.image_size
         if not 0 < settings.ratio[0] <= settings.ratio[1]:
             raise SettingError(f"segment.ratio is the least and the greatest resizing, above 0, found {settings.ratio}")

@@ -116,7 +116,7 @@ class TrainingMasks:
             image = ImageOps.mirror(image)
             mask_HW = mask_HW[:, ::-1]
         pixels_HWC = np.full((side, side, 3), _PADDING, np.uint8)
-        pixels_HWC[: image.height, : image.width] = photometric(image, rng)
+        pixels_HWC[: image.height, : image.width] = np.asarray(photometric(image, rng))
         padded_HW = np.full((side, side), -1, np.int32)
         padded_HW[: image.height, : image.width] = mask_HW
         return pixels_HWC, padded_HW

@@ -189,7 +189,7 @@ class _Cluster(LocalCluster):
 
     def new_worker_spec(self) -> dict[Any, dict[str, Any]]:
         """Called by Dask for each worker that it adds."""
-        ((name, spec),) = super().new_worker_spec().items()
+        ((name, spec),) = super().new_worker_spec().items()  # type: ignore[no-untyped-call]
         if self.cards:
             card = self.cards[len(self.worker_spec) % len(self.cards)]
             spec = {**spec, "options": {**spec["options"], "env": {"CUDA_VISIBLE_DEVICES": card}}}
@@ -203,7 +203,7 @@ def _local_cluster(folder: str, cards: Sequence[str] = ()) -> LocalCluster:
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        cluster = _Cluster(
+        cluster = _Cluster(  # type: ignore[no-untyped-call]
             n_workers=0,
             threads_per_worker=1,
             processes=True,

@@ -43,7 +43,7 @@ class Forward:
         with self._copies.beside():
             pixels_BHWC = pixels_BHWC.to(self._device, non_blocking=True)
         self._copies.hand_over(pixels_BHWC)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         began.record()
         output = self._teacher(pixels_BHWC)
         ended.record()

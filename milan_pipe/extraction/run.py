@@ -211,7 +211,7 @@ def extract_targets(
 
         precision = precision_of_workers(extract.scheduler, params.teacher, extract)
         params = params.model_copy(update={"teacher": params.teacher.model_copy(update={"precision": precision})})
-    teacher: Teacher | None = load_extraction_teacher(params)
+    teacher = load_extraction_teacher(params)
     writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found))
     for name in redo:
         if name not in sources:
@@ -240,7 +240,7 @@ def extract_targets(
         from milan_pipe.extraction.cluster import extract_on_cluster
 
         # Each worker has its own; this one would take memory from the first.
-        teacher = None
+        del teacher
         assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
         results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
     else:

@@ -162,7 +162,10 @@ class _Block:
     def finish(self) -> tuple[TargetBlock, float]:
         """A block of targets, and the sum over its views of the mean cosine of stored and given tokens."""
         samples, count = self._samples, len(self._samples)
-        joined = {name: torch.cat(parts).unflatten(0, (-1, count)).numpy() for name, parts in self._parts.items()}
+        joined = {
+            name: torch.cat(parts).numpy().reshape(-1, count, *parts[0].shape[1:])
+            for name, parts in self._parts.items()
+        }
         views_KN = list(zip(*(sample.views for sample in samples), strict=True))
         crops = [[(view.top, view.left, view.height, view.width) for view in row] for row in views_KN]
         block = TargetBlock(

@@ -42,7 +42,7 @@ class Batch:
     attention_BL: Tensor
     noise_BL: Tensor | None = None
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """All tensors by name, each changed."""
         return {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
 

@@ -133,7 +133,7 @@ def run_student(params: Params, header: StoreHeader, batch: Batch) -> Speed:
     precision = resolve_precision(settings.precision, device)
     choose_attention(objective, device, getattr(torch, precision))
     optimiser = build_adamw(objective.student, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
-    stepper = Stepper(
+    stepper = Stepper[Batch](
         optimiser,
         objective,
         split=lambda whole: whole.parts(settings.accumulate),

@@ -125,7 +125,7 @@ def replay(
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)
-    stepper = Stepper(
+    stepper = Stepper[Batch](
         build_adamw(model, lr=0.0, betas=settings.betas, weight_decay=0.0),
         objective,
         split=lambda whole: whole.parts(1),
