@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field
 
 from milan_pipe.config.base import Settings
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import SettingError
+
+
+def _number_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and value >= 1):
+        return value
+    raise ValueError("expected auto, or a number of at least 1")
 
 
 class ExtractSettings(Settings):
@@ -25,7 +31,7 @@ class ExtractSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")
-    workers: PositiveInt | Literal["auto"] = Field(
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = Field(
         1,
         description="processes of a Dask cluster on this machine, in turn on its GPUs; 1: no cluster; auto: one a GPU",
     )

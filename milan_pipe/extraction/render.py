@@ -24,6 +24,7 @@ from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import (
     View,
+    aligned,
     decode_jpeg,
     draw_view,
     encode_jpeg,
@@ -85,19 +86,21 @@ def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Cloc
         DataError: the image cannot be read.
     """
     views: tuple[View, ...] = ()
-    source = (0, 0)
+    source, factor = (0, 0), 1
 
     def draw(height: int, width: int) -> int:
-        nonlocal views, source
-        source = height, width
-        views = tuple(draw_view(settings, sample.key, index, height, width) for index in range(settings.count))
-        return shrink_factor(views, size)
+        nonlocal views, source, factor
+        drawn = [draw_view(settings, sample.key, index, height, width) for index in range(settings.count)]
+        source, factor = (height, width), shrink_factor(drawn, size)
+        # Where a view begins must not depend on how the image was decoded.
+        views = tuple(aligned(view, factor) for view in drawn)
+        return factor
 
     with clock.of("decode"):
         image_HWC = decode_pixels(sample.data, draw)
     with clock.of("crop"):
-        height, width, _ = image_HWC.shape
-        rendered = [render_view(image_HWC, shrunk(view, source, (height, width)), size) for view in views]
+        by = 1 if image_HWC.shape[:2] == source else factor
+        rendered = [render_view(image_HWC, shrunk(view, by), size) for view in views]
     with clock.of("jpeg"):
         jpegs = tuple(encode_jpeg(pixels, settings.jpeg_quality) for pixels in rendered)
         pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])

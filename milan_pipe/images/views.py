@@ -80,14 +80,17 @@ def shrink_factor(views: Sequence[View], size: int) -> int:
     return next((factor for factor in (8, 4, 2) if least >= 2 * size * factor), 1)
 
 
-def shrunk(view: View, source: tuple[int, int], image: tuple[int, int]) -> View:
-    """A view of an image of height and width `source` in one that was decoded smaller, to the nearest pixel."""
-    if source == image:
-        return view
-    down, across = (small / large for small, large in zip(image, source, strict=True))
-    top, bottom = round(view.top * down), round((view.top + view.height) * down)
-    left, right = round(view.left * across), round((view.left + view.width) * across)
+def aligned(view: View, factor: int) -> View:
+    """The view with its borders on multiples of `factor`, no farther out at the bottom and on the right."""
+    top, left = view.top // factor * factor, view.left // factor * factor
+    bottom, right = (view.top + view.height) // factor * factor, (view.left + view.width) // factor * factor
     return View(top=top, left=left, height=bottom - top, width=right - left, flip=view.flip)
+
+
+def shrunk(view: View, factor: int) -> View:
+    """An aligned view in the image that was decoded smaller by `factor`."""
+    top, left, height, width = (length // factor for length in (view.top, view.left, view.height, view.width))
+    return View(top=top, left=left, height=height, width=width, flip=view.flip)
 
 
 RENDERER: Renderer = "torch"

@@ -27,8 +27,8 @@ CASES: dict[str, Case] = {
         "unknown key 'epoch' in the settings, pretrain; did you mean 'epochs'?",
     ),
     "flag as a setting": (
-        lambda: cli.extract_targets("images", "targets", workers=0), SettingError,
-        "the settings, extract.workers: should be greater than or equal to 1, found 0",
+        lambda: cli.extract_targets("images", "targets", workers="0"), SettingError,
+        "the settings, extract.workers: expected auto, or a number of at least 1, found 0",
     ),
     "params file": (
         lambda: cli.knn("run", "a", "b", params=Path("none.yaml")), MissingError, "params file none.yaml is not there",

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
-from milan_pipe.teacher.clip import _build_tower, _resolve_precision, load_teacher
+from milan_pipe.teacher.clip import _build_tower, load_teacher, resolve_teacher_precision
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
 from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size
@@ -358,9 +358,9 @@ def test_pixels_are_normalised_as_named(name, mean):
 
 
 def test_auto_follows_the_device():
-    assert _resolve_precision("auto", torch.device("cuda:1")) == "bfloat16"
-    assert _resolve_precision("auto", torch.device("cpu")) == "float32"
-    assert _resolve_precision("float32", torch.device("cuda")) == "float32"
+    assert resolve_teacher_precision("auto", torch.device("cuda:1")) == "bfloat16"
+    assert resolve_teacher_precision("auto", torch.device("cpu")) == "float32"
+    assert resolve_teacher_precision("float32", torch.device("cuda")) == "float32"
     assert load_teacher(TeacherSettings(model=NATIVE, pretrained="random")).info.precision == "float32"
 
 
