@@ -126,9 +126,9 @@ def test_batches_come_to_the_device_in_order_while_it_computes(device: torch.dev
     sums = []
     for batch in on_device(batches(), device):
         assert batch.code_BST.device.type == device.type
-        side = torch.randn(512, 512, device=device)
+        side = torch.randn(256, 256, device=device)
         for _ in range(20):
-            side = side @ side / 512
+            side = side @ side / 256
         sums.append(batch.code_BST.long().sum())
     assert [int(total) for total in sums] == [number * stored_batch(12).code_BST.numel() for number in range(20)]
 
