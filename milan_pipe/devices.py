@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milan_pipe.config.training import Precision
-from milan_pipe.errors import SettingError
+from milan_pipe.errors import DeviceFullError, SettingError, one_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,6 +48,24 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fl
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Passes in it run in a resolved precision; in float32, as they are."""
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+@contextmanager
+def memory_for(what: str, try_instead: str) -> Iterator[None]:
+    """Run what may need more memory than a device has.
+
+    Args:
+        what, try_instead: for the message: what was computed, and the settings that need less.
+
+    Raises:
+        DeviceFullError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceFullError(
+            f"the device has too little memory for {what} ({one_line(error)}); {try_instead}"
+        ) from error
 
 
 class SideStream:

@@ -83,6 +83,10 @@ class MismatchError(MilanError, ValueError):
     """Two things that must agree do not: store and configuration, checkpoint and model."""
 
 
+class DeviceFullError(MilanError, OSError):
+    """The memory of a device is full."""
+
+
 class StoppedError(MilanError):
     """Work was stopped by a signal after its state was saved; `signal` is the signal's number."""
 

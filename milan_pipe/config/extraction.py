@@ -19,7 +19,7 @@ def _number_or_auto(value: object) -> object:
 
 
 class ExtractSettings(Settings):
-    """How stage 1 runs; only `format`, `batch_size` and `teacher_threads` can change a byte of what it writes."""
+    """How stage 1 runs; only format, batch_size, teacher_threads and compile can change a byte of what it writes."""
 
     format: StoreFormat = Field("zarr", description="zarr or webdataset, of the store")
     batch_size: int = Field(
@@ -30,6 +30,7 @@ class ExtractSettings(Settings):
         0, ge=0, description="of a worker's teacher on a CPU; 0: its share of the processors; changes rounding"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
+    compile: bool = Field(False, description="torch.compile for the teacher; changes rounding")
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")
     workers: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = Field(
         1,

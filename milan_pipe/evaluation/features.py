@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.config.evaluation import EmbedSettings, Pool
+from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
@@ -189,7 +190,8 @@ def embed_shards(
     labels: list[int] = []
     while batch := list(islice(views, settings.batch_size)):
         pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _ in batch]))
-        with torch.inference_mode():
+        try_instead = f"try embed.batch_size={max(1, settings.batch_size // 2)}"
+        with torch.inference_mode(), memory_for(f"embed.batch_size {settings.batch_size}", try_instead):
             features_BF = embedder(pixels_BHWC)
         if features_BF.ndim != 2 or len(features_BF) != len(batch):
             raise ShapeError(

@@ -132,6 +132,7 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
             data: more that the data depend on.
         """
         settings, ranks, section = start.settings, start.ranks, self.sections[-1]
+        self.section = section
         self.settings, self.batch_size = settings, settings.batch_size
         self.advice = f"lower {section}.lr, or look at the images"
         self._ranks, self._bad, self._run = ranks, start.bad, start.run

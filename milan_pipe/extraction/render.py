@@ -103,7 +103,9 @@ def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Cloc
         rendered = [render_view(image_HWC, shrunk(view, by), size) for view in views]
     with clock.of("jpeg"):
         jpegs = tuple(encode_jpeg(pixels, settings.jpeg_quality) for pixels in rendered)
-        pixels_KHWC = np.stack([decode_jpeg(jpeg) for jpeg in jpegs])
+        pixels_KHWC = np.empty((len(views), size, size, 3), np.uint8)
+        for jpeg, pixels_HWC in zip(jpegs, pixels_KHWC, strict=True):
+            decode_jpeg(jpeg, into=pixels_HWC)
     return RenderedSample(key=sample.key, label=sample.label, jpegs=jpegs, pixels_KHWC=pixels_KHWC, views=views)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from milan_pipe.background import Background
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
+from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.forward import Forward, Launched
 from milan_pipe.extraction.render import Clock, RenderedSample, ShardJob, SourceFile, rendered_blocks
@@ -204,32 +205,40 @@ class _Shard:
     error: Exception | None = None
 
     def add(self, samples: list[RenderedSample]) -> None:
-        if self.error is not None:
-            return
-        try:
-            if self.writer is None:
-                self.writer = self.extractor.writer.open_shard(self.job.name)
-            # A batch never crosses a block, so its composition, and with it the last bit of every feature, is fixed by
-            # the shard alone.
-            order = [(sample, k) for k in range(len(samples[0].views)) for sample in samples]
-            names = [f"{self.job.images}: view {k} of {sample.key}" for sample, k in order]
-            block = _Block(names, samples, self.extractor.codec)
-            for start in range(0, len(order), self.extractor.batch_size):
-                some = order[start : start + self.extractor.batch_size]
-                launched = self.forward.launch([sample.pixels_KHWC[k] for sample, k in some])
-                self._encode_late()
-                self.late = block, launched
-        except Exception as error:  # reported with the shard's result
-            self.error = error
-            return
-        self.samples += len(samples)
+        if self.error is None:
+            with self._kept_errors():
+                self._launch(samples)
+                self.samples += len(samples)
 
     def settle(self) -> None:
         """Encode what is left of the last block."""
+        if self.error is None:
+            with self._kept_errors():
+                self._encode_late()
+
+    @contextmanager
+    def _kept_errors(self) -> Iterator[None]:
+        """Errors are reported with the shard's result."""
+        size = self.extractor.batch_size
         try:
+            with memory_for(f"extract.batch_size {size}", f"try extract.batch_size={max(1, size // 2)}"):
+                yield
+        except Exception as error:
+            self.error = error
+
+    def _launch(self, samples: list[RenderedSample]) -> None:
+        if self.writer is None:
+            self.writer = self.extractor.writer.open_shard(self.job.name)
+        # A batch never crosses a block, so its composition, and with it the last bit of every feature, is fixed by the
+        # shard alone.
+        order = [(sample, k) for k in range(len(samples[0].views)) for sample in samples]
+        names = [f"{self.job.images}: view {k} of {sample.key}" for sample, k in order]
+        block = _Block(names, samples, self.extractor.codec)
+        for start in range(0, len(order), self.extractor.batch_size):
+            some = order[start : start + self.extractor.batch_size]
+            launched = self.forward.launch([sample.pixels_KHWC[k] for sample, k in some])
             self._encode_late()
-        except Exception as error:  # reported with the shard's result
-            self.error = self.error or error
+            self.late = block, launched
 
     def _encode_late(self) -> None:
         if self.late is None:

@@ -57,7 +57,8 @@ def teacher_precision(teacher: TeacherSettings, extract: ExtractSettings) -> str
 
 def load_extraction_teacher(params: Params) -> Teacher:
     """The teacher of a run, on its device, with the student's grid; raises as `load_teacher`."""
-    return load_teacher(params.teacher, _teacher_device(params.extract), grid=grid_of(params.student))
+    teacher = load_teacher(params.teacher, _teacher_device(params.extract), grid=grid_of(params.student))
+    return teacher.compile_tower() if params.extract.compile else teacher
 
 
 _lock = threading.Lock()
@@ -82,6 +83,8 @@ def do_shard(assignment: Assignment, job: ShardJob, on_progress: Callable[[int, 
                     f"{location} is not a target store as seen from this worker; it must be a shared folder or bucket"
                 )
             teacher = load_teacher_of(header, assignment.teacher, _teacher_device(assignment.extract), location)
+            if assignment.extract.compile:
+                teacher.compile_tower()
             writer = TargetStoreWriter(assignment.targets, header)
             _loaded[assignment] = Extractor(teacher, writer, assignment.extract)
         return next(_loaded[assignment].run([job], on_progress))

@@ -59,7 +59,7 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
 class PretrainTask(Task[Batch]):
     """A student that learns from a target store."""
 
-    name = None
+    name, section = None, "pretrain"
     settings: PretrainSettings
     advice = "lower pretrain.lr, or check the targets"
 

@@ -81,8 +81,15 @@ class Teacher(nn.Module):
         self.visual = visual.eval().requires_grad_(False)
         self.family = family
         self.info = info
+        self._outputs = family.outputs
         self.register_buffer("mean", torch.tensor(normalization.mean).view(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(normalization.std).view(1, 3, 1, 1) * 255)
+
+    def compile_tower(self) -> Teacher:
+        """Compile the tower with its outputs at its next use; returns itself."""
+        # Shapes may change: a shard ends with a smaller batch.
+        self._outputs = torch.compile(self.family.outputs)
+        return self
 
     @torch.inference_mode()
     def forward(self, pixels_BHWC: Tensor) -> TeacherOutput:
@@ -103,7 +110,7 @@ class Teacher(nn.Module):
             pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp_(0, 255)
         normalised = (pixels - self.mean) / self.std
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.info.precision == "bfloat16"):
-            features, importance = self.family.outputs(self.visual, normalised)
+            features, importance = self._outputs(self.visual, normalised)
         return TeacherOutput(features.float(), importance.float())
 
     def online_targets(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ def on_device(batches: Iterable[B], device: torch.device) -> Iterator[B]:
     Whoever takes them may use each until it has taken two more.
     """
     if device.type != "cuda":
-        yield from batches
+        yield from (batch.to(device) for batch in batches)
         return
     copies, ahead = SideStream(device), None
     for batch in batches:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from milan_pipe.attention import choose_attention
-from milan_pipe.devices import resolve_precision
+from milan_pipe.devices import memory_for, resolve_precision
 from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import write_file
@@ -75,6 +75,12 @@ class _Run(Generic[B]):
             clip_grad=task.settings.clip_grad,
             exchange=exchange,
         )
+        section, parts = task.section, task.settings.accumulate
+        self._memory = (
+            f"{section}.batch_size {size} over {count} ranks with {section}.accumulate {parts}",
+            f"try {section}.accumulate={2 * parts}, {section}.checkpoint_activations=true or "
+            f"{section}.batch_size={max(1, size // 2)}",
+        )
         self.first_step = 0 if previous is None else int(previous.record["step"])
         self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
         self.recorder = Recorder(task, ranks, on_progress, first_step=self.first_step)
@@ -113,7 +119,8 @@ class _Run(Generic[B]):
                 waited += time.monotonic() - wait_began
                 task.before_step(number)
                 lr = task.lr(number)
-                result = self.stepper(batch, number // task.steps_per_epoch, lr)
+                with memory_for(*self._memory):
+                    result = self.stepper(batch, number // task.steps_per_epoch, lr)
                 seconds = max(time.monotonic() - began - evaluating, 1e-9)
                 step = number + 1
                 recorder.add(step, batch.keys, result, lr=lr, seconds=seconds, waited=waited)
@@ -208,6 +215,7 @@ def run_task(
         SettingError: RUN is a URL.
         DataError: a loss is not finite, or the data cannot be used.
         StoreError: RUN cannot be written, or another process writes it.
+        DeviceFullError: the device has too little memory for the batch.
         StoppedError: SIGTERM, SIGHUP or Ctrl-C came; a checkpoint was written.
         RankLostError, ReportedElsewhereError: see `milan_pipe.training.distributed`.
     """

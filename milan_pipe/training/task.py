@@ -70,6 +70,7 @@ class Task(ABC, Generic[B]):
 
     Attributes:
         name: of the command, kept in checkpoints; None for pretraining.
+        section: of the settings.
         settings: where and how the run goes.
         configuration: JSON data, all that the weights depend on.
         record: JSON data that describes the weights.
@@ -85,6 +86,7 @@ class Task(ABC, Generic[B]):
     """
 
     name: str | None
+    section: str
     settings: RunSettings
     configuration: Mapping[str, Any]
     record: Mapping[str, Any]

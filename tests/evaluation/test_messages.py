@@ -23,7 +23,7 @@ from milan_pipe.config.evaluation import (
     SegmentSettings,
 )
 from milan_pipe.config.params import Params
-from milan_pipe.errors import DataError, MismatchError, SettingError, ShapeError, StoreError
+from milan_pipe.errors import DataError, DeviceFullError, MismatchError, SettingError, ShapeError, StoreError
 from milan_pipe.evaluation.augment import build_mixup
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.batches import BadImages, SampleRequest, load_batches
@@ -118,6 +118,13 @@ def embedded(images: Path, result: torch.Tensor | None = None) -> object:
     return embed_shards(images, lambda _: found, 8, EmbedSettings(batch_size=64))
 
 
+def embedded_on_a_full_device() -> object:
+    def embedder(_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return embed_shards(class_folders(Path("images"), range(4)), embedder, 8, EmbedSettings(batch_size=64))
+
+
 def broken_folders() -> Path:
     for name in ("cat", "dog"):
         file(f"images/{name}/a.png", "broken")
@@ -207,6 +214,10 @@ CASES: dict[str, Case] = {
     "long and thin": (
         lambda: centre_view(Image.new("RGB", (60000, 1)), 64, 1.0), DataError,
         "60000 x 1 pixels, too long and thin: 3840000 x 64 when resized",
+    ),
+    "full device": (
+        embedded_on_a_full_device, DeviceFullError,
+        "the device has too little memory for embed.batch_size 64 (CUDA out of memory); try embed.batch_size=32",
     ),
     "embedder": (
         lambda: embedded(class_folders(Path("images"), range(4)), torch.ones(3)), ShapeError,

@@ -26,7 +26,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, StoreError
 from milan_pipe.extraction import cluster, run
 from milan_pipe.extraction.against import verify_against_teacher
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
@@ -97,6 +97,10 @@ def scale(factor: float) -> Callable[[TeacherOutput], object]:
 
 def no_attention(given: TeacherOutput) -> None:
     given.importance_BL.zero_()
+
+
+def full(_given: TeacherOutput) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def failing(_given: TeacherOutput) -> None:
@@ -255,6 +259,11 @@ CASES: dict[str, Case] = {
         lambda: extract(images([GOOD]), codec="float16", change=scale(1e8)),
         DataError,
         "i/0.tar: view 0 of 0: a feature of ... does not fit float16 (at most 65504); use codec int8",
+    ),
+    "full device": (
+        lambda: extract(images([GOOD], [GOOD]), change=full, batch_size=48),
+        DeviceFullError,
+        "the device has too little memory for extract.batch_size 48 (CUDA out of memory); try extract.batch_size=24",
     ),
     "a fault of ours": (
         lambda: extract(images([GOOD]), change=failing),

@@ -148,6 +148,16 @@ def test_what_the_teacher_gives_does_not_depend_on_when_it_is_looked_at(device: 
     assert clock.take()["teacher"] > 0
 
 
+def test_a_compiled_teacher_gives_the_same(device: torch.device) -> None:
+    plain, compiled = (load_teacher(TeacherSettings(precision="float32"), device) for _ in range(2))
+    compiled.compile_tower()
+    for count in (8, 3):
+        pixels = torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8)
+        left, right = plain(pixels), compiled(pixels)
+        torch.testing.assert_close(right.features_BST, left.features_BST, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(right.importance_BL, left.importance_BL, rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture
 def process_group(device: torch.device) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

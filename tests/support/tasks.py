@@ -42,7 +42,7 @@ class Weight(nn.Module):
 class NumberTask(Task[Number]):
     """Batches 1, 2, 3, ... at the rates 1, 10, 100, ... of plain gradient descent."""
 
-    name = "numbers"
+    name, section = "numbers", "numbers"
     advice = "take smaller numbers"
 
     def __init__(self, *, steps: int = 3, steps_per_epoch: int = 2, scores: Sequence[float] = (), **settings: Any):

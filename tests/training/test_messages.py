@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.checkpoints import change_record
 from support.messages import Case, require_message
 from support.tasks import AdamTask, NumberTask
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.recorder import Recorder
@@ -64,6 +65,15 @@ def not_finite(loss: float, norm: float) -> None:
 def train(*steps: int) -> None:
     for count in steps:
         run_task(Path("run"), "cpu", lambda *_, count=count: NumberTask(steps=count), lambda _: None)
+
+
+def full_device() -> None:
+    class FullTask(NumberTask):
+        def parts(self, batch: object) -> Any:
+            del batch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run_task(Path("run"), "cpu", lambda *_: FullTask(accumulate=2), lambda _: None)
 
 
 def finished_without_report() -> None:
@@ -151,6 +161,13 @@ CASES: dict[str, Case] = {
         DataError,
         "run holds a finished run (run/checkpoints/step-00000003) whose report.json cannot be read "
         "(JSONDecodeError); its checkpoint can be used",
+    ),
+    "full device": (
+        full_device,
+        DeviceFullError,
+        "the device has too little memory for numbers.batch_size 1 over 1 ranks with numbers.accumulate 2 (CUDA out of "
+        "memory. Tried to allocate 2.00 GiB); try numbers.accumulate=4, numbers.checkpoint_activations=true or "
+        "numbers.batch_size=1",
     ),
     "no rank": (
         world_without_rank,
