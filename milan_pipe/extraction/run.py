@@ -207,9 +207,12 @@ def extract_targets(
     require_writable(location)
     found = read_header(location)
     if extract.scheduler is not None and params.teacher.precision == "auto":
-        from milan_pipe.extraction.cluster import precision_of_workers
+        if found is None:
+            from milan_pipe.extraction.cluster import precision_of_workers
 
-        precision = precision_of_workers(extract.scheduler, params.teacher, extract)
+            precision = precision_of_workers(extract.scheduler, params.teacher, extract)
+        else:
+            precision = found.teacher.precision
         params = params.model_copy(update={"teacher": params.teacher.model_copy(update={"precision": precision})})
     teacher = load_extraction_teacher(params)
     writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found))
