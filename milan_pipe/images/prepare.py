@@ -30,7 +30,7 @@ from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.decode import decode_image
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, OTHER_IMAGE_SUFFIXES, files_under, read_file
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
 from milan_pipe.images.scenes import MASK_CLASSES, THINGS, render_scene
@@ -358,7 +358,7 @@ def _members(job: _Job, bad: list[_Bad]) -> Iterator[tuple[str, dict[str, bytes]
             if suffix in OTHER_IMAGE_SUFFIXES:
                 raise DataError(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
             data = read_file(item.path)
-            decode_image(data)
+            decode_pixels(data)
         except DataError as error:
             bad.append({"key": item.key, "file": item.name, "reason": str(error)})
         else:
