@@ -13,7 +13,7 @@ from milan_pipe.errors import SettingError
 
 
 def _number_or_auto(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and value >= 1):
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError("expected auto, or a number of at least 1")
 

@@ -110,6 +110,8 @@ class Erasing:
 
     def __call__(self, pixels_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Box]:
         """Pixels, and top, bottom, left and right of what is noise in them; all 0: nothing."""
+        if not self._erase.probability:
+            return pixels_HWC, (0, 0, 0, 0)
         noise_CHW = self._erase(torch.zeros(pixels_HWC.shape[2], *pixels_HWC.shape[:2])).numpy()
         down, across = noise_CHW.any(axis=(0, 2)).nonzero()[0], noise_CHW.any(axis=(0, 1)).nonzero()[0]
         if not len(down):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError
@@ -40,7 +40,7 @@ class Batch(Generic[B]):
         """Called by the loader: tensors in pinned memory, from which copies to a CUDA device do not wait."""
         if not isinstance(self.value, tuple):
             return self
-        pinned: Any = tuple(each.pin_memory() if isinstance(each, Tensor) else each for each in self.value)
+        pinned: Any = tuple(torch.as_tensor(each).pin_memory() for each in self.value)
         return Batch(pinned, self.keys)
 
 

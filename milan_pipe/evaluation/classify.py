@@ -61,7 +61,9 @@ class ClassifyTask(SupervisedTask[C]):
         number_N = share_of_classes(train.label_N, train_fraction, settings.seed)
         self._mixup = build_mixup(augment, classes, settings.batch_size, start.ranks.count)
         self.mirrored = self._mixup is not None
-        self.set_up(start, train, val, number_N, train.classes or val.classes or classes, sizes, model)
+        # Which images are mixed, and in what steps noise is kept, has changed once.
+        version = {"augmentation": 2} if self.mirrored or augment.erasing else {}
+        self.set_up(start, train, val, number_N, train.classes or val.classes or classes, sizes, model, **version)
         self.steps = settings.epochs * self.steps_per_epoch
         self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
         self.objective = ClassifierObjective(model, augment.smoothing)

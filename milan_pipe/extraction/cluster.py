@@ -27,11 +27,10 @@ from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.devices import cards
-from milan_pipe.errors import SettingError, StoreError, one_line
+from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import ShardResult
-from milan_pipe.extraction.worker import Assignment, do_shard, process_count, teacher_precision
+from milan_pipe.extraction.worker import Assignment, cards_of, do_shard, process_count, teacher_precision
 from milan_pipe.images.ahead import thread_count
 
 _ATTEMPTS = 3
@@ -104,7 +103,15 @@ def precision_of_workers(scheduler: str, teacher: TeacherSettings, extract: Extr
     _silence_dask()
     with _connected(scheduler) as client:
         client.wait_for_workers(1)
-        found = client.run(teacher_precision, teacher, extract)
+        try:
+            found = client.run(teacher_precision, teacher, extract)
+        except (OSError, ImportError) as error:
+            if isinstance(error, MilanError):
+                raise
+            raise StoreError(
+                f"a worker of {scheduler} did not say what it computes in ({one_line(error)}); see its own log, or set "
+                "teacher.precision"
+            ) from error
     if len(set(found.values())) > 1:
         told = "; ".join(f"{worker}: {precision}" for worker, precision in sorted(found.items())[:4])
         raise SettingError(
@@ -151,7 +158,7 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
         _script_unseen(),
         own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
-        _local_cluster(folder, cards() if extract.device in ("auto", "cuda") else []) as cluster,
+        _local_cluster(folder, cards_of(extract)) as cluster,
         Client(cluster) as client,
     ):
         cluster.scale(workers)

@@ -37,13 +37,13 @@ def draw_images(
     Raises:
         DataError, MissingError, StoreError: a shard cannot be read.
     """
-    used, one, drawn = spread_evenly(shards, most_shards), views.model_copy(update={"count": 1}), 0
+    used, drawn = spread_evenly(shards, most_shards), 0
     for position, shard in enumerate(used):
         samples = read_shard(shard, on_bad)
         # A shard with few images leaves its share to the next.
         while drawn < count * (position + 1) // len(used) and (sample := next(samples, None)):
             try:
-                rendered = render_sample(sample, one, size, clock)
+                rendered = render_sample(sample, views, size, clock, most=1)
             except DataError as error:
                 on_bad(sample.key, str(error))
                 continue

@@ -27,30 +27,32 @@ class Launched:
 class Forward:
     """The teacher's forward passes on its device."""
 
-    def __init__(self, teacher: Teacher, clock: Clock) -> None:
-        self._teacher, self._clock = teacher, clock
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
         self._device = teacher.mean.device
         self._copies, self._looks = SideStream(self._device), SideStream(self._device)
 
-    def launch(self, views: Sequence[NDArray[np.uint8]]) -> Launched:
+    def launch(self, views: Sequence[NDArray[np.uint8]], clock: Clock) -> Launched:
         """Begin with a batch of views, each (H, W, 3) uint8; on a CPU it is done when this returns."""
         cuda = self._device.type == "cuda"
         pixels_BHWC = torch.empty((len(views), *views[0].shape), dtype=torch.uint8, pin_memory=cuda)
         np.stack(views, out=pixels_BHWC.numpy())
         if not cuda:
-            with self._clock.of("teacher"):
+            with clock.of("teacher"):
                 return Launched(output=self._teacher(pixels_BHWC), began=None, ended=None)
         with self._copies.beside():
             pixels_BHWC = pixels_BHWC.to(self._device, non_blocking=True)
         self._copies.hand_over(pixels_BHWC)
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
+        # Not that of the current device, which may be another one.
+        queue = torch.cuda.current_stream(self._device)
+        began.record(queue)
         output = self._teacher(pixels_BHWC)
-        ended.record()
+        ended.record(queue)
         return Launched(output=output, began=began, ended=ended)
 
     @contextmanager
-    def looking_at(self, launched: Launched) -> Iterator[TeacherOutput]:
+    def looking_at(self, launched: Launched, clock: Clock) -> Iterator[TeacherOutput]:
         """The output; what waits for it inside does not wait for batches that were launched later."""
         output, began, ended = launched.output, launched.began, launched.ended
         if began is None or ended is None:
@@ -62,4 +64,4 @@ class Forward:
                 tensor.record_stream(queue)
             yield output
             ended.synchronize()
-        self._clock.add("teacher", began.elapsed_time(ended) / 1000)
+        clock.add("teacher", began.elapsed_time(ended) / 1000)

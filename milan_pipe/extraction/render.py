@@ -79,8 +79,10 @@ class RenderedSample:
     views: tuple[View, ...]
 
 
-def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Clock) -> RenderedSample:
-    """Decode an image once and render its K views at `size` pixels.
+def render_sample(
+    sample: Sample, settings: ViewSettings, size: int, clock: Clock, most: int | None = None
+) -> RenderedSample:
+    """Decode an image once and render its K views at `size` pixels, or the first `most`, as they would be among all.
 
     Raises:
         DataError: the image cannot be read.
@@ -93,7 +95,7 @@ def render_sample(sample: Sample, settings: ViewSettings, size: int, clock: Cloc
         drawn = [draw_view(settings, sample.key, index, height, width) for index in range(settings.count)]
         source, factor = (height, width), shrink_factor(drawn, size)
         # Where a view begins must not depend on how the image was decoded.
-        views = tuple(aligned(view, factor) for view in drawn)
+        views = tuple(aligned(view, factor) for view in drawn[:most])
         return factor
 
     with clock.of("decode"):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
+import torch
+
 from milan_pipe.config.extraction import parse_share
 from milan_pipe.config.params import Params
 from milan_pipe.digests import sha256_of
@@ -244,6 +246,7 @@ def extract_targets(
 
         # Each worker has its own; this one would take memory from the first.
         del teacher
+        torch.cuda.empty_cache()
         assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
         results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
     else:

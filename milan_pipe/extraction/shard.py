@@ -70,7 +70,7 @@ class Extractor:
     """Teacher, codec and store, loaded once for any number of shards. The store's header says which views."""
 
     def __init__(self, teacher: Teacher, writer: TargetStoreWriter, extract: ExtractSettings) -> None:
-        self.teacher = teacher
+        self.forward = Forward(teacher)
         self.writer = writer
         self.codec = codec_of(writer.header.codec)
         self.batch_size = extract.batch_size
@@ -88,7 +88,6 @@ class Extractor:
             One result per job, in order. A shard that fails is discarded; the others go on.
         """
         clock = Clock()
-        forward = Forward(self.teacher, clock)
         policy = self.writer.header.views
         views = ViewSettings(**policy.model_dump(include=set(ViewSettings.model_fields)))
         rendered = rendered_blocks(jobs, views, policy.size, self._threads, clock)
@@ -101,7 +100,7 @@ class Extractor:
             try:
                 for block in blocks:
                     if shard is None:
-                        shard = _Shard(block.job, self, forward, pool, clock, on_progress)
+                        shard = _Shard(block.job, self, pool, clock, on_progress)
                     if block.samples:
                         shard.add(block.samples)
                     shard.report_bad(block.source)
@@ -192,7 +191,6 @@ class _Shard:
 
     job: ShardJob
     extractor: Extractor
-    forward: Forward
     pool: ThreadPoolExecutor
     clock: Clock
     on_progress: Callable[[int, int], None]
@@ -236,7 +234,7 @@ class _Shard:
         block = _Block(names, samples, self.extractor.codec)
         for start in range(0, len(order), self.extractor.batch_size):
             some = order[start : start + self.extractor.batch_size]
-            launched = self.forward.launch([sample.pixels_KHWC[k] for sample, k in some])
+            launched = self.extractor.forward.launch([sample.pixels_KHWC[k] for sample, k in some], self.clock)
             self._encode_late()
             self.late = block, launched
 
@@ -244,7 +242,7 @@ class _Shard:
         if self.late is None:
             return
         (block, launched), self.late = self.late, None
-        with self.forward.looking_at(launched) as output, self.clock.of("encode"):
+        with self.extractor.forward.looking_at(launched, self.clock) as output, self.clock.of("encode"):
             block.add(output)
         self.on_progress(len(output.features_BST), 0)
         if block.whole:

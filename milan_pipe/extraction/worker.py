@@ -37,9 +37,14 @@ class Assignment:
         return replace(self, extract=self.extract.model_copy(update=own))
 
 
+def cards_of(extract: ExtractSettings) -> list[str]:
+    """The cards that processes of this machine share out; none where the device is named."""
+    return cards() if extract.device in ("auto", "cuda") else []
+
+
 def process_count(extract: ExtractSettings) -> int:
     """Processes on this machine: `auto` is one for each card, and one where there is none."""
-    return max(1, len(cards())) if extract.workers == "auto" else extract.workers
+    return max(1, len(cards_of(extract))) if extract.workers == "auto" else extract.workers
 
 
 def _teacher_device(extract: ExtractSettings) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -47,8 +48,10 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
     """
     if not data:
         raise DataError("empty file")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _plain_errors():
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with image:
+        with _plain_errors():
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
             plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
@@ -56,12 +59,24 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
                 # First, as the EXIF block may lie behind the pixels.
                 image.load()
             transposed, down, across = _turn(image)
-            factor = shrink(*(image.size if transposed else image.size[::-1]))
+        height, width = image.size if transposed else image.size[::-1]
+        factor = shrink(height, width)
+        if (down < 0 and height % factor) or (across < 0 and width % factor):
+            # The last pixel stands for fewer, and would be the first: all others would be shifted.
+            factor = 1
+        with _plain_errors():
             pixels_HWC = _jpeg_pixels(data, image, factor) if plain_jpeg else None
             if pixels_HWC is None:
                 pixels_HWC = np.array(_rgb(image))
-            seen_HWC = pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC
-            return np.ascontiguousarray(seen_HWC[::down, ::across])
+    seen_HWC = pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC
+    return np.ascontiguousarray(seen_HWC[::down, ::across])
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What goes wrong inside as one line that says why an image cannot be read."""
+    try:
+        yield
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:

@@ -155,10 +155,13 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: object
     """
     differences = header_differences(found, expected)
     if differences:
-        raise MismatchError(
-            f"{where} holds targets of another configuration: {'; '.join(differences)}. "
-            "Use the same settings, or another folder for the new ones"
-        )
+        advice = "Use the same settings, or another folder for the new ones"
+        if found.views.renderer != expected.views.renderer:
+            advice = (
+                f"This version scales views by {expected.views.renderer} and adds to no store of another: take "
+                "another folder, or finish this one with the version that began it"
+            )
+        raise MismatchError(f"{where} holds targets of another configuration: {'; '.join(differences)}. {advice}")
 
 
 def require_stated(header: StoreHeader, stated: Mapping[str, Mapping[str, Any]], where: object) -> None:

@@ -78,8 +78,7 @@ class _Run(Generic[B]):
         section, parts = task.section, task.settings.accumulate
         self._memory = (
             f"{section}.batch_size {size} over {count} ranks with {section}.accumulate {parts}",
-            f"try {section}.accumulate={2 * parts}, {section}.checkpoint_activations=true or "
-            f"{section}.batch_size={max(1, size // 2)}",
+            f"try {section}.accumulate={2 * parts}, or a smaller {section}.batch_size",
         )
         self.first_step = 0 if previous is None else int(previous.record["step"])
         self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
@@ -128,7 +127,8 @@ class _Run(Generic[B]):
                 if task.main_score is not None and (step == task.steps or task.due(step)):
                     recorder.settle()
                     evaluation_began = time.monotonic()
-                    self._evaluate(step, task.main_score)
+                    with memory_for(*self._memory):
+                        self._evaluate(step, task.main_score)
                     evaluating += time.monotonic() - evaluation_began
                 if step != task.steps:
                     self._save_or_stop(step, stop)

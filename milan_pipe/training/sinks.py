@@ -91,7 +91,9 @@ def open_sinks(
         sinks: list[Sink] = []
         try:
             from dvclive.live import Live  # only processes that write need it: a quarter of a second
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "dvclive":
+                raise
             warnings.warn(f"dvclive is not installed: no metrics in {folder}", RuntimeWarning, stacklevel=2)
         else:
             quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}

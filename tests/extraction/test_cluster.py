@@ -325,6 +325,7 @@ def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,GPU-8a")
     assert cards() == ["6", "GPU-8a"]
     assert process_count(ExtractSettings(workers="auto")) == 2
+    assert process_count(ExtractSettings(workers="auto", device="cpu")) == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert process_count(ExtractSettings(workers="auto")) == 1
     assert process_count(ExtractSettings(workers=3)) == 3

@@ -91,9 +91,9 @@ def test_a_batch_takes_views_of_one_block_and_as_many_as_asked(images, extract, 
     sizes = []
 
     class Counting(Forward):
-        def launch(self, views):
+        def launch(self, views, clock):
             sizes.append(len(views))
-            return super().launch(views)
+            return super().launch(views, clock)
 
     monkeypatch.setattr(extraction_shard, "Forward", Counting)
     extract(images, tmp_path / "all", batch_size=1000)

@@ -120,27 +120,29 @@ def test_batches_come_to_the_device_in_order_while_it_computes(device: torch.dev
     def batches() -> Iterator[Batch]:
         for number in range(20):
             whole = stored_batch(12)
-            code_BST = torch.full_like(whole.code_BST, number)
+            # Large enough that a copy takes longer than the way to the first use of it.
+            code_BST = torch.full((256, 197, 512), number, dtype=torch.int8)
             yield dataclasses.replace(whole, code_BST=code_BST.pin_memory() if device.type == "cuda" else code_BST)
 
     sums = []
     for batch in on_device(batches(), device):
         assert batch.code_BST.device.type == device.type
-        side = torch.randn(256, 256, device=device)
-        for _ in range(20):
-            side = side @ side / 256
-        sums.append(batch.code_BST.long().sum())
-    assert [int(total) for total in sums] == [number * stored_batch(12).code_BST.numel() for number in range(20)]
+        first = batch.code_BST.sum(dtype=torch.int64)
+        if device.type == "cuda":
+            torch.cuda._sleep(20_000_000)
+        # What was handed out must not be written over by the copies of later batches.
+        sums.append((first, batch.code_BST.sum(dtype=torch.int64)))
+    assert [tuple(map(int, each)) for each in sums] == [(number * 256 * 197 * 512,) * 2 for number in range(20)]
 
 
 def test_what_the_teacher_gives_does_not_depend_on_when_it_is_looked_at(device: torch.device) -> None:
     teacher, clock = load_teacher(TeacherSettings(), device), Clock()
     views = np.random.default_rng(0).integers(0, 256, (12, 8, 64, 64, 3), dtype=np.uint8)
-    forward, found, late = Forward(teacher, clock), [], None
+    forward, found, late = Forward(teacher), [], None
     for batch in [*views, None]:
-        launched = None if batch is None else forward.launch(list(batch))
+        launched = None if batch is None else forward.launch(list(batch), clock)
         if late is not None:
-            with forward.looking_at(late) as output:
+            with forward.looking_at(late, clock) as output:
                 found.append(output.features_BST.cpu())
         late = launched
     expected = [teacher(torch.from_numpy(batch)).features_BST.cpu() for batch in views]

@@ -129,7 +129,9 @@ def test_a_jpegs_pixels_are_pillows(
     np.testing.assert_array_equal(decode_pixels(data), expected)
     half = decode_pixels(data, shrink)
     assert asked == [expected.shape[:2]]
-    assert half.shape[:2] == tuple(-(-side // 2) for side in expected.shape[:2])
+    sides = expected.shape[:2]
+    whole = orientation == 6 and sides[1] % 2
+    assert half.shape[:2] == (sides if whole else tuple(-(-side // 2) for side in sides))
 
 
 def test_cmyk() -> None:

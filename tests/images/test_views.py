@@ -247,6 +247,22 @@ def test_an_image_is_decoded_no_smaller_than_its_views_allow(height: int, width:
         assert factor > 1 or near == view
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_that_is_decoded_smaller_is_cut_where_it_says(orientation: int) -> None:
+    y, x = np.mgrid[0:333, 0:221]
+    seen = np.stack([x, y * 0.7, (x + y) / 3], axis=2).astype(np.uint8)
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Pillow's numbers of the opposite turns
+    stored = Image.fromarray(seen) if back is None else Image.fromarray(seen).transpose(Image.Transpose(back))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    stored.save(buffer, "JPEG", quality=100, subsampling=0, exif=exif)
+    small = decode_pixels(buffer.getvalue(), lambda *_: 4)
+    view = View(top=40, left=20, height=200, width=160, flip=False)
+    by = 1 if small.shape[:2] == seen.shape[:2] else 4
+    rendered = render_view(small, shrunk(view, by), 20).astype(int)
+    assert np.abs(rendered - render_view(seen, view, 20)).mean() < 0.7
+
+
 @pytest.mark.parametrize("factor", [2, 4])
 def test_views_of_an_image_decoded_smaller_are_nearly_the_same(factor: int) -> None:
     apart = []
