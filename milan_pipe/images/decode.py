@@ -20,8 +20,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The image of `decode_pixels`, for Pillow's operations."""
-    return Image.fromarray(decode_pixels(data))
+    """The image of `decode_pixels`, for Pillow's operations, as Pillow decodes it: sooner than from those pixels."""
+    with _opened(data) as image, _plain_errors():
+        image.load()
+        turn, rgb = _turn(image), _rgb(image)
+    return rgb if turn == _AS_IT_IS else Image.fromarray(_turned(np.asarray(rgb), turn))
 
 
 Shrink = Callable[[int, int], int]
@@ -36,8 +39,8 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.
-        shrink: called once; a JPEG is then decoded at that size, sides rounded up, which is sooner done. Other formats
-            come at full size whatever it says.
+        shrink: called once; a JPEG is then decoded at that size, sides rounded up, which is sooner done. Others come at
+            full size whatever it says, and so does one whose turn would leave the rounded end at its beginning.
 
     Returns:
         (height, width, 3) uint8, contiguous.
@@ -46,30 +49,35 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
         DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; one short line without the
             image's name.
     """
-    if not data:
-        raise DataError("empty file")
-    with _plain_errors():
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    with image:
+    with _opened(data) as image:
         with _plain_errors():
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
             plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
             if not plain_jpeg:
                 # First, as the EXIF block may lie behind the pixels.
                 image.load()
-            transposed, down, across = _turn(image)
+            transposed, down, across = turn = _turn(image)
         height, width = image.size if transposed else image.size[::-1]
         factor = shrink(height, width)
         if (down < 0 and height % factor) or (across < 0 and width % factor):
-            # The last pixel stands for fewer, and would be the first: all others would be shifted.
             factor = 1
         with _plain_errors():
             pixels_HWC = _jpeg_pixels(data, image, factor) if plain_jpeg else None
             if pixels_HWC is None:
                 pixels_HWC = np.array(_rgb(image))
-    seen_HWC = pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC
-    return np.ascontiguousarray(seen_HWC[::down, ::across])
+    return _turned(pixels_HWC, turn)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its header read, and not its pixels."""
+    with _plain_errors():
+        if not data:
+            raise DataError("empty file")
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
+        yield image
 
 
 @contextmanager
@@ -128,3 +136,8 @@ def _turn(image: Image.Image) -> tuple[int, int, int]:
     except Exception:
         orientation = None
     return _TURNS.get(orientation, _AS_IT_IS) if isinstance(orientation, int) else _AS_IT_IS
+
+
+def _turned(pixels_HWC: NDArray[np.uint8], turn: tuple[int, int, int]) -> NDArray[np.uint8]:
+    transposed, down, across = turn
+    return np.ascontiguousarray((pixels_HWC.transpose(1, 0, 2) if transposed else pixels_HWC)[::down, ::across])
