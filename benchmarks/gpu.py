@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -339,7 +339,7 @@ def rows_of(bench: Bench) -> dict[str, tuple[Callable[[], Values], str]]:
     """What to measure by name, with the goal, in the order of weight."""
     rows: dict[str, tuple[Callable[[], Values], str]] = {
         "extraction": (lambda: bench.extraction, "÷ bare teacher 0.95 with 16 cores"),
-        "waiting for data": (lambda: waiting(bench), "2 %"),
+        "waiting for data": (partial(waiting, bench), "2 %"),
     }
     cuda = bench.device.type == "cuda"
     for compiled in (True, False) if cuda else (False,):
@@ -347,13 +347,13 @@ def rows_of(bench: Bench) -> dict[str, tuple[Callable[[], Values], str]]:
             for size in bench.batches:
                 title = f"step, {name}, batch {size}, {'compiled' if compiled else 'eager'}"
                 goal = "5,000 images/s, 40 %" if name == "ViT-B/16" and compiled and size >= 512 else ""
-                rows[title] = (lambda name=name, size=size, compiled=compiled: step(bench, name, size, compiled), goal)  # type: ignore[misc]
+                rows[title] = (partial(step, bench, name, size, compiled), goal)
     for name in bench.teachers:
-        rows[f"online, {name}"] = (lambda name=name: online(bench, name), "1.5" if name == "ViT-B-16" else "")  # type: ignore[misc]
-    rows["published structure"] = (lambda: published(bench), "")
-    rows["losses by precision"] = (lambda: precisions(bench), "")
-    rows["checkpoint"] = (lambda: checkpoint(bench), "")
-    rows["resume"] = (lambda: resume(bench), "")
+        rows[f"online, {name}"] = (partial(online, bench, name), "1.5" if name == "ViT-B-16" else "")
+    rows["published structure"] = (partial(published, bench), "")
+    rows["losses by precision"] = (partial(precisions, bench), "")
+    rows["checkpoint"] = (partial(checkpoint, bench), "")
+    rows["resume"] = (partial(resume, bench), "")
     return rows
 
 

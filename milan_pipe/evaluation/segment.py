@@ -118,10 +118,6 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
             raise SettingError(f"segment.ratio is the least and the greatest resizing, above 0, found {settings.ratio}")
         number_N = share_of_classes(np.zeros(len(train), dtype=np.int64), settings.train_fraction, settings.seed)
         self.set_up(start, train, val, number_N, self._names, sizes, model, rule=asdict(rule))
-        if not settings.over_all_pixels:
-            # Runs from before there was a choice do not say.
-            mine = {name: value for name, value in self.configuration["segment"].items() if name != "over_all_pixels"}
-            self.configuration = {**self.configuration, "segment": mine}
         self.steps = settings.steps
         self.objective = SegmentObjective(model, settings.auxiliary, settings.over_all_pixels)
         self._side, self._short = side, settings.short_side or side

@@ -47,9 +47,7 @@ def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Para
         **params.model_dump(mode="json", include={"student", "decoder", "masking", "target"}),
         "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
         "targets": {
-            "teacher": stored["teacher"],
-            # Runs on stores from before there was a second renderer do not name one.
-            "views": header.views.model_dump(mode="json", exclude_defaults=True),
+            **{name: stored[name] for name in ("teacher", "views")},
             "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),
             "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         },

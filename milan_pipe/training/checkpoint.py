@@ -19,6 +19,9 @@ from milan_pipe.storage import location_of
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
+_ADDED = {"segment.over_all_pixels": False, "targets.views.renderer": "pillow"}
+"""What earlier versions did where there is a choice now: their runs do not say it."""
+
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
 
@@ -205,8 +208,9 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         holds = f"{run} holds {checkpoint.path.name}, which does not say what it was trained with"
         raise MismatchError(f"{holds}; name another folder")
     former = {f"pretrain.{old}": f"pretrain.{new}" for old, new in PretrainSettings.renamed.items()}
-    theirs = {former.get(name, name): value for name, value in _flat(found).items()}
     ours = _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
+    theirs = {name: value for name, value in _ADDED.items() if name in ours}
+    theirs |= {former.get(name, name): value for name, value in _flat(found).items()}
     if theirs.get("order") != ours.get("order") and not checkpoint.record["finished"]:
         versions = f"version {theirs.get('order', 1)}, here {ours.get('order', 1)}"
         raise MismatchError(

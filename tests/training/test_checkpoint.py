@@ -15,7 +15,13 @@ from support.checkpoints import change_record
 from torch import Tensor
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
-from milan_pipe.training.checkpoint import checkpoints_of, keep_last, open_checkpoint, save_checkpoint
+from milan_pipe.training.checkpoint import (
+    checkpoints_of,
+    keep_last,
+    open_checkpoint,
+    require_same_configuration,
+    save_checkpoint,
+)
 
 
 def weights(value: float = 1.0) -> dict[str, Tensor]:
@@ -206,6 +212,22 @@ def test_a_checkpoint_from_before_there_were_digests_is_read(tmp_path: Path) -> 
     opened = open_checkpoint(tmp_path)
     assert dict(opened.record) == {"version": 1, "step": 7, "student": {"depth": 2}}
     assert opened.weights("student")["b"][3] == 3
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "before", "since"),
+    [("segment", "over_all_pixels", False, True), ("targets", "views", {"renderer": "pillow"}, {"renderer": "torch"})],
+)
+def test_a_run_from_before_a_choice_goes_on_as_it_was(
+    tmp_path: Path, section: str, name: str, before: object, since: object
+) -> None:
+    former = {section: {"steps": 3}}
+    save_checkpoint(tmp_path, 7, {"student": weights()}, {"configuration": former, "finished": False})
+    opened = open_checkpoint(tmp_path)
+    require_same_configuration(opened, former, tmp_path)
+    require_same_configuration(opened, {section: {"steps": 3, name: before}}, tmp_path)
+    with pytest.raises(MismatchError, match=f"{section}.{name}"):
+        require_same_configuration(opened, {section: {"steps": 3, name: since}}, tmp_path)
 
 
 def test_copies_and_other_folders_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
