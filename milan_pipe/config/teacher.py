@@ -12,25 +12,30 @@ from milan_pipe.config.base import Settings
 
 DEMO = "demo"
 RANDOM = "random"
-FOLDER = "local-dir"
+FOLDER, HUB = "local-dir", "hf-hub"
+TIMM = "timm:"
 
 
 def portable_name(model: str) -> str:
     """A model's name as another machine understands it: a folder goes by its last part alone."""
+    if model.startswith(TIMM):
+        return TIMM + portable_name(model.removeprefix(TIMM))
     prefix, _, folder = model.partition(":")
     return f"{prefix}:{Path(os.path.normpath(Path(folder).absolute())).name}" if prefix == FOLDER else model
 
 
 class TeacherSettings(Settings):
-    """Which CLIP or SigLIP image tower gives the targets."""
+    """Which image tower gives the targets."""
 
     model: str = Field(
-        DEMO, description="`demo` (ships with the package), an open_clip name, `hf-hub:ORG/NAME` or `local-dir:PATH`"
+        DEMO,
+        description="`demo` (ships with the package), a name of open_clip, `hf-hub:ORG/NAME` or `local-dir:PATH`; of "
+        "timm `timm:NAME`, `timm:hf-hub:ORG/NAME` or `timm:local-dir:PATH`",
     )
     pretrained: str | None = Field(
         None,
-        description="open_clip tag, path of a local checkpoint, or `random` (untrained weights, for measurements); "
-        "none: the weights of `demo`, of the repository or of the folder",
+        description="tag of open_clip or timm, path of a local checkpoint, or `random` (untrained weights, for "
+        "measurements); none: the weights of `demo`, of the repository, of the folder, or timm's choice",
     )
     normalization: Literal["clip", "imagenet"] = Field(
         "clip", description="clip: the teacher's own mean and std; imagenet: as the published code feeds it"

@@ -42,6 +42,8 @@ class TeacherInfo(Settings):
         image_size: input side in pixels.
         grid: patches down and across.
         width: T.
+        license, source: what is stated of the weights, and where they are published; None where nobody says. They
+            describe, and are not compared.
     """
 
     model: str
@@ -52,6 +54,8 @@ class TeacherInfo(Settings):
     image_size: PositiveInt
     grid: tuple[PositiveInt, PositiveInt]
     width: PositiveInt
+    license: str | None = None
+    source: str | None = None
 
 
 class ViewInfo(Settings):
@@ -129,7 +133,7 @@ def _short(value: object) -> str:
 
 def _by_name(header: StoreHeader) -> dict[str, Any]:
     """Values of a header by name, as `teacher.model`. The schema version tells layouts apart, not the package's."""
-    found = header.model_dump(mode="json", exclude={"package_version"})
+    found = header.model_dump(mode="json", exclude={"package_version": True, "teacher": {"license", "source"}})
     flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
     return flat | {f"{name}.{key}": v for name, part in found.items() if name not in flat for key, v in part.items()}
 

@@ -1,4 +1,4 @@
-"""Frozen image towers of open_clip as teachers: raw pixels to features and importance."""
+"""Frozen image towers as teachers: raw pixels to features and importance."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, ShapeError, one_line
+from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
-from milan_pipe.teacher.checkpoint import load_tower_weights, weights_sha256
+from milan_pipe.teacher.checkpoint import weights_sha256
 from milan_pipe.teacher.family import TowerFamily
-from milan_pipe.teacher.hub import quiet
 from milan_pipe.teacher.normalization import MeanStd, normalization_of
-from milan_pipe.teacher.source import TowerSource, find_source
+from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size, family_of
 
 FAULTS = (
@@ -123,24 +121,6 @@ class Teacher(nn.Module):
         return output.features_BST.masked_fill(faulty_B11, math.nan), output.share_BL().half()
 
 
-def _build_tower(source: TowerSource) -> nn.Module:
-    """The image tower alone, untrained: text towers are never needed, and some ask a model hub for their parts."""
-    vision = {**source.config["vision_cfg"], "timm_model_pretrained": False}
-    quick_gelu = bool(source.config.get("quick_gelu", False))
-    # Untrained weights must be the same in every process, as targets of one store come from many.
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(0)
-        try:
-            visual: nn.Module = _build_vision_tower(source.config["embed_dim"], vision, quick_gelu=quick_gelu)
-        # What a description holds is anyone's: open_clip and timm raise of every kind.
-        except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
-            raise DataError(
-                f"open_clip cannot build the image tower of teacher {source.model!r} ({type(error).__name__}: "
-                f"{one_line(error)}); check its vision_cfg, or update open_clip_torch and timm"
-            ) from error
-    return visual.eval()
-
-
 def resolve_teacher_precision(precision: str, device: torch.device) -> str:
     """`auto` is bfloat16 on a CUDA device and float32 elsewhere."""
     automatic = "bfloat16" if device.type == "cuda" else "float32"
@@ -161,10 +141,10 @@ def load_teacher(
         MismatchError: a checkpoint of another model.
     """
     source = find_source(settings.model, settings.pretrained)
-    visual = _build_tower(source)
+    visual = source.untrained()
     family = family_of(visual, settings.model)
     if source.checkpoint is not None:
-        load_tower_weights(visual, source.checkpoint(), settings.model)
+        source.load(visual, source.checkpoint())
     # Over the weights as trained: the same teacher at another input size keeps its identity.
     digest = weights_sha256(visual)
     side = choose_input_size(family.sizes(visual), settings.model, settings.image_size, grid)
@@ -179,6 +159,9 @@ def load_teacher(
         image_size=side,
         grid=sizes.grid,
         width=sizes.width,
+        # Of random weights nobody has a licence; of a file, its owner knows.
+        license=source.license() if source.checkpoint is not None and source.file is None else None,
+        source=source.origin if source.checkpoint is not None and source.file is None else None,
     )
     return Teacher(visual, family, info, normalization_of(settings.normalization, source, visual)).to(device)
 

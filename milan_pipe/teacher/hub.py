@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import ModelCard, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from yaml import YAMLError
 
 from milan_pipe.errors import MissingError, SettingError, one_line
 
@@ -59,6 +60,26 @@ def hub_file(repository: str, *names: str) -> Path:
                 break
     assert problem is not None, "no file was named"
     raise MissingError(_reason(problem, repository, " or ".join(names))) from problem
+
+
+def license_of_card(card: Path) -> str | None:
+    """The licence that a model card states, as `apache-2.0`; None without a card, or where it states none."""
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):
+        return None
+    stated = data.get("license_name") if data.get("license") == "other" else data.get("license")
+    return stated if isinstance(stated, str) else None
+
+
+def license_on_hub(repository: str) -> str | None:
+    """The licence that a repository's card states; None where it has no card, or the hub is out of reach."""
+    if not repository:
+        return None
+    try:
+        return license_of_card(hub_file(repository, "README.md"))
+    except MissingError:
+        return None
 
 
 def _reason(problem: BaseException, repository: str, files: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from milan_pipe.errors import DataError
 
 if TYPE_CHECKING:
-    from milan_pipe.teacher.source import TowerSource
+    from milan_pipe.teacher.tower_source import TowerSource
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ IMAGENET = MeanStd(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 OPENAI = MeanStd(tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD))
 
 
-def _of(config: Any) -> MeanStd | None:
+def mean_std(config: Any) -> MeanStd | None:
+    """What a description says under `mean` and `std`; None where it does not, or not three numbers each."""
     try:
         mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
     except (KeyError, TypeError, ValueError):
@@ -47,7 +48,7 @@ def stated_normalization(preprocess: Any) -> MeanStd | None:
         return None
     # open_clip takes one number for all channels too.
     spread = {key: [value] * 3 if isinstance(value, int | float) else value for key, value in preprocess.items()}
-    return _of(OPENAI._asdict() | {key: value for key, value in spread.items() if value is not None})
+    return mean_std(OPENAI._asdict() | {key: value for key, value in spread.items() if value is not None})
 
 
 def _of_sidecar(checkpoint: Path) -> MeanStd | None:
@@ -57,7 +58,7 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
         return None
     found = None
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = _of(json.loads(path.read_text(encoding="utf-8"))["preprocess_cfg"])
+        found = mean_std(json.loads(path.read_text(encoding="utf-8"))["preprocess_cfg"])
     if found is None:
         raise DataError(
             f"{path} says no mean and std of its checkpoint {checkpoint.name}, expected three numbers each under "
@@ -79,7 +80,7 @@ def normalization_of(kind: Literal["clip", "imagenet"], source: TowerSource, vis
     if kind == "imagenet":
         return IMAGENET
     tags = open_clip.list_pretrained_tags_by_model(source.model)
-    by_tag = {tag: _of(open_clip.get_pretrained_cfg(source.model, tag)) or OPENAI for tag in tags}
+    by_tag = {tag: mean_std(open_clip.get_pretrained_cfg(source.model, tag)) or OPENAI for tag in tags}
     if source.tag is not None:
         return by_tag[source.tag]
     if source.file is not None and (found := _of_sidecar(source.file)):
@@ -94,4 +95,4 @@ def normalization_of(kind: Literal["clip", "imagenet"], source: TowerSource, vis
                 source.model, source.file, HF_CONFIG_NAME, common.mean, common.std,
             )  # fmt: skip
         return common
-    return _of(getattr(getattr(visual, "trunk", None), "pretrained_cfg", None)) or OPENAI
+    return mean_std(getattr(getattr(visual, "trunk", None), "pretrained_cfg", None)) or OPENAI

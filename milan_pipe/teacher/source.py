@@ -1,4 +1,4 @@
-"""Where a teacher's description and weights come from: this package, open_clip's names, model hubs, local folders."""
+"""Where a teacher's description and weights come from: this package, open_clip's or timm's names, hubs, folders."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from typing import Any
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME, HF_WEIGHTS_NAME
 from open_clip.factory import _find_checkpoint_in_dir, get_model_config, parse_model_name
+from open_clip.model import _build_vision_tower
 from open_clip.pretrained import _get_safe_alternatives
+from torch import nn
 
-from milan_pipe.config.teacher import DEMO, FOLDER, RANDOM
+from milan_pipe.config.teacher import DEMO, FOLDER, HUB, RANDOM, TIMM
 from milan_pipe.errors import DataError, MissingError, SettingError, one_line
-from milan_pipe.teacher.hub import hub_file, quiet
-from milan_pipe.teacher.normalization import MeanStd, stated_normalization
+from milan_pipe.teacher.checkpoint import load_tower_weights
+from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub, quiet
+from milan_pipe.teacher.normalization import stated_normalization
+from milan_pipe.teacher.timm_source import find_timm_source
+from milan_pipe.teacher.tower_source import TowerSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerSource:
-    """A model whose image tower can be built.
+class ClipSource(TowerSource):
+    """An image tower of open_clip.
 
     Attributes:
-        model: open_clip's name of it.
         config: `embed_dim`, `vision_cfg` and `quick_gelu`, the activation of the weights, as open_clip has them.
-        tag: open_clip's name of the weights, where they have one.
-        checkpoint: fetches the weights' file; raises MissingError. None: untrained.
-        file: that file, where the settings name it: a description beside it is its own.
-        stated: mean and std by the model's description.
     """
 
-    model: str
     config: dict[str, Any]
-    tag: str | None = None
-    checkpoint: Callable[[], Path] | None = None
-    file: Path | None = None
-    stated: MeanStd | None = None
+
+    def _build(self) -> nn.Module:
+        # The image tower alone: text towers are never needed, and some ask a model hub for their parts.
+        vision = {**self.config["vision_cfg"], "timm_model_pretrained": False}
+        quick_gelu = bool(self.config.get("quick_gelu", False))
+        visual: nn.Module = _build_vision_tower(self.config["embed_dim"], vision, quick_gelu=quick_gelu)
+        return visual
+
+    def load(self, visual: nn.Module, path: Path) -> None:
+        load_tower_weights(visual, path, self.model)
 
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -51,7 +56,7 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
     """Look up a model, and where its weights are; of a model hub only the description is fetched.
 
     Args:
-        model: `demo`, a name of open_clip, `hf-hub:ORG/NAME` or `local-dir:PATH`.
+        model: `demo`, a name of open_clip, `hf-hub:ORG/NAME`, `local-dir:PATH`, or `timm:` before such a name of timm.
         pretrained: tag, path of a local checkpoint, `random`, or None for the model's own weights.
 
     Raises:
@@ -60,12 +65,14 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
         DataError: the model's description is damaged.
     """
     if model == DEMO:
-        return _in_folder(DEMO, DEMO_FOLDER, pretrained)
+        return replace(_in_folder(DEMO, DEMO_FOLDER, pretrained), origin="milan-pipe", license=lambda: "apache-2.0")
+    if model.startswith(TIMM):
+        return find_timm_source(model, pretrained)
     try:
         schema, name = parse_model_name(model)
     except ValueError as error:
         raise SettingError(
-            f"teacher.model {model!r} names nothing, expected hf-hub:ORG/NAME or local-dir:PATH"
+            f"teacher.model {model!r} names nothing, expected hf-hub:ORG/NAME, local-dir:PATH or timm:NAME"
         ) from error
     if schema is None:
         return _known(model, pretrained)
@@ -80,7 +87,7 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
         near = get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
         hint = f"; nearest are {', '.join(near)}" if near else ""
         raise SettingError(
-            f"unknown teacher {model!r}, expected `demo`, a model name of open_clip, hf-hub:ORG/NAME or "
+            f"unknown teacher {model!r}, expected `demo`, a model name of open_clip, timm:NAME, hf-hub:ORG/NAME or "
             f"local-dir:PATH{hint}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -95,9 +102,17 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
         # The activation is the weights' own: open_clip only warns about ViT-B-16 with OpenAI's weights.
         config = {**config, "quick_gelu": preset.get("quick_gelu", False)}
         weights = partial(_of_tag, name, pretrained, preset)
-        return TowerSource(model=name, config=config, tag=pretrained, checkpoint=weights)
+        repository = preset.get("hf_hub", "").rpartition("/")[0]
+        return ClipSource(
+            model=name,
+            config=config,
+            tag=pretrained,
+            checkpoint=weights,
+            origin=f"{HUB}:{repository}" if repository else preset.get("url"),
+            license=partial(license_on_hub, repository),
+        )
     problem = f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {known}"
-    return _with_file(TowerSource(model=name, config=config), pretrained, problem)
+    return _with_file(ClipSource(model=name, config=config), pretrained, problem)
 
 
 def _with_file(source: TowerSource, pretrained: str, problem: str) -> TowerSource:
@@ -141,7 +156,8 @@ def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
             ) from error
 
     description = fetched(lambda: hub_file(repository, HF_CONFIG_NAME))
-    return _described(model, description, pretrained, lambda: fetched(lambda: _hub_weights(repository)))
+    source = _described(model, description, pretrained, lambda: fetched(lambda: _hub_weights(repository)))
+    return replace(source, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
 
 
 def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
@@ -161,7 +177,8 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
             )
         return Path(found)
 
-    return _described(model, description, pretrained, weights)
+    source = _described(model, description, pretrained, weights)
+    return replace(source, license=partial(license_of_card, folder / "README.md"))
 
 
 def _described(model: str, path: Path, pretrained: str | None, own: Callable[[], Path]) -> TowerSource:
@@ -179,7 +196,7 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
             f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
             "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
         ) from error
-    source = TowerSource(model=model, config=config, stated=stated)
+    source = ClipSource(model=model, config=config, stated=stated)
     if pretrained is None:
         return replace(source, checkpoint=own)
     problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave teacher.pretrained"

@@ -1,4 +1,4 @@
-"""timm's vision transformers inside open_clip: EVA02 and its kin by their CLS token, SigLIP by its attention pooling.
+"""timm's vision transformers: EVA02, DINO and their kin by their CLS token, SigLIP by its attention pooling.
 
 The trunk runs its own forward pass; only the queries and keys of one attention module are recorded as they pass.
 
@@ -15,7 +15,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from milan_pipe.teacher.family import Heads, TowerSizes, attention_row, record_heads
 
@@ -43,8 +43,26 @@ def _project(visual: Any, x_BSD: Tensor) -> Tensor:
     return projected
 
 
+class TimmTower(nn.Module):
+    """A model of timm alone, as `open_clip.timm_model.TimmModel` holds those of CLIP.
+
+    One that was pretrained with a class token and is used by the mean of its patches, as DINOv3, pools by the token.
+    """
+
+    def __init__(self, trunk: Any) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Identity()
+        by_mean = getattr(trunk, "global_pool", None) == "avg" and getattr(trunk, "cls_token", None) is not None
+        # With a norm of its own, the mean is what was trained, and the query of the class token was not.
+        if by_mean and type(trunk) in _TRUNKS and isinstance(trunk.fc_norm, nn.Identity):
+            trunk.reset_classifier(0, "token")
+
+    def set_input_size(self, side: int) -> None:
+        self.trunk.set_input_size(img_size=(side, side))
+
+
 class TimmFamily:
-    """`open_clip.timm_model.TimmModel` around a plain vision transformer, as in EVA02-B-16 and ViT-B-16-SigLIP."""
+    """`TimmTower`, or `open_clip.timm_model.TimmModel`, around a plain vision transformer."""
 
     def problem(self, visual: Any) -> str | None:
         trunk = visual.trunk

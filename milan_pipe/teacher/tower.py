@@ -9,9 +9,13 @@ from torch import nn
 from milan_pipe.errors import SettingError
 from milan_pipe.teacher.family import TowerFamily, TowerSizes
 from milan_pipe.teacher.native import NativeFamily
-from milan_pipe.teacher.timm_tower import TimmFamily
+from milan_pipe.teacher.timm_tower import TimmFamily, TimmTower
 
-_FAMILIES: dict[type[nn.Module], TowerFamily] = {VisionTransformer: NativeFamily(), TimmModel: TimmFamily()}
+_FAMILIES: dict[type[nn.Module], TowerFamily] = {
+    VisionTransformer: NativeFamily(),
+    TimmModel: TimmFamily(),
+    TimmTower: TimmFamily(),
+}
 
 
 def family_of(visual: nn.Module, name: str) -> TowerFamily:
@@ -25,7 +29,7 @@ def family_of(visual: nn.Module, name: str) -> TowerFamily:
     if family is None or problem:
         raise SettingError(
             f"teacher {name!r} cannot be used: {problem}; expected a ViT that pools by its CLS token, as ViT-B-16, "
-            "ViT-L-14 or EVA02-B-16, or by one attention query, as ViT-B-16-SigLIP"
+            "ViT-L-14, EVA02-B-16 or timm:vit_small_patch14_dinov2, or by one attention query, as ViT-B-16-SigLIP"
         )
     return family
 

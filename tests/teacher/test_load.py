@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
-from milan_pipe.teacher.clip import _build_tower, load_teacher, resolve_teacher_precision
+from milan_pipe.teacher.clip import load_teacher, resolve_teacher_precision
 from milan_pipe.teacher.normalization import IMAGENET, OPENAI, normalization_of
 from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size
@@ -207,7 +207,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
 )
 def test_activation_is_the_one_that_the_weights_were_trained_with(model, pretrained, quick):
     with torch.device("meta"):
-        tower = _build_tower(find_source(model, pretrained))
+        tower = find_source(model, pretrained).untrained()
     assert isinstance(tower.transformer.resblocks[0].mlp.gelu, QuickGELU) == quick
 
 
@@ -284,7 +284,7 @@ def test_size_that_cuts_patches_is_refused(name):
 )
 def test_sizes_of_named_models(name, own, grid, matched):
     with torch.device("meta"):
-        tower = _build_tower(find_source(name, "random"))
+        tower = find_source(name, "random").untrained()
     assert sizes_of(tower).grid == grid
     assert choose_input_size(sizes_of(tower), name) == own
     assert choose_input_size(sizes_of(tower), name, grid=(14, 14)) == matched

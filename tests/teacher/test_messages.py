@@ -121,18 +121,18 @@ DESCRIBES = (
     "and vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
 )
 BUILD = (
-    "open_clip cannot build the image tower of teacher 'local-dir:m' ({}); check its vision_cfg, or update "
-    "open_clip_torch and timm"
+    "the image tower of teacher 'local-dir:m' cannot be built ({}); check its description, or update open_clip_torch "
+    "and timm"
 )
 USED = (
-    "teacher '{}' cannot be used: {}; expected a ViT that pools by its CLS token, as ViT-B-16, ViT-L-14 or EVA02-B-16, "
-    "or by one attention query, as ViT-B-16-SigLIP"
+    "teacher '{}' cannot be used: {}; expected a ViT that pools by its CLS token, as ViT-B-16, ViT-L-14, EVA02-B-16 or "
+    "timm:vit_small_patch14_dinov2, or by one attention query, as ViT-B-16-SigLIP"
 )
 SIDECAR = (
     "open_clip_config.json says no mean and std of its checkpoint model.safetensors, expected three numbers each under "
     "preprocess_cfg. Repair it, or move the checkpoint out of its folder"
 )
-NAMES = "expected `demo`, a model name of open_clip, hf-hub:ORG/NAME or local-dir:PATH"
+NAMES = "expected `demo`, a model name of open_clip, timm:NAME, hf-hub:ORG/NAME or local-dir:PATH"
 FAULTS = (
     "features that are not finite",
     "a token whose feature is all zeros",
@@ -166,12 +166,12 @@ CASES: dict[str, Case] = {
     "hub without a name": (
         lambda: load("hf-hub:"),
         SettingError,
-        "teacher.model 'hf-hub:' names nothing, expected hf-hub:ORG/NAME or local-dir:PATH",
+        "teacher.model 'hf-hub:' names nothing, expected hf-hub:ORG/NAME, local-dir:PATH or timm:NAME",
     ),
     "folder without a name": (
         lambda: load("local-dir:"),
         SettingError,
-        "teacher.model 'local-dir:' names nothing, expected hf-hub:ORG/NAME or local-dir:PATH",
+        "teacher.model 'local-dir:' names nothing, expected hf-hub:ORG/NAME, local-dir:PATH or timm:NAME",
     ),
     "three parts": (
         lambda: load("hf-hub:a/b/c"),

@@ -1,0 +1,177 @@
+"""Vision transformers of timm as teachers: its names and tags, and folders and repositories in its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg, is_model, list_pretrained, split_model_name_tag
+from timm.models._hub import load_model_config_from_path
+from torch import nn
+
+from milan_pipe.config.teacher import FOLDER, HUB, RANDOM, TIMM
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, one_line
+from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub
+from milan_pipe.teacher.normalization import OPENAI, mean_std
+from milan_pipe.teacher.timm_tower import TimmTower
+from milan_pipe.teacher.tower_source import TowerSource
+from milan_pipe.weights_file import read_weights
+
+_WEIGHTS, _CONFIG = ("model.safetensors", "pytorch_model.bin"), "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmSource(TowerSource):
+    """A model of timm, without its classifier.
+
+    Attributes:
+        name: timm's name of the model, without a tag.
+        described: what timm says of the weights (`pretrained_cfg`).
+        arguments: of the model, beside its name.
+    """
+
+    name: str
+    described: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def _create(self, **weights: Any) -> nn.Module:
+        # The weights are given below, wherever they come from.
+        places = dict.fromkeys(("source", "file", "url", "hf_hub_id"))
+        arguments = {**self.arguments, "num_classes": 0}
+        described = {**self.described, **places, **weights}
+        model: nn.Module = timm.create_model(self.name, pretrained=bool(weights), pretrained_cfg=described, **arguments)
+        return model
+
+    def _build(self) -> nn.Module:
+        return TimmTower(self._create())
+
+    def load(self, visual: nn.Module, path: Path) -> None:
+        weights = read_weights(path)
+        try:
+            # timm's own way of loading renames what authors named otherwise.
+            visual.load_state_dict(TimmTower(self._create(state_dict=weights)).state_dict())
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise MismatchError(
+                f"checkpoint {path} does not fit teacher {self.model!r}: {one_line(error)}. Set teacher.model to the "
+                "model that it was trained as"
+            ) from error
+
+
+def find_timm_source(model: str, pretrained: str | None) -> TowerSource:
+    """Look up `timm:NAME`, `timm:hf-hub:ORG/NAME` or `timm:local-dir:PATH`.
+
+    Args:
+        pretrained: tag, path of a local checkpoint, `random`, or None for the weights that the model brings.
+
+    Raises:
+        SettingError: unknown model, or no weights named.
+        MissingError: no such tag, file, folder or repository, or the hub is out of reach.
+        DataError: the model's description is damaged.
+    """
+    kind, _, name = (rest := model.removeprefix(TIMM)).partition(":")
+    if kind == FOLDER:
+        return _in_folder(model, Path(name), pretrained)
+    return _on_hub(model, name, pretrained) if kind == HUB else _known(model, rest, pretrained)
+
+
+def _known(model: str, full_name: str, pretrained: str | None) -> TowerSource:
+    name, tag = split_model_name_tag(full_name)
+    if not is_model(name):
+        near = timm.list_models(f"{name}*")[:3] if name else []
+        near = near or get_close_matches(name, timm.list_models(), n=3, cutoff=0.3)
+        hint = f"; nearest are {', '.join(near)}" if near else ""
+        raise SettingError(f"unknown teacher {model!r}, timm has no model {name!r}{hint}")
+    tags = [known.partition(".")[2] for known in list_pretrained(f"{name}.*")]
+    known = ", ".join(tags) or "none"
+    if pretrained in tags:
+        if tag and pretrained != tag:
+            raise SettingError(
+                f"teacher.model {model!r} names tag {tag!r}, teacher.pretrained names {pretrained!r}; leave one out"
+            )
+        tag, pretrained = pretrained, None
+    if tag and tag not in tags:
+        raise MissingError(f"teacher {model!r}: timm has no weights {tag!r} of {name!r}; known tags are {known}")
+    described = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+    source = TimmSource(model=model, name=name, described=_plain(described), stated=mean_std(_plain(described)))
+    if pretrained is not None:
+        return _with_file(
+            source, pretrained, f"has no tag {pretrained!r} and no such file is there; known tags are {known}"
+        )
+    if not tags or described is None or not described.has_weights:
+        raise SettingError(f"teacher {model!r} needs `teacher.pretrained`: the path of a checkpoint, or `random`")
+    repository, license_ = described.hf_hub_id, described.license
+    if not repository:
+        raise MissingError(
+            f"weights of teacher {model!r} are not on the model hub; fetch {described.url or 'them'} and name the file "
+            "with --set teacher.pretrained=PATH"
+        )
+    files = (described.hf_hub_filename,) if described.hf_hub_filename else _WEIGHTS
+    fetch = partial(_fetched, model, partial(hub_file, repository, *files))
+    return replace(source, checkpoint=fetch, origin=f"hf-hub:{repository}", license=lambda: license_)
+
+
+def _plain(described: Any) -> dict[str, Any]:
+    return dict(described.to_dict()) if described is not None else {}
+
+
+def _with_file(source: TimmSource, pretrained: str, problem: str) -> TowerSource:
+    if pretrained == RANDOM:
+        return source
+    file = Path(pretrained)
+    if not file.is_file():
+        raise MissingError(f"teacher {source.model!r} {problem}")
+    return replace(source, checkpoint=lambda: file, file=file)
+
+
+def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
+    try:
+        return fetch()
+    except MissingError as error:
+        raise MissingError(
+            f"teacher {model!r} cannot be had: {error}. A local checkpoint will do too: --set teacher.pretrained=PATH"
+        ) from error
+
+
+def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
+    description = _fetched(model, partial(hub_file, repository, _CONFIG))
+    source = _described(model, description)
+    if pretrained is not None:
+        return _with_file(source, pretrained, _OWN.format(pretrained))
+    fetch = partial(_fetched, model, partial(hub_file, repository, *_WEIGHTS))
+    return replace(source, checkpoint=fetch, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
+
+
+_OWN = "brings its own weights and has no tags, and there is no file {!r}; leave teacher.pretrained out"
+
+
+def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
+    if not (folder / _CONFIG).is_file():
+        raise MissingError(f"teacher {model!r}: {folder} has no {_CONFIG}, timm's description of a model")
+    source = _described(model, folder / _CONFIG)
+    if pretrained is not None:
+        return _with_file(source, pretrained, _OWN.format(pretrained))
+    present = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not present:
+        raise MissingError(f"teacher {model!r}: {folder} has none of {', '.join(_WEIGHTS)}")
+    return replace(source, checkpoint=lambda: present[0], license=partial(license_of_card, folder / "README.md"))
+
+
+def _described(model: str, path: Path) -> TimmSource:
+    try:
+        described, name, arguments = load_model_config_from_path(path.parent)
+        if not is_model(name) or not isinstance(arguments, dict):
+            raise ValueError(f"timm has no model {name!r}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise DataError(
+            f"teacher {model!r}: {path} does not describe a model of timm ({problem}); expected `architecture` with "
+            "`pretrained_cfg`"
+        ) from error
+    return TimmSource(
+        model=model, name=name, described=described, arguments=arguments, stated=mean_std(described) or OPENAI
+    )
