@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, read_index
-from milan_pipe.storage import Listing, Location, is_url, location_of, split_url
+from milan_pipe.storage import Listing, Location, is_url, location_of, split_root, split_url
 
 _MAX_BRACE_NAMES = 1_000_000
 
@@ -165,12 +165,12 @@ def _remote_braces(text: str) -> list[ShardFile]:
 
 
 def _remote_glob(url: str) -> Iterator[ShardFile]:
-    scheme, _, rest = url.partition("://")
-    bucket, *parts = rest.split("/")
+    root, path = split_root(url)
+    parts = path.split("/") if path else []
     plain = next(index for index, part in enumerate([*parts, "*"]) if glob.has_magic(part))
-    if glob.has_magic(bucket) or plain == len(parts):
+    if glob.has_magic(root) or plain == len(parts):
         raise DataError(f"{url} has a pattern in its bucket; patterns are for what lies in a bucket")
-    yield from _matches(location_of("/".join([f"{scheme}://{bucket}", *parts[:plain]])), parts[plain:])
+    yield from _matches(location_of("/".join([root, *parts[:plain]])), parts[plain:])
 
 
 def _matches(location: Location, patterns: list[str]) -> Iterator[ShardFile]:

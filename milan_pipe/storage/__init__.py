@@ -8,7 +8,11 @@ from milan_pipe.storage.location import (
     local_folder,
     location_of,
     require_writable,
+    split_root,
     split_url,
 )
 
-__all__ = ["SCRATCH", "Listing", "Location", "is_url", "local_folder", "location_of", "require_writable", "split_url"]
+__all__ = [
+    "SCRATCH", "Listing", "Location", "is_url", "local_folder", "location_of", "require_writable", "split_root",
+    "split_url",
+]  # fmt: skip

@@ -13,7 +13,9 @@ from milan_pipe.errors import SettingError, printable
 SCRATCH = ".partial-"
 """Prefix of names of unfinished work, which readers skip."""
 
-SCHEMES = ("s3", "gs", "az", "https", "http")
+SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
+
+_REPOSITORY = re.compile(r"hf://datasets/[^/@]+/[^/@]+(@(refs/[^/]+/[^/]+|[^/]+))?(?=/|$)", re.IGNORECASE)
 
 
 def is_url(text: str | Path) -> bool:
@@ -21,13 +23,22 @@ def is_url(text: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(text)) is not None
 
 
+def split_root(url: str) -> tuple[str, str]:
+    """What a URL's store begins with (`s3://bucket`, a web server's host, `hf://datasets/ORG/NAME`), and the rest."""
+    if found := _REPOSITORY.match(url):
+        return found[0], url[found.end() :].strip("/")
+    scheme, _, rest = url.partition("://")
+    root, _, path = rest.partition("/")
+    return f"{scheme}://{root}", path.strip("/")
+
+
 def split_url(url: str) -> tuple[str, str]:
-    """Folder and file name of a URL or path; the name is empty where a URL names a bucket or host only."""
+    """Folder and file name of a URL or path; the name is empty where a URL names a bucket, host or repository only."""
     if not is_url(url):
         return str(Path(url).parent), Path(url).name
-    scheme, _, rest = url.rstrip("/").partition("://")
-    folder, _, name = rest.rpartition("/")
-    return (f"{scheme}://{folder}", name) if folder else (f"{scheme}://{rest}", "")
+    root, path = split_root(url)
+    folder, _, name = path.rpartition("/")
+    return f"{root}/{folder}" if folder else root, name
 
 
 def location_of(where: str | Path) -> Location:
@@ -38,7 +49,11 @@ def location_of(where: str | Path) -> Location:
     """
     _require_whole(where)
     if is_url(where):
-        # obstore takes its time to import.
+        # obstore and huggingface_hub take their time to import.
+        if str(where).lower().startswith("hf://"):
+            from milan_pipe.storage.hub import HubFolder
+
+            return HubFolder(str(where))
         from milan_pipe.storage.object_store import RemoteFolder
 
         return RemoteFolder(str(where))
@@ -66,10 +81,9 @@ def _require_whole(where: str | Path) -> None:
 
 
 def require_writable(location: Location) -> None:
-    """Raise SettingError for a location on a web server, which can only be read."""
-    if not location.listable:
-        expected = "a local folder, s3://, gs:// or az://"
-        raise SettingError(f"{location} can only be read, as any web server; write to {expected}")
+    """Raise SettingError for a location on a web server or a hub, which can only be read."""
+    if not location.writable:
+        raise SettingError(f"{location} can only be read; write to a local folder, s3://, gs:// or az://")
 
 
 class Listing(NamedTuple):
@@ -90,10 +104,12 @@ class Location(ABC):
         name: the same for messages, without the password of a URL.
         local: the folder's path, if it is a local one.
         listable: whether the store can list its content; web servers cannot.
+        writable: whether the store can be written to; web servers and hubs cannot.
     """
 
     local: Path | None = None
     listable: bool = True
+    writable: bool = True
 
     def __init__(self, address: str) -> None:
         self.address = address

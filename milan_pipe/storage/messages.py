@@ -71,8 +71,11 @@ def _reason(text: str, scheme: str) -> str:
     if request["status"] is None:
         return f"no answer from {request['host']}{_cause(debug)}{tries}"
     said = ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)</", request["body"]))
+    advice = _ADVICE.get(request["status"], "")
+    if scheme == "hf" and request["status"] in ("401", "403"):
+        advice = "; accept its terms on its page, and log in with `hf auth login` or set HF_TOKEN"
     answer = f"{request['host']} answered {request['status']} {request['phrase']}"
-    return answer + (f", {without_debug(said)}" if said else "") + tries + _ADVICE.get(request["status"], "")
+    return answer + (f", {without_debug(said)}" if said else "") + tries + advice
 
 
 def _cause(debug: str) -> str:

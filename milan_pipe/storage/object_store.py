@@ -27,7 +27,7 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from milan_pipe.errors import MilanError, MissingError, SettingError, StoreError
 from milan_pipe.storage.local import LocalFolder, clear_scratch
-from milan_pipe.storage.location import SCHEMES, Listing, Location, is_foreign
+from milan_pipe.storage.location import SCHEMES, Listing, Location, is_foreign, split_root
 from milan_pipe.storage.messages import translated, without_debug
 
 READ_AHEAD_BYTES = 8 * 1024 * 1024
@@ -70,23 +70,26 @@ class RemoteFolder(Location):
 
     def __init__(self, url: str, root: Any = None) -> None:
         super().__init__(url.rstrip("/"))
-        scheme, _, rest = self.address.partition("://")
+        start, self._prefix = split_root(self.address)
+        scheme, _, bucket = start.partition("://")
         self._scheme = scheme.lower()
-        bucket, _, prefix = rest.partition("/")
-        self._prefix = prefix.strip("/")
-        self.listable = self._scheme not in ("http", "https")
+        self.listable = self.writable = self._scheme not in ("http", "https")
         if self._scheme not in SCHEMES or not bucket:
             raise SettingError(
                 f"{url} cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host"
             )
         try:
-            self._root = root or _connect(self._scheme, bucket)
+            self._store = root or _connect(self._scheme, bucket)
         except MilanError:
             raise
         except (BaseError, ValueError, OSError) as error:
             reason = without_debug(str(error))
             hint = "; set AZURE_STORAGE_ACCOUNT_NAME" if "Account must be specified" in reason else ""
             raise SettingError(f"{self.name} cannot be opened: {reason}{hint}") from error
+
+    @property
+    def _root(self) -> Any:
+        return self._store
 
     @property
     def bucket(self) -> tuple[Any, str]:
@@ -111,7 +114,7 @@ class RemoteFolder(Location):
             raise translated(error, url, doing) from error
 
     def child(self, path: str) -> Location:
-        return RemoteFolder(f"{self.address}/{path}", self._root)
+        return RemoteFolder(f"{self.address}/{path}", self._store)
 
     def read(self, path: str) -> bytes:
         with self._errors(path, "read"):
@@ -132,9 +135,7 @@ class RemoteFolder(Location):
     def open(self, path: str) -> IO[bytes]:
         with self._errors(path, "read"):
             meta = obstore.head(self._root, self._key(path))
-        tag = meta["e_tag"]
-        # A weak tag never matches.
-        condition = {} if tag is None or tag.startswith("W/") else {"if_match": tag}
+        condition = self._condition(meta["e_tag"])
 
         def fetch(start: int, stop: int) -> bytes:
             options: Any = {**condition, "range": (start, stop)}
@@ -142,6 +143,10 @@ class RemoteFolder(Location):
                 return bytes(obstore.get(self._root, self._key(path), options=options).bytes())
 
         return cast("IO[bytes]", io.BufferedReader(RemoteFile(fetch, int(meta["size"])), 64 * 1024))
+
+    def _condition(self, tag: str | None) -> dict[str, Any]:
+        # A weak tag never matches.
+        return {} if tag is None or tag.startswith("W/") else {"if_match": tag}
 
     def size(self, path: str) -> int:
         with self._errors(path, "read"):

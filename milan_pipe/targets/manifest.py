@@ -139,7 +139,7 @@ def redo_command(location: Location, name: str) -> str:
 
 def extract_command(location: Location) -> str:
     """What a user runs to have the store finished."""
-    return f"milan-pipe extract-targets IMAGES {shlex.quote(str(location))}"
+    return f"milan-pipe extract-targets IMAGES {shlex.quote(str(location)) if location.writable else 'TARGETS'}"
 
 
 def committed_names(location: Location) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ _SUM_TOLERANCE = 4e-3
 # Codes of one byte; -128 is never written.
 _MOST_CODE = 127
 _PARALLEL_READS = 8
+# What a hub, or a download from one, puts beside a store.
+_OF_A_HUB = frozenset(("README.md", ".gitattributes", ".cache"))
 
 ShardCheck = Callable[[str, int, int, int, ViewRun], Iterator["Problem"]]
 """Takes shard, its samples, view, first sample and a run; see `milan_pipe.extraction.against` for the teacher's."""
@@ -149,7 +151,7 @@ class _Check:
             top, _, inside = path.partition("/")
             # The next shard of an unfinished store may exist before it is committed.
             begun = inside and top.isdigit() and not self.finished
-            if path not in own and top not in shards and not begun:
+            if path not in own and top not in shards and top not in _OF_A_HUB and not begun:
                 strays[path if top == manifest.FOLDER else top] += 1
         for entry, files in strays.items():
             self.report_stray("", entry, f"is not part of the store{f', with {files} files' if files > 1 else ''}")

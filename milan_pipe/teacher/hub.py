@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import ModelCard, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import ModelCard, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from yaml import YAMLError
 
 from milan_pipe.errors import MissingError, SettingError, one_line
-
-_UNREACHABLE: tuple[type[Exception], ...] = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
+from milan_pipe.storage.hub import UNREACHABLE, hub_reason
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def hub_file(repository: str, *names: str) -> Path:
                     get_hf_file_metadata(hf_hub_url(repository, name))
                 except errors.HfHubHTTPError:
                     pass
-                except _UNREACHABLE as error:
+                except UNREACHABLE as error:
                     unreachable = error
                 return Path(hf_hub_download(repository, name, local_files_only=unreachable is not None))
             except errors.HFValidationError as error:
@@ -55,11 +54,11 @@ def hub_file(repository: str, *names: str) -> Path:
                 problem = unreachable or error.__cause__ or error
             except errors.EntryNotFoundError as error:
                 problem = error
-            except _UNREACHABLE as error:
+            except UNREACHABLE as error:
                 problem = error
                 break
     assert problem is not None, "no file was named"
-    raise MissingError(_reason(problem, repository, " or ".join(names))) from problem
+    raise MissingError(hub_reason(problem, repository, " or ".join(names))) from problem
 
 
 def license_of_card(card: Path) -> str | None:
@@ -80,19 +79,3 @@ def license_on_hub(repository: str) -> str | None:
         return license_of_card(hub_file(repository, "README.md"))
     except MissingError:
         return None
-
-
-def _reason(problem: BaseException, repository: str, files: str) -> str:
-    hub, access = constants.ENDPOINT, "log in with `hf auth login`, or set HF_TOKEN"
-    status = problem.response.status_code if isinstance(problem, errors.HfHubHTTPError) else None
-    if isinstance(problem, errors.GatedRepoError):
-        return f"repository {repository} is gated: accept its terms at {hub}/{repository} and {access}"
-    if isinstance(problem, errors.EntryNotFoundError) and not isinstance(problem, errors.LocalEntryNotFoundError):
-        return f"repository {repository} on {hub} has no {files}"
-    if isinstance(problem, errors.RepositoryNotFoundError):
-        return f"{hub} has no repository {repository}, or keeps it private: check the name, or {access}"
-    if status in (401, 403):
-        return f"{hub} refuses access to repository {repository} ({status}): {access}"
-    if status == 404:
-        return f"{hub} has no {files} of a repository {repository}"
-    return f"{files} of repository {repository} cannot be fetched from {hub}: {one_line(problem)}"

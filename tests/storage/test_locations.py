@@ -10,16 +10,29 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
+from support.hub import Hub, hub_of, use_hub
 from support.messages import one_line
 
 from milan_pipe.errors import MissingError, SettingError, StoreError
-from milan_pipe.storage import SCRATCH, Listing, Location, is_url, location_of, object_store, split_url
+from milan_pipe.storage import (
+    SCRATCH,
+    Listing,
+    Location,
+    is_url,
+    location_of,
+    object_store,
+    require_writable,
+    split_root,
+    split_url,
+)
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> Path:
@@ -29,21 +42,25 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-class PlaceContract:
-    """What every location that can be written does. Subclasses give a `location` that does not exist yet."""
+class ReadContract:
+    """What every location does. Subclasses give a `location` that does not exist yet."""
+
+    def put(self, location: Location, path: str, data: bytes) -> None:
+        """Have a file there to read."""
+        assert location.write(path, data)
 
     def test_a_file_comes_back_as_it_was_written(self, location: Location) -> None:
         data = os.urandom(100_000)
         for path in ("a", "folder/b.tar", "größe 1/#%41+&.bin"):
-            assert location.write(path, data)
+            self.put(location, path, data)
             assert location.read(path) == data
             assert location.size(path) == len(data)
-        assert location.write("a", b"")
+        self.put(location, "a", b"")
         assert location.read("a") == b""
         assert location.size("a") == 0
 
     def test_ranges(self, location: Location) -> None:
-        location.write("a", bytes(range(100)))
+        self.put(location, "a", bytes(range(100)))
         assert location.read_range("a", 0, 100) == bytes(range(100))
         assert location.read_range("a", 10, 12) == bytes([10, 11])
         assert location.read_range("a", 98, 200) == bytes([98, 99])
@@ -52,7 +69,7 @@ class PlaceContract:
         assert location.read_range("a", 5, 5) == b""
 
     def test_what_is_not_there(self, location: Location) -> None:
-        location.write("there", b"1")
+        self.put(location, "there", b"1")
         asks: list[Callable[[], object]] = [
             lambda: location.read("gone/a"),
             lambda: location.read_range("gone/a", 0, 1),
@@ -73,7 +90,7 @@ class PlaceContract:
     ) -> None:
         monkeypatch.setattr(object_store, "READ_AHEAD_BYTES", 100_000)
         data = os.urandom(1_000_000)
-        location.write("a", data)
+        self.put(location, "a", data)
         (tmp_path / "same").write_bytes(data)
         with location.open("a") as file, (tmp_path / "same").open("rb") as same:
             steps = [
@@ -105,13 +122,13 @@ class PlaceContract:
             file.read(1)
 
     def test_an_empty_file_opens(self, location: Location) -> None:
-        location.write("a", b"")
+        self.put(location, "a", b"")
         with location.open("a") as file:
             assert file.read() == b""
 
     def test_lists_leave_scratch_and_neighbours_out(self, location: Location) -> None:
         for path in ("a/1", "a/b/22", "a/b/c/333", "ab/1", f"a/{SCRATCH}x/1", f"a/b/{SCRATCH}y", "top"):
-            location.write(path, b"x" * len(path.rpartition("/")[2]))
+            self.put(location, path, b"x" * len(path.rpartition("/")[2]))
         assert location.child("a").sizes() == {"1": 1, "b/22": 2, "b/c/333": 3}
         assert list(location.sizes()) == ["a/1", "a/b/22", "a/b/c/333", "ab/1", "top"]
         assert location.child("a").child("b").sizes() == {"22": 2, "c/333": 3}
@@ -121,8 +138,27 @@ class PlaceContract:
 
     def test_many_names_are_found_as_few_are(self, location: Location) -> None:
         for name in ("3", "30", "5000"):
-            location.write(name, name.encode())
+            self.put(location, name, name.encode())
         assert location.present(str(number) for number in range(100)) == {"3": 1, "30": 2}
+
+    def test_children_and_copies_in_other_processes_are_the_same_place(self, location: Location) -> None:
+        child = location.child("a/b")
+        self.put(child, "c", b"1")
+        assert location.read("a/b/c") == b"1"
+        copy = pickle.loads(pickle.dumps(child))
+        assert copy == child
+        assert hash(copy) == hash(child)
+        assert copy.read("c") == b"1"
+        assert str(child) == f"{location}/a/b"
+        script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read('c'))"
+        done = subprocess.run(
+            [sys.executable, "-c", script], input=pickle.dumps(child), capture_output=True, check=True
+        )
+        assert done.stdout.strip() == b"b'1'"
+
+
+class PlaceContract(ReadContract):
+    """What every location that can be written does."""
 
     def test_create_only(self, location: Location) -> None:
         assert location.write("folder/a", b"first", replace=False)
@@ -159,21 +195,6 @@ class PlaceContract:
         location.clear_scratch()
         assert not other.exists()
         location.clear_scratch()
-
-    def test_children_and_copies_in_other_processes_are_the_same_place(self, location: Location) -> None:
-        child = location.child("a/b")
-        child.write("c", b"1")
-        assert location.read("a/b/c") == b"1"
-        copy = pickle.loads(pickle.dumps(child))
-        assert copy == child
-        assert hash(copy) == hash(child)
-        assert copy.read("c") == b"1"
-        assert str(child) == f"{location}/a/b"
-        script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read('c'))"
-        done = subprocess.run(
-            [sys.executable, "-c", script], input=pickle.dumps(child), capture_output=True, check=True
-        )
-        assert done.stdout.strip() == b"b'1'"
 
 
 class TestFolder(PlaceContract):
@@ -323,6 +344,73 @@ class TestBucket(PlaceContract):
             location_of(bucket).scratch("a")
 
 
+class TestHub(ReadContract):
+    @pytest.fixture
+    def hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+        with hub_of(tmp_path / "hub") as hub:
+            use_hub(hub.endpoint, tmp_path / "cache", monkeypatch)
+            hub.behave(private={"datasets/org/data"}, page=2)
+            monkeypatch.setenv("HF_TOKEN", hub.token)
+            self.root = fill(hub.folder / "datasets" / "org" / "data", {"README.md": b"# data\n"})
+            yield hub
+            # Who has the token has it for the hub, and for no other host.
+            assert hub.leaks == []
+
+    @pytest.fixture
+    def location(self, hub: Hub) -> Location:  # noqa: ARG002
+        return location_of("hf://datasets/org/data@main/location")
+
+    def put(self, location: Location, path: str, data: bytes) -> None:
+        fill(self.root / split_root(location.address)[1], {path: data})
+
+    def test_the_commit_is_asked_for_once(self, hub: Hub, location: Location) -> None:
+        name, earlier = "datasets/org/data", fill(hub.objects, {"1": b"\0 first", "2": b"\0 second"})
+        first = hub.commit(name, {"location/a": earlier / "1"})
+        assert location.child("x").present(["a"]) == {}
+        second = hub.commit(name, {"location/a": earlier / "2"})
+        elsewhere = pickle.loads(pickle.dumps(location))
+        assert [place.read("a") for place in (location, elsewhere)] == [b"\0 first"] * 2
+        assert location_of(location.address).read("a") == b"\0 second"
+        assert hub.commit(name, {"location/a": earlier / "1"}, "refs/pr/1") not in (first, second)
+        for revision in (first, "refs/pr/1", "refs%2Fpr%2F1"):
+            assert location_of(f"hf://datasets/org/data@{revision}/location").read("a") == b"\0 first"
+        assert location_of(f"hf://datasets/org/data@{second}").sizes() == {"location/a": 8}
+
+    def test_nothing_is_asked_for_before_it_is_needed(self, hub: Hub, location: Location) -> None:
+        pickle.loads(pickle.dumps(location.child("a"))).child("b")
+        assert hub.requests == []
+
+    @pytest.mark.usefixtures("short_pauses")
+    def test_the_server_is_asked_again_when_it_fails(
+        self, hub: Hub, location: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = {str(number): os.urandom(1000) for number in range(20)}
+        for name, content in data.items():
+            self.put(location, name, content)
+        location.sizes()
+        hub.behave(fail_every=3)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        assert {name: location.read(name) for name in location.sizes()} == data
+
+    def test_many_threads_read_at_once(self, hub: Hub, location: Location) -> None:
+        self.put(location, "a", bytes(range(250)))
+        with ThreadPoolExecutor(16) as pool:
+            parts = list(pool.map(lambda n: location.read_range("a", n, n + 1), range(250)))
+        assert b"".join(parts) == bytes(range(250))
+        assert sum("/revision/" in path for _, path in hub.requests) == 1
+
+    def test_it_cannot_be_written(self, location: Location) -> None:
+        attempts: list[Callable[[], object]] = [
+            lambda: location.write("a", b"1"),
+            lambda: location.remove("a"),
+            lambda: location.publish(fill(location.scratch("a"), {"b": b"1"}), "a"),
+            lambda: require_writable(location),
+        ]
+        for attempt in attempts:
+            with pytest.raises(SettingError, match="can only be read"):
+                attempt()
+
+
 def test_words_of_urls() -> None:
     assert is_url("s3://b")
     assert not is_url("/a/b://c")
@@ -332,6 +420,10 @@ def test_words_of_urls() -> None:
     assert split_url("s3://b/c/") == ("s3://b", "c")
     assert split_url("s3://b") == ("s3://b", "")
     assert split_url("a/b.tar") == ("a", "b.tar")
+    assert split_url("hf://datasets/o/n/c/d.tar") == ("hf://datasets/o/n/c", "d.tar")
+    assert split_url("hf://datasets/o/n@refs/pr/1/d.tar") == ("hf://datasets/o/n@refs/pr/1", "d.tar")
+    assert split_url("hf://datasets/o/n@v1/") == ("hf://datasets/o/n@v1", "")
+    assert split_root("hf://datasets/o/n@refs%2Fpr%2F1/a/b") == ("hf://datasets/o/n@refs%2Fpr%2F1", "a/b")
     assert split_url("b.tar") == (".", "b.tar")
 
 

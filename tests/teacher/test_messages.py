@@ -72,7 +72,7 @@ def from_hub(status: int = 0, code: str = "", repository: str = "org/m", has: st
         with hub_of(Path("hub")) as hub, pytest.MonkeyPatch.context() as patch:
             use_hub(hub.endpoint, Path("cache"), patch)
             if status:
-                hub.refuse[repository] = status, code
+                hub.behave(refuse={repository: (status, code)})
             load(f"hf-hub:{repository}")
 
     return provoke

@@ -161,7 +161,7 @@ def test_other_weights(models, hub: Hub, tmp_path):
     save_file(weights, tmp_path / "mine.safetensors")
     own = load("hf-hub:org/gelu")
     for model in ("hf-hub:org/gelu", f"local-dir:{models / 'gelu'}"):
-        hub.requests.clear()
+        hub.forget()
         mine = load(model, pretrained=str(tmp_path / "mine.safetensors"))
         assert mine.info.pretrained == "mine.safetensors"
         assert mine.info.weights_sha256 != own.info.weights_sha256
