@@ -19,6 +19,8 @@ from milan_pipe.cli.pretraining import pretrain
 from milan_pipe.cli.reports import report
 from milan_pipe.cli.targets import extract_targets, verify_targets
 from milan_pipe.config.subjects import BOUNDS, MILAN, RANDOM, TEACHER, UNTRAINED
+from milan_pipe.errors import MissingError
+from milan_pipe.extras import needs
 
 _RECIPE = Path("demo")
 
@@ -41,7 +43,8 @@ def demo(
     """Run the whole pipeline small: every stage, in a few minutes, on a CPU.
 
     Takes the built-in scenes and teacher and the settings of recipe `demo`, and shows each command as you would type
-    it. It ends with a table (untrained student, MILAN's, teacher) and the report, FOLDER/report.html.
+    it. It ends with a table (untrained student, MILAN's, teacher) and, where extra `report` is installed, the report,
+    FOLDER/report.html.
 
     The same command goes on after an interruption.
 
@@ -65,9 +68,17 @@ def demo(
         linear = _run(linear_probe, student, train, test, quick=True, **options)
         table.add_row(name, f"{100 * near.best:.1f} %", f"{100 * linear.accuracy:.1f} %")
     page = folder / "report.html"
-    _print_command("report", milan, "--evaluations", kept, "--out", page)
-    report([str(milan)], page, evaluations=[str(kept)])
+    try:
+        with needs("report", f"{page}"):
+            import matplotlib  # noqa: F401
+    except MissingError as missing:
+        console.print(plain(f"\nwithout a report: {missing}"), soft_wrap=True)
+        look = ""
+    else:
+        _print_command("report", milan, "--evaluations", kept, "--out", page)
+        report([str(milan)], page, evaluations=[str(kept)])
+        look = f"; look at {page}"
     console.print()
     console.print(table)
-    console.print(plain(f"\nEverything is in {folder}; look at {page}"), soft_wrap=True)
+    console.print(plain(f"\nEverything is in {folder}{look}"), soft_wrap=True)
     return page

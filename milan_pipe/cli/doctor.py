@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,10 @@ import milan_pipe
 from milan_pipe.cli.base import JsonOption, app
 from milan_pipe.cli.console import console, plain, print_labelled, show
 from milan_pipe.units import size
+
+
+def _listed(packages: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()) or "unknown"
 
 
 @app.command()
@@ -25,8 +30,8 @@ def doctor(
 ) -> Any:
     """Report what this machine has to work with, and whether locations can be reached.
 
-    Versions, devices with their memory, the codec pipeline, the params file in use, and for each LOCATION what is
-    there, free disk, and problems. Exit code 1 if there are any.
+    Versions by extra, devices with their memory, the codec pipeline, the params file in use, and for each LOCATION what
+    is there, free disk, and problems. Exit code 1 if there are any.
 
     Example: milan-pipe doctor . s3://bucket/targets --write
     """
@@ -34,7 +39,11 @@ def doctor(
     rows = {
         "python": report.python,
         "system": report.system,
-        "packages": ", ".join(f"{name} {found or 'NOT INSTALLED'}" for name, found in report.versions.items()),
+        "milan-pipe": report.version,
+        **{
+            "packages" if extra == "core" else f"extra {extra}": _listed(found)
+            for extra, found in report.packages.items()
+        },
         "threads": str(report.threads),
         "memory": size(report.memory),
         **{

@@ -33,7 +33,7 @@ class RunSettings(Settings):
     compile: bool = Field(False, description="compile the model with torch.compile; takes a minute or more")
     checkpoint_activations: bool = Field(False, description="compute the blocks again going back, for less memory")
     log_every: int = Field(10, ge=1, description="steps between two points of the metrics")
-    sinks: tuple[SinkName, ...] = Field((), description="where metrics go beside dvclive: tensorboard, wandb")
+    sinks: tuple[SinkName, ...] = Field((), description="where metrics go beside their files: tensorboard, wandb")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between two checkpoints")
     checkpoint_minutes: float | None = Field(15, gt=0, description="minutes between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="the last ones are kept, beside the best one if there is one")

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
 from milan_pipe.drawing.sheet import file_url
+from milan_pipe.extras import needs
+
+with needs("report", "drawing charts"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; black last.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -6,11 +6,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
-
 from milan_pipe import __version__
 from milan_pipe.drawing.sheet import data_url, one_line
+from milan_pipe.extras import needs
+
+with needs("report", "writing a page"):
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
 
 
 def _printable(value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from milan_pipe.extras import needs
 
 _HIDDEN = np.array([112, 112, 112], np.uint8)
 _OVERLAY = 0.6
@@ -16,7 +17,13 @@ _Cell = TypeVar("_Cell", bound=np.generic)
 
 
 def heat(share: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Colours of numbers: 0 and below dark, 1 and above bright; (..., 3)."""
+    """Colours of numbers: 0 and below dark, 1 and above bright; (..., 3).
+
+    Raises:
+        MissingError: matplotlib is not installed.
+    """
+    with needs("report", "drawing numbers as colours"):
+        import matplotlib as mpl
     return np.asarray(mpl.colormaps["viridis"](np.nan_to_num(share.astype(np.float64)), bytes=True)[..., :3])
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.colors import hsv_to_rgb
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -126,7 +126,7 @@ def segmentation_sheet(title: str, segmentations: Sequence[Segmentation], classe
     """
     number = np.arange(classes)
     value = np.array([0.95, 0.7, 0.5])[number % 3]
-    shares = hsv_to_rgb(np.stack([(number * 0.61803399) % 1.0, np.full(classes, 0.75), value], axis=1))
+    shares = np.array([colorsys.hsv_to_rgb(n * 0.61803399 % 1.0, 0.75, v) for n, v in enumerate(value)])
     colours = (255 * shares).round().astype(np.uint8)
     colours[0] = 112
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +17,10 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, resized
 from milan_pipe.evaluation.classifier import build_vit
+from milan_pipe.extras import needs
+
+with needs("segment", "segmentation"):
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
 
 def default_blocks(depth: int) -> tuple[int, int, int, int]:

@@ -23,7 +23,6 @@ from typing import Any
 
 import dask
 import psutil
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.teacher import TeacherSettings
@@ -31,7 +30,11 @@ from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, cards_of, do_shard, process_count, teacher_precision
+from milan_pipe.extras import needs
 from milan_pipe.images.ahead import thread_count
+
+with needs("cluster", "a Dask cluster (--workers, --scheduler)"):
+    from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
 
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30

@@ -208,10 +208,12 @@ def extract_targets(
     location = location_of(targets)
     require_writable(location)
     found = read_header(location)
+    clustered = extract.scheduler is not None or process_count(extract) > 1
+    if clustered:
+        # Only now, as Dask takes a second to import; before anything is written, as it may be missing.
+        from milan_pipe.extraction.cluster import extract_on_cluster, precision_of_workers
     if extract.scheduler is not None and params.teacher.precision == "auto":
         if found is None:
-            from milan_pipe.extraction.cluster import precision_of_workers
-
             precision = precision_of_workers(extract.scheduler, params.teacher, extract)
         else:
             precision = found.teacher.precision
@@ -240,10 +242,7 @@ def extract_targets(
     tally.report()
     tally.require_few_bad(extract.max_bad_fraction, writer)
     results: Generator[ShardResult, None, None]
-    if jobs and (extract.scheduler is not None or process_count(extract) > 1):
-        # Dask takes a second to import, and only a cluster needs it.
-        from milan_pipe.extraction.cluster import extract_on_cluster
-
+    if jobs and clustered:
         # Each worker has its own; this one would take memory from the first.
         del teacher
         torch.cuda.empty_cache()

@@ -9,22 +9,23 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
+from packaging.requirements import Requirement
 
+from milan_pipe import __version__
 from milan_pipe.errors import MilanError
+from milan_pipe.extras import Extra
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.storage import Location, location_of
 from milan_pipe.targets.store import open_targets, read_header
 from milan_pipe.targets.zarr_store import use_fast_pipeline
 
-PACKAGES = (
-    "milan-pipe", "torch", "timm", "open_clip_torch", "zarr", "zarrs", "numcodecs", "obstore", "dask", "distributed",
-    "simplejpeg", "pillow", "numpy", "dvc",
-)  # fmt: skip
+CORE = "core"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +53,17 @@ class DoctorReport:
     """All that was found; `problems` says what is wrong, a line each.
 
     Attributes:
-        versions: of packages, None where one is not installed.
+        version: of milan-pipe.
+        packages: versions of those that it needs, under `core`, and of each extra's; None where one is not installed.
         threads: that this process may use.
         pipeline: codec pipeline that reads and writes zarr.
         params: the params file that commands run here would read, None for built-in settings.
     """
 
+    version: str
     python: str
     system: str
-    versions: dict[str, str | None]
+    packages: dict[str, dict[str, str | None]]
     devices: tuple[Device, ...]
     threads: int
     memory: int
@@ -75,6 +78,18 @@ def _version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _packages() -> dict[str, dict[str, str | None]]:
+    try:
+        needed = [Requirement(line) for line in requires("milan-pipe") or ()]
+    except PackageNotFoundError:
+        needed = []  # run from a folder that was never installed
+    names: dict[str, list[str]] = {CORE: [one.name for one in needed if one.marker is None]}
+    for extra in get_args(Extra):
+        here = {"extra": extra}
+        names[extra] = [one.name for one in needed if one.marker is not None and one.marker.evaluate(here)]
+    return {group: {name: _version_of(name) for name in found} for group, found in names.items()}
 
 
 def _devices() -> tuple[Device, ...]:
@@ -146,16 +161,17 @@ def doctor(locations: Sequence[str | Path] = (), *, write: bool = False) -> Doct
         locations: folders or URLs; their content is reported, and whether it can be read.
         write: also write a small file to each and remove it.
     """
-    versions = {package: _version_of(package) for package in PACKAGES}
-    fast = use_fast_pipeline() if versions["zarrs"] is not None else False
+    packages = _packages()
+    fast = use_fast_pipeline() if _version_of("zarrs") is not None else False
     checks = tuple(_check(str(where), write) for where in locations)
     params = Path("params.yaml")
-    problems = [f"package {name} is not installed" for name, found in versions.items() if found is None]
+    problems = [f"package {name} is not installed" for name, found in packages[CORE].items() if found is None]
     problems += [f"{check.location}: {check.problem}" for check in checks if check.problem is not None]
     return DoctorReport(
+        version=__version__,
         python=f"{sys.version.split()[0]} at {sys.executable}",
         system=platform.platform(),
-        versions=versions,
+        packages=packages,
         devices=_devices(),
         threads=thread_count(0),
         memory=psutil.virtual_memory().total,

@@ -21,6 +21,7 @@ from milan_pipe.config.training import RESUMABLE
 from milan_pipe.devices import resolve_precision
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError
+from milan_pipe.extras import needs
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
@@ -105,6 +106,9 @@ class PretrainTask(Task[Batch]):
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         self._shown: Batch | None = None
         if self.settings.plot_every is not None:
+            # What lacks is told now, and not after an epoch.
+            with needs("report", "pretrain.plot_every"):
+                import matplotlib  # noqa: F401
             samples = self._reader.samples(self._reader.shards[0])
             self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 

@@ -14,10 +14,9 @@ from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
 from milan_pipe.evaluation.results import FOLDER, Evaluation, read_evaluations
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-from milan_pipe.training.metrics import metric_files, read_metric
+from milan_pipe.training.metrics import CURVES, metric_files, read_metric
 
 PRETRAIN = "pretrain"
-_CURVES = Path("metrics", "plots", "metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class RunRecord:
 
 def _curves(folder: Path) -> dict[str, Curve]:
     found = {}
-    root = folder / _CURVES
+    root = folder / "metrics" / CURVES
     for file in metric_files(root):
         metric = read_metric(file)
         if metric.damage is not None:

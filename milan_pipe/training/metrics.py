@@ -1,15 +1,22 @@
-"""A run's metric files, as dvclive writes them: damage never stops a run, it is reported and the rest is used."""
+"""A run's metric files, in dvclive's form: damage never stops a run, it is reported and the rest is used."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.storage import location_of
+
+CURVES = Path("plots", "metrics")
+_LATEST = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +78,45 @@ def cut_metrics(folder: Path, step: int) -> None:
         content = "".join(f"{line}\n" for line in (found.header, *kept)).encode()
         if found.header and content != found.data:
             location_of(file.parent).write(file.name, content)
-    latest = folder / "metrics.json"
+    latest = folder / _LATEST
     if latest.is_file() and not _is_summary(location_of(folder).read(latest.name)):
         _move_damaged(latest, "is damaged")
 
 
+class MetricWriter:
+    """Writes the files that dvclive writes, for a run without it."""
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        """Begin in a folder, or go on in it; without `resume` its earlier metrics are removed."""
+        self._folder, self._curves, self._latest = folder, folder / CURVES, folder / _LATEST
+        self._values: dict[str, Any] = {}
+        if not resume:
+            shutil.rmtree(self._curves, ignore_errors=True)
+            self._latest.unlink(missing_ok=True)
+        elif self._latest.is_file():
+            self._values = json.loads(self._latest.read_bytes())
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row to the curve of each name, as `train/loss`, and write the last values of all."""
+        for name, value in values.items():
+            group, _, short = name.rpartition("/")
+            file = self._curves / group / f"{short}.tsv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as curve:
+                if not curve.tell():
+                    curve.write(f"step\t{short}\n")
+                curve.write(f"{step}\t{value}\n")
+            latest = self._values.setdefault(group, {}) if group else self._values
+            latest[short] = value if math.isfinite(value) else str(value)  # JSON has no such numbers
+        self._values["step"] = step
+        location_of(self._folder).write(_LATEST, (json.dumps(self._values, indent=4) + "\n").encode())
+
+    def image(self, step: int, file: Path) -> None:
+        """The run's folder has it already."""
+
+
 def _is_summary(data: bytes) -> bool:
-    """Whether dvclive can go on from it: the last values by group and name, and their step."""
+    """Whether a run can go on from it: the last values by group and name, and their step."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):

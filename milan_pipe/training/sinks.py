@@ -1,18 +1,17 @@
-"""Where the points of a run's metrics go: always dvclive, TensorBoard and Weights & Biases on request."""
+"""Where the points of a run's metrics go: always files, TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from milan_pipe.config.training import SinkName
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import SettingError
+from milan_pipe.extras import needs
+from milan_pipe.training.metrics import MetricWriter
 
 if TYPE_CHECKING:
     from dvclive.live import Live
@@ -71,46 +70,42 @@ class _Wandb:
         self.run.log({"images": self.module.Image(str(file))}, step=step)
 
 
-def _module(name: str, package: str) -> Any:
+def _open_files(folder: Path, resume: bool, stack: ExitStack) -> Sink:
+    """dvclive where it is installed, which also tells DVC of a run in its projects; else the same files without it."""
     try:
-        return import_module(name)
-    except ImportError as error:
-        raise SettingError(f"`sinks` has {package!r}, which is not installed; pip install {package}") from error
+        from dvclive.live import Live  # only processes that write need it: a quarter of a second
+    except ModuleNotFoundError:
+        return MetricWriter(folder, resume=resume)
+    quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
+    live = Live(str(folder), resume=resume, **quiet)
+    if live._dvc_repo is not None:
+        # dvclive leaves it open, and its databases hold a dozen descriptors.
+        stack.callback(live._dvc_repo.close)
+    return _Dvclive(stack.enter_context(live))
 
 
 @contextmanager
 def open_sinks(
     folder: Path, names: Sequence[SinkName], first_step: int, configuration: Mapping[str, Any]
 ) -> Iterator[list[Sink]]:
-    """Open a folder for dvclive, and the named sinks; Weights & Biases keeps the configuration.
+    """Open the files of a run, and the named sinks; Weights & Biases keeps the configuration.
 
     Raises:
-        SettingError: a sink's package is not installed.
+        MissingError: a sink's package is not installed.
     """
     with ExitStack() as stack:
-        sinks: list[Sink] = []
-        try:
-            from dvclive.live import Live  # only processes that write need it: a quarter of a second
-        except ModuleNotFoundError as error:
-            if error.name != "dvclive":
-                raise
-            warnings.warn(f"dvclive is not installed: no metrics in {folder}", RuntimeWarning, stacklevel=2)
-        else:
-            quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
-            live = Live(str(folder), resume=first_step > 0, **quiet)
-            if live._dvc_repo is not None:
-                # dvclive leaves it open, and its databases hold a dozen descriptors.
-                stack.callback(live._dvc_repo.close)
-            sinks.append(_Dvclive(stack.enter_context(live)))
+        sinks = [_open_files(folder, first_step > 0, stack)]
         if "tensorboard" in names:
-            module = _module("torch.utils.tensorboard", "tensorboard")
+            with needs("sinks", "the sink 'tensorboard'"):
+                from torch.utils.tensorboard import SummaryWriter
             # Purged: points after the checkpoint are measured again.
             purge = first_step + 1 if first_step else None
-            writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
             stack.callback(writer.close)
             sinks.append(_TensorBoard(writer))
         if "wandb" in names:
-            wandb = _module("wandb", "wandb")
+            with needs("sinks", "the sink 'wandb'"):
+                import wandb
             # One name for all parts of an interrupted run.
             identity = {"id": sha256_of(str(folder.resolve()).encode())[:16], "name": folder.parent.name}
             run = wandb.init(

@@ -38,7 +38,8 @@ def test_locations_of_every_kind(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == before
     assert report.pipeline == "zarrs"
     assert report.threads >= 1
-    assert report.versions["torch"] is not None
+    assert report.packages["core"]["torch"] is not None
+    assert set(report.packages["segment"]) == {"segmentation-models-pytorch"}
 
 
 def test_a_damaged_store_and_an_unknown_scheme_are_problems(tmp_path: Path) -> None:

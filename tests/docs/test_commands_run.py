@@ -49,7 +49,7 @@ ELSEWHERE = {
         ".ci/run",
         "readme_command 1",
     ),
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -q -e . && dvc repro": (
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -q -e '.[dvc,report,segment]' && dvc repro": (
         "tests/docs/test_commands_run.py",
         "test_dvc_runs_as_the_pages_say",
     ),

@@ -1,8 +1,9 @@
-"""Files of metrics that a power loss has damaged: a run goes on, what can be read stays, and no file is lost."""
+"""Files of metrics, with dvclive and without; damaged by a power loss, a run goes on and no file is lost."""
 
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,12 @@ DAMAGED = {
     "words": (b"step\tloss\nten\t2.5\n20\t1.25\n", [ROWS[0], ROWS[2]]),
     "a row too long": (b"step\tloss\n10\t2.5\t3\n20\t1.25\n", [ROWS[0], ROWS[2]]),
 }
+
+
+@pytest.fixture(params=["dvclive", "without dvclive"], autouse=True)
+def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "dvclive":
+        monkeypatch.setitem(sys.modules, "dvclive.live", None)
 
 
 @pytest.fixture
@@ -92,6 +99,26 @@ def test_whole_last_values_are_kept(folder: Path) -> None:
         warnings.simplefilter("error")
         goes_on(folder, 20)
     assert json.loads((folder / "metrics.json").read_text())["val"] == {"top1": 0.5}
+
+
+def test_the_files_are_the_same_without_dvclive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [(1, {"train/loss": 0.1 + 0.2, "train/lr": 1e-7}), (2, {"train/loss": float("nan"), "alone": 3.0})]
+
+    def written(folder: Path) -> dict[str, bytes]:
+        # What an earlier run left is removed by a new one, and kept by one that goes on.
+        for first, some in ((0, points[:1]), (0, points), (2, [(3, {"val/top1": 1.0})])):
+            with open_sinks(folder, (), first, {}) as sinks:
+                for step, values in some:
+                    sinks[0].point(step, values)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "dvclive.live", raising=False)
+        theirs = written(tmp_path / "theirs")
+    monkeypatch.setitem(sys.modules, "dvclive.live", None)
+    assert written(tmp_path / "ours") == theirs
+    assert len(theirs) == 5
 
 
 def test_values_that_are_not_finite_are_no_damage(loss: Path) -> None:
