@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from milan_pipe.extraction.run import ExtractProgress, ExtractReport
     from milan_pipe.images.prepare import PrepareReport
     from milan_pipe.interop.published_file import ImportReport
+    from milan_pipe.interop.push import PushReport
     from milan_pipe.interop.timm_layout import ExportReport
     from milan_pipe.planning.doctor import DoctorReport
     from milan_pipe.planning.run import PlanProgress, PlanReport
@@ -275,6 +276,22 @@ def export(checkpoint: Where, out: Where) -> ExportReport:
     from milan_pipe.interop.timm_layout import export_student
 
     return export_student(checkpoint, out)
+
+
+def push(
+    source: Where,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    scores: Sequence[Where] = (),
+    dry_run: bool = False,
+) -> PushReport:
+    """Upload a student or a target store to a model hub, with a card; see `milan_pipe.interop.push`."""
+    from milan_pipe.interop.push import push
+
+    return push(source, repository, private=private, revision=revision, license=license, scores=scores, dry_run=dry_run)
 
 
 def import_published(

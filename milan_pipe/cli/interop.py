@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,18 +11,22 @@ import typer
 import milan_pipe
 from milan_pipe.cli.base import CheckpointArgument, JsonOption, app
 from milan_pipe.cli.console import show
+from milan_pipe.units import size, some
 
 
 @app.command()
 def export(
     checkpoint: CheckpointArgument,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="New folder for model.safetensors and config.json.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="New folder for model.safetensors, config.json and a card.")
+    ],
     as_json: JsonOption = False,
 ) -> Any:
     """Write the student as timm reads it, from a folder or from its hub.
 
     The weights have timm's own names, so that any tool that builds on timm can fine-tune them. The decoder is left out.
-    Of a run of finetune the classifier is part of it; RUN/best names the best weights.
+    Of a run of finetune the classifier is part of it; RUN/best names the best weights. README.md is its card: teacher,
+    data, recipe, and the scores that are kept in the run.
 
     Example: milan-pipe export run vit-milan
     """
@@ -35,6 +40,64 @@ def export(
         f"checkpoint_path='{report.weights}')",
     }
     return show(f"{checkpoint} -> {out}", rows, report, as_json)
+
+
+@app.command()
+def push(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Run, checkpoint, folder that `export` wrote, or target store.")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="For its owners only.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Default: the main branch.")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option("--license", metavar="NAME", help="Of what is pushed, as the hub names it: apache-2.0."),
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scores",
+            metavar="RUN",
+            help="Run that began with this student, for the card; may be given several times.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card, list the files, ask no network.")] = False,
+    as_json: JsonOption = False,
+) -> Any:
+    """Upload a student or a target store to a model hub, with a card.
+
+    A student becomes a repository of a model, which timm loads by hf-hub:ORG/NAME; a store one of a dataset, which
+    commands read as hf://datasets/ORG/NAME. The card says data, teacher and its licence, recipe, and scores with the
+    commands that give them; it leaves out where on this machine things lie. The token comes from HF_TOKEN or from
+    `hf auth login`.
+
+    Example: milan-pipe push run ORG/vit-milan --scores tuned --dry-run
+    """
+    report = milan_pipe.push(
+        source,
+        repository,
+        private=private,
+        revision=revision,
+        license=license,
+        scores=scores or (),
+        dry_run=dry_run,
+    )
+    if dry_run and not as_json:
+        sys.stdout.write(report.card)
+    most = sorted(report.files, key=lambda path: -report.files[path])
+    rows = {
+        "repository": report.url,
+        "files": f"{len(most)}, {size(sum(report.files.values()))}: {some(most)}",
+        "commit": report.commit or "none, as this was a dry run",
+    }
+    if report.kind == "model":
+        rows["load"] = f"timm.create_model('hf-hub:{repository}', pretrained=True)"
+    else:
+        rows["read"] = f"milan-pipe pretrain hf://datasets/{repository}{f'@{revision}' if revision else ''} RUN"
+    return show(f"{source} -> {repository}", rows, report, as_json)
 
 
 @app.command("import-published")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,15 +15,17 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import DataError, StoreError, one_line, resource_hint, system_reason
-from milan_pipe.evaluation.backbone import student_of
+from milan_pipe.errors import DataError, SettingError, StoreError, one_line, resource_hint, system_reason
+from milan_pipe.evaluation.backbone import Backbone, student_of
 from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
+from milan_pipe.interop.card import CARD, Score, model_card, own_scores, scores_of
 from milan_pipe.storage import location_of
 from milan_pipe.storage.local import file_mode
-from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
 from milan_pipe.weights_file import require_folder_name, require_opens
 
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
+STUDENT_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
 _CROP = 0.875
 
@@ -86,18 +89,39 @@ def load_student(path: str | Path) -> VisionTransformer:
     return cast("VisionTransformer", model.eval())
 
 
-def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
-    """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, in timm's layout.
+def _scores(
+    checkpoint: Checkpoint, settings: StudentSettings, encoder: VisionTransformer, others: Sequence[str | Path]
+) -> list[Score]:
+    """What is known of a student, or of a classifier."""
+    if encoder.num_classes:
+        if others:
+            raise SettingError(f"{checkpoint.path} is fine-tuned, and no run begins with it; leave --scores out")
+        return own_scores(checkpoint)
+    run = run_of(checkpoint.path) or checkpoint.path
+    identity = Backbone(name=str(checkpoint.path), settings=settings, weights=encoder.state_dict()).digest()
+    return scores_of(run, identity, others)
+
+
+def export_student(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    license: str | None = None,
+    scores: Sequence[str | Path] = (),
+) -> ExportReport:
+    """Write the encoder of a checkpoint, and its classifier where it was fine-tuned, in timm's layout, with a card.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, as does `hf-hub:` once the folder is uploaded.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (its last checkpoint).
-        folder: must not be there yet, or be empty; gets model.safetensors and config.json.
+        folder: must not be there yet, or be empty; gets model.safetensors, config.json and README.md.
+        license: of the student, for the card; the hub's name of it.
+        scores: runs that began with this student, whose scores the card names beside those in its own run.
 
     Raises:
         SettingError: FOLDER has the name of a weights file.
-        MissingError, DataError, MismatchError: the checkpoint cannot be used.
+        MissingError, DataError, MismatchError: the checkpoint or one of `scores` cannot be used.
         StoreError: the folder is not empty or cannot be written.
     """
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
@@ -110,6 +134,8 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
         arguments["global_pool"] = "avg"
         if isinstance(record["classes"], list):
             described["label_names"] = record["classes"]
+    known = _scores(opened, settings, encoder, scores)
+    card = model_card(opened, settings, encoder.num_classes, known, license)
     # Absolute: a bare name such as `out` has no parent to make a sibling in.
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -120,6 +146,7 @@ def export_student(checkpoint: str | Path, folder: str | Path) -> ExportReport:
     try:
         save_for_hf(encoder, str(scratch), model_config=described, model_args=arguments, safe_serialization=True)
         file_mode(scratch / _WEIGHTS_FILE, (scratch / _CONFIG_FILE).stat().st_mode)
+        (scratch / CARD).write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
         location.publish(scratch, target.name)

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from huggingface_hub import HfApi, RepoFile, constants, errors, get_token
 from obstore.store import HTTPStore
 
-from milan_pipe.errors import MissingError, SettingError, StoreError, one_line
+from milan_pipe.errors import SettingError, StoreError, one_line
 from milan_pipe.storage.location import Listing, Location, is_foreign, require_writable, split_root
 from milan_pipe.storage.object_store import RETRIES, TIMEOUTS, RemoteFolder
 
@@ -62,10 +62,7 @@ class _Repository:
         except errors.HFValidationError as error:
             raise SettingError(f"{self.name!r} is no name of a repository: {one_line(error)}") from error
         except UNREACHABLE as error:
-            # That a repository is gated is a kind of its absence for the library.
-            absent = isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError))
-            kind = MissingError if absent and not isinstance(error, errors.GatedRepoError) else StoreError
-            raise kind(hub_reason(error, f"datasets/{self.name}", what)) from error
+            raise StoreError(hub_reason(error, f"datasets/{self.name}", what)) from error
 
     def _pinned(self) -> str:
         with self._asking, self._errors(f"revision {self._revision}"):

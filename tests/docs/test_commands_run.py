@@ -27,6 +27,7 @@ GIVEN = {
     "cluster.md": (),
     "commands.md": ("mae",),
     "exchange.md": ("run",),
+    "hub.md": ("targets", "run"),
     "repair.md": ("targets", "run"),
     "object-storage.md": (),
     "own-images.md": (),

@@ -73,7 +73,11 @@ def test_the_config_says_how_images_are_fed_and_where_the_weights_come_from(tmp_
     assert tuple(data["input_size"]) == (3, 32, 32)
     assert tuple(data["mean"]) == (0.485, 0.456, 0.406)
     assert data["interpolation"] == "bicubic"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_the_last_checkpoint_of_a_run_is_exported(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def gated_files(hub: Hub) -> None:
 
 def no_token(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    location_of(TARGETS).read("zarr.json")
+    api.verify_targets(TARGETS)
 
 
 def nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +140,11 @@ MESSAGES: dict[str, tuple[Callable[..., object], type[Exception], str]] = {
     "gated files": (gated_files, StoreError,
                     f"{TARGETS}/zarr.json cannot be read: ... answered 403 Forbidden; accept its terms on its page, "
                     "and log in with `hf auth login` or set HF_TOKEN"),
-    "no token": (no_token, MissingError,
+    "no token": (no_token, StoreError,
                  f"http://... has no repository {DATA}, or keeps it private: check the name, or {LOGIN}"),
     "refused": (lambda hub: refused(hub, 401, ""), StoreError,
                 f"http://... refuses access to repository {DATA} (401): {LOGIN}"),
-    "no revision": (lambda _: location_of(f"hf://{DATA}@v9").sizes(), MissingError,
+    "no revision": (lambda _: api.verify_targets(f"hf://{DATA}@v9"), StoreError,
                     f"repository {DATA} on http://... has no revision v9"),
     "no such name": (lambda _: location_of("hf://datasets/org/..").sizes(), SettingError,
                      "'org/..' is no name of a repository: ..."),

@@ -202,7 +202,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repository: str, revision: str) -> None:
         name = repository.removeprefix("datasets/")
-        self._json({"id": name, "sha": self._known(repository, revision), "private": False, "tags": [], "siblings": []})
+        self._json(
+            {
+                "id": name,
+                "sha": self._known(repository, revision),
+                "private": repository in self.hub.private,
+                "tags": [],
+                "siblings": [],
+            }
+        )
 
     def _tree(self, repository: str, revision: str, path: str) -> None:
         start = f"{path}/" if path else ""

@@ -1,0 +1,221 @@
+"""Cards of students and of target stores: what they are made of and worth, as the README.md of a repository."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import DatasetCardData, ModelCardData
+
+from milan_pipe import __version__
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.errors import DataError, MilanError, MismatchError
+from milan_pipe.evaluation.results import FOLDER, read_evaluations
+from milan_pipe.reports.store_facts import store_facts
+from milan_pipe.targets.store import TargetStore
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+
+CARD = "README.md"
+REPOSITORY = "ORG/NAME"
+"""Stands in a card until it is pushed to a repository of another name."""
+
+_METHOD = "[MILAN](https://arxiv.org/abs/2208.06049)"
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
+          (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip
+
+
+class Score(NamedTuple):
+    """Scores of one evaluation, shares between 0 and 1 by name, with its data and the command that gives them."""
+
+    task: str
+    scores: Mapping[str, Any]
+    data: str
+    command: str
+
+
+def scores_of(run: Path, identity: str, others: Iterable[str | Path] = ()) -> list[Score]:
+    """What is known of a student: results of probes in its run, and other runs that began with it.
+
+    Args:
+        identity: digest of its weights, as `Backbone.digest` gives it.
+        others: runs of `finetune`, `linear-probe` or `segment`.
+
+    Raises:
+        MissingError, DataError, StoreError: a run or a result cannot be read.
+        MismatchError: a run began with another student.
+    """
+    kept = [one for one in read_evaluations(run / FOLDER) if one.identity == identity]
+    found = [Score(one.task, one.scores, one.data, one.command) for one in kept]
+    for other in others:
+        opened = open_checkpoint(other)
+        began = opened.record.get("configuration", {}).get("student", {}).get("weights")
+        if began != identity:
+            raise MismatchError(f"{other} did not begin with this student; name runs that did, or push without it")
+        found += own_scores(opened)
+    return found
+
+
+def own_scores(checkpoint: Checkpoint) -> list[Score]:
+    """What a run of `finetune`, `linear-probe` or `segment` reached at its checkpoint; DataError before it has any."""
+    record = checkpoint.record
+    scores = record.get("scores")
+    if not isinstance(scores, dict) or not scores:
+        raise DataError(f"{checkpoint.path} has no scores yet; let its run come to its end")
+    return [Score(str(record.get("task")), scores, str(record.get("data", "")), str(record.get("command", "")))]
+
+
+def model_card(
+    checkpoint: Checkpoint, student: StudentSettings, classes: int, scores: Sequence[Score], license: str | None
+) -> str:
+    """A student's card in Markdown: what it is, its teacher, data and recipe, and its scores with their commands.
+
+    Args:
+        classes: of its classifier; 0 without one.
+        license: the hub's name of its licence.
+    """
+    record = checkpoint.record
+    began = _pretrained(record)
+    data = ModelCardData(
+        library_name="timm",
+        license=license,
+        pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        tags=["milan-pipe", "timm", "vision-transformer", "self-supervised"],
+    )
+    headless = "" if classes else ", num_classes=0"
+    written = f", written by milan-pipe {record['package_version']}" if record.get("package_version") else ""
+    return _card(
+        data.to_yaml(),
+        f"# {REPOSITORY.partition('/')[2]}",
+        f"A vision transformer, pretrained by {_METHOD} on stored features of a teacher"
+        f"{f' and fine-tuned on {classes} classes' if classes else ''}{written}.",
+        _code(
+            "python",
+            f'import timm\n\nmodel = timm.create_model("hf-hub:{REPOSITORY}", pretrained=True{headless})\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        ),
+        _list(
+            {
+                "architecture": f"timm's `{student.model}`, {student.image_size} pixels"
+                + "".join(
+                    f", {name.replace('_', ' ')} {value}"
+                    for name in ("patch_size", "width", "depth", "heads")
+                    if (value := getattr(student, name)) is not None
+                ),
+                "step": f"{record.get('step')}, {record['epochs']} epochs"
+                if "epochs" in record
+                else record.get("step"),
+            }
+        ),
+        *_taught(began or record),
+        *_trained(began, "Pretraining: data and recipe"),
+        *_trained(record, "Fine-tuning: data and recipe" if classes else "Data and recipe"),
+        *_scored(scores),
+    )
+
+
+def dataset_card(store: TargetStore, license: str | None) -> str:
+    """A store's card in Markdown: the teacher, what is stored, and how to read it; DataError where a record is damaged.
+
+    Args:
+        license: the hub's name of its licence.
+    """
+    header = store.header
+    samples = sum(store.samples(shard) for shard in store.shards)
+    data = DatasetCardData(
+        license=license,
+        task_categories=["image-feature-extraction"],
+        size_categories=next((name for most, name in _SIZES if samples < most), "n>1T"),
+        tags=["milan-pipe", header.format],
+    )
+    facts = {name: fact for name, fact in store_facts(store)[0].items() if name != "store"}
+    return _card(
+        data.to_yaml(),
+        f"# {REPOSITORY.partition('/')[2]}",
+        f"Targets for {_METHOD}: patch features and attention of a teacher for each view of each image, with the views "
+        "that it saw.",
+        _code("bash", f"milan-pipe pretrain hf://datasets/{REPOSITORY} run"),
+        _code("python", f'import milan_pipe\n\ntargets = milan_pipe.open_targets("hf://datasets/{REPOSITORY}")'),
+        _list(facts),
+        *_teacher(header.teacher.model_dump(mode="json")),
+        "The views are parts of the source images, as JPEGs: what those are licensed for holds for them too.",
+    )
+
+
+def _card(front: str, *parts: str) -> str:
+    made = f"Made with milan-pipe {__version__}."
+    return f"---\n{front.strip()}\n---\n\n" + "\n\n".join([*parts, made]) + "\n"
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.strip()}\n```"
+
+
+def _list(facts: Mapping[str, object]) -> str:
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+
+
+def public(text: str) -> str:
+    """Text without the folders of absolute local paths, which are nobody else's; URLs stay whole."""
+    return re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
+
+
+def _teacher(teacher: Mapping[str, Any]) -> list[str]:
+    facts = {
+        "model": f"`{teacher['model']}`"
+        + (f", weights `{teacher['pretrained']}`" if teacher.get("pretrained") else ""),
+        "source": teacher.get("source"),
+        "licence": teacher.get("license") or "not stated; look at its source",
+        "sha256 of its weights": teacher.get("weights_sha256"),
+    }
+    return ["## Teacher", _list({name: fact for name, fact in facts.items() if fact})]
+
+
+def _taught(record: Mapping[str, Any]) -> list[str]:
+    """The teacher of a pretrained student."""
+    teacher, target = record.get("teacher"), record.get("settings", {}).get("target", "clip")
+    if not isinstance(teacher, dict):
+        return []
+    if target != "clip":
+        return ["## Teacher", f"None: it learned to predict `{target}`."]
+    return _teacher(teacher)
+
+
+def _pretrained(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of the checkpoint that a run began with; empty where that is no longer there."""
+    try:
+        return open_checkpoint(str(record["backbone"])).record
+    except (MilanError, LookupError):
+        return {}
+
+
+def _trained(record: Mapping[str, Any], title: str) -> list[str]:
+    parts = [f"## {title}"]
+    views = record.get("configuration", {}).get("targets", {}).get("views", {})
+    facts = {
+        "data": record.get("data") or record.get("targets"),
+        "views": f"{views['count']} of each image, {views['size']} pixels" if views else None,
+    }
+    if shown := {name: public(str(fact)) for name, fact in facts.items() if fact}:
+        parts.append(_list(shown))
+    if record.get("command"):
+        parts.append(_code("bash", public(record["command"])))
+    if record.get("settings"):
+        # Through JSON: a record's values are plain.
+        settings = yaml.safe_dump(json.loads(json.dumps(record["settings"])), sort_keys=False)
+        parts.append(_code("yaml", public(settings)))
+    return parts if len(parts) > 1 else []
+
+
+def _scored(scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return ["## Scores", "None were kept with it."]
+    rows = ["| task | data | scores |", "|---|---|---|"]
+    for one in scores:
+        values = ", ".join(f"{key} {value:.4g}" for key, value in one.scores.items() if isinstance(value, int | float))
+        rows.append(f"| {one.task} | {public(one.data)} | {values} |".replace("->", "→"))
+    commands = "\n".join(dict.fromkeys(public(one.command) for one in scores if one.command))
+    return ["## Scores", "\n".join(rows), _code("bash", commands)]

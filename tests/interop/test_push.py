@@ -1,0 +1,232 @@
+"""What is pushed to a hub (a real server on loopback) is there for timm, for commands and for readers of cards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import DatasetCard, ModelCard
+from support.hub import Hub, hub_of, use_hub
+from support.messages import require_message
+from support.project import Project
+from support.s3 import free_port
+from support.targets import header
+
+from milan_pipe import api
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.interop.card import public
+from milan_pipe.storage import location_of
+from milan_pipe.targets.store import TargetStoreWriter
+
+MODEL, DATA = "org/student", "org/targets"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_of(tmp_path / "hub") as hub:
+        use_hub(hub.endpoint, tmp_path / "cache", monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        yield hub
+
+
+def features(model: torch.nn.Module) -> torch.Tensor:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model.eval().forward_features(images)
+
+
+def tree(folder: Path | str) -> dict[str, bytes]:
+    location = location_of(folder)
+    return {path: location.read(path) for path in location.sizes()}
+
+
+def test_a_student_loads_by_its_name(hub: Hub, project: Project, tmp_path: Path) -> None:
+    run, tuned = project.runs[0], project.runs[2]
+    report = api.push(run, MODEL, license="apache-2.0", scores=[tuned])
+    assert report.kind == "model"
+    assert hub.content(MODEL).keys() == report.files.keys() == {"README.md", "config.json", "model.safetensors"}
+    api.export(run, tmp_path / "here")
+    here = timm.create_model(f"local-dir:{tmp_path / 'here'}", pretrained=True)
+    there = timm.create_model(f"hf-hub:{MODEL}", pretrained=True)
+    assert torch.equal(features(there), features(here))
+
+    card = ModelCard.load(hub.content(MODEL)["README.md"])
+    assert str(card) == report.card
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "timm")
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    for expected in (
+        f'timm.create_model("hf-hub:{MODEL}"',
+        "# student\n",
+        "- model: `demo`\n- source: milan-pipe\n- licence: apache-2.0",
+        "milan-pipe pretrain targets milan --set student.width=32",
+        "neighbours=[1, 5]",
+        "| finetune | train-*.tar → test-*.tar |",
+        "milan-pipe finetune milan",
+        "  ratio: 0.75",
+    ):
+        assert expected in report.card
+    # Where it lay on this machine is nobody's business.
+    assert str(project.root) not in report.card
+
+    # An export that a person has worked on goes as it is.
+    (tmp_path / "here" / "README.md").write_text("---\nlicense: mit\n---\n\n# Ours\n\nhf-hub:ORG/NAME\n")
+    api.push(tmp_path / "here", MODEL, revision="v2")
+    assert hub.content(MODEL, "v2")["README.md"].read_text().endswith(f"# Ours\n\nhf-hub:{MODEL}\n")
+    assert str(ModelCard.load(hub.content(MODEL)["README.md"])) == report.card
+
+
+def test_a_classifier_names_the_teacher_of_its_student(hub: Hub, project: Project) -> None:
+    report = api.push(project.runs[2] / "best", MODEL)
+    assert timm.create_model(f"hf-hub:{MODEL}", pretrained=True).num_classes == 12
+    assert ModelCard.load(hub.content(MODEL)["README.md"]).data.pipeline_tag == "image-classification"
+    for expected in ("- licence: apache-2.0", "milan-pipe pretrain targets milan", "milan-pipe finetune milan", "top1"):
+        assert expected in report.card
+
+
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_a_store_is_read_where_it_was_pushed(hub: Hub, project: Project, tmp_path: Path, store_format: str) -> None:
+    store, url = project.targets, f"hf://datasets/{DATA}"
+    if store_format == "webdataset":
+        api.convert_targets(project.targets, tmp_path / "tars", format="webdataset")
+        store = tmp_path / "tars"
+    # Of an earlier store, and not of this one.
+    (hub.folder / "datasets" / DATA / "000007").mkdir(parents=True)
+    (hub.folder / "datasets" / DATA / "000007" / "view-0.tar").write_bytes(b"\0")
+    report = api.push(store, DATA)
+    assert tree(url) == {**tree(store), "README.md": report.card.encode()}
+    assert api.verify_targets(url).problems == ()
+    card = DatasetCard.load(hub.content(f"datasets/{DATA}")["README.md"])
+    assert card.data.size_categories == "n<1K"
+    assert store_format in card.data.tags
+    assert str(project.root) not in report.card
+    assert f"milan-pipe pretrain {url} run" in report.card
+    # The manifest, which says that it is whole, comes after all else.
+    *_, before, last = (path for method, path in hub.requests if "/commit/" in path and method == "POST")
+    assert before == last
+    hub.forget()
+    api.push(store, DATA)
+    assert not [path for method, path in hub.requests if method == "PUT"]
+
+
+def test_private_and_dry(hub: Hub, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    dry = api.push(project.targets, DATA, dry_run=True)
+    assert hub.requests == []
+    assert (dry.commit, dry.url) == (None, f"{hub.endpoint}/datasets/{DATA}")
+    api.push(project.targets, DATA, private=True)
+    assert dry.files.keys() == hub.content(f"datasets/{DATA}").keys()
+    assert api.verify_targets(f"hf://datasets/{DATA}").problems == ()
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(StoreError, match="private"):
+        api.verify_targets(f"hf://datasets/{DATA}")
+
+
+def test_paths_of_this_machine_are_left_out() -> None:
+    assert public("milan-pipe knn '/home/me/a b.tar' /data/x/run-{0..9}.tar --set a.b=/w/m.pt") == (
+        "milan-pipe knn 'a b.tar' run-{0..9}.tar --set a.b=m.pt"
+    )
+    for same in ("s3://bucket/a/b.tar", "hf://datasets/o/n@refs/pr/1/a", "runs/a/b", "../a/b", "https://h/a/b"):
+        assert public(same) == same
+
+
+# --- one line for each mistake ------------------------------------------------------------------------------------
+
+
+def incomplete(_: Hub, __: Project) -> None:
+    TargetStoreWriter("begun", header())
+    api.push("begun", DATA)
+
+
+def cut(_: Hub, project: Project) -> None:
+    shutil.copytree(project.targets, "cut")
+    Path("cut/manifest.json").unlink()
+    Path("cut/manifest/000001.json").unlink()
+    with pytest.warns(RuntimeWarning):
+        api.push("cut", DATA)
+
+
+def other_token(_: Hub, project: Project) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_of_somebody")
+        api.push(project.targets, DATA)
+
+
+def no_token(_: Hub, project: Project) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        api.push(project.targets, DATA)
+
+
+def nobody(hub: Hub, project: Project) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(f"http://127.0.0.1:{free_port()}", hub.folder, patch)
+        patch.setenv("HF_TOKEN", "hf_x")
+        api.push(project.targets, DATA)
+
+
+def public_already(_: Hub, project: Project) -> None:
+    api.push(project.runs[0], MODEL)
+    api.push(project.runs[0], MODEL, private=True)
+
+
+def failing(hub: Hub, project: Project) -> None:
+    hub.behave(refuse={f"datasets/{DATA}": (500, "")})
+    api.push(project.targets, DATA)
+
+
+def without_card(_: Hub, project: Project) -> None:
+    api.export(project.runs[0], "old")
+    Path("old/README.md").unlink()
+    api.push("old", MODEL)
+
+
+def worked_on(_: Hub, project: Project) -> None:
+    api.export(project.runs[0], "new")
+    api.push("new", MODEL, license="mit")
+
+
+MESSAGES: dict[str, tuple[Callable[[Hub, Project], object], type[Exception], str]] = {
+    "no token": (no_token, MissingError,
+                 "there is no token to push with; log in with `hf auth login`, or set HF_TOKEN"),
+    "other token": (other_token, StoreError,
+                    f"{DATA} cannot be pushed: http://... does not let this token write to org (403); use one that "
+                    "may, or another name"),
+    "nobody": (nobody, StoreError, f"{DATA} cannot be pushed: no good answer from http://...: ...refused"),
+    "failing": (failing, StoreError, f"{DATA} cannot be pushed: http://... answered 500: ..."),
+    "public already": (public_already, StoreError,
+                       f"{MODEL} is there and is public; name another repository, or leave --private out"),
+    "no organization": (lambda _, project: api.push(project.targets, "targets"), SettingError,
+                        "'targets' is no name of a repository; expected ORG/NAME"),
+    "odd name": (lambda _, project: api.push(project.targets, "org/a..b"), SettingError,
+                 "'org/a..b' is no name of a repository: ..."),
+    "nothing there": (lambda *_: api.push("gone", MODEL), MissingError,
+                      "gone is not there; expected a run, a checkpoint, an exported student or a target store"),
+    "other folder": (lambda _, project: api.push(project.root / "images", MODEL), MissingError,
+                     ".../images has no checkpoint; expected .../images/checkpoints/step-NNNNNNNN/checkpoint.json"),
+    "URL": (lambda *_: api.push("s3://bucket/targets", DATA), SettingError,
+            "s3://bucket/targets is a URL, and what is pushed is read from this machine; copy it to a folder first"),
+    "begun": (incomplete, DataError, "begun has no committed shard; run extract-targets again to finish it"),
+    "cut": (cut, DataError,
+            "cut is not complete, 1 of its 2 shards are there; finish it with `milan-pipe extract-targets IMAGES cut`"),
+    "segment": (lambda _, project: api.push(project.runs[4], MODEL), DataError,
+                ".../segmented/... holds what `milan-pipe segment` trained; name one that `milan-pipe pretrain` wrote"),
+    "scores of another": (lambda _, project: api.push(project.runs[1], MODEL, scores=[project.runs[2]]), MismatchError,
+                          ".../tuned/milan did not begin with this student; name runs that did, or push without it"),
+    "scores of a store": (lambda _, project: api.push(project.targets, DATA, scores=["x"]), SettingError,
+                          ".../targets is a target store, which has no scores; leave --scores out"),
+    "scores of a classifier": (lambda _, project: api.push(project.runs[2], MODEL, scores=["x"]), SettingError,
+                               ".../step-... is fine-tuned, and no run begins with it; leave --scores out"),
+    "no card": (without_card, DataError, "old has no README.md, which `milan-pipe export` writes; export it again"),
+    "own card": (worked_on, SettingError,
+                 "new has its card already: edit its README.md, and leave --license and --scores out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_messages(case: str, hub: Hub, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    provoke, kind, expected = MESSAGES[case]
+    require_message((lambda: provoke(hub, project), kind, expected))
