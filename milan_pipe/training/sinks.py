@@ -106,10 +106,13 @@ def open_sinks(
         if "wandb" in names:
             with needs("sinks", "the sink 'wandb'"):
                 import wandb
-            # One name for all parts of an interrupted run.
-            identity = {"id": sha256_of(str(folder.resolve()).encode())[:16], "name": folder.parent.name}
             run = wandb.init(
-                project="milan-pipe", dir=str(folder), config=dict(configuration), resume="allow", **identity
+                project="milan-pipe",
+                dir=str(folder),
+                config=dict(configuration),
+                resume="allow",
+                id=sha256_of(str(folder.resolve()).encode())[:16],  # one for all parts of an interrupted run
+                name=folder.parent.name,
             )
             stack.callback(run.finish)
             sinks.append(_Wandb(run, wandb))
