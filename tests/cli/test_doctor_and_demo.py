@@ -100,6 +100,11 @@ def test_demo_runs_every_stage_and_goes_on(
     assert "finished before, nothing was done" in again
     assert "(2 were there)" in again
     assert page.read_text() == text
+    page.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    cli.demo(Path("here"))
+    assert "without a report: here/report.html needs the package matplotlib" in capsys.readouterr().err
+    assert not page.exists()
 
 
 def test_the_demo_recipe_is_small() -> None:
