@@ -17,6 +17,11 @@ _RAN_OUT: dict[int | None, str] = {
     errno.ESTALE: "stale file handle: the file server restarted, or the file was replaced; mount it again",
 }
 
+_USER = re.compile(r"(?<=\w:)(//?)[^/@\s]*@")
+_SIGNATURE = re.compile(
+    r"(?<=[?&])((?:X-Amz-|X-Goog-)?(?:Signature|Credential|Security-Token)|sig|token)=[^&\s'\"]*", re.IGNORECASE
+)
+
 
 def resource_hint(error: BaseException) -> str | None:
     """What ran out and what to do, if an error is about the machine and not about the data; else None."""
@@ -38,8 +43,9 @@ def one_line(error: object) -> str:
 
 
 def without_password(text: str) -> str:
-    """Text with the user and password of URLs hidden."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    """Text with the user and password of URLs hidden, and signatures in their queries."""
+    # `Path` leaves one slash of a URL.
+    return _SIGNATURE.sub(r"\1=***", _USER.sub(r"\1***@", text))
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,10 @@ import typer.core
 
 from milan_pipe import __version__
 from milan_pipe.cli.console import as_command, errors_as_one_line
+from milan_pipe.errors import printable
+
+# Newer versions of typer bring their own.
+_UsageError: Any = typer.BadParameter.__base__
 
 
 class _Commands(typer.core.TyperGroup):
@@ -18,7 +22,12 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with errors_as_one_line():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except _UsageError as error:
+                # It quotes what was given, which may be a URL with a password.
+                error.message = printable(error.message)
+                raise
 
 
 app = typer.Typer(

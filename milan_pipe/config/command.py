@@ -51,6 +51,6 @@ def record_of(
     """Settings, data and command of a run that began with the first of `arguments`, for its checkpoints."""
     return {
         "settings": params.model_dump(mode="json", include=set(sections)),
-        "data": data,
+        "data": without_password(data),
         "command": command_of(name, arguments, params, student_sections(arguments[0], *sections)),
     }

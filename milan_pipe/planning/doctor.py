@@ -110,7 +110,7 @@ def _contents(location: Location) -> str:
         listed = location.listing()
         count = len(listed.files) + len(listed.folders)
         return f"no target store; {count} entries" if count else "empty"
-    store = open_targets(location.name)
+    store = open_targets(location.address)
     samples = sum(store.samples(shard) for shard in store.shards)
     done = len(store.shards) == header.source.shards
     return (

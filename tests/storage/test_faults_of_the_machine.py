@@ -192,6 +192,10 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 
 
 def test_passwords_of_urls_are_not_shown() -> None:
+    assert printable("s3://me:pw@b/c@d s3:/me:pw@b a:b@c") == "s3://***@b/c@d s3:/***@b a:b@c"
+    assert printable("hf://datasets/o/n@v1/a https://h/a?x=1&X-Amz-Signature=ab%2F&y=2") == (
+        "hf://datasets/o/n@v1/a https://h/a?x=1&X-Amz-Signature=***&y=2"
+    )
     location = location_of("https://anna:secret@example.org/data").child("deep")
     assert "secret" not in f"{location} {location!r}"
     assert location.address == "https://anna:secret@example.org/data/deep"

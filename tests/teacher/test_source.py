@@ -195,14 +195,21 @@ def test_repository_without_safetensors(models, tmp_path, monkeypatch):
     assert teacher.info.weights_sha256 == load(f"local-dir:{models / 'gelu'}").info.weights_sha256
 
 
-def test_tag_comes_from_the_hub(models, hub: Hub, monkeypatch):
+def test_tag_hub_and_folder_are_one_teacher(models, hub: Hub, monkeypatch):
     write = open_clip.pretrained._PRETRAINED
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-gelu", CONFIGS["gelu"])
     monkeypatch.setitem(write, "tiny-gelu", {"here": {"hf_hub": "org/gelu/", "mean": MEAN, "std": STD, "url": ""}})
-    teacher = load("tiny-gelu", pretrained="here")
+    tag = load("tiny-gelu", pretrained="here")
     assert hub.files == [WEIGHTS]
-    assert teacher.info.weights_sha256 == load(f"local-dir:{models / 'gelu'}").info.weights_sha256
-    assert_close(teacher.mean.flatten(), 255 * torch.tensor(MEAN))
+    views = pixels(tag.info.image_size)
+    for model in ("hf-hub:org/gelu", f"local-dir:{models / 'gelu'}"):
+        teacher = load(model)
+        assert teacher.info.weights_sha256 == tag.info.weights_sha256
+        assert torch.equal(teacher.mean, tag.mean)
+        with torch.inference_mode():
+            ours, its = teacher(views), tag(views)
+        assert torch.equal(ours.features_BST, its.features_BST)
+        assert torch.equal(ours.importance_BL, its.importance_BL)
 
 
 # --- what cannot be had -------------------------------------------------------------------------------------------
