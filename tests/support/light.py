@@ -32,18 +32,18 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 @cache
-def project() -> dict[str, dict[str, list[str]]]:
-    """Requirements of the package as `pyproject.toml` has them: under `core`, and by extra."""
+def requirements() -> dict[str, list[str]]:
+    """What `pyproject.toml` asks for: under `core`, and by extra."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name: lines for name, lines in table["optional-dependencies"].items() if name not in _EXTRAS_OF_EXTRAS}
-    return {"core": {"": table["dependencies"]}, "extras": extras}
+    return {"core": table["dependencies"], **extras}
 
 
 @cache
 def core() -> frozenset[str]:
     """Packages that come with the core, itself included, as far as they are installed here."""
     found: set[tuple[str, str]] = set()
-    todo = [Requirement(line) for line in project()["core"][""]]
+    todo = [Requirement(line) for line in requirements()["core"]]
     while todo:
         one = todo.pop()
         for extra in one.extras | {""}:
@@ -73,7 +73,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def modules_of(requirements: Iterable[str]) -> set[str]:
-    """Top modules that these packages bring."""
-    names = {canonicalize_name(Requirement(line).name) for line in requirements}
+def modules_of(lines: Iterable[str]) -> set[str]:
+    """Top modules that the packages of these requirements bring."""
+    names = {canonicalize_name(Requirement(line).name) for line in lines}
     return {module for module, owners in _owners().items() if names & owners}
