@@ -111,12 +111,17 @@ def verify_targets(
 
 
 def convert_targets(
-    source: Where, destination: Where, *, format: StoreFormat, on_progress: OnCount = _ignore
+    source: Where,
+    destination: Where,
+    *,
+    format: StoreFormat,
+    zstd_level: int | None = None,
+    on_progress: OnCount = _ignore,
 ) -> ConvertReport:
-    """Write a store again in another format, without the teacher; see `milan_pipe.targets.convert`."""
+    """Write a store again in either format, without the teacher; see `milan_pipe.targets.convert`."""
     from milan_pipe.targets.convert import convert_targets
 
-    return convert_targets(source, destination, format=format, on_progress=on_progress)
+    return convert_targets(source, destination, format=format, zstd_level=zstd_level, on_progress=on_progress)
 
 
 def pretrain(targets: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore) -> RunReport:

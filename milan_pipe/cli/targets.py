@@ -164,9 +164,13 @@ def convert_targets(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or URL of the store that is there.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="Folder or URL of the new store.")],
     store_format: Annotated[str, typer.Option("--format", metavar="zarr|webdataset", help="Format of the new store.")],
+    zstd_level: Annotated[
+        int | None,
+        typer.Option("--zstd-level", min=0, max=19, metavar="0..19", help="Of its codes, 0: as they are; else SRC's."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> Any:
-    """Write a store again in the other format, without the teacher and without loss.
+    """Write a store again in either format, without the teacher and without loss; also one of an earlier schema.
 
     Example: milan-pipe convert-targets targets s3://bucket/targets --format webdataset
     """
@@ -174,7 +178,9 @@ def convert_targets(
 
     wanted = ExtractSettings.parse({"format": store_format}, "--format").format
     with progress(what="shards") as update:
-        report = milan_pipe.convert_targets(source, destination, format=wanted, on_progress=update)
+        report = milan_pipe.convert_targets(
+            source, destination, format=wanted, zstd_level=zstd_level, on_progress=update
+        )
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)",
         "images": str(report.samples),

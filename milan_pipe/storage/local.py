@@ -87,7 +87,7 @@ class LocalFolder(Location):
         final = self.local / path
         for attempt in range(_WRITE_ATTEMPTS):
             try:
-                final.parent.mkdir(parents=True, exist_ok=True)
+                _make_parents(final)
                 with whole_file(final, replace=replace) as partial:
                     partial.write_bytes(data)
                 break
@@ -113,7 +113,7 @@ class LocalFolder(Location):
     def publish(self, scratch: Path, path: str) -> None:
         final = self.local / path
         with self._errors(path, "written"):
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_parents(final)
             for parent, _, names in os.walk(scratch, topdown=False):
                 for name in (*names, ""):
                     flush(Path(parent, name))
@@ -136,6 +136,14 @@ class LocalFolder(Location):
 
     def clear_scratch(self, name: str = "") -> None:
         clear_scratch(self.local, re.escape(name) or ".+")
+
+
+def _make_parents(path: Path) -> None:
+    """Make the folders above a path; those that are new are on the disk before anything is in them."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
 
 
 def clear_scratch(folder: Path, pattern: str) -> None:

@@ -123,10 +123,10 @@ def build_codec(settings: CodecSettings, features: Tensor | Iterable[Tensor] | N
         DataError: codec `klt` cannot be fitted.
     """
     if settings.name in _UNFITTED:
-        return _UNFITTED[settings.name](settings.zstd_level)
+        return _UNFITTED[settings.name](settings.level)
     if features is None:
         raise DataError("codec klt is fitted to features, found none; give some, or use codec int8 or float16")
-    return fit_klt(features, settings.quality, settings.zstd_level)
+    return fit_klt(features, settings.quality, settings.level)
 
 
 # Shards are opened one by one, and a large basis takes a while to be unpacked.

@@ -1,4 +1,4 @@
-"""A store in the other backend's files: the same header, records and values, without the teacher."""
+"""A store written again, in either backend's files: the same values and records, without the teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.storage import Location, location_of
-from milan_pipe.targets.schema import BLOCK_SAMPLES, TargetBlock
+from milan_pipe.targets.schema import BLOCK_SAMPLES, SCHEMA_VERSION, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
 
@@ -55,12 +55,14 @@ def convert_targets(
     destination: str | Path,
     *,
     format: StoreFormat,
+    zstd_level: int | None = None,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ConvertReport:
-    """Write a store again in another format; goes on where it was interrupted.
+    """Write a store again, in either format and the present schema; goes on where it was interrupted.
 
     Args:
         format: of the new store.
+        zstd_level: entropy coder of its codes, 0 for none; by default that of the source.
         on_progress: called with shards done and shards in all.
 
     Raises:
@@ -74,7 +76,11 @@ def convert_targets(
         raise DataError(
             f"{source} has {len(store.shards)} of {store.header.source.shards} shards; finish its extraction first"
         )
-    writer = TargetStoreWriter(destination, store.header.model_copy(update={"format": format}))
+    codec = store.header.codec
+    if zstd_level is not None:
+        codec = codec.model_copy(update={"zstd_level": zstd_level})
+    changes = {"format": format, "schema_version": SCHEMA_VERSION, "codec": codec}
+    writer = TargetStoreWriter(destination, store.header.model_copy(update=changes))
     previous = writer.committed()
     skipped = 0
     for done, shard in enumerate(store.shards):

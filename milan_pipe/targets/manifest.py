@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from milan_pipe.digests import sha256_of, verified, with_digest
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.storage import Location
-from milan_pipe.targets.schema import FileRecord, ShardName, ShardRecord, SourceShard
+from milan_pipe.targets.schema import FileRecord, ShardName, ShardRecord, SourceShard, StoreHeader, shard_path
 
 FOLDER, MANIFEST, BAD_SAMPLES = "manifest", "manifest.json", "bad_samples.jsonl"
 _PARALLEL_READS = 16
@@ -148,13 +148,15 @@ def committed_names(location: Location) -> tuple[str, ...]:
     return tuple(sorted(match[1] for match in found if match is not None))
 
 
-def read_committed(location: Location, *, sizes: bool = False) -> tuple[dict[str, CommittedShard], dict[str, str]]:
+def read_committed(
+    location: Location, *, sizes_of: StoreHeader | None = None
+) -> tuple[dict[str, CommittedShard], dict[str, str]]:
     """All committed shards, read side by side, and what is wrong with those that cannot be.
 
     A store of a billion images has gigabytes of records: what is kept of each does not grow with its files.
 
     Args:
-        sizes: also check that all files of a shard exist in full length.
+        sizes_of: also check that all files of a shard exist in full length, in a store with this header.
 
     Returns:
         Shards that are whole, and a reason for each that is not, by name.
@@ -167,7 +169,7 @@ def read_committed(location: Location, *, sizes: bool = False) -> tuple[dict[str
             # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
             with parsing:
                 record, digest = _record_of(location, name, data, None)
-            wrong = wrong_size(location, name, record) if sizes else None
+            wrong = None if sizes_of is None else wrong_size(location.child(shard_path(sizes_of, name)), record)
         except (MissingError, DataError) as error:
             return str(error)
         if wrong is not None:
@@ -188,12 +190,12 @@ def read_committed(location: Location, *, sizes: bool = False) -> tuple[dict[str
     return whole, broken
 
 
-def wrong_size(location: Location, name: str, record: ShardRecord) -> str | None:
-    """The first of a shard's files that does not exist in full length, and what was found; None where all do.
+def wrong_size(folder: Location, record: ShardRecord) -> str | None:
+    """The first file of a shard's folder that does not exist in full length, and what was found; None where all do.
 
     zarr reads a missing chunk, or an empty file, as zeros.
     """
-    sizes = location.child(name).sizes(record.files)
+    sizes = folder.sizes(record.files)
     wrong = ((path, wrong_bytes(sizes.get(path), file)) for path, file in record.files.items())
     return next((f"{path} {what}" for path, what in wrong if what is not None), None)
 

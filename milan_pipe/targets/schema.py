@@ -15,7 +15,9 @@ from milan_pipe.config.images import Renderer
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import MismatchError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+_SHARDS = "shards"
 
 _MOST_SHOWN = 80
 
@@ -126,6 +128,11 @@ class StoreHeader(Settings):
         return 1 + self.patches
 
 
+def shard_path(header: StoreHeader, name: str) -> str:
+    """Where a shard's files lie in its store; beside the header, in stores of schema 2."""
+    return f"{_SHARDS}/{name}" if header.schema_version > 2 else name
+
+
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}... ({len(text)} characters)"
@@ -160,7 +167,12 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: object
     differences = header_differences(found, expected)
     if differences:
         advice = "Use the same settings, or another folder for the new ones"
-        if found.views.renderer != expected.views.renderer:
+        if found.schema_version != expected.schema_version:
+            advice = (
+                "This version reads that schema and adds to none but its own: write the store anew with "
+                "`milan-pipe convert-targets`, or finish it with the version that began it"
+            )
+        elif found.views.renderer != expected.views.renderer:
             advice = (
                 f"This version scales views by {expected.views.renderer} and adds to no store of another: take "
                 "another folder, or finish this one with the version that began it"

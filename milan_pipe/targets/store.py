@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import shutil
 import threading
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from milan_pipe.digests import sha256_of, sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
@@ -20,7 +22,7 @@ from milan_pipe.targets import manifest, tar_store, zarr_store
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
-    SCHEMA_VERSION,
+    READABLE_VERSIONS,
     FileRecord,
     OpenShard,
     ShardFiles,
@@ -30,10 +32,13 @@ from milan_pipe.targets.schema import (
     TargetBlock,
     ViewRun,
     require_same_header,
+    shard_path,
 )
 from milan_pipe.units import some
 
 _HEADER = "milan_pipe"
+# Of format zarr, of format webdataset, and of format zarr in schema 2.
+_HEADER_FILES = ("shards/zarr.json", "header.json", "zarr.json")
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
 _OPEN_SHARDS = 32
 _MOST_NAMED = 10
@@ -42,10 +47,21 @@ _MOST_NAMED = 10
 def header_file(header: StoreHeader) -> tuple[str, bytes]:
     """Name and content of the file that makes a folder a store."""
     values = with_digest(header.model_dump(mode="json"))
-    if header.format == "zarr":
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {_HEADER: values}}
-        return zarr_store.HEADER_FILE, json.dumps(group, indent=2).encode() + b"\n"
-    return tar_store.HEADER_FILE, json.dumps({_HEADER: values}, indent=2).encode() + b"\n"
+    name = shard_path(header, zarr_store.GROUP_FILE) if header.format == "zarr" else tar_store.HEADER_FILE
+    return name, _header_content(values)
+
+
+def _header_content(values: Mapping[str, Any]) -> bytes:
+    content: dict[str, Any] = {_HEADER: values}
+    if values["format"] == "zarr":
+        content = {"zarr_format": 3, "node_type": "group", "attributes": content}
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def is_as_written(data: bytes) -> bool:
+    """Whether a header's file has the very bytes that its values are written as; an older one has fewer values."""
+    content = json.loads(data)
+    return data == _header_content(content.get("attributes", content)[_HEADER])
 
 
 def read_header(location: Location) -> StoreHeader | None:
@@ -59,7 +75,7 @@ def read_header(location: Location) -> StoreHeader | None:
 
 
 def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
-    for name in (zarr_store.HEADER_FILE, tar_store.HEADER_FILE):
+    for name in _HEADER_FILES:
         try:
             data = location.read(name)
         except MissingError:
@@ -73,10 +89,11 @@ def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
                 f"{location}/{name} is not the header of a target store; extract into another folder"
             ) from None
         # The version goes first: the digest may change with it.
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise MismatchError(
-                f"{location} has schema version {version}, this version of milan-pipe reads {SCHEMA_VERSION}; "
-                f"extract the targets again, or use the version that wrote them ({found.get('package_version')})"
+                f"{location} has schema version {version}, this version of milan-pipe reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; extract the targets again, or use the version that "
+                f"wrote them ({found.get('package_version')})"
             )
         values = verified(found)
         if values is None:
@@ -85,6 +102,11 @@ def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
                 "`milan-pipe extract-targets` again: where all shards had been committed, it writes the header anew"
             )
         header: StoreHeader = StoreHeader.parse(values, f"{location}/{name}")
+        if header_file(header)[0] != name:
+            raise DataError(
+                f"{location}/{name} is the header of a store of schema {version} in format {header.format}, which lies "
+                "elsewhere; use a store as it was written"
+            )
         return header, sha256_of(data)
     return None, ""
 
@@ -100,6 +122,7 @@ class StoreShardWriter:
     def __init__(self, location: Location, name: str, header: StoreHeader) -> None:
         self._location = location
         self._name = name
+        self._header = header
         self._scratch = location.scratch(name)
         self._begun = -1
         self._samples = 0
@@ -168,7 +191,7 @@ class StoreShardWriter:
                 if path.is_file()
             }
             self._require_own()
-            self._location.publish(self._scratch, self._name)
+            self._location.publish(self._scratch, shard_path(self._header, self._name))
         record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
         manifest.write_record(self._location, self._name, record)
         self._close()
@@ -225,7 +248,7 @@ class TargetStoreWriter:
         Args:
             sizes: also leave out those whose files do not all exist in full length.
         """
-        found, broken = manifest.read_committed(self.location, sizes=sizes)
+        found, broken = manifest.read_committed(self.location, sizes_of=self.header if sizes else None)
         if broken:
             first = min(broken)
             warnings.warn(
@@ -246,7 +269,7 @@ class TargetStoreWriter:
         """Take a shard back, so that it is done again."""
         self.location.remove(manifest.MANIFEST)
         self.location.remove(f"{manifest.FOLDER}/{name}.json")
-        self.location.remove(name)
+        self.location.remove(shard_path(self.header, name))
 
     def finish(self) -> None:
         """Write `bad_samples.jsonl` and `manifest.json`; call it when all shards are committed."""
@@ -259,8 +282,8 @@ class TargetStoreWriter:
             manifest.write_manifest(self.location, self.location.read(header_file(self.header)[0]), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
-        self.location.clear_scratch()
-        self.location.child(manifest.FOLDER).clear_scratch()
+        for folder in ("", manifest.FOLDER, posixpath.dirname(shard_path(self.header, "0"))):
+            self.location.child(folder).clear_scratch()
 
 
 class TargetStore:
@@ -340,10 +363,11 @@ def open_shard(location: Location, name: str, header: StoreHeader, record: Shard
         DataError: files are missing, cut, too long, or their metadata is damaged.
     """
     fail = partial(damaged, location, name)
-    if wrong := manifest.wrong_size(location, name, record):
+    folder = location.child(shard_path(header, name))
+    if wrong := manifest.wrong_size(folder, record):
         raise fail(wrong)
     backend = zarr_store.ZarrShard if header.format == "zarr" else tar_store.TarShard
-    return backend(location.child(name), header, record, fail)
+    return backend(folder, header, record, fail)
 
 
 def open_targets(where: str | Path) -> TargetStore:
@@ -361,7 +385,7 @@ def open_targets(where: str | Path) -> TargetStore:
         advice = f"write targets with `{manifest.extract_command(location)}`"
         if location.local is None or not location.local.is_dir():
             raise MissingError(f"{location} is not there; {advice}")
-        names = f"neither {zarr_store.HEADER_FILE} nor {tar_store.HEADER_FILE}"
+        names = f"neither {_HEADER_FILES[0]} nor {_HEADER_FILES[1]}"
         raise DataError(f"{location} is not a target store: it has {names}; {advice}")
     found = manifest.read_manifest(location)
     if found is not None:

@@ -1,7 +1,10 @@
 """One shard of a target store as webdataset tars, `view-0.tar` and on: one per view, each complete in itself.
 
-Members of a sample: KEY.jpg, KEY.json, KEY.features, KEY.scale where the codec needs it, and KEY.attention; their bytes
-are described in `docs/store.md`. Any webdataset reader finds them.
+Members of a sample: KEY.jpg, KEY.json, KEY.features.npy, KEY.scale.npy where the codec needs it, and KEY.attention.npy;
+webdataset decodes them unaided. Codes that a coder shrinks are KEY.features. Their bytes, and those of schema 2, are
+described in `docs/store.md`.
+
+By hand, not by webdataset's TarWriter: that keeps a file open for each view, and knows of no blocks and checksums.
 
 The tars are sequential and carry no index. The shard's record does: where each block of 128 samples begins, and the
 crc32c of all its bytes. A block is fetched with one read, checked, and only then taken apart.
@@ -9,6 +12,7 @@ crc32c of all its bytes. A block is fetched with one read, checked, and only the
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +34,40 @@ from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, T
 HEADER_FILE = "header.json"
 
 
-class CodePacker:
+class Member:
+    """One array of every sample as bytes, all of one type and shape."""
+
+    def __init__(self, suffix: str, dtype: np.dtype[Any], shape: tuple[int, ...], *, npy: bool) -> None:
+        self.suffix = f"{suffix}.npy" if npy else suffix
+        self._dtype, self._shape = dtype.newbyteorder("<"), shape
+        self._head = _npy_head(self._dtype, shape) if npy else b""
+
+    def pack(self, values: NDArray[Any]) -> bytes:
+        """Bytes of one sample."""
+        return self._head + np.ascontiguousarray(values, self._dtype).tobytes()
+
+    def unpack(self, data: bytes | memoryview, into: NDArray[Any]) -> None:
+        """Write the values of one sample into an array.
+
+        Raises:
+            ValueError: the bytes are not what `pack` gives.
+        """
+        if data[: len(self._head)] != self._head:
+            raise ValueError(f"a member .{self.suffix} is not of {self._dtype} and shape {self._shape}")
+        into[...] = np.frombuffer(data, self._dtype, offset=len(self._head)).reshape(self._shape)
+
+
+def _npy_head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    head = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, described)
+    return head.getvalue()
+
+
+class PackedCodes:
     """Codes of one sample (S, T) to bytes and back: order of axes, byte shuffle, zstd."""
+
+    suffix = "features"
 
     def __init__(self, codec: Codec, tokens: int, width: int) -> None:
         self._dtype = codec.dtype.newbyteorder("<")
@@ -62,12 +98,24 @@ class CodePacker:
         into_ST[...] = code.T if self._transposed else code
 
 
+class _Members:
+    """How a store's header has the arrays of a sample written."""
+
+    def __init__(self, header: StoreHeader) -> None:
+        codec, sizes, npy = codec_of(header.codec), (header.tokens, header.teacher.width), header.schema_version > 2
+        half = np.dtype(np.float16)
+        plain = npy and not codec.info.zstd_level and not codec.coefficient_major
+        self.codes = Member("features", codec.dtype, sizes, npy=True) if plain else PackedCodes(codec, *sizes)
+        self.scale = Member("scale", half, (header.tokens,), npy=npy) if codec.has_scale else None
+        self.attention = Member("attention", half, (header.patches,), npy=npy)
+
+
 class TarShardFiles:
     """Tars of one shard in the making, each open only while a block is written."""
 
     def __init__(self, folder: Path, header: StoreHeader) -> None:
         self._folder = folder
-        self._packer = CodePacker(codec_of(header.codec), header.tokens, header.teacher.width)
+        self._arrays = _Members(header)
         # By name of the tar, offset and crc32c of each block, and where the last one ends.
         self._blocks: dict[str, list[tuple[int, int]]] = {_tar_name(view): [] for view in range(header.views.count)}
         self._ends = dict.fromkeys(self._blocks, 0)
@@ -104,10 +152,11 @@ class TarShardFiles:
             }
             yield f"{key}.jpg", bytes(block.jpegs[view][row])
             yield f"{key}.json", json.dumps(record, ensure_ascii=False).encode()
-            yield f"{key}.features", self._packer.pack(block.code_KNST[view, row])
-            if block.scale_KNS is not None:
-                yield f"{key}.scale", block.scale_KNS[view, row].astype("<f2").tobytes()
-            yield f"{key}.attention", block.attention_KNL[view, row].astype("<f2").tobytes()
+            found = [(self._arrays.codes, block.code_KNST), (self._arrays.attention, block.attention_KNL)]
+            if self._arrays.scale is not None and block.scale_KNS is not None:
+                found.insert(1, (self._arrays.scale, block.scale_KNS))
+            for member, values in found:
+                yield f"{key}.{member.suffix}", member.pack(values[view, row])
 
     def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
         """End the tars. Per tar, offset and crc32c of each block, then the end of the last block with a 0."""
@@ -137,7 +186,7 @@ def _members(block: bytes) -> Iterator[tuple[str, memoryview]]:
             continue
         name = long_name or header[:100].rstrip(b"\0")
         long_name = None
-        yield name.rpartition(b".")[2].decode(), data
+        yield name.rpartition(b"/")[2].partition(b".")[2].decode(), data
 
 
 class TarShard:
@@ -151,8 +200,7 @@ class TarShard:
         self._fail = fail
         self._header = header
         self._record = record
-        self._codec = codec_of(header.codec)
-        self._packer = CodePacker(self._codec, header.tokens, header.teacher.width)
+        self._arrays = _Members(header)
         blocks = -(-record.source.samples // BLOCK_SAMPLES)
         for name in map(_tar_name, range(header.views.count)):
             found = len(record.blocks.get(name, ())) - 1
@@ -200,23 +248,23 @@ class TarShard:
         return samples
 
     def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:
-        header, count = self._header, len(samples)
-        code = np.empty((count, header.tokens, header.teacher.width), self._codec.dtype)
+        header, count, members = self._header, len(samples), self._arrays
+        code = np.empty((count, header.tokens, header.teacher.width), codec_of(header.codec).dtype)
+        attention = np.empty((count, header.patches), np.float16)
+        scale = np.empty((count, header.tokens), np.float16) if members.scale is not None else None
         for row, sample in enumerate(samples):
-            self._packer.unpack(sample["features"], code[row])
+            members.codes.unpack(sample[members.codes.suffix], code[row])
+            members.attention.unpack(sample[members.attention.suffix], attention[row])
+            if members.scale is not None and scale is not None:
+                members.scale.unpack(sample[members.scale.suffix], scale[row])
         records = [json.loads(bytes(sample["json"])) for sample in samples]
         return ViewRun(
             keys=[record["key"] for record in records],
             label_N=np.array([record["label"] for record in records], np.int64),
             code_NST=code,
-            scale_NS=_stacked(samples, "scale", header.tokens) if self._codec.has_scale else None,
-            attention_NL=_stacked(samples, "attention", header.patches),
+            scale_NS=scale,
+            attention_NL=attention,
             crop_N4=np.array([record["crop"] for record in records], np.int32),
             flip_N=np.array([record["flip"] for record in records], np.bool_),
             jpegs=[bytes(sample["jpg"]) for sample in samples],
         )
-
-
-def _stacked(samples: list[dict[str, memoryview]], suffix: str, width: int) -> NDArray[np.float16]:
-    data = b"".join(sample[suffix] for sample in samples)
-    return np.frombuffer(data, "<f2").astype(np.float16).reshape(len(samples), width)

@@ -20,8 +20,8 @@ from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import Location, location_of
 from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of
-from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun
-from milan_pipe.targets.store import header_file, open_shard, read_header
+from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun, shard_path
+from milan_pipe.targets.store import header_file, is_as_written, open_shard, read_header
 
 # A row of L float16 values that were rounded one by one.
 _SUM_TOLERANCE = 4e-3
@@ -76,8 +76,10 @@ class _Check:
 
     def report_stray(self, shard: str, path: str, what: str) -> None:
         # What has not a store's own name is the user's, as a run that was put here, and is never advised away.
-        is_own = shard or re.fullmatch(r"[0-9]{6,9}|manifest/[0-9]{6,9}\.json|zarr\.json|header\.json", path)
-        inside = f"{shard}/{path}" if shard else path
+        is_own = shard or re.fullmatch(
+            r"(shards/)?[0-9]{6,9}|manifest/[0-9]{6,9}\.json|(shards/)?zarr\.json|header\.json", path
+        )
+        inside = f"{shard_path(self.header, shard)}/{path}" if shard else path
         self.report(shard, path, what, self._removal(inside) if is_own else self._removal(inside, "mv", " ELSEWHERE"))
 
     def _removal(self, path: str, verb: str = "rm -rf", where: str = "") -> str:
@@ -98,9 +100,9 @@ class _Check:
 
     def store(self) -> dict[str, int]:
         """Check header, manifest and bad samples. Returns samples by shard."""
-        name, content = header_file(self.header)
+        name, _ = header_file(self.header)
         data = self.location.read(name)
-        if data != content:
+        if not is_as_written(data):
             self.report_header(name, "differs from what was written")
         try:
             found = manifest.read_manifest(self.location)
@@ -147,12 +149,14 @@ class _Check:
         name, _ = header_file(self.header)
         own = {name, manifest.MANIFEST, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
         strays: Counter[str] = Counter()
+        place = shard_path(self.header, "")
         for path in self.location.sizes():
-            top, _, inside = path.partition("/")
+            among = place if path.startswith(place) else ""
+            top, _, inside = path.removeprefix(among).partition("/")
             # The next shard of an unfinished store may exist before it is committed.
             begun = inside and top.isdigit() and not self.finished
-            if path not in own and top not in shards and top not in _OF_A_HUB and not begun:
-                strays[path if top == manifest.FOLDER else top] += 1
+            if path not in own and top not in _OF_A_HUB and not (among == place and (top in shards or begun)):
+                strays[path if top == manifest.FOLDER else among + top] += 1
         for entry, files in strays.items():
             self.report_stray("", entry, f"is not part of the store{f', with {files} files' if files > 1 else ''}")
 
@@ -172,7 +176,7 @@ class _Check:
             self._content(name, record)
 
     def _files(self, name: str, record: ShardRecord) -> bool:
-        folder = self.location.child(name)
+        folder = self.location.child(shard_path(self.header, name))
         sizes = folder.sizes(record.files)
 
         def wrong(path: str) -> str | None:

@@ -37,7 +37,7 @@ from milan_pipe.targets.checksum import CRC_BYTES, ENTRY_BYTES, crc32c, parse_in
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
-HEADER_FILE = "zarr.json"
+GROUP_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
 # One block of zstd, which has statistics of its own.
 _COEFFICIENTS_PER_CHUNK, _COEFFICIENT_CHUNK_BYTES = 32, 128 * 1024
@@ -50,6 +50,17 @@ _COMPRESSORS = (ZstdCodec(level=1, checksum=True), _CRC32C)
 _LARGE = ("features", "view_bytes", "attention", "scale")
 # Read whole when a shard is opened: 30 bytes a view.
 _SMALL = ("crop", "flip", "view_offset", "view_length", "label", "key")
+# By the names that xarray gives to axes.
+_OF_VIEW, _OF_IMAGE = ("view", "image"), ("image",)
+_DIMENSIONS = {
+    "features": (*_OF_VIEW, "token", "channel"),
+    "scale": (*_OF_VIEW, "token"),
+    "attention": (*_OF_VIEW, "patch"),
+    "crop": (*_OF_VIEW, "side"),
+    **dict.fromkeys(("flip", "view_offset", "view_length"), _OF_VIEW),
+    **dict.fromkeys(("label", "key"), _OF_IMAGE),
+    "view_bytes": ("byte",),
+}
 _PARALLEL_READS = 8
 _MOST_INDEX_BYTES = 64 * 1024
 _FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
@@ -155,7 +166,7 @@ class ZarrShardFiles:
         # shard in the order in which they are ready: other bytes each time. The setting is the process's: a shard that
         # is begun while another one is closed must not reset it too early.
         with _creating, zarr.config.set({"threading.max_workers": 1}):
-            layout = {"filters": None, "compressors": _COMPRESSORS, **layout}
+            layout = {"filters": None, "compressors": _COMPRESSORS, "dimension_names": _DIMENSIONS[name], **layout}
             self._arrays[name] = self._group.create_array(name, **layout)
 
     def _put(self, name: str, selection: Any, values: NDArray[Any]) -> None:
@@ -213,6 +224,7 @@ class ZarrShardFiles:
                 layout = {"chunks": (1, BLOCK_SAMPLES, *tail), "shards": (views, shard_samples, *tail)}
             self._create(name, shape=values.shape, dtype=str if name == "key" else values.dtype, **layout)
             self._put(name, ..., values)
+        self._consolidate()
         return {
             path.relative_to(self._folder).as_posix(): [_end_of(path, self._arrays[name])]
             for name in _LARGE
@@ -220,6 +232,16 @@ class ZarrShardFiles:
             for path in sorted((self._folder / name / "c").rglob("*"))
             if path.is_file()
         }
+
+    def _consolidate(self) -> None:
+        """Describe all arrays in the group's own file, so that others open the shard with one read.
+
+        By hand: zarr's function warns with each shard that this part of the format is not in its specification yet.
+        """
+        arrays = {name: json.loads((self._folder / name / GROUP_FILE).read_bytes()) for name in sorted(self._arrays)}
+        consolidated = {"kind": "inline", "must_understand": False, "metadata": arrays}
+        group = json.loads((self._folder / GROUP_FILE).read_bytes()) | {"consolidated_metadata": consolidated}
+        (self._folder / GROUP_FILE).write_text(json.dumps(group), encoding="utf-8")
 
 
 @contextmanager
@@ -266,7 +288,7 @@ class ZarrShard:
             self._small: dict[str, NDArray[Any]] = dict(zip(_SMALL, together(self._whole, _SMALL), strict=True))
 
     def _open(self, name: str) -> zarr.Array[Any]:
-        metadata = self._checked_file(f"{name}/zarr.json")
+        metadata = self._checked_file(f"{name}/{GROUP_FILE}")
         with self._reading(name):
             if self._location.local is not None:
                 path = StorePath(LocalStore(self._location.local, read_only=True), name)

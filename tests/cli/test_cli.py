@@ -152,9 +152,10 @@ def mistakes(root: Path) -> dict[str, tuple[list[str], str]]:
     bare, other, nothing = root / "bare", root / "other", root / "nothing"
     for folder in (bare, other, nothing):
         folder.mkdir(exist_ok=True)
-    header = json.loads((store / "zarr.json").read_text())
+    header = json.loads((store / "shards" / "zarr.json").read_text())
     header["attributes"]["milan_pipe"]["schema_version"] = 99
-    (other / "zarr.json").write_text(json.dumps(header))
+    (other / "shards").mkdir(exist_ok=True)
+    (other / "shards" / "zarr.json").write_text(json.dumps(header))
     with (
         tarfile.open(next((root / "images").glob("train-*.tar"))) as source,
         tarfile.open(bare / "bare-000000.tar", "w") as target,

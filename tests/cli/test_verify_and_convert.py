@@ -19,7 +19,7 @@ from milan_pipe.config.params import load_params
 from milan_pipe.images.prepare import prepare
 
 FORMATS = ("zarr", "webdataset")
-HEADERS = {"zarr": "zarr.json", "webdataset": "header.json"}
+HEADERS = {"zarr": "shards/zarr.json", "webdataset": "header.json"}
 SETTINGS = ["views.count=2", "extract.threads=1", "extract.batch_size=16", "extract.device=cpu"]
 WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
@@ -77,7 +77,7 @@ def test_a_whole_store(milan: Command, extracted: tuple[str, dict[str, bytes]], 
     report = json.loads(done.out.splitlines()[-1])
     assert len(done.out.splitlines()) == 1
     assert (report["problems"], report["repair"]) == ([], [])
-    shards = {path: data for path, data in extracted[1].items() if path.startswith("0")}
+    shards = {path: data for path, data in extracted[1].items() if path.startswith("shards/0")}
     assert (report["shards"], report["samples"], report["views"]) == (3, 12, 24)
     assert (report["files"], report["bytes"]) == (len(shards), sum(map(len, shards.values())))
 
@@ -87,7 +87,7 @@ def test_the_printed_commands_mend(
 ) -> None:
     store_format, before = extracted
     targets = put(before, tmp_path / "two words" / "t")
-    chunk = next(path for path in before if path.startswith("000000/") and before[path])
+    chunk = next(path for path in before if path.startswith("shards/000000/") and before[path])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     manifests = ["manifest/000001.json", "manifest.json", "bad_samples.jsonl"]
@@ -98,7 +98,7 @@ def test_the_printed_commands_mend(
         (["manifest.json"], lambda file: file.write_bytes(b"{}")),
         (["bad_samples.jsonl"], lambda file: file.write_bytes(b"{}\n")),
         ([HEADERS[store_format]], lambda file: file.write_bytes(file.read_bytes() + b"\n")),
-        (["000009/a", "b c"], lambda file: (file.parent.mkdir(exist_ok=True), file.touch())),
+        (["shards/000009/a", "b c"], lambda file: (file.parent.mkdir(exist_ok=True), file.touch())),
     ]
     for paths, change in changes:
         for path in paths:
@@ -127,7 +127,7 @@ def test_the_printed_commands_mend(
 def test_problems_are_a_table_and_json(milan: Command, tmp_path: Path) -> None:
     targets = tmp_path / "t"
     write_store(targets, header(shards=3), [5, 5, 5])
-    (targets / "000001" / "attention" / "zarr.json").unlink()
+    (targets / "shards" / "000001" / "attention" / "zarr.json").unlink()
     done = milan("verify-targets", targets, "--json")
     assert done.code == 1
     report = json.loads(done.out)
@@ -160,8 +160,8 @@ def test_what_cannot_be_checked(milan: Command, tmp_path: Path) -> None:
     assert "is not a target store" in milan("verify-targets", tmp_path / "nowhere").error
     assert "is not a target store" in milan("verify-targets", tmp_path).error
     spoilt = put(tree(targets), tmp_path / "spoilt")
-    text = (spoilt / "zarr.json").read_text()
-    (spoilt / "zarr.json").write_text(text.replace('"flip": 0.5', '"flip": 0.6'))
+    text = (spoilt / "shards" / "zarr.json").read_text()
+    (spoilt / "shards" / "zarr.json").write_text(text.replace('"flip": 0.5', '"flip": 0.6'))
     assert "its content does not fit its digest. Remove it and run" in milan("verify-targets", spoilt).error
     done = milan("verify-targets", targets, "--against-teacher", 1, *WORDS)
     assert (done.code, done.out) == (2, "")
@@ -213,7 +213,7 @@ def test_mistakes(milan: Command, tmp_path: Path) -> None:
     assert "is the store to convert; name another folder for the new store" in error
     error = milan("convert-targets", tmp_path / "gone", tmp_path / "o", "--format", "zarr").error
     assert "is not there" in error
-    (targets / "000000" / "key" / "c" / "0").unlink()
+    (targets / "shards" / "000000" / "key" / "c" / "0").unlink()
     error = milan("convert-targets", targets, tmp_path / "o", "--format", "webdataset").error
     assert "shard 000000" in error
     assert "--redo 000000`" in error

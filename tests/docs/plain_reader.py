@@ -93,12 +93,12 @@ def read_header(folder: Path) -> tuple[Json, str]:
     """Find the header by the file that each format keeps it in; with it goes that file's digest, for the summary."""
     path, form = folder / "header.json", "webdataset"
     if not path.exists():
-        path, form = folder / "zarr.json", "zarr"
+        path, form = folder / "shards" / "zarr.json", "zarr"
     data = read_bytes(path)
     values = parse_json(data, path)
     header = check_digest((values.get("attributes", {}) if form == "zarr" else values).get("milan_pipe", {}), path)
-    if (header.get("schema_version"), header.get("format")) != (2, form):
-        raise ValueError(f"{path}: not schema version 2 of format {form}")
+    if (header.get("schema_version"), header.get("format")) != (3, form):
+        raise ValueError(f"{path}: not schema version 3 of format {form}")
     return header, digest(data)
 
 
@@ -288,11 +288,13 @@ def zarr_samples(header: Json, files: Files, folder: Path) -> Iterator[Sample]:
 
 
 def tar_groups(data: bytes) -> Iterator[tuple[str, Files]]:
-    """Members of a tar by sample, in the order of the tar; a key may have dots, an extension has none."""
+    """Members of a tar by sample, in the order of the tar; a key ends at the first dot of its last part."""
     groups: dict[str, Files] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
-            key, _, extension = member.name.rpartition(".")
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key = folder + slash + stem
             content = tar.extractfile(member)
             if content is None or extension in groups.setdefault(key, {}):
                 raise ValueError(f"unexpected member {member.name}")
@@ -300,8 +302,17 @@ def tar_groups(data: bytes) -> Iterator[tuple[str, Files]]:
     yield from groups.items()
 
 
-def tar_codes(codec: Json, data: bytes, tokens: int) -> Array:
-    """Codes (S, T) of a member: unpacked, bytes put back together, turned."""
+def npy(data: bytes) -> Array:
+    """An array of numpy's file format, which holds no Python objects."""
+    values: Array = np.load(io.BytesIO(data), allow_pickle=False)
+    return values
+
+
+def tar_codes(codec: Json, members: Files, tokens: int) -> Array:
+    """Codes (S, T) of a sample: unpacked, bytes put back together, turned."""
+    if "features.npy" in members:
+        return npy(members["features.npy"])
+    data = members["features"]
     if codec["zstd_level"]:
         data = bytes(zstd.decompress(data))
     if codec["name"] == "float16":
@@ -318,7 +329,7 @@ def tar_samples(header: Json, tar: bytes, view: int, shard: str) -> Iterator[Sam
         about = parse_json(members["json"], f"{key}.json")
         if (about["key"], about["view"]) != (key, view):
             raise ValueError(f"{key}.json is of view {about['view']} of {about['key']}")
-        attention = np.frombuffer(members["attention"], "<f2").astype(np.float32)
+        attention = npy(members["attention.npy"]).astype(np.float32)
         top, left, height, width = about["crop"]
         yield Sample(
             shard=shard,
@@ -330,8 +341,8 @@ def tar_samples(header: Json, tar: bytes, view: int, shard: str) -> Iterator[Sam
             jpeg=members["jpg"],
             attention=attention,
             features=decode(
-                tar_codes(codec, members["features"], len(attention) + 1),
-                np.frombuffer(members["scale"], "<f2") if decode.scaled else None,
+                tar_codes(codec, members, len(attention) + 1),
+                npy(members["scale.npy"]) if decode.scaled else None,
             ),
         )
 
@@ -381,4 +392,6 @@ def read_store(folder: str | Path) -> Store:
     root = Path(folder)
     header, header_digest = read_header(root)
     records = read_records(root, header_digest)
-    return Store(header, [s for name, record in records.items() for s in shard_samples(header, root / name, record)])
+    return Store(
+        header, [s for name, record in records.items() for s in shard_samples(header, root / "shards" / name, record)]
+    )

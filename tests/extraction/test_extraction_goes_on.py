@@ -54,10 +54,10 @@ def test_interrupted_between_and_inside_shards(whole, images, extract, tree, tmp
     with pytest.raises(Interrupted):
         extract(images, targets, on_progress=stop)
     assert open_targets(targets).shards == ("000000",)
-    kept = {path: path.stat().st_mtime_ns for path in targets.glob("000000/**/*")}
+    kept = {path: path.stat().st_mtime_ns for path in targets.glob("shards/000000/**/*")}
     report = extract(images, targets)
     assert (report.shards, report.skipped, report.views, report.samples) == (3, 1, 28, 24)
-    assert {path: path.stat().st_mtime_ns for path in targets.glob("000000/**/*")} == kept
+    assert {path: path.stat().st_mtime_ns for path in targets.glob("shards/000000/**/*")} == kept
     assert tree(targets) == tree(whole[0])
 
 

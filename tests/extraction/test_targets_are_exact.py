@@ -149,7 +149,7 @@ def test_runs_stand_side_by_side(whole):
     """View-major: all JPEGs of one view of a block lie one after another, in the order of the samples."""
     import zarr
 
-    group = zarr.open_group(whole[0] / "000000", mode="r")
+    group = zarr.open_group(whole[0] / "shards" / "000000", mode="r")
     offset, length = group["view_offset"][...].ravel(), group["view_length"][...].ravel()
     assert all(o + n == following for (o, n), (following, _) in pairwise(zip(offset, length, strict=True)))
     # Padded to whole chunks, so that each can be read without its neighbours.

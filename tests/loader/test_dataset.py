@@ -136,7 +136,9 @@ def test_locations_are_those_of_the_shards_end_to_end(number: int) -> None:
 def test_damage_is_told_where_it_is_read(written: tuple, tmp_path: Path) -> None:
     where, _, _ = written
     shutil.copytree(where, tmp_path / "t")
-    file = max((tmp_path / "t" / "000001").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    file = max(
+        (tmp_path / "t" / "shards" / "000001").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)

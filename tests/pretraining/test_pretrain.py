@@ -228,10 +228,11 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_written(
 def test_another_schema_is_refused_with_both_versions(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    found = json.loads((store / "zarr.json").read_text())
+    found = json.loads((store / "shards" / "zarr.json").read_text())
     found["attributes"]["milan_pipe"]["schema_version"] = 99
-    (other / "zarr.json").write_text(json.dumps(found))
-    with pytest.raises(MismatchError, match=r"schema version 99.*reads 2"):
+    (other / "shards").mkdir(exist_ok=True)
+    (other / "shards" / "zarr.json").write_text(json.dumps(found))
+    with pytest.raises(MismatchError, match=r"schema version 99.*reads 2 and 3"):
         go(other, tmp_path / "run")
 
 

@@ -221,7 +221,7 @@ def test_from_images_in_a_bucket_to_a_student(
     spoilt[len(spoilt) // 2] ^= 1
     location.write(paths["000001"], bytes(spoilt))
     location.write(paths["000002"], expected[paths["000002"]][:-9])
-    gone = min(name for name in expected if name.startswith("000003/"))
+    gone = min(name for name in expected if name.startswith("shards/000003/"))
     location.remove(gone)
     done = milan("verify-targets", targets, "--json")
     assert done.code == 1
@@ -452,7 +452,7 @@ def test_a_web_server_is_read_and_not_written_to(
         assert "can only be read, as any web server; write to a local folder, s3://" in message
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
     location = location_of(f"{bucket}/{store_format}")
-    location.remove(max(path for path in location.sizes() if path.startswith("000002/")))
+    location.remove(max(path for path in location.sizes() if path.startswith("shards/000002/")))
     done = milan("verify-targets", targets, "--json")
     assert (done.code, {found["shard"] for found in done.report["problems"]}) == (1, {"000002"})
     assert list(Path.cwd().iterdir()) == []

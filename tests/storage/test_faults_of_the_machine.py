@@ -126,7 +126,7 @@ def test_a_file_that_is_cut_while_the_store_is_open_is_one_error(tmp_path: Path,
     write_store(tmp_path, header(format=store_format), [130])
     store = open_targets(tmp_path)
     store.read("000000", 0, 0, 128)
-    for path in (tmp_path / "000000").rglob("*"):
+    for path in (tmp_path / "shards" / "000000").rglob("*"):
         if path.is_file():
             os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DataError, match="--redo"):
@@ -146,7 +146,7 @@ def test_what_macos_leaves_is_no_content(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_bytes(b"x")
     head = header(shards=2)
     written = write_store(tmp_path, head, [5, 5])
-    for name in ("._zarr.json", "000000/._zarr.json", "000000/.DS_Store", "manifest/._000000.json"):
+    for name in ("._zarr.json", "shards/000000/._zarr.json", "shards/000000/.DS_Store", "manifest/._000000.json"):
         (tmp_path / name).write_bytes(b"x")
     assert not any("._" in path or ".DS_Store" in path for path in location.sizes())
     assert verify_store(tmp_path).problems == ()

@@ -56,7 +56,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def format_of(source: Source) -> StoreFormat:
-    return "zarr" if "zarr.json" in source.files else "webdataset"
+    return "zarr" if "shards/zarr.json" in source.files else "webdataset"
 
 
 # --- nothing lost -------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_store_of_a_bucket_into_itself(bucket: str) -> None:
 def test_a_damaged_source_shard_is_one_clear_error(tmp_path: Path, source: Source) -> None:
     shutil.copytree(source.root, tmp_path / "t")
     into = other(format_of(source))
-    inside = [path for path, data in source.files.items() if path.startswith("000001/") and data]
+    inside = [path for path, data in source.files.items() if path.startswith("shards/000001/") and data]
     for path in [*inside[:: max(1, len(inside) // 6)], "manifest/000001.json"]:
         damage(tmp_path / "t" / path)
         message = refusal(tmp_path / "t", tmp_path / "o", into)

@@ -118,9 +118,9 @@ def check_found(store: Store, *paths: str) -> None:
 
 def check_named(store: Store, path: str, problems: list[Problem] | None) -> None:
     if problems is None:
-        assert path in ("zarr.json", "header.json"), "only a damaged header may keep a store from being checked"
+        assert path in ("shards/zarr.json", "header.json"), "only a damaged header may keep a store from being checked"
         return
-    shard, _, inside = path.partition("/")
+    shard, _, inside = path.removeprefix("shards/").partition("/")
     if shard == "manifest":
         shard = inside.removesuffix(".json")
     if shard in store.truth:
@@ -183,7 +183,7 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
     assert list(wrong_values(store.root, store.truth)) == []
     expected = {
         (f"rm -rf {copy}", "is not part of the shard")
-        if path.startswith("0")
+        if path.startswith("shards/0")
         else (f"mv {copy} ELSEWHERE", "is not part of the store")
         for path, copy in copies.items()
     }
@@ -191,12 +191,12 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
     assert {(problem.repair, problem.what) for problem in problems} == expected
     for copy in copies.values():
         copy.unlink()
-    folder = store.root / "000000"
-    shutil.copytree(folder, store.root / "000007 copied")
+    folder = store.root / "shards" / "000000"
+    shutil.copytree(folder, store.root / "shards" / "000007 copied")
     (problem,) = verify_store(store.root).problems
-    assert (problem.shard, problem.array) == ("", "000007 copied")
-    assert problem.repair == f"mv '{store.root / '000007 copied'}' ELSEWHERE"
-    shutil.rmtree(store.root / "000007 copied")
+    assert (problem.shard, problem.array) == ("", "shards/000007 copied")
+    assert problem.repair == f"mv '{store.root / 'shards' / '000007 copied'}' ELSEWHERE"
+    shutil.rmtree(store.root / "shards" / "000007 copied")
     assert verify_store(store.root).problems == ()
 
 
@@ -231,7 +231,7 @@ def test_any_folder_that_is_lost_is_found(
 
 
 @pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
-@pytest.mark.parametrize("parts", [["manifest/{}.json"], ["{}"]])
+@pytest.mark.parametrize("parts", [["manifest/{}.json"], ["shards/{}"]])
 def test_shards_that_changed_places_are_told_before_there_is_a_summary(
     stores: dict[tuple[str, str, int], Store], tmp_path: Path, store_format: str, parts: list[str]
 ) -> None:
@@ -254,7 +254,7 @@ def test_damage_between_two_reads_is_found(stores: dict[tuple[str, str, int], St
     store = stores[store_format, "int8", 1]
     reader = open_targets(store.root)
     reader.read("000000", 0, 0, 128)
-    path = "000000/features/c/0/0/0/0" if store_format == "zarr" else "000000/view-0.tar"
+    path = "shards/000000/" + ("features/c/0/0/0/0" if store_format == "zarr" else "view-0.tar")
     before = store.files[path]
     with (store.root / path).open("r+b") as file:
         file.seek(len(before) // 3)
@@ -276,7 +276,7 @@ def test_a_flipped_byte_anywhere_is_seen_by_an_open_reader(
     reader = open_targets(store.root)
     (run, _) = store.truth["000001"]
     reader.read("000001", 0, 0, len(run.keys))
-    large = re.compile(r"000001/(features/c/0|(scale|attention|view_bytes)/c|view-0)[/.].*")
+    large = re.compile(r"shards/000001/(features/c/0|(scale|attention|view_bytes)/c|view-0)[/.].*")
     paths = [path for path in store.files if large.fullmatch(path)]
     assert len(paths) == (1 if kind[0] == "webdataset" else 3 if kind[1] == "float16" else 4)
     for path in paths:
@@ -323,7 +323,7 @@ def test_damage_in_a_bucket_is_found(bucket: str, store_format: str) -> None:
             location.write(path, store.files[path])
 
     # Each check costs a hundred requests; the folder above has had every file on its own.
-    inside = [paths[-1] for paths in store.kinds.values() if paths[-1].startswith("000000/")]
+    inside = [paths[-1] for paths in store.kinds.values() if paths[-1].startswith("shards/000000/")]
     for how in range(3):
         spoil(inside[how::3], how)
     for number, path in enumerate(path for paths in store.kinds.values() for path in paths[-1:] if path not in inside):

@@ -45,8 +45,8 @@ def other_format() -> None:
 
 def other_version() -> None:
     write_store("t", header(), [5])
-    path = Path("t/zarr.json")
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+    path = Path("t/shards/zarr.json")
+    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 99'))
     open_targets("t")
 
 
@@ -64,7 +64,7 @@ def convert(destination: str) -> None:
 def lost_file() -> None:
     write_store("t", header(), [130])
     store = open_targets("t")
-    Path("t/000000/features/c/1/0/0/0").unlink()
+    Path("t/shards/000000/features/c/1/0/0/0").unlink()
     store.read("000000", 1, 0, 128)
 
 
@@ -85,13 +85,13 @@ CASES: dict[str, Case] = {
     "empty folder": (
         lambda: (Path("t").mkdir(), open_targets("t")),
         DataError,
-        "t is not a target store: it has neither zarr.json nor header.json; write targets with "
+        "t is not a target store: it has neither shards/zarr.json nor header.json; write targets with "
         "`milan-pipe extract-targets IMAGES t`",
     ),
     "other header": (
-        lambda: (file("t/zarr.json"), open_targets("t")),
+        lambda: (file("t/shards/zarr.json"), open_targets("t")),
         DataError,
-        "t/zarr.json is not the header of a target store; extract into another folder",
+        "t/shards/zarr.json is not the header of a target store; extract into another folder",
     ),
     "other folder": (
         lambda: (file("t/thesis.txt"), TargetStoreWriter("t", header())),
@@ -117,8 +117,8 @@ CASES: dict[str, Case] = {
     "other version": (
         other_version,
         MismatchError,
-        "t has schema version 99, this version of milan-pipe reads 2; extract the targets again, or use the version "
-        "that wrote them (0.test)",
+        "t has schema version 99, this version of milan-pipe reads 2 and 3; extract the targets again, or use the "
+        "version that wrote them (0.test)",
     ),
     "lost file": (
         lost_file,
@@ -150,7 +150,7 @@ CASES: dict[str, Case] = {
     "convert below a file": (
         lambda: (file("file"), convert("file/o")),
         StoreError,
-        "file/o/zarr.json cannot be read: Not a directory",
+        "file/o/shards/zarr.json cannot be read: Not a directory",
     ),
     "too large for float16": (
         lambda: Float16Codec().encode(torch.full((1, 1, 1), 70000.0)),

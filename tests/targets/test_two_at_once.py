@@ -98,7 +98,7 @@ def test_a_folder_that_was_made_anew_is_never_committed(tmp_path: Path, store_fo
         shard.commit(source(130))
     shard.discard()
     assert manifest.committed_names(location_of(tmp_path)) == ()
-    assert not (tmp_path / "000000").exists()
+    assert not (tmp_path / "shards" / "000000").exists()
 
 
 def test_unfinished_work_goes_in_one_step(tmp_path: Path) -> None:
@@ -188,12 +188,13 @@ def test_data_is_on_the_disk_before_its_record(
     monkeypatch.setattr(Path, "rename", named(rename))
     monkeypatch.setattr(Path, "replace", named(replace))
     write_store(tmp_path, header(format=store_format), [130])
-    shard, record = str(tmp_path / "000000"), str(tmp_path / "manifest" / "000000.json")
+    shard, record = str(tmp_path / "shards" / "000000"), str(tmp_path / "manifest" / "000000.json")
     scratch, inside = moves[shard]
     assert len(inside) >= 2
     for path in (scratch, *(f"{scratch}/{file}" for file in inside)):
         assert on_disk_before(order, path, ("name", shard)), path
-    assert on_disk_before(order, str(tmp_path), ("name", record)), "the shard's own name"
+    assert on_disk_before(order, str(tmp_path / "shards"), ("name", record)), "the shard's own name"
+    assert on_disk_before(order, str(tmp_path), ("name", record)), "the name of their folder"
     assert on_disk_before(order, moves[record][0], ("name", record))
     after = order[order.index(("name", record)) :]
     assert ("flush", str(tmp_path / "manifest")) in after
@@ -205,8 +206,10 @@ def test_shards_that_a_power_cut_has_spoilt_are_done_again(tmp_path: Path, store
     write_store(tmp_path, head, [5] * 5)
     zeros = tmp_path / "manifest" / "000001.json"
     zeros.write_bytes(bytes(zeros.stat().st_size))
-    shutil.rmtree(tmp_path / "000002")
-    largest = max((tmp_path / "000004").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    shutil.rmtree(tmp_path / "shards" / "000002")
+    largest = max(
+        (tmp_path / "shards" / "000004").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
     os.truncate(largest, 10)
     writer = TargetStoreWriter(tmp_path, head)
     with pytest.warns(RuntimeWarning, match="000001, 000002"):

@@ -117,12 +117,12 @@ def test_a_record_that_makes_no_sense_is_one_error(tmp_path: Path, store_format:
 def test_a_header_of_impossible_sizes_is_refused(tmp_path: Path, section: str) -> None:
     key, value = {"teacher": ("grid", [-1, 4]), "views": ("count", 0), "source": ("shards", -3)}[section]
     write_store(tmp_path, header(), [5])
-    content = json.loads((tmp_path / "zarr.json").read_text())
+    content = json.loads((tmp_path / "shards" / "zarr.json").read_text())
     values = content["attributes"]["milan_pipe"]
     del values["sha256"]
     values[section][key] = value
     content["attributes"]["milan_pipe"] = with_digest(values)
-    (tmp_path / "zarr.json").write_text(json.dumps(content))
+    (tmp_path / "shards" / "zarr.json").write_text(json.dumps(content))
     with pytest.raises(MilanError, match=f"{section}.{key}"):
         open_targets(tmp_path)
 
@@ -130,7 +130,7 @@ def test_a_header_of_impossible_sizes_is_refused(tmp_path: Path, section: str) -
 def test_a_tar_that_fits_its_digests_and_is_none_is_damage(tmp_path: Path) -> None:
     store = tmp_path / "store"
     write_store(store, header(format="webdataset"), [5])
-    tar = store / "000000" / "view-0.tar"
+    tar = store / "shards" / "000000" / "view-0.tar"
     data = bytearray(tar.read_bytes())
     data[124:135] = b"not octal!!"
     tar.write_bytes(data)

@@ -200,7 +200,7 @@ def test_a_store_that_is_not_finished(tmp_path: Path) -> None:
     writer.forget("000001")
     # Published, and not committed: the process ended between the two.
     for path, data in whole.items():
-        if path.startswith("000001/"):
+        if path.startswith("shards/000001/"):
             (tmp_path / "t" / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "t" / path).write_bytes(data)
     report = verify_targets(tmp_path / "t")
@@ -218,21 +218,21 @@ def test_foreign_files_are_reported_and_only_the_stores_own_are_removed(tmp_path
         "note.txt",
         "a folder/x",
         "a folder/deep/y",
-        "000001/features/c/0/7/0/0",
-        "000000/.z",
+        "shards/000001/features/c/0/7/0/0",
+        "shards/000000/.z",
         "manifest/a.txt",
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"z")
     shutil.copy(root / "manifest/000000.json", root / "manifest/000002.json")
-    shutil.copytree(root / "000000", root / "000002")
+    shutil.copytree(root / "shards" / "000000", root / "shards" / "000002")
     report = verify_targets(root)
     assert sorted(arrays_of(report)) == [
-        ("", "000002"),
         ("", "a folder"),
         ("", "manifest/000002.json"),
         ("", "manifest/a.txt"),
         ("", "note.txt"),
+        ("", "shards/000002"),
         ("000000", ".z"),
         ("000001", "features/c/0/7/0/0"),
     ]
@@ -252,8 +252,8 @@ def test_what_repairs_several_problems_is_one_extraction(tmp_path: Path) -> None
     root = tmp_path / "t"
     write_store(root, header(shards=3), [5, 5, 5])
     (root / "manifest" / "000000.json").unlink()
-    (root / "000002" / "crop" / "zarr.json").write_bytes(b"{}")
-    (root / "000002" / "key" / "c" / "0").unlink()
+    (root / "shards" / "000002" / "crop" / "zarr.json").write_bytes(b"{}")
+    (root / "shards" / "000002" / "key" / "c" / "0").unlink()
     (root / "bad_samples.jsonl").unlink()
     (root / "x").touch()
     report = verify_targets(root)
@@ -283,7 +283,7 @@ def test_folders_without_a_store(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="store"):
         verify_targets(tmp_path / "nowhere")
     write_store(tmp_path / "t", header(), [3])
-    (tmp_path / "t" / "zarr.json").write_bytes(b"{}")
+    (tmp_path / "t" / "shards" / "zarr.json").write_bytes(b"{}")
     with pytest.raises(DataError, match="header"):
         verify_targets(tmp_path / "t")
 

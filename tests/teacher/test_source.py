@@ -252,7 +252,7 @@ def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
     moved = load_params(None, [*SETS, f"teacher.model=local-dir:{elsewhere}"])
     report = api.extract_targets(images, targets, moved)
     assert (report.shards, report.skipped) == (2, 1)
-    assert str(tmp_path) not in (targets / "zarr.json").read_text()
+    assert str(tmp_path) not in (targets / "shards" / "zarr.json").read_text()
     # Pretraining holds the settings against the store; this is as far as it must come.
     assert stated_of(moved)["teacher"]["model"] == "local-dir:gelu"
     weights = load_file(elsewhere / WEIGHTS)
@@ -277,5 +277,5 @@ def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
     done = subprocess.run([*command, str(tmp_path / "t"), *sets], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert hub.files == [CONFIG, WEIGHTS]
-    header = json.loads((tmp_path / "t" / "zarr.json").read_text())
+    header = json.loads((tmp_path / "t" / "shards" / "zarr.json").read_text())
     assert '"hf-hub:org/quick"' in json.dumps(header)
