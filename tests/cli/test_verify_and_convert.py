@@ -145,7 +145,7 @@ def test_of_many_problems_some_are_shown_and_all_are_mended(milan: Command, tmp_
     targets = tmp_path / "t"
     write_store(targets, header(format="webdataset", shards=60), [1] * 60)
     for shard in range(60):
-        (targets / f"{shard:06d}" / "view-1.tar").unlink()
+        (targets / "shards" / f"{shard:06d}" / "view-1.tar").unlink()
     done = milan("verify-targets", targets, "--json")
     assert done.code == 1
     assert "and 10 more: see --json" in done.err

@@ -166,7 +166,7 @@ def test_cut_shard_is_not_committed(images, extract, tmp_path):
     (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match="cut or damaged"):
         extract(tmp_path / "a.tar", tmp_path / "t")
-    assert [path.name for path in (tmp_path / "t").iterdir()] == ["zarr.json"]
+    assert [path.name for path in (tmp_path / "t").rglob("*")] == ["shards", "zarr.json"]
 
 
 # --- a store that cannot be written -------------------------------------------------------------------------------

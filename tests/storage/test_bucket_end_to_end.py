@@ -216,7 +216,9 @@ def test_from_images_in_a_bucket_to_a_student(
 
     # A byte of one object, a part of another, and a third one that is gone.
     location = location_of(targets)
-    paths = {shard: max(name for name in expected if name.startswith(f"{shard}/")) for shard in ("000001", "000002")}
+    paths = {
+        shard: max(name for name in expected if name.startswith(f"shards/{shard}/")) for shard in ("000001", "000002")
+    }
     spoilt = bytearray(expected[paths["000001"]])
     spoilt[len(spoilt) // 2] ^= 1
     location.write(paths["000001"], bytes(spoilt))
@@ -477,8 +479,8 @@ def test_https_with_an_issuer_of_ones_own(
         message = milan("verify-targets", web).error
         assert "its certificate is not accepted (UnknownIssuer); set SSL_CERT_FILE" in message
         monkeypatch.setenv("SSL_CERT_FILE", str(root))
-        assert location_of(web).read("zarr.json") == (local / "zarr" / "zarr.json").read_bytes()
-        assert location_of(web).present(["zarr.json", "gone"]).keys() == {"zarr.json"}
+        assert location_of(web).read("shards/zarr.json") == (local / "zarr" / "shards" / "zarr.json").read_bytes()
+        assert location_of(web).present(["header.json", "manifest.json"]).keys() == {"manifest.json"}
 
 
 def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: Path) -> None:

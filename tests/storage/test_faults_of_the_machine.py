@@ -164,7 +164,7 @@ def test_a_file_system_without_links_holds_a_new_store(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "link", refuse)
     written = write_store(tmp_path, header(), [5])
     check_store(open_targets(tmp_path), written)
-    assert not location_of(tmp_path).write("zarr.json", b"another", replace=False)
+    assert not location_of(tmp_path).write("shards/zarr.json", b"another", replace=False)
     check_store(open_targets(tmp_path), written)
 
 
