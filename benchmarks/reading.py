@@ -190,7 +190,7 @@ def memmap_own(store: Path) -> None:
 
 
 def _large_files(store: Path) -> list[Path]:
-    files = [*store.glob("*/features/c/**/*"), *store.glob("*/view_bytes/c/*")]
+    files = [*store.glob("shards/*/features/c/**/*"), *store.glob("shards/*/view_bytes/c/*")]
     return sorted(path for path in files if path.is_file())
 
 
@@ -256,7 +256,7 @@ def _read_blocks(path: Path, samples: int) -> None:
 
 def _read_files(path: Path, samples: int) -> None:
     del samples
-    for file in sorted(path.glob("0*/**/*")):
+    for file in sorted(path.glob("shards/**/*")):
         if file.is_file():
             file.read_bytes()
 
@@ -269,7 +269,7 @@ def _load(path: Path, samples: int) -> None:
 
 
 def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None) -> np.ndarray[Any, Any]:
-    array = self._arrays[name]
+    array = self._arrays[name].zarr
     return np.asarray(array[start:stop] if view is None else array[view : view + 1, start:stop][0])
 
 

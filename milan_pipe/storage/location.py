@@ -142,6 +142,10 @@ class Location(ABC):
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file; fewer where it ends before."""
 
+    def read_memory(self, path: str, start: int, stop: int) -> memoryview:
+        """As `read_range`, into memory that can be written to, of large pages where that is cheaper."""
+        return memoryview(bytearray(self.read_range(path, start, stop)))
+
     @abstractmethod
     def open(self, path: str) -> IO[bytes]:
         """A seekable file to read from; a remote one is read ahead. Reading it raises as this does."""

@@ -29,16 +29,18 @@ def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
     Raises:
         ValueError: the index is damaged.
     """
-    index = np.frombuffer(end, np.uint8)[-chunks * ENTRY_BYTES - CRC_BYTES :]
+    index = memoryview(end)[-chunks * ENTRY_BYTES - CRC_BYTES :]
     if len(index) != chunks * ENTRY_BYTES + CRC_BYTES:
         raise ValueError(f"the index needs {chunks * ENTRY_BYTES + CRC_BYTES} bytes, found {len(index)}")
-    return _checked(index, "the index").view("<u8").reshape(chunks, 2)
+    return np.frombuffer(_checked(index, "the index"), "<u8").reshape(chunks, 2)
 
 
 def read_chunks(
-    read: Callable[[int, int], bytes], index: NDArray[np.uint64], first: int, last: int, chunk_bytes: int
+    read: Callable[[int, int], memoryview], index: NDArray[np.uint64], first: int, last: int, chunk_bytes: int
 ) -> NDArray[np.uint8]:
     """Chunks `first` to `last` - 1 of one file, (last - first, chunk_bytes); one that was not written is zeros.
+
+    Chunks that lie one behind the other, as they are written, are not copied.
 
     Args:
         read: gives the bytes of the file from one offset to another.
@@ -46,24 +48,30 @@ def read_chunks(
     Raises:
         ValueError: a checksum does not fit, or the index leads elsewhere.
     """
-    values = np.zeros((last - first, chunk_bytes), np.uint8)
     stride, entries = chunk_bytes + CRC_BYTES, index[first:last]
     rows = np.flatnonzero(entries[:, 0] != _ABSENT)
     if not len(rows):
-        return values
+        return np.zeros((last - first, chunk_bytes), np.uint8)
     if (entries[rows, 1] != stride).any():
         raise ValueError(f"a chunk has {entries[rows, 1].min()} to {entries[rows, 1].max()} bytes, expected {stride}")
     offsets = entries[rows, 0].tolist()
     begin, end = min(offsets), max(offsets) + stride
-    data = np.frombuffer(read(begin, end), np.uint8)
+    data = read(begin, end)
     if len(data) != end - begin:
         raise ValueError(f"the index leads to byte {end}, the file ends at {begin + len(data)}")
-    for row, offset in zip(rows.tolist(), offsets, strict=True):
-        values[row] = _checked(data[offset - begin : offset - begin + stride], f"chunk {first + row}")
+    chunks = [
+        _checked(data[offset - begin : offset - begin + stride], f"chunk {first + row}")
+        for row, offset in zip(rows.tolist(), offsets, strict=True)
+    ]
+    if offsets == list(range(begin, begin + (last - first) * stride, stride)):
+        return np.frombuffer(data, np.uint8).reshape(last - first, stride)[:, :-CRC_BYTES]
+    values = np.zeros((last - first, chunk_bytes), np.uint8)
+    for row, chunk in zip(rows.tolist(), chunks, strict=True):
+        values[row] = np.frombuffer(chunk, np.uint8)
     return values
 
 
-def _checked(data: NDArray[np.uint8], what: str) -> NDArray[np.uint8]:
-    if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:].tobytes(), "little"):
+def _checked(data: memoryview, what: str) -> memoryview:
+    if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
         raise ValueError(f"the checksum of {what} does not fit")
     return data[:-CRC_BYTES]

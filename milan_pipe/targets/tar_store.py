@@ -171,15 +171,14 @@ def _tar_name(view: int) -> str:
     return f"view-{view}.tar"
 
 
-def _members(block: bytes) -> Iterator[tuple[str, memoryview]]:
+def _members(block: memoryview) -> Iterator[tuple[str, memoryview]]:
     """Suffix and data of the members of a checked block: regular files, and GNU's names of more than 100 bytes."""
-    view = memoryview(block)
     position, long_name = 0, None
     while position < len(block):
-        header = block[position : position + tarfile.BLOCKSIZE]
+        header = bytes(block[position : position + tarfile.BLOCKSIZE])
         size = int(header[124:135], 8)
         position += tarfile.BLOCKSIZE
-        data = view[position : position + size]
+        data = block[position : position + size]
         position += size + -size % tarfile.BLOCKSIZE
         if header[156:157] == b"L":
             long_name = bytes(data).rstrip(b"\0")
@@ -236,7 +235,7 @@ class TarShard:
         name = _tar_name(view)
         table = self._record.blocks[name]
         (start, crc), (stop, _) = table[block], table[block + 1]
-        data = self._location.read_range(name, start, stop)
+        data = self._location.read_memory(name, start, stop)
         if len(data) != stop - start or crc32c(data) != crc:
             raise self._fail(f"{name} is damaged: bytes {start} to {stop} do not fit their crc32c")
         samples: list[dict[str, memoryview]] = []

@@ -222,6 +222,9 @@ class ZarrShardFiles:
                 views, samples, *tail = values.shape
                 shard_samples = -(-samples // BLOCK_SAMPLES) * BLOCK_SAMPLES
                 layout = {"chunks": (1, BLOCK_SAMPLES, *tail), "shards": (views, shard_samples, *tail)}
+            if name in _LARGE:
+                # Half precision does not shrink much, and every sample is read of these.
+                layout["compressors"] = [_CRC32C]
             self._create(name, shape=values.shape, dtype=str if name == "key" else values.dtype, **layout)
             self._put(name, ..., values)
         self._consolidate()
@@ -254,6 +257,29 @@ def _reads_of(location: Location) -> Iterator[Callable[..., Iterable[Any]]]:
         yield pool.map
 
 
+class _Array:
+    """An array and its layout, which zarr works out anew with each question: as long as a read takes.
+
+    Attributes:
+        file_shape: rows along each axis that lie in one file.
+        by_hand: chunks have a crc32c alone, which must be checked here.
+    """
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        self.zarr = array
+        self.shape, self.dtype = array.shape, array.dtype
+        self.chunks, self.file_shape = array.chunks, array.shards or array.chunks
+        self.by_hand = array.compressors == (_CRC32C,) and array.shards is not None
+
+    def files(self, start: int, stop: int, view: int | None) -> Iterator[tuple[str, int, int]]:
+        """Keys of the files that hold rows `start` to `stop`, and where in each they begin and end."""
+        position = [] if view is None else [view // self.file_shape[0]]
+        size, tail = self.file_shape[len(position)], [0] * (len(self.shape) - len(position) - 1)
+        for row in range(start // size, -(-stop // size)):
+            key = self.zarr.metadata.encode_chunk_key((*position, row, *tail))
+            yield key, max(start - row * size, 0), min(stop - row * size, size)
+
+
 class ZarrShard:
     """Arrays of one shard; the small ones are in memory."""
 
@@ -281,13 +307,13 @@ class ZarrShard:
             shapes["scale"] = (views, samples, header.tokens)
         names = [*shapes, "view_bytes"]
         with _reads_of(location) as together:
-            self._arrays: dict[str, zarr.Array[Any]] = dict(zip(names, together(self._open, names), strict=True))
+            self._arrays = dict(zip(names, together(self._open, names), strict=True))
             for name, expected in shapes.items():
                 if self._arrays[name].shape != expected:
                     raise self._fail(f"array {name!r} has shape {self._arrays[name].shape}, expected {expected}")
             self._small: dict[str, NDArray[Any]] = dict(zip(_SMALL, together(self._whole, _SMALL), strict=True))
 
-    def _open(self, name: str) -> zarr.Array[Any]:
+    def _open(self, name: str) -> _Array:
         metadata = self._checked_file(f"{name}/{GROUP_FILE}")
         with self._reading(name):
             if self._location.local is not None:
@@ -295,7 +321,7 @@ class ZarrShard:
             else:
                 store, folder = cast(Any, self._location).bucket
                 path = StorePath(ObjectStore(store, read_only=True), f"{folder}/{name}")
-            return zarr.Array.from_dict(path, json.loads(metadata))
+            return _Array(zarr.Array.from_dict(path, json.loads(metadata)))
 
     def _checked_file(self, path: str) -> bytes:
         file, data = self._record.files.get(path), self._location.read(path)
@@ -336,55 +362,50 @@ class ZarrShard:
             raise self._fail(f"array {name!r} is damaged ({what})") from error
 
     def _whole(self, name: str) -> NDArray[Any]:
-        array = self._arrays[name]
+        array = self._arrays[name].zarr
         path = f"{name}/{array.metadata.encode_chunk_key((0,) * array.ndim)}"
         self._identify(path)
         with self._reading(name, [path]):
             return np.asarray(array[...])
 
-    def _files(self, name: str, start: int, stop: int, view: int | None) -> Iterator[tuple[str, int, int]]:
-        """Paths of the files that hold rows `start` to `stop`, and where in each they begin and end."""
-        array = self._arrays[name]
-        file_shape = array.shards or array.chunks
-        position = [] if view is None else [view // file_shape[0]]
-        size, tail = file_shape[len(position)], [0] * (array.ndim - len(position) - 1)
-        for row in range(start // size, -(-stop // size)):
-            path = f"{name}/{array.metadata.encode_chunk_key((*position, row, *tail))}"
-            yield path, max(start - row * size, 0), min(stop - row * size, size)
-
     def _rows(self, name: str, start: int, stop: int, view: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
         array = self._arrays[name]
-        if array.compressors == (_CRC32C,):
+        if array.by_hand:
             return self._checked_rows(name, start, stop, view)
-        paths = [path for path, _, _ in self._files(name, start, stop, view)]
+        paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
         for path in paths:
             self._identify(path)
         # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
         rows = slice(start, stop) if view is None else (slice(view, view + 1), slice(start, stop))
         with self._reading(name, paths):
-            values = np.asarray(array[rows])
+            values: NDArray[Any] = np.asarray(array.zarr[rows])
         return values if view is None else values[0]
 
     def _checked_rows(self, name: str, start: int, stop: int, view: int | None) -> NDArray[Any]:
-        """Rows of an array whose chunks have a crc32c alone: one row of a view each, or several of an array (n,)."""
+        """Rows of an array whose chunks have a crc32c alone, each of some rows of one view, or of an array (n,)."""
         array, parts = self._arrays[name], []
         axis = 0 if view is None else 1
-        size, chunk = array.chunks[axis], array.chunks
-        if array.shards is None or (view is not None and chunk != (1, 1, *array.shape[2:])):
+        size, chunk, tail = array.chunks[axis], array.chunks, array.shape[axis + 1 :]
+        if chunk != (*(1,) * axis, size, *tail):
             raise self._fail(f"array {name!r} has a layout that this version does not read")
         chunk_bytes = math.prod(chunk) * array.dtype.itemsize
-        for path, first, last in self._files(name, start, stop, view):
+        # Of a file that holds several views, the chunks before this one's.
+        per_view = array.file_shape[axis] // size
+        before = 0 if view is None else view % array.file_shape[0] * per_view
+        for key, first, last in array.files(start, stop, view):
+            path = f"{name}/{key}"
             end = self._identify(path)
-            first, last = first // size, last // size
+            first, last = before + first // size, before - (-last // size)
             if not end:
                 parts.append(np.zeros((last - first, chunk_bytes), np.uint8))
                 continue
             with self._reading(name, [path]):
-                index = parse_index(end, array.shards[axis] // size)
-                parts.append(read_chunks(partial(self._location.read_range, path), index, first, last, chunk_bytes))
+                index = parse_index(end, per_view * math.prod(array.file_shape[:axis]))
+                parts.append(read_chunks(partial(self._location.read_memory, path), index, first, last, chunk_bytes))
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return values.reshape(-1).view(array.dtype).reshape(stop - start, *array.shape[axis + 1 :])
+        rows: NDArray[Any] = values.view(array.dtype).reshape(-1, *tail)
+        return rows[start % size :][: stop - start]
 
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
