@@ -19,18 +19,19 @@ from milan_pipe.interop.card import CARD, REPOSITORY, dataset_card
 from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
-from milan_pipe.targets import manifest, tar_store, zarr_store
-from milan_pipe.targets.store import open_targets, read_header
+from milan_pipe.targets import manifest
+from milan_pipe.targets.schema import SHARDS
+from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
 
 Kind = Literal["model", "dataset"]
 _FAILED: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, RuntimeError)
 # All of a store but its manifest, which goes last; an earlier one in the repository may have had other files.
 _OF_A_STORE = (
-    zarr_store.HEADER_FILE,
-    tar_store.HEADER_FILE,
+    *HEADER_FILES,
     manifest.BAD_SAMPLES,
     f"{manifest.FOLDER}/*.json",
-    "[0-9]*/*",
+    f"{SHARDS}/*",
+    "[0-9]*/*",  # of schema 2
 )
 
 

@@ -37,6 +37,7 @@ from milan_pipe.targets.schema import (
     StoreHeader,
     TargetBlock,
     TeacherInfo,
+    shard_path,
 )
 from milan_pipe.targets.store import TargetStoreWriter
 from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES
@@ -158,7 +159,8 @@ def estimate_store(
     """Write the sample into a store as `sample_store` does, and extrapolate to all images and views."""
     with sample_store(header, sample, encoded) as folder:
         sizes = location_of(folder).sizes()
-    of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{_SHARD}/")}
+    folder_of_shard = shard_path(header, _SHARD)
+    of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{folder_of_shard}/")}
     metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))
     record = sizes[f"{manifest.FOLDER}/{_SHARD}.json"]
     view_bytes = sum(of_shard.values()) - metadata
@@ -170,7 +172,8 @@ def estimate_store(
         record_bytes += _BLOCK_ENTRY_BYTES * blocks
     else:
         features, jpegs = (
-            [path for path in of_shard if path.startswith(f"{_SHARD}/{name}/c/")] for name in ("features", "view_bytes")
+            [path for path in of_shard if path.startswith(f"{folder_of_shard}/{name}/c/")]
+            for name in ("features", "view_bytes")
         )
         jpeg_bytes = sum(len(image.jpegs[0]) for image in sample.rendered)
         jpeg_files = ceil(per_shard * views * jpeg_bytes / len(sample.rendered) / VIEW_SHARD_BYTES)

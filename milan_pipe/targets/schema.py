@@ -17,7 +17,8 @@ from milan_pipe.errors import MismatchError
 
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (2, 3)
-_SHARDS = "shards"
+SHARDS = "shards"
+"""Folder of a store with a folder for each shard; in format zarr a group, below which nothing else lies."""
 
 _MOST_SHOWN = 80
 
@@ -130,7 +131,7 @@ class StoreHeader(Settings):
 
 def shard_path(header: StoreHeader, name: str) -> str:
     """Where a shard's files lie in its store; beside the header, in stores of schema 2."""
-    return f"{_SHARDS}/{name}" if header.schema_version > 2 else name
+    return f"{SHARDS}/{name}" if header.schema_version > 2 else name
 
 
 def _short(value: object) -> str:

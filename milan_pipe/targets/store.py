@@ -23,6 +23,7 @@ from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
     BLOCK_SAMPLES,
     READABLE_VERSIONS,
+    SHARDS,
     FileRecord,
     OpenShard,
     ShardFiles,
@@ -37,8 +38,8 @@ from milan_pipe.targets.schema import (
 from milan_pipe.units import some
 
 _HEADER = "milan_pipe"
-# Of format zarr, of format webdataset, and of format zarr in schema 2.
-_HEADER_FILES = ("shards/zarr.json", "header.json", "zarr.json")
+HEADER_FILES = (f"{SHARDS}/zarr.json", "header.json", "zarr.json")
+"""Of format zarr, of format webdataset, and of format zarr in schema 2."""
 # Blocks are read in random order over the shards: with one open shard, nearly every block would open one anew.
 _OPEN_SHARDS = 32
 _MOST_NAMED = 10
@@ -75,7 +76,7 @@ def read_header(location: Location) -> StoreHeader | None:
 
 
 def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
-    for name in _HEADER_FILES:
+    for name in HEADER_FILES:
         try:
             data = location.read(name)
         except MissingError:
@@ -385,7 +386,7 @@ def open_targets(where: str | Path) -> TargetStore:
         advice = f"write targets with `{manifest.extract_command(location)}`"
         if location.local is None or not location.local.is_dir():
             raise MissingError(f"{location} is not there; {advice}")
-        names = f"neither {_HEADER_FILES[0]} nor {_HEADER_FILES[1]}"
+        names = f"neither {HEADER_FILES[0]} nor {HEADER_FILES[1]}"
         raise DataError(f"{location} is not a target store: it has {names}; {advice}")
     found = manifest.read_manifest(location)
     if found is not None:

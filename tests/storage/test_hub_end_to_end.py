@@ -102,7 +102,7 @@ def test_a_store_at_the_root_of_its_repository_has_a_card_beside_it(hub: Hub, pr
     card.write_text("---\nlicense: mit\n---\n")
     hub.commit(DATA, {**files, "README.md": card, ".gitattributes": card})
     assert api.verify_targets(f"hf://{DATA}").problems == ()
-    broken = {**files, "000000/features/c/0/0/0/0": files["000001/features/c/0/0/0/0"]}
+    broken = {**files, "shards/000000/features/c/0/0/0/0": files["shards/000001/features/c/0/0/0/0"]}
     hub.commit(DATA, broken)
     (problem, *_) = api.verify_targets(f"hf://{DATA}").problems
     assert problem.repair == "milan-pipe extract-targets IMAGES TARGETS --redo 000000"
@@ -113,14 +113,14 @@ def test_a_store_at_the_root_of_its_repository_has_a_card_beside_it(hub: Hub, pr
 
 def refused(hub: Hub, status: int, code: str) -> None:
     hub.behave(refuse={DATA: (status, code)})
-    location_of(TARGETS).read("zarr.json")
+    location_of(TARGETS).read("shards/zarr.json")
 
 
 def gated_files(hub: Hub) -> None:
     location = location_of(TARGETS)
     location.sizes()
     hub.behave(refuse={DATA: (403, "GatedRepo")})
-    location.read("zarr.json")
+    location.read("shards/zarr.json")
 
 
 def no_token(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def no_token(_: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(f"http://127.0.0.1:{free_port()}", hub.folder, monkeypatch)
-    location_of(TARGETS).read("zarr.json")
+    location_of(TARGETS).read("shards/zarr.json")
 
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -138,8 +138,8 @@ MESSAGES: dict[str, tuple[Callable[..., object], type[Exception], str]] = {
     "gated": (lambda hub: refused(hub, 403, "GatedRepo"), StoreError,
               f"repository {DATA} is gated: accept its terms at http://.../{DATA} and {LOGIN}"),
     "gated files": (gated_files, StoreError,
-                    f"{TARGETS}/zarr.json cannot be read: ... answered 403 Forbidden; accept its terms on its page, "
-                    "and log in with `hf auth login` or set HF_TOKEN"),
+                    f"{TARGETS}/shards/zarr.json cannot be read: ... answered 403 Forbidden; accept its terms on its "
+                    "page, and log in with `hf auth login` or set HF_TOKEN"),
     "no token": (no_token, StoreError,
                  f"http://... has no repository {DATA}, or keeps it private: check the name, or {LOGIN}"),
     "refused": (lambda hub: refused(hub, 401, ""), StoreError,
