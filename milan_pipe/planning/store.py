@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import ceil
 from pathlib import Path
 
@@ -171,9 +172,9 @@ def estimate_store(
         files = views
         record_bytes += _BLOCK_ENTRY_BYTES * blocks
     else:
-        features, jpegs = (
+        features, jpegs, *padded = (
             [path for path in of_shard if path.startswith(f"{folder_of_shard}/{name}/c/")]
-            for name in ("features", "view_bytes")
+            for name in ("features", "view_bytes", "scale", "attention")
         )
         jpeg_bytes = sum(len(image.jpegs[0]) for image in sample.rendered)
         jpeg_files = ceil(per_shard * views * jpeg_bytes / len(sample.rendered) / VIEW_SHARD_BYTES)
@@ -181,6 +182,11 @@ def estimate_store(
         # Rendered views end in a chunk that is half empty on the average, whatever their number.
         view_bytes -= sum(of_shard[path] for path in jpegs) - jpeg_bytes
         shard_bytes += VIEW_CHUNK_BYTES // 2
+        # Whole blocks, whatever the last one holds.
+        missing = -len(sample.rendered) % BLOCK_SAMPLES
+        row = sum(of_shard[path] for path in chain(*padded)) / (len(sample.rendered) + missing)
+        view_bytes -= row * missing
+        shard_bytes += row * views * (ceil(per_shard / BLOCK_SAMPLES) * BLOCK_SAMPLES - per_shard)
     record_bytes += _FILE_ENTRY_BYTES * (files - len(of_shard))
     per_view = view_bytes / len(sample.rendered)
     store_bytes = sum(sizes.values()) - sum(of_shard.values()) - record
