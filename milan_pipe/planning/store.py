@@ -164,7 +164,7 @@ def estimate_store(
     of_shard = {path: size for path, size in sizes.items() if path.startswith(f"{folder_of_shard}/")}
     metadata = sum(size for path, size in of_shard.items() if path.endswith("/zarr.json"))
     record = sizes[f"{manifest.FOLDER}/{_SHARD}.json"]
-    view_bytes = sum(of_shard.values()) - metadata
+    view_bytes = float(sum(of_shard.values()) - metadata)
     views, per_shard = header.views.count, images.total / images.shards
     blocks = views * ceil(per_shard / BLOCK_SAMPLES)
     shard_bytes, record_bytes = float(metadata), float(record)

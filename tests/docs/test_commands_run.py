@@ -57,6 +57,7 @@ ELSEWHERE = {
     "dvc ": ("tests/docs/test_commands_run.py", "test_dvc_runs_as_the_pages_say"),
     "milan-pipe demo": ("tests/cli/test_doctor_and_demo.py", "test_demo_runs_every_stage_and_goes_on"),
     "sbatch examples/slurm/": ("tests/project/test_front_door.py", "test_the_scripts_of_slurm_run_all_stages"),
+    "milan-pipe convert-targets targets tars ": ("tests/docs/test_docs.py", "both_formats"),
     "milan-pipe replay ": ("tests/pretraining/test_replay.py", "replay"),
     "dask scheduler": ("tests/extraction/test_cluster.py", "test_workers_join_and_leave"),
     "dask worker tcp": ("tests/extraction/test_cluster.py", "test_workers_join_and_leave"),

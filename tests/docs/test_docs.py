@@ -15,8 +15,9 @@ import pytest
 import typer.main
 import yaml
 from support.pages import PAGES, ROOT, blocks, shell_lines
-from support.project import params_file
+from support.project import SETTINGS, Project, params_file
 
+from milan_pipe import api
 from milan_pipe.cli import app
 from milan_pipe.config.params import load_params
 
@@ -111,6 +112,30 @@ def test_every_page_is_in_the_navigation() -> None:
         return [name for part in (entry.values() if isinstance(entry, dict) else entry) for name in names(part)]
 
     assert sorted(names(config["nav"])) == sorted(page.name for page in PAGES[1:])
+
+
+@pytest.fixture(scope="module")
+def both_formats(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `targets` and `tars`, as the page of other readers has them."""
+    folder = tmp_path_factory.mktemp("reading")
+    api.extract_targets(project.images[0], folder / "targets", load_params(None, [*SETTINGS, "codec.name=int8"]))
+    api.convert_targets(folder / "targets", folder / "tars", format="webdataset")
+    return folder
+
+
+READERS = [block.text for block in blocks(ROOT / "docs" / "reading.md", "python")]
+
+
+@pytest.mark.parametrize("code", READERS, ids=["webdataset", "zarr", "xarray and Dask", "PyTorch"])
+def test_other_libraries_read_a_store_without_a_warning(both_formats: Path, code: str) -> None:
+    (both_formats / "page.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning", "page.py"],
+        capture_output=True, text=True, check=False, cwd=both_formats,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "128" in done.stdout
+    assert "milan_pipe" not in code.replace('"milan_pipe"', "")
 
 
 def test_the_python_page_runs_as_a_script(tmp_path: Path) -> None:
