@@ -94,8 +94,9 @@ def test_a_store_is_read_where_it_was_pushed(hub: Hub, project: Project, tmp_pat
         api.convert_targets(project.targets, tmp_path / "tars", format="webdataset")
         store = tmp_path / "tars"
     # Of an earlier store, and not of this one.
-    (hub.folder / "datasets" / DATA / "000007").mkdir(parents=True)
-    (hub.folder / "datasets" / DATA / "000007" / "view-0.tar").write_bytes(b"\0")
+    for stray in ("000007/view-0.tar", "shards/000007/zarr.json"):
+        (hub.folder / "datasets" / DATA / stray).parent.mkdir(parents=True)
+        (hub.folder / "datasets" / DATA / stray).write_bytes(b"\0")
     report = api.push(store, DATA)
     assert tree(url) == {**tree(store), "README.md": report.card.encode()}
     assert api.verify_targets(url).problems == ()
