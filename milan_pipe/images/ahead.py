@@ -6,12 +6,22 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from milan_pipe.errors import DataError
-from milan_pipe.images.tar import OnBad, Sample
+from milan_pipe.images.tar import OnBad
 
 T = TypeVar("T")
+
+
+class Keyed(Protocol):
+    """An image that has a key."""
+
+    @property
+    def key(self) -> str: ...
+
+
+S = TypeVar("S", bound=Keyed)
 
 
 def thread_count(threads: int) -> int:
@@ -22,7 +32,7 @@ def thread_count(threads: int) -> int:
 
 
 def decoded_ahead(
-    samples: Iterable[Sample], decode: Callable[[Sample], T], threads: int, ahead: int, on_bad: OnBad
+    samples: Iterable[S], decode: Callable[[S], T], threads: int, ahead: int, on_bad: OnBad
 ) -> Iterator[T]:
     """`decode` of each sample, in the order of `samples` whatever the number of threads.
 

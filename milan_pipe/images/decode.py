@@ -19,6 +19,17 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
+_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def stored_suffix(data: bytes) -> str:
+    """The suffix, of `IMAGE_SUFFIXES`, of an encoded image; raises DataError where it is of another format."""
+    with _opened(data) as image:
+        if image.format not in _STORED:
+            raise DataError(f"images of type {image.format} are not read; convert to {', '.join(_STORED.values())}")
+        return _STORED[image.format]
+
+
 def decode_image(data: bytes) -> Image.Image:
     """The image of `decode_pixels`, for Pillow's operations, as Pillow decodes it: sooner than from those pixels."""
     with _opened(data) as image, _plain_errors():

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.images import prepare as prepare_module
+from milan_pipe.images import source_demo
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import files_under
 from milan_pipe.images.index import PREPARE_MARKER, read_index
@@ -262,7 +262,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path: Path, m
                 raise _Killed
             return render_scene(seed, index)
 
-        monkeypatch.setattr(prepare_module, "render_scene", render)
+        monkeypatch.setattr(source_demo, "render_scene", render)
         with pytest.raises(_Killed):
             prepare("demo", out, SMALL, workers=1)
         assert (out / PREPARE_MARKER).exists()
@@ -311,7 +311,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="No space left"):
         prepare("demo", tmp_path / "out", SMALL, workers=1)
     monkeypatch.undo()

@@ -1,0 +1,207 @@
+"""The rows of parquet, CSV and TSV files, from any of them on, without holding a file in memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from milan_pipe.errors import DataError, MilanError, one_line
+from milan_pipe.extras import needs
+from milan_pipe.images.files import suffix_of
+from milan_pipe.images.shards import ShardFile
+
+TABLE_SUFFIXES = ("parquet", "csv", "tsv")
+
+# Rows with encoded images are large.
+_ROWS_AT_ONCE = 16
+_READ_AHEAD = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a table says of its columns.
+
+    Attributes:
+        columns: what each holds, by name: `bytes` (an encoded image, plain or as the hub keeps it), `text`, `texts`
+            (lists), `number` or `other`.
+        class_names: of columns whose labels are numbers with names, as the hub keeps them.
+    """
+
+    columns: Mapping[str, str]
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Neighbouring rows of a file.
+
+    Attributes:
+        first: number of the first one, from 0.
+        offset: byte that it begins at in a file of lines.
+    """
+
+    file: ShardFile
+    first: int
+    count: int
+    offset: int = 0
+
+
+def read_header(file: ShardFile) -> Header:
+    """The columns of a table; raises DataError where it cannot be read as what its suffix says."""
+    if not _is_parquet(file):
+        with _reading(file), file.open() as stream:
+            return Header(columns=dict.fromkeys(_Lines(file, stream).names, "text"))
+    with _parquet(file) as opened:
+        schema = opened.schema_arrow
+        columns = {column.name: _kind(column.type) for column in schema}
+        return Header(columns=columns, class_names=_class_names(schema.metadata or {}))
+
+
+def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list[Rows], set[Any]]:
+    """The rows of a file in parts of `step`, and the values of the column `label`; raises DataError as `read_header`."""
+    values: set[Any] = set()
+    if _is_parquet(file):
+        with _parquet(file) as opened:
+            total = opened.metadata.num_rows
+            if label is not None:
+                for batch in opened.iter_batches(columns=[label], use_threads=False):
+                    values.update(batch.column(0).unique().to_pylist())
+        return [Rows(file=file, first=first, count=min(step, total - first)) for first in range(0, total, step)], values
+    parts: list[Rows] = []
+    with _reading(file), file.open() as stream:
+        lines = _Lines(file, stream)
+        first, offset, number = 0, lines.bytes, 0
+        for number, row in enumerate(lines.rows(), 1):
+            if label is not None:
+                values.add(row.get(label))
+            if number - first == step:
+                parts.append(Rows(file=file, first=first, count=step, offset=offset))
+                first, offset = number, lines.bytes
+    if number > first:
+        parts.append(Rows(file=file, first=first, count=number - first, offset=offset))
+    return parts, values
+
+
+def read_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Values by column of each row; raises DataError where the file is damaged, StoreError where it is out of reach."""
+    return _parquet_rows(rows, columns) if _is_parquet(rows.file) else _lines_rows(rows)
+
+
+def _is_parquet(file: ShardFile) -> bool:
+    return suffix_of(file.name) == "parquet"
+
+
+@contextmanager
+def _reading(file: ShardFile) -> Iterator[None]:
+    try:
+        yield
+    except MilanError:
+        raise
+    # pyarrow raises ValueError, OSError, NotImplementedError and its own kinds for files that are damaged.
+    except Exception as error:
+        raise DataError(f"{file} cannot be read as {suffix_of(file.name)}: {one_line(error)}; copy it again") from error
+
+
+# --- parquet ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _parquet(file: ShardFile) -> Iterator[Any]:
+    with needs("hub", "reading parquet files"):
+        from pyarrow.parquet import ParquetFile
+    with (
+        _reading(file),
+        file.open() as stream,
+        ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as opened,
+    ):
+        yield opened
+
+
+def _kind(of: Any) -> str:
+    from pyarrow import types
+
+    if types.is_struct(of):
+        names = {of.field(number).name: of.field(number).type for number in range(of.num_fields)}
+        return "bytes" if "bytes" in names and _kind(names["bytes"]) == "bytes" else "other"
+    if types.is_dictionary(of):
+        return _kind(of.value_type)
+    if types.is_list(of) or types.is_large_list(of):
+        return "texts" if _kind(of.value_type) == "text" else "other"
+    kinds = {
+        "bytes": (types.is_binary, types.is_large_binary),
+        "text": (types.is_string, types.is_large_string, types.is_null),
+        "number": (types.is_integer, types.is_floating),
+    }
+    return next((kind for kind, tests in kinds.items() if any(test(of) for test in tests)), "other")
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """Names of classes by column, as the library `datasets` writes them beside a schema; none where they are damaged."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            name: tuple(map(str, feature["names"]))
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    skip, left = rows.first, rows.count
+    with _parquet(rows.file) as opened:
+        for group in range(opened.metadata.num_row_groups):
+            held = opened.metadata.row_group(group).num_rows
+            if skip >= held:
+                skip -= held
+                continue
+            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=list(columns), use_threads=False)
+            for batch in batches:
+                wanted = batch.slice(skip, left)
+                skip, left = max(0, skip - batch.num_rows), left - wanted.num_rows
+                yield from wanted.to_pylist()
+                if not left:
+                    return
+
+
+# --- lines --------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """The rows of a CSV or TSV file, whose first line names its columns.
+
+    Attributes:
+        bytes: that the rows so far have taken.
+    """
+
+    def __init__(self, file: ShardFile, stream: IO[bytes], names: Sequence[str] = (), offset: int = 0) -> None:
+        self._stream, self.bytes = stream, offset
+        stream.seek(offset)
+        separator = "\t" if suffix_of(file.name) == "tsv" else ","
+        self._reader = csv.reader(self._texts(), delimiter=separator, strict=True)
+        self.names = names or next(self._reader, [])
+
+    def _texts(self) -> Iterator[str]:
+        for line in self._stream:
+            # Some programs begin a file with a mark of its encoding.
+            text = line.decode("utf-8" if self.bytes else "utf-8-sig")
+            self.bytes += len(line)
+            yield text
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        for values in self._reader:
+            if values:
+                yield dict(zip(self.names, values, strict=False))
+
+
+def _lines_rows(rows: Rows) -> Iterator[dict[str, Any]]:
+    with _reading(rows.file), rows.file.open() as stream:
+        names = _Lines(rows.file, stream).names
+        lines = _Lines(rows.file, stream, names, rows.offset).rows()
+        for _, row in zip(range(rows.count), lines, strict=False):
+            yield row
