@@ -54,7 +54,7 @@ def _ignore(*_: object) -> None:
 
 
 def prepare(source: Where, images: Where, params: Params = DEFAULT, *, on_progress: OnCount = _ignore) -> PrepareReport:
-    """Write webdataset shards and an index from `demo` or a folder of images; see `milan_pipe.images.prepare`."""
+    """Write webdataset shards and an index from images of any source; see `milan_pipe.images.prepare`."""
     from milan_pipe.images.prepare import prepare
 
     return prepare(source, images, params.prepare, on_progress)

@@ -14,7 +14,9 @@ from milan_pipe.units import size
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="`demo`, or a folder of images.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="`demo`, a folder of images, parquet files, or a list.")
+    ],
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="Local folder for the shards.")],
     params: ParamsOption = None,
     overrides: SetOption = None,
@@ -23,7 +25,9 @@ def prepare(
     """Pack images into webdataset shards with an index.
 
     SOURCE `demo` renders the built-in captioned scenes (splits train and test). A folder may be flat, hold one
-    subfolder per class, or hold train/ val/ test/ folders of either kind. Images are stored as they are.
+    subfolder per class, or hold train/ val/ test/ folders of either kind. Parquet files (a folder of them, a glob, a
+    URL) have bytes of images, as the hub's datasets do; or they are lists, as CSV and TSV files: a column of paths or
+    URLs, and labels and captions where there are. Images are stored as they are.
 
     Example: milan-pipe prepare ~/photos data/images
     """

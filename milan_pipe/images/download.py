@@ -19,6 +19,7 @@ MAX_DOWNLOADED_BYTES = 2**25
 """Size in bytes above which what a URL leads to is refused."""
 
 _TRIES = 3
+_FIRST_WAIT = 0.5
 _PIECE = 2**16
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
@@ -54,7 +55,7 @@ def download(url: str, seconds: float) -> bytes:
         except _BusyError as error:
             if not left:
                 raise DataError(f"{error} (tried {_TRIES} times)") from None
-            time.sleep(0.5 * 2 ** (_TRIES - 1 - left))
+            time.sleep(_FIRST_WAIT * 2 ** (_TRIES - 1 - left))
     raise AssertionError
 
 

@@ -106,8 +106,8 @@ def prepare(
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
             (images / BAD_SAMPLES_NAME).write_text(lines, encoding="utf-8", newline="\n")
         if shards:
-            names = {"classes": found.classes, "mask_classes": found.mask_classes}
-            write_index(images, ImageIndex(source=found.described, shards=tuple(shards), **names))
+            index = ImageIndex(source=found.described, classes=found.classes, shards=tuple(shards))
+            write_index(images, index.model_copy(update={"mask_classes": found.mask_classes}))
         (images / PREPARE_MARKER).unlink()
     except MilanError:
         raise
@@ -149,8 +149,8 @@ def _no_source(source: str | Path) -> MilanError:
     root = Path(source)
     if is_url(source):
         return DataError(
-            f"source {without_secrets(str(source))} is a URL, expected a local folder of images, or parquet files, which may lie anywhere; "
-            "copy the images to a disk. Shards in a bucket are used as images without `prepare`"
+            f"source {without_secrets(str(source))} is a URL, expected a local folder of images, or parquet files, "
+            "which may lie anywhere; copy the images to a disk. Shards in a bucket are used as images without `prepare`"
         )
     if root.is_dir():
         return DataError(_what_else(root))

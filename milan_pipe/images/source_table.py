@@ -242,8 +242,8 @@ def _columns(file: ShardFile, header: Header, settings: PrepareSettings) -> _Col
     image = image or _named(with_text, _IMAGE_NAMES)
     if image is None or kinds[image] not in ("bytes", "text"):
         raise DataError(
-            f"{file} has no column of images among {some(list(kinds), 12) or 'none at all'}; expected bytes of images, as "
-            "in `image`, or their paths or URLs, as in `path` or `url`: name it with prepare.image_column"
+            f"{file} has no column of images among {some(list(kinds), 12) or 'none at all'}; expected bytes of images, "
+            "as in `image`, or their paths or URLs, as in `path` or `url`: name it with prepare.image_column"
         )
     others = [name for name in kinds if name != image]
     label = settings.label_column or _named(others, _LABEL_NAMES) or _only(file, "label", list(header.class_names))

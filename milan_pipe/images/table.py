@@ -16,8 +16,7 @@ from milan_pipe.images.shards import ShardFile
 
 TABLE_SUFFIXES = ("parquet", "csv", "tsv")
 
-# Rows with encoded images are large.
-_ROWS_AT_ONCE = 16
+_BYTES_AT_ONCE = 2**23
 _READ_AHEAD = 2**20
 
 
@@ -62,7 +61,7 @@ def read_header(file: ShardFile) -> Header:
 
 
 def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list[Rows], set[Any]]:
-    """The rows of a file in parts of `step`, and the values of the column `label`; raises DataError as `read_header`."""
+    """The rows of a file in parts of `step`, and the values of the column `label`; raises as `read_header`."""
     values: set[Any] = set()
     if _is_parquet(file):
         with _parquet(file) as opened:
@@ -140,7 +139,7 @@ def _kind(of: Any) -> str:
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """Names of classes by column, as the library `datasets` writes them beside a schema; none where they are damaged."""
+    """Names of classes by column, as the library `datasets` writes them beside a schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
@@ -156,12 +155,12 @@ def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]
     skip, left = rows.first, rows.count
     with _parquet(rows.file) as opened:
         for group in range(opened.metadata.num_row_groups):
-            held = opened.metadata.row_group(group).num_rows
+            size, held = opened.metadata.row_group(group).total_byte_size, opened.metadata.row_group(group).num_rows
             if skip >= held:
                 skip -= held
                 continue
-            batches = opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=list(columns), use_threads=False)
-            for batch in batches:
+            at_once = max(1, min(held, _BYTES_AT_ONCE * held // max(size, 1)))
+            for batch in opened.iter_batches(at_once, row_groups=[group], columns=list(columns), use_threads=False):
                 wanted = batch.slice(skip, left)
                 skip, left = max(0, skip - batch.num_rows), left - wanted.num_rows
                 yield from wanted.to_pylist()

@@ -282,7 +282,7 @@ def _sample_of(group: _Group) -> Sample:
         label = _checked_label(int(text), "cls")
     if "txt" in group.parts:
         try:
-            caption = group.parts["txt"].decode()
+            caption = group.parts["txt"].decode() or caption
         except UnicodeDecodeError:
             raise DataError("txt is not UTF-8") from None
     return Sample(key=group.key, data=group.data, label=label, caption=caption, image=group.image, mask=group.mask)

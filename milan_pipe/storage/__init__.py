@@ -1,6 +1,7 @@
 """Folders of files on a local disk or in an object store, behind one small interface."""
 
 from milan_pipe.storage.location import (
+    SCHEMES,
     SCRATCH,
     Listing,
     Location,
@@ -13,6 +14,6 @@ from milan_pipe.storage.location import (
 )
 
 __all__ = [
-    "SCRATCH", "Listing", "Location", "is_url", "local_folder", "location_of", "require_writable", "split_root",
-    "split_url",
+    "SCHEMES", "SCRATCH", "Listing", "Location", "is_url", "local_folder", "location_of", "require_writable",
+    "split_root", "split_url",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -41,7 +43,13 @@ GIVEN = {
 }
 MADE = {
     "README.md": ("targets/manifest.json", "looks/index.html", "vit-milan/config.json", "report.html", "tuned/best"),
-    "own-images.md": ("looks/index.html", "guesses/index.html", "vit/config.json", "report.html"),
+    "own-images.md": (
+        "from-list/index.json",
+        "looks/index.html",
+        "guesses/index.html",
+        "vit/config.json",
+        "report.html",
+    ),
     "report.md": ("extraction.json", "looks/scene-0000000012.png"),
 }
 # Lines that other tests run: which, and by what name. Those of `slow` are run by `pytest -m slow`.
@@ -137,6 +145,10 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (here / f"images-{split}").mkdir()
         for shard in (project.root / "images").glob(f"{'test' if split == 'val' else split}-*"):
             shutil.copy(shard, here / f"images-{split}")
+    (here / "dataset").mkdir()
+    pictures = [path.read_bytes() for path in sorted((here / "photos" / "train").rglob("*.jpg"))]
+    pq.write_table(pa.table({"image": pictures}), here / "dataset" / "train-00000-of-00001.parquet")
+    (here / "photos.csv").write_text("path,caption\nphotos/train/cat/cat-0.jpg,a cat\n")
     (here / "own" / "classes.txt").write_text("ground\nthing\n")
     (here / "classes.txt").write_text("ground\nthing\n")
     (here / "params.yaml").write_text(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.images import png, write_tar
 from support.messages import Case, require_message
 
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.errors import DataError, LabelError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, read_index, write_index
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
@@ -77,6 +80,29 @@ def pack_two_sources() -> None:
     pack("two", "two/a.png")
 
 
+def table(*names: str, into: str = "a.parquet", **columns: object) -> None:
+    """Prepare from a parquet file of these columns, and copies of it."""
+    for name in (into, *names):
+        pq.write_table(pa.table(columns), name)
+    pack(into)
+
+
+def listed(text: str, name: str = "a.csv", **settings: object) -> None:
+    """Prepare from a list of this text."""
+    Path(name).write_text(text)
+    prepare(name, "out", PrepareSettings(**settings), workers=1)  # type: ignore[arg-type]
+
+
+def classes_that_differ() -> None:
+    for name, classes in (("a", ["x"]), ("b", ["y"])):
+        features = {"label": {"names": classes, "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        rows = pa.table({"image": [PNG], "label": [0]}).replace_schema_metadata(metadata)
+        Path("in").mkdir(exist_ok=True)
+        pq.write_table(rows, f"in/{name}.parquet")
+    pack("in")
+
+
 def index(change: Callable[[str], str]) -> None:
     write_index(Path(), ImageIndex(shards=(), classes=None, source={}))
     Path("index.json").write_text(change(Path("index.json").read_text()))
@@ -85,7 +111,8 @@ def index(change: Callable[[str], str]) -> None:
 
 NO_TAR = "a.tar is not a plain tar file (a compressed one must be unpacked first)"
 BRACES = "are not understood; expected {000000..000127} or {train,test}"
-FILE = "is a file, expected a folder of images or the word 'demo'"
+SOURCE = "a folder of images, parquet files, a list of images (.csv, .tsv) or the word 'demo'"
+FILE = f"is a file, expected {SOURCE}"
 CASES: dict[str, Case] = {
     # Shards that are read.
     "shard missing": (lambda: read("a.tar"), MissingError, "shard a.tar is not there"),
@@ -201,7 +228,7 @@ CASES: dict[str, Case] = {
     "no source": (
         lambda: pack("gone"),
         MissingError,
-        "source 'gone' is not there; give a folder of images, or the word 'demo'",
+        f"source 'gone' is not there; give {SOURCE}",
     ),
     "empty source": (
         lambda: (Path("in").mkdir(), pack("in")),
@@ -211,7 +238,8 @@ CASES: dict[str, Case] = {
     "source without images": (
         lambda: pack("in", "in/sub/x.csv"),
         DataError,
-        "source in holds no images; found 1 other files, as sub/x.csv; expected jpg, jpeg, png, webp",
+        "source in holds no images; found 1 other files, as sub/x.csv; expected jpg, jpeg, png, webp; is "
+        "sub/x.csv the list of images? Name it as the source",
     ),
     "source of shards": (
         lambda: pack("in", "in/a.tar"),
@@ -258,6 +286,82 @@ CASES: dict[str, Case] = {
         pack_two_sources,
         MismatchError,
         "out holds shards of one, the source is two; choose another folder, or delete this one",
+    ),
+    # `prepare` from tables.
+    "table without images": (
+        lambda: table(text=["a"], number=[1]),
+        DataError,
+        "a.parquet has no column of images among text, number; expected bytes of images, as in `image`, or their paths "
+        "or URLs, as in `path` or `url`: name it with prepare.image_column",
+    ),
+    "column of images that is none": (
+        lambda: listed("a,b\n1,2\n", image_column="c"),
+        SettingError,
+        "prepare.image_column is 'c', a.csv has the columns a, b",
+    ),
+    "several columns of images": (
+        lambda: table(left=[PNG], right=[PNG]),
+        DataError,
+        "a.parquet has several columns of images, left, right; choose with prepare.image_column",
+    ),
+    "no parquet": (
+        lambda: pack("a.parquet", "a.parquet"),
+        DataError,
+        "a.parquet cannot be read as parquet: ...; copy it again",
+    ),
+    "parquet without rows": (
+        lambda: table(image=pa.array([], pa.binary())),
+        DataError,
+        "source a.parquet has no rows; expected one for each image",
+    ),
+    "empty list": (
+        lambda: listed(""),
+        DataError,
+        "a.csv has no column of images among none at all; expected bytes of images, as in `image`, or their paths or "
+        "URLs, as in `path` or `url`: name it with prepare.image_column",
+    ),
+    "list of a header": (
+        lambda: listed("url\n"),
+        DataError,
+        "source a.csv has no rows; expected one for each image",
+    ),
+    "list of another encoding": (
+        lambda: (Path("a.csv").write_bytes(b"url\n\xff\n"), prepare("a.csv", "out", PrepareSettings(), workers=1)),
+        DataError,
+        "a.csv cannot be read as csv: ...; copy it again",
+    ),
+    "label that is a fraction": (
+        lambda: table(image=[PNG], label=[0.5]),
+        LabelError,
+        "a.parquet: '0.5' in column label is no label; expected whole numbers from 0, names, or nothing (-1) where "
+        "there is none",
+    ),
+    "negative label": (
+        lambda: table(image=[PNG], label=[-2]),
+        LabelError,
+        "a.parquet: '-2' in column label is no label; expected whole numbers from 0, names, or nothing (-1) where "
+        "there is none",
+    ),
+    "other classes": (
+        classes_that_differ,
+        DataError,
+        "in/b.parquet has other classes than in/a.parquet; prepare them one by one, or correct one",
+    ),
+    "list of what is nowhere": (
+        lambda: listed("path\ngone.png\n"),
+        DataError,
+        "none of the 1 images in a.csv can be read; the first is gone.png: cannot be read: No such file or directory",
+    ),
+    "list elsewhere": (
+        lambda: pack("ftp://host/a.csv"),
+        SettingError,
+        "ftp://host cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host",
+    ),
+    "folder on a web server": (
+        lambda: pack("https://127.0.0.1:9/images"),
+        DataError,
+        "source https://127.0.0.1:9/images is a URL, expected a local folder of images, or parquet files, which may "
+        "lie anywhere; copy the images to a disk. Shards in a bucket are used as images without `prepare`",
     ),
     # index.json.
     "no index": (

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.hub import Hub, hub_of, use_hub
 from support.messages import Case, require_message
@@ -16,6 +18,7 @@ from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, MissingError, SettingError, StoreError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.tar import read_shard
 from milan_pipe.storage import location_of
 from milan_pipe.training.checkpoint import open_checkpoint
 
@@ -65,6 +68,18 @@ def test_images(hub: Hub, project: Project, tmp_path: Path) -> None:
         expand_shards(f"hf://{DATA}")
     with pytest.raises(DataError, match="shards"):
         expand_shards(TARGETS)
+
+
+def test_parquet_files_are_prepared(hub: Hub, project: Project, tmp_path: Path) -> None:
+    """A folder of a private repository in the form in which most data sets are there."""
+    shard = images_of(project)[0]
+    found = [sample.data for sample in read_shard(shard, lambda *_: None)]
+    pq.write_table(pa.table({"image": found}), tmp_path / "data.parquet")
+    offer(hub, {"data": tmp_path})
+    report = api.prepare(f"hf://{DATA}/data", tmp_path / "images", project.params)
+    assert report.samples == len(found)
+    packed = [path for path in (tmp_path / "images").iterdir() if hub.token in path.read_text(errors="replace")]
+    assert not packed
 
 
 def images_of(project: Project) -> list[Path]:

@@ -1,0 +1,374 @@
+"""Preparing from parquet files with images and from lists: the hub's form, paths, URLs, and what is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from support import processes
+from support.images import image, png
+from support.web import Web, send, web_server
+
+from milan_pipe.config.images import PrepareSettings
+from milan_pipe.errors import DataError
+from milan_pipe.images import download as download_module
+from milan_pipe.images import source_table
+from milan_pipe.images.index import read_index
+from milan_pipe.images.prepare import PrepareReport, prepare
+from milan_pipe.images.source_table import split_of
+from milan_pipe.images.tar import Sample, read_shard
+
+PICTURES = [png(image(number, number % 3)) for number in range(7)]
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with web_server() as server:
+        yield server
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image(number, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def hub_table(path: Path, count: int, names: tuple[str, ...] = (), group: int = 3, **columns: list[Any]) -> Path:
+    """A parquet file as the library `datasets` writes it, image by image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": PICTURES[number % 7], "path": f"{number}.png"} for number in range(count)]
+    table = pa.table({"image": pa.array(rows, kind), **columns})
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    if names:
+        features["label"] = {"names": list(names), "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=group)
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def samples(folder: Path, split: str = "train") -> list[Sample]:
+    def fail(key: str, reason: str) -> None:
+        raise AssertionError((key, reason))
+
+    names = [shard.name for shard in read_index(folder).shards if shard.split == split]
+    return [sample for name in names for sample in read_shard(folder / name, fail)]
+
+
+def run(source: Path | str, out: Path, workers: int = 1, **values: object) -> PrepareReport:
+    return prepare(source, out, PrepareSettings(**values), workers=workers)  # type: ignore[arg-type]
+
+
+def bad_of(folder: Path) -> dict[str, str]:
+    lines = (folder / "bad_samples.jsonl").read_text().splitlines()
+    return {row["file"]: row["reason"] for row in map(json.loads, lines)}
+
+
+# --- parquet with images
+
+
+def test_the_hubs_form(tmp_path: Path) -> None:
+    """Splits by file names, classes by the names beside the schema, bytes as they are."""
+    data, names = tmp_path / "set" / "data", ("ant", "bee", "cat")
+    hub_table(data / "train-00000-of-00002.parquet", 7, names, label=[0, 1, 2, 0, 1, 2, -1])
+    hub_table(data / "train-00001-of-00002.parquet", 2, names, label=[2, None])
+    hub_table(data / "validation-00000-of-00001.parquet", 1, names, label=[1])
+    report = run(tmp_path / "set", tmp_path / "out", samples_per_shard=5)
+    assert report.classes == read_index(tmp_path / "out").classes == names
+    train = samples(tmp_path / "out")
+    assert [sample.data for sample in train] == [*PICTURES, *PICTURES[:2]]
+    assert [sample.label for sample in train] == [0, 1, 2, 0, 1, 2, -1, 2, -1]
+    assert train[6].key == "data-train-00000-of-00002-0000006"
+    assert [sample.label for sample in samples(tmp_path / "out", "val")] == [1]
+    # A file, a folder and a pattern give the same samples.
+    for number, source in enumerate([data, data / "*.parquet"]):
+        run(source, tmp_path / str(number))
+        assert [sample.data for sample in samples(tmp_path / str(number))] == [sample.data for sample in train]
+    assert run(data / "validation-00000-of-00001.parquet", tmp_path / "one").samples == 1
+
+
+def test_captions_labels_by_name_and_plain_bytes(tmp_path: Path) -> None:
+    """Other forms than the hub's: binary columns, names as labels, several captions an image."""
+    table = pa.table(
+        {
+            "JPG": pa.array([jpeg(0), jpeg(1), jpeg(2)], pa.binary()),
+            "labels": pa.array(["dog", " cat", None]),
+            "text": pa.array([["a dog", "a\nbrown  dog"], ["a cat"], None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "pets.parquet")
+    report = run(tmp_path / "pets.parquet", tmp_path / "out", split="val")
+    assert report.classes == ("cat", "dog")
+    found = samples(tmp_path / "out", "val")
+    assert [(s.label, s.caption) for s in found] == [(1, "a dog\na brown dog"), (0, "a cat"), (-1, None)]
+    assert [s.data for s in found] == [jpeg(0), jpeg(1), jpeg(2)]
+    assert [s.key for s in found] == ["pets-0000000", "pets-0000001", "pets-0000002"]
+
+
+def test_rows_without_a_readable_image_are_skipped(tmp_path: Path) -> None:
+    gif = io.BytesIO()
+    Image.new("RGB", (3, 3)).save(gif, "GIF")
+    rows = [
+        {"bytes": PICTURES[0], "path": None},
+        {"bytes": None, "path": "gone.png"},
+        {"bytes": PICTURES[1][:100], "path": "cut.png"},
+        {"bytes": gif.getvalue(), "path": "x.gif"},
+        None,
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
+    report = run(tmp_path / "a.parquet", tmp_path / "out")
+    assert (report.samples, len(report.bad)) == (1, 4)
+    assert bad_of(tmp_path / "out") == {
+        "gone.png": "the row has a path and no bytes; write the table again with its images embedded",
+        "cut.png": report.bad[1][1],
+        "x.gif": "images of type GIF are not read; convert to jpg, png, webp",
+        "a.parquet": "the row names no image",
+    }
+
+
+def test_any_number_of_workers_and_any_row_groups_give_the_same_bytes(tmp_path: Path) -> None:
+    outputs = []
+    for number, (workers, group) in enumerate([(1, 3), (2, 3), (1, 100)]):
+        source = tmp_path / str(number) / "many.parquet"
+        hub_table(source, 23, ("a", "b"), group, label=[n % 2 for n in range(23)])
+        out = tmp_path / str(number) / "out"
+        run(source, out, workers, samples_per_shard=5)
+        outputs.append({path.name: path.read_bytes() for path in out.glob("*.tar")})
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(outputs[0]) == 5
+
+
+def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    source = hub_table(tmp_path / "a.parquet", 7)
+    run(source, tmp_path / "whole", samples_per_shard=2)
+    calls = 0
+
+    def decode(_: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KilledError
+
+    monkeypatch.setattr(source_table, "decode_pixels", decode)
+    with pytest.raises(KilledError):
+        run(source, tmp_path / "out", samples_per_shard=2)
+    monkeypatch.undo()
+    run(source, tmp_path / "out", samples_per_shard=2)
+    whole, out = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "out"))
+    assert whole == out
+
+
+def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
+    """One row group of 192 MB, read by a process of its own that says how much it has used."""
+    data = np.random.default_rng(0).bytes(2_000_000)
+    table = pa.table({"image": pa.array([data] * 96, pa.binary())})
+    pq.write_table(table, tmp_path / "large.parquet", compression="none", row_group_size=96, use_dictionary=False)
+    program = (
+        "import resource\n"
+        "from milan_pipe.images.table import read_rows, rows_and_labels\n"
+        "from milan_pipe.images.shards import shard_file\n"
+        "list(read_rows(rows_and_labels(shard_file('large.parquet'), None, 4)[0][0], ['image']))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for rows in rows_and_labels(shard_file('large.parquet'), None, 32)[0]:\n"
+        "    assert sum(len(row['image']) > 0 for row in read_rows(rows, ['image'])) == 32\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = processes.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 80e6
+
+
+# --- lists
+
+
+def test_a_list_of_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(4):
+        (folder / "sub" / f"{number}.png").write_bytes(PICTURES[number])
+    rows = [
+        {"file_name": f"sub/{n}.png", "label": ("b", "a", "", "b")[n], "caption": f'say "{n}",\nso'} for n in range(4)
+    ]
+    rows.append({"file_name": "sub/gone.png", "label": "a", "caption": ""})
+    source = write_csv(folder / "list.csv", rows)
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    report = run(source, tmp_path / "out", samples_per_shard=2)
+    found = samples(tmp_path / "out")
+    assert [(s.key, s.label, s.caption) for s in found] == [
+        (f"list-000000{n}", (1, 0, -1, 1)[n], f'say "{n}", so') for n in range(4)
+    ]
+    assert [s.data for s in found] == PICTURES[:4]
+    assert report.bad == [("sub/gone.png", "cannot be read: No such file or directory")]
+    tabs = write_csv(folder / "list.tsv", rows[:4])
+    run(tabs, tmp_path / "tabs", samples_per_shard=3)
+    assert [(s.label, s.caption, s.data) for s in samples(tmp_path / "tabs")] == [
+        (s.label, s.caption, s.data) for s in found
+    ]
+
+
+def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As img2dataset takes them: many at a time, in their order, and each that fails with its reason."""
+    monkeypatch.setattr(download_module, "MAX_DOWNLOADED_BYTES", 50_000)
+    monkeypatch.setattr(download_module, "_FIRST_WAIT", 0.0)
+    tries = iter([503, 503])
+
+    def busy(handler: BaseHTTPRequestHandler) -> None:
+        status = next(tries, 200)
+        send(handler, status, PICTURES[1] if status == 200 else b"")
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        send(handler, 200, PICTURES[0])
+
+    def cut(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("content-length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"x" * 10)
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"x")
+                time.sleep(0.05)
+
+    web.answers |= {
+        "/slow.png": slow,
+        "/busy.png": busy,
+        "/cut.png": cut,
+        "/drip.png": drip,
+        "/large.png": lambda handler: send(handler, 200, bytes(60_000)),
+        "/moved.png": lambda handler: send(handler, 302, location="/ok.png?again=1"),
+        "/to-file.png": lambda handler: send(handler, 302, location=f"file://{tmp_path}/secret.png"),
+        "/to-ftp.png": lambda handler: send(handler, 302, location="ftp://127.0.0.1/secret.png"),
+    }
+    web.serve("/ok.png", PICTURES[2])
+    web.serve("/page.html", b"<html>")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/x.png"
+    (tmp_path / "secret.png").write_bytes(PICTURES[3])
+    names = ["slow.png", "busy.png", "ok.png", "moved.png", "cut.png", "drip.png", "large.png", "to-file.png"]
+    urls = [f"{web.url}/{name}" for name in [*names, "to-ftp.png", "page.html", "gone.png"]]
+    urls += [nobody, f"file://{tmp_path}/secret.png", "ftp://host/x.png", "http://[::1/x.png"]
+    source = write_csv(tmp_path / "laion.csv", [{"URL": url, "TEXT": f"number {n}"} for n, url in enumerate(urls)])
+    run(source, tmp_path / "out", download_seconds=0.5)
+    found = samples(tmp_path / "out")
+    assert [s.data for s in found] == [PICTURES[0], PICTURES[1], PICTURES[2], PICTURES[2]]
+    assert [s.caption for s in found] == [f"number {n}" for n in range(4)]
+    web_reasons = {
+        "cut.png": "cut off 990 bytes before its end (tried 3 times)",
+        "drip.png": "not there after 0.5 s (tried 3 times)",
+        "large.png": "larger than the 50000 bytes that are fetched",
+        "to-file.png": "its server answered 302 Found",
+        "to-ftp.png": "its server redirects to ftp:, which is not followed",
+        "page.html": "not a JPEG, PNG, WebP, GIF or BMP image, or its header is damaged",
+        "gone.png": "its server answered 404 Not Found",
+    }
+    known = "expected a path, or s3://, gs://, az://, hf://, https://, http://"
+    assert bad_of(tmp_path / "out") == {
+        **{f"{web.url}/{name}": reason for name, reason in web_reasons.items()},
+        nobody: "no answer: [Errno 111] Connection refused (tried 3 times)",
+        f"file://{tmp_path}/secret.png": f"addresses that begin with file:// are not read; {known}",
+        "ftp://host/x.png": f"addresses that begin with ftp:// are not read; {known}",
+        "http://...": "its URL cannot be understood",
+    }
+    busy_requests = [path for path, _ in web.requests if path == "/busy.png"]
+    assert len(busy_requests) == 3
+
+
+def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None:
+    """A signature in a query and a password reach their server, and neither a redirect's nor any file or message."""
+    with web_server() as other:
+        other.serve("/a.png", PICTURES[0])
+        web.answers["/moved.png"] = lambda handler: send(handler, 302, location=f"{other.url}/a.png")
+        web.serve("/a b.png", PICTURES[1])
+        login = web.url.replace("://", "://user:SECRET@")
+        urls = [f"{login}/moved.png?sig=SECRET", f"{login}/a%20b.png?sig=SECRET#SECRET", f"{login}/gone.png?sig=SECRET"]
+        urls.append(f"{web.url}/a b.png?sig=SECRET")
+        web.answers["/a%20b.png"] = web.answers["/a b.png"]
+        source = write_csv(tmp_path / "list.csv", [{"url": url} for url in urls])
+        report = run(source, tmp_path / "out")
+    assert [path for path, _ in web.requests if "sig=SECRET" in path] == [path for path, _ in web.requests]
+    assert sum(headers.get("Authorization") == "Basic dXNlcjpTRUNSRVQ=" for _, headers in web.requests) == 3
+    assert [headers.get("Authorization") for _, headers in other.requests] == [None]
+    assert report.samples == 3
+    assert report.bad == [(f"{web.url}/gone.png", "its server answered 404 Not Found")]
+    assert not [path.name for path in (tmp_path / "out").iterdir() if b"SECRET" in path.read_bytes()]
+
+
+def test_what_img2dataset_reports_is_a_list(tmp_path: Path, web: Web) -> None:
+    """Its parquet files beside the shards have `url`, `caption` and whether it went well: another try."""
+    rows = {"url": [web.serve("/1.png", PICTURES[1])], "caption": ["one"], "key": ["000000000"], "status": ["failed"]}
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    run(tmp_path, tmp_path / "out")
+    assert [(s.caption, s.data) for s in samples(tmp_path / "out")] == [("one", PICTURES[1])]
+
+
+def test_a_list_on_a_server_has_no_say_about_this_machine(tmp_path: Path, web: Web) -> None:
+    (tmp_path / "secret.png").write_bytes(PICTURES[0])
+    rows: list[dict[str, object]] = [{"path": "1.png"}, {"path": str(tmp_path / "secret.png")}, {"path": "../2.png"}]
+    text = write_csv(tmp_path / "list.csv", rows).read_bytes()
+    web.serve("/set/list.csv", text)
+    web.serve("/set/1.png", PICTURES[1])
+    web.serve("/2.png", PICTURES[2])
+    report = run(f"{web.url}/set/list.csv", tmp_path / "out")
+    assert [s.data for s in samples(tmp_path / "out")] == [PICTURES[1]]
+    reason = "the path leads out of its list's folder, which is not on this machine"
+    assert [found for _, found in report.bad] == [reason, reason]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00005.parquet", "train"),
+        ("validation-00000-of-00001.parquet", "val"),
+        ("unsupervised-00000-of-00001-0123456789abcdef.parquet", "unsupervised"),
+        ("plain_text/test/0000.parquet", "test"),
+        ("my_train_file.parquet", "train"),
+        ("training.parquet", "train"),
+        ("contest/latest.parquet", "else"),
+    ],
+)
+def test_splits_by_names(name: str, split: str) -> None:
+    assert split_of(name.split("/"), "else") == split
+
+
+def test_a_damaged_table(tmp_path: Path) -> None:
+    """What is found behind an intact footer is one error, from whatever process."""
+    source = hub_table(tmp_path / "a.parquet", 40, group=40)
+    data = bytearray(source.read_bytes())
+    data[20:4000] = bytes(3980)
+    source.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
+        run(source, tmp_path / "out", workers=2, samples_per_shard=10)
