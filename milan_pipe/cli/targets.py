@@ -23,7 +23,7 @@ def extract_targets(
         str,
         typer.Argument(
             metavar="IMAGES",
-            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or s3://, gs://, https://.",
+            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or a URL.",
         ),
     ],
     targets: Annotated[

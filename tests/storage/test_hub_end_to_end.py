@@ -33,6 +33,8 @@ def hub(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         use_hub(hub.endpoint, tmp_path / "cache", monkeypatch)
         hub.behave(private={DATA})
         monkeypatch.setenv("HF_TOKEN", hub.token)
+        # How long a plan measures is tested where plans are.
+        monkeypatch.setattr("milan_pipe.planning.load._LOADER_SECONDS", 0.05)
         offer(hub, {"images": project.root / "images", "targets": project.targets})
         yield hub
         assert hub.leaks == []
