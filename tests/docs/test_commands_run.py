@@ -239,7 +239,7 @@ student: {width: 32, depth: 2, heads: 2}
 decoder: {width: 16, depth: 1}
 pretrain: {batch_size: 16, epochs: 2, warmup_epochs: 1}
 knn: {neighbours: [1, 5]}
-finetune: {batch_size: 16, epochs: 1}
+finetune: {batch_size: 16, epochs: 1, train_fraction: 1.0}
 segment: {steps: 4, batch_size: 4, eval_every: 4, channels: 8}
 """
 
@@ -252,7 +252,6 @@ def test_dvc_runs_as_the_pages_say(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     settings = yaml.safe_load((here / "params.yaml").read_text())
     for section, values in yaml.safe_load(SMALL).items():
         settings[section].update(values)
-    values["lars_probe"] = {"batch_size": 16, "epochs": 2, "warmup_epochs": 1}
     (here / "params.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(here))
