@@ -121,7 +121,8 @@ def _parquet(file: ShardFile) -> Iterator[Any]:
 
 
 def _kind(of: Any) -> str:
-    from pyarrow import types
+    with needs("hub", "reading parquet files"):
+        from pyarrow import types
 
     if types.is_struct(of):
         names = {of.field(number).name: of.field(number).type for number in range(of.num_fields)}

@@ -59,6 +59,7 @@ MISSING = {
     "pretrain targets out --set pretrain.plot_every=1": ("report", "matplotlib"),
     f"extract-targets {TRAIN} out --workers 2": ("cluster", "distributed"),
     f"extract-targets {TRAIN} out --scheduler tcp://127.0.0.1:1": ("cluster", "distributed"),
+    "prepare rows.parquet out": ("hub", "pyarrow"),
     "pretrain targets out/run --set pretrain.sinks=[tensorboard]": ("sinks", "tensorboard"),
     "pretrain targets out/run --set pretrain.sinks=[wandb]": ("sinks", "wandb"),
 }
@@ -71,6 +72,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     here = tmp_path_factory.mktemp("light")
     site = tmp_path_factory.mktemp("site")
     (here / "params.yaml").write_text(params_file())
+    (here / "rows.parquet").write_bytes(b"PAR1")
     lines = [*CORE, *MISSING]
     process = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps([line.split() for line in lines])],
@@ -157,6 +159,7 @@ OPTIONAL = ("dvclive.live", "milan_pipe/training/sinks.py")
 def test_each_extra_has_what_the_code_imports_under_its_name() -> None:
     asked = requirements()
     assert set(asked) == {"core", *get_args(Extra)}
+    assert {extra for extra, *_ in IMPORTED} == {None, *get_args(Extra)} - {"dvc"}  # whose files are written without
     for extra, module, file in IMPORTED:
         if extra is not None:
             top = "tensorboard" if module == "torch.utils.tensorboard" else module.partition(".")[0]
