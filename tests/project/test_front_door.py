@@ -99,7 +99,7 @@ def test_scripts_are_clean() -> None:
 
 
 def test_the_scripts_of_slurm_run_all_stages(project: Project, tmp_path: Path) -> None:
-    """Each by a shell as SLURM would; what they give to `srun` is run then, in two ranks where they use torchrun."""
+    """Each by a shell as SLURM would; what they give to `srun` is run then, pretraining in two ranks."""
     tools, calls = tmp_path / "bin", tmp_path / "calls"
     tools.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -109,13 +109,12 @@ def test_the_scripts_of_slurm_run_all_stages(project: Project, tmp_path: Path) -
     shutil.copytree(project.root / "images", tmp_path / "images")
     given = {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls), "OMP_NUM_THREADS": "1", "PORT": "0",
-        "SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_ARRAY_TASK_COUNT": "2",
+        "SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_ARRAY_TASK_COUNT": "2",
     }  # fmt: skip
 
-    def submit(script: str, *words: str, task: int = 0) -> None:
+    def submit(script: str, *words: str, task: int = 0, ranks: int = 1) -> None:
         calls.write_text("")
-        environment = {**os.environ, **given, "SLURM_ARRAY_TASK_ID": str(task)}
+        environment = {**os.environ, **given, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_GPUS_ON_NODE": str(ranks)}
         subprocess.run([EXAMPLES / "slurm" / script, *words], env=environment, cwd=tmp_path, check=True)
         for call in calls.read_text().split("\0\n")[:-1]:
             tool, *rest = call.split("\0")
@@ -129,7 +128,8 @@ def test_the_scripts_of_slurm_run_all_stages(project: Project, tmp_path: Path) -
     for task in range(2):
         submit("extract.sh", train, "targets", task=task)
     assert (tmp_path / "targets" / "manifest.json").is_file()
-    submit("pretrain.sh", "targets", "run", "--set", "pretrain.epochs=1", "--set", "pretrain.canonical_streams=2")
+    settings = ("--set", "pretrain.epochs=1", "--set", "pretrain.canonical_streams=2")
+    submit("pretrain.sh", "targets", "run", *settings, ranks=2)
     assert (tmp_path / "run" / "report.json").is_file()
     submit("evaluate.sh", "run", train, test)
     assert "k-NN" in (tmp_path / "run-report.html").read_text()
