@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.hub import Hub, hub_of, use_hub
-from support.messages import Case, require_message
+from support.messages import Case, one_line, require_message
 from support.project import SETTINGS, Project
 from support.s3 import free_port
 
@@ -123,6 +123,18 @@ def test_a_store_at_the_root_of_its_repository_has_a_card_beside_it(hub: Hub, pr
     hub.commit(DATA, broken)
     (problem, *_) = api.verify_targets(f"hf://{DATA}").problems
     assert problem.repair == "milan-pipe extract-targets IMAGES TARGETS --redo 000000"
+
+
+@pytest.mark.usefixtures("short_patience")
+@pytest.mark.parametrize("answer", [1, 403, 500])
+def test_where_the_hub_leads_to_is_not_shown(answer: int, hub: Hub) -> None:
+    """The address is signed: who has it can read without a token."""
+    hub.behave(elsewhere=answer)
+    location = location_of(IMAGES)
+    for ask in (location.read, location.open, location.size):
+        with pytest.raises(StoreError, match=r"train-000000\.tar cannot be read") as caught:
+            ask("train-000000.tar")
+        assert "SIGNED" not in one_line(caught)
 
 
 # --- one line for each mistake ------------------------------------------------------------------------------------

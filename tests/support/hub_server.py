@@ -31,6 +31,7 @@ class State:
         private: repositories that only who has the token can see.
         page: entries in one answer to a request for a list.
         fail_every: every n-th request is answered 503; 0: none.
+        elsewhere: what the other host answers: 0 as it should, a status, or 1 where there is no such host.
         requests: method and path of all that came in.
         leaks: paths on the other host that were asked for with a token.
     """
@@ -43,6 +44,7 @@ class State:
     private: set[str] = field(default_factory=set)
     page: int = 1000
     fail_every: int = 0
+    elsewhere: int = 0
     requests: list[tuple[str, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     commits: dict[str, dict[str, dict[str, Path]]] = field(default_factory=dict)
@@ -250,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         if _is_text(data):
             self._part(data, headers)
             return
-        port = self.server.server_address[1]
+        port = 1 if self.hub.elsewhere == 1 else self.server.server_address[1]
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{digest}"'}
         where = f"http://localhost:{port}/elsewhere/{repository}/{commit}/{quote(path)}"
         self._send(302, b"", {**headers, "Location": f"{where}?signature=SIGNEDMARK"})
@@ -258,6 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _elsewhere(self, path: str) -> None:
         if self._token:
             self.hub.leaks.append(path)
+        if self.hub.elsewhere:
+            raise _RefusedError(self.hub.elsewhere, "", "SIGNEDMARK")
         repository, commit, inner = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path).groups()  # type: ignore[union-attr]
         self._part(self.hub.content(repository, commit)[inner].read_bytes(), {"ETag": '"another"'})
 
