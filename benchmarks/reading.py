@@ -15,8 +15,9 @@ was written. Every pass opens its store anew; the best pass counts. `shuffled` r
 shards and copies the samples of 16 blocks out in random order, as the loader does; the memmap of the flat file copies
 records in the same random order, the two others go through theirs in order.
 
-`loader` compares the reader with zarr and its zarrs pipeline alone, which leave the crc32c of uncompressed chunks
-unchecked, and with reading all files of the store whole: blocks in the loader's order, then the loader, JPEGs decoded.
+`loader` compares the reader with zarr and its zarrs pipeline alone (rendered views apart), which leave the crc32c of
+uncompressed chunks unchecked, and with reading all files of the store whole: blocks in the loader's order, then the
+loader, JPEGs decoded. Memory that is freed is kept, as by the command line, for all readers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 
 from milan_pipe import __version__
+from milan_pipe.cli.console import keep_freed_memory
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.images.views import encode_jpeg
 from milan_pipe.loader.order import BatchPlan, EpochOrder
@@ -268,14 +270,14 @@ def _load(path: Path, samples: int) -> None:
             pass
 
 
-def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None) -> np.ndarray[Any, Any]:
+def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None = None) -> np.ndarray[Any, Any]:
     array = self._arrays[name].zarr
     return np.asarray(array[start:stop] if view is None else array[view : view + 1, start:stop][0])
 
 
 def compare_loader(folders: dict[str, Path], samples: int, passes: int) -> None:
     """Print the reader, zarr alone and plain files; medians, all of them taking turns."""
-    own = ZarrShard._checked_rows
+    own = ZarrShard._rows
     readers = {"own": own, "zarr alone, unchecked": _rows_by_zarr, "files read whole": None}
     print("| codec | read by | read, samples/s | CPU, µs a sample | loader, samples/s | CPU, µs a sample |")
     print("|---|---|---|---|---|---|")
@@ -283,13 +285,13 @@ def compare_loader(folders: dict[str, Path], samples: int, passes: int) -> None:
         found: dict[tuple[str, int], list[tuple[float, float]]] = {}
         for _ in range(passes + 1):
             for name, rows in readers.items():
-                ZarrShard._checked_rows = rows or own  # type: ignore[method-assign]
+                ZarrShard._rows = rows or own  # type: ignore[method-assign]
                 for column, work in enumerate([_read_blocks, _load] if rows else [_read_files]):
                     wall, cpu = time.perf_counter(), time.process_time()
                     work(folder, samples)
                     spent = time.perf_counter() - wall, time.process_time() - cpu
                     found.setdefault((name, column), []).append(spent)
-        ZarrShard._checked_rows = own  # type: ignore[method-assign]
+        ZarrShard._rows = own  # type: ignore[method-assign]
         for name in readers:
             row = [codec, name]
             for column in (0, 1):
@@ -309,6 +311,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=("files", "loader"), default=("files", "loader"))
     arguments = parser.parse_args()
+    keep_freed_memory()
     work, samples = arguments.work, arguments.samples
     make(work, samples)
     flat = work / f"records-{samples}.bin"

@@ -372,7 +372,9 @@ class ZarrShard:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
         array = self._arrays[name]
         if array.by_hand:
-            return self._checked_rows(name, start, stop, view)
+            rows: NDArray[Any] = self._checked_chunks(name, start, stop, view).view(array.dtype)
+            size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
+            return rows.reshape(-1, *tail)[start % size :][: stop - start]
         paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
         for path in paths:
             self._identify(path)
@@ -382,8 +384,11 @@ class ZarrShard:
             values: NDArray[Any] = np.asarray(array.zarr[rows])
         return values if view is None else values[0]
 
-    def _checked_rows(self, name: str, start: int, stop: int, view: int | None) -> NDArray[Any]:
-        """Rows of an array whose chunks have a crc32c alone, each of some rows of one view, or of an array (n,)."""
+    def _checked_chunks(self, name: str, start: int, stop: int, view: int | None) -> NDArray[np.uint8]:
+        """Bytes, (chunks, bytes of one), of the chunks with rows `start` to `stop`, which have a crc32c alone.
+
+        Each is of some rows of one view, or of an array (n,).
+        """
         array, parts = self._arrays[name], []
         axis = 0 if view is None else 1
         size, chunk, tail = array.chunks[axis], array.chunks, array.shape[axis + 1 :]
@@ -403,9 +408,7 @@ class ZarrShard:
             with self._reading(name, [path]):
                 index = parse_index(end, per_view * math.prod(array.file_shape[:axis]))
                 parts.append(read_chunks(partial(self._location.read_memory, path), index, first, last, chunk_bytes))
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        rows: NDArray[Any] = values.view(array.dtype).reshape(-1, *tail)
-        return rows[start % size :][: stop - start]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
@@ -418,10 +421,18 @@ class ZarrShard:
         if first < 0 or length.min() < 0 or last > views.shape[0]:
             raise self._fail(f"array 'view_offset' leads to bytes {first} to {last} of 'view_bytes'")
         # Whole chunks, whose checksums are checked.
-        chunk = views.chunks[0]
-        first -= first % chunk
-        data = self._rows("view_bytes", first, -(-last // chunk) * chunk).data
-        return [data[a - first : a - first + count] for a, count in zip(offset.tolist(), length.tolist(), strict=True)]
+        size = views.chunks[0]
+        first -= first % size
+        data = self._checked_chunks("view_bytes", first, -(-last // size) * size, None)
+        jpegs = []
+        for begin, count in zip((offset - first).tolist(), length.tolist(), strict=True):
+            chunk, within = divmod(begin, size)
+            if within + count <= size:
+                jpegs.append(data[chunk, within : within + count].data)
+            else:
+                joined = data[chunk : -(-(begin + count) // size)].reshape(-1)
+                jpegs.append(joined[within : within + count].data)
+        return jpegs
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:
         """Samples `start` to `stop` of one view."""
