@@ -41,7 +41,7 @@ from milan_pipe.targets.schema import (
     shard_path,
 )
 from milan_pipe.targets.store import TargetStoreWriter
-from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES
+from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES, stored_rows
 from milan_pipe.teacher.clip import TeacherOutput
 
 CODECS = ("float16", "int8", "klt")
@@ -183,10 +183,10 @@ def estimate_store(
         view_bytes -= sum(of_shard[path] for path in jpegs) - jpeg_bytes
         shard_bytes += VIEW_CHUNK_BYTES // 2
         # Whole blocks, whatever the last one holds.
-        missing = -len(sample.rendered) % BLOCK_SAMPLES
-        row = sum(of_shard[path] for path in chain(*padded)) / (len(sample.rendered) + missing)
-        view_bytes -= row * missing
-        shard_bytes += row * views * (ceil(per_shard / BLOCK_SAMPLES) * BLOCK_SAMPLES - per_shard)
+        rows = stored_rows(len(sample.rendered))
+        row_bytes = sum(of_shard[path] for path in chain(*padded)) / rows
+        view_bytes -= row_bytes * (rows - len(sample.rendered))
+        shard_bytes += row_bytes * views * (stored_rows(ceil(per_shard)) - per_shard)
     record_bytes += _FILE_ENTRY_BYTES * (files - len(of_shard))
     per_view = view_bytes / len(sample.rendered)
     store_bytes = sum(sizes.values()) - sum(of_shard.values()) - record

@@ -101,6 +101,11 @@ def _features_layout(codec: Codec, tokens: int, width: int) -> dict[str, Any]:
     }
 
 
+def stored_rows(samples: int) -> int:
+    """Rows that a view takes of an array that is stored as it is: whole blocks, beyond the first."""
+    return samples if samples <= BLOCK_SAMPLES else -(-samples // BLOCK_SAMPLES) * BLOCK_SAMPLES
+
+
 def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
     """Where a zarr-shard's index begins, with the checksum of the inner chunk before it; crc32c from there on."""
     inner = math.prod(shard // chunk for shard, chunk in zip(array.shards or (), array.chunks, strict=True))
@@ -220,8 +225,8 @@ class ZarrShardFiles:
             layout: dict[str, Any] = {"chunks": values.shape}
             if values.ndim > 1:
                 views, samples, *tail = values.shape
-                shard_samples = -(-samples // BLOCK_SAMPLES) * BLOCK_SAMPLES
-                layout = {"chunks": (1, BLOCK_SAMPLES, *tail), "shards": (views, shard_samples, *tail)}
+                chunk = (1, min(BLOCK_SAMPLES, samples), *tail)
+                layout = {"chunks": chunk, "shards": (views, stored_rows(samples), *tail)}
             if name in _LARGE:
                 # Half precision does not shrink much, and every sample is read of these.
                 layout["compressors"] = [_CRC32C]
@@ -372,9 +377,9 @@ class ZarrShard:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
         array = self._arrays[name]
         if array.by_hand:
-            rows: NDArray[Any] = self._checked_chunks(name, start, stop, view).view(array.dtype)
+            chunks: NDArray[Any] = self._checked_chunks(name, start, stop, view).view(array.dtype)
             size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
-            return rows.reshape(-1, *tail)[start % size :][: stop - start]
+            return chunks.reshape(-1, *tail)[start % size :][: stop - start]
         paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
         for path in paths:
             self._identify(path)

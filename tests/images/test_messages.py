@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
     "no bucket": (
         lambda: expand("s3:///a.tar"),
         SettingError,
-        "s3:///a.tar cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host",
+        "s3:// cannot be opened; expected a path, or s3://, gs://, az:// or https:// with a bucket or host",
     ),
     "other scheme": (
         lambda: expand("ftp://host/a.tar"),

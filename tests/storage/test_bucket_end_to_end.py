@@ -229,7 +229,7 @@ def test_from_images_in_a_bucket_to_a_student(
     assert done.code == 1
     assert [found["shard"] for found in done.report["problems"]] == ["000001", "000002", "000003"]
     assert [
-        name.partition("/")[2] in found["what"]
+        name.removeprefix("shards/").partition("/")[2] in found["what"]
         for name, found in zip((*paths.values(), gone), done.report["problems"], strict=True)
     ] == [True] * 3
     repair = done.report["problems"][0]["repair"]
@@ -451,7 +451,7 @@ def test_a_web_server_is_read_and_not_written_to(
         ("convert-targets", local / "zarr", f"{web}/new", "--format", "webdataset"),
     ):
         message = milan(*command).error
-        assert "can only be read, as any web server; write to a local folder, s3://" in message
+        assert "can only be read; write to a local folder, s3://" in message
     assert {request.method for request in s3_proxy.requests} == {"GET", "HEAD"}
     location = location_of(f"{bucket}/{store_format}")
     location.remove(max(path for path in location.sizes() if path.startswith("shards/000002/")))
@@ -489,7 +489,6 @@ def test_what_is_written_to_a_disk_only(local: Path, milan: Command, tmp_path: P
     for source in ("demo", tmp_path / "in"):
         message = milan("prepare", source, "s3://bucket/images").error
         assert "s3://bucket/images is a URL, and shards are written to a local folder only" in message
-    assert "is a URL, expected a local folder of images" in milan("prepare", "s3://bucket/a", tmp_path / "out").error
     message = milan("pretrain", local / "zarr", "s3://bucket/run", *words(STUDENT)).error
     assert "s3://bucket/run is a URL, and checkpoints and metrics are written to a local folder only" in message
     message = milan("extract-targets", local / "images", Path("s3://bucket/t"), *words(SETTINGS)).error
