@@ -21,6 +21,10 @@ from milan_pipe.weights_file import load_tensors, write_weights
 CHECKPOINT_VERSION = 1
 _ADDED = {"segment.over_all_pixels": False, "targets.views.renderer": "pillow"}
 """What earlier versions did where there is a choice now: their runs do not say it."""
+_OF_NO_EFFECT = frozenset(
+    ("order", "targets.schema_version", "targets.codec.zstd_level", "targets.teacher.license", "targets.teacher.source")
+)
+"""What a converted store, or what is said of one, changes without a value that is trained on; `order` is judged apart."""
 
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
@@ -219,7 +223,7 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         )
     differences = [
         f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
-        for name in sorted((theirs.keys() | ours.keys()) - {"order"})
+        for name in sorted((theirs.keys() | ours.keys()) - _OF_NO_EFFECT)
         if theirs.get(name) != ours.get(name)
     ]
     if differences:

@@ -230,6 +230,17 @@ def test_a_run_from_before_a_choice_goes_on_as_it_was(
         require_same_configuration(opened, {section: {"steps": 3, name: since}}, tmp_path)
 
 
+def test_a_run_goes_on_with_its_store_converted(tmp_path: Path) -> None:
+    header = {"schema_version": 2, "codec": {"name": "int8", "zstd_level": 1}, "teacher": {"model": "demo"}}
+    save_checkpoint(tmp_path, 7, {"student": weights()}, {"configuration": {"targets": header}, "finished": False})
+    converted = {"schema_version": 3, "codec": {"name": "int8", "zstd_level": 0}}
+    teacher = {"model": "demo", "license": "mit", "source": "hf-hub:org/name"}
+    require_same_configuration(open_checkpoint(tmp_path), {"targets": converted | {"teacher": teacher}}, tmp_path)
+    other = {"targets": converted | {"teacher": {"model": "other"}}}
+    with pytest.raises(MismatchError, match=r"targets\.teacher\.model"):
+        require_same_configuration(open_checkpoint(tmp_path), other, tmp_path)
+
+
 def test_copies_and_other_folders_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
     mine = ["step-00000100-best", "step-best", "step-00000100.old", "step-7", "step-000000100", "best", "step-"]
     for name in mine:
