@@ -16,6 +16,9 @@ def commands_page() -> str:
     """The page, from the commands' own help."""
     group = typer.main.get_command(app)
     lines = ["# Commands", "", "Written by `docs/generate_commands.py` from the command line's own help.", ""]
+    lines += ["Before a command, as in `milan-pipe --log-json knn ...`:", "", "| | |", "|---|---|"]
+    own = [part for part in group.params if part.opts[0] in ("--version", "--log-json")]
+    lines += [f"| `{part.opts[0]}` | {_cell(part.help or '')} |" for part in own] + [""]
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         arguments = [part for part in command.params if part.param_type_name == "argument"]
         options = [part for part in command.params if part.param_type_name == "option" and part.name != "help"]

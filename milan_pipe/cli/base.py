@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,8 @@ import typer
 import typer.core
 
 from milan_pipe import __version__
-from milan_pipe.cli.console import as_command, errors_as_one_line
+from milan_pipe.cli import json_log
+from milan_pipe.cli.console import as_command, console, errors_as_one_line
 from milan_pipe.errors import printable
 
 # Newer versions of typer bring their own.
@@ -85,11 +87,24 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            help="Tell progress, warnings, errors and the report on stderr as one JSON object a line "
+            "(or set MILAN_PIPE_LOG_JSON=1).",
+        ),
+    ] = False,
 ) -> None:
     del version
+    json_log.command = ctx.invoked_subcommand or ""
+    if log_json:
+        os.environ[json_log.VARIABLE] = "1"
+        console.quiet = True
 
 
 def main() -> None:

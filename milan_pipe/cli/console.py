@@ -19,7 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from milan_pipe.cli import json_log
 from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, printable
+from milan_pipe.units import rate, size
 
 console = Console(stderr=True)
 # No more: some child processes close every descriptor up to the limit.
@@ -40,6 +42,10 @@ def show_warnings_as_lines() -> None:
 
 def print_labelled(label: str, style: str, text: str) -> None:
     """One line on stderr, however long, that begins with a label."""
+    if json_log.wanted():
+        event: json_log.Event = "warning" if label == "warning" else "error"
+        json_log.tell(event, message=printable(text if label == event else f"{label}: {text}"))
+        return
     console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
 
 
@@ -49,7 +55,9 @@ def plain(text: str, **style: Any) -> Text:
 
 
 def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
-    """Print a report as a table, and with `as_json` as one line of JSON; returns it."""
+    """Print a report as a table, and with `as_json` as one line of JSON on stdout; returns it."""
+    if json_log.wanted():
+        json_log.tell("report", title=printable(title), **(rows if report is None else dataclasses.asdict(report)))
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -68,14 +76,38 @@ def print_json(values: dict[Any, Any]) -> None:
     sys.stdout.write(json.dumps(values, ensure_ascii=False, default=lambda part: part.model_dump(mode="json")) + "\n")
 
 
+# How the values of a progress line are written for people.
+_TEXTS: dict[str, Callable[[Any], str]] = {
+    "views": lambda count: f"{count:,} views",
+    "bad": lambda count: f"{count:,} skipped",
+    "workers": lambda count: f"{count} workers" if count > 1 else "",
+    "epoch": lambda number: f"ep {number}",
+    "loss": lambda loss: f"loss {loss:.3f}",
+    "lr": lambda lr: f"lr {lr:.0e}".replace("e-0", "e-"),
+    "data_wait": lambda share: f"wait {100 * share:.0f} %",
+    "memory": size,
+    "zero_shot": lambda share: f"zero-shot {100 * share:.2f} %",
+}
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{rate(value)}/s" if name.endswith("_per_second") else _TEXTS[name](value)
+
+
+def _texts(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _text(name, value) for name, value in values.items()}
+
+
 @contextmanager
 def progress(*columns: str, **fixed: str) -> Iterator[Callable[..., None]]:
-    """Progress; call what it yields with steps done, steps in all, and the values of `columns`.
+    """Progress; call what it yields with steps done, steps in all, and the values of `columns` as numbers or words.
 
-    One line that moves on a terminal; elsewhere, as in a log, a new line every half minute.
+    One line that moves on a terminal; elsewhere, as in a log, a new line every half minute, of text or of JSON.
     """
-    values: dict[str, Any] = dict.fromkeys(columns, "") | fixed
-    if not console.is_terminal:
+    values: dict[str, Any] = dict.fromkeys(columns) | fixed
+    if json_log.wanted() or not console.is_terminal:
         yield _log_lines(values)
         return
     with Progress(
@@ -87,10 +119,10 @@ def progress(*columns: str, **fixed: str) -> Iterator[Callable[..., None]]:
         console=console,
         transient=True,
     ) as bar:
-        task = bar.add_task("", total=None, **values)
+        task = bar.add_task("", total=None, **_texts(values))
 
         def update(completed: int, total: int | None = None, **fields: Any) -> None:
-            bar.update(task, completed=completed, total=total, **fields)
+            bar.update(task, completed=completed, total=total, **_texts(fields))
 
         yield update
 
@@ -106,14 +138,22 @@ def _log_lines(values: dict[str, Any]) -> Callable[..., None]:
         if first is None or completed <= first:
             # What was there before, as in a run that goes on, says nothing about the rate; nor does preparation.
             began, first = now, completed
-        if now - told < _LOG_SECONDS:
+        # A command may be over sooner than the first line is due; a program that reads its log is to see its end.
+        if now - told < _LOG_SECONDS and not (json_log.wanted() and completed == total):
             return
         told = now
-        parts = [f"{completed:,}" if total is None else f"{completed:,} of {total:,}", *filter(None, values.values())]
-        if total is not None and completed > first:
-            left = (total - completed) * (now - began) / (completed - first)
+        speed = (completed - first) / (now - began) if completed > first and now > began else None
+        left = (total - completed) / speed if speed and total is not None else None
+        if json_log.wanted():
+            json_log.tell("progress", completed=completed, total=total, rate=speed, seconds_left=left, **values)
+            return
+        parts = [f"{completed:,}" if total is None else f"{completed:,} of {total:,}"]
+        parts += _texts(values).values()
+        if speed and not any(name.endswith("_per_second") for name in values):
+            parts.append(f"{rate(speed)}/s")
+        if left is not None:
             parts.append(f"{timedelta(seconds=round(left))} left")
-        console.print(printable(", ".join(parts)), soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(", ".join(filter(None, parts))), soft_wrap=True, highlight=False, markup=False)
 
     return update
 
@@ -155,7 +195,7 @@ def errors_as_one_line() -> Iterator[None]:
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except KeyboardInterrupt:
-        console.print("interrupted; what was committed stays", style="bold red")
+        print_labelled("interrupted", "bold red", "what was committed stays")
         sys.exit(130)
 
 
@@ -163,6 +203,8 @@ def errors_as_one_line() -> Iterator[None]:
 def as_command() -> Iterator[None]:
     """What a process does as a command: it is made ready for its work, and ends as `errors_as_one_line` says."""
     show_warnings_as_lines()
+    # Tables are for people: what they show is in the reports.
+    console.quiet = json_log.wanted()
     raise_file_limit()
     keep_freed_memory()
     with errors_as_one_line():

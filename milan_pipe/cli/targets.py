@@ -12,7 +12,7 @@ from rich.text import Text
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app
 from milan_pipe.cli.console import console, plain, progress, show
-from milan_pipe.units import rate, size
+from milan_pipe.units import size
 
 _MOST_PROBLEMS = 50
 
@@ -72,21 +72,21 @@ def extract_targets(
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
     given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
     settings = milan_pipe.load_params(params, [*(overrides or []), *given])
-    with progress("shards", "rate", "bad", "workers") as update:
+    with progress("what", "views", "views_per_second", "bad", "workers") as update:
         began: float | None = None
 
         def on_progress(now: ExtractProgress) -> None:
             nonlocal began
             if began is None:  # reported first when the teacher is loaded
                 began = time.monotonic()
-            speed = now.views / max(time.monotonic() - began, 1e-9)
             update(
                 now.shards_done,
                 now.shards,
-                shards="shards",
-                rate=f"{now.views} views, {rate(speed)}/s",
-                bad=f"{now.bad} skipped",
-                workers=f"{now.workers} workers" if now.workers > 1 else "",
+                what="shards",
+                views=now.views,
+                views_per_second=now.views / max(time.monotonic() - began, 1e-9),
+                bad=now.bad,
+                workers=now.workers,
             )
 
         report = milan_pipe.extract_targets(
@@ -212,13 +212,11 @@ def train_clip(
     Example: milan-pipe train-clip 'images/train-*.tar' own-clip --val 'images/test-*.tar'
     """
     settings = milan_pipe.load_params(params, overrides or ())
-    with progress("loss", "rate", "accuracy") as update:
+    with progress("what", "loss", "images_per_second", "zero_shot") as update:
 
         def on_progress(now: Any) -> None:
-            accuracy = "" if now.zero_shot is None else f"zero-shot {100 * now.zero_shot:.2f} %"
-            rate = f"{now.images_per_second:.0f}/s"
-            loss = f"loss {now.loss:.3f}" if now.step else "reading images"
-            update(now.step, now.steps, loss=loss, rate=rate, accuracy=accuracy)
+            told = {"loss": now.loss, "images_per_second": now.images_per_second, "zero_shot": now.zero_shot}
+            update(now.step, now.steps, **(told | {"what": ""} if now.step else {"what": "reading images"}))
 
         report = milan_pipe.train_clip(images, out, settings, val=val, on_progress=on_progress)
     rows = {

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from milan_pipe.cli.console import progress, show
-from milan_pipe.units import size
 
 
 def run_training(
@@ -18,18 +17,18 @@ def run_training(
 
     if rank_of_environment():
         return command(*arguments)
-    with progress("epoch", "loss", "lr", "rate", "wait", "memory") as update:
+    with progress("epoch", "loss", "lr", "images_per_second", "data_wait", "memory") as update:
 
         def on_progress(now: TrainProgress) -> None:
             update(
                 now.step,
                 now.steps,
-                epoch=f"ep {now.epoch + 1}",
-                loss=f"loss {now.loss:.3f}",
-                lr=f"lr {now.lr:.0e}".replace("e-0", "e-"),
-                rate=f"{now.images_per_second:.0f}/s",
-                wait=f"wait {100 * now.data_wait:.0f} %",
-                memory=size(now.memory),
+                epoch=now.epoch + 1,
+                loss=now.loss,
+                lr=now.lr,
+                images_per_second=now.images_per_second,
+                data_wait=now.data_wait,
+                memory=now.memory,
             )
 
         report = command(*arguments, on_progress=on_progress)

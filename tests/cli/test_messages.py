@@ -44,14 +44,14 @@ def test_messages(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_progress_in_a_log_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("milan_pipe.cli.console._LOG_SECONDS", 0.0)
-    with progress("rate", what="shards") as update:
+    with progress("images_per_second", "loss", what="shards") as update:
         for done in (100, 103):
-            update(done, 113, rate="0.1/s")
+            update(done, 113, images_per_second=0.1, loss=2.34567)
         monkeypatch.setattr("milan_pipe.cli.console._LOG_SECONDS", 1000.0)
-        update(104, 113, rate="0.1/s")
+        update(104, 113, images_per_second=0.1)
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "100 of 113, 0.1/s, shards"
-    assert re.fullmatch(r"103 of 113, 0\.1/s, shards, 0:00:0\d left", second)
+    assert first == "100 of 113, 0.1/s, loss 2.346, shards"
+    assert re.fullmatch(r"103 of 113, 0\.1/s, loss 2\.346, shards, 0:00:0\d left", second)
 
 
 def test_time_left_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,4 +62,4 @@ def test_time_left_leaves_preparation_out(monkeypatch: pytest.MonkeyPatch, capsy
         for done, what in ((0, "reading"), (0, "reading"), (1, "")):
             update(done, 10, what=what)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "1 of 10, 0:00:09 left"
+    assert lines[-1] == "1 of 10, 1/s, 0:00:09 left"
