@@ -103,8 +103,14 @@ def _main(
     del version
     json_log.command = ctx.invoked_subcommand or ""
     if log_json:
-        os.environ[json_log.VARIABLE] = "1"
-        console.quiet = True
+        # Of this command alone, where several run in one process, and of the processes that it starts.
+        earlier = os.environ.get(json_log.VARIABLE, ""), console.quiet
+        ctx.call_on_close(lambda: _log(*earlier))
+        _log("1", True)
+
+
+def _log(variable: str, quiet: bool) -> None:
+    os.environ[json_log.VARIABLE], console.quiet = variable, quiet
 
 
 def main() -> None:
