@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -24,6 +24,7 @@ from milan_pipe.errors import MissingError, StoreError, system_reason
 from milan_pipe.storage.location import SCRATCH, Listing, Location, is_foreign
 
 _WRITE_ATTEMPTS = 3
+_PART_BYTES = 512 * 1024
 
 
 class LocalFolder(Location):
@@ -54,13 +55,16 @@ class LocalFolder(Location):
             file.seek(start)
             return file.read(max(0, stop - start))
 
-    def read_memory(self, path: str, start: int, stop: int) -> memoryview:
+    def read_memory(
+        self, path: str, start: int, stop: int, on_part: Callable[[memoryview], None] = lambda _: None
+    ) -> memoryview:
         # numpy asks for large pages: fresh small ones cost several times the reading.
         memory, count = np.empty(max(0, stop - start), np.uint8).data, 0
         with self._errors(path, "read"), open_regular(self.local / path) as file:
             file.seek(start)
-            while read := file.readinto(memory[count:]):
+            while read := file.readinto(memory[count : count + _PART_BYTES]):
                 count += read
+                on_part(memory[:count])
         return memory[:count]
 
     def open(self, path: str) -> IO[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -142,9 +142,17 @@ class Location(ABC):
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file; fewer where it ends before."""
 
-    def read_memory(self, path: str, start: int, stop: int) -> memoryview:
-        """As `read_range`, into memory that can be written to, of large pages where that is cheaper."""
-        return memoryview(bytearray(self.read_range(path, start, stop)))
+    def read_memory(
+        self, path: str, start: int, stop: int, on_part: Callable[[memoryview], None] = lambda _: None
+    ) -> memoryview:
+        """As `read_range`, into memory that can be written to, of large pages where that is cheaper.
+
+        Args:
+            on_part: called with all that is there so far, part by part while the last one is still in the cache.
+        """
+        memory = memoryview(bytearray(self.read_range(path, start, stop)))
+        on_part(memory)
+        return memory
 
     @abstractmethod
     def open(self, path: str) -> IO[bytes]:

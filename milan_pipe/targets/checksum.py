@@ -8,6 +8,7 @@ Source: Zarr version 3 specification, codecs sharding_indexed and crc32c.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -36,14 +37,18 @@ def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
 
 
 def read_chunks(
-    read: Callable[[int, int], memoryview], index: NDArray[np.uint64], first: int, last: int, chunk_bytes: int
+    read: Callable[[int, int, Callable[[memoryview], None]], memoryview],
+    index: NDArray[np.uint64],
+    first: int,
+    last: int,
+    chunk_bytes: int,
 ) -> NDArray[np.uint8]:
     """Chunks `first` to `last` - 1 of one file, (last - first, chunk_bytes); one that was not written is zeros.
 
     Chunks that lie one behind the other, as they are written, are not copied.
 
     Args:
-        read: gives the bytes of the file from one offset to another.
+        read: gives the bytes of the file from one offset to another, as `Location.read_memory`.
 
     Raises:
         ValueError: a checksum does not fit, or the index leads elsewhere.
@@ -56,18 +61,21 @@ def read_chunks(
         raise ValueError(f"a chunk has {entries[rows, 1].min()} to {entries[rows, 1].max()} bytes, expected {stride}")
     offsets = entries[rows, 0].tolist()
     begin, end = min(offsets), max(offsets) + stride
-    data = read(begin, end)
-    if len(data) != end - begin:
+    left = deque(sorted(zip(offsets, rows.tolist(), strict=True)))
+
+    def check(so_far: memoryview) -> None:
+        while left and left[0][0] - begin + stride <= len(so_far):
+            offset, row = left.popleft()
+            _checked(so_far[offset - begin : offset - begin + stride], f"chunk {first + row}")
+
+    data = read(begin, end, check)
+    if left:
         raise ValueError(f"the index leads to byte {end}, the file ends at {begin + len(data)}")
-    chunks = [
-        _checked(data[offset - begin : offset - begin + stride], f"chunk {first + row}")
-        for row, offset in zip(rows.tolist(), offsets, strict=True)
-    ]
     if offsets == list(range(begin, begin + (last - first) * stride, stride)):
         return np.frombuffer(data, np.uint8).reshape(last - first, stride)[:, :-CRC_BYTES]
     values = np.zeros((last - first, chunk_bytes), np.uint8)
-    for row, chunk in zip(rows.tolist(), chunks, strict=True):
-        values[row] = np.frombuffer(chunk, np.uint8)
+    for row, offset in zip(rows.tolist(), offsets, strict=True):
+        values[row] = np.frombuffer(data, np.uint8, chunk_bytes, offset - begin)
     return values
 
 

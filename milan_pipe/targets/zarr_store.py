@@ -432,11 +432,10 @@ class ZarrShard:
         jpegs = []
         for begin, count in zip((offset - first).tolist(), length.tolist(), strict=True):
             chunk, within = divmod(begin, size)
-            if within + count <= size:
-                jpegs.append(data[chunk, within : within + count].data)
-            else:
-                joined = data[chunk : -(-(begin + count) // size)].reshape(-1)
-                jpegs.append(joined[within : within + count].data)
+            parts = [data[chunk, within : within + count]]
+            while (missing := count - sum(map(len, parts))) > 0:
+                parts.append(data[chunk + len(parts), :missing])
+            jpegs.append((parts[0] if len(parts) == 1 else np.concatenate(parts)).data)
         return jpegs
 
     def read(self, view: int, start: int, stop: int) -> ViewRun:

@@ -24,7 +24,7 @@ _ADDED = {"segment.over_all_pixels": False, "targets.views.renderer": "pillow"}
 _OF_NO_EFFECT = frozenset(
     ("order", "targets.schema_version", "targets.codec.zstd_level", "targets.teacher.license", "targets.teacher.source")
 )
-"""What a converted store, or what is said of one, changes without a value that is trained on; `order` is judged apart."""
+"""What converting a store changes, or what is said of it, and no value that is trained on; `order` is judged apart."""
 
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
