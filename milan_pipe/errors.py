@@ -18,9 +18,10 @@ _RAN_OUT: dict[int | None, str] = {
 }
 
 _USER = re.compile(r"(?<=\w:)(//?)[^/@\s]*@")
-_SIGNATURE = re.compile(
-    r"(?<=[?&])((?:X-Amz-|X-Goog-)?(?:Signature|Credential|Security-Token)|sig|token)=[^&\s'\"]*", re.IGNORECASE
+_SECRET_VALUE = re.compile(
+    r"(?<=[?&])([\w.-]*(?:signature|credential|token|secret|password|passwd|key|auth|sig))=[^&\s'\"]*", re.IGNORECASE
 )
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def resource_hint(error: BaseException) -> str | None:
@@ -45,7 +46,7 @@ def one_line(error: object) -> str:
 def without_password(text: str) -> str:
     """Text with the user and password of URLs hidden, and signatures in their queries."""
     # `Path` leaves one slash of a URL.
-    return _SIGNATURE.sub(r"\1=***", _USER.sub(r"\1***@", text))
+    return _HUB_TOKEN.sub("hf_***", _SECRET_VALUE.sub(r"\1=***", _USER.sub(r"\1***@", text)))
 
 
 def printable(text: str) -> str:

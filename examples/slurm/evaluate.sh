@@ -14,6 +14,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+# Newer versions of srun do not take it over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 run=${1:?name the folder of the run} train=${2:?name the training images} test=${3:?name the test images}
 tuned=$run-finetuned

@@ -15,6 +15,8 @@
 #SBATCH --output=%x-%A-%a.log
 #SBATCH --requeue
 set -euo pipefail
+# Newer versions of srun do not take it over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 images=${1:?name the images} targets=${2:?name the target store}
 

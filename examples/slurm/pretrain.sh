@@ -19,6 +19,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+# Newer versions of srun do not take it over from sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 targets=${1:?name the target store} run=${2:?name the folder of the run}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)

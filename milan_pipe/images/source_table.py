@@ -35,6 +35,7 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
 }
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
+_NUMBER, _WHOLE_FLOAT = re.compile(r"-?[0-9]+(\.[0-9]*)?"), re.compile(r"-?[0-9]{1,18}\.0+")
 _NO_LABEL = ("", "-1")
 
 _NUMBERED = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}\b.*", re.ASCII)
@@ -287,6 +288,12 @@ def _classes(
     """Names of the classes, if they have some, and the index of each that is told by its name."""
     told = {_label_text(value) for value in values} - set(_NO_LABEL)
     if told and not all(map(_WHOLE_NUMBER.fullmatch, told)):
+        # Sorted as names, they would be other classes than their numbers.
+        if numbers := sorted(filter(_NUMBER.fullmatch, told)):
+            raise LabelError(
+                f"{source} has labels that are numbers, as {numbers[0]!r}, and some that are no whole numbers from 0; "
+                "expected one kind alone, and nothing (-1) where there is none"
+            )
         classes = tuple(sorted(told))
         return classes, {name: label for label, name in enumerate(classes)}
     highest = max(map(int, told), default=-1)
@@ -306,4 +313,6 @@ def _label_index(value: Any, labels: Mapping[str, int]) -> int:
 def _label_text(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else str(int(value))
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value).strip()
+    # In lists too pandas makes floats of whole numbers where some are missing.
+    return text.partition(".")[0] if _WHOLE_FLOAT.fullmatch(text) else text

@@ -25,13 +25,14 @@ from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
 
 Kind = Literal["model", "dataset"]
 _FAILED: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, RuntimeError)
+_NAMES = tuple("[0-9]" * digits for digits in range(6, 10))
 # All of a store but its manifest, which goes last; an earlier one in the repository may have had other files.
 _OF_A_STORE = (
     *HEADER_FILES,
     manifest.BAD_SAMPLES,
-    f"{manifest.FOLDER}/*.json",
-    f"{SHARDS}/*",
-    "[0-9]*/*",  # of schema 2
+    *(f"{manifest.FOLDER}/{name}.json" for name in _NAMES),
+    *(f"{SHARDS}/{name}/*" for name in _NAMES),
+    *(f"{name}/*" for name in _NAMES),  # of schema 2
 )
 
 

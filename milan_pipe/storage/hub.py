@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, RepoFile, constants, errors, get_token
+from huggingface_hub import HfApi, constants, errors, get_token
+from huggingface_hub.hf_api import RepoFile
 from obstore.store import HTTPStore
 
 from milan_pipe.errors import SettingError, StoreError, one_line
@@ -46,6 +47,9 @@ def hub_reason(problem: BaseException, repository: str, files: str) -> str:
     return f"{files} of repository {repository} cannot be fetched from {hub}: {one_line(problem)}"
 
 
+_SECONDS = 30.0
+
+
 class _Repository:
     """A dataset repository at one commit: that which the revision names when it is first asked for."""
 
@@ -67,7 +71,7 @@ class _Repository:
     def _pinned(self) -> str:
         with self._asking, self._errors(f"revision {self._revision}"):
             if self.commit is None:
-                found = self._api.dataset_info(self.name, revision=self._revision, expand=["sha"])
+                found = self._api.dataset_info(self.name, revision=self._revision, expand=["sha"], timeout=_SECONDS)
                 self.commit = str(found.sha)
             return self.commit
 

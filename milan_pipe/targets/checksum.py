@@ -42,12 +42,14 @@ def read_chunks(
     first: int,
     last: int,
     chunk_bytes: int,
+    file_bytes: int,
 ) -> NDArray[np.uint8]:
     """Chunks `first` to `last` - 1 of one file, (last - first, chunk_bytes); one that was not written is zeros.
 
     Chunks that lie one behind the other, as they are written, are not copied.
 
     Args:
+        file_bytes: size of the file.
         read: gives the bytes of the file from one offset to another, as `Location.read_memory`.
 
     Raises:
@@ -61,6 +63,8 @@ def read_chunks(
         raise ValueError(f"a chunk has {entries[rows, 1].min()} to {entries[rows, 1].max()} bytes, expected {stride}")
     offsets = entries[rows, 0].tolist()
     begin, end = min(offsets), max(offsets) + stride
+    if end > file_bytes:
+        raise ValueError(f"the index leads to byte {end}, the file ends at {file_bytes}")
     left = deque(sorted(zip(offsets, rows.tolist(), strict=True)))
 
     def check(so_far: memoryview) -> None:

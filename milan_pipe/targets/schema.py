@@ -170,8 +170,8 @@ def require_same_header(found: StoreHeader, expected: StoreHeader, where: object
         advice = "Use the same settings, or another folder for the new ones"
         if found.schema_version != expected.schema_version:
             advice = (
-                "This version reads that schema and adds to none but its own: write the store anew with "
-                "`milan-pipe convert-targets`, or finish it with the version that began it"
+                "This version reads that schema and adds to none but its own: finish the store with the version that "
+                "began it; one that is complete is written anew by `milan-pipe convert-targets`"
             )
         elif found.views.renderer != expected.views.renderer:
             advice = (

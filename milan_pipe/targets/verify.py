@@ -155,7 +155,8 @@ class _Check:
             top, _, inside = path.removeprefix(among).partition("/")
             # The next shard of an unfinished store may exist before it is committed.
             begun = inside and top.isdigit() and not self.finished
-            if path not in own and top not in _OF_A_HUB and not (among == place and (top in shards or begun)):
+            beside = path.partition("/")[0] in _OF_A_HUB
+            if path not in own and not beside and not (among == place and (top in shards or begun)):
                 strays[path if top == manifest.FOLDER else among + top] += 1
         for entry, files in strays.items():
             self.report_stray("", entry, f"is not part of the store{f', with {files} files' if files > 1 else ''}")

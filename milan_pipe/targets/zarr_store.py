@@ -412,7 +412,9 @@ class ZarrShard:
                 continue
             with self._reading(name, [path]):
                 index = parse_index(end, per_view * math.prod(array.file_shape[:axis]))
-                parts.append(read_chunks(partial(self._location.read_memory, path), index, first, last, chunk_bytes))
+                size_of_file = self._record.files[path].bytes
+                read = partial(self._location.read_memory, path)
+                parts.append(read_chunks(read, index, first, last, chunk_bytes, size_of_file))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def keys(self) -> Sequence[str]:

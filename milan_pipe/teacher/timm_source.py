@@ -22,6 +22,9 @@ from milan_pipe.teacher.timm_tower import TimmTower
 from milan_pipe.teacher.tower_source import TowerSource
 from milan_pipe.weights_file import read_weights
 
+_NOT_OF_A_DESCRIPTION = frozenset(
+    ("cache_dir", "checkpoint_path", "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+)
 _WEIGHTS, _CONFIG = ("model.safetensors", "pytorch_model.bin"), "config.json"
 
 
@@ -166,6 +169,9 @@ def _described(model: str, path: Path) -> TimmSource:
         described, name, arguments = load_model_config_from_path(path.parent)
         if not is_model(name) or not isinstance(arguments, dict):
             raise ValueError(f"timm has no model {name!r}")
+        # A description from elsewhere says what is built, and not where files come from.
+        if wrong := _NOT_OF_A_DESCRIPTION & arguments.keys():
+            raise ValueError(f"model_args has {min(wrong)!r}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise DataError(

@@ -24,7 +24,7 @@ from support.images import image, png
 from support.web import Web, send, web_server
 
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, LabelError
 from milan_pipe.images import download as download_module
 from milan_pipe.images import source_table
 from milan_pipe.images.index import read_index
@@ -325,6 +325,25 @@ def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None
     assert report.samples == 3
     assert report.bad == [(f"{web.url}/gone.png", "its server answered 404 Not Found")]
     assert not [path.name for path in (tmp_path / "out").iterdir() if b"SECRET" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [(["0.0", "2.0", "10.0", ""], [0, 2, 10, -1]), (["0", "2", "10", "-1"], [0, 2, 10, -1]), (["b", "a"], [1, 0])],
+)
+def test_labels_of_a_list_are_what_they_say(tmp_path: Path, labels: list[str], found: list[int]) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    source = write_csv(tmp_path / "list.csv", [{"path": "a.jpg", "label": label} for label in labels])
+    run(source, tmp_path / "out")
+    assert [sample.label for sample in samples(tmp_path / "out")] == found
+
+
+@pytest.mark.parametrize("labels", [["0", "10", "N/A"], ["1.5", "2"], ["-2", "3"], ["0", "cat"]])
+def test_labels_of_two_kinds_are_refused(tmp_path: Path, labels: list[str]) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    source = write_csv(tmp_path / "list.csv", [{"path": "a.jpg", "label": label} for label in labels])
+    with pytest.raises(LabelError, match="no whole numbers from 0"):
+        run(source, tmp_path / "out")
 
 
 def test_what_img2dataset_reports_is_a_list(tmp_path: Path, web: Web) -> None:

@@ -98,6 +98,7 @@ def test_scripts_are_clean() -> None:
     check("shellcheck", *SCRIPTS)
 
 
+@pytest.mark.slow
 def test_the_scripts_of_slurm_run_all_stages(project: Project, tmp_path: Path) -> None:
     """Each by a shell as SLURM would; what they give to `srun` is run then, pretraining in two ranks."""
     tools, calls = tmp_path / "bin", tmp_path / "calls"

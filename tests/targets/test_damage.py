@@ -191,6 +191,10 @@ def test_any_file_that_lies_there_twice_is_told_and_harmless(
     assert {(problem.repair, problem.what) for problem in problems} == expected
     for copy in copies.values():
         copy.unlink()
+    (store.root / "shards" / "README.md").touch()
+    (problem,) = verify_store(store.root).problems
+    assert problem.array == "shards/README.md"
+    (store.root / "shards" / "README.md").unlink()
     folder = store.root / "shards" / "000000"
     shutil.copytree(folder, store.root / "shards" / "000007 copied")
     (problem,) = verify_store(store.root).problems

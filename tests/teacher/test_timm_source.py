@@ -17,7 +17,7 @@ from milan_pipe import api, load_student, open_targets
 from milan_pipe.config.params import load_params
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import MismatchError, MissingError, SettingError
+from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError
 from milan_pipe.student.model import build_student
 from milan_pipe.teacher.clip import load_teacher
 from milan_pipe.teacher.source import find_source
@@ -200,6 +200,14 @@ def test_refused(model, pretrained, error, what, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=what):
         load(model, pretrained)
+
+
+@pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg_overlay", "cache_dir"])
+def test_a_description_names_no_other_files(argument, tmp_path):
+    content = {"architecture": DINO3, "model_args": {argument: "/etc/x"}, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=argument):
+        load(f"timm:local-dir:{tmp_path}")
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
