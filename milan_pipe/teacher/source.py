@@ -18,7 +18,7 @@ from open_clip.model import _build_vision_tower
 from open_clip.pretrained import _get_safe_alternatives
 from torch import nn
 
-from milan_pipe.config.teacher import DEMO, FOLDER, HUB, RANDOM, TIMM
+from milan_pipe.config.teacher import DEMO, FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MissingError, SettingError, one_line
 from milan_pipe.teacher.checkpoint import load_tower_weights
 from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub, quiet
@@ -112,17 +112,7 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
             license=partial(license_on_hub, repository),
         )
     problem = f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {known}"
-    return _with_file(ClipSource(model=name, config=config), pretrained, problem)
-
-
-def _with_file(source: TowerSource, pretrained: str, problem: str) -> TowerSource:
-    """The weights of a local file, or none for `random`; `problem` says what is wrong where there is no such file."""
-    if pretrained == RANDOM:
-        return source
-    file = Path(pretrained)
-    if not file.is_file():
-        raise MissingError(f"teacher {source.model!r} {problem}")
-    return replace(source, checkpoint=lambda: file, file=file)
+    return ClipSource(model=name, config=config).with_file(pretrained, problem)
 
 
 def _of_tag(name: str, tag: str, preset: dict[str, Any]) -> Path:
@@ -200,4 +190,4 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
     if pretrained is None:
         return replace(source, checkpoint=own)
     problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave teacher.pretrained"
-    return _with_file(source, pretrained, f"{problem} out, or name a local checkpoint or `random`")
+    return source.with_file(pretrained, f"{problem} out, or name a local checkpoint or `random`")

@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg, is_model, list_pretrained, split_mod
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from milan_pipe.config.teacher import FOLDER, HUB, RANDOM, TIMM
+from milan_pipe.config.teacher import FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, one_line
 from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub
 from milan_pipe.teacher.normalization import OPENAI, mean_std
@@ -102,9 +102,8 @@ def _known(model: str, full_name: str, pretrained: str | None) -> TowerSource:
     described = get_pretrained_cfg(f"{name}.{tag}" if tag else name)
     source = TimmSource(model=model, name=name, described=_plain(described), stated=mean_std(_plain(described)))
     if pretrained is not None:
-        return _with_file(
-            source, pretrained, f"has no tag {pretrained!r} and no such file is there; known tags are {known}"
-        )
+        problem = f"has no tag {pretrained!r} and no such file is there; known tags are {known}"
+        return source.with_file(pretrained, problem)
     if not tags or described is None or not described.has_weights:
         raise SettingError(f"teacher {model!r} needs `teacher.pretrained`: the path of a checkpoint, or `random`")
     repository, license_ = described.hf_hub_id, described.license
@@ -122,15 +121,6 @@ def _plain(described: Any) -> dict[str, Any]:
     return dict(described.to_dict()) if described is not None else {}
 
 
-def _with_file(source: TimmSource, pretrained: str, problem: str) -> TowerSource:
-    if pretrained == RANDOM:
-        return source
-    file = Path(pretrained)
-    if not file.is_file():
-        raise MissingError(f"teacher {source.model!r} {problem}")
-    return replace(source, checkpoint=lambda: file, file=file)
-
-
 def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
     try:
         return fetch()
@@ -144,7 +134,7 @@ def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
     description = _fetched(model, partial(hub_file, repository, _CONFIG))
     source = _described(model, description)
     if pretrained is not None:
-        return _with_file(source, pretrained, _OWN.format(pretrained))
+        return source.with_file(pretrained, _OWN.format(pretrained))
     fetch = partial(_fetched, model, partial(hub_file, repository, *_WEIGHTS))
     return replace(source, checkpoint=fetch, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
 
@@ -157,7 +147,7 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
         raise MissingError(f"teacher {model!r}: {folder} has no {_CONFIG}, timm's description of a model")
     source = _described(model, folder / _CONFIG)
     if pretrained is not None:
-        return _with_file(source, pretrained, _OWN.format(pretrained))
+        return source.with_file(pretrained, _OWN.format(pretrained))
     present = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
     if not present:
         raise MissingError(f"teacher {model!r}: {folder} has none of {', '.join(_WEIGHTS)}")

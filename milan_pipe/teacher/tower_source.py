@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
 
-from milan_pipe.errors import DataError, one_line
+from milan_pipe.config.teacher import RANDOM
+from milan_pipe.errors import DataError, MissingError, one_line
 from milan_pipe.teacher.hub import quiet
 from milan_pipe.teacher.normalization import MeanStd
 
@@ -52,6 +54,15 @@ class TowerSource(ABC):
             MissingError, DataError: the file is not there, cannot be read, or holds no tensors.
             MismatchError: it is of another model.
         """
+
+    def with_file(self, pretrained: str, problem: str) -> Self:
+        """With the weights of a local file, or none for `random`; `problem` is what to say where there is no file."""
+        if pretrained == RANDOM:
+            return self
+        file = Path(pretrained)
+        if not file.is_file():
+            raise MissingError(f"teacher {self.model!r} {problem}")
+        return replace(self, checkpoint=lambda: file, file=file)
 
     def untrained(self) -> nn.Module:
         """The tower, with the same random weights in every process, as targets of one store come from many.
