@@ -69,7 +69,7 @@ def demo(
         table.add_row(name, f"{100 * near.best:.1f} %", f"{100 * linear.accuracy:.1f} %")
     page = folder / "report.html"
     try:
-        with needs("report", f"{page}"):
+        with needs("report", str(page)):
             import matplotlib  # noqa: F401
     except MissingError as missing:
         console.print(plain(f"\nwithout a report: {missing}"), soft_wrap=True)

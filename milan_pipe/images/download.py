@@ -18,8 +18,8 @@ from milan_pipe.storage import SCHEMES, Location, location_of, split_url
 MAX_DOWNLOADED_BYTES = 2**25
 """Size in bytes above which what a URL leads to is refused."""
 
-_TRIES = 3
-_FIRST_WAIT = 0.5
+# Seconds between two tries.
+_WAITS = (0.5, 1.0)
 _PIECE = 2**16
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
@@ -49,13 +49,13 @@ def download(url: str, seconds: float) -> bytes:
     if scheme not in ("http", "https"):
         return _from_store(url)
     request = _request(url)
-    for left in reversed(range(_TRIES)):
+    for wait in (*_WAITS, None):
         try:
             return _get(request, seconds)
         except _BusyError as error:
-            if not left:
-                raise DataError(f"{error} (tried {_TRIES} times)") from None
-            time.sleep(_FIRST_WAIT * 2 ** (_TRIES - 1 - left))
+            if wait is None:
+                raise DataError(f"{error} (tried {len(_WAITS) + 1} times)") from None
+            time.sleep(wait)
     raise AssertionError
 
 

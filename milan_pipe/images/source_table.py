@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from milan_pipe.images.files import files_under, read_file, suffix_of
 from milan_pipe.images.shards import ShardFile, expand_shards, shard_file
 from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption, printable_name
 from milan_pipe.images.table import TABLE_SUFFIXES, Header, Rows, read_header, read_rows, rows_and_labels
-from milan_pipe.storage import is_url, location_of
+from milan_pipe.storage import Location, is_url, location_of
 from milan_pipe.units import some
 
 LIST_SUFFIXES = (".csv", ".tsv")
@@ -150,8 +150,9 @@ def find_tables(source: str | Path) -> list[TableFile]:
     suffix = suffix_of(text)
     if not is_url(text) and Path(text).is_dir():
         root = Path(text)
-        files = [path.relative_to(root).as_posix() for path in files_under(root, ("parquet",))]
-        return [TableFile(file=ShardFile(location_of(root), name), parts=tuple(name.split("/"))) for name in files]
+        return _below(
+            location_of(root), (path.relative_to(root).as_posix() for path in files_under(root, ("parquet",)))
+        )
     if suffix in TABLE_SUFFIXES:
         one = not (glob.has_magic(text) or "{" in text)
         if one and not is_url(text) and not Path(text).exists():
@@ -162,9 +163,13 @@ def find_tables(source: str | Path) -> list[TableFile]:
         return [TableFile(file=file, parts=tuple(path[shared:])) for file, path in zip(found, paths, strict=True)]
     if is_url(text) and suffix != "tar":
         location = location_of(text)
-        names = [name for name in location.sizes() if suffix_of(name) == "parquet"] if location.listable else []
-        return [TableFile(file=ShardFile(location, name), parts=tuple(name.split("/"))) for name in names]
+        names = location.sizes() if location.listable else ()
+        return _below(location, (name for name in names if suffix_of(name) == "parquet"))
     return []
+
+
+def _below(location: Location, names: Iterable[str]) -> list[TableFile]:
+    return [TableFile(file=ShardFile(location, name), parts=tuple(name.split("/"))) for name in names]
 
 
 def _shared_parts(paths: Sequence[Sequence[str]]) -> int:

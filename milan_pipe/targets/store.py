@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import posixpath
 import shutil
 import threading
 import warnings
@@ -45,11 +44,14 @@ _OPEN_SHARDS = 32
 _MOST_NAMED = 10
 
 
+def header_name(header: StoreHeader) -> str:
+    """Name of the file that makes a folder a store."""
+    return shard_path(header, zarr_store.GROUP_FILE) if header.format == "zarr" else tar_store.HEADER_FILE
+
+
 def header_file(header: StoreHeader) -> tuple[str, bytes]:
     """Name and content of the file that makes a folder a store."""
-    values = with_digest(header.model_dump(mode="json"))
-    name = shard_path(header, zarr_store.GROUP_FILE) if header.format == "zarr" else tar_store.HEADER_FILE
-    return name, _header_content(values)
+    return header_name(header), _header_content(with_digest(header.model_dump(mode="json")))
 
 
 def _header_content(values: Mapping[str, Any]) -> bytes:
@@ -103,7 +105,7 @@ def _header_and_digest(location: Location) -> tuple[StoreHeader | None, str]:
                 "`milan-pipe extract-targets` again: where all shards had been committed, it writes the header anew"
             )
         header: StoreHeader = StoreHeader.parse(values, f"{location}/{name}")
-        if header_file(header)[0] != name:
+        if header_name(header) != name:
             raise DataError(
                 f"{location}/{name} is the header of a store of schema {version} in format {header.format}, which lies "
                 "elsewhere; use a store as it was written"
@@ -280,10 +282,10 @@ class TargetStoreWriter:
                 f"{self.location}: {len(committed)} of {count} shards are whole; run the same command again"
             )
         try:
-            manifest.write_manifest(self.location, self.location.read(header_file(self.header)[0]), committed)
+            manifest.write_manifest(self.location, self.location.read(header_name(self.header)), committed)
         except StoreError as error:
             raise StoreError(f"{error}. All shards are whole; the same command goes on from there") from error
-        for folder in ("", manifest.FOLDER, posixpath.dirname(shard_path(self.header, "0"))):
+        for folder in ("", manifest.FOLDER, SHARDS):
             self.location.child(folder).clear_scratch()
 
 

@@ -98,7 +98,7 @@ class PackedCodes:
         into_ST[...] = code.T if self._transposed else code
 
 
-class _Members:
+class _Arrays:
     """How a store's header has the arrays of a sample written."""
 
     def __init__(self, header: StoreHeader) -> None:
@@ -115,7 +115,7 @@ class TarShardFiles:
 
     def __init__(self, folder: Path, header: StoreHeader) -> None:
         self._folder = folder
-        self._arrays = _Members(header)
+        self._arrays = _Arrays(header)
         # By name of the tar, offset and crc32c of each block, and where the last one ends.
         self._blocks: dict[str, list[tuple[int, int]]] = {_tar_name(view): [] for view in range(header.views.count)}
         self._ends = dict.fromkeys(self._blocks, 0)
@@ -152,11 +152,13 @@ class TarShardFiles:
             }
             yield f"{key}.jpg", bytes(block.jpegs[view][row])
             yield f"{key}.json", json.dumps(record, ensure_ascii=False).encode()
-            found = [(self._arrays.codes, block.code_KNST), (self._arrays.attention, block.attention_KNL)]
-            if self._arrays.scale is not None and block.scale_KNS is not None:
-                found.insert(1, (self._arrays.scale, block.scale_KNS))
-            for member, values in found:
-                yield f"{key}.{member.suffix}", member.pack(values[view, row])
+            for member, values in (
+                (self._arrays.codes, block.code_KNST),
+                (self._arrays.scale, block.scale_KNS),
+                (self._arrays.attention, block.attention_KNL),
+            ):
+                if member is not None and values is not None:
+                    yield f"{key}.{member.suffix}", member.pack(values[view, row])
 
     def close(self) -> Mapping[str, Sequence[tuple[int, int]]]:
         """End the tars. Per tar, offset and crc32c of each block, then the end of the last block with a 0."""
@@ -199,7 +201,7 @@ class TarShard:
         self._fail = fail
         self._header = header
         self._record = record
-        self._arrays = _Members(header)
+        self._arrays = _Arrays(header)
         blocks = -(-record.source.samples // BLOCK_SAMPLES)
         for name in map(_tar_name, range(header.views.count)):
             found = len(record.blocks.get(name, ())) - 1
@@ -247,15 +249,15 @@ class TarShard:
         return samples
 
     def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:
-        header, count, members = self._header, len(samples), self._arrays
+        header, count, arrays = self._header, len(samples), self._arrays
         code = np.empty((count, header.tokens, header.teacher.width), codec_of(header.codec).dtype)
         attention = np.empty((count, header.patches), np.float16)
-        scale = np.empty((count, header.tokens), np.float16) if members.scale is not None else None
+        scale = np.empty((count, header.tokens), np.float16) if arrays.scale is not None else None
         for row, sample in enumerate(samples):
-            members.codes.unpack(sample[members.codes.suffix], code[row])
-            members.attention.unpack(sample[members.attention.suffix], attention[row])
-            if members.scale is not None and scale is not None:
-                members.scale.unpack(sample[members.scale.suffix], scale[row])
+            arrays.codes.unpack(sample[arrays.codes.suffix], code[row])
+            arrays.attention.unpack(sample[arrays.attention.suffix], attention[row])
+            if arrays.scale is not None and scale is not None:
+                arrays.scale.unpack(sample[arrays.scale.suffix], scale[row])
         records = [json.loads(bytes(sample["json"])) for sample in samples]
         return ViewRun(
             keys=[record["key"] for record in records],

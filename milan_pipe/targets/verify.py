@@ -21,7 +21,7 @@ from milan_pipe.storage import Location, location_of
 from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun, shard_path
-from milan_pipe.targets.store import header_file, is_as_written, open_shard, read_header
+from milan_pipe.targets.store import header_name, is_as_written, open_shard, read_header
 
 # A row of L float16 values that were rounded one by one.
 _SUM_TOLERANCE = 4e-3
@@ -100,7 +100,7 @@ class _Check:
 
     def store(self) -> dict[str, int]:
         """Check header, manifest and bad samples. Returns samples by shard."""
-        name, _ = header_file(self.header)
+        name = header_name(self.header)
         data = self.location.read(name)
         if not is_as_written(data):
             self.report_header(name, "differs from what was written")
@@ -146,7 +146,7 @@ class _Check:
 
     def strays(self, shards: set[str]) -> None:
         """Files of a store that nothing refers to; a folder of them counts as one."""
-        name, _ = header_file(self.header)
+        name = header_name(self.header)
         own = {name, manifest.MANIFEST, manifest.BAD_SAMPLES, *(f"{manifest.FOLDER}/{shard}.json" for shard in shards)}
         strays: Counter[str] = Counter()
         place = shard_path(self.header, "")

@@ -151,6 +151,7 @@ def load_teacher(
     if family.sizes(visual).image_size != (side, side):
         family.resize(visual, side)
     sizes = family.sizes(visual)
+    published = source.checkpoint is not None and source.file is None
     info = TeacherInfo(
         **settings.header_fields(),
         weights_sha256=digest,
@@ -160,8 +161,8 @@ def load_teacher(
         grid=sizes.grid,
         width=sizes.width,
         # Of random weights nobody has a licence; of a file, its owner knows.
-        license=source.license() if source.checkpoint is not None and source.file is None else None,
-        source=source.origin if source.checkpoint is not None and source.file is None else None,
+        license=source.license() if published else None,
+        source=source.origin if published else None,
     )
     return Teacher(visual, family, info, normalization_of(settings.normalization, source, visual)).to(device)
 

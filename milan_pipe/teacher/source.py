@@ -24,7 +24,7 @@ from milan_pipe.teacher.checkpoint import load_tower_weights
 from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub, quiet
 from milan_pipe.teacher.normalization import stated_normalization
 from milan_pipe.teacher.timm_source import find_timm_source
-from milan_pipe.teacher.tower_source import TowerSource
+from milan_pipe.teacher.tower_source import TowerSource, what_is_wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +181,8 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
         if stated is None:
             raise TypeError("mean or std of another kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise DataError(
-            f"teacher {model!r}: {path} does not describe a model ({problem}); expected model_cfg with embed_dim and "
-            "vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
+            f"teacher {model!r}: {path} does not describe a model ({what_is_wrong(error)}); expected model_cfg with "
+            "embed_dim and vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
         ) from error
-    source = ClipSource(model=model, config=config, stated=stated)
-    if pretrained is None:
-        return replace(source, checkpoint=own)
-    problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave teacher.pretrained"
-    return source.with_file(pretrained, f"{problem} out, or name a local checkpoint or `random`")
+    return ClipSource(model=model, config=config, stated=stated).with_own(pretrained, own)

@@ -19,7 +19,7 @@ from milan_pipe.errors import DataError, MismatchError, MissingError, SettingErr
 from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub
 from milan_pipe.teacher.normalization import OPENAI, mean_std
 from milan_pipe.teacher.timm_tower import TimmTower
-from milan_pipe.teacher.tower_source import TowerSource
+from milan_pipe.teacher.tower_source import TowerSource, what_is_wrong
 from milan_pipe.weights_file import read_weights
 
 _NOT_OF_A_DESCRIPTION = frozenset(
@@ -114,7 +114,7 @@ def _known(model: str, full_name: str, pretrained: str | None) -> TowerSource:
         )
     files = (described.hf_hub_filename,) if described.hf_hub_filename else _WEIGHTS
     fetch = partial(_fetched, model, partial(hub_file, repository, *files))
-    return replace(source, checkpoint=fetch, origin=f"hf-hub:{repository}", license=lambda: license_)
+    return replace(source, checkpoint=fetch, origin=f"{HUB}:{repository}", license=lambda: license_)
 
 
 def _plain(described: Any) -> dict[str, Any]:
@@ -132,26 +132,23 @@ def _fetched(model: str, fetch: Callable[[], Path]) -> Path:
 
 def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
     description = _fetched(model, partial(hub_file, repository, _CONFIG))
-    source = _described(model, description)
-    if pretrained is not None:
-        return source.with_file(pretrained, _OWN.format(pretrained))
     fetch = partial(_fetched, model, partial(hub_file, repository, *_WEIGHTS))
-    return replace(source, checkpoint=fetch, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
-
-
-_OWN = "brings its own weights and has no tags, and there is no file {!r}; leave teacher.pretrained out"
+    source = _described(model, description).with_own(pretrained, fetch)
+    return replace(source, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
 
 
 def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
     if not (folder / _CONFIG).is_file():
         raise MissingError(f"teacher {model!r}: {folder} has no {_CONFIG}, timm's description of a model")
-    source = _described(model, folder / _CONFIG)
-    if pretrained is not None:
-        return source.with_file(pretrained, _OWN.format(pretrained))
-    present = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    if not present:
-        raise MissingError(f"teacher {model!r}: {folder} has none of {', '.join(_WEIGHTS)}")
-    return replace(source, checkpoint=lambda: present[0], license=partial(license_of_card, folder / "README.md"))
+
+    def weights() -> Path:
+        present = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+        if not present:
+            raise MissingError(f"teacher {model!r}: {folder} has none of {', '.join(_WEIGHTS)}")
+        return present[0]
+
+    source = _described(model, folder / _CONFIG).with_own(pretrained, weights)
+    return replace(source, license=partial(license_of_card, folder / "README.md"))
 
 
 def _described(model: str, path: Path) -> TimmSource:
@@ -163,10 +160,9 @@ def _described(model: str, path: Path) -> TimmSource:
         if wrong := _NOT_OF_A_DESCRIPTION & arguments.keys():
             raise ValueError(f"model_args has {min(wrong)!r}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise DataError(
-            f"teacher {model!r}: {path} does not describe a model of timm ({problem}); expected `architecture` with "
-            "`pretrained_cfg`"
+            f"teacher {model!r}: {path} does not describe a model of timm ({what_is_wrong(error)}); expected "
+            "`architecture` with `pretrained_cfg`"
         ) from error
     return TimmSource(
         model=model, name=name, described=described, arguments=arguments, stated=mean_std(described) or OPENAI

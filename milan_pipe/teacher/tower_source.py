@@ -21,6 +21,11 @@ def _unknown() -> None:
     return None
 
 
+def what_is_wrong(error: Exception) -> str:
+    """Why a description cannot be used, in a few words."""
+    return f"no {error}" if isinstance(error, KeyError) else one_line(error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerSource(ABC):
     """A model whose image tower can be built.
@@ -63,6 +68,13 @@ class TowerSource(ABC):
         if not file.is_file():
             raise MissingError(f"teacher {self.model!r} {problem}")
         return replace(self, checkpoint=lambda: file, file=file)
+
+    def with_own(self, pretrained: str | None, own: Callable[[], Path]) -> Self:
+        """With the weights that the model brings, unless the settings name others."""
+        if pretrained is None:
+            return replace(self, checkpoint=own)
+        problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave "
+        return self.with_file(pretrained, f"{problem}teacher.pretrained out, or name a local checkpoint or `random`")
 
     def untrained(self) -> nn.Module:
         """The tower, with the same random weights in every process, as targets of one store come from many.

@@ -237,7 +237,7 @@ def test_a_list_of_paths(tmp_path: Path) -> None:
 def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """As img2dataset takes them: many at a time, in their order, and each that fails with its reason."""
     monkeypatch.setattr(download_module, "MAX_DOWNLOADED_BYTES", 50_000)
-    monkeypatch.setattr(download_module, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(download_module, "_WAITS", (0.0, 0.0))
     tries = iter([503, 503])
 
     def busy(handler: BaseHTTPRequestHandler) -> None:
