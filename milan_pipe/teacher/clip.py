@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError, ShapeError
+from milan_pipe.pretrained.source import MeanStd
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
 from milan_pipe.teacher.checkpoint import weights_sha256
 from milan_pipe.teacher.family import TowerFamily
-from milan_pipe.teacher.normalization import MeanStd, normalization_of
+from milan_pipe.teacher.normalization import normalization_of
 from milan_pipe.teacher.source import find_source
 from milan_pipe.teacher.tower import choose_input_size, family_of
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import open_clip
 from open_clip.constants import HF_CONFIG_NAME
@@ -15,31 +15,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from milan_pipe.errors import DataError
-
-if TYPE_CHECKING:
-    from milan_pipe.teacher.tower_source import TowerSource
+from milan_pipe.pretrained.source import MeanStd, ModelSource, mean_std
 
 logger = logging.getLogger(__name__)
 
 
-class MeanStd(NamedTuple):
-    """Per channel R, G, B, of pixels in 0 to 1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 IMAGENET = MeanStd(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 OPENAI = MeanStd(tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD))
-
-
-def mean_std(config: Any) -> MeanStd | None:
-    """What a description says under `mean` and `std`; None where it does not, or not three numbers each."""
-    try:
-        mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return MeanStd(mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
 
 
 def stated_normalization(preprocess: Any) -> MeanStd | None:
@@ -67,7 +49,7 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     return found
 
 
-def normalization_of(kind: Literal["clip", "imagenet"], source: TowerSource, visual: nn.Module) -> MeanStd:
+def normalization_of(kind: Literal["clip", "imagenet"], source: ModelSource, visual: nn.Module) -> MeanStd:
     """Mean and std for a teacher's input.
 
     `imagenet` is the published code's. `clip` is the first that is known of: open_clip's for the tag, those of

@@ -20,15 +20,18 @@ from torch import nn
 
 from milan_pipe.config.teacher import DEMO, FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MissingError, SettingError, one_line
+from milan_pipe.pretrained.hub import hub_file, license_of_card, license_on_hub, quiet
+from milan_pipe.pretrained.source import Asker, ModelSource, what_is_wrong
+from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source
 from milan_pipe.teacher.checkpoint import load_tower_weights
-from milan_pipe.teacher.hub import hub_file, license_of_card, license_on_hub, quiet
-from milan_pipe.teacher.normalization import stated_normalization
-from milan_pipe.teacher.timm_source import find_timm_source
-from milan_pipe.teacher.tower_source import TowerSource, what_is_wrong
+from milan_pipe.teacher.normalization import OPENAI, stated_normalization
+from milan_pipe.teacher.timm_tower import TimmTower
+
+_TEACHER = Asker(what="teacher", setting="teacher.model", weights="teacher.pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSource(TowerSource):
+class ClipSource(ModelSource):
     """An image tower of open_clip.
 
     Attributes:
@@ -44,15 +47,27 @@ class ClipSource(TowerSource):
         visual: nn.Module = _build_vision_tower(self.config["embed_dim"], vision, quick_gelu=quick_gelu)
         return visual
 
-    def load(self, visual: nn.Module, path: Path) -> None:
-        load_tower_weights(visual, path, self.model)
+    def load(self, model: nn.Module, path: Path) -> None:
+        load_tower_weights(model, path, self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmTowerSource(TimmSource):
+    """A model of timm as `TimmTower`."""
+
+    def _build(self) -> nn.Module:
+        return TimmTower(super()._build())
+
+    def load(self, model: nn.Module, path: Path) -> None:
+        assert isinstance(model, TimmTower)
+        super().load(model.trunk, path)
 
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 """What `milan-pipe train-clip` wrote of the built-in scenes."""
 
 
-def find_source(model: str, pretrained: str | None) -> TowerSource:
+def find_source(model: str, pretrained: str | None) -> ModelSource:
     """Look up a model, and where its weights are; of a model hub only the description is fetched.
 
     Args:
@@ -67,7 +82,9 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
     if model == DEMO:
         return replace(_in_folder(DEMO, DEMO_FOLDER, pretrained), origin="milan-pipe", license=lambda: "apache-2.0")
     if model.startswith(TIMM):
-        return find_timm_source(model, pretrained)
+        found = find_timm_source(model, pretrained, _TEACHER, TimmTowerSource)
+        # What says nothing of its input is taken for a CLIP model, as open_clip does.
+        return found if found.stated else replace(found, stated=OPENAI)
     try:
         schema, name = parse_model_name(model)
     except ValueError as error:
@@ -79,7 +96,7 @@ def find_source(model: str, pretrained: str | None) -> TowerSource:
     return _in_folder(model, Path(name), pretrained) if schema == FOLDER else _on_hub(model, name, pretrained)
 
 
-def _known(model: str, pretrained: str | None) -> TowerSource:
+def _known(model: str, pretrained: str | None) -> ModelSource:
     """A model that open_clip has by name."""
     name = model.replace("/", "-")
     config = get_model_config(name)
@@ -105,6 +122,7 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
         repository = preset.get("hf_hub", "").rpartition("/")[0]
         return ClipSource(
             model=name,
+            asker=_TEACHER,
             config=config,
             tag=pretrained,
             checkpoint=weights,
@@ -112,7 +130,7 @@ def _known(model: str, pretrained: str | None) -> TowerSource:
             license=partial(license_on_hub, repository),
         )
     problem = f"has no pretrained tag {pretrained!r} and no such file is there; known tags are {known}"
-    return ClipSource(model=name, config=config).with_file(pretrained, problem)
+    return ClipSource(asker=_TEACHER, model=name, config=config).with_file(pretrained, problem)
 
 
 def _of_tag(name: str, tag: str, preset: dict[str, Any]) -> Path:
@@ -135,7 +153,7 @@ def _hub_weights(repository: str, file: str = "") -> Path:
     return hub_file(repository, *_get_safe_alternatives(file), file)
 
 
-def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
+def _on_hub(model: str, repository: str, pretrained: str | None) -> ModelSource:
     def fetched(fetch: Callable[[], Path]) -> Path:
         try:
             return fetch()
@@ -150,7 +168,7 @@ def _on_hub(model: str, repository: str, pretrained: str | None) -> TowerSource:
     return replace(source, origin=f"{HUB}:{repository}", license=partial(license_on_hub, repository))
 
 
-def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
+def _in_folder(model: str, folder: Path, pretrained: str | None) -> ModelSource:
     if not folder.is_dir():
         raise MissingError(f"teacher {model!r}: {folder} is no folder; name it with --set teacher.model=local-dir:PATH")
     description = folder / HF_CONFIG_NAME
@@ -171,7 +189,7 @@ def _in_folder(model: str, folder: Path, pretrained: str | None) -> TowerSource:
     return replace(source, license=partial(license_of_card, folder / "README.md"))
 
 
-def _described(model: str, path: Path, pretrained: str | None, own: Callable[[], Path]) -> TowerSource:
+def _described(model: str, path: Path, pretrained: str | None, own: Callable[[], Path]) -> ModelSource:
     """A model by its `open_clip_config.json`, with the weights beside it unless the settings name others."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -185,4 +203,4 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
             f"teacher {model!r}: {path} does not describe a model ({what_is_wrong(error)}); expected model_cfg with "
             "embed_dim and vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
         ) from error
-    return ClipSource(model=model, config=config, stated=stated).with_own(pretrained, own)
+    return ClipSource(asker=_TEACHER, model=model, config=config, stated=stated).with_own(pretrained, own)

@@ -120,10 +120,7 @@ DESCRIBES = (
     "teacher 'local-dir:m': m/open_clip_config.json does not describe a model ({}); expected model_cfg with embed_dim "
     "and vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
 )
-BUILD = (
-    "the image tower of teacher 'local-dir:m' cannot be built ({}); check its description, or update open_clip_torch "
-    "and timm"
-)
+BUILD = "teacher 'local-dir:m' cannot be built ({}); check its description, or update open_clip_torch and timm"
 USED = (
     "teacher '{}' cannot be used: {}; expected a ViT that pools by its CLS token, as ViT-B-16, ViT-L-14, EVA02-B-16 or "
     "timm:vit_small_patch14_dinov2, or by one attention query, as ViT-B-16-SigLIP"

@@ -1,4 +1,4 @@
-"""What is known of a teacher before its weights are fetched."""
+"""What is known of a model before its weights are fetched."""
 
 from __future__ import annotations
 
@@ -6,15 +6,52 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from milan_pipe.config.teacher import RANDOM
 from milan_pipe.errors import DataError, MissingError, one_line
-from milan_pipe.teacher.hub import quiet
-from milan_pipe.teacher.normalization import MeanStd
+from milan_pipe.pretrained.hub import quiet
+
+
+class MeanStd(NamedTuple):
+    """Per channel R, G, B, of pixels in 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def mean_std(config: Any) -> MeanStd | None:
+    """What a description says under `mean` and `std`; None where it does not, or not three numbers each."""
+    try:
+        mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return MeanStd(mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asker:
+    """Who asks for a model, for messages.
+
+    Attributes:
+        what: what it is to them, as `teacher`.
+        setting: the setting that names it, as `teacher.model`.
+        weights: the setting that may name other weights than its own; None: there is none.
+    """
+
+    what: str
+    setting: str
+    weights: str | None = None
+
+    @property
+    def instead(self) -> str:
+        """What will do where its weights cannot be had."""
+        if self.weights is None:
+            return f"A folder in timm's layout will do too: {self.setting} timm:local-dir:PATH"
+        return f"A local checkpoint will do too: --set {self.weights}=PATH"
 
 
 def _unknown() -> None:
@@ -27,11 +64,12 @@ def what_is_wrong(error: Exception) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerSource(ABC):
-    """A model whose image tower can be built.
+class ModelSource(ABC):
+    """A model that can be built.
 
     Attributes:
-        model: its name in the settings.
+        model: its name, as it was given.
+        asker: for whom it is.
         tag: open_clip's name of the weights, where they have one.
         checkpoint: fetches the weights' file; raises MissingError. None: untrained.
         file: that file, where the settings name it: a description beside it is its own.
@@ -41,6 +79,7 @@ class TowerSource(ABC):
     """
 
     model: str
+    asker: Asker
     tag: str | None = None
     checkpoint: Callable[[], Path] | None = None
     file: Path | None = None
@@ -52,8 +91,8 @@ class TowerSource(ABC):
     def _build(self) -> nn.Module: ...
 
     @abstractmethod
-    def load(self, visual: nn.Module, path: Path) -> None:
-        """Load weights into a tower that `untrained` gave: all its tensors.
+    def load(self, model: nn.Module, path: Path) -> None:
+        """Load weights into a model that `untrained` gave: all its tensors.
 
         Raises:
             MissingError, DataError: the file is not there, cannot be read, or holds no tensors.
@@ -66,7 +105,7 @@ class TowerSource(ABC):
             return self
         file = Path(pretrained)
         if not file.is_file():
-            raise MissingError(f"teacher {self.model!r} {problem}")
+            raise MissingError(f"{self.asker.what} {self.model!r} {problem}")
         return replace(self, checkpoint=lambda: file, file=file)
 
     def with_own(self, pretrained: str | None, own: Callable[[], Path]) -> Self:
@@ -74,13 +113,13 @@ class TowerSource(ABC):
         if pretrained is None:
             return replace(self, checkpoint=own)
         problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave "
-        return self.with_file(pretrained, f"{problem}teacher.pretrained out, or name a local checkpoint or `random`")
+        return self.with_file(pretrained, f"{problem}{self.asker.weights} out, or name a local checkpoint or `random`")
 
     def untrained(self) -> nn.Module:
-        """The tower, with the same random weights in every process, as targets of one store come from many.
+        """The model, with the same random weights in every process, as targets of one store come from many.
 
         Raises:
-            DataError: the description builds no tower.
+            DataError: the description builds no model.
         """
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
@@ -89,6 +128,6 @@ class TowerSource(ABC):
             # What a description holds is anyone's: open_clip and timm raise of every kind.
             except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
                 raise DataError(
-                    f"the image tower of teacher {self.model!r} cannot be built ({type(error).__name__}: "
+                    f"{self.asker.what} {self.model!r} cannot be built ({type(error).__name__}: "
                     f"{one_line(error)}); check its description, or update open_clip_torch and timm"
                 ) from error

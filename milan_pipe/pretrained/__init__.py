@@ -1,0 +1,1 @@
+"""Models with weights of their own, by name: of timm, a model hub, a folder."""
