@@ -17,7 +17,10 @@ _RAN_OUT: dict[int | None, str] = {
     errno.ESTALE: "stale file handle: the file server restarted, or the file was replaced; mount it again",
 }
 
+# `Path` leaves one slash of a URL.
 _USER = re.compile(r"(?<=\w:)(//?)[^/@\s]*@")
+# What a server takes as a signature has any name; the last letter is none of the sentence around it.
+_QUERY = re.compile(r"(https?://?[^\s?#]*[?#])[^\s'\"]*[^\s'\"`,.:;)\]]", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"(?<=[?&])([\w.-]*(?:signature|credential|token|secret|password|passwd|key|auth|sig))=[^&\s'\"]*", re.IGNORECASE
 )
@@ -43,16 +46,16 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def without_password(text: str) -> str:
-    """Text with the user and password of URLs hidden, and signatures in their queries."""
-    # `Path` leaves one slash of a URL.
-    return _HUB_TOKEN.sub("hf_***", _SECRET_VALUE.sub(r"\1=***", _USER.sub(r"\1***@", text)))
+def without_secrets(text: str) -> str:
+    """Text to show or keep: without tokens of the hub, users and passwords of URLs, and what their queries hold."""
+    text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
+    return _HUB_TOKEN.sub("hf_***", _SECRET_VALUE.sub(r"\1=***", text))
 
 
 def printable(text: str) -> str:
     """Text to show: passwords hidden, and control characters escaped, which a terminal would obey."""
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    return without_password("".join(shown))
+    return without_secrets("".join(shown))
 
 
 class MilanError(Exception):

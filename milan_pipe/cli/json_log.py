@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from milan_pipe.errors import without_password
+from milan_pipe.errors import without_secrets
 
 VARIABLE = "MILAN_PIPE_LOG_JSON"
 """Environment variable that asks for it: processes that a command starts inherit it."""
@@ -41,7 +41,7 @@ def tell(event: Event, **values: Any) -> None:
     if (rank := os.environ.get("RANK", "")).isdigit():
         line["rank"] = int(rank)
     text = json.dumps(_finite(line | {"event": event} | values), default=_as_json)
-    sys.stderr.write(without_password(text) + "\n")
+    sys.stderr.write(without_secrets(text) + "\n")
     sys.stderr.flush()
 
 

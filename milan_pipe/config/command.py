@@ -9,7 +9,7 @@ from typing import Any
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.subjects import RANDOM, TEACHER
-from milan_pipe.errors import without_password
+from milan_pipe.errors import without_secrets
 
 
 def _word(value: Any) -> str:
@@ -36,7 +36,7 @@ def command_of(name: str, arguments: Sequence[object], params: Params, sections:
     settings = [word for setting in settings_of(params, sections) for word in ("--set", setting)]
     words = ["milan-pipe", name, *map(str, arguments), *settings]
     # Commands are kept in checkpoints and reports, which are passed on.
-    return shlex.join(map(without_password, words))
+    return shlex.join(map(without_secrets, words))
 
 
 def student_sections(checkpoint: object, *sections: str) -> tuple[str, ...]:
@@ -51,6 +51,6 @@ def record_of(
     """Settings, data and command of a run that began with the first of `arguments`, for its checkpoints."""
     return {
         "settings": params.model_dump(mode="json", include=set(sections)),
-        "data": without_password(data),
+        "data": without_secrets(data),
         "command": command_of(name, arguments, params, student_sections(arguments[0], *sections)),
     }

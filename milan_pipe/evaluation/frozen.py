@@ -15,7 +15,7 @@ from milan_pipe.config.command import command_of, student_sections
 from milan_pipe.config.params import Params
 from milan_pipe.config.subjects import TEACHER
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import StoreError, without_password
+from milan_pipe.errors import StoreError, without_secrets
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.features import (
     LabelledFeatures,
@@ -175,7 +175,7 @@ class FrozenSets:
             subject=self._subject.name,
             identity=self._subject.identity,
             scores=scores,
-            data=without_password(f"{train} -> {test}"),
+            data=without_secrets(f"{train} -> {test}"),
             command=command_of(task, [checkpoint, train, test, *flags], self.params, sections),
             **self._counts,
         )

@@ -24,15 +24,6 @@ _PIECE = 2**16
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
-def without_secrets(url: str) -> str:
-    """A URL to show or keep: without user and password, and without the query, where signatures are."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return f"{url.partition('://')[0]}://..."
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def download(url: str, seconds: float) -> bytes:
     """The bytes that a URL leads to.
 

@@ -23,7 +23,6 @@ from milan_pipe.config.images import PrepareSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.download import without_secrets
 from milan_pipe.images.files import IMAGE_SUFFIXES
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
 from milan_pipe.images.source import Bad, Job, Source, printable_name
@@ -149,7 +148,7 @@ def _no_source(source: str | Path) -> MilanError:
     root = Path(source)
     if is_url(source):
         return DataError(
-            f"source {without_secrets(str(source))} is a URL, expected a local folder of images, or parquet files, "
+            f"source {source} is a URL, expected a local folder of images, or parquet files, "
             "which may lie anywhere; copy the images to a disk. Shards in a bucket are used as images without `prepare`"
         )
     if root.is_dir():

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from milan_pipe.config.images import PrepareSettings
-from milan_pipe.errors import DataError, LabelError, SettingError
+from milan_pipe.errors import DataError, LabelError, SettingError, without_secrets
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels, stored_suffix
-from milan_pipe.images.download import download, without_secrets
+from milan_pipe.images.download import download
 from milan_pipe.images.files import files_under, read_file, suffix_of
 from milan_pipe.images.shards import ShardFile, expand_shards, shard_file
 from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption, printable_name
@@ -128,8 +129,11 @@ class _Table:
 
 
 def _shown(image: Any, file: ShardFile) -> str:
+    if isinstance(image, str) and is_url(image):
+        # In a text a URL ends at these.
+        return without_secrets(re.sub(r"[\s'\"]", lambda found: quote(found[0]), image))
     if isinstance(image, str):
-        return without_secrets(image) if is_url(image) else printable_name(image)
+        return printable_name(image)
     name = image.get("path") if isinstance(image, dict) else None
     return printable_name(str(name or file.name))
 

@@ -301,7 +301,7 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         nobody: "no answer: [Errno 111] Connection refused (tried 3 times)",
         f"file://{tmp_path}/secret.png": f"addresses that begin with file:// are not read; {known}",
         "ftp://host/x.png": f"addresses that begin with ftp:// are not read; {known}",
-        "http://...": "its URL cannot be understood",
+        "http://[::1/x.png": "its URL cannot be understood",
     }
     busy_requests = [path for path, _ in web.requests if path == "/busy.png"]
     assert len(busy_requests) == 3
@@ -315,7 +315,7 @@ def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None
         web.serve("/a b.png", PICTURES[1])
         login = web.url.replace("://", "://user:SECRET@")
         urls = [f"{login}/moved.png?sig=SECRET", f"{login}/a%20b.png?sig=SECRET#SECRET", f"{login}/gone.png?sig=SECRET"]
-        urls.append(f"{web.url}/a b.png?sig=SECRET")
+        urls += [f"{web.url}/a b.png?sig=SECRET", f"{web.url}/no ne.png?any=sig=SECRET"]
         web.answers["/a%20b.png"] = web.answers["/a b.png"]
         source = write_csv(tmp_path / "list.csv", [{"url": url} for url in urls])
         report = run(source, tmp_path / "out")
@@ -323,7 +323,8 @@ def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None
     assert sum(headers.get("Authorization") == "Basic dXNlcjpTRUNSRVQ=" for _, headers in web.requests) == 3
     assert [headers.get("Authorization") for _, headers in other.requests] == [None]
     assert report.samples == 3
-    assert report.bad == [(f"{web.url}/gone.png", "its server answered 404 Not Found")]
+    shown = [f"{web.url.replace('://', '://***@')}/gone.png?***", f"{web.url}/no%20ne.png?***"]
+    assert report.bad == [(url, "its server answered 404 Not Found") for url in shown]
     assert not [path.name for path in (tmp_path / "out").iterdir() if b"SECRET" in path.read_bytes()]
 
 

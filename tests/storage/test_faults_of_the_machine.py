@@ -193,8 +193,12 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
 
 def test_passwords_of_urls_are_not_shown() -> None:
     assert printable("s3://me:pw@b/c@d s3:/me:pw@b a:b@c") == "s3://***@b/c@d s3:/***@b a:b@c"
-    assert printable("hf://datasets/o/n@v1/a https://h/a?x=1&X-Amz-Signature=ab%2F&y=2") == (
-        "hf://datasets/o/n@v1/a https://h/a?x=1&X-Amz-Signature=***&y=2"
+    assert printable("hf://datasets/o/n@v1/a az://b/a?x=1&sig=ab%2F&y=2") == (
+        "hf://datasets/o/n@v1/a az://b/a?x=1&sig=***&y=2"
+    )
+    assert (
+        printable("https://h/it's?any=ab%2F, http:/h/a#x. https://h/?")
+        == "https://h/it's?***, http:/h/a#***. https://h/?"
     )
     location = location_of("https://anna:secret@example.org/data").child("deep")
     assert "secret" not in f"{location} {location!r}"
