@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,24 +13,37 @@ import typer.core
 
 from milan_pipe import __version__
 from milan_pipe.cli import json_log
-from milan_pipe.cli.console import as_command, console, errors_as_one_line
-from milan_pipe.errors import printable
+from milan_pipe.cli.console import as_command, errors_as_one_line
+from milan_pipe.errors import SettingError, printable
 
 # Newer versions of typer bring their own.
 _UsageError: Any = typer.BadParameter.__base__
 
 
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        # It quotes what was given, which may be a URL with a password.
+        error.message = printable(error.message)
+        if json_log.wanted():
+            # Without a command it has no message: it shows the help.
+            found = error.format_message().rstrip(".") or "No command was given"
+            raise SettingError(f"{found}; see `{error.ctx.command_path} --help`") from None
+        raise
+
+
 class _Commands(typer.core.TyperGroup):
     """Commands whose errors are one line; outside of them typer turns Ctrl-C into silence."""
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        with errors_as_one_line():
-            try:
-                return super().invoke(ctx)
-            except _UsageError as error:
-                # It quotes what was given, which may be a URL with a password.
-                error.message = printable(error.message)
-                raise
+        with errors_as_one_line(), _usage_errors():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -100,20 +114,11 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    del version
+    del version, log_json
     json_log.command = ctx.invoked_subcommand or ""
-    if log_json:
-        # Of this command alone, where several run in one process, and of the processes that it starts.
-        earlier = os.environ.get(json_log.VARIABLE, ""), console.quiet
-        ctx.call_on_close(lambda: _log(*earlier))
-        _log("1", True)
-
-
-def _log(variable: str, quiet: bool) -> None:
-    os.environ[json_log.VARIABLE], console.quiet = variable, quiet
 
 
 def main() -> None:
     """Entry point of `milan-pipe`."""
-    with as_command():
+    with json_log.asked_by(sys.argv[1:]), as_command():
         app()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import logging
 import resource
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli import json_log
-from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, printable
+from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, one_line, printable
 from milan_pipe.units import rate, size
 
 console = Console(stderr=True)
@@ -30,8 +32,14 @@ _LOG_SECONDS = 30.0
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print_labelled("warning", "bold yellow", one_line(record.getMessage()))
+
+
 def show_warnings_as_lines() -> None:
-    """Print a warning as one line, without the place in the code that it came from."""
+    """Print a warning, or what a library logs as one, as one line without the place in the code that it came from."""
+    logging.lastResort = _Lines(logging.WARNING)
 
     def show_one(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, (RuntimeWarning, UserWarning)):
@@ -57,7 +65,7 @@ def plain(text: str, **style: Any) -> Text:
 def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
     """Print a report as a table, and with `as_json` as one line of JSON on stdout; returns it."""
     if json_log.wanted():
-        json_log.tell("report", title=printable(title), **(rows if report is None else dataclasses.asdict(report)))
+        json_log.tell_report(printable(title), rows if report is None else dataclasses.asdict(report))
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -204,8 +212,17 @@ def as_command() -> Iterator[None]:
     """What a process does as a command: it is made ready for its work, and ends as `errors_as_one_line` says."""
     show_warnings_as_lines()
     # Tables are for people: what they show is in the reports.
-    console.quiet = json_log.wanted()
+    earlier, console.quiet = console.quiet, json_log.wanted()
     raise_file_limit()
     keep_freed_memory()
-    with errors_as_one_line():
-        yield
+    try:
+        with errors_as_one_line():
+            yield
+    except Exception as error:
+        if not json_log.wanted():
+            raise
+        shown = {"type": type(error).__name__, "traceback": traceback.format_exc()}
+        json_log.tell("error", message=printable(one_line(error)), **shown)
+        sys.exit(1)
+    finally:
+        console.quiet = earlier

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +25,32 @@ _LEVELS = {"progress": "info", "report": "info", "warning": "warning", "error": 
 command = ""
 """Name of the command that runs."""
 
+# Of a list in a report.
+_MOST = 20
+
 
 def wanted() -> bool:
     """Whether stderr takes JSON instead of text."""
     return os.environ.get(VARIABLE, "") not in ("", "0")
 
 
+@contextmanager
+def asked_by(words: Sequence[str]) -> Iterator[None]:
+    """JSON for one command if its words ask for it, wherever they do, and for the processes that it starts."""
+    global command
+    command, earlier = "", os.environ.get(VARIABLE, "")
+    if "--log-json" in words:
+        os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ[VARIABLE] = earlier
+
+
 def tell(event: Event, **values: Any) -> None:
     """One line: the time, the level, the command, the rank where there are several, the event, and its values.
 
-    Numbers stay numbers; what is not finite is null.
+    Numbers stay numbers; what is not finite is null, and secrets are hidden.
     """
     line: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -40,18 +59,28 @@ def tell(event: Event, **values: Any) -> None:
     }
     if (rank := os.environ.get("RANK", "")).isdigit():
         line["rank"] = int(rank)
-    text = json.dumps(_finite(line | {"event": event} | values), default=_as_json)
-    sys.stderr.write(without_secrets(text) + "\n")
+    sys.stderr.write(json.dumps(_plain(line | {"event": event} | values)) + "\n")
     sys.stderr.flush()
 
 
-def _as_json(value: Any) -> Any:
-    return _finite(value.model_dump(mode="json")) if hasattr(value, "model_dump") else str(value)
+def tell_report(title: str, values: Mapping[str, Any]) -> None:
+    """The last line of a command. Of what is long the first few are told, and `NAME_count` says how many there are."""
+    told: dict[str, Any] = {}
+    for name, value in values.items():
+        told[name] = value
+        if isinstance(value, dict | list | tuple) and len(value) > _MOST:
+            first = itertools.islice(value.items() if isinstance(value, dict) else value, _MOST)
+            told |= {name: dict(first) if isinstance(value, dict) else list(first), f"{name}_count": len(value)}
+    tell("report", title=title, **told)
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
     if isinstance(value, dict):
-        return {str(name): _finite(part) for name, part in value.items()}
+        return {without_secrets(str(name)): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, bool | int | float):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_secrets(str(value))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 from support import processes
 from support.project import Project, params_file
+from support.wild import Command
 
 from milan_pipe.cli import json_log
+from milan_pipe.cli.console import as_command
 from milan_pipe.errors import MilanError
 
 
@@ -73,6 +77,73 @@ def test_ranks_and_workers(project: Project, tmp_path: Path, monkeypatch: pytest
     lines = run(["pretrain", "targets", "run"], tmp_path, 0, *torchrun)[0]
     assert [(line["rank"], line["event"]) for line in lines[-2:]] == [(0, "progress"), (0, "report")]
     assert {line["event"] for line in lines[:-2]} <= {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "message"),
+    [
+        (["--log-json"], "milan-pipe", "Missing command"),
+        (["--log-json", "--bad"], "milan-pipe", "No such option: --bad"),
+        (["--log-json", "nose"], "milan-pipe", "No such command 'nose'"),
+        (["--log-json", "knn", "a"], "knn", "Missing argument 'TRAIN'"),
+        (["knn", "--log-json"], "knn", "No such option: --log-json"),
+        (["--log-json", "knn", "--s3://u:SECRET@b"], "knn", "No such option: --s3://***@b"),
+    ],
+)
+def test_usage_errors(
+    words: list[str], command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Command(capsys, monkeypatch)(*words)
+    (line,) = told(done.err)
+    assert (done.code, line["event"], line["command"]) == (2, "error", command)
+    assert line["message"].startswith(message)
+    assert re.search("; see `.*milan-pipe.* --help`$", line["message"])
+    # The next command of the process is one for people again.
+    assert "Usage:" in Command(capsys, monkeypatch)("knn").err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, {"message": "interrupted: what was committed stays"}),
+        (ZeroDivisionError('of "https://u:SECRET@h/a?b=SECRET"\nhere'), 1,
+         {"message": 'of "https://***@h/a?***" here', "type": "ZeroDivisionError"}),
+        (ZeroDivisionError(), 1, {"message": "ZeroDivisionError", "type": "ZeroDivisionError"}),
+    ],
+)  # fmt: skip
+def test_what_ends_a_command(
+    error: BaseException,
+    code: int,
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(json_log.VARIABLE, "1")
+
+    @as_command()
+    def command() -> None:
+        logging.Logger("library").warning("%d things\nare odd", 2)
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    first, last = told(capsys.readouterr().err)
+    assert (first["event"], first["message"]) == ("warning", "2 things are odd")
+    assert (ended.value.code, last["event"]) == (code, "error")
+    assert last.items() >= expected.items()
+    assert ("in command" in last.get("traceback", "")) == (code == 1)
+    assert "SECRET" not in str(last)
+
+
+def test_long_lists_of_a_report_are_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(json_log.VARIABLE, "1")
+    bad = [(f"{number}.jpg", "is empty") for number in range(1000)]
+    json_log.tell_report("photos", {"bad": bad, "files": dict(bad), "few": [1, 2]})
+    (line,) = told(capsys.readouterr().err)
+    assert (line["bad_count"], line["files_count"], line["few"]) == (1000, 1000, [1, 2])
+    assert line["bad"] == [list(one) for one in bad[:20]]
+    assert line["files"] == dict(bad[:20])
+    assert "few_count" not in line
 
 
 def test_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
