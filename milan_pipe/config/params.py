@@ -21,7 +21,7 @@ from milan_pipe.config.evaluation import (
 )
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings, ViewSettings
-from milan_pipe.config.pretraining import PretrainSettings, Target
+from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.targets import CodecSettings
@@ -46,8 +46,11 @@ class Params(Settings):
     student: StudentSettings = Field(default_factory=StudentSettings)
     masking: MaskSettings = Field(default_factory=MaskSettings)
     decoder: DecoderSettings = Field(default_factory=DecoderSettings)
-    target: Target = Field(
-        "clip", description="clip: the stored features; pixels: MAE's normalised pixels; hog: histograms of gradients"
+    target: str = Field(
+        "clip",
+        description="what is predicted, of which tokens. clip: the stored features, of all; pixels: MAE's normalised "
+        "pixels, hog: histograms of gradients, of masked patches; clip-visible, clip-visible+pixels, clip-masked: see "
+        "the page on objectives",
     )
     pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
     embed: EmbedSettings = Field(default_factory=EmbedSettings)

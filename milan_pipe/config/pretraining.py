@@ -9,8 +9,6 @@ from pydantic import Field
 
 from milan_pipe.config.training import Beta, Parallel, RunSettings
 
-Target = Literal["clip", "pixels", "hog"]
-
 
 class PretrainSettings(RunSettings):
     """The recipe of pretraining; defaults are those of the scenes."""

@@ -23,8 +23,10 @@ class StudentSettings(Settings):
 class DecoderSettings(Settings):
     """The decoder, used in pretraining alone. The published ViT-B and ViT-L have 512 / 8 / 16."""
 
-    kind: Literal["prompting", "plain"] = Field(
-        "prompting", description="prompting: updates the masked tokens alone; plain: MAE's, all tokens attend to all"
+    kind: Literal["prompting", "plain", "none"] = Field(
+        "prompting",
+        description="prompting: updates the masked tokens alone; plain: MAE's, all tokens attend to all; none: for "
+        "objectives that predict what the encoder sees",
     )
     width: int = Field(64, ge=4, description="of the decoder's tokens; a multiple of 4, for the position embedding")
     depth: int = Field(1, ge=1, description="number of blocks")
@@ -34,8 +36,12 @@ class DecoderSettings(Settings):
 class MaskSettings(Settings):
     """How patches are hidden."""
 
-    kind: Literal["semantic", "random"] = Field(
-        "semantic", description="semantic: patches are kept in proportion to the teacher's importance; random: evenly"
+    kind: Literal["semantic", "random", "block"] = Field(
+        "semantic",
+        description="semantic: patches are kept in proportion to the teacher's importance; random: evenly; block: "
+        "rectangles are hidden",
     )
-    ratio: float = Field(0.75, gt=0.0, lt=1.0, description="share of patches that are masked, strictly between 0 and 1")
+    ratio: float = Field(
+        0.75, ge=0.0, lt=1.0, description="share of patches that are masked; 0: the student sees all of them"
+    )
     seed: int = Field(0, description="of the masks, beside epoch and sample key")

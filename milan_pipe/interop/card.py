@@ -16,6 +16,7 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MilanError, MismatchError
 from milan_pipe.evaluation.results import FOLDER, read_evaluations
 from milan_pipe.reports.store_facts import store_facts
+from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.store import TargetStore
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -179,7 +180,7 @@ def _taught(record: Mapping[str, Any]) -> list[str]:
     teacher, target = record.get("teacher"), record.get("settings", {}).get("target", "clip")
     if not isinstance(teacher, dict):
         return []
-    if target != "clip":
+    if not is_taught(target):
         return ["## Teacher", f"None: it learned to predict `{target}`."]
     return _teacher(teacher)
 

@@ -108,6 +108,6 @@ def import_published(
         checkpoint=str(written),
         student=encoder_settings,
         decoder=decoder_settings,
-        output_width=student.decoder.decoder_pred.out_features,
+        output_width=student.decoder.state_dict()["decoder_pred.bias"].numel(),
         parameters=sum(parameter.numel() for parameter in student.parameters()),
     )

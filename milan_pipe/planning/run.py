@@ -19,6 +19,7 @@ from milan_pipe.planning.speed import Speed
 from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import location_of
+from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.schema import CodecInfo
 from milan_pipe.targets.store import open_targets
 from milan_pipe.teacher.clip import TeacherOutput
@@ -133,7 +134,7 @@ def plan(
             teacher = speed.speed_at(tflops, flops, extract.batch_size)
         online: Speed | None = teacher
         batch_size = min(pretrain.batch_size, len(drawn.rendered))
-        if params.target != "clip":
+        if not is_taught(params.target):
             online = None
         elif tflops is None and batch_size != teacher.batch_size:
             # As it would run beside the student in every step.
@@ -155,7 +156,7 @@ def plan(
         student = speed.speed_at(tflops, speed.student_flops(params, header, encoding.batch), pretrain.batch_size)
     progress("loader")(0)
     with store.sample_store(header, drawn, encoding) as folder:
-        per_core = load.loader_images_per_core(open_targets(folder), with_targets=params.target == "clip")
+        per_core = load.loader_images_per_core(open_targets(folder), with_targets=is_taught(params.target))
 
     threads = thread_count(extract.threads)
     # Of a device that is not here, `extract.threads` says how many processors it has beside it.

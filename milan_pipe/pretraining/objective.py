@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import MismatchError
+from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.loader.stream import Batch
 from milan_pipe.student.encoder import grid_of
-from milan_pipe.student.hog import hog_target, hog_width
-from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
-from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
+from milan_pipe.student.loss import chosen_tokens
+from milan_pipe.student.masking import MaskSplit, draw_split, noise_for, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
+from milan_pipe.student.objectives import Term, Terms, objective_of
 from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
@@ -27,12 +27,36 @@ Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Prediction and target; the target is (B, S, T), of pixels and HOG (B, L, T)."""
+class Part:
+    """What one term predicts, (B, S, T), CLS first, zero where nothing is; its target is that, or (B, L, T)."""
 
-    split: MaskSplit
+    term: Term
     prediction_BST: Tensor
     target: Tensor
+
+    def loss(self, split: MaskSplit) -> Tensor:
+        """The term's loss times its weight; ShapeError where the two do not fit."""
+        found = self.term.distance(*chosen_tokens(self.prediction_BST, self.target, split, self.term.tokens))
+        return found if self.term.weight == 1 else self.term.weight * found
+
+    @property
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Prediction and target of the patches, (B, L, T) both, float32."""
+        predicted_BLT = self.prediction_BST[:, 1:]
+        return predicted_BLT.float(), self.target[:, -predicted_BLT.shape[1] :].float()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a student predicts of a batch, term by term."""
+
+    split: MaskSplit
+    parts: tuple[Part, ...]
+
+    def loss(self) -> Tensor:
+        """The sum over all terms, a scalar."""
+        losses = [part.loss(self.split) for part in self.parts]
+        return sum(losses[1:], losses[0])
 
 
 class Objective(nn.Module):
@@ -46,12 +70,13 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.codec, self.teach = student, codec_of(header.codec), teach
         self.masking, self.target, self.patch_size = params.masking, params.target, _patch_size(params)
-        self.patches = header.patches
+        self.terms, self.widths = _terms(header, params)
+        self.grid, self.patches = header.teacher.grid, header.patches
         self.visible = visible_count(header.patches, params.masking.ratio)
 
     def draw_noise(self, epoch: int, keys: Sequence[str]) -> Tensor:
         """Noise of the samples' masks in an epoch, (B, L), on the CPU."""
-        return mask_noise(self.masking.seed, epoch, keys, self.patches)
+        return noise_for(self.masking, epoch, keys, self.grid)
 
     def predict(self, batch: Batch, epoch: int) -> Prediction:
         """Prediction and target of one batch, with the masks of an epoch."""
@@ -65,27 +90,36 @@ class Objective(nn.Module):
         attention_BL = batch.attention_BL if taught is None else taught[1]
         importance_BL = attention_BL.float() if self.masking.kind == "semantic" else None
         split = draw_split(importance_BL, batch.noise_BL, self.visible)
-        prediction_BST = self.student(images_BCHW, split)
-        if self.target != "clip":
-            own_target = pixel_target if self.target == "pixels" else hog_target
-            return Prediction(split, prediction_BST, own_target(images_BCHW, self.patch_size))
-        if taught is not None:
-            return Prediction(split, prediction_BST, taught[0])
-        return Prediction(split, prediction_BST, self.codec.decode(batch.code_BST, batch.scale_BS))
+        predictions = self.student(images_BCHW, split).split(self.widths, dim=-1)
+        features_BST: Tensor | None = None
+        if any(term.source.stored for term in self.terms):
+            features_BST = self.codec.decode(batch.code_BST, batch.scale_BS) if taught is None else taught[0]
+        return Prediction(
+            split,
+            tuple(
+                Part(term, prediction_BST, term.source.target(images_BCHW, features_BST, self.patch_size))
+                for term, prediction_BST in zip(self.terms, predictions, strict=True)
+            ),
+        )
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
         """Loss of one batch. A sample's mask depends on (seed, epoch, key), not on its neighbours."""
-        found = self.predict(batch, epoch)
-        if self.target != "clip":
-            return masked_loss(found.prediction_BST, found.target, found.split)
-        return feature_loss(found.prediction_BST, found.target)
+        return self.predict(batch, epoch).loss()
 
     @torch.no_grad()
     def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
-        """The masks of a batch, and the cosine (B, L) between prediction and target of each patch."""
+        """The masks of a batch, and the cosine (B, L) between the first term's prediction and target of each patch."""
         found = self.predict(batch, epoch)
-        target_BLT = found.target[:, 1:] if self.target == "clip" else found.target
-        return found.split, F.cosine_similarity(found.prediction_BST[:, 1:].float(), target_BLT.float(), dim=-1)
+        return found.split, F.cosine_similarity(*found.parts[0].patches, dim=-1)
+
+
+def _terms(header: StoreHeader, params: Params) -> tuple[Terms, list[int]]:
+    """Terms in the order in which the student predicts them, those of the head first, with their widths."""
+    terms = sorted(objective_of(params.target), key=lambda term: not term.head)
+    if params.masking.ratio == 0 and any(term.tokens == "masked" for term in terms):
+        found = f"target {params.target!r} predicts masked patches, and masking.ratio is 0"
+        raise SettingError(f"{found}; raise it, or take a target of visible tokens")
+    return tuple(terms), [term.source.width(header.teacher.width, _patch_size(params)) for term in terms]
 
 
 def require_fit(header: StoreHeader, student: StudentSettings, where: object) -> None:
@@ -112,13 +146,16 @@ def build_objective(header: StoreHeader, params: Params, device: torch.device, t
     """A fresh student with its loss, on its device.
 
     Raises:
-        SettingError: there is no such student or decoder.
+        SettingError: there is no such student, decoder or target, or they do not fit each other.
     """
-    settings, patch_size = params.pretrain, _patch_size(params)
-    widths = {"clip": header.teacher.width, "pixels": 3 * patch_size**2, "hog": hog_width(patch_size)}
+    settings = params.pretrain
+    terms, widths = _terms(header, params)
+    of_head, of_decoder = (
+        sum(w for t, w in zip(terms, widths, strict=True) if t.head is head) for head in (True, False)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = build_student(params.student, params.decoder, widths[params.target]).to(device)
+        model = build_student(params.student, params.decoder, of_decoder, of_head).to(device)
     model.checkpoint_activations(settings.checkpoint_activations)
     if settings.compile:
         # What FSDP gathers one at a time is compiled one at a time.

@@ -27,6 +27,7 @@ from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
 from milan_pipe.storage.local import write_file
+from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.training.distributed import Ranks
@@ -94,13 +95,13 @@ class PretrainTask(Task[Batch]):
 
     def build(self) -> None:
         params, device = self._params, self._ranks.device
-        teach = None
+        teach, taught = None, is_taught(params.target)
         if self.settings.targets == "online":
-            if self._teacher_for is None or params.target != "clip":
+            if self._teacher_for is None or not taught:
                 found = f"pretrain.targets is 'online' with target {params.target!r}"
-                raise SettingError(f"{found}; it needs target 'clip' and, from Python, teacher_for")
+                raise SettingError(f"{found}; it needs one of features, as 'clip', and, from Python, teacher_for")
             teach = self._teacher_for(self._reader.header, device)
-        self._with_targets = params.target == "clip" and teach is None
+        self._with_targets = taught and teach is None
         self.objective: Objective = build_objective(self._reader.header, params, device, teach)
         self.model = student = self.objective.student
         self.modules = {"student": student.encoder, "decoder": student.decoder}

@@ -22,6 +22,7 @@ from milan_pipe.pretraining.objective import Objective, build_objective, require
 from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
+from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights
@@ -60,8 +61,9 @@ class _Prediction:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Mean cosine of all patches, and of hidden ones."""
-        return float(self.cosine_L.mean()), float(self.cosine_L[~self.visible_L].mean())
+        """Mean cosine of all patches, and of hidden ones, of all where none is hidden."""
+        hidden_L = ~self.visible_L if not self.visible_L.all() else self.visible_L
+        return float(self.cosine_L.mean()), float(self.cosine_L[hidden_L].mean())
 
 
 def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> Objective:
@@ -79,9 +81,10 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     params: Params = Params.parse(trained, where)
     require_fit(header, params.student, "the store")
     teacher = record.get("teacher")
-    if params.target == "clip" and teacher is not None and teacher["weights_sha256"] != header.teacher.weights_sha256:
+    taught = teacher if is_taught(params.target) else None
+    if taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
         raise MismatchError(
-            f"{where} learned from teacher {teacher['model']!r} (weights {teacher['weights_sha256'][:12]}), the store "
+            f"{where} learned from teacher {taught['model']!r} (weights {taught['weights_sha256'][:12]}), the store "
             f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it "
             "was trained on, or others of the same teacher"
         )
@@ -95,9 +98,7 @@ def _predict(targets: Targets, sample: int, view: int, objective: Objective, epo
     batch = read_batch(targets.store, targets.block(sample, view))
     with torch.no_grad():
         predicted = objective.predict(batch, epoch)
-    skip = predicted.target.shape[1] - targets.header.patches  # a stored target has CLS, one of pixels has not
-    target_LT = predicted.target[0, skip:].float().cpu()
-    predicted_LT = predicted.prediction_BST[0, 1:].float().cpu()
+    predicted_LT, target_LT = (values_BLT[0].cpu() for values_BLT in predicted.parts[0].patches)
     return _Prediction(
         key=batch.keys[0],
         pixels_HWC=batch.pixels_BHWC[0].numpy(),

@@ -18,7 +18,7 @@ from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.reports.store_facts import header_facts
 from milan_pipe.storage import local_folder
-from milan_pipe.student.masking import draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import draw_split, noise_for, visible_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,10 @@ class InspectTargetsReport:
     views: int
 
 
-def _visible(view: Target, masking: MaskSettings, epoch: int) -> NDArray[np.bool_]:
-    patches = len(view.attention_L)
-    noise_BL = mask_noise(masking.seed, epoch, [view.key], patches)
+def _visible(view: Target, masking: MaskSettings, epoch: int, grid: tuple[int, int]) -> NDArray[np.bool_]:
+    noise_BL = noise_for(masking, epoch, [view.key], grid)
     importance_BL = torch.from_numpy(view.attention_L)[None] if masking.kind == "semantic" else None
-    split = draw_split(importance_BL, noise_BL, visible_count(patches, masking.ratio))
+    split = draw_split(importance_BL, noise_BL, visible_count(noise_BL.shape[1], masking.ratio))
     return np.asarray(~split.masked_map()[0].numpy())
 
 
@@ -88,7 +87,7 @@ def target_sheets(
     sheets = []
     for row in views:
         columns = [
-            _panels(number, view, _visible(view, masking, epoch), targets.grid, colours)
+            _panels(number, view, _visible(view, masking, epoch, targets.grid), targets.grid, colours)
             for number, view in enumerate(row)
         ]
         sheets.append(Sheet(row[0].key, [Row(*pair) for pair in zip(titles, zip(*columns, strict=True), strict=True)]))

@@ -32,6 +32,9 @@ _LOSSES = {
     "clip": "2 - 2 cos, mean of all tokens",
     "pixels": "squared error of normalised pixels",
     "hog": "squared error of HOG",
+    "clip-visible": "2 - 2 cos, mean of the tokens that are seen",
+    "clip-visible+pixels": "squared error of normalised features and pixels",
+    "clip-masked": "smooth L1 of normalised features",
 }
 _CURVES = {
     "train/lr": ("Learning rate", "learning rate"),
@@ -69,10 +72,14 @@ def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
     taught = []
     for run in runs:
         kind, teacher = run.record.get("settings", {}).get("target", "clip"), run.record.get("teacher") or {}
+        features = f"features of the teacher {teacher.get('model', '')}"
         source = {
-            "clip": f"features of the teacher {teacher.get('model', '')}, for all patches",
+            "clip": f"{features}, for all patches",
             "pixels": "its own pixels, for the patches that it did not see",
             "hog": "gradients of its own pixels, for the patches that it did not see",
+            "clip-visible": f"{features}, for the patches that it saw",
+            "clip-visible+pixels": f"{features}, for the patches that it saw, and its own pixels for the others",
+            "clip-masked": f"{features}, for the patches that it did not see",
         }
         epochs = _number(run.record.get("epochs"), "{}") + " epochs" + ("" if run.finished else ", not finished")
         taught.append(f"{run.name} {source.get(kind, kind)}, in {epochs}")

@@ -25,6 +25,35 @@ NORM_EPS = 1e-6
 """Epsilon of every layer norm in the student, as in the published code and in timm's ViT."""
 
 
+class VisibleHead(nn.Module):
+    """One linear layer from the encoder's tokens to what is predicted of them; alone, it is the decoder `none`.
+
+    Args:
+        encoder_width: D of the encoder's tokens.
+        output_width: T.
+    """
+
+    def __init__(self, *, encoder_width: int, grid: Grid, output_width: int):
+        super().__init__()
+        self.grid = grid
+        self.encoder_width = encoder_width
+        self.checkpoint_activations = False
+        self.decoder_blocks = nn.ModuleList()
+        self.visible_pred = nn.Linear(encoder_width, output_width)
+        init_like_mae(self)
+
+    def forward(self, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
+        """(B, L + 1, T) in raster order; zero where the encoder saw nothing. Arguments as `PromptingDecoder.forward`.
+
+        Raises:
+            ShapeError: token count is not V + 1, or L is not that of the grid.
+        """
+        _require_fit(latent_BSD, split, self.grid, self.encoder_width)
+        predicted_BST = self.visible_pred(latent_BSD)
+        hidden_BMT = predicted_BST.new_zeros(split.batch, split.patches - split.visible, predicted_BST.shape[-1])
+        return _in_raster_order(torch.cat([predicted_BST, hidden_BMT], dim=1), split)
+
+
 class Decoder(nn.Module):
     """What both decoders share: embedding, mask token, positions, the way back to raster order, prediction.
 
@@ -32,6 +61,8 @@ class Decoder(nn.Module):
         encoder_width, width: D of the encoder's and of the decoder's tokens, a multiple of 4.
         depth, heads: number of blocks, and of each block's heads; they divide `width`.
         output_width: T, the width of the predicted feature.
+        visible_width: of what a `VisibleHead` beside the decoder predicts, before the decoder's in the output; 0: there
+            is none.
         mlp_width: hidden width of each block's MLP; None is 4 times `width`.
 
     Raises:
@@ -47,6 +78,7 @@ class Decoder(nn.Module):
         heads: int,
         grid: Grid,
         output_width: int,
+        visible_width: int = 0,
         mlp_width: int | None = None,
     ):
         if heads < 1 or width % heads:
@@ -54,6 +86,7 @@ class Decoder(nn.Module):
         super().__init__()
         blocks = [self._block(width, heads, mlp_width or 4 * width) for _ in range(depth)]
         self.grid = grid
+        self.encoder_width = encoder_width
         self.checkpoint_activations = False
         self.decoder_embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -62,22 +95,15 @@ class Decoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(width, output_width)
         init_like_mae(self)
+        self.head: VisibleHead | None = None
+        if visible_width:
+            self.head = VisibleHead(encoder_width=encoder_width, grid=grid, output_width=visible_width)
 
     _block: Callable[[int, int, int], nn.Module]  # of a width, heads and an MLP's width
 
     def _embed(self, latent_BSD: Tensor, split: MaskSplit) -> tuple[Tensor, Tensor]:
         """The prompt (CLS and visible tokens) and the masked tokens, both with their positions."""
-        patches = self.grid[0] * self.grid[1]
-        if split.patches != patches:
-            raise ShapeError(
-                f"split has {split.patches} patches, this decoder {self.grid[0]} x {self.grid[1]} = {patches}; "
-                "encoder, decoder and mask must share one grid"
-            )
-        expected = (split.batch, 1 + split.visible, self.decoder_embed.in_features)
-        if tuple(latent_BSD.shape) != expected:
-            raise ShapeError(
-                f"latent has shape {tuple(latent_BSD.shape)}, expected {expected}: CLS and the split's visible patches"
-            )
+        _require_fit(latent_BSD, split, self.grid, self.encoder_width)
         position_BLD = self.decoder_pos_embed[:, 1:].expand(split.batch, -1, -1)
         cls_B1D = self.decoder_pos_embed[:, :1].expand(split.batch, -1, -1)
         prompt_position_BSD = torch.cat([cls_B1D, gather_tokens(position_BLD, split.keep_BV)], dim=1)
@@ -92,12 +118,31 @@ class Decoder(nn.Module):
             updated_BSD = block(*tokens_BSD)
         return updated_BSD
 
-    def _predict(self, tokens_BSD: Tensor, split: MaskSplit) -> Tensor:
-        """(B, L + 1, T) in raster order, from tokens ordered CLS, visible, masked."""
-        cls_B1 = torch.zeros(split.batch, 1, dtype=torch.int64, device=tokens_BSD.device)
-        order_BS = torch.cat([cls_B1, split.restore_index() + 1], dim=1)
-        prediction_BST: Tensor = self.decoder_pred(self.decoder_norm(gather_tokens(tokens_BSD, order_BS)))
-        return prediction_BST
+    def _predict(self, tokens_BSD: Tensor, latent_BSD: Tensor, split: MaskSplit) -> Tensor:
+        """(B, L + 1, T) in raster order, from the decoder's tokens ordered CLS, visible, masked."""
+        prediction_BST: Tensor = self.decoder_pred(self.decoder_norm(_in_raster_order(tokens_BSD, split)))
+        if self.head is None:
+            return prediction_BST
+        return torch.cat([self.head(latent_BSD, split), prediction_BST], dim=-1)
+
+
+def _require_fit(latent_BSD: Tensor, split: MaskSplit, grid: Grid, encoder_width: int) -> None:
+    if split.patches != grid[0] * grid[1]:
+        raise ShapeError(
+            f"split has {split.patches} patches, this decoder {grid[0]} x {grid[1]} = {grid[0] * grid[1]}; "
+            "encoder, decoder and mask must share one grid"
+        )
+    expected = (split.batch, 1 + split.visible, encoder_width)
+    if tuple(latent_BSD.shape) != expected:
+        raise ShapeError(
+            f"latent has shape {tuple(latent_BSD.shape)}, expected {expected}: CLS and the split's visible patches"
+        )
+
+
+def _in_raster_order(tokens_BSD: Tensor, split: MaskSplit) -> Tensor:
+    """(B, L + 1, D) from tokens ordered CLS, visible, masked."""
+    cls_B1 = torch.zeros(split.batch, 1, dtype=torch.int64, device=tokens_BSD.device)
+    return gather_tokens(tokens_BSD, torch.cat([cls_B1, split.restore_index() + 1], dim=1))
 
 
 class PromptAttention(nn.Module):
@@ -165,7 +210,7 @@ class PromptingDecoder(Decoder):
         prompt_BSD, masked_BMD = self._embed(latent_BSD, split)
         for block in self.decoder_blocks:
             masked_BMD = self._run(block, masked_BMD, prompt_BSD)
-        return self._predict(torch.cat([prompt_BSD.to(masked_BMD.dtype), masked_BMD], dim=1), split)
+        return self._predict(torch.cat([prompt_BSD.to(masked_BMD.dtype), masked_BMD], dim=1), latent_BSD, split)
 
 
 class PlainDecoder(Decoder):
@@ -186,14 +231,28 @@ class PlainDecoder(Decoder):
         tokens_BSD = torch.cat([prompt_BSD, masked_BMD.to(prompt_BSD.dtype)], dim=1)
         for block in self.decoder_blocks:
             tokens_BSD = self._run(block, tokens_BSD)
-        return self._predict(tokens_BSD, split)
+        return self._predict(tokens_BSD, latent_BSD, split)
+
+
+AnyDecoder = PromptingDecoder | PlainDecoder | VisibleHead
 
 
 def build_decoder(
-    settings: DecoderSettings, encoder_width: int, grid: Grid, output_width: int
-) -> PromptingDecoder | PlainDecoder:
-    """Build the decoder of the settings; the other arguments and errors are those of `Decoder`."""
+    settings: DecoderSettings, encoder_width: int, grid: Grid, output_width: int, visible_width: int = 0
+) -> AnyDecoder:
+    """Build the decoder of the settings; the other arguments and errors are those of `Decoder`.
+
+    Raises:
+        SettingError: the decoder is `none` and has something to predict, or another one has nothing.
+    """
+    if settings.kind == "none":
+        if output_width or not visible_width:
+            raise SettingError(
+                "decoder 'none' predicts visible tokens alone, and the target has others; name a decoder"
+            )
+        return VisibleHead(encoder_width=encoder_width, grid=grid, output_width=visible_width)
+    if not output_width:
+        raise SettingError(f"decoder {settings.kind!r} has nothing to predict in this target; set decoder=none")
     kind = PromptingDecoder if settings.kind == "prompting" else PlainDecoder
-    return kind(
-        encoder_width=encoder_width, grid=grid, output_width=output_width, **settings.model_dump(exclude={"kind"})
-    )
+    sizes = settings.model_dump(exclude={"kind"})
+    return kind(encoder_width=encoder_width, grid=grid, output_width=output_width, visible_width=visible_width, **sizes)

@@ -1,13 +1,19 @@
-"""Losses and the pixel target. Shape suffixes are explained in `milan_pipe.student`."""
+"""Losses, the tokens that they are taken over, and the pixel target. Suffixes: see `milan_pipe.student`."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from milan_pipe.errors import ShapeError
 from milan_pipe.student.encoder import cut_patches, gather_tokens, require_whole_patches
 from milan_pipe.student.masking import MaskSplit
+
+Tokens = Literal["all", "visible", "masked"]
+"""all: CLS and every patch; visible: CLS and the patches that the student saw; masked: the others, without CLS."""
 
 
 def feature_loss(prediction_BST: Tensor, target_BST: Tensor) -> Tensor:
@@ -52,25 +58,42 @@ def pixel_target(images_BCHW: Tensor, patch: int) -> Tensor:
     return centred_BLP / (pixels_BLP.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
-def masked_loss(prediction_BST: Tensor, target_BLP: Tensor, split: MaskSplit) -> Tensor:
-    """Mean squared error on the masked patches only, a float32 scalar.
+def mse(prediction_BNT: Tensor, target_BNT: Tensor) -> Tensor:
+    """Mean squared error, a float32 scalar."""
+    return F.mse_loss(prediction_BNT.float(), target_BNT.float())
+
+
+def smooth_l1(prediction_BNT: Tensor, target_BNT: Tensor) -> Tensor:
+    """Half the squared error where it is below 1, the absolute error less a half beyond; the mean, a float32 scalar."""
+    return F.smooth_l1_loss(prediction_BNT.float(), target_BNT.float())
+
+
+def chosen_tokens(prediction_BST: Tensor, target: Tensor, split: MaskSplit, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Prediction and target of the tokens that a loss is taken over, (B, N, T) both.
 
     Args:
-        prediction_BST: S = L + 1 tokens, CLS first, raster order; T is the number of a patch's values.
-        target_BLP: from `pixel_target` or `hog_target`: a target without CLS.
+        prediction_BST: S = L + 1 tokens, CLS first, raster order.
+        target: (B, S, T), or (B, L, T) where it has no CLS; then CLS is not chosen.
 
     Raises:
         ShapeError: prediction, target and split do not fit each other, or nothing is masked.
-
-    Source: arXiv 2111.06377, section 3; arXiv 2112.09133, section 3.1.
     """
-    batch, patches, values = target_BLP.shape
-    if tuple(prediction_BST.shape) != (batch, patches + 1, values) or (split.batch, split.patches) != (batch, patches):
+    batch, count, width = target.shape
+    has_cls = count == split.patches + 1
+    expected = (split.batch, split.patches + 1, width)
+    if tuple(prediction_BST.shape) != expected or batch != split.batch or not (has_cls or count == split.patches):
         raise ShapeError(
-            f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target_BLP.shape)}, the split "
-            f"{split.batch} samples of {split.patches} patches; expected one batch and grid, CLS in the prediction only"
+            f"prediction has shape {tuple(prediction_BST.shape)}, target {tuple(target.shape)}, the split "
+            f"{split.batch} samples of {split.patches} patches; expected one batch and grid, CLS in the prediction, "
+            "and the decoder's output width and grid to be the target's"
         )
-    if split.visible == patches:
-        raise ShapeError(f"all {patches} patches are visible, expected masked ones to compute the loss on")
-    predicted_BMP = gather_tokens(prediction_BST[:, 1:], split.masked_BM)
-    return F.mse_loss(predicted_BMP.float(), gather_tokens(target_BLP, split.masked_BM).float())
+    if tokens == "masked" and split.visible == split.patches:
+        raise ShapeError(f"all {split.patches} patches are visible, expected masked ones to compute the loss on")
+    if tokens == "all":
+        return prediction_BST if has_cls else prediction_BST[:, 1:], target
+    index_BN = split.masked_BM if tokens == "masked" else split.keep_BV
+    predicted = gather_tokens(prediction_BST[:, 1:], index_BN)
+    wanted = gather_tokens(target[:, 1:] if has_cls else target, index_BN)
+    if tokens == "masked" or not has_cls:
+        return predicted, wanted
+    return torch.cat([prediction_BST[:, :1], predicted], dim=1), torch.cat([target[:, :1], wanted], dim=1)

@@ -1,4 +1,4 @@
-"""Semantic aware and random masks, as arithmetic on (seed, epoch, key). Suffixes: see `milan_pipe.student`."""
+"""Semantic aware, random and block-wise masks: arithmetic on (seed, epoch, key). Suffixes: see `milan_pipe.student`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from milan_pipe.config.student import MaskSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
 from milan_pipe.random_bits import raw_bits, uniform_inside
 
 _NOISE_STREAM = b"milan-mask-1"  # change it when the noise changes: old runs cannot then be resumed by accident
+_RECTANGLES = 64  # three to six cover a mask
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,15 @@ class MaskSplit:
 
 
 def visible_count(patches: int, ratio: float) -> int:
-    """V = floor(L * (1 - ratio)), exact: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0.
+    """V = floor(L * (1 - ratio)), exact: 10 patches at ratio 0.9 leave 1, not floor(0.9999...) = 0; L at ratio 0.
 
     Raises:
-        SettingError: the ratio is out of range, or leaves no visible or no masked patch.
+        SettingError: the ratio is out of range, or leaves no visible patch, or, above 0, no masked one.
     """
+    if ratio == 0:
+        return patches
     if not 0.0 < ratio < 1.0:
-        raise SettingError(f"mask ratio: found {ratio}, expected more than 0 and less than 1")
+        raise SettingError(f"mask ratio: found {ratio}, expected 0 or more and less than 1")
     # Rounding of `1 - ratio` and of the product stays below 1e-10 for any L in use.
     visible = math.floor(patches * (1.0 - ratio) + 1e-9)
     if not 0 < visible < patches:
@@ -98,10 +103,65 @@ def mask_noise(seed: int, epoch: int, keys: Sequence[str], patches: int) -> Tens
     Returns:
         (B, L) float32 on the CPU, L = `patches`; standard Gumbel, always finite.
     """
+    uniform_BL = _uniform(seed, epoch, keys, patches)
+    return torch.from_numpy((-np.log(-np.log(uniform_BL))).astype(np.float32))
+
+
+def block_noise(seed: int, epoch: int, keys: Sequence[str], grid: tuple[int, int], masked: int) -> Tensor:
+    """Noise of block-wise masks: the lowest `masked` of a row are the patches under random rectangles.
+
+    Rectangles are drawn until they cover `masked` patches; of the last one, those that are still missing are taken in
+    raster order, so that every sample hides as many. A pure function of (seed, epoch, key), as `mask_noise`.
+
+    Args:
+        grid: patch rows and columns.
+        masked: M, of L = rows x columns patches.
+
+    Returns:
+        (B, L) float32 on the CPU, L = rows x columns: for `draw_split` without importance.
+
+    Source: BEiT, arXiv 2106.08254, algorithm 1: areas of 16 of 196 patches or more, aspect ratios of 0.3 to 1 / 0.3.
+    """
+    rows, columns = grid
+    patches, least = rows * columns, max(1, round(rows * columns * 16 / 196))
+    drawn_BN = _uniform(seed, epoch, keys, patches + 4 * _RECTANGLES)
+    noise_BL = drawn_BN[:, :patches].astype(np.float32)
+    for noise_L, drawn_N4 in zip(noise_BL, drawn_BN[:, patches:].reshape(-1, _RECTANGLES, 4), strict=True):
+        free_RC = np.ones(grid, dtype=bool)
+        missing = masked
+        for area, aspect, top, left in drawn_N4:
+            if not missing:
+                break
+            size, ratio = least + area * max(missing - least, 0), 0.3 ** (1 - 2 * aspect)
+            height = min(rows, max(1, round(math.sqrt(size * ratio))))
+            width = min(columns, max(1, round(math.sqrt(size / ratio))))
+            row, column = int(top * (rows - height + 1)), int(left * (columns - width + 1))
+            covered_RC = np.zeros(grid, dtype=bool)
+            covered_RC[row : row + height, column : column + width] = True
+            new = np.flatnonzero(covered_RC & free_RC)[:missing]
+            free_RC.flat[new] = False
+            missing -= len(new)
+        # What rectangles do not cover lies above what they do; should they have left some missing, noise chooses them.
+        noise_L[~free_RC.ravel()] -= 2
+    return torch.from_numpy(noise_BL)
+
+
+def _uniform(seed: int, epoch: int, keys: Sequence[str], count: int) -> NDArray[np.float64]:
     texts = (f"{seed}:{epoch}:{key}".encode("utf-8", "surrogatepass") for key in keys)
     digests = (blake2b(text, digest_size=16, person=_NOISE_STREAM).digest() for text in texts)
-    uniform_BL = uniform_inside(raw_bits(digests, patches))
-    return torch.from_numpy((-np.log(-np.log(uniform_BL))).astype(np.float32))
+    return uniform_inside(raw_bits(digests, count))
+
+
+def noise_for(masking: MaskSettings, epoch: int, keys: Sequence[str], grid: tuple[int, int]) -> Tensor:
+    """Noise of the samples' masks in an epoch, for `draw_split`: (B, L) float32 on the CPU.
+
+    Raises:
+        SettingError: as `visible_count`.
+    """
+    patches = grid[0] * grid[1]
+    if masking.kind == "block":
+        return block_noise(masking.seed, epoch, keys, grid, patches - visible_count(patches, masking.ratio))
+    return mask_noise(masking.seed, epoch, keys, patches)
 
 
 def draw_split(importance_BL: Tensor | None, noise_BL: Tensor, visible: int) -> MaskSplit:
@@ -113,7 +173,7 @@ def draw_split(importance_BL: Tensor | None, noise_BL: Tensor, visible: int) -> 
 
     Args:
         importance_BL: non-negative, any scale and any float type, as the teacher's CLS attention; None draws evenly.
-        noise_BL: from `mask_noise`, moved to the device on which the split is wanted.
+        noise_BL: from `noise_for`, moved to the device on which the split is wanted.
         visible: V, see `visible_count`.
 
     Returns:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import ShapeError
-from milan_pipe.student.decoder import PlainDecoder, PromptingDecoder, build_decoder
+from milan_pipe.student.decoder import AnyDecoder, build_decoder
 from milan_pipe.student.encoder import build_encoder, encode_visible, grid_of
 from milan_pipe.student.masking import MaskSplit
 
@@ -19,9 +19,9 @@ class MaskedStudent(nn.Module):
         ShapeError: the two differ in grid or in token width.
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: PromptingDecoder | PlainDecoder):
+    def __init__(self, encoder: VisionTransformer, decoder: AnyDecoder):
         super().__init__()
-        found = (tuple(decoder.grid), decoder.decoder_embed.in_features)
+        found = (tuple(decoder.grid), decoder.encoder_width)
         expected = (tuple(encoder.patch_embed.grid_size), encoder.embed_dim)
         if found != expected:
             raise ShapeError(f"decoder is for grid {found[0]} and width {found[1]}, the encoder has {expected}")
@@ -46,14 +46,18 @@ class MaskedStudent(nn.Module):
         return prediction_BST
 
 
-def build_student(student: StudentSettings, decoder: DecoderSettings, output_width: int) -> MaskedStudent:
+def build_student(
+    student: StudentSettings, decoder: DecoderSettings, output_width: int, visible_width: int = 0
+) -> MaskedStudent:
     """Build encoder and decoder with fresh weights from torch's global generator.
 
     Args:
-        output_width: T: the teacher's feature width, or the values of one patch's target.
+        output_width: T of the decoder: the teacher's feature width, or the values of one patch's target.
+        visible_width: T of the linear layer on the encoder's own output, before the decoder's in the prediction.
 
     Raises:
         SettingError: see `build_encoder` and `build_decoder`.
     """
     encoder = build_encoder(student)
-    return MaskedStudent(encoder, build_decoder(decoder, encoder.embed_dim, grid_of(student), output_width))
+    built = build_decoder(decoder, encoder.embed_dim, grid_of(student), output_width, visible_width)
+    return MaskedStudent(encoder, built)

@@ -56,9 +56,9 @@ CASES: dict[str, Case] = {
     ),
     "no value": setting("pretrain.epochs=", "the settings, pretrain.epochs: should be a valid integer, found None"),
     "no such choice": setting(
-        "masking=sematic", "the settings, masking.kind: should be 'semantic' or 'random', found 'sematic'"
+        "masking=sematic", "the settings, masking.kind: should be 'semantic', 'random' or 'block', found 'sematic'"
     ),
-    "no such target": setting("target=hogs", "the settings, target: should be 'clip', 'pixels' or 'hog', found 'hogs'"),
+    "no such target": setting("target=3", "the settings, target: should be a valid string, found 3"),
     "scale upside down": setting(
         "views.scale=[0.5, 0.1]",
         "the settings, views: scale is the least and the greatest share of the area, above 0 and at most 1, "

@@ -249,7 +249,7 @@ def test_a_batch_above_the_data_and_a_store_that_is_not_there(store: Path, tmp_p
 def test_a_loss_that_is_not_finite_names_step_and_batch_and_saves_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
-    true_loss, calls = module.feature_loss, 0
+    true_loss, calls = module.Part.loss, 0
     keys: list[tuple[str, ...]] = []
 
     def poisoned(*given: Any) -> Any:
@@ -257,14 +257,14 @@ def test_a_loss_that_is_not_finite_names_step_and_batch_and_saves_nothing(
         calls += 1
         return true_loss(*given) * (float("nan") if calls == 3 else 1.0)
 
-    noise = module.mask_noise
+    noise = module.noise_for
 
-    def noted(seed: int, epoch: int, of: tuple[str, ...], patches: int) -> Any:
+    def noted(masking: MaskSettings, epoch: int, of: tuple[str, ...], grid: tuple[int, int]) -> Any:
         keys.append(of)
-        return noise(seed, epoch, of, patches)
+        return noise(masking, epoch, of, grid)
 
-    monkeypatch.setattr(module, "feature_loss", poisoned)
-    monkeypatch.setattr(module, "mask_noise", noted)
+    monkeypatch.setattr(module.Part, "loss", poisoned)
+    monkeypatch.setattr(module, "noise_for", noted)
     with pytest.raises(DataError, match="nan at step 3 ") as caught:
         go(store, tmp_path / "run", log_every=log_every, epochs=3)
     assert f"{keys[2][0]} ... {keys[2][-1]}" in str(caught.value)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from milan_pipe.errors import ShapeError
-from milan_pipe.student.loss import feature_loss, masked_loss, pixel_target
+from milan_pipe.student.loss import chosen_tokens, feature_loss, mse, pixel_target, smooth_l1
 from milan_pipe.student.masking import MaskSplit
 
 
@@ -66,27 +66,44 @@ def test_pixel_target_refuses_other_shapes(shape):
         pixel_target(torch.zeros(shape), 4)
 
 
-def test_masked_loss_counts_masked_patches_only():
-    order = torch.stack([torch.randperm(6) for _ in range(2)])
-    split = MaskSplit(*order.tensor_split([2], dim=1))
+def split_of(visible: int, batch: int = 2) -> MaskSplit:
+    order = torch.stack([torch.randperm(6) for _ in range(batch)])
+    return MaskSplit(*order.tensor_split([visible], dim=1))
+
+
+@pytest.mark.parametrize("tokens", ["all", "visible", "masked"])
+@pytest.mark.parametrize("has_cls", [True, False])
+@pytest.mark.parametrize(
+    ("distance", "plain"),
+    [
+        (mse, lambda p, t: ((p - t) ** 2).mean()),
+        (smooth_l1, lambda p, t: torch.where((p - t).abs() < 1, (p - t) ** 2 / 2, (p - t).abs() - 0.5).mean()),
+        (feature_loss, lambda p, t: (2 - 2 * torch.cosine_similarity(p, t, dim=-1)).mean()),
+    ],
+)
+def test_a_loss_counts_its_tokens_only(tokens, has_cls, distance, plain):
+    split = split_of(2)
     prediction = torch.randn(2, 7, 12, requires_grad=True)
-    target = torch.randn(2, 6, 12)
-    loss = masked_loss(prediction, target, split)
-    mask = split.masked_map().float()
-    per_patch = ((prediction[:, 1:] - target) ** 2).mean(dim=-1)
-    assert_close(loss, (per_patch * mask).sum() / mask.sum())
+    target = 2 * torch.randn(2, 7, 12)[:, 0 if has_cls else 1 :]
+    loss = distance(*chosen_tokens(prediction, target, split, tokens))
+    hidden = split.masked_map()
+    of_patches = {"all": torch.ones_like(hidden), "visible": ~hidden, "masked": hidden}[tokens]
+    with_cls = has_cls and tokens != "masked"
+    wanted = torch.cat([torch.full((2, 1), with_cls), of_patches], dim=1)
+    whole = target if has_cls else torch.cat([torch.zeros(2, 1, 12), target], dim=1)
+    assert_close(loss, plain(prediction[wanted], whole[wanted]))
     loss.backward()
-    touched = prediction.grad.abs().sum(dim=-1) > 0
-    assert torch.equal(touched[:, 1:], split.masked_map())
-    assert not bool(touched[:, 0].any())
+    assert torch.equal(prediction.grad.abs().sum(dim=-1) > 0, wanted)
 
 
-def test_masked_loss_refuses_what_does_not_fit():
-    split = MaskSplit(*torch.arange(6).expand(2, 6).tensor_split([2], dim=1))
-    with pytest.raises(ShapeError, match="CLS in the prediction only"):
-        masked_loss(torch.zeros(2, 6, 12), torch.zeros(2, 6, 12), split)
-    with pytest.raises(ShapeError, match="CLS in the prediction only"):
-        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), MaskSplit(split.keep_BV[:1], split.masked_BM[:1]))
-    all_visible = MaskSplit(*torch.arange(6).expand(2, 6).tensor_split([6], dim=1))
+def test_what_does_not_fit_is_refused():
+    split = split_of(2)
+    for prediction, target in ((6, 6), (7, 5), (7, 8)):
+        with pytest.raises(ShapeError, match="CLS in the prediction"):
+            chosen_tokens(torch.zeros(2, prediction, 12), torch.zeros(2, target, 12), split, "masked")
+    with pytest.raises(ShapeError, match="output width"):
+        chosen_tokens(torch.zeros(2, 7, 12), torch.zeros(2, 6, 13), split, "masked")
+    with pytest.raises(ShapeError, match="one batch"):
+        chosen_tokens(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), split_of(2, batch=1), "masked")
     with pytest.raises(ShapeError, match="all 6 patches are visible"):
-        masked_loss(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), all_visible)
+        chosen_tokens(torch.zeros(2, 7, 12), torch.zeros(2, 6, 12), split_of(6), "masked")

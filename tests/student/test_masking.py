@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.errors import DataError, SettingError, ShapeError
-from milan_pipe.student.masking import MaskSplit, draw_split, mask_noise, visible_count
+from milan_pipe.student.masking import MaskSplit, block_noise, draw_split, mask_noise, noise_for, visible_count
 
 WEIGHTS = [0.4, 0.05, 0.25, 0.1, 0.2]
 DRAWS = 12_000
@@ -203,7 +204,47 @@ def test_visible_count_is_the_exact_floor(patches, hundredths):
             visible_count(patches, hundredths / 100)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -1.0, float("nan")])
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 16),
+    columns=st.integers(1, 16),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 500),
+)
+def test_block_masks_hide_as_many_in_every_sample_and_are_arithmetic(rows, columns, share, seed, epoch):
+    patches = rows * columns
+    masked = min(int(share * patches), patches - 1)
+    keys = [f"k{number}" for number in range(3)]
+    noise_BL = block_noise(seed, epoch, keys, (rows, columns), masked)
+    assert torch.equal(noise_BL[[2, 0]], block_noise(seed, epoch, [keys[2], keys[0]], (rows, columns), masked))
+    split = draw_split(None, noise_BL, patches - masked)
+    assert torch.equal(split.masked_map(), noise_BL < 0)
+    assert split.masked_BM.shape == (3, masked)
+
+
+def test_block_masks_are_rectangles():
+    count, masked = 4000, 78
+    keys = [str(number) for number in range(count)]
+    hidden_BRC = (block_noise(0, 0, keys, (14, 14), masked) < 0).reshape(count, 14, 14)
+    # Of the patches beside a hidden one, nearly all are hidden too: far more than the 40 % of even masks.
+    beside = (hidden_BRC[:, :, 1:] & hidden_BRC[:, :, :-1]).float().sum() / hidden_BRC[:, :, 1:].float().sum()
+    assert 0.75 < float(beside) < 0.98
+    share_RC = hidden_BRC.float().mean(dim=0)
+    assert float(share_RC.mean()) == pytest.approx(masked / 196)
+    # Rectangles inside the image reach its corners least.
+    assert float(share_RC[0, 0]) < 0.1 < 0.5 < float(share_RC[7, 7])
+    assert_close(share_RC, share_RC.flip(0, 1), atol=0.06, rtol=0)
+    assert not torch.equal(block_noise(0, 1, keys, (14, 14), masked) < 0, hidden_BRC.flatten(1))
+
+
+def test_all_patches_are_seen_at_ratio_0():
+    masking = MaskSettings(kind="block", ratio=0)
+    split = draw_split(None, noise_for(masking, 0, ["a"], (4, 4)), visible_count(16, 0))
+    assert (split.visible, split.masked_BM.shape) == (16, (1, 0))
+
+
+@pytest.mark.parametrize("ratio", [1.0, -1.0, float("nan")])
 def test_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(SettingError, match="mask ratio"):
         visible_count(16, ratio)
