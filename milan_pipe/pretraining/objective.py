@@ -70,7 +70,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.codec, self.teach = student, codec_of(header.codec), teach
         self.masking, self.target, self.patch_size = params.masking, params.target, _patch_size(params)
-        self.terms, self.widths = _terms(header, params)
+        self.terms, self.widths = terms_of(header, params)
         self.grid, self.patches = header.teacher.grid, header.patches
         self.visible = visible_count(header.patches, params.masking.ratio)
 
@@ -113,8 +113,12 @@ class Objective(nn.Module):
         return found.split, F.cosine_similarity(*found.parts[0].patches, dim=-1)
 
 
-def _terms(header: StoreHeader, params: Params) -> tuple[Terms, list[int]]:
-    """Terms in the order in which the student predicts them, those of the head first, with their widths."""
+def terms_of(header: StoreHeader, params: Params) -> tuple[Terms, list[int]]:
+    """Terms in the order in which the student predicts them, those of the head first, with their widths.
+
+    Raises:
+        SettingError: there is no such target, or it predicts masked patches and there are none.
+    """
     terms = sorted(objective_of(params.target), key=lambda term: not term.head)
     if params.masking.ratio == 0 and any(term.tokens == "masked" for term in terms):
         found = f"target {params.target!r} predicts masked patches, and masking.ratio is 0"
@@ -149,7 +153,7 @@ def build_objective(header: StoreHeader, params: Params, device: torch.device, t
         SettingError: there is no such student, decoder or target, or they do not fit each other.
     """
     settings = params.pretrain
-    terms, widths = _terms(header, params)
+    terms, widths = terms_of(header, params)
     of_head, of_decoder = (
         sum(w for t, w in zip(terms, widths, strict=True) if t.head is head) for head in (True, False)
     )

@@ -25,7 +25,7 @@ from milan_pipe.extras import needs
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
-from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit
+from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit, terms_of
 from milan_pipe.storage.local import write_file
 from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
@@ -75,6 +75,7 @@ class PretrainTask(Task[Batch]):
         self.settings = settings = params.pretrain.model_copy(update={"precision": precision})
         self._params = params.model_copy(update={"pretrain": settings})
         self._run, self._reader, self._ranks, self._teacher_for = run, reader, ranks, teacher_for
+        terms_of(reader.header, params)
         if settings.parallel == "fsdp" and precision == "float16":
             raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
         self._plan = _plan_of(reader, params, ranks)

@@ -18,7 +18,7 @@ from support.targets import header, random_blocks, write_blocks
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoppedError
 from milan_pipe.pretraining import run
 from milan_pipe.pretraining.bad_batch import replay
@@ -134,12 +134,35 @@ CASES: dict[str, Case] = {
     "no teacher online": (
         lambda: train(store(), targets="online"),
         SettingError,
-        "pretrain.targets is 'online' with target 'clip'; it needs target 'clip' and, from Python, teacher_for",
+        "pretrain.targets is 'online' with target 'clip'; it needs one of features, as 'clip', and, from Python, "
+        "teacher_for",
     ),
     "pixels online": (
         lambda: train(store(), targets="online", target="pixels"),
         SettingError,
-        "pretrain.targets is 'online' with target 'pixels'; it needs target 'clip' and, from Python, teacher_for",
+        "pretrain.targets is 'online' with target 'pixels'; it needs one of features, as 'clip', and, from Python, "
+        "teacher_for",
+    ),
+    "no such target": (
+        lambda: train(store(), target="hogs"),
+        SettingError,
+        "target: there is no objective 'hogs'; known are clip, pixels, hog, clip-visible, clip-visible+pixels, "
+        "clip-masked",
+    ),
+    "a decoder that has nothing to predict": (
+        lambda: train(store(), target="clip-visible"),
+        SettingError,
+        "decoder 'prompting' has nothing to predict in this target; set decoder=none",
+    ),
+    "no decoder for masked tokens": (
+        lambda: run.pretrain(store(), "run", params({"decoder": DecoderSettings(kind="none")})),
+        SettingError,
+        "decoder 'none' predicts visible tokens alone, and the target has others; name a decoder",
+    ),
+    "nothing masked": (
+        lambda: run.pretrain(store(), "run", params({"target": "pixels", "masking": MaskSettings(ratio=0)})),
+        SettingError,
+        "target 'pixels' predicts masked patches, and masking.ratio is 0; raise it, or take a target of visible tokens",
     ),
     # --- a run that ends early --------------------------------------------------------------------------------------
     "loss not finite": (
