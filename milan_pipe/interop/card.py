@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ from huggingface_hub import DatasetCardData, ModelCardData
 
 from milan_pipe import __version__
 from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.teacher import portable_name
 from milan_pipe.errors import DataError, MilanError, MismatchError
 from milan_pipe.evaluation.results import FOLDER, read_evaluations
 from milan_pipe.reports.store_facts import store_facts
+from milan_pipe.storage import is_url
 from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.store import TargetStore
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
@@ -159,9 +162,47 @@ def _list(facts: Mapping[str, object]) -> str:
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
-def public(text: str) -> str:
-    """Text without the folders of absolute local paths, which are nobody else's; URLs stay whole."""
-    return re.sub(r"(?<![\w:/.])/(?:[^/\s'\"]+/)+", "", text)
+def public(value: Any) -> Any:
+    """A setting, or a word of a command, without the folders of this machine; lists and tables part by part.
+
+    The last part stays of a path that is absolute, in a home or above the working folder, and of `local-dir:PATH`.
+    Other relative paths, URLs and names of repositories stay whole.
+    """
+    if isinstance(value, dict):
+        return {name: public(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [public(part) for part in value]
+    if not isinstance(value, str) or is_url(value):
+        return value
+    if (short := portable_name(value)) != value:
+        return short
+    value = re.sub(r"\{([^{}]*)\}", lambda found: f"{{{','.join(map(public, found[1].split(',')))}}}", value)
+    # A slash between braces is within the last part.
+    parts = re.split(r"/+(?![^{}]*\})", value.rstrip("/"))
+    is_outside = parts[0] == "" or parts[0].startswith("~") or ".." in parts
+    return parts[-1] or value if is_outside else value
+
+
+def public_command(command: str) -> str:
+    """A command to paste, each of its words `public`; empty where it is none that a shell takes."""
+    try:
+        return shlex.join(map(_public_word, shlex.split(command)))
+    except ValueError:
+        return ""
+
+
+def _public_word(word: str) -> str:
+    option, value = re.fullmatch(r"([\w.-]+=|)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        # As the command was made: a setting that is no text is JSON.
+        parts = json.loads(value)
+    except ValueError:
+        return f"{option}{public(value)}"
+    return option + (json.dumps(public(parts)) if isinstance(parts, dict | list) else value)
+
+
+def _public_data(data: object) -> str:
+    return " -> ".join(map(public, str(data).split(" -> ")))
 
 
 def _teacher(teacher: Mapping[str, Any]) -> list[str]:
@@ -200,14 +241,14 @@ def _trained(record: Mapping[str, Any], title: str) -> list[str]:
         "data": record.get("data") or record.get("targets"),
         "views": f"{views['count']} of each image, {views['size']} pixels" if views else None,
     }
-    if shown := {name: public(str(fact)) for name, fact in facts.items() if fact}:
+    if shown := {name: _public_data(fact) for name, fact in facts.items() if fact}:
         parts.append(_list(shown))
-    if record.get("command"):
-        parts.append(_code("bash", public(record["command"])))
+    if command := public_command(record.get("command", "")):
+        parts.append(_code("bash", command))
     if record.get("settings"):
         # Through JSON: a record's values are plain.
-        settings = yaml.safe_dump(json.loads(json.dumps(record["settings"])), sort_keys=False)
-        parts.append(_code("yaml", public(settings)))
+        settings = public(json.loads(json.dumps(record["settings"])))
+        parts.append(_code("yaml", yaml.safe_dump(settings, sort_keys=False)))
     return parts if len(parts) > 1 else []
 
 
@@ -217,6 +258,6 @@ def _scored(scores: Sequence[Score]) -> list[str]:
     rows = ["| task | data | scores |", "|---|---|---|"]
     for one in scores:
         values = ", ".join(f"{key} {value:.4g}" for key, value in one.scores.items() if isinstance(value, int | float))
-        rows.append(f"| {one.task} | {public(one.data)} | {values} |".replace("->", "→"))
-    commands = "\n".join(dict.fromkeys(public(one.command) for one in scores if one.command))
+        rows.append(f"| {one.task} | {_public_data(one.data)} | {values} |".replace("->", "→"))
+    commands = "\n".join(dict.fromkeys(filter(None, (public_command(one.command) for one in scores))))
     return ["## Scores", "\n".join(rows), _code("bash", commands)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +19,12 @@ from support.s3 import free_port
 from support.targets import header
 
 from milan_pipe import api
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.interop.card import public
+from milan_pipe.interop.card import Score, model_card, public_command
 from milan_pipe.storage import location_of
 from milan_pipe.targets.store import TargetStoreWriter
+from milan_pipe.training.checkpoint import Checkpoint
 
 MODEL, DATA = "org/student", "org/targets"
 
@@ -125,12 +129,52 @@ def test_private_and_dry(hub: Hub, project: Project, monkeypatch: pytest.MonkeyP
         api.verify_targets(f"hf://datasets/{DATA}")
 
 
-def test_paths_of_this_machine_are_left_out() -> None:
-    assert public("milan-pipe knn '/home/me/a b.tar' /data/x/run-{0..9}.tar --set a.b=/w/m.pt") == (
-        "milan-pipe knn 'a b.tar' run-{0..9}.tar --set a.b=m.pt"
-    )
-    for same in ("s3://bucket/a/b.tar", "hf://datasets/o/n@refs/pr/1/a", "runs/a/b", "../a/b", "https://h/a/b"):
-        assert public(same) == same
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/me/a b.tar", "a b.tar"),
+        ("/home/me/my data/run/", "run"),
+        ("/data/x/run-{000..009}.tar", "run-{000..009}.tar"),
+        ("/data/{a/x,b/y}-0.tar", "{a/x,b/y}-0.tar"),
+        ("{/home/me/a,../b,c/d}.tar", "{a,b,c/d}.tar"),
+        ("~/runs/a", "a"),
+        ("~you/runs/it's", "it's"),
+        ("../a/b", "b"),
+        ("runs/../../me/b*", "b*"),
+        ("a.b=/w/my m.pt", "a.b=my m.pt"),
+        ("a.b=", "a.b="),
+        ("a.b=[1, \"/w/m.pt\"]", "a.b=[1, \"m.pt\"]"),
+        ("a.b={\"c\": \"~/m.pt\"}", "a.b={\"c\": \"m.pt\"}"),
+        ("teacher.model=local-dir:/home/me/a clip", "teacher.model=local-dir:a clip"),
+        ("teacher.model=timm:local-dir:~/clip/", "teacher.model=timm:local-dir:clip"),
+        *((same, same) for same in (
+            "s3://bucket/a/b.tar", "hf://datasets/o/n@refs/pr/1/a", "https://h/a/../b", "runs/a/b", "runs/a b/*.tar",
+            "1e-3", "teacher.model=hf-hub:org/name", "a.b=1.50", "a.b=null", "--set", "/", "..", "x..y",
+        )),
+    ],
+)  # fmt: skip
+def test_paths_of_this_machine_are_left_out_of_commands(word: str, shown: str) -> None:
+    """What is left is a command to paste, with the same words otherwise."""
+    command = public_command(shlex.join(["milan-pipe", "knn", word, "b"]))
+    assert shlex.split(command) == ["milan-pipe", "knn", shown, "b"]
+    assert public_command("milan-pipe 'knn") == ""
+
+
+def test_paths_of_this_machine_are_left_out_of_settings_and_data(tmp_path: Path) -> None:
+    command = "milan-pipe finetune /home/me/run '/home/me/my data' ../me/val tuned"
+    settings = {"weights": "/home/me/w.pt", "parts": [{"file": "~/me/a b"}, 1, None]}
+    record = {"step": 1, "data": "/home/me/my data -> ../me/val", "command": command, "settings": settings}
+    scores = [Score("knn", {"top1": 0.5}, "~/me/train -> /home/me/test", "milan-pipe knn /home/me/run ~/me/train test")]
+    card = model_card(Checkpoint(path=tmp_path, record=record), StudentSettings(), 0, scores, None)
+    assert not re.search(r"\bme\b", card)
+    for expected in (
+        "- data: my data -> val",
+        "milan-pipe finetune run 'my data' val tuned",
+        "weights: w.pt\nparts:\n- file: a b\n- 1\n- null",
+        "| knn | train → test | top1 0.5 |",
+        "milan-pipe knn run train test",
+    ):
+        assert expected in card
 
 
 # --- one line for each mistake ------------------------------------------------------------------------------------
