@@ -21,7 +21,8 @@ from milan_pipe import api
 from milan_pipe.config.evaluation import Pool
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.subjects import BOUNDS, RANDOM, TEACHER
-from milan_pipe.evaluation.features import LabelledFeatures, embed_shards, pooled
+from milan_pipe.evaluation.backbone import pooled
+from milan_pipe.evaluation.features import LabelledFeatures, embed_shards
 from milan_pipe.evaluation.frozen import subject_of
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
@@ -47,7 +48,7 @@ def evaluate(checkpoint: str, images: Path, params: Params) -> dict[str, float]:
 
     def embed(pixels_BHWC: Tensor) -> Tensor:
         tokens_BSD = subject.tokens(pixels_BHWC)
-        return torch.cat([pooled(tokens_BSD, pool) for pool in POOLS], dim=1)
+        return torch.cat([pooled(tokens_BSD, pool, subject.layout) for pool in POOLS], dim=1)
 
     shards = [str(images / f"{split}-*.tar") for split in ("train", "test")]
     sets = [embed_shards(each, embed, subject.size, params.embed) for each in shards]

@@ -89,7 +89,12 @@ StudentArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or `random` (untrained student).")
 ]
 SubjectArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help=f"{_CHECKPOINT}, or `random` (untrained student), or `teacher`.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT}, `random` (untrained student), `teacher`, `timm:NAME`, `timm:hf-hub:ORG/NAME`, or a "
+        "folder in timm's layout, as of `export`.",
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The pretrained student that an evaluation begins with."""
+"""The model that an evaluation begins with, as a rule a pretrained student."""
 
 from __future__ import annotations
 
@@ -8,16 +8,62 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
+from milan_pipe.config.evaluation import Pool
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.subjects import RANDOM
-from milan_pipe.errors import DataError
-from milan_pipe.student.encoder import build_encoder, grid_of
+from milan_pipe.errors import DataError, SettingError
+from milan_pipe.pretrained.source import MeanStd
+from milan_pipe.student.encoder import Grid, build_encoder, grid_of
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the features of an image lie in what a model's `forward_features` gives.
+
+    Attributes:
+        grid: rows and columns of patches, or of a map.
+        width: D, values of a feature.
+        has_cls: whether the first token is a class token.
+        prefix: tokens before those of patches; None: there is a map of features.
+        last: of a map, whether the channels come last.
+    """
+
+    grid: Grid
+    width: int
+    has_cls: bool
+    prefix: int | None = None
+    last: bool = False
+
+    def tokens(self, output: Tensor) -> Tensor:
+        """(B, S, D): the class token, where there is one, and patches in raster order; registers are left out."""
+        if self.prefix is None:
+            return output.flatten(1, 2) if self.last else output.flatten(2).mT
+        if self.prefix == self.has_cls:
+            return output
+        return torch.cat([output[:, : int(self.has_cls)], output[:, self.prefix :]], dim=1)
+
+    def patches(self, tokens_BSD: Tensor) -> Tensor:
+        """(B, L, D): the patches among what `tokens` gives."""
+        return tokens_BSD[:, int(self.has_cls) :]
+
+    def require(self, pool: Pool, setting: str, name: str) -> None:
+        """Raise SettingError where a model has no token that `pool`, the value of a setting, asks for."""
+        if pool == "cls" and not self.has_cls:
+            raise SettingError(f"model {name!r} has no class token, which {setting}=cls takes; set {setting}=mean")
+
+
+def pooled(tokens_BSD: Tensor, pool: Pool, layout: Layout | None = None) -> Tensor:
+    """(B, D): the class token, or the mean of the patch tokens; without `layout` the first token is a class token."""
+    if pool == "cls":
+        return tokens_BSD[:, 0]
+    return (tokens_BSD[:, 1:] if layout is None else layout.patches(tokens_BSD)).mean(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +74,34 @@ class Backbone:
     settings: StudentSettings
     weights: Mapping[str, Tensor]
 
-    def encoder(self) -> VisionTransformer:
-        """A new encoder with these weights."""
-        encoder = build_encoder(self.settings)
-        load_weights(encoder, self.weights, self.name)
-        return encoder
+    @property
+    def layout(self) -> Layout:
+        """How its features lie."""
+        width = self.weights["cls_token"].shape[-1]
+        return Layout(grid=grid_of(self.settings), width=width, has_cls=True, prefix=1)
+
+    @property
+    def normalization(self) -> MeanStd:
+        """Of its input."""
+        return MeanStd(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def encoder(self) -> nn.Module:
+        """A new encoder with these weights; `forward_features` takes normalised (B, 3, H, W) floats."""
+        return _loaded(self.settings, self.weights, self.name)
 
     def digest(self) -> str:
         """sha256 over names and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.weights.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _loaded(settings: StudentSettings, weights: Mapping[str, Tensor], name: str) -> VisionTransformer:
+    encoder = build_encoder(settings)
+    load_weights(encoder, weights, name)
+    return encoder
 
 
 def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
@@ -54,8 +115,7 @@ def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransform
         found = f"holds what `milan-pipe {task}` trained" if task else "does not say which student it holds"
         raise DataError(f"{checkpoint.path} {found}; name one that `milan-pipe pretrain` wrote")
     settings: StudentSettings = StudentSettings.parse(sizes, f"{checkpoint.path}, student")
-    saved = Backbone(name=str(checkpoint.path), settings=settings, weights=checkpoint.weights("student"))
-    return settings, saved.encoder()
+    return settings, _loaded(settings, checkpoint.weights("student"), str(checkpoint.path))
 
 
 def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> Backbone:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from milan_pipe.config.evaluation import FinetuneSettings, Pool
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
-from milan_pipe.evaluation.backbone import Backbone, resized
-from milan_pipe.evaluation.features import pooled, require_directions
+from milan_pipe.evaluation.backbone import Backbone, pooled, resized
+from milan_pipe.evaluation.features import require_directions
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
 
@@ -76,12 +76,12 @@ class LinearClassifier(nn.Module):
     Source: arXiv 2111.06377, appendix A.1.
     """
 
-    def __init__(self, encoder: VisionTransformer, pool: Pool, classes: int, seed: int) -> None:
+    def __init__(self, backbone: Backbone, pool: Pool, classes: int, seed: int) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.pool = pool
-        self.norm = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
-        self.head = nn.Linear(encoder.embed_dim, classes)
+        encoder: Any = backbone.encoder().requires_grad_(False)
+        self.encoder, self.layout, self.pool = encoder, backbone.layout, pool
+        self.norm = nn.BatchNorm1d(self.layout.width, affine=False, eps=1e-6)
+        self.head = nn.Linear(self.layout.width, classes)
         _init_head(self.head, 0.01, seed)
 
     def train(self, mode: bool = True) -> LinearClassifier:
@@ -93,7 +93,8 @@ class LinearClassifier(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, classes) logits."""
         with torch.no_grad():
-            features_BD = pooled(self.encoder.forward_features(pixels_BCHW), self.pool).float()
+            tokens_BSD = self.layout.tokens(self.encoder.forward_features(pixels_BCHW))
+            features_BD = pooled(tokens_BSD, self.pool, self.layout).float()
         if not self.training:
             require_directions(features_BD)
         logits_BG: Tensor = self.head(self.norm(features_BD))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -53,6 +54,8 @@ class ClassifyTask(SupervisedTask[C]):
             final_lr: at the end of the cosine, before any layer's scale.
         """
         settings = start.settings
+        mean, std = start.backbone.normalization
+        self._normalise = partial(normalise, mean=mean, std=std)
         train, val = labelled_images(start.train, start.bad.add), labelled_images(start.val, start.bad.add)
         classes = require_same_classes(train, val)
         if len(set(train.label_N)) < 2:
@@ -86,7 +89,7 @@ class ClassifyTask(SupervisedTask[C]):
     def prepared(self, batch: ReadBatch) -> ImageBatch:
         """Normalised, erased, and mixed by mixup and cutmix, where they are on."""
         pixels_BHWC, label_B, box_B4 = batch.values
-        images_BCHW = normalise(pixels_BHWC)
+        images_BCHW = self._normalise(pixels_BHWC)
         if self._erasing:
             images_BCHW = Erasing.restored(pixels_BHWC, images_BCHW, box_B4)
         if self._mixup is None:
@@ -108,7 +111,7 @@ class ClassifyTask(SupervisedTask[C]):
         for shown in self._shown(self._show, collate, max(1, self.batch_size // ranks.count)):
             pixels_BHWC, label_B = (torch.as_tensor(value).to(ranks.device, non_blocking=True) for value in shown.value)
             with self._autocast():
-                logits_BG = self._judged(normalise(pixels_BHWC)).float()
+                logits_BG = self._judged(self._normalise(pixels_BHWC)).float()
             hit_B5 = logits_BG.topk(min(5, logits_BG.shape[1]), dim=1).indices == label_B[:, None]
             loss = F.cross_entropy(logits_BG, label_B, reduction="sum")
             sums += torch.tensor([hit_B5[:, 0].sum(), hit_B5.sum(), loss, len(label_B)], dtype=torch.float64)

@@ -9,23 +9,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from milan_pipe.config.evaluation import EmbedSettings, Pool
+from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, ShapeError
+from milan_pipe.evaluation.backbone import Backbone
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
 from milan_pipe.images.labelled import is_class_folder, labelled_images, no_label
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
-from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.pixels import normalise
 from milan_pipe.units import some
 from milan_pipe.weights_file import load_tensors, write_weights
@@ -34,12 +34,7 @@ Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
 
 Tokens = Callable[[Tensor], Tensor]
-"""The same pixels to (B, S, D), the class token first."""
-
-
-def pooled(tokens_BSD: Tensor, pool: Pool) -> Tensor:
-    """(B, D): the class token, or the mean of the patch tokens."""
-    return tokens_BSD[:, 0] if pool == "cls" else tokens_BSD[:, 1:].mean(dim=1)
+"""The same pixels to (B, S, D), as `Layout.tokens`."""
 
 
 def require_directions(features_NF: Tensor) -> None:
@@ -96,13 +91,18 @@ def check_same_task(train: LabelledFeatures, test: LabelledFeatures) -> None:
         )
 
 
-def student_tokens(encoder: VisionTransformer, device: torch.device) -> Tokens:
-    """The encoder, moved to `device` in place and set to evaluation, as `Tokens`; all patches are seen.
+def tokens_of(backbone: Backbone, device: torch.device) -> Tokens:
+    """A backbone's encoder on `device`, in evaluation; pixels that are not of its input size raise ShapeError."""
+    encoder: Any = backbone.encoder().to(device).eval()
+    layout, side = backbone.layout, backbone.settings.image_size
 
-    Pixels that are not of its input size raise ShapeError.
-    """
-    encoder.to(device).eval()
-    return lambda pixels_BHWC: encode_all(encoder, normalise(pixels_BHWC.to(device)))
+    def tokens(pixels_BHWC: Tensor) -> Tensor:
+        if tuple(pixels_BHWC.shape[1:]) != (side, side, 3):
+            found = f"pixels have shape {tuple(pixels_BHWC.shape)}, expected (B, {side}, {side}, 3)"
+            raise ShapeError(f"{found}; render the views at the model's image_size")
+        return layout.tokens(encoder.forward_features(normalise(pixels_BHWC.to(device), *backbone.normalization)))
+
+    return tokens
 
 
 def kept_features(

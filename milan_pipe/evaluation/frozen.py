@@ -1,4 +1,4 @@
-"""k-NN and quick linear probe of what does not change: a student, an untrained student or the teacher."""
+"""k-NN and quick linear probe of what does not change: a student, a model of timm or the teacher."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.subjects import TEACHER
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import StoreError, without_secrets
-from milan_pipe.evaluation.backbone import backbone_of
+from milan_pipe.evaluation.backbone import Layout, pooled
 from milan_pipe.evaluation.features import (
     LabelledFeatures,
     Tokens,
     embed_shards,
     kept_features,
-    pooled,
-    student_tokens,
+    tokens_of,
 )
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
 from milan_pipe.evaluation.results import ADVICE, FOLDER, Evaluation, keep_evaluation
+from milan_pipe.evaluation.timm_backbone import frozen_backbone_of
 from milan_pipe.images.files import files_under
 from milan_pipe.images.labelled import is_class_folder
 from milan_pipe.images.shards import expand_shards
@@ -45,27 +45,33 @@ class Subject:
     name: str
     identity: str
     size: int
+    layout: Layout
     tokens: Tokens
 
 
 def subject_of(checkpoint: str | Path, params: Params) -> Subject:
-    """What a CHECKPOINT argument names: as of `backbone_of`, or `teacher`, the configured one.
+    """What a CHECKPOINT argument names: as of `frozen_backbone_of`, or `teacher`, the configured one.
 
     Raises:
-        MissingError, DataError, MismatchError, SettingError: as `backbone_of`, or there is no such teacher.
+        MissingError, DataError, MismatchError, SettingError: as `frozen_backbone_of`, or there is no such teacher.
     """
     student, device = params.student, resolve_device(params.pretrain.device)
     if str(checkpoint) != TEACHER:
-        backbone = backbone_of(checkpoint, student, params.pretrain.seed)
-        tokens = student_tokens(backbone.encoder(), device)
-        size = backbone.settings.image_size
-        return Subject(name=backbone.name, identity=backbone.digest(), size=size, tokens=tokens)
+        backbone = frozen_backbone_of(checkpoint, student, params.pretrain.seed)
+        return Subject(
+            name=backbone.name,
+            identity=backbone.digest(),
+            size=backbone.settings.image_size,
+            layout=backbone.layout,
+            tokens=tokens_of(backbone, device),
+        )
     teacher = load_teacher(params.teacher, device, grid=grid_of(student))
     identity = json.dumps(teacher.info.model_dump(mode="json"), sort_keys=True)
     return Subject(
         name=TEACHER,
         identity=identity,
         size=student.image_size,
+        layout=Layout(grid=teacher.info.grid, width=teacher.info.width, has_cls=True, prefix=1),
         tokens=lambda pixels_BHWC: teacher(pixels_BHWC).features_BST,
     )
 
@@ -142,10 +148,11 @@ class FrozenSets:
         self.params, self._keep = params, keep
         self._arguments = checkpoint, train, test
         self._subject = subject = subject_of(checkpoint, params)
+        subject.layout.require(params.embed.pool, "embed.pool", subject.name)
         bad: list[str] = []
 
         def features_of(pixels_BHWC: Tensor) -> Tensor:
-            return pooled(subject.tokens(pixels_BHWC), params.embed.pool)
+            return pooled(subject.tokens(pixels_BHWC), params.embed.pool, subject.layout)
 
         def embed(images: str | Path) -> LabelledFeatures:
             identity = {

@@ -10,6 +10,7 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.evaluation.classifier import LinearClassifier
 from milan_pipe.evaluation.classify import ClassifyTask
 from milan_pipe.evaluation.supervised import Start
+from milan_pipe.evaluation.timm_backbone import frozen_backbone_of
 
 
 class LarsProbeTask(ClassifyTask[LarsProbeSettings]):
@@ -19,6 +20,7 @@ class LarsProbeTask(ClassifyTask[LarsProbeSettings]):
     """
 
     name, sections = "linear-probe", ("lars_probe",)
+    backbone_of = staticmethod(frozen_backbone_of)
     model: LinearClassifier
 
     def __init__(self, start: Start[LarsProbeSettings]) -> None:
@@ -26,8 +28,8 @@ class LarsProbeTask(ClassifyTask[LarsProbeSettings]):
 
     def classifier(self, start: Start[LarsProbeSettings], classes: int) -> tuple[StudentSettings, LinearClassifier]:
         """The frozen encoder, a BatchNorm and a linear map."""
-        encoder = start.backbone.encoder()
-        return start.backbone.settings, LinearClassifier(encoder, start.settings.pool, classes, start.head_seed)
+        start.backbone.layout.require(start.settings.pool, "lars_probe.pool", start.backbone.name)
+        return start.backbone.settings, LinearClassifier(start.backbone, start.settings.pool, classes, start.head_seed)
 
     def optimiser(self) -> torch.optim.Optimizer:
         """LARS over the linear map."""

@@ -101,6 +101,7 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
         least_part: fewest images that a rank computes with at a time, and `least_reason` why.
         take: makes a training sample, pixels (H, W, C) uint8, target, and more; runs in a worker process.
         mirrored: see `StepPlan`.
+        backbone_of: what CHECKPOINT may name.
     """
 
     name: str
@@ -109,6 +110,7 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
     least_part, least_reason = 1, ""
     take: Callable[[SampleRequest], tuple[Any, ...]]
     mirrored = False
+    backbone_of: Callable[[str | Path, StudentSettings, int], Backbone] = staticmethod(backbone_of)
 
     @abstractmethod
     def __init__(self, start: Start[S]) -> None:
@@ -240,7 +242,7 @@ def run_supervised(
     number.
 
     Args:
-        checkpoint: as `backbone_of` takes it.
+        checkpoint: as the task's `backbone_of` takes it.
         train, val: as `labelled_images` takes them; a segmentation's as `masked_images` does.
         params: `student` has the sizes of a student with fresh weights.
 
@@ -260,7 +262,7 @@ def run_supervised(
                 val=val,
                 params=params,
                 settings=settings.model_copy(update={"precision": precision}),
-                backbone=backbone_of(checkpoint, params.student, settings.seed),
+                backbone=task.backbone_of(checkpoint, params.student, settings.seed),
                 bad=BadImages(folder / "bad_samples.jsonl" if ranks.first else None),
                 record=record,
                 ranks=ranks,

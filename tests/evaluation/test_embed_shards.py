@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +18,16 @@ from torch import Tensor
 from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MissingError, ShapeError
+from milan_pipe.evaluation.backbone import Backbone, backbone_of, pooled
 from milan_pipe.evaluation.features import (
     LabelledFeatures,
     centre_view,
     check_same_task,
     embed_shards,
-    pooled,
-    student_tokens,
+    tokens_of,
 )
 from milan_pipe.images.decode import MAX_PIXELS
-from milan_pipe.student.encoder import build_encoder, encode_all
+from milan_pipe.student.encoder import encode_all
 
 SIZE = 8
 
@@ -55,9 +56,8 @@ def raw(pixels_BHWC: Tensor) -> Tensor:
     return pixels_BHWC.flatten(1).double()
 
 
-def tiny_encoder() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return build_encoder(StudentSettings(image_size=SIZE, patch_size=4, width=16, depth=1, heads=2))
+def tiny() -> Backbone:
+    return backbone_of("random", StudentSettings(image_size=SIZE, patch_size=4, width=16, depth=1, heads=2), 0)
 
 
 # --- the pixels
@@ -113,7 +113,7 @@ def test_features_labels_and_order(tmp_path: Path) -> None:
 
 def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", labelled(0, 70))
-    tokens = student_tokens(tiny_encoder(), torch.device("cpu"))
+    tokens = tokens_of(tiny(), torch.device("cpu"))
 
     def embedder(pixels_BHWC: torch.Tensor) -> torch.Tensor:
         return pooled(tokens(pixels_BHWC), "mean")
@@ -185,25 +185,24 @@ def test_embedders_of_the_wrong_kind(tmp_path: Path) -> None:
 
 
 def test_pooled_takes_the_tokens_it_says() -> None:
-    encoder = tiny_encoder()
-    encoder.train()
+    encoder = tiny().encoder()
     pixels_BHWC = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         tokens = encode_all(encoder, ((pixels_BHWC / 255 - mean) / std).permute(0, 3, 1, 2))
-        found = student_tokens(encoder, torch.device("cpu"))(pixels_BHWC)
+        found = tokens_of(tiny(), torch.device("cpu"))(pixels_BHWC)
     cls, patches = pooled(found, "cls"), pooled(found, "mean")
     torch.testing.assert_close(cls, tokens[:, 0])
     torch.testing.assert_close(patches, tokens[:, 1:].mean(1))
-    assert not encoder.training
     with pytest.raises(ShapeError, match="image_size"):
-        student_tokens(encoder, torch.device("cpu"))(pixels_BHWC[:, :4])
+        tokens_of(tiny(), torch.device("cpu"))(pixels_BHWC[:, :4])
 
 
-def test_student_tokens_are_deterministic_with_drop_path() -> None:
-    encoder = tiny_encoder()
+def test_tokens_are_deterministic_with_drop_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder: Any = tiny().encoder().train()
     encoder.blocks[0].drop_path1 = torch.nn.Dropout(0.5)
-    tokens = student_tokens(encoder.train(), torch.device("cpu"))
+    monkeypatch.setattr(Backbone, "encoder", lambda _: encoder)
+    tokens = tokens_of(tiny(), torch.device("cpu"))
     pixels_BHWC = torch.randint(0, 256, (2, SIZE, SIZE, 3), dtype=torch.uint8)
     assert torch.equal(tokens(pixels_BHWC), tokens(pixels_BHWC))
 

@@ -158,9 +158,8 @@ def test_every_parameter_of_the_classifier_gets_a_gradient() -> None:
 
 
 def test_the_linear_probe_trains_its_head_alone() -> None:
-    encoder = build_encoder(TINY)
-    model = LinearClassifier(encoder, "cls", 5, seed=1).train()
-    assert not encoder.training
+    model = LinearClassifier(backbone_of("random", TINY, 0), "cls", 5, seed=1).train()
+    assert not model.encoder.training
     assert model.norm.training
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     for name, parameter in model.named_parameters():

@@ -10,20 +10,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.hub import use_hub
 from support.images import TINY, class_folders, image, labelled_shard, mask_folders, png, write_tar
 from support.messages import Case, require_message
+from support.s3 import free_port
+from support.timm_models import timm_folder
 
-from milan_pipe.api import finetune, linear_probe, segment
+from milan_pipe.api import finetune, knn, linear_probe, segment
 from milan_pipe.config.evaluation import (
     AugmentSettings,
     EmbedSettings,
     FinetuneSettings,
     KnnSettings,
     LinearProbeSettings,
+    Pool,
     SegmentSettings,
 )
 from milan_pipe.config.params import Params
-from milan_pipe.errors import DataError, DeviceFullError, MismatchError, SettingError, ShapeError, StoreError
+from milan_pipe.errors import (
+    DataError,
+    DeviceFullError,
+    MismatchError,
+    MissingError,
+    SettingError,
+    ShapeError,
+    StoreError,
+)
 from milan_pipe.evaluation.augment import build_mixup
 from milan_pipe.evaluation.backbone import student_of
 from milan_pipe.evaluation.batches import BadImages, SampleRequest, load_batches
@@ -103,6 +115,18 @@ def too_many() -> object:
     return bad.limit(8, 0.1)
 
 
+def judged(checkpoint: str, pool: Pool = "mean") -> object:
+    """A model of timm by k-NN; no hub is in reach."""
+    train = class_folders(Path("train"), range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        use_hub(f"http://127.0.0.1:{free_port()}", Path("cache"), patch)
+        return knn(checkpoint, train, train, Params(embed=EmbedSettings(pool=pool), knn=KnnSettings(neighbours=(1,))))
+
+
+def of_timm(kind: str, side: int = 32, pool: Pool = "mean") -> Callable[[], object]:
+    return lambda: judged(str(timm_folder(Path("m"), kind, side)), pool)
+
+
 def kept() -> object:
     def compute() -> LabelledFeatures:
         return features()
@@ -137,6 +161,56 @@ def probe(labels: list[int], **change: Any) -> object:
 
 DIVERGED = "are all zero or not finite; the encoder's weights may have diverged: take an earlier checkpoint"
 CASES: dict[str, Case] = {
+    # --- models of timm -------------------------------------------------------------------------------------------
+    "unknown model": (
+        lambda: judged("timm:vit_smal"),
+        SettingError,
+        "unknown model 'timm:vit_smal', timm has no model 'vit_smal'; nearest are vit_small_patch...",
+    ),
+    "unknown tag": (
+        lambda: judged("timm:test_vit.x"),
+        MissingError,
+        "model 'timm:test_vit.x': timm has no weights 'x' of 'test_vit'; known tags are r160_in1k",
+    ),
+    "model without weights": (
+        lambda: judged("timm:vit_base_patch16_gap_224"),
+        MissingError,
+        "model 'timm:vit_base_patch16_gap_224': timm has no weights of it. A folder in timm's layout will do too: "
+        "CHECKPOINT timm:local-dir:PATH",
+    ),
+    "no hub": (
+        lambda: judged("timm:test_vit"),
+        MissingError,
+        "model 'timm:test_vit' cannot be had: model.safetensors or pytorch_model.bin of repository "
+        "timm/test_vit.r160_in1k cannot be fetched from http://127.0.0.1:...: ...refused. A folder in timm's layout "
+        "will do too: CHECKPOINT timm:local-dir:PATH",
+    ),
+    "no folder of timm": (
+        lambda: judged("timm:local-dir:nowhere"),
+        MissingError,
+        "model 'timm:local-dir:nowhere': nowhere has no config.json, timm's description of a model",
+    ),
+    "no class token": (
+        of_timm("no class token", pool="cls"),
+        SettingError,
+        "model 'm' has no class token, which embed.pool=cls takes; set embed.pool=mean",
+    ),
+    "features of unknown places": (
+        of_timm("no patches"),
+        SettingError,
+        "model 'timm:local-dir:m' cannot be used: timm's PoolingVisionTransformer gives features of shape (1, 1, 8); "
+        "expected one for each patch, as of a vision transformer, or a map of them, as of a convolutional network",
+    ),
+    "no side": (
+        of_timm("map", side=0),
+        SettingError,
+        "model 'timm:local-dir:m' takes 3 x 0 x 0, expected 3 channels and a square, as 3 x 224 x 224",
+    ),
+    "a side that does not fit": (
+        of_timm("map", side=2),
+        DataError,
+        "model 'timm:local-dir:m' cannot be run at 2 x 2 pixels (RuntimeError: ...); check its description",
+    ),
     "scale": (
         lambda: tuned(AugmentSettings(scale=(0.9, 0.2))), SettingError,
         "augment.scale is the least and the greatest share of the area, above 0 and at most 1, found (0.9, 0.2)",
