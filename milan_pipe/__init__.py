@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from milan_pipe.api import (
         convert_targets,
         doctor,
+        embed,
         export,
         extract_targets,
         finetune,
@@ -44,6 +45,7 @@ __all__ = [
     "Targets",
     "convert_targets",
     "doctor",
+    "embed",
     "export",
     "extract_targets",
     "finetune",

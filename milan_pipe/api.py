@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from milan_pipe.config.targets import StoreFormat
     from milan_pipe.config.training import Precision
+    from milan_pipe.embeddings.run import EmbedProgress, EmbedReport
     from milan_pipe.evaluation.frozen import KnnReport, LinearProbeReport
     from milan_pipe.extraction.run import ExtractProgress, ExtractReport
     from milan_pipe.images.prepare import PrepareReport
@@ -218,7 +219,7 @@ def knn(
     keep: Where | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> KnnReport:
-    """k-nearest-neighbour accuracy of a checkpoint, a run, `random` or `teacher`.
+    """k-nearest-neighbour accuracy of a checkpoint, a run, a model of timm, `random` or `teacher`.
 
     Args:
         features: folder that keeps what is embedded.
@@ -239,11 +240,27 @@ def linear_probe(
     keep: Where | None = None,
     on_progress: Callable[[int], None] = _ignore,
 ) -> LinearProbeReport:
-    """Quick linear probe of a checkpoint, a run, `random` or `teacher`; `features` and `keep` as of `knn`."""
+    """Quick linear probe of what `knn` takes; `features` and `keep` as there."""
     from milan_pipe.evaluation.frozen import FrozenSets, linear_probe
 
     sets = FrozenSets(checkpoint, train, test, params, features=features, keep=keep, on_progress=on_progress)
     return linear_probe(sets)
+
+
+def embed(
+    checkpoint: Where,
+    images: Where,
+    out: Where,
+    params: Params = DEFAULT,
+    *,
+    patches: bool = False,
+    shards: str | None = None,
+    on_progress: Callable[[EmbedProgress], None] = _ignore,
+) -> EmbedReport:
+    """Write embeddings of images to parquet or zarr; see `milan_pipe.embeddings.run`."""
+    from milan_pipe.embeddings.run import embed
+
+    return embed(checkpoint, images, out, params, patches=patches, shards=shards, on_progress=on_progress)
 
 
 def finetune(

@@ -13,13 +13,14 @@ from milan_pipe.cli.images import plan, prepare, recipes  # isort: skip
 from milan_pipe.cli.targets import convert_targets, extract_targets, train_clip, verify_targets  # isort: skip
 from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
 from milan_pipe.cli.evaluation import finetune, knn, linear_probe, segment  # isort: skip
+from milan_pipe.cli.embeddings import embed  # isort: skip
 from milan_pipe.cli.reports import inspect_student, inspect_targets, report  # isort: skip
 from milan_pipe.cli.demo import demo  # isort: skip
 from milan_pipe.cli.doctor import doctor  # isort: skip
 from milan_pipe.cli.interop import export, import_published, push  # isort: skip
 
 __all__ = [
-    "app", "convert_targets", "demo", "doctor", "export", "extract_targets", "finetune", "import_published",
+    "app", "convert_targets", "demo", "doctor", "embed", "export", "extract_targets", "finetune", "import_published",
     "inspect_student", "inspect_targets", "knn", "linear_probe", "main", "plan", "prepare", "pretrain", "push",
     "recipes", "replay", "report", "segment", "train_clip", "verify_targets",
 ]  # fmt: skip

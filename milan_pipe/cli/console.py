@@ -87,6 +87,7 @@ def print_json(values: dict[Any, Any]) -> None:
 # How the values of a progress line are written for people.
 _TEXTS: dict[str, Callable[[Any], str]] = {
     "views": lambda count: f"{count:,} views",
+    "images": lambda count: f"{count:,} images",
     "bad": lambda count: f"{count:,} skipped",
     "workers": lambda count: f"{count} workers" if count > 1 else "",
     "epoch": lambda number: f"ep {number}",

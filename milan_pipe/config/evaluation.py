@@ -21,6 +21,9 @@ class EmbedSettings(Settings):
     threads: int = Field(0, ge=0, description="threads that decode images; 0: one per processor")
     crop: float = Field(1.0, gt=0, le=1, description="side of the centre square over the shorter side")
     pool: Pool = Field("cls", description="cls: the class token; mean: the mean of the patch tokens")
+    dtype: Literal["float32", "float16"] = Field("float32", description="of what `milan-pipe embed` writes")
+    format: Literal["parquet", "zarr"] = Field("parquet", description="parquet or zarr, of what `embed` writes")
+    max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops `embed`")
 
 
 class KnnSettings(Settings):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.evaluation.backbone import Backbone
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.decode import MAX_PIXELS, decode_image
-from milan_pipe.images.labelled import is_class_folder, labelled_images, no_label
+from milan_pipe.images.labelled import LabelledImages, is_class_folder, labelled_images, no_label
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.pixels import normalise
 from milan_pipe.units import some
 from milan_pipe.weights_file import load_tensors, write_weights
+
+T = TypeVar("T")
 
 Embedder = Callable[[Tensor], Tensor]
 """(B, H, W, 3) uint8 pixels, H = W, to (B, F) float features, on any device."""
@@ -151,6 +153,39 @@ def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]
     return np.asarray(scaled.crop((left, top, left + size, top + size)))
 
 
+@dataclass(frozen=True)
+class Embedded(Generic[T]):
+    """What a model gives for B images, with their keys and labels."""
+
+    keys: list[str]
+    labels: list[int]
+    value: T
+
+
+def embedded(
+    samples: Iterable[Sample], model: Callable[[Tensor], T], size: int, settings: EmbedSettings, on_bad: OnBad
+) -> Iterator[Embedded[T]]:
+    """Run a model over the centre squares of images, in their order, without gradients; bad images are skipped.
+
+    Args:
+        model: takes (B, size, size, 3) uint8.
+        settings: `pool` is not read here; nothing depends on `threads`.
+    """
+
+    def view_of(sample: Sample) -> tuple[NDArray[np.uint8], str, int]:
+        return centre_view(decode_image(sample.data), size, settings.crop), sample.key, sample.label
+
+    threads = thread_count(settings.threads)
+    views = decoded_ahead(samples, view_of, threads, max(settings.batch_size, 32 * threads), on_bad)
+    while batch := list(islice(views, settings.batch_size)):
+        pixels, keys, labels = zip(*batch, strict=True)
+        pixels_BHWC = torch.from_numpy(np.stack(pixels))
+        try_instead = f"try embed.batch_size={max(1, settings.batch_size // 2)}"
+        with torch.inference_mode(), memory_for(f"embed.batch_size {settings.batch_size}", try_instead):
+            value = model(pixels_BHWC)
+        yield Embedded(list(keys), list(labels), value)
+
+
 def embed_shards(
     images: str | Path,
     embedder: Embedder,
@@ -181,24 +216,16 @@ def embed_shards(
         bad += 1
         on_bad(key, reason)
 
-    def view_of(sample: Sample) -> tuple[NDArray[np.uint8], int]:
-        return centre_view(decode_image(sample.data), size, settings.crop), sample.label
-
-    threads = thread_count(settings.threads)
-    views = decoded_ahead(_labelled(images, skip), view_of, threads, max(settings.batch_size, 32 * threads), skip)
     features: list[Tensor] = []
     labels: list[int] = []
-    while batch := list(islice(views, settings.batch_size)):
-        pixels_BHWC = torch.from_numpy(np.stack([pixels for pixels, _ in batch]))
-        try_instead = f"try embed.batch_size={max(1, settings.batch_size // 2)}"
-        with torch.inference_mode(), memory_for(f"embed.batch_size {settings.batch_size}", try_instead):
-            features_BF = embedder(pixels_BHWC)
-        if features_BF.ndim != 2 or len(features_BF) != len(batch):
+    for batch in embedded(_labelled(images, skip), embedder, size, settings, skip):
+        features_BF = batch.value
+        if features_BF.ndim != 2 or len(features_BF) != len(batch.keys):
             raise ShapeError(
-                f"the embedder returned shape {tuple(features_BF.shape)} for {len(batch)} images, expected (B, F)"
+                f"the embedder returned shape {tuple(features_BF.shape)} for {len(batch.keys)} images, expected (B, F)"
             )
         features.append(features_BF.to("cpu", torch.float32))
-        labels.extend(label for _, label in batch)
+        labels += batch.labels
         on_progress(len(labels))
     if not labels:
         raise DataError(f"none of the {bad} images of {images} can be read; prepare the shards again")
@@ -206,16 +233,22 @@ def embed_shards(
     return LabelledFeatures(features_NF=torch.cat(features), label_N=torch.tensor(labels))
 
 
+def numbered_samples(images: LabelledImages, numbers: Iterable[int], on_bad: OnBad) -> Iterator[Sample]:
+    """Images by number, read; those that cannot be are skipped."""
+    for number in numbers:
+        key = images.keys[number]
+        try:
+            data = images.read(number)
+        except DataError as error:
+            on_bad(key, str(error))
+        else:
+            yield Sample(key=key, data=data, label=int(images.label_N[number]), caption=None)
+
+
 def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
     if is_class_folder(images):
         folders = labelled_images(images, on_bad)
-        for number, key in enumerate(folders.keys):
-            try:
-                data = folders.read(number)
-            except DataError as error:
-                on_bad(key, str(error))
-            else:
-                yield Sample(key=key, data=data, label=int(folders.label_N[number]), caption=None)
+        yield from numbered_samples(folders, range(len(folders)), on_bad)
         return
     for shard in expand_shards(images):
         for sample in read_shard(shard, on_bad):

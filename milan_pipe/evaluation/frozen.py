@@ -158,7 +158,7 @@ class FrozenSets:
             identity = {
                 "subject": subject.identity,
                 "size": subject.size,
-                "settings": params.embed.model_dump(mode="json", exclude={"threads"}),
+                "settings": params.embed.model_dump(mode="json", include={"batch_size", "crop", "pool"}),
                 "images": _identity_of(images) if features is not None else "",
             }
 

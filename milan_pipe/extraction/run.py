@@ -21,6 +21,7 @@ from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.shard import Extractor, ShardResult, header_of
 from milan_pipe.extraction.space import extraction_space_warning
 from milan_pipe.extraction.worker import Assignment, load_extraction_teacher, process_count
+from milan_pipe.images.bad import too_many_bad
 from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.storage import location_of, require_writable
 from milan_pipe.targets.codec import build_codec
@@ -29,7 +30,6 @@ from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher
 
-_JUDGED_FROM_IMAGES, _JUDGED_FROM_SHARE = 1000, 0.1
 # Each source that is out of reach is tried for half a minute.
 _MOST_UNREADABLE = 5
 _MOST_NAMED = 5
@@ -116,14 +116,9 @@ class _Tally:
             self.on_progress(self.progress)
 
     def require_few_bad(self, limit: float, writer: TargetStoreWriter) -> None:
-        """Over the whole store, earlier runs included: to run the same command again must not get past the limit.
-
-        Judged once it is sure, or once enough of the whole is known: a first shard may hold all that is bad.
-        """
+        """Over the whole store, earlier runs included: to run the same command again must not get past the limit."""
         seen = self.bad + self.samples
-        whole = seen * self.progress.shards / max(len(self.committed), 1)
-        is_enough = seen >= _JUDGED_FROM_IMAGES and seen >= _JUDGED_FROM_SHARE * whole
-        if self.bad > limit * (seen if is_enough else whole):
+        if too_many_bad(self.bad, seen, len(self.committed), self.progress.shards, limit):
             write_bad_samples(writer.location, writer.committed())
             raise DataError(
                 f"{self.bad} of {seen} images are unreadable, more than extract.max_bad_fraction {limit:g} allows "

@@ -115,7 +115,7 @@ def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
         return offset, crc32c(opened.read())
 
 
-def _own_folder(folder: Path) -> LocalStore:
+def own_folder(folder: Path) -> LocalStore:
     """A folder that nobody else writes: zarr makes sure of that by hard links, which not all file systems have."""
     store = LocalStore(folder)
 
@@ -152,7 +152,7 @@ class ZarrShardFiles:
         # By name of the array, its part of each block; their number of samples is not known before the end.
         self._columns: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._group = zarr.open_group(_own_folder(folder), mode="a", zarr_format=3)
+        self._group = zarr.open_group(own_folder(folder), mode="a", zarr_format=3)
         tokens, width = header.tokens, header.teacher.width
         layout = _features_layout(codec_of(header.codec), tokens, width)
         self._create("features", shape=(header.views.count, 0, tokens, width), **layout)

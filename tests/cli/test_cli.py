@@ -41,6 +41,7 @@ COMMANDS = {
     "pretrain": ["TARGETS", "RUN"],
     "knn": ["CHECKPOINT", "TRAIN", "TEST"],
     "linear-probe": ["CHECKPOINT", "TRAIN", "TEST"],
+    "embed": ["CHECKPOINT", "IMAGES", "OUT"],
     "finetune": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
     "segment": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
     "train-clip": ["IMAGES", "OUT"],

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ GIVEN = {
     "README.md": (),
     "cluster.md": (),
     "commands.md": ("mae",),
+    "embeddings.md": ("run",),
     "exchange.md": ("run",),
     "hub.md": ("targets", "run"),
     "repair.md": ("targets", "run"),
@@ -43,6 +45,7 @@ GIVEN = {
 }
 MADE = {
     "README.md": ("targets/manifest.json", "looks/index.html", "vit-milan/config.json", "report.html", "tuned/best"),
+    "embeddings.md": ("embeddings/000000.parquet", "validation/000000.zarr/patches"),
     "own-images.md": (
         "from-list/index.json",
         "looks/index.html",
@@ -132,6 +135,18 @@ def masked(folder: Path, count: int) -> None:
         Image.fromarray(mask).save(folder / "masks" / f"{image.stem}.png")
 
 
+def require_neighbours(scope: dict[str, Any]) -> None:
+    """What the page's own code found: an image is nearest to itself, and what stays is alike to nothing before it."""
+    keys, features = list(scope["keys"]), scope["features"]
+    assert len(keys) == 64
+    assert scope["nearest"][0] == 0
+    expected: list[int] = []
+    for row in range(len(keys)):
+        if not any(features[row] @ features[other] >= 0.97 for other in expected):
+            expected.append(row)
+    assert scope["kept"] == [keys[row] for row in expected]
+
+
 @pytest.fixture
 def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home and a working folder with what the pages speak of, small."""
@@ -201,6 +216,10 @@ def test_a_page_runs_as_it_stands(name: str, world: Path, project: Project, requ
                 run(smaller(line))
     for made in MADE.get(name, ()):
         assert (world / made).exists(), made
+    if name == "embeddings.md":
+        scope: dict[str, Any] = {}
+        exec("\n".join(block.text for block in blocks(page, "python")), scope)
+        require_neighbours(scope)
     assert lines, f"{name} has no command that is run: take it from the list"
 
 

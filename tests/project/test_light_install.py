@@ -49,6 +49,7 @@ CORE = (
     f"knn run {TRAIN} {TEST}",
     f"linear-probe run {TRAIN} {TEST} --quick",
     "export run vit",
+    f"embed vit {TEST} vectors --format zarr",
     "convert-targets targets tars --format webdataset",
 )
 MISSING = {
@@ -60,6 +61,7 @@ MISSING = {
     f"extract-targets {TRAIN} out --workers 2": ("cluster", "distributed"),
     f"extract-targets {TRAIN} out --scheduler tcp://127.0.0.1:1": ("cluster", "distributed"),
     "prepare rows.parquet out": ("hub", "pyarrow"),
+    f"embed run {TEST} out": ("hub", "pyarrow"),
     "pretrain targets out/run --set pretrain.sinks=[tensorboard]": ("sinks", "tensorboard"),
     "pretrain targets out/run --set pretrain.sinks=[wandb]": ("sinks", "wandb"),
 }

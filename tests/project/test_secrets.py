@@ -132,6 +132,7 @@ def test_what_fails(world: World, project: Project, tmp_path: Path, monkeypatch:
         ("pretrain", where, "r"),
         ("pretrain", project.targets, where),
         ("knn", where, where, where),
+        ("embed", run, where, where),
         ("finetune", run, where, where, "r"),
         ("prepare", where, "i"),
         ("inspect-targets", where, "l"),

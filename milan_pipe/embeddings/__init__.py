@@ -1,0 +1,1 @@
+"""Features of images for other tools: one file a shard, with keys and labels."""
