@@ -93,15 +93,20 @@ class _Writer(ABC):
     def _put(self, rows: Rows) -> None: ...
 
 
+def _arrow() -> Any:
+    with needs("hub", "writing parquet files"):
+        import pyarrow
+        import pyarrow.parquet
+    return pyarrow
+
+
 class _Parquet(_Writer):
     """Columns key, label, embedding and patches; a group of rows is a row group."""
 
     _file: Any = None
 
     def _begin(self, rows: Rows) -> None:
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetWriter
-
+        pa = _arrow()
         value, width = pa.from_numpy_dtype(rows.embedding_BD.dtype), rows.embedding_BD.shape[1]
         columns = {"key": pa.string(), "label": pa.int64(), "embedding": pa.list_(value, width)}
         if rows.patches_BLD is not None:
@@ -109,11 +114,10 @@ class _Parquet(_Writer):
         self._schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
         # Numbers of features neither repeat nor shrink.
         plain = {"compression": "none", "use_dictionary": False, "write_statistics": ["key", "label"]}
-        self._file = ParquetWriter(self._path, self._schema, **plain)
+        self._file = pa.parquet.ParquetWriter(self._path, self._schema, **plain)
 
     def _put(self, rows: Rows) -> None:
-        import pyarrow as pa
-
+        pa = _arrow()
         columns: list[Any] = [pa.array(rows.keys, pa.string()), pa.array(rows.label_B)]
         for values in (rows.embedding_BD, rows.patches_BLD):
             if values is not None:
@@ -162,8 +166,7 @@ class _Zarr(_Writer):
 def require_packages(format: Literal["parquet", "zarr"]) -> None:
     """Raise MissingError where the packages of a format are not installed."""
     if format == "parquet":
-        with needs("hub", "writing parquet files"):
-            import pyarrow.parquet  # noqa: F401
+        _arrow()
 
 
 @contextmanager

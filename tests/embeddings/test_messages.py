@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 from support.images import TINY, labelled_shard, write_tar
 from support.messages import Case, require_message
 from support.timm_models import timm_folder
@@ -15,7 +15,6 @@ from support.timm_models import timm_folder
 from milan_pipe import api
 from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
-from milan_pipe.evaluation.frozen import Subject
 
 
 def embed(*settings: str, checkpoint: str = "random", out: str = "out", **options: Any) -> object:
@@ -38,9 +37,9 @@ def damaged(file: str) -> object:
 
 
 def too_large() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "tokens", lambda *_: torch.full((3, 17, 16), 1e5), raising=False)
-        return embed("embed.dtype=float16")
+    weights = timm_folder(Path("m")) / "model.safetensors"
+    save_file({name: 1e6 * tensor for name, tensor in load_file(weights).items()}, weights)
+    return embed("embed.dtype=float16", checkpoint="m")
 
 
 def beside_a_file() -> object:
@@ -73,8 +72,8 @@ CASES: dict[str, Case] = {
     "images that have changed": (
         changed,
         MismatchError,
-        "a.tar has changed since it was embedded: ... bytes then, ... bytes now; remove out/records/000000.json to embed "
-        "it again",
+        "a.tar has changed since it was embedded: ... bytes then, ... bytes now; remove out/records/000000.json to "
+        "embed it again",
     ),
     "damaged record of all": (
         lambda: damaged("out/embeddings.json"),
@@ -106,6 +105,11 @@ CASES: dict[str, Case] = {
         DataError,
         "1 of 1 shards failed: 000000: a.tar has no readable image (1 skipped; the first: x: ...). 0 are whole; repair "
         "these and run the same command again",
+    ),
+    "features too large": (
+        too_large,
+        SettingError,
+        "features are too large for float16; set embed.dtype=float32",
     ),
     "a file in its place": (beside_a_file, StoreError, "out/embeddings.json cannot be written: ..."),
 }
