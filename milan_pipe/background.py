@@ -11,9 +11,14 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """Runs an iterator on a thread, at most `ahead` finished items ahead. An error of the iterator is raised here."""
+    """Runs an iterator on a thread, at most `ahead` finished items ahead. An error of the iterator is raised here.
 
-    def __init__(self, items: Iterator[T], ahead: int, name: str) -> None:
+    Args:
+        seconds: most that is waited for an item, then TimeoutError; the thread is left to itself. None: any time.
+    """
+
+    def __init__(self, items: Iterator[T], ahead: int, name: str, seconds: float | None = None) -> None:
+        self._seconds = seconds
         self._queue: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
@@ -38,10 +43,17 @@ class Background(Generic[T]):
             self._put(error)
 
     def __iter__(self) -> Iterator[T]:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item[0]
+
+    def _next(self) -> tuple[T] | BaseException | None:
+        try:
+            return self._queue.get(timeout=self._seconds)
+        except queue.Empty:
+            self._stop.set()
+            raise TimeoutError(f"no answer in {self._seconds:g} s") from None
 
     def close(self) -> None:
         """Stop running ahead."""

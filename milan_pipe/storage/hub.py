@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.hf_api import RepoFile
 from obstore.store import HTTPStore
 
+from milan_pipe.background import Background
 from milan_pipe.errors import SettingError, StoreError, one_line
 from milan_pipe.storage.location import Listing, Location, is_foreign, require_writable, split_root
 from milan_pipe.storage.object_store import RETRIES, TIMEOUTS, RemoteFolder
@@ -48,6 +49,7 @@ def hub_reason(problem: BaseException, repository: str, files: str) -> str:
 
 
 _SECONDS = 30.0
+_PAGE = 1000
 
 
 class _Repository:
@@ -97,7 +99,9 @@ class _Repository:
                 found = self._api.list_repo_tree(
                     self.name, path or None, recursive=recursive, revision=commit, repo_type="dataset"
                 )
-                return [(entry.path, entry.size if isinstance(entry, RepoFile) else None) for entry in found]
+                # The library waits for ever for each page of a list.
+                pages = Background(iter(found), ahead=_PAGE, name="hub", seconds=_SECONDS)
+                return [(entry.path, entry.size if isinstance(entry, RepoFile) else None) for entry in pages]
             except errors.EntryNotFoundError:
                 return []
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from milan_pipe.storage import (
     split_root,
     split_url,
 )
+from milan_pipe.storage import hub as hub_module
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> Path:
@@ -391,6 +393,22 @@ class TestHub(ReadContract):
         hub.behave(fail_every=3)
         monkeypatch.setattr(time, "sleep", lambda _: None)
         assert {name: location.read(name) for name in location.sizes()} == data
+
+    @pytest.mark.usefixtures("short_patience")
+    def test_a_hub_that_never_answers(self, hub: Hub, location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One line for each: which commit, what files there are, what is in one."""
+        self.put(location, "a", b"a")
+        monkeypatch.setattr(hub_module, "_SECONDS", 0.3)
+        monkeypatch.setitem(object_store.TIMEOUTS, "timeout", timedelta(seconds=0.3))
+        for route, ask, said in [
+            ("info", location.sizes, "revision main of repository datasets/org/data cannot be fetched .* timed out"),
+            ("tree", location.sizes, "files of repository datasets/org/data cannot be fetched .* no answer in 0.3 s"),
+            ("resolve", lambda: location.read("a"), "location/a cannot be read: no answer from "),
+        ]:
+            hub.behave(silent=(route,))
+            with pytest.raises(StoreError, match=said) as caught:
+                ask()
+            assert "\n" not in str(caught.value)
 
     def test_many_threads_read_at_once(self, hub: Hub, location: Location) -> None:
         self.put(location, "a", bytes(range(250)))

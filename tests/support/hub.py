@@ -65,7 +65,7 @@ class Hub:
         return self._ask("leaks")
 
     def behave(self, **how: Any) -> None:
-        """Set `private`, `page`, `fail_every`, `elsewhere`, `token` or `refuse`; see `support.hub_server.State`."""
+        """Set `private`, `page`, `fail_every`, `silent`, `elsewhere`, `token` or `refuse`: `hub_server.State`."""
         for name, value in how.items():
             self._ask(name, value)
 

@@ -31,6 +31,7 @@ class State:
         private: repositories that only who has the token can see.
         page: entries in one answer to a request for a list.
         fail_every: every n-th request is answered 503; 0: none.
+        silent: routes that are never answered.
         elsewhere: what the other host answers: 0 as it should, a status, or 1 where there is no such host.
         requests: method and path of all that came in.
         leaks: paths on the other host that were asked for with a token.
@@ -44,6 +45,7 @@ class State:
     private: set[str] = field(default_factory=set)
     page: int = 1000
     fail_every: int = 0
+    silent: tuple[str, ...] = ()
     elsewhere: int = 0
     requests: list[tuple[str, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
@@ -184,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, route: str, **parts: str) -> None:
         prefix = "datasets/" if parts.pop("kind", "") == "dataset" else ""
         repository = prefix + parts.pop("name", "")
+        if route in self.hub.silent:
+            threading.Event().wait()
         if repository in self.hub.refuse:
             raise _RefusedError(*self.hub.refuse[repository])
         if repository and route not in _WRITES:
