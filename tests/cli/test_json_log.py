@@ -80,23 +80,23 @@ def test_ranks_and_workers(project: Project, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("words", "command", "message"),
+    ("words", "command", "part"),
     [
         (["--log-json"], "milan-pipe", "Missing command"),
-        (["--log-json", "--bad"], "milan-pipe", "No such option: --bad"),
-        (["--log-json", "nose"], "milan-pipe", "No such command 'nose'"),
-        (["--log-json", "knn", "a"], "knn", "Missing argument 'TRAIN'"),
-        (["knn", "--log-json"], "knn", "No such option: --log-json"),
-        (["--log-json", "knn", "--s3://u:SECRET@b"], "knn", "No such option: --s3://***@b"),
+        (["--log-json", "--bad"], "milan-pipe", "--bad"),
+        (["--log-json", "nose"], "milan-pipe", "'nose'"),
+        (["--log-json", "knn", "a"], "knn", "'TRAIN'"),
+        (["knn", "--log-json"], "knn", "--log-json"),
+        (["--log-json", "knn", "--s3://u:SECRET@b"], "knn", "--s3://***@b"),
     ],
 )
 def test_usage_errors(
-    words: list[str], command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str], command: str, part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = Command(capsys, monkeypatch)(*words)
     (line,) = told(done.err)
     assert (done.code, line["event"], line["command"]) == (2, "error", command)
-    assert line["message"].startswith(message)
+    assert part in line["message"]
     assert re.search("; see `.*milan-pipe.* --help`$", line["message"])
     # The next command of the process is one for people again.
     assert "Usage:" in Command(capsys, monkeypatch)("knn").err

@@ -220,6 +220,8 @@ def test_the_page_lists_teachers_as_they_are():
     docs = Path(__file__).parents[2] / "docs"
     made = runpy.run_path(str(docs / "generate_teachers.py"))
     lines = (docs / "teachers.md").read_text(encoding="utf-8").splitlines()
+    if (versions := f"Of open_clip {open_clip.__version__} and timm {timm.__version__}:") not in lines:
+        pytest.skip(f"the page is not {versions[:-1].lower()}; run python docs/generate_teachers.py")
     rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines]
     rows = [row for row in rows if row[0] in ("timm", "open_clip")]
     assert len(rows) > 80
