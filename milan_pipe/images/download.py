@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
+import socket
 import time
 import urllib.error
 import urllib.request
 from email.message import Message
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -28,7 +30,7 @@ def download(url: str, seconds: float) -> bytes:
     """The bytes that a URL leads to.
 
     Args:
-        seconds: for one try; there are three where a server is busy or cannot be reached.
+        seconds: for one try with all its redirects; there are three where a server is busy or cannot be reached.
 
     Raises:
         DataError: it is not there, larger than `MAX_DOWNLOADED_BYTES`, or not to be had; one line without the URL.
@@ -39,10 +41,9 @@ def download(url: str, seconds: float) -> bytes:
         raise DataError(f"addresses that begin with {scheme}:// are not read; expected a path, or {known}")
     if scheme not in ("http", "https"):
         return _from_store(url)
-    request = _request(url)
     for wait in (*_WAITS, None):
         try:
-            return _get(request, seconds)
+            return _get(_request(url), seconds)
         except _BusyError as error:
             if wait is None:
                 raise DataError(f"{error} (tried {len(_WAITS) + 1} times)") from None
@@ -54,6 +55,60 @@ class _BusyError(Exception):
     """Another try may help."""
 
 
+def _left(ends: float) -> float:
+    """Seconds until a time of the monotonic clock; raises TimeoutError where it is over."""
+    if (left := ends - time.monotonic()) <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Timed(io.RawIOBase):
+    """A connection that is read until a time of the clock."""
+
+    def __init__(self, connection: socket.socket, raw: io.RawIOBase, ends: float) -> None:
+        self._connection, self._raw, self._ends = connection, raw, ends
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._connection.settimeout(_left(self._ends))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, ends: float, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp: Any = io.BufferedReader(_Timed(sock, self.fp.detach(), ends))
+
+
+class _Bounded(urllib.request.AbstractHTTPHandler):
+    """Takes the time at which all has to be there as the timeout, which the library hands on when it is redirected.
+
+    What the library does with a timeout bounds the wait for each piece, and a server may send one byte at a time.
+    """
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> http.client.HTTPResponse:
+        def connect(host: str, timeout: float, **kwargs: Any) -> http.client.HTTPConnection:
+            connection: http.client.HTTPConnection = http_class(host, timeout=_left(timeout), **kwargs)
+            connection.response_class = partial(_Answer, ends=timeout)  # type: ignore[assignment]
+            return connection
+
+        return super().do_open(connect, req, **http_conn_args)  # type: ignore[arg-type]
+
+
+class _Http(_Bounded, urllib.request.HTTPHandler):
+    pass
+
+
+class _Https(_Bounded, urllib.request.HTTPSHandler):
+    pass
+
+
 class _WebOnly(urllib.request.HTTPRedirectHandler):
     """Follows redirects to web servers alone: by the library, `ftp:` is followed as well."""
 
@@ -63,6 +118,8 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
         scheme = urlsplit(newurl).scheme.lower()
         if scheme not in ("http", "https"):
             raise DataError(f"its server redirects to {scheme}:, which is not followed")
+        # The library reads what comes with a redirect to its end, if it has one.
+        fp.close()
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
@@ -71,8 +128,8 @@ def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     kinds: tuple[type[urllib.request.BaseHandler], ...] = (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        _Http,
+        _Https,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
         _WebOnly,
@@ -100,19 +157,15 @@ def _request(url: str) -> urllib.request.Request:
 
 
 def _get(request: urllib.request.Request, seconds: float) -> bytes:
-    ends = time.monotonic() + seconds
     pieces: list[bytes] = []
     size = 0
     try:
-        with _opener().open(request, timeout=seconds) as answer:
+        with _opener().open(request, timeout=time.monotonic() + seconds) as answer:
             while piece := answer.read1(_PIECE):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_DOWNLOADED_BYTES:
                     raise DataError(f"larger than the {MAX_DOWNLOADED_BYTES} bytes that are fetched")
-                # The timeout is for a piece, and a server may send one byte at a time.
-                if time.monotonic() > ends:
-                    raise _BusyError(f"not there after {seconds:g} s")
             if answer.length:
                 raise _BusyError(f"cut off {answer.length} bytes before its end")
     except urllib.error.HTTPError as error:
@@ -130,7 +183,7 @@ def _get(request: urllib.request.Request, seconds: float) -> bytes:
 
 
 def _reason(error: Any, seconds: float) -> str:
-    return f"no answer in {seconds:g} s" if isinstance(error, TimeoutError) else f"no answer: {one_line(error)}"
+    return f"not there after {seconds:g} s" if isinstance(error, TimeoutError) else f"no answer: {one_line(error)}"
 
 
 @lru_cache(maxsize=64)

@@ -61,6 +61,13 @@ def hub_table(path: Path, count: int, names: tuple[str, ...] = (), group: int = 
     return path
 
 
+def for_ever(handler: BaseHTTPRequestHandler, data: bytes, pause: float) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(data)
+            time.sleep(pause)
+
+
 def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -254,19 +261,17 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         handler.end_headers()
         handler.wfile.write(b"x" * 10)
 
-    def drip(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
+    def endless_redirect(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(302)
+        handler.send_header("location", "/ok.png?after=endless")
         handler.end_headers()
-        with contextlib.suppress(OSError):
-            while True:
-                handler.wfile.write(b"x")
-                time.sleep(0.05)
+        for_ever(handler, bytes(2**16), 0)
 
     web.answers |= {
         "/slow.png": slow,
         "/busy.png": busy,
         "/cut.png": cut,
-        "/drip.png": drip,
+        "/endless.png": endless_redirect,
         "/large.png": lambda handler: send(handler, 200, bytes(60_000)),
         "/moved.png": lambda handler: send(handler, 302, location="/ok.png?again=1"),
         "/to-file.png": lambda handler: send(handler, 302, location=f"file://{tmp_path}/secret.png"),
@@ -278,17 +283,17 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/x.png"
     (tmp_path / "secret.png").write_bytes(PICTURES[3])
-    names = ["slow.png", "busy.png", "ok.png", "moved.png", "cut.png", "drip.png", "large.png", "to-file.png"]
-    urls = [f"{web.url}/{name}" for name in [*names, "to-ftp.png", "page.html", "gone.png"]]
+    names = ["slow.png", "busy.png", "ok.png", "moved.png", "endless.png", "cut.png", "large.png"]
+    names += ["to-file.png", "to-ftp.png", "page.html", "gone.png"]
+    urls = [f"{web.url}/{name}" for name in names]
     urls += [nobody, f"file://{tmp_path}/secret.png", "ftp://host/x.png", "http://[::1/x.png"]
     source = write_csv(tmp_path / "laion.csv", [{"URL": url, "TEXT": f"number {n}"} for n, url in enumerate(urls)])
-    run(source, tmp_path / "out", download_seconds=0.5)
+    run(source, tmp_path / "out")
     found = samples(tmp_path / "out")
-    assert [s.data for s in found] == [PICTURES[0], PICTURES[1], PICTURES[2], PICTURES[2]]
-    assert [s.caption for s in found] == [f"number {n}" for n in range(4)]
+    assert [s.data for s in found] == [PICTURES[0], PICTURES[1], PICTURES[2], PICTURES[2], PICTURES[2]]
+    assert [s.caption for s in found] == [f"number {n}" for n in range(5)]
     web_reasons = {
         "cut.png": "cut off 990 bytes before its end (tried 3 times)",
-        "drip.png": "not there after 0.5 s (tried 3 times)",
         "large.png": "larger than the 50000 bytes that are fetched",
         "to-file.png": "its server answered 302 Found",
         "to-ftp.png": "its server redirects to ftp:, which is not followed",
@@ -305,6 +310,32 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
     }
     busy_requests = [path for path, _ in web.requests if path == "/busy.png"]
     assert len(busy_requests) == 3
+
+
+def test_servers_that_never_end_are_left(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a try is for all of it, whatever comes byte by byte, and for all redirects together."""
+    monkeypatch.setattr(download_module, "_WAITS", ())
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for_ever(handler, b"x", 0.05)
+
+    def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nx: ")
+        for_ever(handler, b"x", 0.05)
+
+    def round_and_round(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            send(handler, 302, location=f"/round.png?{time.monotonic()}")
+
+    web.answers |= {"/drip.png": drip, "/headers.png": drip_headers, "/round.png": round_and_round}
+    urls = [f"{web.url}{path}" for path in web.answers]
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    source = write_csv(tmp_path / "list.csv", [{"url": url} for url in [*urls, "0.png"]])
+    report = run(source, tmp_path / "out", download_seconds=0.3)
+    assert report.bad == [(url, "not there after 0.3 s (tried 1 times)") for url in urls]
 
 
 def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None:
