@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -79,6 +80,12 @@ class _Table:
         return self.rows.count
 
     def members(self, bad: list[Bad]) -> Iterator[Members]:
+        """The samples in their order; what cannot be read goes into `bad`.
+
+        Memory holds at most twice `downloads` encoded images, each of up to `MAX_DOWNLOADED_BYTES` where it is fetched,
+        and the pixels of one.
+        """
+        decoding = Lock()
         shown: dict[str, str] = {}
 
         def rows() -> Iterator[_Row]:
@@ -89,8 +96,15 @@ class _Table:
         def skip(key: str, reason: str) -> None:
             bad.append({"key": key, "file": shown.pop(key), "reason": reason})
 
+        def read(row: _Row) -> Members:
+            data = self._encoded(row.image)
+            # There is a process for each core.
+            with decoding:
+                decode_pixels(data)
+            return row.key, {stored_suffix(data): data} | row.members
+
         threads = 1 if self.columns.holds_bytes else self.settings.downloads
-        for key, members in decoded_ahead(rows(), self._read, threads, 2 * threads, skip):
+        for key, members in decoded_ahead(rows(), read, threads, 2 * threads, skip):
             del shown[key]
             yield key, members
 
@@ -106,13 +120,10 @@ class _Table:
                 members=label_and_caption(label, caption),
             )
 
-    def _read(self, row: _Row) -> Members:
-        held = row.image.get("bytes") if isinstance(row.image, dict) else row.image
-        data = held if isinstance(held, bytes) else self._fetch(row.image)
-        decode_pixels(data)
-        return row.key, {stored_suffix(data): data} | row.members
-
-    def _fetch(self, image: Any) -> bytes:
+    def _encoded(self, image: Any) -> bytes:
+        held = image.get("bytes") if isinstance(image, dict) else image
+        if isinstance(held, bytes):
+            return held
         if isinstance(image, dict):
             raise DataError("the row has a path and no bytes; write the table again with its images embedded")
         if not image:

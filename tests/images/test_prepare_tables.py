@@ -27,6 +27,7 @@ from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, LabelError
 from milan_pipe.images import download as download_module
 from milan_pipe.images import source_table
+from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
 from milan_pipe.images.source_table import split_of
@@ -310,6 +311,33 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
     }
     busy_requests = [path for path, _ in web.requests if path == "/busy.png"]
     assert len(busy_requests) == 3
+
+
+def test_few_images_of_a_list_are_in_memory(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two downloads: four images encoded, one decoded, while the first one lets the others wait."""
+    decoding: list[int] = []
+    most = asked = 0
+
+    def decode(data: bytes) -> object:
+        nonlocal most
+        decoding.append(1)
+        most = max(most, len(decoding))
+        time.sleep(0.01)
+        decoding.pop()
+        return decode_pixels(data)
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal asked
+        time.sleep(0.3)
+        asked = len(web.requests)
+        send(handler, 200, PICTURES[0])
+
+    monkeypatch.setattr(source_table, "decode_pixels", decode)
+    web.answers["/0.png"] = slow
+    urls = [f"{web.url}/0.png", *(web.serve(f"/{number}.png", PICTURES[1]) for number in range(1, 12))]
+    report = run(write_csv(tmp_path / "list.csv", [{"url": url} for url in urls]), tmp_path / "out", downloads=2)
+    assert (report.samples, most) == (12, 1)
+    assert asked <= 4
 
 
 def test_servers_that_never_end_are_left(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
