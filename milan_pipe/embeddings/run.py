@@ -179,11 +179,16 @@ def embed(
             f"{len(failed)} of {len(pieces)} shards failed: {first}. {len(run.done)} are whole; repair these and run "
             "the same command again"
         )
+    complete = len(run.done) == len(pieces)
+    if complete:
+        # What was left by processes that were killed.
+        for folder in (location, location.child(RECORDS)):
+            folder.clear_scratch()
     seconds = time.monotonic() - began
     return EmbedReport(
         subject=subject.name,
         shards=len(run.done),
-        complete=len(run.done) == len(pieces),
+        complete=complete,
         skipped=skipped,
         images=sum(done.images for done in run.done.values()),
         bad=sum(len(done.bad) for done in run.done.values()),

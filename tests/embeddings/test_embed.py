@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from support import processes
 from support.images import NAMES, TINY, class_folders, image, labelled_shard, png, write_tar
 from support.timm_models import timm_folder
 
@@ -196,3 +202,35 @@ def test_a_bucket_holds_what_a_folder_holds(out_format: str, images: Path, tmp_p
         assert api.embed("random", images, f"{bucket}/out", settings).skipped == skipped
     there = location_of(f"{bucket}/out")
     assert {path: there.read(path) for path in there.sizes()} == content(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_format", ["parquet", "zarr"])
+def test_killed_at_any_instant(out_format: str, tmp_path: Path) -> None:
+    """The same command goes on to the same bytes, and nothing of what was killed is left."""
+    for number in range(40):
+        labelled_shard(tmp_path / "images" / f"{number:02d}.tar", range(5 * number, 5 * number + 5))
+    settings = ["--set", "embed.threads=1", "--set", "student.width=32", "--format", out_format, "--patches"]
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "milan_pipe", "embed", "random", "images", out, *settings]
+        return processes.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    rng, kills = random.Random(7), 0
+    while kills < 12:
+        process = start("out")
+        records = len(list(tmp_path.glob("out/records/*.json")))
+        ends = time.monotonic() + 60
+        while process.poll() is None and len(list(tmp_path.glob("out/records/*.json"))) < records + 1:
+            assert time.monotonic() < ends
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        if (tmp_path / "out" / "records" / "000039.json").exists():
+            assert start("out").wait() == 0
+            assert content(tmp_path / "out") == content(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")
+    assert start("out").wait() == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
