@@ -323,6 +323,11 @@ def _record_of(subject: Subject, pieces: Mapping[str, _Piece], params: Params, *
     }
 
 
+def _shown(value: Any) -> str:
+    """A value for messages; of a digest the beginning tells it from others."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
 def _require_same(location: Location, record: dict[str, Any]) -> None:
     """Write OUT/embeddings.json, or refuse an OUT of other embeddings."""
     if location.write(RECORD, _json(record), replace=False):
@@ -335,7 +340,7 @@ def _require_same(location: Location, record: dict[str, Any]) -> None:
         raise DataError(f"{location}/{RECORD} is damaged ({error}); remove the folder, or name another one") from error
     # The name says who it was, the digest whether it is the same.
     differences = [
-        f"{name}: there {found.get(name)!r}, asked for {record.get(name)!r}"
+        f"{name}: there {_shown(found.get(name))}, asked for {_shown(record.get(name))}"
         for name in sorted((record.keys() | found.keys()) - {"subject"})
         if found.get(name) != record.get(name)
     ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from milan_pipe.config.evaluation import Pool
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.subjects import RANDOM
+from milan_pipe.config.teacher import TIMM
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.pretrained.source import MeanStd
 from milan_pipe.student.encoder import Grid, build_encoder, grid_of
@@ -132,6 +133,11 @@ def backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Backbone(name=RANDOM, settings=student, weights=build_encoder(student).state_dict())
+    if str(checkpoint).startswith(TIMM):
+        raise SettingError(
+            f"{checkpoint} is a model of timm, which knn, linear-probe and embed take; fine-tuning and segmentation "
+            "begin with a student: name a run or a checkpoint"
+        )
     opened = open_checkpoint(checkpoint)
     settings, encoder = student_of(opened)
     return Backbone(name=str(opened.path), settings=settings, weights=encoder.state_dict())

@@ -50,7 +50,7 @@ class Asker:
     def instead(self) -> str:
         """What will do where its weights cannot be had."""
         if self.weights is None:
-            return f"A folder in timm's layout will do too: {self.setting} timm:local-dir:PATH"
+            return f"A folder in timm's layout will do too: timm:local-dir:PATH as {self.setting}"
         return f"A local checkpoint will do too: --set {self.weights}=PATH"
 
 

@@ -62,7 +62,7 @@ CASES: dict[str, Case] = {
     "another model": (
         lambda: (embed(), embed("pretrain.seed=1")),
         MismatchError,
-        "out holds other embeddings of 'random': identity: there '...', asked for '...'. Use the same ...",
+        "out holds other embeddings of 'random': identity: there ..., asked for .... Use the same ...",
     ),
     "patches as well": (
         lambda: (embed(), embed(patches=True)),

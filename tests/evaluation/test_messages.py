@@ -176,14 +176,20 @@ CASES: dict[str, Case] = {
         lambda: judged("timm:vit_base_patch16_gap_224"),
         MissingError,
         "model 'timm:vit_base_patch16_gap_224': timm has no weights of it. A folder in timm's layout will do too: "
-        "CHECKPOINT timm:local-dir:PATH",
+        "timm:local-dir:PATH as CHECKPOINT",
     ),
     "no hub": (
         lambda: judged("timm:test_vit"),
         MissingError,
         "model 'timm:test_vit' cannot be had: model.safetensors or pytorch_model.bin of repository "
         "timm/test_vit.r160_in1k cannot be fetched from http://127.0.0.1:...: ...refused. A folder in timm's layout "
-        "will do too: CHECKPOINT timm:local-dir:PATH",
+        "will do too: timm:local-dir:PATH as CHECKPOINT",
+    ),
+    "model of timm to be trained": (
+        lambda: finetune("timm:test_vit", "train", "train", "run", Params()),
+        SettingError,
+        "timm:test_vit is a model of timm, which knn, linear-probe and embed take; fine-tuning and segmentation "
+        "begin with a student: name a run or a checkpoint",
     ),
     "no folder of timm": (
         lambda: judged("timm:local-dir:nowhere"),
