@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import IO, Any
 
 from milan_pipe.errors import DataError, MilanError, one_line
@@ -152,21 +153,56 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
         return {}
 
 
-def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    skip, left = rows.first, rows.count
-    with _parquet(rows.file) as opened:
-        for group in range(opened.metadata.num_row_groups):
-            size, held = opened.metadata.row_group(group).total_byte_size, opened.metadata.row_group(group).num_rows
-            if skip >= held:
-                skip -= held
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of a row group.
+
+    Attributes:
+        first, stop: numbers in the file of the first row, and of the one behind the last.
+        group_stop: the same of their row group.
+    """
+
+    rows: Any
+    first: int
+    stop: int
+    group_stop: int
+
+
+def _batches(file: ShardFile, columns: Sequence[str], first: int) -> Iterator[_Batch]:
+    """Those of the row group that row `first` is in, from its beginning, and of all behind it."""
+    with _parquet(file) as opened:
+        at = 0
+        for number in range(opened.metadata.num_row_groups):
+            group = opened.metadata.row_group(number)
+            stop = at + group.num_rows
+            if stop <= first:
+                at = stop
                 continue
-            at_once = max(1, min(held, _BYTES_AT_ONCE * held // max(size, 1)))
-            for batch in opened.iter_batches(at_once, row_groups=[group], columns=list(columns), use_threads=False):
-                wanted = batch.slice(skip, left)
-                skip, left = max(0, skip - batch.num_rows), left - wanted.num_rows
-                yield from wanted.to_pylist()
-                if not left:
-                    return
+            at_once = max(1, min(group.num_rows, _BYTES_AT_ONCE * group.num_rows // max(group.total_byte_size, 1)))
+            for rows in opened.iter_batches(at_once, row_groups=[number], columns=list(columns), use_threads=False):
+                yield _Batch(rows=rows, first=at, stop=at + rows.num_rows, group_stop=stop)
+                at += rows.num_rows
+
+
+# Where the last rows ended in the middle of a row group, which cannot be entered there: the file and its columns, the
+# batch that they ended in, and those behind it. Whoever goes on takes it out.
+_left_open: list[tuple[tuple[Any, ...], _Batch, Iterator[_Batch]]] = []
+
+
+def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    source, at, stop = (rows.file, *columns), rows.first, rows.first + rows.count
+    behind, last = _batches(rows.file, columns, at), []
+    with suppress(IndexError):
+        left, batch, on = _left_open.pop()
+        if left == source and batch.first <= at < batch.group_stop:
+            behind, last = on, [batch]
+    for batch in chain(last, behind):
+        first, at = max(at, batch.first), max(at, min(stop, batch.stop))
+        yield from batch.rows.slice(first - batch.first, max(0, at - first)).to_pylist()
+        if at == stop:
+            if stop < batch.group_stop:
+                _left_open.append((source, batch, behind))
+            return
 
 
 # --- lines --------------------------------------------------------------------------------------------------------

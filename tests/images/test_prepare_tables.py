@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +26,15 @@ from support.web import Web, send, web_server
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, LabelError
 from milan_pipe.images import download as download_module
-from milan_pipe.images import source_table
+from milan_pipe.images import source_table, table
 from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
+from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.source_table import split_of
+from milan_pipe.images.table import read_rows, rows_and_labels
 from milan_pipe.images.tar import Sample, read_shard
+from milan_pipe.storage.local import LocalFolder
 
 PICTURES = [png(image(number, number % 3)) for number in range(7)]
 
@@ -212,6 +215,53 @@ def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
     done = processes.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 80e6
+
+
+class Counted(LocalFolder):
+    """A folder that counts what is read from its files, in bytes."""
+
+    count = 0
+
+    def open(self, path: str) -> IO[bytes]:
+        folder = self
+
+        class File(io.FileIO):
+            def readinto(self, buffer: Any) -> int:
+                folder.count += (size := super().readinto(buffer))
+                return size
+
+        return io.BufferedReader(File(self.local / path))
+
+
+@pytest.mark.parametrize("batch", [10_000, 2**23])
+@pytest.mark.parametrize("group", [7, 60])
+def test_a_row_group_of_many_shards_is_read_once(
+    tmp_path: Path, group: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process that packs all of them, or some; and in any order the rows are those that were asked for."""
+    monkeypatch.setattr(table, "_BYTES_AT_ONCE", batch)
+    monkeypatch.setattr(table, "_READ_AHEAD", 1)
+    images = [np.random.default_rng(number).bytes(3000) for number in range(60)]
+    for name in ("a", "b"):
+        rows = pa.table({"image": pa.array(images, pa.binary()), "number": range(60)})
+        pq.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=group, use_dictionary=False)
+    folder = Counted(tmp_path)
+    parts = {name: rows_and_labels(ShardFile(folder, f"{name}.parquet"), None, 5)[0] for name in ("a", "b")}
+
+    def read(name: str, number: int) -> None:
+        found = list(read_rows(parts[name][number], ["image", "number"]))
+        assert [row["number"] for row in found] == list(range(5 * number, 5 * number + 5))
+        assert [row["image"] for row in found] == images[5 * number : 5 * number + 5]
+
+    size = (tmp_path / "a.parquet").stat().st_size
+    for numbers in (range(12), range(0, 12, 2)):
+        folder.count = 0
+        for number in numbers:
+            read("a", number)
+        # Each opening reads the footer.
+        assert folder.count < (1.5 if group == 60 else 2.5) * size
+    for name, number in [("a", 11), ("a", 3), ("b", 4), ("a", 4), ("a", 4), ("a", 9), ("a", 5), ("b", 5), ("b", 7)]:
+        read(name, number)
 
 
 # --- lists
