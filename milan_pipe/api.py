@@ -125,15 +125,18 @@ def convert_targets(
     return convert_targets(source, destination, format=format, zstd_level=zstd_level, on_progress=on_progress)
 
 
-def pretrain(targets: Where, run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore) -> RunReport:
-    """Train a student on a target store; see `milan_pipe.pretraining.run`."""
+def pretrain(
+    targets: Where | Sequence[Where], run: Where, params: Params = DEFAULT, *, on_progress: OnTrain = _ignore
+) -> RunReport:
+    """Train a student on a target store, or on several of the same views; see `milan_pipe.pretraining.run`."""
     from milan_pipe.pretraining.run import pretrain
 
     def teacher_for(header: StoreHeader, device: torch.device) -> Teach:
         from milan_pipe.teacher.clip import load_teacher_of
 
         teacher = params.teacher if params.teacher.model_fields_set else None
-        return load_teacher_of(header, teacher, device, targets).online_targets
+        where = targets if isinstance(targets, str | Path) else targets[0]
+        return load_teacher_of(header, teacher, device, where).online_targets
 
     return pretrain(targets, run, params, teacher_for=teacher_for, on_progress=on_progress)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, TargetsArgument, app
+from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, app
 from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.training import run_training, training_rows
 
@@ -17,7 +17,9 @@ _WORST = 8
 
 @app.command()
 def pretrain(
-    targets: TargetsArgument,
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGETS...", help="Folder or URL of the target store; several: see below.")
+    ],
     run: RunArgument,
     params: ParamsOption = None,
     overrides: SetOption = None,
@@ -32,14 +34,23 @@ def pretrain(
     pretrain.checkpoint_minutes or pretrain.checkpoint_every steps, on SIGTERM, Ctrl-C and when the terminal is closed.
     A run of another configuration is refused, with a list of what differs. So is a second process in the same RUN.
 
-    The ablations of the method are settings: masking=random, decoder=plain, target=pixels, target=hog. With
+    Several stores of the same views, of one teacher each (extract-targets --views-from), are read side by side, and
+    the student predicts all of them: pretrain targets-a targets-b run. See the settings `teachers`.
+
+    Other objectives are recipes and settings: --params mr-mae, masking=random, decoder=plain, target=pixels. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
     settings = milan_pipe.load_params(params, overrides or ())
     return run_training(
-        milan_pipe.pretrain, targets, run, settings, title=f"{targets} -> {run}", rows=training_rows, as_json=as_json
+        milan_pipe.pretrain,
+        targets if len(targets) > 1 else targets[0],
+        run,
+        settings,
+        title=f"{', '.join(targets)} -> {run}",
+        rows=training_rows,
+        as_json=as_json,
     )
 
 

@@ -26,6 +26,7 @@ from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.config.teacher import ClipSettings, TeacherSettings
+from milan_pipe.config.teachers import TeachersSettings
 from milan_pipe.errors import MissingError, SettingError, one_line
 
 DEFAULT_FILE = Path("params.yaml")
@@ -52,6 +53,7 @@ class Params(Settings):
         "pixels, hog: histograms of gradients, of masked patches; clip-visible, clip-visible+pixels, clip-masked: see "
         "the page on objectives",
     )
+    teachers: TeachersSettings = Field(default_factory=TeachersSettings)
     pretrain: PretrainSettings = Field(default_factory=PretrainSettings)
     embed: EmbedSettings = Field(default_factory=EmbedSettings)
     knn: KnnSettings = Field(default_factory=KnnSettings)

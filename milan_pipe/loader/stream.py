@@ -19,7 +19,14 @@ from milan_pipe.errors import DataError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.loader.order import BatchPlan, Block, Piece
 from milan_pipe.targets.schema import ViewRun
+from milan_pipe.targets.several import SeveralStores
 from milan_pipe.targets.store import TargetStore
+
+Reader = TargetStore | SeveralStores
+
+
+Codes = tuple[Tensor, Tensor | None]
+"""Stored features of a batch, (B, S, T), and their scale, (B, S), where the codec needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class Batch:
         pixels_BHWC: uint8, the rendered views.
         code_BST: stored features.
         scale_BS: float16, or None where the codec needs none.
+        others: code and scale of further stores that are read beside the first.
         attention_BL: float16, each row sums to 1.
         noise_BL: float32, of the masks of one epoch; None where it is not drawn yet.
     """
@@ -41,10 +49,18 @@ class Batch:
     scale_BS: Tensor | None
     attention_BL: Tensor
     noise_BL: Tensor | None = None
+    others: tuple[Codes, ...] = ()
+
+    @property
+    def codes(self) -> tuple[Codes, ...]:
+        """Code and scale of each store, the first one's first."""
+        return (self.code_BST, self.scale_BS), *self.others
 
     def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """All tensors by name, each changed."""
-        return {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        found: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        others = [(change(code), None if scale is None else change(scale)) for code, scale in self.others]
+        return {**found, "others": tuple(others)}
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples `start` to `stop`; no copy."""
@@ -108,7 +124,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: TargetStore,
+        reader: Reader,
         plan: BatchPlan,
         *,
         threads: int,
@@ -202,7 +218,7 @@ class Loader:
                     places = []
 
 
-def read_batch(reader: TargetStore, block: Block) -> Batch:
+def read_batch(reader: Reader, block: Block) -> Batch:
     """All samples of one block, in their order.
 
     Raises:
@@ -215,11 +231,11 @@ def read_batch(reader: TargetStore, block: Block) -> Batch:
     return batch
 
 
-def _read(reader: TargetStore, block: Block) -> ViewRun:
+def _read(reader: Reader, block: Block) -> ViewRun:
     return reader.read(reader.shards[block.shard], block.view, block.start, block.stop)
 
 
-def _empty(places: Sequence[_Place], reader: TargetStore, *, with_targets: bool, noise: bool, pin: bool) -> Batch:
+def _empty(places: Sequence[_Place], reader: Reader, *, with_targets: bool, noise: bool, pin: bool) -> Batch:
     """Memory for a batch of these samples, with their keys."""
     run, count, side = places[0][0], len(places), reader.header.views.size
 
@@ -227,11 +243,17 @@ def _empty(places: Sequence[_Place], reader: TargetStore, *, with_targets: bool,
         dtype = torch.from_numpy(values_N[:0]).dtype
         return torch.empty((rows, *values_N.shape[1:]), dtype=dtype, pin_memory=pin)
 
+    def codes_like(code_NST: NDArray[Any], scale_NS: NDArray[np.float16] | None) -> Codes:
+        scale_BS = like(scale_NS) if with_targets and scale_NS is not None else None
+        return like(code_NST, count if with_targets else 0), scale_BS
+
+    code_BST, scale_BS = codes_like(run.code_NST, run.scale_NS)
     return Batch(
         keys=tuple(run.keys[row] for run, row in places),
         pixels_BHWC=torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=pin),
-        code_BST=like(run.code_NST, count if with_targets else 0),
-        scale_BS=like(run.scale_NS) if with_targets and run.scale_NS is not None else None,
+        code_BST=code_BST,
+        scale_BS=scale_BS,
+        others=tuple(codes_like(*other) for other in run.others),
         attention_BL=like(run.attention_NL),
         noise_BL=torch.empty((count, reader.header.patches), pin_memory=pin) if noise else None,
     )
@@ -239,18 +261,20 @@ def _empty(places: Sequence[_Place], reader: TargetStore, *, with_targets: bool,
 
 def _fill(batch: Batch, places: Sequence[_Place], noise: tuple[DrawNoise, int] | None) -> None:
     """Decode and gather samples into a batch's memory."""
-    pixels_BHWC, code_BST, attention_BL = (v.numpy() for v in (batch.pixels_BHWC, batch.code_BST, batch.attention_BL))
-    scale_BS = None if batch.scale_BS is None else batch.scale_BS.numpy()
+    pixels_BHWC, attention_BL = batch.pixels_BHWC.numpy(), batch.attention_BL.numpy()
+    codes = [(code.numpy(), None if scale is None else scale.numpy()) for code, scale in batch.codes]
     for at, (run, row) in enumerate(places):
         try:
             decode_jpeg(run.jpegs[row], into=pixels_BHWC[at])
         except DataError as error:
             raise DataError(f"the stored view of {run.keys[row]} does not decode: {error}") from error
         attention_BL[at] = run.attention_NL[row]
-        if len(code_BST):
-            code_BST[at] = run.code_NST[row]
-        if scale_BS is not None and run.scale_NS is not None:
-            scale_BS[at] = run.scale_NS[row]
+        stored = (run.code_NST, run.scale_NS), *run.others
+        for (code_BST, scale_BS), (code_NST, scale_NS) in zip(codes, stored, strict=True):
+            if len(code_BST):
+                code_BST[at] = code_NST[row]
+            if scale_BS is not None and scale_NS is not None:
+                scale_BS[at] = scale_NS[row]
     if noise is not None and batch.noise_BL is not None:
         draw, epoch = noise
         batch.noise_BL.copy_(draw(epoch, batch.keys))

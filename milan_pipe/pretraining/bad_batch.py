@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ from milan_pipe.devices import resolve_device
 from milan_pipe.errors import DataError, MissingError
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
+from milan_pipe.student.standardise import Standardise, standardise_of
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.step import Stepper
 from milan_pipe.weights_file import load_tensors, load_weights, write_weights
 
 _VERSION = "1"
-_TENSORS = ("pixels_BHWC", "code_BST", "scale_BS", "attention_BL")
-_SECTIONS = ("student", "decoder", "masking", "target", "pretrain")
+_CODES = ("code_BST", "scale_BS")
+_TENSORS = ("pixels_BHWC", *_CODES, "attention_BL")
+_SECTIONS = ("student", "decoder", "masking", "target", "teachers", "pretrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,15 @@ def write_bad_batch(
     """Write a batch and the weights of `student` and `decoder` as they met it; StoreError if it cannot be written.
 
     Args:
-        metadata: step, epoch, header of the store, and the settings that rebuild the objective.
+        weights: also, under `statistics`, those of each store's features, by its number.
+        metadata: step, epoch, headers of the stores, and the settings that rebuild the objective.
     """
     tensors = {f"batch/{name}": value for name in _TENSORS if (value := getattr(batch, name)) is not None}
+    for number, codes in enumerate(batch.others, 1):
+        named = zip(_CODES, codes, strict=True)
+        tensors |= {f"others/{number}/{name}": value for name, value in named if value is not None}
     tensors |= {f"{part}/{name}": value for part, values in weights.items() for name, value in values.items()}
-    kept = {name: metadata[name] for name in ("step", "epoch", "header", *_SECTIONS)}
+    kept = {name: metadata[name] for name in ("step", "epoch", "header", "others", *_SECTIONS)}
     write_weights(tensors, file, {"milan_pipe": json.dumps({"version": _VERSION, "keys": batch.keys, **kept})})
 
 
@@ -88,6 +94,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version != _VERSION:
         raise DataError(f"{file} has version {version}, this milan-pipe reads {_VERSION}")
     return metadata, tensors
+
+
+def _standardise(
+    of: Mapping[str, Mapping[str, Tensor]], header: StoreHeader, others: Sequence[StoreHeader], params: Params
+) -> list[Standardise]:
+    statistics: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for full, value in of.get("statistics", {}).items():
+        number, _, name = full.partition("/")
+        statistics[int(number)][name] = value
+    widths = [one.teacher.width for one in (header, *others)]
+    return [standardise_of(params.teachers.standardise, statistics[n], widths[n]) for n in sorted(statistics)]
 
 
 def _not_finite(tensor: Tensor) -> int:
@@ -117,11 +134,16 @@ def replay(
         part, _, name = full.partition("/")
         of[part][name] = value
     keys, where, chosen = tuple(metadata["keys"]), str(file), resolve_device(device)
-    batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"]})
+    others = [StoreHeader.model_validate(header) for header in metadata.get("others", [])]
+    codes = [tuple(of["others"].get(f"{number}/{name}") for name in _CODES) for number in range(1, len(others) + 1)]
+    batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"], "others": tuple(codes)})
     # Not compiled, so that it shows where a value went wrong.
-    params = Params.parse({name: metadata[name] for name in _SECTIONS}, where)
+    params = Params.parse({name: metadata[name] for name in _SECTIONS if name in metadata}, where)
     settings = params.pretrain
-    objective = build_objective(StoreHeader.model_validate(metadata["header"]), params, chosen)
+    header = StoreHeader.model_validate(metadata["header"])
+    objective = build_objective(
+        header, params, chosen, others=others, standardise=_standardise(of, header, others, params)
+    )
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)

@@ -17,8 +17,9 @@ from milan_pipe.student.encoder import grid_of
 from milan_pipe.student.loss import chosen_tokens
 from milan_pipe.student.masking import MaskSplit, draw_split, noise_for, visible_count
 from milan_pipe.student.model import MaskedStudent, build_student
-from milan_pipe.student.objectives import Term, Terms, objective_of
+from milan_pipe.student.objectives import Term, is_taught, objective_of
 from milan_pipe.student.pixels import normalise
+from milan_pipe.student.standardise import Standardise
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 
@@ -27,17 +28,28 @@ Teach = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one term predicts, (B, S, T), CLS first, zero where nothing is; its target is that, or (B, L, T)."""
+class Output:
+    """`width` values of each predicted token: a term, of stored features with the number of their store."""
 
     term: Term
+    store: int
+    width: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is predicted of one output, (B, S, T), CLS first, zero where nothing is; its target may lack CLS."""
+
+    output: Output
     prediction_BST: Tensor
     target: Tensor
 
     def loss(self, split: MaskSplit) -> Tensor:
-        """The term's loss times its weight; ShapeError where the two do not fit."""
-        found = self.term.distance(*chosen_tokens(self.prediction_BST, self.target, split, self.term.tokens))
-        return found if self.term.weight == 1 else self.term.weight * found
+        """The loss times its weight; ShapeError where the two do not fit."""
+        term, weight = self.output.term, self.output.weight
+        found = term.distance(*chosen_tokens(self.prediction_BST, self.target, split, term.tokens))
+        return found if weight == 1 else weight * found
 
     @property
     def patches(self) -> tuple[Tensor, Tensor]:
@@ -48,13 +60,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a student predicts of a batch, term by term."""
+    """What a student predicts of a batch, output by output."""
 
     split: MaskSplit
     parts: tuple[Part, ...]
 
     def loss(self) -> Tensor:
-        """The sum over all terms, a scalar."""
+        """The sum over all outputs, a scalar."""
         losses = [part.loss(self.split) for part in self.parts]
         return sum(losses[1:], losses[0])
 
@@ -63,14 +75,28 @@ class Objective(nn.Module):
     """Student, masking and loss: a stored batch becomes a scalar, all of it on the training device.
 
     Args:
+        header: of the store, or of the first of several.
         teach: makes targets of the pixels; None takes the stored ones.
+        others: headers of the stores that are read beside the first.
+        standardise: of each store, the first one's first; none leaves features as they are.
     """
 
-    def __init__(self, student: MaskedStudent, header: StoreHeader, params: Params, teach: Teach | None = None) -> None:
+    def __init__(
+        self,
+        student: MaskedStudent,
+        header: StoreHeader,
+        params: Params,
+        teach: Teach | None = None,
+        *,
+        others: Sequence[StoreHeader] = (),
+        standardise: Sequence[Standardise] = (),
+    ) -> None:
         super().__init__()
-        self.student, self.codec, self.teach = student, codec_of(header.codec), teach
+        self.student, self.teach = student, teach
+        self.codecs = [codec_of(one.codec) for one in (header, *others)]
+        self.standardise = nn.ModuleList(standardise)
         self.masking, self.target, self.patch_size = params.masking, params.target, _patch_size(params)
-        self.terms, self.widths = terms_of(header, params)
+        self.outputs = outputs_of((header, *others), params, standardise)
         self.grid, self.patches = header.teacher.grid, header.patches
         self.visible = visible_count(header.patches, params.masking.ratio)
 
@@ -79,7 +105,7 @@ class Objective(nn.Module):
         return noise_for(self.masking, epoch, keys, self.grid)
 
     def predict(self, batch: Batch, epoch: int) -> Prediction:
-        """Prediction and target of one batch, with the masks of an epoch."""
+        """Prediction and target of one batch, with the masks of an epoch; of the stores that the batch is of."""
         device = next(self.student.parameters()).device
         if batch.noise_BL is None:
             batch = replace(batch, noise_BL=self.draw_noise(epoch, batch.keys))
@@ -90,17 +116,26 @@ class Objective(nn.Module):
         attention_BL = batch.attention_BL if taught is None else taught[1]
         importance_BL = attention_BL.float() if self.masking.kind == "semantic" else None
         split = draw_split(importance_BL, batch.noise_BL, self.visible)
-        predictions = self.student(images_BCHW, split).split(self.widths, dim=-1)
-        features_BST: Tensor | None = None
-        if any(term.source.stored for term in self.terms):
-            features_BST = self.codec.decode(batch.code_BST, batch.scale_BS) if taught is None else taught[0]
-        return Prediction(
-            split,
-            tuple(
-                Part(term, prediction_BST, term.source.target(images_BCHW, features_BST, self.patch_size))
-                for term, prediction_BST in zip(self.terms, predictions, strict=True)
-            ),
-        )
+        predictions = self.student(images_BCHW, split).split([output.width for output in self.outputs], dim=-1)
+        features: dict[int, Tensor] = {}
+        parts = []
+        for output, prediction_BST in zip(self.outputs, predictions, strict=True):
+            number, source = output.store, output.term.source
+            if source.stored and number not in features:
+                if number >= len(batch.codes):
+                    continue
+                features[number] = self._features(number, batch) if taught is None else taught[0]
+            target = source.target(images_BCHW, features.get(number), self.patch_size)
+            parts.append(Part(output, prediction_BST, target))
+        return Prediction(split, tuple(parts))
+
+    def _features(self, number: int, batch: Batch) -> Tensor:
+        """(B, S, T) of one store, standardised."""
+        features_BST = self.codecs[number].decode(*batch.codes[number])
+        if not self.standardise:
+            return features_BST
+        standardised_BST: Tensor = self.standardise[number](features_BST)
+        return standardised_BST
 
     def forward(self, batch: Batch, epoch: int) -> Tensor:
         """Loss of one batch. A sample's mask depends on (seed, epoch, key), not on its neighbours."""
@@ -108,22 +143,50 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def cosine(self, batch: Batch, epoch: int) -> tuple[MaskSplit, Tensor]:
-        """The masks of a batch, and the cosine (B, L) between the first term's prediction and target of each patch."""
+        """The masks of a batch, and the cosine (B, L) of the first output's prediction with its target, by patch."""
         found = self.predict(batch, epoch)
         return found.split, F.cosine_similarity(*found.parts[0].patches, dim=-1)
 
 
-def terms_of(header: StoreHeader, params: Params) -> tuple[Terms, list[int]]:
-    """Terms in the order in which the student predicts them, those of the head first, with their widths.
+def outputs_of(
+    headers: Sequence[StoreHeader], params: Params, standardise: Sequence[Standardise] = ()
+) -> tuple[Output, ...]:
+    """What the student predicts, in order, that of the head first.
 
     Raises:
-        SettingError: there is no such target, or it predicts masked patches and there are none.
+        SettingError: there is no such target, it predicts masked patches and there are none, it needs no store's
+            features and there are several, or weights are not one of each store.
     """
     terms = sorted(objective_of(params.target), key=lambda term: not term.head)
     if params.masking.ratio == 0 and any(term.tokens == "masked" for term in terms):
         found = f"target {params.target!r} predicts masked patches, and masking.ratio is 0"
         raise SettingError(f"{found}; raise it, or take a target of visible tokens")
-    return tuple(terms), [term.source.width(header.teacher.width, _patch_size(params)) for term in terms]
+    if len(headers) > 1 and not is_taught(params.target):
+        raise SettingError(f"target {params.target!r} needs no features, and {len(headers)} stores are named; name one")
+    weights = _weights(len(headers), params, standardise)
+    outputs: list[Output] = []
+    for term in terms:
+        for number, header in enumerate(headers if term.source.stored else headers[:1]):
+            width = term.source.width(header.teacher.width, _patch_size(params))
+            of_store = weights[number] if term.source.stored else 1.0
+            outputs.append(Output(term, number, width, term.weight * of_store))
+    return tuple(outputs)
+
+
+def _weights(stores: int, params: Params, standardise: Sequence[Standardise]) -> list[float]:
+    """Of each store's losses, with a sum of 1."""
+    chosen = params.teachers.weights
+    if chosen == "equal" or stores == 1:
+        weights = [1.0] * stores
+    elif chosen == "balanced":
+        weights = [1 / max(float(one.spread), 1e-6) for one in standardise] or [1.0] * stores
+    else:
+        weights = list(chosen)
+        if len(weights) != stores or sum(weights) <= 0:
+            raise SettingError(
+                f"teachers.weights has {weights} for {stores} stores; expected a number for each, above 0 in sum"
+            )
+    return [weight / sum(weights) for weight in weights]
 
 
 def require_fit(header: StoreHeader, student: StudentSettings, where: object) -> None:
@@ -146,17 +209,23 @@ def require_fit(header: StoreHeader, student: StudentSettings, where: object) ->
         )
 
 
-def build_objective(header: StoreHeader, params: Params, device: torch.device, teach: Teach | None = None) -> Objective:
-    """A fresh student with its loss, on its device.
+def build_objective(
+    header: StoreHeader,
+    params: Params,
+    device: torch.device,
+    teach: Teach | None = None,
+    *,
+    others: Sequence[StoreHeader] = (),
+    standardise: Sequence[Standardise] = (),
+) -> Objective:
+    """A fresh student with its loss, on its device; arguments as `Objective`.
 
     Raises:
         SettingError: there is no such student, decoder or target, or they do not fit each other.
     """
     settings = params.pretrain
-    terms, widths = terms_of(header, params)
-    of_head, of_decoder = (
-        sum(w for t, w in zip(terms, widths, strict=True) if t.head is head) for head in (True, False)
-    )
+    outputs = outputs_of((header, *others), params, standardise)
+    of_head, of_decoder = (sum(one.width for one in outputs if one.term.head is head) for head in (True, False))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_student(params.student, params.decoder, of_decoder, of_head).to(device)
@@ -165,7 +234,7 @@ def build_objective(header: StoreHeader, params: Params, device: torch.device, t
         # What FSDP gathers one at a time is compiled one at a time.
         for module in model.units() if settings.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
-    return Objective(model, header, params, teach)
+    return Objective(model, header, params, teach, others=others, standardise=standardise).to(device)
 
 
 def _patch_size(params: Params) -> int:

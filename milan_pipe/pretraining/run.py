@@ -25,35 +25,45 @@ from milan_pipe.extras import needs
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
-from milan_pipe.pretraining.objective import Objective, Teach, build_objective, require_fit, terms_of
+from milan_pipe.pretraining.objective import Objective, Teach, build_objective, outputs_of, require_fit
+from milan_pipe.pretraining.statistics import Statistics, digest_of, keep_statistics, statistics_of
 from milan_pipe.storage.local import write_file
 from milan_pipe.student.objectives import is_taught
+from milan_pipe.student.standardise import Standardise, standardise_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
-from milan_pipe.targets.store import TargetStore, open_targets
+from milan_pipe.targets.several import SeveralStores, open_several
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, cosine_lr
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
 from milan_pipe.training.task import NotFiniteError, RunReport, Task
 
-_SECTIONS = ("student", "masking", "decoder", "target", "pretrain")
+_SECTIONS = ("student", "masking", "decoder", "target", "teachers", "pretrain")
 _AHEAD, _SHOWN = 2, 8
 
 
-def configuration_of(header: StoreHeader, samples: tuple[int, ...], params: Params) -> dict[str, Any]:
+def configuration_of(
+    headers: Sequence[StoreHeader], samples: tuple[int, ...], params: Params, statistics: Sequence[Statistics] = ()
+) -> dict[str, Any]:
     """All that the weights of a run depend on."""
-    # Neither where the store came from nor its format change what is read from it.
-    stored = header.model_dump(mode="json", exclude={"package_version", "format", "source"})
-    return {
+    # Neither where a store came from nor its format change what is read from it.
+    stored = [header.model_dump(mode="json", exclude={"package_version", "format", "source"}) for header in headers]
+    codecs = [hashlib.sha256(json.dumps(one["codec"], sort_keys=True).encode()).hexdigest() for one in stored]
+    found = {
         "order": ORDER_VERSION,
-        **params.model_dump(mode="json", include={"student", "decoder", "masking", "target"}),
+        **params.model_dump(mode="json", include={"student", "decoder", "masking", "target", "teachers"}),
         "pretrain": params.pretrain.model_dump(mode="json", exclude=RESUMABLE),
         "targets": {
-            **{name: stored[name] for name in ("teacher", "views")},
-            "codec": hashlib.sha256(json.dumps(stored["codec"], sort_keys=True).encode()).hexdigest(),
+            **{name: stored[0][name] for name in ("teacher", "views")},
+            "codec": codecs[0],
             "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         },
     }
+    for number, (one, codec) in enumerate(zip(stored[1:], codecs[1:], strict=True), 2):
+        found[f"targets_{number}"] = {"teacher": one["teacher"], "codec": codec}
+    if statistics:
+        found["statistics"] = {str(number): digest_of(one) for number, one in enumerate(statistics)}
+    return found
 
 
 class PretrainTask(Task[Batch]):
@@ -66,7 +76,7 @@ class PretrainTask(Task[Batch]):
     def __init__(
         self,
         run: Path,
-        reader: TargetStore,
+        reader: SeveralStores,
         params: Params,
         ranks: Ranks,
         teacher_for: Callable[[StoreHeader, torch.device], Teach] | None,
@@ -75,7 +85,12 @@ class PretrainTask(Task[Batch]):
         self.settings = settings = params.pretrain.model_copy(update={"precision": precision})
         self._params = params.model_copy(update={"pretrain": settings})
         self._run, self._reader, self._ranks, self._teacher_for = run, reader, ranks, teacher_for
-        terms_of(reader.header, params)
+        self._statistics: list[Statistics] = []
+        if params.teachers.standardise != "none" or params.teachers.weights == "balanced":
+            if ranks.first:
+                self._statistics = [statistics_of(store, run, number) for number, store in enumerate(reader.stores)]
+            self._statistics = ranks.broadcast(self._statistics)
+        self._standardise()
         if settings.parallel == "fsdp" and precision == "float16":
             raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
         self._plan = _plan_of(reader, params, ranks)
@@ -84,26 +99,53 @@ class PretrainTask(Task[Batch]):
         self._peak = settings.lr * settings.batch_size / 256
         self.steps_per_epoch = self._plan.steps
         self.steps = self._plan.steps * settings.epochs
-        self.configuration = configuration_of(reader.header, self._plan.order.samples, self._params)
+        self.configuration = configuration_of(reader.headers, self._plan.order.samples, self._params, self._statistics)
         self.record = {
             "epochs": settings.epochs,
             "student": params.student.model_dump(mode="json"),
             "teacher": reader.header.teacher.model_dump(mode="json"),
-            "settings": params.model_dump(mode="json", include={"decoder", "masking", "target", "pretrain"}),
+            "settings": params.model_dump(mode="json", include={*_SECTIONS} - {"student"}),
             "targets": str(reader.location),
-            "command": command_of("pretrain", [reader.location, run], params, _SECTIONS),
+            "command": command_of("pretrain", [*(store.location for store in reader.stores), run], params, _SECTIONS),
         }
+        if len(reader.stores) > 1:
+            self.record["others"] = [
+                {"targets": str(store.location), "header": store.header.model_dump(mode="json")}
+                for store in reader.stores[1:]
+            ]
+
+    def _standardise(self) -> list[Standardise]:
+        """One for each store, where they are needed; settings that do not fit the stores are refused."""
+        headers, kind = self._reader.headers, self._params.teachers.standardise
+        found = [
+            standardise_of(kind, one, header.teacher.width)
+            for one, header in zip(self._statistics, headers, strict=False)
+        ]
+        outputs_of(headers, self._params, found)
+        return found
 
     def build(self) -> None:
         params, device = self._params, self._ranks.device
+        if self._ranks.first:
+            for number, (one, store) in enumerate(zip(self._statistics, self._reader.stores, strict=False)):
+                keep_statistics(one, store, self._run, number)
         teach, taught = None, is_taught(params.target)
         if self.settings.targets == "online":
-            if self._teacher_for is None or not taught:
+            if self._teacher_for is None or not taught or len(self._reader.stores) > 1 or self._statistics:
                 found = f"pretrain.targets is 'online' with target {params.target!r}"
-                raise SettingError(f"{found}; it needs one of features, as 'clip', and, from Python, teacher_for")
+                raise SettingError(
+                    f"{found}; it needs one of features, as 'clip', one store as it is, and, from Python, teacher_for"
+                )
             teach = self._teacher_for(self._reader.header, device)
         self._with_targets = taught and teach is None
-        self.objective: Objective = build_objective(self._reader.header, params, device, teach)
+        self.objective: Objective = build_objective(
+            self._reader.header,
+            params,
+            device,
+            teach,
+            others=self._reader.headers[1:],
+            standardise=self._standardise(),
+        )
         self.model = student = self.objective.student
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         self._shown: Batch | None = None
@@ -174,13 +216,15 @@ class PretrainTask(Task[Batch]):
             plan = self._plan.of_rank(0, 1)
             with Loader(self._reader, plan, threads=self.settings.threads, with_targets=True) as loader:
                 batch = next(loader.batches(epoch, skip))
-            metadata = {"step": error.step, "epoch": epoch, "header": self._reader.header.model_dump(mode="json")}
-            write_bad_batch(file, batch, met, {**metadata, **self.configuration})
+            headers = [header.model_dump(mode="json") for header in self._reader.headers]
+            metadata = {"step": error.step, "epoch": epoch, "header": headers[0], "others": headers[1:]}
+            buffers = {f"{n}/{name}": value for n, one in enumerate(self._statistics) for name, value in one.items()}
+            write_bad_batch(file, batch, {**met, "statistics": buffers}, {**metadata, **self.configuration})
         self._ranks.barrier()
         return f". `milan-pipe replay {file}` computes the batch again, with the weights that met it"
 
 
-def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
+def _plan_of(reader: SeveralStores, params: Params, ranks: Ranks) -> BatchPlan:
     settings = params.pretrain
     if ranks.count > 1 and settings.batch_size // ranks.count < settings.accumulate:
         wanted = f"{ranks.count} ranks with pretrain.accumulate={settings.accumulate}"
@@ -208,7 +252,7 @@ def _plan_of(reader: TargetStore, params: Params, ranks: Ranks) -> BatchPlan:
 
 
 def pretrain(
-    targets: str | Path,
+    targets: str | Path | Sequence[str | Path],
     run: str | Path,
     params: Params,
     *,
@@ -220,21 +264,23 @@ def pretrain(
     Under torchrun all ranks call it: each takes its part of every batch, the first one writes, all return the report.
 
     Args:
-        targets: folder or URL of the target store.
+        targets: folder or URL of the target store; several are read side by side, of the same images and views.
         params: the store must have its teacher and views, where they are stated; see `require_stated`.
         teacher_for: gives the teacher of a store on a device; for `pretrain.targets: online`.
 
     Raises:
         MissingError, DataError: the store is missing or damaged, or the loss is not finite.
-        MismatchError: the store does not fit the student or the settings, or RUN holds a run of another configuration.
+        MismatchError: a store does not fit the student, the settings or the first store, or RUN holds a run of another
+            configuration.
         SettingError: the store has fewer samples than a batch, RUN is a URL, or there is no online teacher.
         StoreError, StoppedError, RankLostError, ReportedElsewhereError: as `run_task`.
     """
 
     def task_of(ranks: Ranks, folder: Path) -> PretrainTask:
-        reader = open_targets(targets)
-        require_stated(reader.header, stated_of(params), targets)
-        require_fit(reader.header, params.student, targets)
+        wheres = [targets] if isinstance(targets, str | Path) else list(targets)
+        reader = open_several(wheres, params.teachers.importance)
+        require_stated(reader.header, stated_of(params), wheres[0])
+        require_fit(reader.header, params.student, wheres[0])
         return PretrainTask(folder, reader, params, ranks, teacher_for)
 
     return run_task(run, params.pretrain.device, task_of, on_progress)

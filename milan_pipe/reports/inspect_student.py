@@ -19,15 +19,16 @@ from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.loader.dataset import Targets, open_targets
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective, require_fit
+from milan_pipe.pretraining.statistics import kept_standardise
 from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.student.objectives import is_taught
 from milan_pipe.targets.schema import StoreHeader
-from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
 from milan_pipe.weights_file import load_weights
 
-_SECTIONS = ("decoder", "masking", "target")
+_SECTIONS = ("decoder", "masking", "target", "teachers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,8 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
 
     Raises:
         DataError: the checkpoint is not one of pretraining.
-        MismatchError: it does not fit the targets: grid, input size, width of the features, or teacher.
+        MismatchError: it does not fit the targets, the first of several: grid, input size, width of the features, or
+            teacher.
     """
     where, record = str(checkpoint.path), checkpoint.record
     settings = record.get("settings")
@@ -88,7 +90,9 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
             f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it "
             "was trained on, or others of the same teacher"
         )
-    objective = build_objective(header, params, device)
+    others = [StoreHeader.model_validate(other["header"]) for other in record.get("others", [])]
+    standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, (header, *others), params)
+    objective = build_objective(header, params, device, others=others, standardise=standardise)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
     load_weights(objective.student.decoder, checkpoint.weights("decoder"), where)
     return objective.eval()

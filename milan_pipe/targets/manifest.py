@@ -48,12 +48,16 @@ def _from_file(data: bytes) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestEntry:
-    """A committed shard in `manifest.json`: samples kept and skipped, bytes of its files, digest of its record."""
+    """A committed shard in `manifest.json`: samples kept and skipped, bytes of its files, digest of its record.
+
+    `views_sha256` is that of the record.
+    """
 
     samples: PositiveInt
     bad: NonNegativeInt
     bytes: NonNegativeInt
     record_sha256: str
+    views_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +96,12 @@ class CommittedShard:
 
 def write_record(location: Location, name: str, record: ShardRecord) -> None:
     """Commit a shard."""
-    values = asdict(record)
-    if record.mean_cosine is None:
-        del values["mean_cosine"]
-    location.write(_path(name), to_file({"shard": name, **values}))
+    location.write(_path(name), to_file({"shard": name, **_values_of(record)}))
+
+
+def _values_of(record: ShardRecord | ManifestEntry) -> dict[str, Any]:
+    """Its values, without those that are not known."""
+    return {name: value for name, value in asdict(record).items() if value is not None}
 
 
 def read_record(location: Location, name: str, expected: ManifestEntry | None = None) -> ShardRecord:
@@ -175,7 +181,13 @@ def read_committed(
         if wrong is not None:
             return wrong
         source, size = record.source, sum(file.bytes for file in record.files.values())
-        entry = ManifestEntry(samples=source.samples, bad=len(source.bad), bytes=size, record_sha256=digest)
+        entry = ManifestEntry(
+            samples=source.samples,
+            bad=len(source.bad),
+            bytes=size,
+            record_sha256=digest,
+            views_sha256=record.views_sha256,
+        )
         return CommittedShard(source=source, entry=entry)
 
     names = committed_names(location)
@@ -222,9 +234,9 @@ def write_bad_samples(location: Location, committed: Mapping[str, CommittedShard
 def write_manifest(location: Location, header: bytes, committed: Mapping[str, CommittedShard]) -> None:
     """Write `bad_samples.jsonl` and, after it, `manifest.json`; files that are the same already stay."""
     bad = write_bad_samples(location, committed)
-    shards = {name: shard.entry for name, shard in sorted(committed.items())}
-    manifest = Manifest(header_sha256=sha256_of(header), bad_samples_sha256=sha256_of(bad), shards=shards)
-    _write_new(location, MANIFEST, to_file(asdict(manifest)))
+    shards = {name: _values_of(shard.entry) for name, shard in sorted(committed.items())}
+    manifest = {"header_sha256": sha256_of(header), "bad_samples_sha256": sha256_of(bad), "shards": shards}
+    _write_new(location, MANIFEST, to_file(manifest))
 
 
 def _write_new(location: Location, name: str, data: bytes) -> None:

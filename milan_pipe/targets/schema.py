@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -227,12 +228,15 @@ class ShardRecord:
         blocks: offset and crc32c by which a reader knows parts of a file: of each tar its blocks of samples, of each
             large file of zarr its end.
         mean_cosine: of the stored tokens with the teacher's, over all views; None where it was not reported.
+        views_sha256: of keys and rendered views, as `ViewDigest` takes it: the same in any format, of any teacher; None
+            in records from before there was one.
     """
 
     source: SourceShard
     files: Mapping[FileName, FileRecord]
     blocks: Mapping[FileName, Sequence[tuple[NonNegativeInt, NonNegativeInt]]]
     mean_cosine: float | None = None
+    views_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +264,42 @@ class TargetBlock:
     jpegs: Sequence[Sequence[bytes | memoryview]]
 
 
+class ViewDigest:
+    """sha256 over the views of a shard, block by block: what two teachers of the same images must have in common.
+
+    Of each block, all numbers little-endian: the number of samples as uint64; each key as its length, uint64, and
+    UTF-8; crops (K, N, 4) as int32, flips (K, N) as bytes 0 and 1; each JPEG, view after view, as its length and bytes.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, block: TargetBlock) -> None:
+        """Count the next samples."""
+        update = self._digest.update
+        update(len(block.keys).to_bytes(8, "little"))
+        for key in block.keys:
+            name = key.encode("utf-8", "surrogatepass")
+            update(len(name).to_bytes(8, "little") + name)
+        update(np.ascontiguousarray(block.crop_KN4, "<i4").data)
+        update(np.ascontiguousarray(block.flip_KN, np.uint8).data)
+        for row in block.jpegs:
+            for jpeg in row:
+                update(len(jpeg).to_bytes(8, "little"))
+                update(jpeg)
+
+    def value(self) -> str:
+        """The digest of what was counted."""
+        return self._digest.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewRun:
-    """Consecutive samples of one shard, one view of each; what training reads. Suffixes as in `TargetBlock`."""
+    """Consecutive samples of one shard, one view of each; what training reads. Suffixes as in `TargetBlock`.
+
+    Attributes:
+        others: code and scale of the same samples in further stores.
+    """
 
     keys: Sequence[str]
     label_N: NDArray[np.int64]
@@ -272,6 +309,7 @@ class ViewRun:
     crop_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
     jpegs: Sequence[bytes | memoryview]
+    others: tuple[tuple[NDArray[Any], NDArray[np.float16] | None], ...] = ()
 
 
 class ShardFiles(Protocol):
@@ -290,8 +328,8 @@ class OpenShard(Protocol):
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
 
-    def read(self, view: int, start: int, stop: int) -> ViewRun:
-        """Samples `start` to `stop` of one view, all within the shard."""
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
+        """Samples `start` to `stop` of one view, all within the shard; without rendered views, `jpegs` is empty."""
 
 
 BLOCK_SAMPLES = 128

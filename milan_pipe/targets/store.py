@@ -30,6 +30,7 @@ from milan_pipe.targets.schema import (
     SourceShard,
     StoreHeader,
     TargetBlock,
+    ViewDigest,
     ViewRun,
     require_same_header,
     shard_path,
@@ -129,6 +130,7 @@ class StoreShardWriter:
         self._scratch = location.scratch(name)
         self._begun = -1
         self._samples = 0
+        self._views = ViewDigest()
         make = zarr_store.ZarrShardFiles if header.format == "zarr" else tar_store.TarShardFiles
         try:
             with self._errors():
@@ -173,6 +175,7 @@ class StoreShardWriter:
         with self._errors():
             self._files.append(block)
         self._require_own()
+        self._views.add(block)
         self._samples += count
 
     def commit(self, source: SourceShard, mean_cosine: float | None = None) -> None:
@@ -195,7 +198,8 @@ class StoreShardWriter:
             }
             self._require_own()
             self._location.publish(self._scratch, shard_path(self._header, self._name))
-        record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine)
+        views = self._views.value()
+        record = ShardRecord(source=source, files=files, blocks=blocks, mean_cosine=mean_cosine, views_sha256=views)
         manifest.write_record(self._location, self._name, record)
         self._close()
 
@@ -304,6 +308,10 @@ class TargetStore:
         """Number of samples of a shard; LookupError where there is none."""
         return self._entries[shard].samples
 
+    def views_sha256(self, shard: str) -> str | None:
+        """The digest of a shard's views and keys; None where its store was written before there was one."""
+        return self._entries[shard].views_sha256
+
     def record(self, shard: str) -> ShardRecord:
         """What was committed of a shard.
 
@@ -333,8 +341,8 @@ class TargetStore:
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
-    def read(self, shard: str, view: int, start: int, stop: int) -> ViewRun:
-        """Samples `start` to `stop` of one view of a shard.
+    def read(self, shard: str, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
+        """Samples `start` to `stop` of one view of a shard; without rendered views, `jpegs` is empty.
 
         Raises:
             DataError: the shard is damaged; names it and the array.
@@ -347,7 +355,7 @@ class TargetStore:
                 f"it has {count} samples, {self.header.views.count} views"
             )
         try:
-            return self._shard(shard).read(view, start, stop)
+            return self._shard(shard).read(view, start, stop, with_views=with_views)
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 

@@ -214,7 +214,7 @@ class TarShard:
         with self._parsing(0):
             return [json.loads(bytes(s["json"]))["key"] for block in blocks for s in self._samples(0, block)]
 
-    def read(self, view: int, start: int, stop: int) -> ViewRun:
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         first, last = start // BLOCK_SAMPLES, (stop - 1) // BLOCK_SAMPLES + 1
         samples = [sample for block in range(first, last) for sample in self._samples(view, block)]
@@ -222,7 +222,7 @@ class TarShard:
         if len(chosen) != stop - start:
             raise self._fail(f"{_tar_name(view)} holds {len(chosen)} of samples {start} to {stop}")
         with self._parsing(view):
-            return self._run(chosen)
+            return self._run(chosen, with_views)
 
     @contextmanager
     def _parsing(self, view: int) -> Iterator[None]:
@@ -248,7 +248,7 @@ class TarShard:
                 samples[-1][suffix] = content
         return samples
 
-    def _run(self, samples: list[dict[str, memoryview]]) -> ViewRun:
+    def _run(self, samples: list[dict[str, memoryview]], with_views: bool) -> ViewRun:
         header, count, arrays = self._header, len(samples), self._arrays
         code = np.empty((count, header.tokens, header.teacher.width), codec_of(header.codec).dtype)
         attention = np.empty((count, header.patches), np.float16)
@@ -267,5 +267,5 @@ class TarShard:
             attention_NL=attention,
             crop_N4=np.array([record["crop"] for record in records], np.int32),
             flip_N=np.array([record["flip"] for record in records], np.bool_),
-            jpegs=[bytes(sample["jpg"]) for sample in samples],
+            jpegs=[bytes(sample["jpg"]) for sample in samples] if with_views else [],
         )

@@ -440,13 +440,13 @@ class ZarrShard:
             jpegs.append((parts[0] if len(parts) == 1 else np.concatenate(parts)).data)
         return jpegs
 
-    def read(self, view: int, start: int, stop: int) -> ViewRun:
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         names = ["features", "attention", *(["scale"] if self._has_scale else [])]
         reads: list[Callable[[], Any]] = [partial(self._rows, name, start, stop, view) for name in names]
         with _reads_of(self._location) as together:
             jpegs, code_NST, attention_NL, *scales = together(
-                lambda read: read(), [partial(self._jpegs, view, start, stop), *reads]
+                lambda read: read(), [partial(self._jpegs, view, start, stop) if with_views else list, *reads]
             )
         return ViewRun(
             keys=[str(key) for key in self._small["key"][start:stop]],

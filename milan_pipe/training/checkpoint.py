@@ -19,7 +19,13 @@ from milan_pipe.storage import location_of
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
-_ADDED = {"segment.over_all_pixels": False, "targets.views.renderer": "pillow"}
+_ADDED = {
+    "segment.over_all_pixels": False,
+    "targets.views.renderer": "pillow",
+    "teachers.standardise": "none",
+    "teachers.weights": "equal",
+    "teachers.importance": "first",
+}
 """What earlier versions did where there is a choice now: their runs do not say it."""
 _OF_NO_EFFECT = frozenset(
     ("order", "targets.schema_version", "targets.codec.zstd_level", "targets.teacher.license", "targets.teacher.source")

@@ -23,7 +23,7 @@ from milan_pipe.errors import DataError, MismatchError, MissingError, SettingErr
 from milan_pipe.pretraining import run
 from milan_pipe.pretraining.bad_batch import replay
 from milan_pipe.pretraining.objective import require_fit
-from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.several import open_several
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.recorder import TrainProgress
 
@@ -60,11 +60,11 @@ def other_settings() -> None:
 
 def too_many_parts() -> None:
     ranks = Ranks(0, 4, torch.device("cpu"))
-    run.PretrainTask(Path("run"), open_targets(store()), params({}, batch_size=7, accumulate=2), ranks, None)
+    run.PretrainTask(Path("run"), open_several([store()]), params({}, batch_size=7, accumulate=2), ranks, None)
 
 
 def canonical_streams() -> None:
-    ranks, reader, too_few = Ranks(0, 4, torch.device("cpu")), open_targets(store()), params({}, canonical_streams=3)
+    ranks, reader, too_few = Ranks(0, 4, torch.device("cpu")), open_several([store()]), params({}, canonical_streams=3)
     with warnings.catch_warnings(action="error"):
         run.PretrainTask(Path("run"), reader, too_few, ranks, None)
 
@@ -134,14 +134,14 @@ CASES: dict[str, Case] = {
     "no teacher online": (
         lambda: train(store(), targets="online"),
         SettingError,
-        "pretrain.targets is 'online' with target 'clip'; it needs one of features, as 'clip', and, from Python, "
-        "teacher_for",
+        "pretrain.targets is 'online' with target 'clip'; it needs one of features, as 'clip', one store as it is, "
+        "and, from Python, teacher_for",
     ),
     "pixels online": (
         lambda: train(store(), targets="online", target="pixels"),
         SettingError,
-        "pretrain.targets is 'online' with target 'pixels'; it needs one of features, as 'clip', and, from Python, "
-        "teacher_for",
+        "pretrain.targets is 'online' with target 'pixels'; it needs one of features, as 'clip', one store as it is, "
+        "and, from Python, teacher_for",
     ),
     "no such target": (
         lambda: train(store(), target="hogs"),

@@ -89,7 +89,7 @@ def layer_norm(token: Tensor) -> Tensor:
 def plain_loss(case: str, objective: Objective, batch: Batch) -> Tensor:
     """From the student's own prediction, one token at a time."""
     found = objective.predict(batch, 3)
-    features_BST = objective.codec.decode(batch.code_BST, batch.scale_BS).double()
+    features_BST = objective.codecs[0].decode(batch.code_BST, batch.scale_BS).double()
     hidden_BL = found.split.masked_map()
     terms = [part.prediction_BST.double() for part in found.parts]
     losses: list[list[Tensor]] = [[] for _ in terms]
