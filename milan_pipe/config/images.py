@@ -25,8 +25,12 @@ class PrepareSettings(Settings):
     samples_per_shard: int = Field(500, ge=1, le=1_000_000, description="most images in one shard")
     split: str = Field("train", pattern=r"^[A-Za-z0-9_]+$", description="of a source that names no splits")
     image_column: str | None = Field(None, description="of tables: bytes, paths or URLs; null: found by name")
-    label_column: str | None = Field(None, description="of tables: labels; null: found by name")
-    caption_column: str | None = Field(None, description="of tables: captions; null: found by name")
+    label_column: str | Literal[False] | None = Field(
+        None, description="of tables: labels; null: found by name; false: none"
+    )
+    caption_column: str | Literal[False] | None = Field(
+        None, description="of tables: captions; null: found by name; false: none"
+    )
     downloads: int = Field(32, ge=1, le=1024, description="URLs that each process fetches at once, 1 to 1024")
     download_seconds: float = Field(20.0, gt=0, le=3600, description="for one try to fetch a URL; there are three")
 

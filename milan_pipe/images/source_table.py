@@ -255,7 +255,7 @@ def _columns(file: ShardFile, header: Header, settings: PrepareSettings) -> _Col
     kinds = header.columns
     for setting in ("image_column", "label_column", "caption_column"):
         name = getattr(settings, setting)
-        if name is not None and name not in kinds:
+        if name and name not in kinds:
             raise SettingError(f"prepare.{setting} is {name!r}, {file} has the columns {some(list(kinds), 12)}")
     with_bytes = [name for name, kind in kinds.items() if kind == "bytes"]
     with_text = [name for name, kind in kinds.items() if kind == "text"]
@@ -267,10 +267,17 @@ def _columns(file: ShardFile, header: Header, settings: PrepareSettings) -> _Col
             "as in `image`, or their paths or URLs, as in `path` or `url`: name it with prepare.image_column"
         )
     others = [name for name in kinds if name != image]
-    label = settings.label_column or _named(others, _LABEL_NAMES) or _only(file, "label", list(header.class_names))
-    texts = [name for name in others if kinds[name] in ("text", "texts")]
-    caption = settings.caption_column or _named(texts, _CAPTION_NAMES)
-    return _Columns(image=image, holds_bytes=kinds[image] == "bytes", label=label, caption=caption)
+    label, caption = settings.label_column, settings.caption_column
+    if label is None:
+        label = _named(others, _LABEL_NAMES) or _only(file, "label", list(header.class_names))
+    if label and kinds[label] not in ("text", "number"):
+        raise LabelError(
+            f"{file}: column {label} has values of type {kinds[label]}, no labels; expected whole numbers from 0, or "
+            "names: name another one with prepare.label_column=NAME, or none with prepare.label_column=false"
+        )
+    if caption is None:
+        caption = _named([name for name in others if kinds[name] in ("text", "list of text")], _CAPTION_NAMES)
+    return _Columns(image=image, holds_bytes=kinds[image] == "bytes", label=label or None, caption=caption or None)
 
 
 def _named(names: Sequence[str], known: Sequence[str]) -> str | None:

@@ -26,8 +26,8 @@ class Header:
     """What a table says of its columns.
 
     Attributes:
-        columns: what each holds, by name: `bytes` (an encoded image, plain or as the hub keeps it), `text`, `texts`
-            (lists), `number` or `other`.
+        columns: what each holds, by name: `bytes` (an encoded image, plain or as the hub keeps it), `text`, `list of
+            text`, `number`, or else the name of its type.
         class_names: of columns whose labels are numbers with names, as the hub keeps them.
     """
 
@@ -127,17 +127,17 @@ def _kind(of: Any) -> str:
 
     if types.is_struct(of):
         names = {of.field(number).name: of.field(number).type for number in range(of.num_fields)}
-        return "bytes" if "bytes" in names and _kind(names["bytes"]) == "bytes" else "other"
+        return "bytes" if "bytes" in names and _kind(names["bytes"]) == "bytes" else "struct"
     if types.is_dictionary(of):
         return _kind(of.value_type)
     if types.is_list(of) or types.is_large_list(of):
-        return "texts" if _kind(of.value_type) == "text" else "other"
+        return "list of text" if _kind(of.value_type) == "text" else "list"
     kinds = {
         "bytes": (types.is_binary, types.is_large_binary),
         "text": (types.is_string, types.is_large_string, types.is_null),
         "number": (types.is_integer, types.is_floating),
     }
-    return next((kind for kind, tests in kinds.items() if any(test(of) for test in tests)), "other")
+    return next((kind for kind, tests in kinds.items() if any(test(of) for test in tests)), str(of).partition("<")[0])
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:

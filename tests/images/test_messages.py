@@ -342,6 +342,21 @@ CASES: dict[str, Case] = {
         "a.parquet: '-2' in column label is no label; expected whole numbers from 0, names, or nothing (-1) where "
         "there is none",
     ),
+    **{
+        f"labels that are {name}": (
+            lambda values=values: table(image=[PNG], labels=values),
+            LabelError,
+            f"a.parquet: column labels has values of type {kind}, no labels; expected whole numbers from 0, or names: "
+            "name another one with prepare.label_column=NAME, or none with prepare.label_column=false",
+        )
+        for name, values, kind in [
+            ("lists of numbers", [[1, 2]], "list"),
+            ("lists of names", [["a", "b"]], "list of text"),
+            ("structs", [{"a": 1}], "struct"),
+            ("true and false", [True], "bool"),
+            ("bytes", [b"a"], "bytes"),
+        ]
+    },
     "other classes": (
         classes_that_differ,
         DataError,

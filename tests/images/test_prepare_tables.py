@@ -24,6 +24,7 @@ from support.images import image, png
 from support.web import Web, send, web_server
 
 from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, LabelError
 from milan_pipe.images import download as download_module
 from milan_pipe.images import source_table, table
@@ -446,6 +447,16 @@ def test_labels_of_a_list_are_what_they_say(tmp_path: Path, labels: list[str], f
     source = write_csv(tmp_path / "list.csv", [{"path": "a.jpg", "label": label} for label in labels])
     run(source, tmp_path / "out")
     assert [sample.label for sample in samples(tmp_path / "out")] == found
+
+
+def test_labels_and_captions_that_are_not_wanted(tmp_path: Path) -> None:
+    rows = {"image": [PICTURES[0]], "labels": [[1, 2]], "text": ["a"], "other": [3]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    none = load_params(None, ["prepare.label_column=false", "prepare.caption_column=false"]).prepare
+    prepare(tmp_path / "a.parquet", tmp_path / "none", none, workers=1)
+    run(tmp_path / "a.parquet", tmp_path / "other", label_column="other")
+    found = [(s.label, s.caption) for name in ("none", "other") for s in samples(tmp_path / name)]
+    assert found == [(-1, None), (3, "a")]
 
 
 @pytest.mark.parametrize("labels", [["0", "10", "N/A"], ["1.5", "2"], ["-2", "3"], ["0", "cat"]])
