@@ -191,14 +191,22 @@ def _location(folder: str) -> Location:
     return location_of(folder)
 
 
-def _from_store(url: str) -> bytes:
-    folder, name = split_url(url)
+def stored(location: Location, path: str) -> bytes:
+    """The bytes of a file in an object store or on a hub; raises DataError as `download`."""
     try:
-        location = _location(folder)
-        if location.size(name) > MAX_DOWNLOADED_BYTES:
+        if location.size(path) > MAX_DOWNLOADED_BYTES:
             raise DataError(f"larger than the {MAX_DOWNLOADED_BYTES} bytes that are fetched")
-        return location.read(name)
+        return location.read(path)
     except DataError:
         raise
     except MilanError as error:
         raise DataError(str(error)) from None
+
+
+def _from_store(url: str) -> bytes:
+    folder, name = split_url(url)
+    try:
+        location = _location(folder)
+    except MilanError as error:
+        raise DataError(str(error)) from None
+    return stored(location, name)

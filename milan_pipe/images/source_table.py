@@ -16,7 +16,7 @@ from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, LabelError, SettingError, without_secrets
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels, stored_suffix
-from milan_pipe.images.download import download
+from milan_pipe.images.download import download, stored
 from milan_pipe.images.files import files_under, read_file, suffix_of
 from milan_pipe.images.shards import ShardFile, expand_shards, shard_file
 from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption, printable_name
@@ -136,6 +136,9 @@ class _Table:
         # A list from elsewhere has no say about the files of this machine.
         if image.startswith("/") or ".." in PurePosixPath(image).parts:
             raise DataError("the path leads out of its list's folder, which is not on this machine")
+        if folder.listable:
+            # Not by its address, which may lead to a later commit of a hub.
+            return stored(folder, image)
         return download(f"{folder.address}/{image}", self.settings.download_seconds)
 
 
@@ -160,6 +163,7 @@ def find_tables(source: str | Path) -> list[TableFile]:
 
     Raises:
         MissingError, SettingError, StoreError: as `expand_shards`.
+        DataError: a folder cannot be listed, or a table's web address has a query.
     """
     text = str(source)
     suffix = suffix_of(text)
@@ -167,6 +171,11 @@ def find_tables(source: str | Path) -> list[TableFile]:
         root = Path(text)
         return _below(
             location_of(root), (path.relative_to(root).as_posix() for path in files_under(root, ("parquet",)))
+        )
+    if suffix_of(text.partition("?")[0]) in TABLE_SUFFIXES and re.match(r"https?://[^?]*\?", text, re.IGNORECASE):
+        raise DataError(
+            f"source {text} is a web address with a query, as signed ones have; tables are read from addresses without "
+            "one: download it, and name the file"
         )
     if suffix in TABLE_SUFFIXES:
         one = not (glob.has_magic(text) or "{" in text)

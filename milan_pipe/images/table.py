@@ -19,6 +19,8 @@ TABLE_SUFFIXES = ("parquet", "csv", "tsv")
 
 _BYTES_AT_ONCE = 2**23
 _READ_AHEAD = 2**20
+# No field of such a row is too long for the module csv.
+_MAX_ROW_BYTES = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,19 +220,30 @@ class _Lines:
     def __init__(self, file: ShardFile, stream: IO[bytes], names: Sequence[str] = (), offset: int = 0) -> None:
         self._stream, self.bytes = stream, offset
         stream.seek(offset)
+        self._file, self._row, self._line = file, offset, 1
         separator = "\t" if suffix_of(file.name) == "tsv" else ","
         self._reader = csv.reader(self._texts(), delimiter=separator, strict=True)
-        self.names = names or next(self._reader, [])
+        self.names = names or next(self._values(), [])
 
     def _texts(self) -> Iterator[str]:
-        for line in self._stream:
+        while line := self._stream.readline(_MAX_ROW_BYTES + 1):
+            if self.bytes + len(line) - self._row > _MAX_ROW_BYTES:
+                raise DataError(
+                    f"{self._file}: the row that begins in line {self._line} is longer than the {_MAX_ROW_BYTES} bytes "
+                    "that are read; look for a quote that is not closed, or shorten it"
+                )
             # Some programs begin a file with a mark of its encoding.
             text = line.decode("utf-8" if self.bytes else "utf-8-sig")
             self.bytes += len(line)
             yield text
 
-    def rows(self) -> Iterator[dict[str, str]]:
+    def _values(self) -> Iterator[list[str]]:
         for values in self._reader:
+            self._row, self._line = self.bytes, self._reader.line_num + 1
+            yield values
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        for values in self._values():
             if values:
                 yield dict(zip(self.names, values, strict=False))
 

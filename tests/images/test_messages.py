@@ -330,6 +330,25 @@ CASES: dict[str, Case] = {
         DataError,
         "a.csv cannot be read as csv: ...; copy it again",
     ),
+    **{
+        f"list with {name}": (
+            lambda text=text: listed(text),
+            DataError,
+            f"a.csv: the row that begins in line {line} is longer than the 131072 bytes that are read; look for a "
+            "quote that is not closed, or shorten it",
+        )
+        for name, text, line in [
+            ("a long field", f"path\na.png\n{'x' * 2**17}\n", 3),
+            ("a long header", "x," * 2**17, 1),
+            ("a quote that is not closed", 'path,text\na.png,"b\n' + "c.png,d\n" * 2**15, 2),
+        ]
+    },
+    "table at a signed address": (
+        lambda: pack("https://127.0.0.1:9/a.parquet?sig=SECRET"),
+        DataError,
+        "source https://127.0.0.1:9/a.parquet?*** is a web address with a query, as signed ones have; tables are read "
+        "from addresses without one: download it, and name the file",
+    ),
     "label that is a fraction": (
         lambda: table(image=[PNG], label=[0.5]),
         LabelError,

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import pickle
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support import processes
+from support.hub import hub_of, use_hub
 from support.images import image, png
 from support.web import Web, send, web_server
 
@@ -32,7 +34,7 @@ from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.index import read_index
 from milan_pipe.images.prepare import PrepareReport, prepare
 from milan_pipe.images.shards import ShardFile
-from milan_pipe.images.source_table import split_of
+from milan_pipe.images.source_table import find_tables, split_of, table_source
 from milan_pipe.images.table import read_rows, rows_and_labels
 from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.storage.local import LocalFolder
@@ -486,6 +488,23 @@ def test_a_list_on_a_server_has_no_say_about_this_machine(tmp_path: Path, web: W
     assert [s.data for s in samples(tmp_path / "out")] == [PICTURES[1]]
     reason = "the path leads out of its list's folder, which is not on this machine"
     assert [found for _, found in report.bad] == [reason, reason]
+
+
+def test_a_list_on_a_hub_and_its_images_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "list.csv", [{"path": "sub/0.png"}])
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    (tmp_path / "1.png").write_bytes(PICTURES[1])
+    with hub_of(tmp_path / "hub") as hub:
+        use_hub(hub.endpoint, tmp_path / "cache", monkeypatch)
+        for number in (0, 1):
+            files = {"in/list.csv": tmp_path / "list.csv", "in/sub/0.png": tmp_path / f"{number}.png"}
+            hub.commit("datasets/org/data", files)
+            if number == 0:
+                url = "hf://datasets/org/data/in/list.csv"
+                (job,) = table_source(url, find_tables(url), PrepareSettings()).jobs
+        # As to another process.
+        ((_, members),) = pickle.loads(pickle.dumps(job.part)).members([])
+    assert members["png"] == PICTURES[0]
 
 
 @pytest.mark.parametrize(
