@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +410,11 @@ class TestHub(ReadContract):
             with pytest.raises(StoreError, match=said) as caught:
                 ask()
             assert "\n" not in str(caught.value)
+        # A thread that still asked would close the connections of other tests.
+        hub.behave(silent=())
+        for thread in threading.enumerate():
+            if thread.name == "hub":
+                thread.join()
 
     def test_many_threads_read_at_once(self, hub: Hub, location: Location) -> None:
         self.put(location, "a", bytes(range(250)))

@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,7 +32,7 @@ class State:
         private: repositories that only who has the token can see.
         page: entries in one answer to a request for a list.
         fail_every: every n-th request is answered 503; 0: none.
-        silent: routes that are never answered.
+        silent: routes that are not answered while they are in it.
         elsewhere: what the other host answers: 0 as it should, a status, or 1 where there is no such host.
         requests: method and path of all that came in.
         leaks: paths on the other host that were asked for with a token.
@@ -186,8 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, route: str, **parts: str) -> None:
         prefix = "datasets/" if parts.pop("kind", "") == "dataset" else ""
         repository = prefix + parts.pop("name", "")
-        if route in self.hub.silent:
-            threading.Event().wait()
+        while route in self.hub.silent:
+            time.sleep(0.02)
         if repository in self.hub.refuse:
             raise _RefusedError(*self.hub.refuse[repository])
         if repository and route not in _WRITES:
