@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         replay,
         report,
         segment,
+        segment_probe,
         train_clip,
         verify_targets,
     )
@@ -65,6 +66,7 @@ __all__ = [
     "replay",
     "report",
     "segment",
+    "segment_probe",
     "train_clip",
     "verify_targets",
 ]

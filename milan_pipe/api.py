@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from milan_pipe.config.training import Precision
     from milan_pipe.embeddings.run import EmbedProgress, EmbedReport
     from milan_pipe.evaluation.frozen import KnnReport, LinearProbeReport
+    from milan_pipe.evaluation.segment_probe import SegmentProbeReport
     from milan_pipe.extraction.run import ExtractProgress, ExtractReport
     from milan_pipe.images.prepare import PrepareReport
     from milan_pipe.interop.published_file import ImportReport
@@ -284,6 +285,21 @@ def segment(
     from milan_pipe.evaluation.supervised import run_supervised
 
     return run_supervised(SegmentTask, checkpoint, train, val, run, params, on_progress)
+
+
+def segment_probe(
+    checkpoint: Where,
+    train: Where,
+    val: Where,
+    params: Params = DEFAULT,
+    *,
+    keep: Where | None = None,
+    on_progress: Callable[[int, int, str], None] = _ignore,
+) -> SegmentProbeReport:
+    """mIoU of frozen patch features by a linear head and by nearest neighbours; `keep` as of `knn`."""
+    from milan_pipe.evaluation.segment_probe import segment_probe
+
+    return segment_probe(checkpoint, train, val, params, keep=keep, on_progress=on_progress)
 
 
 def lars_probe(

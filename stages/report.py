@@ -10,17 +10,26 @@ from milan_pipe.cli.console import as_command
 from stages.layout import EVALUATIONS, MAE_RUN, METRICS, REPORT, RUN, SEGMENTED, SUBJECTS, TUNED
 
 _COLUMNS = {
-    "k-NN": "knn.json",
-    "linear probe": "linear_probe.json",
-    "fine-tuned": "finetune.json",
-    "mIoU": "segment.json",
+    "k-NN": ("knn.json",),
+    "linear probe": ("linear_probe.json",),
+    "fine-tuned": ("finetune.json",),
+    "mIoU, linear head": ("segment_probe.json", "linear"),
+    "mIoU, k-NN": ("segment_probe.json", "knn"),
+    "mIoU": ("segment.json",),
 }
+
+
+def _scores(file: str, *parts: str) -> dict[str, float]:
+    values = json.loads((METRICS / file).read_text())
+    for part in parts:
+        values = values[part]
+    return dict(values)
 
 
 def _table() -> Table:
     table = Table(title="On unseen scenes", title_justify="left", title_style="bold")
     table.add_column("features")
-    values = {title: json.loads((METRICS / file).read_text()) for title, file in _COLUMNS.items()}
+    values = {title: _scores(*column) for title, column in _COLUMNS.items()}
     for title in values:
         table.add_column(title, justify="right")
     for name in SUBJECTS.values():
@@ -38,7 +47,7 @@ if __name__ == "__main__":
         cli.report(
             [*students, *transferred],
             REPORT,
-            evaluations=[str(EVALUATIONS / name) for name in ("knn", "linear-probe")],
+            evaluations=[str(EVALUATIONS / name) for name in ("knn", "linear-probe", "segment-probe")],
             extraction=extraction if did_something else None,
         )
         Console().print(_table())

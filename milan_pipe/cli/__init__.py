@@ -12,7 +12,7 @@ from milan_pipe.cli.base import app, main
 from milan_pipe.cli.images import plan, prepare, recipes  # isort: skip
 from milan_pipe.cli.targets import convert_targets, extract_targets, train_clip, verify_targets  # isort: skip
 from milan_pipe.cli.pretraining import pretrain, replay  # isort: skip
-from milan_pipe.cli.evaluation import finetune, knn, linear_probe, segment  # isort: skip
+from milan_pipe.cli.evaluation import finetune, knn, linear_probe, segment, segment_probe  # isort: skip
 from milan_pipe.cli.embeddings import embed  # isort: skip
 from milan_pipe.cli.reports import inspect_student, inspect_targets, report  # isort: skip
 from milan_pipe.cli.demo import demo  # isort: skip
@@ -22,5 +22,5 @@ from milan_pipe.cli.interop import export, import_published, push  # isort: skip
 __all__ = [
     "app", "convert_targets", "demo", "doctor", "embed", "export", "extract_targets", "finetune", "import_published",
     "inspect_student", "inspect_targets", "knn", "linear_probe", "main", "plan", "prepare", "pretrain", "push",
-    "recipes", "replay", "report", "segment", "train_clip", "verify_targets",
+    "recipes", "replay", "report", "segment", "segment_probe", "train_clip", "verify_targets",
 ]  # fmt: skip

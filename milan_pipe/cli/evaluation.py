@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from milan_pipe.cli.training import run_training, scored_rows
 from milan_pipe.errors import SettingError
 
 _TOP = {"top1": "top-1", "top5": "top-5"}
+_HEADS = {"linear": "linear head", "knn": "k-NN"}
 _MIOU = {"miou": "mIoU", "aacc": "pixel accuracy", "macc": "class accuracy"}
 
 TrainArgument = Annotated[
@@ -136,7 +138,8 @@ def segment(
 
     def rows(report: Any) -> dict[str, str]:
         scores = scored_rows(report, _MIOU) | _share(settings.segment.train_fraction)
-        scores["IoU of classes"] = _classes(Path(run) / PER_CLASS_FILE)
+        file = Path(run) / PER_CLASS_FILE
+        scores["IoU of classes"] = f"{_classes(json.loads(file.read_text(encoding='utf-8')))}, all in {file}"
         if "ms_miou" in report.scores:
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
@@ -145,12 +148,47 @@ def segment(
     return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
 
 
-def _classes(file: Path) -> str:
-    """The classes that are told best and worst; the file has all."""
-    known = [row for row in json.loads(file.read_text(encoding="utf-8")) if row["iou"] is not None]
-    ordered = sorted(known, key=lambda row: row["iou"])
+def _classes(table: Sequence[Mapping[str, Any]]) -> str:
+    """The classes that are told worst and best."""
+    ordered = sorted((row for row in table if row["iou"] is not None), key=lambda row: row["iou"])
     low, high = (f"{row['name']} {100 * row['iou']:.1f} %" for row in (ordered[0], ordered[-1]))
-    return f"from {low} to {high}, all in {file}"
+    return f"from {low} to {high}"
+
+
+@app.command("segment-probe")
+def segment_probe(
+    checkpoint: SubjectArgument,
+    train: MasksArgument,
+    val: ValArgument,
+    keep: KeepOption = None,
+    params: ParamsOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> Any:
+    """MIoU of frozen patch features, without training a network: a linear head, and nearest neighbours.
+
+    Images are tested as segment tests them, by sliding windows of the subject's input. Masks and classes are those of
+    segment, with its settings segment.classes, segment.ignore_index and segment.reduce_zero_label.
+
+    segment_probe.heads=[knn] takes one head alone. --json has the table of all classes.
+
+    Example: milan-pipe segment-probe run 'images/train-*.tar' 'images/test-*.tar'
+    """
+    settings = milan_pipe.load_params(params, overrides or ())
+    with progress("what") as update:
+        report = milan_pipe.segment_probe(
+            checkpoint,
+            train,
+            val,
+            settings,
+            keep=keep,
+            on_progress=lambda done, total, what: update(done, total, what=what),
+        )
+    rows = {}
+    for name, found in report.heads.items():
+        rows[f"mIoU, {_HEADS[name]}"] = f"{100 * found.miou:.2f} %, pixel accuracy {100 * found.aacc:.2f} %"
+        rows[f"IoU, {_HEADS[name]}"] = _classes(found.classes)
+    return show(f"patch features of {report.subject}", rows | _frozen_rows(report), report, as_json)
 
 
 @app.command("linear-probe")

@@ -143,8 +143,8 @@ def report(
     skipped), every score with the command that makes it again, images of targets, predictions and segmentations. The
     page holds all of it: it can be mailed, and asks no network.
 
-    Scores of knn and linear-probe are found in the runs that they were given; runs of finetune, segment and
-    linear-probe are named beside those that they began with.
+    Scores of knn, linear-probe and segment-probe are found in the runs that they were given; runs of finetune, segment
+    and linear-probe are named beside those that they began with.
 
     Example: milan-pipe report run mae tuned segmented --out report.html
     """

@@ -10,6 +10,8 @@ from milan_pipe.config.base import Settings
 from milan_pipe.config.training import Beta, SupervisedSettings
 
 Scale = Annotated[float, Field(gt=0)]
+Head = Literal["linear", "knn"]
+"""What labels frozen patch features: a linear map that is trained, or the nearest patches of TRAIN."""
 Pool = Literal["cls", "mean"]
 """Which tokens stand for the image: the class token, or the mean of the patches."""
 
@@ -123,3 +125,27 @@ class SegmentSettings(SupervisedSettings):
     reduce_zero_label: bool | None = Field(None, description="0 is no class, k class k - 1; none: as ADE20K's layout")
     eval_every: int = Field(240, ge=1, description="steps between two evaluations")
     train_fraction: float = Field(1.0, gt=0, le=1, description="share of the images that is trained on")
+
+
+class SegmentProbeSettings(Settings):
+    """How patch features are judged by masks, which segment.classes, .ignore_index and .reduce_zero_label explain.
+
+    Lengths and rates are the linear head's; their defaults are those of the scenes.
+    """
+
+    heads: tuple[Head, ...] = Field(
+        ("linear", "knn"), min_length=1, description="linear: a linear map; knn: nearest patches of TRAIN"
+    )
+    images: int | None = Field(1000, ge=1, description="most images of TRAIN that are used, drawn by seed; none: all")
+    short_side: int | None = Field(None, ge=1, description="of images; none: the side of the subject's input")
+    memory_gb: float = Field(8.0, gt=0, description="most that features and masks of TRAIN may take; more is an error")
+    seed: int = Field(0, ge=0, description="draws images, bank and batches, and the linear map's first weights")
+    steps: int = Field(200, ge=1)
+    warmup_steps: int = Field(8, ge=0)
+    batch_size: int = Field(16, ge=1, description="windows in a step")
+    lr: float = Field(1e-2, gt=0, description="of AdamW, as it is used, whatever the batch")
+    power: float = Field(1.0, gt=0, description="of the polynomial decay")
+    weight_decay: float = Field(1e-4, ge=0)
+    bank: int = Field(8192, ge=1, description="most patches of TRAIN that are searched, drawn by seed")
+    neighbours: int = Field(30, ge=1, description="patches of the bank that each patch of VAL asks")
+    temperature: float = Field(0.02, gt=0, allow_inf_nan=False, description="weights are softmax(cosine / temperature)")

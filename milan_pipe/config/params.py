@@ -17,6 +17,7 @@ from milan_pipe.config.evaluation import (
     KnnSettings,
     LarsProbeSettings,
     LinearProbeSettings,
+    SegmentProbeSettings,
     SegmentSettings,
 )
 from milan_pipe.config.extraction import ExtractSettings
@@ -61,6 +62,7 @@ class Params(Settings):
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     lars_probe: LarsProbeSettings = Field(default_factory=LarsProbeSettings)
     segment: SegmentSettings = Field(default_factory=SegmentSettings)
+    segment_probe: SegmentProbeSettings = Field(default_factory=SegmentProbeSettings)
     linear_probe: LinearProbeSettings = Field(default_factory=LinearProbeSettings)
     clip: ClipSettings = Field(default_factory=ClipSettings)
 

@@ -117,6 +117,33 @@ class LinearProbeReport(FrozenReport):
     converged: bool
 
 
+def make_kept_folder(keep: str | Path | None) -> None:
+    """Make the folder for a result, where one is named: before the work, not after it; StoreError if it cannot be."""
+    if keep is not None:
+        make_folder(local_folder(keep, "results"), ADVICE)
+
+
+def keep_result(subject: Subject, keep: str | Path | None, task: str, data: str, **values: Any) -> str | None:
+    """Keep a result in the folder that is named, or in the run of the subject; returns the file, if there is one.
+
+    Args:
+        values: what else an `Evaluation` has.
+    """
+    evaluation = Evaluation(
+        task=task, subject=subject.name, identity=subject.identity, data=without_secrets(data), **values
+    )
+    run = run_of(subject.name)
+    folder = Path(keep) if keep is not None else run / FOLDER if run is not None else None
+    try:
+        return str(keep_evaluation(folder, evaluation)) if folder is not None else None
+    except StoreError as error:
+        if keep is not None:
+            raise
+        # The result is there, and no file was asked for.
+        warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+        return None
+
+
 class FrozenSets:
     """Features of the train and of the test images, and where results on them are kept.
 
@@ -142,9 +169,7 @@ class FrozenSets:
         keep: str | Path | None,
         on_progress: Callable[[int], None],
     ) -> None:
-        if keep is not None:
-            # Before the work, not after it.
-            make_folder(local_folder(keep, "results"), ADVICE)
+        make_kept_folder(keep)
         self.params, self._keep = params, keep
         self._arguments = checkpoint, train, test
         self._subject = subject = subject_of(checkpoint, params)
@@ -177,24 +202,15 @@ class FrozenSets:
         """Keep a result in the folder that was named, or in the run of the checkpoint; the fields of `FrozenReport`."""
         checkpoint, train, test = self._arguments
         sections = student_sections(checkpoint, "embed", "pretrain.seed", section)
-        evaluation = Evaluation(
-            task=task,
-            subject=self._subject.name,
-            identity=self._subject.identity,
+        kept = keep_result(
+            self._subject,
+            self._keep,
+            task,
+            f"{train} -> {test}",
             scores=scores,
-            data=without_secrets(f"{train} -> {test}"),
             command=command_of(task, [checkpoint, train, test, *flags], self.params, sections),
             **self._counts,
         )
-        run, kept = run_of(self._subject.name), None
-        folder = Path(self._keep) if self._keep is not None else run and run / FOLDER
-        try:
-            kept = folder and str(keep_evaluation(folder, evaluation))
-        except StoreError as error:
-            if self._keep is not None:
-                raise
-            # The result is there, and no file was asked for.
-            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
         return {"subject": self._subject.name, **self._counts, "bad": self._bad, "kept": kept}
 
 

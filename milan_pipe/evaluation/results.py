@@ -18,7 +18,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One result of `knn` or `linear-probe`.
+    """One result of `knn`, `linear-probe` or `segment-probe`.
 
     Attributes:
         subject: path of a checkpoint, `random` or `teacher`.
@@ -59,7 +59,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             found.append(Evaluation(**values))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{file} is no result that `milan-pipe knn` or `linear-probe` kept ({error}); remove it, and run them "
-                "again"
+                f"{file} is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept ({error}); remove "
+                "it, and run them again"
             ) from error
     return found

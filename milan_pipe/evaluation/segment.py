@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.drawing.sheet import Segmentation, draw_sheet, segmentation_sheet
-from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.batches import share_of_classes
+from milan_pipe.evaluation.masks import pixel_losses, rule_and_names
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment_views import TestMasks, TrainingMasks
-from milan_pipe.evaluation.sliding import predict, scaled_size
+from milan_pipe.evaluation.sliding import predict, scaled_size, usual_stride
 from milan_pipe.evaluation.supervised import ImageBatch, Start, SupervisedTask
 from milan_pipe.evaluation.upernet import build_upernet
-from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images, read_classes
+from milan_pipe.images.masked import masked_images
 from milan_pipe.storage.local import write_file
 from milan_pipe.training.optim import build_adamw, polynomial_lr
 
@@ -55,45 +55,7 @@ class SegmentObjective(nn.Module):
         mask_BHW = batch.target.long()
         labelled = (mask_BHW >= 0).sum().clamp(min=1)
         pixels = mask_BHW.numel() if self.over_all else labelled
-        return (_pixel_losses(logits, mask_BHW) + self.auxiliary * _pixel_losses(auxiliary, mask_BHW)) / pixels
-
-
-def _pixel_losses(logits_BGHW: Tensor, mask_BHW: Tensor) -> Tensor:
-    # Pixels in a row, classes innermost, as UperNet leaves them, in float32: half the time of the same loss on maps.
-    logits_NG = logits_BGHW.permute(0, 2, 3, 1).flatten(0, 2)
-    return F.cross_entropy(logits_NG, mask_BHW.flatten(), ignore_index=-1, reduction="sum")
-
-
-def _rule_and_names(
-    train: MaskedImages, val: MaskedImages, settings: SegmentSettings
-) -> tuple[MaskRule, tuple[str, ...]]:
-    if train.classes is not None and val.classes is not None and train.classes != val.classes:
-        raise MismatchError(
-            f"TRAIN and VAL have different class lists: {train.where} {_described(train.classes)}, {val.where} "
-            f"{_described(val.classes)}"
-        )
-    given = settings.classes if settings.classes is not None else train.classes or val.classes
-    if given is None:
-        raise SettingError(
-            f"the classes of {train.where} are not known; set segment.classes to a file with their names, one a "
-            "line, or to their number, or put a classes.txt beside the folders"
-        )
-    if isinstance(given, str):
-        given = read_classes(given)
-    names = tuple(f"class {number}" for number in range(given)) if isinstance(given, int) else given
-    if len(names) < 2:
-        raise SettingError(f"there is one class, {names[0]!r}; a segmentation needs two at least")
-    reduce = settings.reduce_zero_label
-    rule = MaskRule(
-        classes=len(names),
-        ignore_index=settings.ignore_index,
-        zero_is_ignored=train.zero_is_ignored if reduce is None else reduce,
-    )
-    return rule, names
-
-
-def _described(classes: tuple[str, ...] | int) -> str:
-    return f"{classes} classes" if isinstance(classes, int) else f"{len(classes)} classes ({', '.join(classes[:5])})"
+        return (pixel_losses(logits, mask_BHW) + self.auxiliary * pixel_losses(auxiliary, mask_BHW)) / pixels
 
 
 class SegmentTask(SupervisedTask[SegmentSettings]):
@@ -107,7 +69,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         settings = start.settings
         train = masked_images(start.train, "train", start.bad.add)
         val = masked_images(start.val, "val", start.bad.add)
-        rule, self._names = _rule_and_names(train, val, settings)
+        rule, self._names = rule_and_names(train, val, settings)
         sizes, model = build_upernet(start.backbone, settings, len(self._names), start.head_seed)
         model.encoder.set_grad_checkpointing(settings.checkpoint_activations)
         if start.ranks.count > 1 and start.ranks.device.type == "cuda":
@@ -121,7 +83,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         self.steps = settings.steps
         self.objective = SegmentObjective(model, settings.auxiliary, settings.over_all_pixels)
         self._side, self._short = side, settings.short_side or side
-        self._stride = settings.stride or max(1, round(side * 341 / 512))
+        self._stride = settings.stride or usual_stride(side)
         self.take = TrainingMasks(
             masks=TestMasks(train, rule), side=side, short=self._short, ratio=settings.ratio, seed=settings.seed
         )

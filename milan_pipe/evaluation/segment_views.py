@@ -15,8 +15,9 @@ from milan_pipe.images.decode import decode_image
 from milan_pipe.images.masked import MaskedImages, MaskRule, decode_mask
 from milan_pipe.random_bits import seed_of
 
-# What is nearest to zero once it is normalised.
-_PADDING = [round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN]
+PADDING = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+"""What is nearest to zero once it is normalised."""
+
 _TRIES = 10
 _MOST_OF_ONE_CLASS = 0.75
 
@@ -115,7 +116,7 @@ class TrainingMasks:
         if rng.random() < 0.5:
             image = ImageOps.mirror(image)
             mask_HW = mask_HW[:, ::-1]
-        pixels_HWC = np.full((side, side, 3), _PADDING, np.uint8)
+        pixels_HWC = np.full((side, side, 3), PADDING, np.uint8)
         pixels_HWC[: image.height, : image.width] = np.asarray(photometric(image, rng))
         padded_HW = np.full((side, side), -1, np.int32)
         padded_HW[: image.height, : image.width] = mask_HW

@@ -13,7 +13,12 @@ from torch.nn import functional as F
 from milan_pipe.student.pixels import normalise
 
 Classifier = Callable[[Tensor], Tensor]
-"""(B, 3, W, W) normalised floats to (B, G, W, W) logits, W the window's side."""
+"""(B, 3, W, W) pixels to (B, G, W, W) logits, W the window's side."""
+
+
+def usual_stride(window: int) -> int:
+    """Two thirds of the window: 341 of 512."""
+    return max(1, round(window * 341 / 512))
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -23,22 +28,27 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+def window_corners(height: int, width: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """Top and left of the windows of an image, row by row."""
+    tall, wide = (window_starts(length, window, stride) for length in (height, width))
+    return [(top, left) for top in tall for left in wide]
+
+
 def sliding_logits(
     classify: Classifier, images: Sequence[Tensor], window: int, stride: int, batch: int
 ) -> list[Tensor]:
     """Of each (3, H, W) image (G, H, W), the mean over the windows that cover each pixel.
 
-    A side shorter than the window is padded with zeros. Each call of `classify` has up to `batch` windows, of as many
-    images as it takes.
+    Pixels are what `classify` takes. A side shorter than the window is padded with zeros. Each call of `classify` has
+    up to `batch` windows, of as many images as it takes.
     """
     padded, corners = [], []
     for number, pixels_CHW in enumerate(images):
         height, width = pixels_CHW.shape[-2:]
         padded.append(F.pad(pixels_CHW, (0, max(0, window - width), 0, max(0, window - height))))
-        tall, wide = (window_starts(length, window, stride) for length in (height, width))
-        corners += [(number, top, left) for top in tall for left in wide]
+        corners += [(number, *corner) for corner in window_corners(height, width, window, stride)]
     totals: dict[int, Tensor] = {}
-    counts = [pixels_CHW.new_zeros(pixels_CHW.shape[-2:]) for pixels_CHW in padded]
+    counts = [torch.zeros(pixels_CHW.shape[-2:], device=pixels_CHW.device) for pixels_CHW in padded]
     for start in range(0, len(corners), batch):
         some = corners[start : start + batch]
         cut = [padded[image][:, top : top + window, left : left + window] for image, top, left in some]

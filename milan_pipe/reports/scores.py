@@ -11,14 +11,17 @@ from milan_pipe.config.subjects import BOUNDS, TEACHER, UNTRAINED
 from milan_pipe.evaluation.results import Evaluation
 from milan_pipe.reports.runs import PRETRAIN, RunRecord
 
-# The column of each task, and the score in it.
-_TASKS = {
-    "knn": ("k-NN", "best"),
-    "linear-probe --quick": ("linear probe, quick", "accuracy"),
-    "linear-probe": ("linear probe", "top1"),
-    "finetune": ("fine-tuned", "top1"),
-    "segment": ("mIoU", "miou"),
-}
+# The columns: title, task, and the score of it.
+_COLUMNS = (
+    ("k-NN", "knn", "best"),
+    ("linear probe, quick", "linear-probe --quick", "accuracy"),
+    ("linear probe", "linear-probe", "top1"),
+    ("fine-tuned", "finetune", "top1"),
+    ("mIoU, linear head", "segment-probe", "linear_miou"),
+    ("mIoU, k-NN", "segment-probe", "knn_miou"),
+    ("mIoU", "segment", "miou"),
+)
+_TITLES = [title for title, _, _ in _COLUMNS]
 
 
 class Score(NamedTuple):
@@ -57,26 +60,28 @@ class Table:
 def _gather(
     runs: Sequence[RunRecord], evaluations: Iterable[Evaluation]
 ) -> tuple[dict[str, dict[tuple[str, str], list[Score]]], dict[str, str]]:
-    """Scores by student and (task, data), students in the order of the table, and their names."""
+    """Scores by student and (title, data), students in the order of the table, and their names."""
     names = {run.identity: run.name for run in runs if run.task == PRETRAIN}
     found: dict[str, dict[tuple[str, str], list[Score]]] = {identity: {} for identity in names}
 
-    def add(identity: str, subject: str, key: tuple[str, str], scores: Mapping[str, Any], command: str) -> None:
+    def add(identity: str, subject: str, task: str, data: str, scores: Mapping[str, Any], command: str) -> None:
         names.setdefault(identity, BOUNDS.get(subject, subject))
         shown = (f"{name} {value:.4g}" for name, value in scores.items() if isinstance(value, int | float))
-        score = Score(float(scores[_TASKS[key[0]][1]]), command, ", ".join(shown))
-        same = found.setdefault(identity, {}).setdefault(key, [])
-        if score not in same:
-            same.append(score)
+        all_scores = ", ".join(shown)
+        for title, of, score in _COLUMNS:
+            if of == task and score in scores:
+                same = found.setdefault(identity, {}).setdefault((title, data), [])
+                if (one := Score(float(scores[score]), command, all_scores)) not in same:
+                    same.append(one)
 
     for one in [*evaluations, *(one for run in runs for one in run.evaluations)]:
         task = "linear-probe --quick" if one.task == "linear-probe" else one.task
-        add(one.identity, one.subject, (task, one.data), one.scores, one.command)
+        add(one.identity, one.subject, task, one.data, one.scores, one.command)
     for run in runs:
         scores, record = run.report.get("scores"), run.record
         if run.task != PRETRAIN and isinstance(scores, dict):
-            key = (run.task, str(record.get("data", "")))
-            add(run.identity, str(record.get("backbone", run.name)), key, scores, str(record.get("command", "")))
+            data, command = (str(record.get(name, "")) for name in ("data", "command"))
+            add(run.identity, str(record.get("backbone", run.name)), run.task, data, scores, command)
     return found, names
 
 
@@ -87,11 +92,11 @@ def transfer_table(runs: Sequence[RunRecord], evaluations: Iterable[Evaluation] 
     the students, the teacher below them.
     """
     found, names = _gather(runs, evaluations)
-    keys = sorted({key for row in found.values() for key in row}, key=lambda key: (list(_TASKS).index(key[0]), key[1]))
+    keys = sorted({key for row in found.values() for key in row}, key=lambda key: (_TITLES.index(key[0]), key[1]))
     if not keys:
         return None
-    several = {task for task, _ in keys if sum(other == task for other, _ in keys) > 1}
-    titles = {key: _TASKS[key[0]][0] + (f", {key[1]}" if key[0] in several else "") for key in keys}
+    several = {title for title, count in Counter(title for title, _ in keys).items() if count > 1}
+    titles = {key: key[0] + (f", {key[1]}" if key[0] in several else "") for key in keys}
     order = sorted(found, key=lambda identity: {UNTRAINED: 0, BOUNDS[TEACHER]: 2}.get(names[identity], 1))
     students = [identity for identity in order if names[identity] != BOUNDS[TEACHER]]
     # Untrained students of other seeds, or teachers, have one name.

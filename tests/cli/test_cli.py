@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,7 @@ SMALL = {
     "student.depth": 1,
     "knn.neighbours": [1, 5],
     "linear_probe.l2": [0.1, 1.0],
+    "segment_probe.steps": 2,
 }
 SETTINGS = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 COMMANDS = {
@@ -44,6 +46,7 @@ COMMANDS = {
     "embed": ["CHECKPOINT", "IMAGES", "OUT"],
     "finetune": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
     "segment": ["CHECKPOINT", "TRAIN", "VAL", "RUN"],
+    "segment-probe": ["CHECKPOINT", "TRAIN", "VAL"],
     "train-clip": ["IMAGES", "OUT"],
 }
 
@@ -137,6 +140,14 @@ def test_from_images_to_scores(
     assert last_json(out).keys() == {
         "subject", "accuracy", "train_accuracy", "l2", "converged", "train", "test", "bad", "kept",
     }  # fmt: skip
+    code, out, err = run(capsys, monkeypatch, "segment-probe", "run", *shards, *SETTINGS, "--json")
+    assert code == 0, err
+    found = last_json(out)
+    assert found.keys() == {"subject", "heads", "train", "test", "bad", "kept"}
+    for head, words in (("linear", "mIoU, linear head"), ("knn", "mIoU, k-NN")):
+        assert found["heads"][head].keys() == {"miou", "aacc", "macc", "classes"}
+        assert len(found["heads"][head]["classes"]) == 22
+        assert re.search(f"{words} +│ {100 * found['heads'][head]['miou']:.2f} %", err), err
 
 
 def test_without_json_stdout_is_empty(
@@ -179,6 +190,7 @@ def mistakes(root: Path) -> dict[str, tuple[list[str], str]]:
         "no run": (["knn", str(root / "no"), train, train], "is not there"),
         "no checkpoint": (["knn", str(nothing), train, train], "has no checkpoint"),
         "unlabelled": (["knn", "random", unlabelled, unlabelled], "label"),
+        "unknown head": (["segment-probe", "random", train, train, "--set", "segment_probe.heads=[knm]"], "knm"),
         "device": (["pretrain", str(store), run_at, *SETTINGS, "--set", "pretrain.device=abacus"], "abacus"),
         "brackets": (["prepare", str(root / "[red]no[/red]"), run_at], "[red]no[/red]"),
     }
@@ -186,7 +198,7 @@ def mistakes(root: Path) -> dict[str, tuple[list[str], str]]:
 
 NAMES = (
     "no images", "empty folder", "unknown teacher", "unknown key", "no params", "schema", "no store", "other codec",
-    "no run", "no checkpoint", "unlabelled", "device", "brackets",
+    "no run", "no checkpoint", "unlabelled", "unknown head", "device", "brackets",
 )  # fmt: skip
 
 

@@ -260,6 +260,7 @@ pretrain: {batch_size: 16, epochs: 2, warmup_epochs: 1}
 knn: {neighbours: [1, 5]}
 finetune: {batch_size: 16, epochs: 1, train_fraction: 1.0}
 segment: {steps: 4, batch_size: 4, eval_every: 4, channels: 8}
+segment_probe: {steps: 4}
 """
 
 

@@ -16,7 +16,7 @@ from support.messages import Case, require_message
 from support.s3 import free_port
 from support.timm_models import timm_folder
 
-from milan_pipe.api import finetune, knn, linear_probe, segment
+from milan_pipe.api import finetune, knn, linear_probe, segment, segment_probe
 from milan_pipe.config.evaluation import (
     AugmentSettings,
     EmbedSettings,
@@ -24,6 +24,7 @@ from milan_pipe.config.evaluation import (
     KnnSettings,
     LinearProbeSettings,
     Pool,
+    SegmentProbeSettings,
     SegmentSettings,
 )
 from milan_pipe.config.params import Params
@@ -95,6 +96,13 @@ def segmented(val: str = "own", classes: str | None = "a\nb\n", mask: int | None
             Image.fromarray(np.full_like(np.array(Image.open(path)), mask)).save(path)
     recipe = {"steps": 1, "batch_size": 2, "channels": 8, "crop": 32, **change}
     return segment("random", "own", val, "run", Params(student=TINY, segment=SegmentSettings(**recipe)))
+
+
+def segment_probed(subject: str = "random", *, masks: bool = True, **change: Any) -> object:
+    images = labelled_shard(Path("own.tar"), range(4), masks=masks)
+    recipe = SegmentProbeSettings(**{"steps": 1, "neighbours": 2, **change})
+    params = Params(student=TINY, segment=SegmentSettings(classes=2), segment_probe=recipe)
+    return segment_probe(subject, images, images, params)
 
 
 def unreadable(_: object) -> object:
@@ -331,8 +339,8 @@ CASES: dict[str, Case] = {
     ),
     "no result": (
         lambda: read_evaluations(Path(file("kept/knn-1.json", '{"version": 7}')).parent), DataError,
-        "kept/knn-1.json is no result that `milan-pipe knn` or `linear-probe` kept (another version); remove it, and "
-        "run them again",
+        "kept/knn-1.json is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept (another version); "
+        "remove it, and run them again",
     ),
     "class lists": (
         lambda: segmented(val="other"), MismatchError,
@@ -357,6 +365,24 @@ CASES: dict[str, Case] = {
     "blocks": (
         lambda: segmented(blocks=(0, 1, 2, 99)), SettingError,
         "segment.blocks is [0, 1, 2, 99], expected four block numbers, not falling, from 0 to ..., as [...]",
+    ),
+    "no masks": (
+        lambda: segment_probed(masks=False), MissingError,
+        "4 of the 4 images of own.tar have no mask, as '0000'; expected a member 0000.mask.png beside each image",
+    ),
+    "a single patch": (
+        lambda: segment_probed(f"timm:local-dir:{timm_folder(Path('model'), 'map')}"), DataError,
+        "timm:local-dir:model has a grid of 1 x 1 patches; segment-probe needs two at least",
+    ),
+    "small bank": (
+        lambda: segment_probed(bank=9, neighbours=10), SettingError,
+        "segment_probe.neighbours asks for 10, the bank has 9 patches; give a smaller number, or a larger "
+        "segment_probe.bank",
+    ),
+    "memory of a probe": (
+        lambda: segment_probed(memory_gb=2e-6), SettingError,
+        "features and masks of 4 images of TRAIN take ... KB, segment_probe.memory_gb is 2e-06; set "
+        "segment_probe.images=1, or raise memory_gb",
     ),
     "one image a rank": (
         lambda: segmented(batch_size=1), SettingError,

@@ -28,7 +28,7 @@ from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, 
 from milan_pipe.evaluation.backbone import backbone_of
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment import SegmentObjective
-from milan_pipe.evaluation.segment_views import _PADDING
+from milan_pipe.evaluation.segment_views import PADDING
 from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
 from milan_pipe.evaluation.supervised import ImageBatch
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
@@ -135,7 +135,7 @@ def test_the_loss_is_a_mean_over_pixels(over_all: bool) -> None:
 
 
 def test_what_lies_outside_of_an_image_is_nearly_zero_once_normalised() -> None:
-    pixels = torch.tensor(_PADDING, dtype=torch.uint8).expand(1, 2, 2, 3)
+    pixels = torch.tensor(PADDING, dtype=torch.uint8).expand(1, 2, 2, 3)
     assert normalise(pixels).abs().max() < 0.01
 
 

@@ -93,8 +93,8 @@ CASES: dict[str, tuple[Callable[[Project], object], type[Exception], str]] = {
     "damaged evaluation": (
         lambda _: evaluation('{"version": 1}'),
         DataError,
-        "run/evaluations/knn-....json is no result that `milan-pipe knn` or `linear-probe` kept (...); remove it, and "
-        "run them again",
+        "run/evaluations/knn-....json is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept "
+        "(...); remove it, and run them again",
     ),
     "no evaluations": (
         lambda _: report(evaluations=["none"]),

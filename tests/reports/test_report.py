@@ -109,6 +109,21 @@ def test_two_untrained_students_are_two_rows_and_two_bars() -> None:
     assert [command[0] for command in table.commands] == ["untrained 1", "untrained 2"]
 
 
+def test_each_head_of_a_probe_has_a_column() -> None:
+    def result(subject: str, **scores: float) -> Evaluation:
+        return Evaluation(
+            task="segment-probe", subject=subject, identity=subject, scores=scores, data="a -> b", train=1, test=1,
+            command=f"milan-pipe segment-probe {subject} a b",
+        )  # fmt: skip
+
+    table = transfer_table((), [result("random", knn_miou=0.1), result("teacher", linear_miou=0.3, knn_miou=0.2)])
+    assert table is not None
+    assert table.columns == ["student", "mIoU, linear head", "mIoU, k-NN"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["untrained", "-", "10.0 %"], ["teacher", "30.0 %", "20.0 %"],
+    ]  # fmt: skip
+
+
 def test_each_command_is_the_command_that_made_the_number(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

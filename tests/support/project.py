@@ -33,6 +33,7 @@ SETTINGS = [
     "segment.batch_size=4",
     "segment.eval_every=4",
     "segment.channels=8",
+    "segment_probe.steps=4",
     # A weak penalty takes hundreds of iterations.
     "linear_probe.l2=[0.1, 1.0]",
 ]
