@@ -110,7 +110,7 @@ class PretrainTask(Task[Batch]):
         }
         if len(reader.stores) > 1:
             self.record["others"] = [
-                {"targets": str(store.location), "header": store.header.model_dump(mode="json")}
+                {"targets": str(store.location), "teacher": store.header.teacher.model_dump(mode="json")}
                 for store in reader.stores[1:]
             ]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError, StoreError
@@ -84,7 +84,7 @@ def statistics_of(store: TargetStore, run: Path, number: int) -> Statistics:
         # Views in turn, so that all of them count.
         view = block % store.header.views.count
         run_of = store.read(shard, view, start, min(stop, start + count), with_views=False)
-        features.append(from_numpy(decode_run(store.header.codec, run_of)))
+        features.append(decode_run(store.header.codec, run_of))
     return fit_statistics(features, width)
 
 

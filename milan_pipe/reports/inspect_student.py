@@ -24,7 +24,7 @@ from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.student.objectives import is_taught
-from milan_pipe.targets.schema import StoreHeader
+from milan_pipe.targets.schema import StoreHeader, TeacherInfo
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
 from milan_pipe.weights_file import load_weights
 
@@ -90,7 +90,11 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
             f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it "
             "was trained on, or others of the same teacher"
         )
-    others = [StoreHeader.model_validate(other["header"]) for other in record.get("others", [])]
+    # Of further stores, only how wide their features are counts here.
+    others = [
+        header.model_copy(update={"teacher": TeacherInfo.model_validate(other["teacher"])})
+        for other in record.get("others", [])
+    ]
     standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, (header, *others), params)
     objective = build_objective(header, params, device, others=others, standardise=standardise)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
