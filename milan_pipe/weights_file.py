@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,6 +155,15 @@ def mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str
     ]
     kinds = ("it lacks ", missing), ("it also has ", extra), ("", shapes)
     return "; ".join(text + some(names) for text, names in kinds if names)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, name: str = "the model") -> None:

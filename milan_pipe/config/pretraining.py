@@ -25,6 +25,13 @@ class PretrainSettings(RunSettings):
     lr: float = Field(1e-2, gt=0, description="for a batch of 256; the rate used is lr x batch_size / 256")
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="factor on the rate from each block of the student to the one below, for weights that were trained "
+        "before; the decoder has the full rate",
+    )
     shuffle_blocks: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")
     canonical_streams: int = Field(
         1, ge=1, description="parts of the order that are read side by side: as many as ranks, or a multiple of them"

@@ -18,6 +18,11 @@ class StudentSettings(Settings):
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")
     depth: int | None = Field(4, ge=1, description="number of blocks")
     heads: int | None = Field(4, ge=1, description="of each block; must divide the width")
+    init: str | None = Field(
+        None,
+        description="weights that pretraining begins with: a run, a checkpoint, a folder or a file of weights in "
+        "timm's layout, timm:NAME[.TAG] or hf-hub:ORG/NAME; none: random ones",
+    )
 
 
 class DecoderSettings(Settings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from milan_pipe.errors import DataError, SettingError
 from milan_pipe.pretrained.source import MeanStd
 from milan_pipe.student.encoder import Grid, build_encoder, grid_of
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
-from milan_pipe.weights_file import load_weights
+from milan_pipe.weights_file import load_weights, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +91,7 @@ class Backbone:
 
     def digest(self) -> str:
         """sha256 over names and values."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest(self.weights)
 
 
 def _loaded(settings: StudentSettings, weights: Mapping[str, Tensor], name: str) -> VisionTransformer:

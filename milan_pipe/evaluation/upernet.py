@@ -18,6 +18,7 @@ from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, resized
 from milan_pipe.evaluation.classifier import build_vit
 from milan_pipe.extras import needs
+from milan_pipe.student.encoder import ENCODER_LAYERS
 
 with needs("segment", "segmentation"):
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
@@ -78,10 +79,7 @@ class UperNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The encoder's layers, for timm's layer decay; the heads, which match nothing, are the last one."""
         del coarse
-        return {
-            "stem": r"encoder\.(?:cls_token|pos_embed|patch_embed|norm_pre)",
-            "blocks": [(r"encoder\.blocks\.(\d+)", None)],
-        }
+        return ENCODER_LAYERS
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (B, G, H, W) at the input's size, and in training the auxiliary head's as well."""

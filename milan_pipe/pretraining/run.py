@@ -7,10 +7,12 @@ import json
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.background import Background
@@ -26,12 +28,14 @@ from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder,
 from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, outputs_of, require_fit
+from milan_pipe.pretraining.start import keep_start, kept_start, start_from
 from milan_pipe.pretraining.statistics import Statistics, digest_of, keep_statistics, statistics_of
 from milan_pipe.storage.local import write_file
 from milan_pipe.student.objectives import is_taught
 from milan_pipe.student.standardise import Standardise, standardise_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.several import SeveralStores, open_several
+from milan_pipe.training.checkpoint import checkpoints_of
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, cosine_lr
 from milan_pipe.training.recorder import TrainProgress
@@ -71,6 +75,7 @@ class PretrainTask(Task[Batch]):
 
     name, section = None, "pretrain"
     settings: PretrainSettings
+    record: dict[str, Any]
     advice = "lower pretrain.lr, or check the targets"
 
     def __init__(
@@ -147,6 +152,8 @@ class PretrainTask(Task[Batch]):
             standardise=self._standardise(),
         )
         self.model = student = self.objective.student
+        if params.student.init is not None:
+            self._begin_with(params.student.init, params.student.model, student.encoder)
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         self._shown: Batch | None = None
         if self.settings.plot_every is not None:
@@ -156,9 +163,27 @@ class PretrainTask(Task[Batch]):
             samples = self._reader.samples(self._reader.shards[0])
             self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 
+    def _begin_with(self, init: str, model: str, encoder: VisionTransformer) -> None:
+        """Load the weights that the run begins with; a run that goes on has its own, and need not find them."""
+        if not checkpoints_of(self._run):
+            start = start_from(init, model, encoder)
+            if self._ranks.first:
+                keep_start(self._run, start)
+        else:
+            start = kept_start(self._run)
+            if encoder.pos_embed is not None:
+                encoder.pos_embed.requires_grad_(start.trains_positions)
+        self.record["init"] = asdict(start)
+
     def optimiser(self) -> torch.optim.Optimizer:
         settings = self.settings
-        return build_adamw(self.model, lr=self._peak, betas=settings.betas, weight_decay=settings.weight_decay)
+        return build_adamw(
+            self.model,
+            lr=self._peak,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
+        )
 
     def lr(self, step: int) -> float:
         warmup = round(self.settings.warmup_epochs * self.steps_per_epoch)

@@ -22,6 +22,12 @@ from milan_pipe.student.masking import MaskSplit
 Grid = tuple[int, int]
 """Patch rows and columns of an image."""
 
+ENCODER_LAYERS: dict[str, Any] = {
+    "stem": r"encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+    "blocks": [(r"encoder\.blocks\.(\d+)", None)],
+}
+"""Of a model with an `encoder`, by timm's names, for its `group_matcher`."""
+
 
 def grid_of(settings: StudentSettings) -> Grid:
     """Patch rows and columns of a student.

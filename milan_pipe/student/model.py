@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import ShapeError
 from milan_pipe.student.decoder import AnyDecoder, build_decoder
-from milan_pipe.student.encoder import build_encoder, encode_visible, grid_of
+from milan_pipe.student.encoder import ENCODER_LAYERS, build_encoder, encode_visible, grid_of
 from milan_pipe.student.masking import MaskSplit
 
 
@@ -31,6 +33,10 @@ class MaskedStudent(nn.Module):
         """Compute the blocks' activations again in the backward pass, or keep them: memory against time."""
         self.encoder.set_grad_checkpointing(wanted)
         self.decoder.checkpoint_activations = wanted
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        """The encoder's layers, for timm's layer decay; the decoder, which matches nothing, is the last one."""
+        return ENCODER_LAYERS
 
     def units(self) -> list[nn.Module]:
         """Blocks of encoder and decoder, each alike: what is sharded and compiled one at a time."""

@@ -22,6 +22,8 @@ CHECKPOINT_VERSION = 1
 _ADDED = {
     "segment.over_all_pixels": False,
     "targets.views.renderer": "pillow",
+    "student.init": None,
+    "pretrain.layer_decay": None,
     "teachers.standardise": "none",
     "teachers.weights": "equal",
     "teachers.importance": "first",

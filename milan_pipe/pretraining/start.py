@@ -1,0 +1,132 @@
+"""Where a student's weights come from when it does not begin with random ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from milan_pipe.config.teacher import FOLDER, HUB, TIMM
+from milan_pipe.errors import DataError, MismatchError, MissingError
+from milan_pipe.pretrained.source import Asker
+from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source, is_timm_folder
+from milan_pipe.storage.local import write_file
+from milan_pipe.student.encoder import sincos_position_embedding
+from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.weights_file import load_weights, mismatch, read_weights, weights_digest
+
+_ASKER = Asker(what="student.init", setting="student.init")
+# A classifier's, which a student does not have.
+_OF_HEADS = ("head.", "head_dist.", "fc_norm.")
+_FILE = "init.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run began with.
+
+    Attributes:
+        init: the setting.
+        sha256: digest over names and values of the weights.
+        source, license: where they are published, and under what; None where nobody says.
+        trains_positions: they had position embeddings of their own, which are trained on; else these are the fixed
+            table.
+    """
+
+    init: str
+    sha256: str
+    source: str | None
+    license: str | None
+    trains_positions: bool
+
+
+def _found(init: str) -> tuple[dict[str, Tensor], str | None, str | None]:
+    """Weights by timm's names, their source and licence."""
+    name = f"{TIMM}{FOLDER}:{init}" if is_timm_folder(init) else init
+    if name.partition(":")[0] in (FOLDER, HUB):
+        name = f"{TIMM}{name}"
+    if name.startswith(TIMM):
+        source = find_timm_source(name, None, _ASKER, TimmSource)
+        assert source.checkpoint is not None, "it has no weights of its own"
+        model = source.untrained()
+        source.load(model, source.checkpoint())
+        return dict(model.state_dict()), source.origin, source.license()
+    path = Path(init)
+    if path.is_file():
+        return dict(read_weights(path)), None, None
+    if not path.exists():
+        expected = "a run, a checkpoint, a folder or file of weights in timm's layout, timm:NAME or hf-hub:ORG/NAME"
+        raise MissingError(f"student.init: {init} is not there; expected {expected}")
+    opened = open_checkpoint(path)
+    if task := opened.record.get("task"):
+        raise DataError(f"student.init: {opened.path} holds what `milan-pipe {task}` trained; name a run of pretrain")
+    return dict(opened.weights("student")), None, None
+
+
+@torch.no_grad()
+def start_from(init: str, model: str, encoder: VisionTransformer) -> Start:
+    """Load weights into a fresh encoder, in place; what is of a classifier is left out.
+
+    Position embeddings of another grid are interpolated, bicubic with antialiasing, as timm does. Those that are the
+    fixed sin-cos table, as of every student of this package, stay that table; others are trained.
+
+    Raises:
+        MissingError, DataError, StoreError: the weights are not there, damaged, or cannot be read.
+        MismatchError: they are of another model; names the first tensors that do not fit.
+        SettingError: timm has no such model.
+    """
+    weights, source, license_ = _found(init)
+    digest = weights_digest(weights)
+    own: dict[str, Tensor] = dict(encoder.state_dict())
+    weights = {name: value for name, value in weights.items() if not name.startswith(_OF_HEADS)}
+    position, table = weights.get("pos_embed"), own.get("pos_embed")
+    trains = False
+    if position is not None and table is not None:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        trains = not _is_table(position, prefix)
+        if not trains:
+            weights["pos_embed"] = table
+        elif position.shape[1] != table.shape[1] and position.shape[2] == table.shape[2]:
+            grid = list(encoder.patch_embed.grid_size)
+            weights["pos_embed"] = resample_abs_pos_embed(position.float(), grid, num_prefix_tokens=prefix)
+    if problems := mismatch(weights, own):
+        raise MismatchError(
+            f"student.init: {init} does not fit {model!r}: {problems}. Set student.model and its sizes to the weights'"
+        )
+    load_weights(encoder, weights, init)
+    if encoder.pos_embed is not None:
+        encoder.pos_embed.requires_grad_(trains)
+    return Start(init=init, sha256=digest, source=source, license=license_, trains_positions=trains)
+
+
+def _is_table(position_1SD: Tensor, prefix: int) -> bool:
+    side = round((position_1SD.shape[1] - prefix) ** 0.5)
+    if side * side + prefix != position_1SD.shape[1] or position_1SD.shape[2] % 4:
+        return False
+    table_1SD = sincos_position_embedding(position_1SD.shape[2], side, side)[:, 1 - prefix :]
+    return bool(torch.allclose(position_1SD.float(), table_1SD, atol=1e-5))
+
+
+def keep_start(run: Path, start: Start) -> None:
+    """Write RUN/init.json; StoreError where it cannot be written."""
+    write_file(run / _FILE, json.dumps(asdict(start), indent=2) + "\n")
+
+
+def kept_start(run: Path) -> Start:
+    """What a run began with.
+
+    Raises:
+        DataError: its file is lost or damaged.
+    """
+    try:
+        return Start(**json.loads((run / _FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{run / _FILE}, which says what the run began with, cannot be read ({type(error).__name__}); name another "
+            "folder for a new run"
+        ) from error
