@@ -28,7 +28,7 @@ def share(text: str) -> Case:
     return lambda: parse_share(text), SettingError, message
 
 
-SECTIONS = "known are about, augment, clip, codec, ... target, teacher, views"
+SECTIONS = "known are about, augment, clip, codec, ... target, teacher, teachers, views"
 CASES: dict[str, Case] = {
     "section like another": setting(
         "pretrian.epochs=3", "unknown key 'pretrian' in the settings; did you mean 'pretrain'?"
