@@ -12,7 +12,11 @@ from milan_pipe.config.base import Settings
 class StudentSettings(Settings):
     """The backbone that is pretrained. None means the timm model's own value."""
 
-    model: str = Field("vit_tiny_patch16_224", description="name of a timm ViT with a class token and no registers")
+    model: str = Field(
+        "vit_tiny_patch16_224",
+        description="name of a ViT that timm's VisionTransformer or Eva builds, also with registers, rotary positions or no "
+        "class token",
+    )
     image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
     patch_size: int | None = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")

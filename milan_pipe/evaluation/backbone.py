@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.config.evaluation import Pool
@@ -18,7 +17,7 @@ from milan_pipe.config.subjects import RANDOM
 from milan_pipe.config.teacher import TIMM
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.pretrained.source import MeanStd
-from milan_pipe.student.encoder import Grid, build_encoder, grid_of
+from milan_pipe.student.encoder import Encoder, Grid, build_encoder, grid_of
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights, weights_digest
 
@@ -77,8 +76,9 @@ class Backbone:
     @property
     def layout(self) -> Layout:
         """How its features lie."""
-        width = self.weights["cls_token"].shape[-1]
-        return Layout(grid=grid_of(self.settings), width=width, has_cls=True, prefix=1)
+        width, has_cls = self.weights["patch_embed.proj.weight"].shape[0], "cls_token" in self.weights
+        registers = self.weights["reg_token"].shape[1] if "reg_token" in self.weights else 0
+        return Layout(grid=grid_of(self.settings), width=width, has_cls=has_cls, prefix=has_cls + registers)
 
     @property
     def normalization(self) -> MeanStd:
@@ -94,13 +94,13 @@ class Backbone:
         return weights_digest(self.weights)
 
 
-def _loaded(settings: StudentSettings, weights: Mapping[str, Tensor], name: str) -> VisionTransformer:
+def _loaded(settings: StudentSettings, weights: Mapping[str, Tensor], name: str) -> Encoder:
     encoder = build_encoder(settings)
     load_weights(encoder, weights, name)
     return encoder
 
 
-def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
+def student_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     """Settings and encoder of a checkpoint.
 
     Raises:
@@ -146,6 +146,8 @@ def resized(backbone: Backbone, side: int | None) -> tuple[StudentSettings, dict
     """
     settings = backbone.settings if side is None else backbone.settings.model_copy(update={"image_size": side})
     weights, grid, old = dict(backbone.weights), list(grid_of(settings)), list(grid_of(backbone.settings))
-    if grid != old:
-        weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], grid, old)
+    position_1SD = weights.get("pos_embed")
+    if grid != old and position_1SD is not None:
+        prefix = position_1SD.shape[1] - old[0] * old[1]
+        weights["pos_embed"] = resample_abs_pos_embed(position_1SD, grid, old, num_prefix_tokens=prefix)
     return settings, weights

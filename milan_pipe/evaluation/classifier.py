@@ -6,7 +6,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.config.evaluation import FinetuneSettings, Pool
@@ -14,32 +13,26 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation.backbone import Backbone, pooled, resized
 from milan_pipe.evaluation.features import require_directions
+from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
 
 
-def timm_sizes(settings: StudentSettings) -> dict[str, Any]:
-    """Options of `timm.create_model` beside the name."""
-    sizes = {
-        "img_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "embed_dim": settings.width,
-        "depth": settings.depth,
-        "num_heads": settings.heads,
-    }
-    return {name: value for name, value in sizes.items() if value is not None}
+def build_vit(settings: StudentSettings, classes: int, **options: Any) -> Encoder:
+    """timm's ViT of these sizes, a classifier or, of 0 classes, a student; `options` are those of `timm.create_model`.
 
-
-def build_vit(settings: StudentSettings, **options: Any) -> VisionTransformer:
-    """timm's ViT of these sizes; `options` are those of `timm.create_model`."""
-    model: Any = timm.create_model(settings.model, pretrained=False, **timm_sizes(settings), **options)
-    vit: VisionTransformer = model
+    Raises:
+        SettingError: see `timm_options`.
+    """
+    given = timm_options(settings, classifies=classes > 0)
+    model: Any = timm.create_model(settings.model, pretrained=False, num_classes=classes, **given, **options)
+    vit: Encoder = model
     return vit
 
 
 def build_classifier(
     backbone: Backbone, settings: FinetuneSettings, classes: int, seed: int
-) -> tuple[StudentSettings, VisionTransformer]:
+) -> tuple[StudentSettings, Encoder]:
     """Sizes, and a ViT that classifies the norm of the mean of its patches, with the backbone's weights.
 
     Args:
@@ -53,7 +46,7 @@ def build_classifier(
     place of the encoder's. Classifier weights have deviation 0.02, as MILAN's published code.
     """
     student, weights = resized(backbone, settings.image_size)
-    model = build_vit(student, num_classes=classes, global_pool="avg", drop_path_rate=settings.drop_path)
+    model = build_vit(student, classes, drop_path_rate=settings.drop_path)
     missing, unexpected = model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}, strict=False
     )
@@ -101,7 +94,7 @@ class LinearClassifier(nn.Module):
         return logits_BG
 
 
-def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
+def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     """Sizes and model of a checkpoint that `milan-pipe finetune` wrote: the mean of its weights, where it has one.
 
     Raises:
@@ -114,7 +107,7 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransf
     except (KeyError, TypeError) as error:
         raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error
     count = classes if isinstance(classes, int) else len(classes)
-    model = build_vit(settings, num_classes=count, global_pool="avg")
+    model = build_vit(settings, count)
     part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
     load_weights(model, checkpoint.weights(part), str(checkpoint.path))
     return settings, model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.utils.model_ema import ModelEmaV3
 
 from milan_pipe.config.evaluation import FinetuneSettings
@@ -11,6 +10,7 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.evaluation.classifier import build_classifier
 from milan_pipe.evaluation.classify import ClassifyTask
 from milan_pipe.evaluation.supervised import Start
+from milan_pipe.student.encoder import Encoder
 from milan_pipe.training.optim import build_adamw
 
 
@@ -28,7 +28,7 @@ class FinetuneTask(ClassifyTask[FinetuneSettings]):
             self._judged = self._ema.module
             self.modules = {"model": self.model, "ema": self._ema.module}
 
-    def classifier(self, start: Start[FinetuneSettings], classes: int) -> tuple[StudentSettings, VisionTransformer]:
+    def classifier(self, start: Start[FinetuneSettings], classes: int) -> tuple[StudentSettings, Encoder]:
         """The student, its patches' mean and a linear map."""
         sizes, model = build_classifier(start.backbone, start.settings, classes, start.head_seed)
         model.set_grad_checkpointing(start.settings.checkpoint_activations)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.backbone import Backbone, resized
 from milan_pipe.evaluation.classifier import build_vit
 from milan_pipe.extras import needs
-from milan_pipe.student.encoder import ENCODER_LAYERS
+from milan_pipe.student.encoder import ENCODER_LAYERS, Encoder
 
 with needs("segment", "segmentation"):
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
@@ -59,7 +58,7 @@ class UperNet(nn.Module):
     both classifiers as MMSegmentation has them.
     """
 
-    def __init__(self, encoder: VisionTransformer, blocks: tuple[int, ...], channels: int, classes: int) -> None:
+    def __init__(self, encoder: Encoder, blocks: tuple[int, ...], channels: int, classes: int) -> None:
         super().__init__()
         width = encoder.embed_dim
         self.encoder = encoder
@@ -89,7 +88,7 @@ class UperNet(nn.Module):
         found: Any = self.encoder.forward_intermediates(
             pixels_BCHW, indices=distinct, norm=False, output_fmt="NLC", intermediates_only=True
         )
-        grid = self.encoder.patch_embed.dynamic_feat_size(size)
+        grid = self.encoder.patch_embed.dynamic_feat_size((size[0], size[1]))
         # Tokens are maps with channels innermost, as the convolutions' weights are.
         maps = [found[distinct.index(block)].unflatten(1, grid).permute(0, 3, 1, 2) for block in self.blocks]
         levels = self.pyramid(maps)
@@ -116,7 +115,7 @@ def build_upernet(
         SettingError: the patch does not divide `segment.crop`, or there are no such blocks.
     """
     student, weights = resized(backbone, settings.crop)
-    encoder = build_vit(student, num_classes=0, drop_path_rate=settings.drop_path)
+    encoder = build_vit(student, 0, drop_path_rate=settings.drop_path)
     depth = len(encoder.blocks)
     chosen = default_blocks(depth) if settings.blocks is None else settings.blocks
     if len(chosen) != 4 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < depth:

@@ -12,15 +12,15 @@ import timm
 from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
 
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, SettingError, StoreError, one_line, resource_hint, system_reason
 from milan_pipe.evaluation.backbone import Backbone, student_of
-from milan_pipe.evaluation.classifier import classifier_of, timm_sizes
+from milan_pipe.evaluation.classifier import classifier_of
 from milan_pipe.interop.card import CARD, Score, model_card, own_scores, scores_of
 from milan_pipe.storage import location_of
 from milan_pipe.storage.local import file_mode
+from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
 from milan_pipe.weights_file import require_folder_name, require_opens
 
@@ -43,7 +43,7 @@ class ExportReport:
     classes: int
 
 
-def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransformer]:
+def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     """A checkpoint's student, with its classifier where it was fine-tuned, described as timm describes models."""
     tuned = checkpoint.record.get("task") == "finetune"
     settings, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
@@ -64,10 +64,11 @@ def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, VisionTransforme
     return settings, model
 
 
-def load_student(path: str | Path) -> VisionTransformer:
+def load_student(path: str | Path) -> Encoder:
     """The student of a checkpoint, a run, or a folder that `export` wrote, in evaluation mode on the CPU.
 
-    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; of a run of `finetune`, `model(images)` the logits.
+    `model.forward_features(images)` gives (B, 1 + L, D), CLS first; a model with registers has them between CLS and
+    patches, and one without class token has no CLS. Of a run of `finetune`, `model(images)` gives the logits.
     `timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images for it.
 
     Raises:
@@ -86,11 +87,11 @@ def load_student(path: str | Path) -> VisionTransformer:
         if hint := resource_hint(error):
             raise StoreError(f"{folder} cannot be read: {hint}") from error
         raise DataError(f"{folder} is no model that timm can load ({one_line(error)}); export it again") from error
-    return cast("VisionTransformer", model.eval())
+    return cast("Encoder", model.eval())
 
 
 def _scores(
-    checkpoint: Checkpoint, settings: StudentSettings, encoder: VisionTransformer, others: Sequence[str | Path]
+    checkpoint: Checkpoint, settings: StudentSettings, encoder: Encoder, others: Sequence[str | Path]
 ) -> list[Score]:
     """What is known of a student, or of a classifier."""
     if encoder.num_classes:
@@ -127,13 +128,11 @@ def export_student(
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
     opened = open_checkpoint(checkpoint)
     settings, encoder = _model_of(opened)
-    record, arguments = opened.record, timm_sizes(settings)
+    record, arguments = opened.record, timm_options(settings, classifies=encoder.num_classes > 0)
     origin = {name: record.get(name) for name in ("step", "epochs", "package_version", "teacher")}
     described: dict[str, Any] = {"milan_pipe": origin}
-    if encoder.num_classes:
-        arguments["global_pool"] = "avg"
-        if isinstance(record["classes"], list):
-            described["label_names"] = record["classes"]
+    if encoder.num_classes and isinstance(record["classes"], list):
+        described["label_names"] = record["classes"]
     known = _scores(opened, settings, encoder, scores)
     card = model_card(opened, settings, encoder.num_classes, known, license)
     # Absolute: a bare name such as `out` has no parent to make a sibling in.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.background import Background
@@ -31,6 +30,7 @@ from milan_pipe.pretraining.objective import Objective, Teach, build_objective, 
 from milan_pipe.pretraining.start import keep_start, kept_start, start_from
 from milan_pipe.pretraining.statistics import Statistics, digest_of, keep_statistics, statistics_of
 from milan_pipe.storage.local import write_file
+from milan_pipe.student.encoder import Encoder
 from milan_pipe.student.objectives import is_taught
 from milan_pipe.student.standardise import Standardise, standardise_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
@@ -163,7 +163,7 @@ class PretrainTask(Task[Batch]):
             samples = self._reader.samples(self._reader.shards[0])
             self._shown = read_batch(self._reader, Block(0, 0, 0, min(_SHOWN, samples)))
 
-    def _begin_with(self, init: str, model: str, encoder: VisionTransformer) -> None:
+    def _begin_with(self, init: str, model: str, encoder: Encoder) -> None:
         """Load the weights that the run begins with; a run that goes on has its own, and need not find them."""
         if not checkpoints_of(self._run):
             start = start_from(init, model, encoder)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from milan_pipe.config.teacher import FOLDER, HUB, TIMM
@@ -16,13 +15,13 @@ from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.pretrained.source import Asker
 from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source, is_timm_folder
 from milan_pipe.storage.local import write_file
-from milan_pipe.student.encoder import sincos_position_embedding
+from milan_pipe.student.encoder import Encoder, position_table, positioned_prefix
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.weights_file import load_weights, mismatch, read_weights, weights_digest
 
 _ASKER = Asker(what="student.init", setting="student.init")
 # A classifier's, which a student does not have.
-_OF_HEADS = ("head.", "head_dist.", "fc_norm.")
+_OF_HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 _FILE = "init.json"
 
 
@@ -69,8 +68,10 @@ def _found(init: str) -> tuple[dict[str, Tensor], str | None, str | None]:
 
 
 @torch.no_grad()
-def start_from(init: str, model: str, encoder: VisionTransformer) -> Start:
+def start_from(init: str, model: str, encoder: Encoder) -> Start:
     """Load weights into a fresh encoder, in place; what is of a classifier is left out.
+
+    Of weights whose last norm is after the mean of the patches alone, the student has that norm after its blocks.
 
     Position embeddings of another grid are interpolated, bicubic with antialiasing, as timm does. Those that are the
     fixed sin-cos table, as of every student of this package, stay that table; others are trained.
@@ -83,11 +84,13 @@ def start_from(init: str, model: str, encoder: VisionTransformer) -> Start:
     weights, source, license_ = _found(init)
     digest = weights_digest(weights)
     own: dict[str, Tensor] = dict(encoder.state_dict())
+    if "norm.weight" in own and "norm.weight" not in weights:
+        weights = {name.removeprefix("fc_") if name.startswith("fc_norm.") else name: weights[name] for name in weights}
     weights = {name: value for name, value in weights.items() if not name.startswith(_OF_HEADS)}
     position, table = weights.get("pos_embed"), own.get("pos_embed")
     trains = False
     if position is not None and table is not None:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        prefix = positioned_prefix(encoder)
         trains = not _is_table(position, prefix)
         if not trains:
             weights["pos_embed"] = table
@@ -108,7 +111,7 @@ def _is_table(position_1SD: Tensor, prefix: int) -> bool:
     side = round((position_1SD.shape[1] - prefix) ** 0.5)
     if side * side + prefix != position_1SD.shape[1] or position_1SD.shape[2] % 4:
         return False
-    table_1SD = sincos_position_embedding(position_1SD.shape[2], side, side)[:, 1 - prefix :]
+    table_1SD = position_table(position_1SD.shape[2], (side, side), prefix)
     return bool(torch.allclose(position_1SD.float(), table_1SD, atol=1e-5))
 
 

@@ -1,4 +1,4 @@
-"""The encoder: a timm ViT under timm's names, run on visible patches. Suffixes: see `milan_pipe.student`."""
+"""The encoder: a ViT of timm under timm's names, run on visible patches. Suffixes: see `milan_pipe.student`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import checkpoint_seq
+from timm.models import checkpoint
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,8 +23,11 @@ from milan_pipe.student.masking import MaskSplit
 Grid = tuple[int, int]
 """Patch rows and columns of an image."""
 
+Encoder = VisionTransformer | Eva
+"""What a student is. Eva is timm's ViT with rotary positions, as those of EVA-02 and DINOv3."""
+
 ENCODER_LAYERS: dict[str, Any] = {
-    "stem": r"encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+    "stem": r"encoder\.(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre|rope)",
     "blocks": [(r"encoder\.blocks\.(\d+)", None)],
 }
 """Of a model with an `encoder`, by timm's names, for its `group_matcher`."""
@@ -33,7 +37,7 @@ def grid_of(settings: StudentSettings) -> Grid:
     """Patch rows and columns of a student.
 
     Raises:
-        SettingError: the model is not a fitting timm ViT, or the patch does not divide the image.
+        SettingError: the model cannot be a student, or the patch does not divide the image.
     """
     patch = settings.patch_size
     height, width = native_patch(settings.model) if patch is None else (patch, patch)
@@ -43,32 +47,62 @@ def grid_of(settings: StudentSettings) -> Grid:
     return settings.image_size // height, settings.image_size // width
 
 
-def build_encoder(settings: StudentSettings) -> VisionTransformer:
-    """Build the timm ViT without a classifier, ready for pretraining from scratch.
+def timm_options(settings: StudentSettings, *, classifies: bool = False) -> dict[str, Any]:
+    """What `timm.create_model` takes beside the name: sizes, and where the last norm is, if the model has it elsewhere.
 
-    Its `state_dict` loads with `strict=True` in the timm model of the same name and sizes. Weights are drawn as MAE
-    does, from torch's global generator. `pos_embed` is a fixed 2-D sin-cos table, which is not trained.
+    A student has that norm after its blocks; a classifier has it after the mean of its patches.
 
     Raises:
-        SettingError: unknown model name, sizes that do not fit each other, or a model that is not a class-token ViT
-            without registers.
+        SettingError: timm has no such model, or it cannot be a student.
+    """
+    sizes = {
+        "img_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "embed_dim": settings.width,
+        "depth": settings.depth,
+        "num_heads": settings.heads,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return given | _pooling(settings.model, classifies)
+
+
+def build_encoder(settings: StudentSettings) -> Encoder:
+    """Build the timm ViT without a classifier, ready for pretraining from scratch.
+
+    Its `state_dict` loads with `strict=True` in the timm model of the same name and `timm_options`. Weights are drawn
+    as MAE does, from torch's global generator; layer scales and rotary frequencies are timm's. `pos_embed`, where there
+    is one, is a fixed 2-D sin-cos table, which is not trained.
+
+    Raises:
+        SettingError: unknown model name, sizes that do not fit each other, or a model that cannot be a student.
 
     Source: initialisation and position embedding: arXiv 2111.06377, section 4 and appendix A.1.
     """
     grid = grid_of(settings)
-    heads, width = settings.heads, settings.width
-    sizes = {"patch_size": settings.patch_size, "embed_dim": width, "depth": settings.depth, "num_heads": heads}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    encoder = _create(settings.model, img_size=settings.image_size, **given)
+    encoder = _create(settings.model, **timm_options(settings))
     set_fixed_positions(encoder, grid)
     init_like_mae(encoder)
     return encoder
 
 
-def set_fixed_positions(encoder: VisionTransformer, grid: Grid) -> None:
-    """Put the fixed sin-cos table into `encoder.pos_embed`, and train it no more; SettingError as the table's."""
-    table = sincos_position_embedding(encoder.embed_dim, *grid)
-    _parameter(encoder, "pos_embed").requires_grad_(False).copy_(table)
+def set_fixed_positions(encoder: Encoder, grid: Grid) -> None:
+    """Put the fixed sin-cos table into `encoder.pos_embed`, and train it no more; SettingError as the table's.
+
+    An encoder without absolute positions stays as it is.
+    """
+    if encoder.pos_embed is not None:
+        table = position_table(encoder.embed_dim, grid, positioned_prefix(encoder))
+        encoder.pos_embed.requires_grad_(False).copy_(table)
+
+
+def positioned_prefix(encoder: Encoder) -> int:
+    """Rows of `pos_embed` before those of patches: of the class token and registers, if they have positions."""
+    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+
+
+def position_table(width: int, grid: Grid, prefix: int) -> Tensor:
+    """(1, prefix + L, width): `sincos_position_embedding` with `prefix` rows of zeros before the patches."""
+    return F.pad(sincos_position_embedding(width, *grid)[:, 1:], (0, 0, prefix, 0))
 
 
 def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
@@ -100,7 +134,8 @@ def sincos_position_embedding(width: int, grid_h: int, grid_w: int) -> Tensor:
 def init_like_mae(module: nn.Module) -> None:
     """Initialise in place: Xavier uniform linears, zero biases, unit norms, tokens normal with deviation 0.02.
 
-    A patch projection counts as the linear map on flattened patches that it is.
+    A patch projection counts as the linear map on flattened patches that it is. What else there is, as layer scales,
+    stays.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
@@ -110,17 +145,20 @@ def init_like_mae(module: nn.Module) -> None:
         elif isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
-    for name in ("cls_token", "mask_token"):
+    for name in ("cls_token", "reg_token", "mask_token"):
         token = getattr(module, name, None)
         if isinstance(token, nn.Parameter):
             nn.init.normal_(token, std=0.02)
 
 
-def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
+def encode_visible(encoder: Encoder, images_BCHW: Tensor, split: MaskSplit) -> Tensor:
     """Encode CLS and the visible patches; masked patches cost nothing, not even their projection.
 
+    Registers take part in the blocks and are left out of the output. Of an encoder without class token, the mean of the
+    visible patches' outputs stands in CLS's place.
+
     Args:
-        encoder: any timm ViT with a class token and no registers, as of `build_encoder`.
+        encoder: as of `build_encoder`.
         images_BCHW: normalised floats of the encoder's input size.
         split: kept and masked patch indices, 0..L-1, CLS not counted.
 
@@ -143,28 +181,56 @@ def encode_visible(encoder: VisionTransformer, images_BCHW: Tensor, split: MaskS
     # The convolution's stride is its kernel, so it is a linear map of each patch's pixels: gather first, then map.
     visible_BVD = F.linear(gather_tokens(pixels_BLP, split.keep_BV), embed.proj.weight.flatten(1), embed.proj.bias)
     visible_BVD = embed.norm(visible_BVD)
-    cls_11D, position_1SD = (_parameter(encoder, name) for name in ("cls_token", "pos_embed"))
-    position_BLD = position_1SD[:, 1:].expand(split.batch, -1, -1)
-    visible_BVD = visible_BVD + gather_tokens(position_BLD, split.keep_BV)
-    cls_B1D = (cls_11D + position_1SD[:, :1]).expand(split.batch, -1, -1)
-    latent_BSD = encoder.norm_pre(encoder.pos_drop(torch.cat([cls_B1D, visible_BVD.to(cls_B1D.dtype)], dim=1)))
-    if encoder.grad_checkpointing and torch.is_grad_enabled():
-        latent_BSD = checkpoint_seq(encoder.blocks, latent_BSD)
-    else:
-        latent_BSD = encoder.blocks(latent_BSD)
-    encoded_BSD: Tensor = encoder.norm(latent_BSD)
-    return encoded_BSD
+    position_1SD, prefix = encoder.pos_embed, positioned_prefix(encoder)
+    if position_1SD is not None:
+        position_BLD = position_1SD[:, prefix:].expand(split.batch, -1, -1)
+        visible_BVD = visible_BVD + gather_tokens(position_BLD, split.keep_BV)
+    # Autocast makes the projection's output half precision; the residual stream is not.
+    tokens = [visible_BVD.to(embed.proj.weight.dtype)]
+    first: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    if first:
+        first_1KD = torch.cat(first, dim=1)
+        if position_1SD is not None and prefix:
+            first_1KD = first_1KD + position_1SD[:, :prefix]
+        tokens.insert(0, first_1KD.expand(split.batch, -1, -1))
+    latent_BSD = encoder.norm_pre(encoder.pos_drop(torch.cat(tokens, dim=1)))
+    return _class_first(encoder, encoder.norm(_through_blocks(encoder, latent_BSD, split.keep_BV)))
 
 
-def encode_all(encoder: VisionTransformer, images_BCHW: Tensor) -> Tensor:
+def encode_all(encoder: Encoder, images_BCHW: Tensor) -> Tensor:
     """(B, 1 + L, D): CLS and all patches in raster order, after the final norm, as at test time.
+
+    Registers are left out. Of an encoder without class token, the mean of the patches' outputs stands in CLS's place.
 
     Raises:
         ShapeError: the images do not have the encoder's input size.
     """
     _check_images(encoder, images_BCHW)
-    encoded_BSD: Tensor = encoder.forward_features(images_BCHW)
-    return encoded_BSD
+    return _class_first(encoder, encoder.forward_features(images_BCHW))
+
+
+def _through_blocks(encoder: Encoder, latent_BSD: Tensor, keep_BV: Tensor) -> Tensor:
+    """The blocks' output; rotary positions are those of each sample's patches."""
+    rope = getattr(encoder, "rope", None)
+    # (L, E), or of each block and head: (depth, heads, L, E).
+    rotary = None if rope is None else rope.get_embed(shape=encoder.patch_embed.grid_size)
+    remembers = not (encoder.grad_checkpointing and torch.is_grad_enabled())
+    for number, block in enumerate(encoder.blocks):
+        given: dict[str, Any] = {}
+        if rotary is not None:
+            # To (B, 1 or heads, V, E), as timm's attention takes them.
+            given["rope"] = (rotary[number] if encoder.rope_mixed else rotary[None])[:, keep_BV].transpose(0, 1)
+        latent_BSD = block(latent_BSD, **given) if remembers else checkpoint(block, latent_BSD, **given)
+    return latent_BSD
+
+
+def _class_first(encoder: Encoder, encoded_BSD: Tensor) -> Tensor:
+    """Prefix tokens and patches to one token, which stands for the image, and patches."""
+    prefix = encoder.num_prefix_tokens
+    if encoder.cls_token is None:
+        patches_BVD = encoded_BSD[:, prefix:]
+        return torch.cat([patches_BVD.mean(dim=1, keepdim=True), patches_BVD], dim=1)
+    return encoded_BSD if prefix == 1 else torch.cat([encoded_BSD[:, :1], encoded_BSD[:, prefix:]], dim=1)
 
 
 def gather_tokens(tokens_BLD: Tensor, index_BV: Tensor) -> Tensor:
@@ -186,62 +252,79 @@ def cut_patches(images_BCHW: Tensor, patch: Grid) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def _parameter(encoder: VisionTransformer, name: str) -> nn.Parameter:
-    found: nn.Parameter | None = getattr(encoder, name)
-    if found is None:
-        raise SettingError(f"encoder has no {name}, expected a ViT from build_encoder")
-    return found
-
-
-def _check_images(encoder: VisionTransformer, images_BCHW: Tensor) -> None:
+def _check_images(encoder: Encoder, images_BCHW: Tensor) -> None:
     expected = (encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
     if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
         found = f"images have shape {tuple(images_BCHW.shape)}, expected (B, {', '.join(map(str, expected))})"
         raise ShapeError(f"{found}; render the views at the student's image_size")
 
 
-def _create(model: str, **sizes: Any) -> VisionTransformer:
+def _create(model: str, **options: Any) -> Encoder:
     """`timm.create_model` with errors a user can act on."""
     if not timm.is_model(model):
-        known = timm.list_models(module="vision_transformer")
+        known = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="eva")]
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models('vit_*') lists candidates"
         raise SettingError(f"student: timm has no model {model!r}; {hint}")
     try:
-        encoder: Any = timm.create_model(model, pretrained=False, num_classes=0, **sizes)
+        encoder: Any = timm.create_model(model, pretrained=False, num_classes=0, **options)
     # Raised in timm and torch by a model without this argument, or by sizes that do not fit each other.
     except (AssertionError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         reason = str(error).strip() or type(error).__name__
-        listed = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        listed = ", ".join(f"{name}={value}" for name, value in options.items())
         raise SettingError(
-            f"student: timm cannot build {model!r} with {listed}: {reason}; the model must be a plain ViT, and heads "
-            "must divide the width (set both or neither)"
+            f"student: timm cannot build {model!r} with {listed}: {reason}; heads must divide the width (set both or "
+            "neither), with rotary positions into multiples of 4"
         ) from error
     if fault := _unfit(encoder):
-        expected = "a ViT with a class token, no registers, as vit_base_patch16_224"
-        raise SettingError(f"student: {model!r} {fault}; expected {expected}")
-    built: VisionTransformer = encoder
+        raise SettingError(f"student: {model!r} {fault}; expected a ViT as vit_base_patch16_224")
+    if isinstance(encoder, Eva):
+        # timm builds such a model, and it fails at the first image.
+        attention: Any = encoder.blocks[0].attn
+        heads, rotary = attention.num_heads, encoder.rope is not None
+        if encoder.embed_dim % (4 * heads if rotary else heads):
+            parts = f"{heads} multiples of 4, for rotary positions" if rotary else f"{heads} heads"
+            raise SettingError(f"student: width {encoder.embed_dim} is not divided into {parts}; change width or heads")
+    built: Encoder = encoder
     return built
 
 
 def _unfit(encoder: nn.Module) -> str | None:
     """Why this timm model cannot be the student; None if it can."""
-    if not isinstance(encoder, VisionTransformer):
-        return f"is a {type(encoder).__name__}, not a VisionTransformer"
-    if not isinstance(encoder.patch_embed, PatchEmbed):
-        return f"embeds its patches with a {type(encoder.patch_embed).__name__}"
-    if not encoder.has_class_token or encoder.num_prefix_tokens != 1:
-        return f"has {encoder.num_prefix_tokens} tokens before the patches, expected the class token alone"
-    if encoder.pos_embed is None or encoder.no_embed_class:
-        return "has no position embedding for its class token"
-    if isinstance(encoder.norm, nn.Identity):
+    # A class that is derived from them has more tokens, or adds positions its own way.
+    if type(encoder) not in (VisionTransformer, Eva):
+        return f"is a {type(encoder).__name__}, not a VisionTransformer or Eva"
+    embed: Any = encoder.patch_embed
+    if not isinstance(embed, PatchEmbed):
+        return f"embeds its patches with a {type(embed).__name__}, which sees more than one patch at a time"
+    if embed.proj.kernel_size != embed.proj.stride or any(embed.proj.padding):
+        return "has patches that overlap"
+    if isinstance(encoder.norm, nn.Identity) and isinstance(encoder.fc_norm, nn.Identity):
         return "has no norm after its blocks"
     return None
 
 
 @lru_cache(maxsize=64)
+def _outline(model: str, **options: Any) -> Encoder:
+    """The named timm model of its own sizes, without memory and without random numbers."""
+    with torch.device("meta"):
+        return _create(model, **options)
+
+
+def _pooling(model: str, classifies: bool) -> dict[str, Any]:
+    """Options that move the last norm and leave out other ways to pool; none for a student that has it in place."""
+    asked = {"global_pool": "avg"} if classifies else {}
+    outline = _outline(model, **asked)
+    has_norm, has_pooled_norm = (not isinstance(norm, nn.Identity) for norm in (outline.norm, outline.fc_norm))
+    if (has_norm, has_pooled_norm) == (not classifies, classifies) and outline.attn_pool is None:
+        return asked
+    pool = "avg" if classifies or outline.cls_token is None else "token"
+    if isinstance(outline, Eva):
+        return {"global_pool": pool, "use_fc_norm": classifies, "use_post_transformer_norm": not classifies}
+    return {"global_pool": pool, "fc_norm": classifies}
+
+
 def native_patch(model: str) -> Grid:
     """Default patch height and width of the named timm model."""
-    with torch.device("meta"):  # shapes only: no memory and no random numbers are used
-        height, width = _create(model).patch_embed.patch_size
+    height, width = _outline(model).patch_embed.patch_size
     return height, width

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import ShapeError
 from milan_pipe.student.decoder import AnyDecoder, build_decoder
-from milan_pipe.student.encoder import ENCODER_LAYERS, build_encoder, encode_visible, grid_of
+from milan_pipe.student.encoder import ENCODER_LAYERS, Encoder, build_encoder, encode_visible, grid_of
 from milan_pipe.student.masking import MaskSplit
 
 
@@ -21,7 +20,7 @@ class MaskedStudent(nn.Module):
         ShapeError: the two differ in grid or in token width.
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: AnyDecoder):
+    def __init__(self, encoder: Encoder, decoder: AnyDecoder):
         super().__init__()
         found = (tuple(decoder.grid), decoder.encoder_width)
         expected = (tuple(encoder.patch_embed.grid_size), encoder.embed_dim)

@@ -9,13 +9,14 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 
-_NO_DECAY = ("*pos_embed*", "*cls_token*", "*mask_token*")
+_NO_DECAY = ("*pos_embed*", "*cls_token*", "*reg_token*", "*mask_token*", "*rope*")
 
 
 def build_adamw(
     model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms, position embeddings, CLS and mask tokens do not decay.
+    """AdamW over the trainable parameters; biases, norms, positions, CLS, register and mask tokens do not
+    decay.
 
     Args:
         layer_decay: factor on the learning rate from each block to the one below; `model.group_matcher` gives the
