@@ -14,8 +14,8 @@ class StudentSettings(Settings):
 
     model: str = Field(
         "vit_tiny_patch16_224",
-        description="name of a ViT that timm's VisionTransformer or Eva builds, also with registers, rotary positions or no "
-        "class token",
+        description="name of a ViT that timm's VisionTransformer or Eva builds, also with registers, rotary "
+        "positions or no class token",
     )
     image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
     patch_size: int | None = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
