@@ -15,8 +15,7 @@ _NO_DECAY = ("*pos_embed*", "*cls_token*", "*reg_token*", "*mask_token*", "*rope
 def build_adamw(
     model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, layer_decay: float | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms, positions, CLS, register and mask tokens do not
-    decay.
+    """AdamW over the trainable parameters; biases, norms, positions, CLS, registers and mask tokens do not decay.
 
     Args:
         layer_decay: factor on the learning rate from each block to the one below; `model.group_matcher` gives the
