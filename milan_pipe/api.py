@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from milan_pipe.config.training import Precision
     from milan_pipe.embeddings.run import EmbedProgress, EmbedReport
     from milan_pipe.evaluation.frozen import KnnReport, LinearProbeReport
+    from milan_pipe.evaluation.probe import Probe
     from milan_pipe.evaluation.segment_probe import SegmentProbeReport
     from milan_pipe.extraction.run import ExtractProgress, ExtractReport
     from milan_pipe.images.prepare import PrepareReport
@@ -139,7 +140,12 @@ def pretrain(
         where = targets if isinstance(targets, str | Path) else targets[0]
         return load_teacher_of(header, teacher, device, where).online_targets
 
-    return pretrain(targets, run, params, teacher_for=teacher_for, on_progress=on_progress)
+    def probe_for(device: torch.device) -> Probe:
+        from milan_pipe.evaluation.probe import Probe
+
+        return Probe(params, device)
+
+    return pretrain(targets, run, params, teacher_for=teacher_for, probe_for=probe_for, on_progress=on_progress)
 
 
 def inspect_targets(

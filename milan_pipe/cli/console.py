@@ -95,6 +95,7 @@ _TEXTS: dict[str, Callable[[Any], str]] = {
     "lr": lambda lr: f"lr {lr:.0e}".replace("e-0", "e-"),
     "data_wait": lambda share: f"wait {100 * share:.0f} %",
     "memory": size,
+    "score": lambda share: f"score {100 * share:.1f} %",
     "zero_shot": lambda share: f"zero-shot {100 * share:.2f} %",
 }
 

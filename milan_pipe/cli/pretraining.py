@@ -10,7 +10,7 @@ import typer
 import milan_pipe
 from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, app
 from milan_pipe.cli.console import progress, show
-from milan_pipe.cli.training import run_training, training_rows
+from milan_pipe.cli.training import run_training, scored_rows, training_rows
 
 _WORST = 8
 
@@ -40,6 +40,9 @@ def pretrain(
     Other objectives are recipes and settings: --params mr-mae, masking=random, decoder=plain, target=pixels. With
     pretrain.targets=online the teacher runs in every step, on the stored views: what stored targets are measured by.
 
+    With pretrain.probe_every, .probe_train and .probe_test the student is judged by nearest neighbours while it learns;
+    RUN/best has the best one.
+
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
     settings = milan_pipe.load_params(params, overrides or ())
@@ -49,7 +52,7 @@ def pretrain(
         run,
         settings,
         title=f"{', '.join(targets)} -> {run}",
-        rows=training_rows,
+        rows=lambda report: scored_rows(report, {"knn": "k-NN"}) if report.scores else training_rows(report),
         as_json=as_json,
     )
 

@@ -17,7 +17,7 @@ def run_training(
 
     if rank_of_environment():
         return command(*arguments)
-    with progress("epoch", "loss", "lr", "images_per_second", "data_wait", "memory") as update:
+    with progress("epoch", "loss", "lr", "images_per_second", "data_wait", "memory", "score") as update:
 
         def on_progress(now: TrainProgress) -> None:
             update(
@@ -29,6 +29,7 @@ def run_training(
                 images_per_second=now.images_per_second,
                 data_wait=now.data_wait,
                 memory=now.memory,
+                score=now.score,
             )
 
         report = command(*arguments, on_progress=on_progress)

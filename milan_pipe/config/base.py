@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from milan_pipe.errors import SettingError
+from milan_pipe.units import some
 
 
 class Settings(BaseModel):
@@ -34,7 +35,7 @@ class Settings(BaseModel):
             if key not in cls.model_fields:
                 names = sorted(cls.model_fields)
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {some(names, 24)}"
                 raise SettingError(f"unknown key {key!r} in {where}; {hint}")
 
     @classmethod

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from milan_pipe.config.training import Beta, Parallel, RunSettings
 
@@ -42,3 +42,18 @@ class PretrainSettings(RunSettings):
         "stored", description="online: the teacher runs in every step, on the stored views; the baseline"
     )
     plot_every: int | None = Field(None, ge=1, description="epochs between two plots of masks and predictions")
+    probe_every: int | None = Field(
+        None, ge=1, description="epochs between two k-NN probes of the student; none: off. The last step has one too"
+    )
+    probe_train: str | None = Field(None, description="labelled images that vote, as TRAIN of `knn`")
+    probe_test: str | None = Field(None, description="labelled images that are judged, as TEST of `knn`")
+    probe_images: int = Field(
+        2000, ge=1, description="most images of each of the two; their views stay in memory, uint8: 3 bytes a pixel"
+    )
+
+    @model_validator(mode="after")
+    def _both_sets(self) -> Self:
+        if self.probe_every is not None and (self.probe_train is None or self.probe_test is None):
+            found = f"probe_train {self.probe_train!r} and probe_test {self.probe_test!r}"
+            raise ValueError(f"probe_every needs labelled images to vote and to judge, found {found}; name both")
+        return self

@@ -16,6 +16,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 RESUMABLE = {
     *("accumulate", "compile", "checkpoint_activations", "threads", "workers", "device", "parallel"),
     *("sinks", "plot_every", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("probe_every", "probe_train", "probe_test", "probe_images"),
 }
 """What may change between two parts of a run: where and how fast it runs, and what is written down."""
 

@@ -218,7 +218,7 @@ def embed_shards(
 
     features: list[Tensor] = []
     labels: list[int] = []
-    for batch in embedded(_labelled(images, skip), embedder, size, settings, skip):
+    for batch in embedded(labelled_samples(images, skip), embedder, size, settings, skip):
         features_BF = batch.value
         if features_BF.ndim != 2 or len(features_BF) != len(batch.keys):
             raise ShapeError(
@@ -245,11 +245,23 @@ def numbered_samples(images: LabelledImages, numbers: Iterable[int], on_bad: OnB
             yield Sample(key=key, data=data, label=int(images.label_N[number]), caption=None)
 
 
-def _labelled(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
+def labelled_samples(images: str | Path, on_bad: OnBad, most: int | None = None) -> Iterator[Sample]:
+    """Labelled images, read in their order; those that cannot be are skipped.
+
+    Args:
+        images: as `labelled_images` takes them.
+        most: of shards the first so many are read, and no more; of class folders so many, evenly spaced, as each class
+            has its images in a row.
+    """
     if is_class_folder(images):
         folders = labelled_images(images, on_bad)
-        yield from numbered_samples(folders, range(len(folders)), on_bad)
+        count = min(len(folders), most or len(folders))
+        yield from numbered_samples(folders, (number * len(folders) // count for number in range(count)), on_bad)
         return
+    yield from islice(_in_shards(images, on_bad), most)
+
+
+def _in_shards(images: str | Path, on_bad: OnBad) -> Iterator[Sample]:
     for shard in expand_shards(images):
         for sample in read_shard(shard, on_bad):
             if sample.label < 0:

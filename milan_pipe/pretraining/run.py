@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.devices import resolve_precision
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
-from milan_pipe.errors import SettingError
+from milan_pipe.errors import SettingError, without_secrets
 from milan_pipe.extras import needs
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, read_batch
@@ -40,10 +40,24 @@ from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.optim import build_adamw, cosine_lr
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
+from milan_pipe.training.state import gathered
 from milan_pipe.training.task import NotFiniteError, RunReport, Task
 
 _SECTIONS = ("student", "masking", "decoder", "target", "teachers", "pretrain")
 _AHEAD, _SHOWN = 2, 8
+
+
+class Probe(Protocol):
+    """Judges the student while it learns, as `milan_pipe.evaluation.probe.Probe`; `facts` are JSON data about it."""
+
+    facts: dict[str, int]
+    bad: int
+
+    def __call__(self, weights: Mapping[str, Tensor]) -> float:
+        """A score of the encoder with these weights, which are on the CPU."""
+
+
+ProbeFor = Callable[[torch.device], Probe]
 
 
 def configuration_of(
@@ -85,11 +99,16 @@ class PretrainTask(Task[Batch]):
         params: Params,
         ranks: Ranks,
         teacher_for: Callable[[StoreHeader, torch.device], Teach] | None,
+        probe_for: ProbeFor | None = None,
     ) -> None:
         precision = resolve_precision(params.pretrain.precision, ranks.device)
         self.settings = settings = params.pretrain.model_copy(update={"precision": precision})
         self._params = params.model_copy(update={"pretrain": settings})
-        self._run, self._reader, self._ranks, self._teacher_for = run, reader, ranks, teacher_for
+        self._run, self._reader, self._ranks = run, reader, ranks
+        self._teacher_for, self._probe_for = teacher_for, probe_for
+        self._probe: Probe | None = None
+        if settings.probe_every is not None:
+            self.main_score, self.scores_in = "knn", "probe"
         self._statistics: list[Statistics] = []
         if params.teachers.standardise != "none" or params.teachers.weights == "balanced":
             if ranks.first:
@@ -113,6 +132,9 @@ class PretrainTask(Task[Batch]):
             "targets": str(reader.location),
             "command": command_of("pretrain", [*(store.location for store in reader.stores), run], params, _SECTIONS),
         }
+        for name in ("probe_train", "probe_test"):
+            if (images := getattr(settings, name)) is not None:
+                self.record["settings"]["pretrain"][name] = without_secrets(images)
         if len(reader.stores) > 1:
             self.record["others"] = [
                 {"targets": str(store.location), "teacher": store.header.teacher.model_dump(mode="json")}
@@ -155,6 +177,12 @@ class PretrainTask(Task[Batch]):
         if params.student.init is not None:
             self._begin_with(params.student.init, params.student.model, student.encoder)
         self.modules = {"student": student.encoder, "decoder": student.decoder}
+        if self.settings.probe_every is not None:
+            if self._probe_for is None:
+                raise SettingError("pretrain.probe_every needs, from Python, probe_for")
+            if self._ranks.first:
+                self._probe = self._probe_for(device)
+                self.record["probe"] = dict(self._probe.facts)
         self._shown: Batch | None = None
         if self.settings.plot_every is not None:
             # What lacks is told now, and not after an epoch.
@@ -233,6 +261,21 @@ class PretrainTask(Task[Batch]):
         write_file(file, draw_sheet(sheet))
         return file
 
+    def due(self, step: int) -> bool:
+        """At the end of every few epochs."""
+        every = self.settings.probe_every
+        return every is not None and step % (every * self.steps_per_epoch) == 0
+
+    def evaluate(self, *, last: bool) -> dict[str, float]:
+        """k-NN accuracy of the student, computed by the first rank while the others wait."""
+        del last
+        weights = gathered(self.modules["student"].state_dict(), keep=self._ranks.first)
+        return {"knn": self._ranks.broadcast(0.0 if self._probe is None else self._probe(weights))}
+
+    def bad(self) -> int:
+        """Images of the probe that could not be read."""
+        return 0 if self._probe is None else self._probe.bad
+
     def explain(self, error: NotFiniteError, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> str:
         """Have the first rank write the batch, all ranks' parts of it, with the weights that met it."""
         met, file = weights(), bad_batch_file(self._run, error.step)
@@ -282,6 +325,7 @@ def pretrain(
     params: Params,
     *,
     teacher_for: Callable[[StoreHeader, torch.device], Teach] | None = None,
+    probe_for: ProbeFor | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
 ) -> RunReport:
     """Train a student on a target store and write RUN/checkpoints and RUN/metrics; see `run_task`.
@@ -292,12 +336,13 @@ def pretrain(
         targets: folder or URL of the target store; several are read side by side, of the same images and views.
         params: the store must have its teacher and views, where they are stated; see `require_stated`.
         teacher_for: gives the teacher of a store on a device; for `pretrain.targets: online`.
+        probe_for: gives what judges the student on a device; for `pretrain.probe_every`.
 
     Raises:
         MissingError, DataError: the store is missing or damaged, or the loss is not finite.
         MismatchError: a store does not fit the student, the settings or the first store, or RUN holds a run of another
             configuration.
-        SettingError: the store has fewer samples than a batch, RUN is a URL, or there is no online teacher.
+        SettingError: the store has fewer samples than a batch, RUN is a URL, or there is no online teacher or probe.
         StoreError, StoppedError, RankLostError, ReportedElsewhereError: as `run_task`.
     """
 
@@ -306,6 +351,6 @@ def pretrain(
         reader = open_several(wheres, params.teachers.importance)
         require_stated(reader.header, stated_of(params), wheres[0])
         require_fit(reader.header, params.student, wheres[0])
-        return PretrainTask(folder, reader, params, ranks, teacher_for)
+        return PretrainTask(folder, reader, params, ranks, teacher_for, probe_for)
 
     return run_task(run, params.pretrain.device, task_of, on_progress)

@@ -37,6 +37,7 @@ _LOSSES = {
     "clip-masked": "smooth L1 of normalised features",
 }
 _CURVES = {
+    "probe/knn": ("k-NN of the student while it learns", "accuracy"),
     "train/lr": ("Learning rate", "learning rate"),
     "train/grad_norm": ("Norm of the gradient", "norm"),
     "train/images_per_second": ("Throughput since the start", "images a second"),

@@ -23,7 +23,8 @@ _METRICS = ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory
 class TrainProgress:
     """Reported every few steps; `memory` in bytes, see `milan_pipe.devices.memory_in_use`.
 
-    `loss` is the mean since the last report, `grad_norm` that of the last step, before clipping.
+    `loss` is the mean since the last report, `grad_norm` that of the last step, before clipping; `score` the main score
+    of the last evaluation, if there was one.
     """
 
     step: int
@@ -36,6 +37,7 @@ class TrainProgress:
     data_wait: float
     seconds: float
     memory: int
+    score: float | None = None
 
 
 OnProgress = Callable[[TrainProgress], None]
@@ -50,6 +52,7 @@ class Recorder:
     Attributes:
         sinks: set before the first step; empty on all ranks but the first.
         progress: last report; None before the first.
+        score: of the last evaluation, for the listener.
     """
 
     def __init__(self, task: Task[Any], ranks: Ranks, on_progress: OnProgress, *, first_step: int) -> None:
@@ -62,6 +65,7 @@ class Recorder:
         self._grad_norm = math.nan
         self.sinks: Sequence[Sink] = ()
         self.progress: TrainProgress | None = None
+        self.score: float | None = None
 
     def add(
         self, step: int, keys: tuple[str, ...], result: StepResult, *, lr: float, seconds: float, waited: float
@@ -88,6 +92,7 @@ class Recorder:
             data_wait=waited / seconds,
             seconds=seconds,
             memory=memory_in_use(self._ranks.device),
+            score=self.score,
         )
         self.point(step, {f"train/{name}": float(getattr(self.progress, name)) for name in _METRICS})
         if self._ranks.first:

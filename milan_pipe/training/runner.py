@@ -84,12 +84,13 @@ class _Run(Generic[B]):
         self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
         self.recorder = Recorder(task, ranks, on_progress, first_step=self.first_step)
         state: Mapping[str, Any] = {} if previous is None else previous.record
-        self.scores: dict[str, float] = dict(state.get("scores", {}))
+        self.scores: dict[str, float] = {} if task.main_score is None else dict(state.get("scores", {}))
         self.best: dict[str, float] = dict(state.get("best", {}))
         self.best_step = int(state.get("best_step", 0))
         if previous is not None:
             self.saver.restore(previous)
             self.recorder.restore(state["losses"])
+            self.recorder.score = self.scores.get(task.main_score or "")
             if ranks.first:
                 cut_metrics(folder / "metrics", self.first_step)
 
@@ -138,14 +139,17 @@ class _Run(Generic[B]):
         _average_buffers(task.model, self.ranks)
         was_training = task.model.training
         task.model.eval()
+        began = time.monotonic()
         try:
             self.scores = task.evaluate(last=step == task.steps)
         finally:
             task.model.train(was_training)
+        seconds, self.recorder.score = time.monotonic() - began, self.scores[main]
         if not self.best or self.scores[main] > self.best[main]:
             self.best, self.best_step = self.scores, step
             self.saver.save_best(step, self.scores)
-        self.recorder.point(step, {f"val/{name}": value for name, value in self.scores.items()})
+        values = {**self.scores, "seconds": seconds}
+        self.recorder.point(step, {f"{task.scores_in}/{name}": value for name, value in values.items()})
         if self.ranks.first:
             self.recorder.image(step, task.plot(self.folder, step))
 
@@ -162,7 +166,8 @@ class _Run(Generic[B]):
     def _state(self) -> dict[str, Any]:
         _average_buffers(self.task.model, self.ranks)
         evaluated = {"scores": self.scores, "best": self.best, "best_step": self.best_step}
-        return {"losses": self.recorder.state(), **(evaluated if self.task.main_score is not None else {})}
+        # What was best stays, also where a run goes on without evaluation.
+        return {"losses": self.recorder.state(), **(evaluated if self.best else {})}
 
     def _finish(self) -> RunReport:
         last, task = self.recorder.progress, self.task
@@ -174,7 +179,7 @@ class _Run(Generic[B]):
             scores=self.scores,
             best=self.best,
             best_step=self.best_step,
-            best_checkpoint=str(self.folder / BEST) if task.main_score is not None else "",
+            best_checkpoint=str(self.folder / BEST) if self.best else "",
             images_per_second=last.images_per_second,
             data_wait=last.data_wait,
             seconds=last.seconds,

@@ -42,7 +42,7 @@ class RunReport:
 
     Attributes:
         loss: mean over the last epoch.
-        scores, best: on VAL, of the last weights and of the best step by the main score; empty without evaluation.
+        scores, best: of the last weights, and of the best step by the main score; empty without evaluation.
         images_per_second, data_wait, seconds: of the process that finished the run, without evaluation; `data_wait` is
             a share of the time.
         bad: images that could not be read.
@@ -77,6 +77,7 @@ class Task(ABC, Generic[B]):
         batch_size: over all ranks.
         steps, steps_per_epoch: the last epoch may have fewer.
         main_score: the best checkpoint has the highest; None: there is no evaluation.
+        scores_in: group of the scores in the metrics.
         advice: what to do about a loss that is not finite.
 
     After `build`:
@@ -94,6 +95,7 @@ class Task(ABC, Generic[B]):
     steps: int
     steps_per_epoch: int
     main_score: str | None = None
+    scores_in: str = "val"
     advice: str
     parallel: Parallel = "ddp"
 
@@ -136,7 +138,7 @@ class Task(ABC, Generic[B]):
         return False
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
-        """Scores on VAL; called on every rank, the same on all. `last`: training is over."""
+        """Scores by name; called on every rank, the same on all. `last`: training is over."""
         raise NotImplementedError
 
     def plot(self, run: Path, step: int) -> Path | None:  # noqa: ARG002

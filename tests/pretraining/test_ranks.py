@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -16,9 +17,12 @@ import psutil
 import pytest
 import torch
 from support import processes
+from support.images import labelled_shard
 from support.targets import header, random_blocks, write_blocks, write_store
 
-from milan_pipe.api import replay
+from milan_pipe.api import knn, replay
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 
 SAMPLES, BATCH = [130, 60, 21], 17  # of two ranks one has a sample more
@@ -126,6 +130,23 @@ def test_a_sharded_student_has_them_too(store: Path, tmp_path: Path) -> None:
     go(store, tmp_path / "alone", 1, epochs=1)
     go(store, tmp_path / "run", 2, epochs=1, parallel="fsdp", clip_grad=1e9, accumulate=2, checkpoint_every=5)
     assert_close(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_one_of_two_ranks_judges_the_student(store: Path, tmp_path: Path, parallel: str) -> None:
+    run, images = tmp_path / "run", str(labelled_shard(tmp_path / "images.tar", range(60)))
+    probe = {"probe_every": 1, "probe_train": images, "probe_test": images, "probe_images": 40}
+    go(store, run, 2, epochs=2, parallel=parallel, **probe)
+    go(store, tmp_path / "without", 2, epochs=2, parallel=parallel)
+    assert_same(run, tmp_path / "without")
+    labelled_shard(tmp_path / "images.tar", range(40))
+    score = knn(run, images, images, Params(pretrain=PretrainSettings(device="cpu"))).best
+    assert json.loads((run / "report.json").read_text())["scores"] == {"knn": score}
+    probe["probe_test"] = str(tmp_path / "none")
+    process = start(command(store, tmp_path / "bad", 2, parallel=parallel, **probe), tmp_path)
+    stderr = process.communicate(timeout=120)[1]
+    assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == 1, stderr
 
 
 @pytest.mark.slow
