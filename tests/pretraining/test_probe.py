@@ -160,7 +160,8 @@ def test_a_run_goes_on_with_and_without(folder: Path, whole: tuple[Path, RunRepo
         with pytest.raises(StopAtError):
             go(folder, run, stop_at(step), probe_every=every, checkpoint_every=3)
     kept = open_checkpoint(run / "best").record
-    found = go(folder, run, probe_train=None)
+    found = go(folder, run, probe_train="https://me:word@host/a.tar?token=word")
+    assert "word" not in json.dumps(dict(open_checkpoint(run).record))
     assert (found.scores, found.best, found.best_step) == ({}, kept["scores"], kept["step"])
     assert found.best_checkpoint == str(run / "best")
     assert_same(run, whole[0])
