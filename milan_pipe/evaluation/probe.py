@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from milan_pipe.config.params import Params
+from milan_pipe.config.subjects import RANDOM
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, SettingError
-from milan_pipe.evaluation.backbone import Backbone, pooled
+from milan_pipe.evaluation.backbone import Backbone, backbone_of, pooled
 from milan_pipe.evaluation.features import LabelledFeatures, embedded, labelled_samples, tokens_of
 from milan_pipe.evaluation.knn import knn_accuracy
 
@@ -46,7 +47,8 @@ class Probe:
     Raises:
         MissingError, DataError, StoreError: as `labelled_samples`, no image can be read, or a class is to be found that
             no image of `probe_train` has.
-        SettingError: `probe_train` has fewer images than any of `knn.neighbours`.
+        SettingError: `probe_train` has fewer images than any of `knn.neighbours`, or `embed.pool` asks for a token that
+            the student lacks.
     """
 
     def __init__(self, params: Params, device: torch.device) -> None:
@@ -54,6 +56,8 @@ class Probe:
         voting, judged = params.pretrain.probe_train, params.pretrain.probe_test
         assert voting is not None
         assert judged is not None
+        layout = backbone_of(RANDOM, params.student, 0).layout
+        layout.require(params.embed.pool, "embed.pool", params.student.model)
         train, whole = self._read(voting)
         test, _ = self._read(judged)
         count, classes = len(_labels(train)), {*_labels(test)}

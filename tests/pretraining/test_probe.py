@@ -211,6 +211,11 @@ def from_python() -> None:
     pretraining.pretrain("targets", "run", params(Path(), probe_every=1))
 
 
+def no_class_token() -> None:
+    student = STUDENT.model_copy(update={"model": "vit_medium_patch16_gap_240"})
+    Probe(params(Path(), probe_every=1).model_copy(update={"student": student}), CPU)
+
+
 CASES: dict[str, Case] = {
     "one of two sets": (
         lambda: load_params(None, ["pretrain.probe_every=1", "pretrain.probe_test=b"]),
@@ -240,6 +245,11 @@ CASES: dict[str, Case] = {
         probed(knn=(7,)),
         SettingError,
         "knn.neighbours asks for 7 and more, pretrain.probe_train a.tar has 6 images; give a smaller number",
+    ),
+    "no class token": (
+        no_class_token,
+        SettingError,
+        "model 'vit_medium_patch16_gap_240' has no class token, which embed.pool=cls takes; set embed.pool=mean",
     ),
     "from Python": (from_python, SettingError, "pretrain.probe_every needs, from Python, probe_for"),
 }
