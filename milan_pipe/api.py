@@ -83,20 +83,31 @@ def plan(
 
 
 def extract_targets(
-    images: Where,
+    images: Where | None,
     targets: Where,
     params: Params = DEFAULT,
     *,
     shards: str | None = None,
     redo: Sequence[str] = (),
     verify_sources: bool = False,
+    views_from: Where | None = None,
     on_progress: Callable[[ExtractProgress], None] = _ignore,
 ) -> ExtractReport:
-    """Write teacher features, attention and views of all image shards; see `milan_pipe.extraction.run`."""
+    """Write teacher features, attention and views of all image shards; see `milan_pipe.extraction.run`.
+
+    With `views_from` another teacher sees the views of that store, and there are no images.
+    """
     from milan_pipe.extraction.run import extract_targets
 
     return extract_targets(
-        images, targets, params, shards=shards, redo=redo, verify_sources=verify_sources, on_progress=on_progress
+        images,
+        targets,
+        params,
+        shards=shards,
+        redo=redo,
+        verify_sources=verify_sources,
+        views_from=views_from,
+        on_progress=on_progress,
     )
 
 

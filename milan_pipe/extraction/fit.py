@@ -10,9 +10,9 @@ from torch import Tensor
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
-from milan_pipe.extraction.render import Clock, RenderedSample, render_sample
+from milan_pipe.extraction.render import Clock, RenderedSample, decode_stored, render_sample, stored_samples
+from milan_pipe.extraction.stored import Images, StoredShard
 from milan_pipe.images.count import spread_evenly
-from milan_pipe.images.shards import ShardFile
 from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.teacher.clip import Teacher, require_sound
 
@@ -20,14 +20,14 @@ MOST_SHARDS = 16
 
 
 def draw_images(
-    shards: Sequence[ShardFile],
+    shards: Sequence[Images],
     views: ViewSettings,
     size: int,
     count: int,
     clock: Clock,
     on_bad: OnBad = lambda *_: None,
     most_shards: int = MOST_SHARDS,
-) -> Iterator[tuple[ShardFile, RenderedSample]]:
+) -> Iterator[tuple[Images, RenderedSample]]:
     """Up to `count` images with one view each, the first of shards that are spread evenly.
 
     Args:
@@ -39,19 +39,30 @@ def draw_images(
     """
     used, drawn = spread_evenly(shards, most_shards), 0
     for position, shard in enumerate(used):
-        samples = read_shard(shard, on_bad)
+        samples = _first_views(shard, views, size, clock, on_bad)
         # A shard with few images leaves its share to the next.
-        while drawn < count * (position + 1) // len(used) and (sample := next(samples, None)):
-            try:
-                rendered = render_sample(sample, views, size, clock, most=1)
-            except DataError as error:
-                on_bad(sample.key, str(error))
-                continue
+        while drawn < count * (position + 1) // len(used) and (rendered := next(samples, None)):
             drawn += 1
             yield shard, rendered
 
 
-def sample_features(teacher: Teacher, shards: Sequence[ShardFile], params: Params) -> Tensor:
+def _first_views(
+    shard: Images, views: ViewSettings, size: int, clock: Clock, on_bad: OnBad
+) -> Iterator[RenderedSample]:
+    if isinstance(shard, StoredShard):
+        for stored in stored_samples(shard, clock, most=1):
+            yield decode_stored(stored, size, clock)
+        return
+    for sample in read_shard(shard, on_bad):
+        try:
+            rendered = render_sample(sample, views, size, clock, most=1)
+        except DataError as error:
+            on_bad(sample.key, str(error))
+        else:
+            yield rendered
+
+
+def sample_features(teacher: Teacher, shards: Sequence[Images], params: Params) -> Tensor:
     """Features (`codec.fit_samples`, S, T), on the CPU, of images from up to 16 shards.
 
     Raises:

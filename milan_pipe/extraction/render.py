@@ -7,8 +7,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO, Literal
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.errors import DataError, MissingError, StoreError, system_reason
+from milan_pipe.extraction.stored import Images, StoredShard
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.shards import ShardFile
@@ -33,6 +34,7 @@ from milan_pipe.images.views import (
     shrunk,
 )
 from milan_pipe.targets.schema import BLOCK_SAMPLES
+from milan_pipe.targets.store import damaged
 
 _AHEAD_PER_THREAD = 32
 _COPY_BYTES = 4 * 1024 * 1024
@@ -112,11 +114,60 @@ def render_sample(
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredSample:
+    """One sample and its views as a store has them."""
+
+    shard: StoredShard
+    key: str
+    label: int
+    jpegs: tuple[bytes, ...]
+    views: tuple[View, ...]
+
+
+def stored_samples(shard: StoredShard, clock: Clock, most: int | None = None) -> Iterator[StoredSample]:
+    """The samples of a stored shard, with all their views or the first `most`; raises as `StoredShard.blocks`."""
+    blocks = shard.blocks(most)
+    while True:
+        with clock.of("read"), _reading(shard):
+            runs = next(blocks, None)
+        if runs is None:
+            return
+        for row, key in enumerate(runs[0].keys):
+            boxes = [run.crop_N4[row].tolist() for run in runs]
+            flips = [bool(run.flip_N[row]) for run in runs]
+            yield StoredSample(
+                shard=shard,
+                key=key,
+                label=int(runs[0].label_N[row]),
+                jpegs=tuple(bytes(run.jpegs[row]) for run in runs),
+                views=tuple(
+                    View(top=top, left=left, height=height, width=width, flip=flip)
+                    for (top, left, height, width), flip in zip(boxes, flips, strict=True)
+                ),
+            )
+
+
+def decode_stored(sample: StoredSample, size: int, clock: Clock) -> RenderedSample:
+    """Decode the views of a sample; DataError where one is damaged, with the command that writes it again."""
+    pixels_KHWC = np.empty((len(sample.jpegs), size, size, 3), np.uint8)
+    with clock.of("decode"):
+        for view, (jpeg, pixels_HWC) in enumerate(zip(sample.jpegs, pixels_KHWC, strict=True)):
+            try:
+                decode_jpeg(jpeg, into=pixels_HWC)
+            except DataError as error:
+                what = f"view {view} of {sample.key}: {error}"
+                raise damaged(sample.shard.location, sample.shard.shard, what) from error
+    return RenderedSample(
+        key=sample.key, label=sample.label, jpegs=sample.jpegs, pixels_KHWC=pixels_KHWC, views=sample.views
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardJob:
     """One shard to do: its name in the store, and its images."""
 
     name: str
-    images: ShardFile
+    images: Images
 
 
 @dataclass(kw_only=True)
@@ -146,7 +197,7 @@ class SourceError(DataError):
 
 
 @contextmanager
-def _reading(images: ShardFile) -> Iterator[None]:
+def _reading(images: Images) -> Iterator[None]:
     """Have errors of reading name the source shard."""
     try:
         yield
@@ -195,23 +246,51 @@ def rendered_blocks(
         source = SourceFile()
         error: Exception | None = None
         try:
-            # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
-            with tempfile.TemporaryFile() if job.images.location.local is None else nullcontext() as copy:
-                with clock.of("read"):
-                    source.bytes, source.sha256 = digest(job.images, copy)
-                rendered = decoded_ahead(
-                    _read(job.images, source, copy, clock),
-                    lambda sample: render_sample(sample, views, size, clock),
-                    threads,
-                    _AHEAD_PER_THREAD * threads,
-                    source.skip,
-                )
-                while samples := list(islice(rendered, BLOCK_SAMPLES)):
+            made = (
+                _stored(job.images, source, size, threads, clock)
+                if isinstance(job.images, StoredShard)
+                else _rendered(job.images, source, views, size, threads, clock)
+            )
+            with closing(made):
+                while samples := list(islice(made, BLOCK_SAMPLES)):
                     yield RenderedBlock(job=job, source=source, samples=samples)
         # A shard that fails must not take the others with it; its error is reported where the shard is committed.
         except Exception as caught:
             error = caught
         yield RenderedBlock(job=job, source=source, samples=[], error=error)
+
+
+def _rendered(
+    images: ShardFile, source: SourceFile, views: ViewSettings, size: int, threads: int, clock: Clock
+) -> Generator[RenderedSample, None, None]:
+    # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
+    with tempfile.TemporaryFile() if images.location.local is None else nullcontext() as copy:
+        with clock.of("read"):
+            source.bytes, source.sha256 = digest(images, copy)
+        yield from decoded_ahead(
+            _read(images, source, copy, clock),
+            lambda sample: render_sample(sample, views, size, clock),
+            threads,
+            _AHEAD_PER_THREAD * threads,
+            source.skip,
+        )
+
+
+def _stored(
+    shard: StoredShard, source: SourceFile, size: int, threads: int, clock: Clock
+) -> Generator[RenderedSample, None, None]:
+    def refuse(_key: str, reason: str) -> None:
+        raise DataError(reason)
+
+    then = shard.source
+    source.bytes, source.sha256, source.bad = then.bytes, then.sha256, list(then.bad)
+    yield from decoded_ahead(
+        stored_samples(shard, clock),
+        lambda sample: decode_stored(sample, size, clock),
+        threads,
+        _AHEAD_PER_THREAD * threads,
+        refuse,
+    )
 
 
 def _read(images: ShardFile, source: SourceFile, copy: IO[bytes] | None, clock: Clock) -> Iterator[Sample]:

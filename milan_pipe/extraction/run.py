@@ -15,16 +15,18 @@ import torch
 from milan_pipe.config.extraction import parse_share
 from milan_pipe.config.params import Params
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
+from milan_pipe.errors import DataError, MilanError, MismatchError, SettingError, StoreError
 from milan_pipe.extraction.fit import sample_features
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.shard import Extractor, ShardResult, header_of
 from milan_pipe.extraction.space import extraction_space_warning
+from milan_pipe.extraction.stored import Images, StoredShard, stored_shards, with_views_of
 from milan_pipe.extraction.worker import Assignment, load_extraction_teacher, process_count
 from milan_pipe.images.bad import too_many_bad
-from milan_pipe.images.shards import ShardFile, expand_shards
+from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import location_of, require_writable
 from milan_pipe.targets.codec import build_codec
+from milan_pipe.targets.convert import require_apart
 from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader
 from milan_pipe.targets.store import TargetStoreWriter, read_header
@@ -143,25 +145,36 @@ class _Tally:
         )
 
 
-def _header(teacher: Teacher, sources: Sequence[ShardFile], params: Params, found: StoreHeader | None) -> StoreHeader:
-    """The header of this run; the codec is that of the store, if it was made for the same setting, else a new one."""
+def _header(
+    teacher: Teacher, sources: Sequence[Images], params: Params, found: StoreHeader | None, seen: StoreHeader | None
+) -> StoreHeader:
+    """The header of this run; the codec is that of the store, if it was made for the same setting, else a new one.
+
+    Args:
+        found: the header of the store that is written, where it is there.
+        seen: the header of the store whose views are used, if any.
+    """
     codec = found.codec if found is not None else None
     if codec is None or codec.model_copy(update=params.codec.header_fields()) != codec:
         features = sample_features(teacher, sources, params) if params.codec.name == "klt" else None
         codec = build_codec(params.codec, features).info
     names = "".join(f"{source.name}\n" for source in sources)
     source = SourceInfo(shards=len(sources), fingerprint=sha256_of(names.encode()))
-    return header_of(params, teacher.info, codec, source)
+    header = header_of(params, teacher.info, codec, source)
+    return header if seen is None else header.model_copy(update={"views": seen.views, "source": seen.source})
 
 
 def _require_same_sources(
-    sources: Mapping[str, ShardFile], committed: Mapping[str, CommittedShard], with_digests: bool
+    sources: Mapping[str, Images], committed: Mapping[str, CommittedShard], with_digests: bool
 ) -> None:
     """Refuse source shards that are not what they were when their targets were made."""
     changed = {}
     for name in sorted(sources.keys() & committed.keys()):
         source, then = sources[name], committed[name].source
-        if (size := source.size()) != then.bytes:
+        if isinstance(source, StoredShard):
+            if what := source.difference(committed[name]):
+                changed[name] = f"{source}: {what}"
+        elif (size := source.size()) != then.bytes:
             changed[name] = f"{source}: {size} bytes, {then.bytes} when it was extracted"
         elif with_digests and digest(source)[1] != then.sha256:
             changed[name] = f"{source}: another sha256 than when it was extracted"
@@ -173,34 +186,51 @@ def _require_same_sources(
 
 
 def extract_targets(
-    images: str | Path,
+    images: str | Path | None,
     targets: str | Path,
     params: Params,
     *,
     shards: str | None = None,
     redo: Sequence[str] = (),
     verify_sources: bool = False,
+    views_from: str | Path | None = None,
     on_progress: Callable[[ExtractProgress], None] = lambda _: None,
 ) -> ExtractReport:
     """Write the targets of all image shards; goes on where an earlier run of the same configuration stopped.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs; local or a URL.
+        images: folder of shards, or shard paths with braces or globs; local or a URL. None with `views_from`.
         targets: folder of the target store; local or a URL.
         params: views are rendered at the student's input size; the teacher's input size is fitted to its grid.
         shards: `i/n`: do only every n-th shard, beginning with number i.
         redo: names of committed shards to do again, as `000123`.
         verify_sources: compare the sha256 of source shards that are done, and not their sizes alone.
+        views_from: a complete store of another teacher, whose views are seen; no image is read, and what is not stated
+            of views, size and grid is that store's.
 
     Raises:
         MissingError, DataError: images are missing, too many are unreadable, or shards failed; others are committed.
-        MismatchError: the store has another configuration, or source shards have changed.
+        MismatchError: the store has another configuration, source shards have changed, or the settings are not those
+            of the views.
+        SettingError: neither or both of `images` and `views_from`, or that store and the new one are not apart.
         StoreError: the store cannot be written.
     """
     began, extract = time.monotonic(), params.extract
     share, shares = parse_share(shards) if shards is not None else (0, 1)
-    sources = {f"{position:06d}": source for position, source in enumerate(expand_shards(images))}
     location = location_of(targets)
+    sources: Mapping[str, Images]
+    seen = None
+    if (images is None) == (views_from is None):
+        given = "both" if images is not None else "neither"
+        raise SettingError(f"expected images or views_from, a store whose views are seen; found {given}")
+    if images is not None:
+        sources = {f"{position:06d}": source for position, source in enumerate(expand_shards(images))}
+    elif views_from is not None:
+        require_apart(location_of(views_from), location)
+        seen, sources = stored_shards(views_from)
+        params = with_views_of(params, seen, views_from)
+    # Those who made the store that is seen have accepted what it lacks.
+    most_bad = extract.max_bad_fraction if seen is None else 1.0
     require_writable(location)
     found = read_header(location)
     clustered = extract.scheduler is not None or process_count(extract) > 1
@@ -214,10 +244,10 @@ def extract_targets(
             precision = found.teacher.precision
         params = params.model_copy(update={"teacher": params.teacher.model_copy(update={"precision": precision})})
     teacher = load_extraction_teacher(params)
-    writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found))
+    writer = TargetStoreWriter(targets, _header(teacher, list(sources.values()), params, found, seen))
     for name in redo:
         if name not in sources:
-            names = f"{next(iter(sources))} to {next(reversed(sources))}"
+            names = f"{min(sources)} to {max(sources)}"
             raise DataError(f"there is no shard {name!r} to do again; {location} has {names}")
         writer.forget(name)
     known = writer.committed(sizes=True)
@@ -235,7 +265,7 @@ def extract_targets(
     for name, shard in known.items():
         tally.add_committed(name, shard.source)
     tally.report()
-    tally.require_few_bad(extract.max_bad_fraction, writer)
+    tally.require_few_bad(most_bad, writer)
     results: Generator[ShardResult, None, None]
     if jobs and clustered:
         # Each worker has its own; this one would take memory from the first.
@@ -256,7 +286,7 @@ def extract_targets(
                 unreadable = unreadable + 1 if isinstance(result.error, SourceError) else 0
                 if unreadable == _MOST_UNREADABLE:
                     break
-                tally.require_few_bad(extract.max_bad_fraction, writer)
+                tally.require_few_bad(most_bad, writer)
     except OSError as error:
         if isinstance(error, MilanError) and not isinstance(error, StoreError):
             raise

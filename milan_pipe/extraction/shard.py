@@ -15,7 +15,6 @@ from torch import Tensor
 from milan_pipe import __version__
 from milan_pipe.background import Background
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError
@@ -89,8 +88,7 @@ class Extractor:
         """
         clock = Clock()
         policy = self.writer.header.views
-        views = ViewSettings(**policy.model_dump(include=set(ViewSettings.model_fields)))
-        rendered = rendered_blocks(jobs, views, policy.size, self._threads, clock)
+        rendered = rendered_blocks(jobs, policy.settings, policy.size, self._threads, clock)
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
             closing(Background(rendered, 1, "render")) as blocks,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milan_pipe.config.targets import StoreFormat
+from milan_pipe.extraction.stored import Images, StoredShard
 from milan_pipe.images.count import glance_at_images
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.storage import Location
@@ -79,10 +80,14 @@ def most_bytes_per_view(header: StoreHeader) -> int:
     return features + jpeg + header.patches * _ATTENTION_BYTES + _FIXED_BYTES[header.format]
 
 
-def extraction_space_warning(header: StoreHeader, shards: Sequence[ShardFile], location: Location) -> str | None:
+def extraction_space_warning(header: StoreHeader, shards: Sequence[Images], location: Location) -> str | None:
     """One line where the targets of these shards may not fit, as far as that can be known from a glance at them."""
-    images = glance_at_images(shards) if location.local is not None and shards else None
-    if images is None:
+    if location.local is None:
+        return None
+    stored = sum(shard.entry.samples for shard in shards if isinstance(shard, StoredShard))
+    files = [shard for shard in shards if isinstance(shard, ShardFile)]
+    images = glance_at_images(files) if files else stored
+    if not images:
         return None
     bound = images * header.views.count * most_bytes_per_view(header)
     return free_space_warning(free_space(location, bound), at_most=True)

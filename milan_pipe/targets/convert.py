@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from milan_pipe.config.targets import StoreFormat
-from milan_pipe.errors import DataError, SettingError
+from milan_pipe.errors import SettingError
 from milan_pipe.storage import Location, location_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SCHEMA_VERSION, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
@@ -40,13 +40,14 @@ def _block(store: TargetStore, shard: str, start: int, stop: int) -> TargetBlock
     )
 
 
-def _require_apart(source: Location, destination: Location) -> None:
+def require_apart(source: Location, destination: Location) -> None:
+    """Refuse a store that is written where another is read; SettingError where one lies within the other."""
     if source.local is not None and destination.local is not None:
         one, other = source.local.resolve().parts, destination.local.resolve().parts
     else:
         one, other = tuple(source.name.rstrip("/").split("/")), tuple(destination.name.rstrip("/").split("/"))
     if one[: len(other)] == other[: len(one)]:
-        what = "is the store to convert" if one == other else f"and {source} lie one within the other"
+        what = "is the store that is read" if one == other else f"and {source} lie one within the other"
         raise SettingError(f"{destination} {what}; name another folder for the new store")
 
 
@@ -70,12 +71,8 @@ def convert_targets(
             the destination holds something else.
         SettingError: one lies within the other.
     """
-    _require_apart(location_of(source), location_of(destination))
-    store = open_targets(source)
-    if len(store.shards) != store.header.source.shards:
-        raise DataError(
-            f"{source} has {len(store.shards)} of {store.header.source.shards} shards; finish its extraction first"
-        )
+    require_apart(location_of(source), location_of(destination))
+    store = open_targets(source, complete=True)
     codec = store.header.codec
     if zstd_level is not None:
         codec = codec.model_copy(update={"zstd_level": zstd_level})

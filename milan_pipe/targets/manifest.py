@@ -155,7 +155,7 @@ def committed_names(location: Location) -> tuple[str, ...]:
 
 
 def read_committed(
-    location: Location, *, sizes_of: StoreHeader | None = None
+    location: Location, *, sizes_of: StoreHeader | None = None, expected: Mapping[str, ManifestEntry] | None = None
 ) -> tuple[dict[str, CommittedShard], dict[str, str]]:
     """All committed shards, read side by side, and what is wrong with those that cannot be.
 
@@ -163,6 +163,7 @@ def read_committed(
 
     Args:
         sizes_of: also check that all files of a shard exist in full length, in a store with this header.
+        expected: the shards of a manifest, where it is known: their records must be those that it names.
 
     Returns:
         Shards that are whole, and a reason for each that is not, by name.
@@ -174,7 +175,7 @@ def read_committed(
             data = location.read(_path(name))
             # Fetching alone gains by threads: those that parse fight for the interpreter, and take twice as long.
             with parsing:
-                record, digest = _record_of(location, name, data, None)
+                record, digest = _record_of(location, name, data, None if expected is None else expected[name])
             wrong = None if sizes_of is None else wrong_size(location.child(shard_path(sizes_of, name)), record)
         except (MissingError, DataError) as error:
             return str(error)
@@ -190,7 +191,7 @@ def read_committed(
         )
         return CommittedShard(source=source, entry=entry)
 
-    names = committed_names(location)
+    names = committed_names(location) if expected is None else tuple(expected)
     whole: dict[str, CommittedShard] = {}
     broken: dict[str, str] = {}
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:

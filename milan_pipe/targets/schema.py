@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, StringConstraints
 
 from milan_pipe.config.base import Settings
-from milan_pipe.config.images import Renderer
+from milan_pipe.config.images import Renderer, ViewSettings
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import MismatchError
 
@@ -78,6 +78,11 @@ class ViewInfo(Settings):
     seed: int
     jpeg_quality: int
     renderer: Renderer = "pillow"
+
+    @property
+    def settings(self) -> ViewSettings:
+        """Those by which they were drawn."""
+        return ViewSettings(**self.model_dump(include=set(ViewSettings.model_fields)))
 
 
 class CodecInfo(Settings):
@@ -328,8 +333,11 @@ class OpenShard(Protocol):
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
 
-    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
-        """Samples `start` to `stop` of one view, all within the shard; without rendered views, `jpegs` is empty."""
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True) -> ViewRun:
+        """Samples `start` to `stop` of one view, all within the shard.
+
+        Without rendered views, `jpegs` is empty; without features, so are codes and attention, and there is no scale.
+        """
 
 
 BLOCK_SAMPLES = 128

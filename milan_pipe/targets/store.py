@@ -325,6 +325,17 @@ class TargetStore:
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
+    def committed(self) -> dict[str, CommittedShard]:
+        """What was committed of all shards, by name; their records are read side by side.
+
+        Raises:
+            DataError: a record is damaged, missing, or not the one that the store was opened with.
+        """
+        found, broken = manifest.read_committed(self.location, expected=self._entries)
+        if broken:
+            raise _broken(self.location, broken)
+        return found
+
     def _shard(self, name: str) -> OpenShard:
         with self._opening:
             if name not in self._open:
@@ -341,8 +352,10 @@ class TargetStore:
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
-    def read(self, shard: str, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
-        """Samples `start` to `stop` of one view of a shard; without rendered views, `jpegs` is empty.
+    def read(
+        self, shard: str, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True
+    ) -> ViewRun:
+        """Samples `start` to `stop` of one view of a shard; what is not wanted is as `OpenShard.read` says.
 
         Raises:
             DataError: the shard is damaged; names it and the array.
@@ -355,7 +368,7 @@ class TargetStore:
                 f"it has {count} samples, {self.header.views.count} views"
             )
         try:
-            return self._shard(shard).read(view, start, stop, with_views=with_views)
+            return self._shard(shard).read(view, start, stop, with_views=with_views, with_features=with_features)
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
@@ -381,12 +394,23 @@ def open_shard(location: Location, name: str, header: StoreHeader, record: Shard
     return backend(folder, header, record, fail)
 
 
-def open_targets(where: str | Path) -> TargetStore:
+def _broken(location: Location, broken: Mapping[str, str]) -> DataError:
+    first = min(broken)
+    return DataError(
+        f"{location}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them "
+        f"again with `{manifest.redo_command(location, ','.join(sorted(broken)))}`"
+    )
+
+
+def open_targets(where: str | Path, *, complete: bool = False) -> TargetStore:
     """Open a store for reading.
+
+    Args:
+        complete: refuse one that has not all its shards yet.
 
     Raises:
         MissingError: no such folder.
-        DataError: not a store, no shard committed, or damaged.
+        DataError: not a store, no shard committed, not complete, or damaged.
         MismatchError: another schema version.
         StoreError: it cannot be reached.
     """
@@ -408,13 +432,14 @@ def open_targets(where: str | Path) -> TargetStore:
         return TargetStore(location, header, dict(sorted(found.shards.items())))
     committed, broken = manifest.read_committed(location)
     if broken:
-        first = min(broken)
-        raise DataError(
-            f"{location}: {len(broken)} shards are not as they were written ({first}: {broken[first]}); write them "
-            f"again with `{manifest.redo_command(location, ','.join(sorted(broken)))}`"
-        )
+        raise _broken(location, broken)
     if not committed:
         raise DataError(f"{location} has no committed shard; run extract-targets again to finish it")
+    if complete and len(committed) != header.source.shards:
+        raise DataError(
+            f"{location} has {len(committed)} of {header.source.shards} shards; finish its extraction first with "
+            f"`{manifest.extract_command(location)}`"
+        )
     warnings.warn(
         f"{location} has no {manifest.MANIFEST}: {len(committed)} of {header.source.shards} shards are read; run the "
         "same extract-targets again to finish it",

@@ -214,7 +214,7 @@ class TarShard:
         with self._parsing(0):
             return [json.loads(bytes(s["json"]))["key"] for block in blocks for s in self._samples(0, block)]
 
-    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True) -> ViewRun:
         """Samples `start` to `stop` of one view."""
         first, last = start // BLOCK_SAMPLES, (stop - 1) // BLOCK_SAMPLES + 1
         samples = [sample for block in range(first, last) for sample in self._samples(view, block)]
@@ -222,7 +222,7 @@ class TarShard:
         if len(chosen) != stop - start:
             raise self._fail(f"{_tar_name(view)} holds {len(chosen)} of samples {start} to {stop}")
         with self._parsing(view):
-            return self._run(chosen, with_views)
+            return self._run(chosen, with_views, with_features)
 
     @contextmanager
     def _parsing(self, view: int) -> Iterator[None]:
@@ -248,12 +248,14 @@ class TarShard:
                 samples[-1][suffix] = content
         return samples
 
-    def _run(self, samples: list[dict[str, memoryview]], with_views: bool) -> ViewRun:
-        header, count, arrays = self._header, len(samples), self._arrays
+    def _run(self, samples: list[dict[str, memoryview]], with_views: bool, with_features: bool) -> ViewRun:
+        header, arrays, featured = self._header, self._arrays, samples if with_features else []
+        count = len(featured)
         code = np.empty((count, header.tokens, header.teacher.width), codec_of(header.codec).dtype)
         attention = np.empty((count, header.patches), np.float16)
-        scale = np.empty((count, header.tokens), np.float16) if arrays.scale is not None else None
-        for row, sample in enumerate(samples):
+        has_scale = arrays.scale is not None and with_features
+        scale = np.empty((count, header.tokens), np.float16) if has_scale else None
+        for row, sample in enumerate(featured):
             arrays.codes.unpack(sample[arrays.codes.suffix], code[row])
             arrays.attention.unpack(sample[arrays.attention.suffix], attention[row])
             if arrays.scale is not None and scale is not None:

@@ -440,14 +440,18 @@ class ZarrShard:
             jpegs.append((parts[0] if len(parts) == 1 else np.concatenate(parts)).data)
         return jpegs
 
-    def read(self, view: int, start: int, stop: int, *, with_views: bool = True) -> ViewRun:
+    def read(self, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True) -> ViewRun:
         """Samples `start` to `stop` of one view."""
-        names = ["features", "attention", *(["scale"] if self._has_scale else [])]
+        names = ["features", "attention", *(["scale"] if self._has_scale else [])] if with_features else []
         reads: list[Callable[[], Any]] = [partial(self._rows, name, start, stop, view) for name in names]
         with _reads_of(self._location) as together:
-            jpegs, code_NST, attention_NL, *scales = together(
+            jpegs, *found = together(
                 lambda read: read(), [partial(self._jpegs, view, start, stop) if with_views else list, *reads]
             )
+        if not with_features:
+            arrays = (self._arrays[name] for name in ("features", "attention"))
+            found = [np.empty((0, *array.shape[2:]), array.dtype) for array in arrays]
+        code_NST, attention_NL, *scales = found
         return ViewRun(
             keys=[str(key) for key in self._small["key"][start:stop]],
             label_N=self._small["label"][start:stop],
