@@ -32,8 +32,9 @@ def _print_command(*words: object) -> None:
 
 def _run(command: Callable[..., Any], *arguments: object, **options: Any) -> Any:
     flags = [word for name, value in options.items() for word in (f"--{name}", value) if word is not True]
-    _print_command(command.__name__.replace("_", "-"), *arguments, *flags)
-    return command(*map(str, arguments), **options)
+    words = [word for one in arguments for word in (one if isinstance(one, list) else [one])]
+    _print_command(command.__name__.replace("_", "-"), *words, *flags)
+    return command(*([*map(str, one)] if isinstance(one, list) else str(one) for one in arguments), **options)
 
 
 @app.command()
@@ -55,9 +56,9 @@ def demo(
     train, test = str(images / "train-*.tar"), str(images / "test-*.tar")
     if not (images / "index.json").is_file():
         _run(prepare, "demo", images, params=_RECIPE)
-    _run(extract_targets, train, targets, params=_RECIPE)
+    _run(extract_targets, [train], targets, params=_RECIPE)
     _run(verify_targets, targets, params=_RECIPE)
-    _run(pretrain, targets, milan, params=_RECIPE)
+    _run(pretrain, [targets], milan, params=_RECIPE)
     students = {RANDOM: UNTRAINED, str(milan): MILAN, TEACHER: BOUNDS[TEACHER]}
     table = Table("student", title="On unseen scenes of 12 things", title_justify="left", title_style="bold")
     for column in ("k-NN", "linear probe"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app
 from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.errors import SettingError
 from milan_pipe.units import size
 
 _MOST_PROBLEMS = 50
@@ -20,15 +22,25 @@ _MOST_PROBLEMS = 50
 @app.command("extract-targets")
 def extract_targets(
     images: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            metavar="IMAGES",
-            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or a URL.",
+            metavar="[IMAGES]",
+            default_factory=list,
+            help="Folder of .tar shards, or shard paths with {000..127} braces or a glob; local or a URL. Not with "
+            "--views-from.",
         ),
     ],
     targets: Annotated[
         str, typer.Argument(metavar="TARGETS", help="Folder of the target store; local, s3:// or gs://.")
     ],
+    views_from: Annotated[
+        str | None,
+        typer.Option(
+            "--views-from",
+            metavar="STORE",
+            help="In place of IMAGES: another teacher's targets of them, whose stored views the teacher sees.",
+        ),
+    ] = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
     store_format: Annotated[
@@ -65,10 +77,17 @@ def extract_targets(
     is what the teacher sees. The same command goes on after an interruption; shards that are whole are skipped. A shard
     that cannot be done is reported at the end, when all others are committed, and the exit code is not 0.
 
+    A second teacher of the same views needs no images: extract-targets --views-from targets-a targets-b. Size, grid and
+    settings of views are those of the first store; the targets are those that the images would have given.
+
     Example: milan-pipe extract-targets images targets
     """
     from milan_pipe.extraction.run import ExtractProgress
 
+    if len(images) != (views_from is None):
+        words = shlex.join([*(["--views-from", views_from] if views_from is not None else []), *images, targets])
+        raise SettingError(f"expected IMAGES TARGETS, or --views-from STORE TARGETS; found {words}")
+    source = views_from or images[0]
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
     given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
     settings = milan_pipe.load_params(params, [*(overrides or []), *given])
@@ -90,12 +109,13 @@ def extract_targets(
             )
 
         report = milan_pipe.extract_targets(
-            images,
+            images[0] if images else None,
             targets,
             settings,
             shards=shards,
             redo=redo.split(",") if redo else (),
             verify_sources=verify_sources,
+            views_from=views_from,
             on_progress=on_progress,
         )
     rows = {
@@ -107,7 +127,7 @@ def extract_targets(
         "codec": f"{settings.codec.name}, mean cosine "
         + (f"{report.mean_cosine:.7f}" if report.mean_cosine is not None else "not measured: nothing was done"),
     }
-    return show(f"{images} -> {targets}", rows, report, as_json)
+    return show(f"{source} -> {targets}", rows, report, as_json)
 
 
 @app.command("verify-targets")
@@ -152,7 +172,7 @@ def verify_targets(
     show(targets, rows, report, as_json)
     if report.problems:
         # One line each, however long, so that they can be copied.
-        console.print(Text("repair with, IMAGES and settings as they were:", style="bold"))
+        console.print(Text("repair with, IMAGES (or --views-from STORE), settings as they were:", style="bold"))
         for command in report.repair:
             console.print(plain(f"  {command}"), soft_wrap=True)
         raise typer.Exit(1)

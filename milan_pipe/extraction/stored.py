@@ -46,7 +46,7 @@ class StoredShard:
         if self.source.bytes != then.source.bytes:
             return f"its images had {self.source.bytes} bytes, {then.source.bytes} when they were extracted"
         if self.source != then.source:
-            return "of other images than when it was extracted"
+            return "other images than when it was extracted"
         digests = {self.entry.views_sha256, then.entry.views_sha256} - {None}
         return "other views than when it was extracted" if len(digests) > 1 else None
 

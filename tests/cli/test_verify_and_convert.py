@@ -105,7 +105,7 @@ def test_the_printed_commands_mend(
             change(targets / path)
         found = milan("verify-targets", targets)
         assert (found.code, found.out) == (1, "")
-        *_, commands = found.err.partition("repair with, IMAGES and settings as they were:\n")
+        *_, commands = found.err.partition(" settings as they were:\n")
         assert commands
         for line in commands.splitlines():
             # As a shell would take it.
@@ -210,7 +210,7 @@ def test_mistakes(milan: Command, tmp_path: Path) -> None:
     write_store(targets, header(), [5])
     assert "zarr" in milan("convert-targets", targets, tmp_path / "o", "--format", "parquet").error
     error = milan("convert-targets", targets, targets, "--format", "webdataset").error
-    assert "is the store to convert; name another folder for the new store" in error
+    assert "is the store that is read; name another folder for the new store" in error
     error = milan("convert-targets", tmp_path / "gone", tmp_path / "o", "--format", "zarr").error
     assert "is not there" in error
     (targets / "shards" / "000000" / "key" / "c" / "0").unlink()
@@ -218,3 +218,37 @@ def test_mistakes(milan: Command, tmp_path: Path) -> None:
     assert "shard 000000" in error
     assert "--redo 000000`" in error
     assert milan("convert-targets", targets, tmp_path / "o").code == 2
+
+
+# --- views of a store ---------------------------------------------------------------------------------------------
+
+
+def test_another_teacher_sees_stored_views(
+    milan: Command, extracted: tuple[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    store_format, files = extracted
+    targets, seen = put(files, tmp_path / "a"), tmp_path / "b"
+    words = ("--views-from", targets, seen, "--format", store_format, *WORDS)
+    done = milan("extract-targets", *words, "--json")
+    assert (done.code, done.report["samples"], done.report["views"]) == (0, 12, 24)
+    assert f"{targets} -> {seen}" in done.err.replace("\n", "")
+    assert tree(seen) == files
+    max(path for path in (seen / "shards" / "000001").rglob("*") if path.is_file()).unlink()
+    done = milan("verify-targets", seen)
+    *_, command = done.err.rstrip().splitlines()
+    assert (done.code, command.split()[:2]) == (1, ["milan-pipe", "extract-targets"])
+    printed = command.replace("IMAGES", f"--views-from {targets}").split()[1:]
+    assert milan(*printed, "--format", store_format, *WORDS).code == 0
+    assert tree(seen) == files
+
+
+@pytest.mark.parametrize(
+    "words", [["t"], ["i", "t", "--views-from", "a"], ["i", "j", "t"], ["i", "j", "t", "--views-from", "a"]]
+)
+def test_images_or_views(milan: Command, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = milan("extract-targets", *words)
+    found = " ".join([*words[-2:], *words[:-2]] if "--views-from" in words else words)
+    assert done.code == 2
+    assert f"expected IMAGES TARGETS, or --views-from STORE TARGETS; found {found}" in " ".join(done.err.split())
+    assert not list(tmp_path.iterdir())

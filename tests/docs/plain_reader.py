@@ -387,11 +387,31 @@ def shard_samples(header: Json, folder: Path, record: Json) -> Iterator[Sample]:
             raise ValueError(f"{folder / name}: {type(error).__name__}: {error}") from error
 
 
+def views_digest(samples: list[Sample], views: int) -> str:
+    """SHA-256 over what a shard shows, of its samples in order of view and image."""
+    whole, count = hashlib.sha256(), len(samples) // views
+    for start in range(0, count, 128):
+        rows = [samples[view * count + start : view * count + min(start + 128, count)] for view in range(views)]
+        keys = [sample.key.encode("utf-8", "surrogatepass") for sample in rows[0]]
+        whole.update(len(keys).to_bytes(8, "little"))
+        for key in keys:
+            whole.update(len(key).to_bytes(8, "little") + key)
+        block = [sample for row in rows for sample in row]
+        whole.update(np.array([sample.crop for sample in block], "<i4").tobytes())
+        whole.update(bytes(sample.flip for sample in block))
+        for sample in block:
+            whole.update(len(sample.jpeg).to_bytes(8, "little") + sample.jpeg)
+    return whole.hexdigest()
+
+
 def read_store(folder: str | Path) -> Store:
     """Read and verify a whole store into memory."""
     root = Path(folder)
     header, header_digest = read_header(root)
-    records = read_records(root, header_digest)
-    return Store(
-        header, [s for name, record in records.items() for s in shard_samples(header, root / "shards" / name, record)]
-    )
+    found = []
+    for name, record in read_records(root, header_digest).items():
+        samples = list(shard_samples(header, root / "shards" / name, record))
+        if "views_sha256" in record and record["views_sha256"] != views_digest(samples, header["views"]["count"]):
+            raise ValueError(f"{root / 'manifest' / name}.json: views_sha256 is not that of the views")
+        found += samples
+    return Store(header, found)

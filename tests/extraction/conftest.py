@@ -30,7 +30,7 @@ def extract():
     """`extract_targets` with this folder's settings; keywords replace them."""
 
     def run(images, targets, *, codec="int8", views=VIEWS, view_size=64, teacher=None, **changes):
-        arguments = ("on_progress", "shards", "redo", "verify_sources")
+        arguments = ("on_progress", "shards", "redo", "verify_sources", "views_from")
         more = {name: changes.pop(name) for name in arguments if name in changes}
         settings = ExtractSettings(**{"batch_size": 8, "threads": 2, "teacher_threads": 1, "device": "cpu", **changes})
         with processes.forked_workers():

@@ -331,7 +331,7 @@ def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     assert process_count(ExtractSettings(workers=3)) == 3
 
 
-def test_workers_say_what_precision_they_compute_in(images: Path, extract, tmp_path: Path) -> None:
+def test_workers_say_what_precision_they_compute_in(images: Path, extract, tree, tmp_path: Path) -> None:
     """A client whose own device would choose otherwise; a store that it begins has the workers' precision."""
 
     def bfloat16(precision: str, _: object) -> str:
@@ -346,6 +346,8 @@ def test_workers_say_what_precision_they_compute_in(images: Path, extract, tmp_p
         patch.setattr("milan_pipe.teacher.clip.resolve_teacher_precision", bfloat16)
         address = cluster.scheduler_address
         extract(images, tmp_path / "t", scheduler=address)
+        extract(None, tmp_path / "seen", views_from=tmp_path / "t", scheduler=address)
+        assert tree(tmp_path / "seen") == tree(tmp_path / "t")
         assert open_targets(tmp_path / "t").header.teacher.precision == "float32"
         one = next(iter(client.scheduler_info()["workers"]))
         client.run(lambda: setattr(worker, "resolve_teacher_precision", bfloat16), workers=[one])

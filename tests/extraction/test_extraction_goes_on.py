@@ -8,6 +8,7 @@ import tarfile
 
 import pytest
 from support.disks import small_disk
+from support.extraction import shards_with_bad
 
 from milan_pipe.config.images import ViewSettings
 from milan_pipe.config.teacher import TeacherSettings
@@ -97,24 +98,6 @@ def test_no_images(extract, tmp_path):
 
 
 # --- bad images -------------------------------------------------------------------------------------------------
-
-
-def shards_with_bad(images, folder, bad_in):
-    """Copies of the shards; in each, the images at the given rows are cut in half."""
-    folder.mkdir()
-    keys = []
-    for number, path in enumerate(sorted(images.glob("*.tar"))):
-        with tarfile.open(path) as source, tarfile.open(folder / path.name, "w") as target:
-            row = -1
-            for member in source:
-                file = source.extractfile(member)
-                image = member.name.endswith(".png") and not member.name.endswith(".mask.png")
-                row += image
-                if image and row in bad_in.get(number, ()):
-                    keys.append(member.name.removesuffix(".png"))
-                    member.size //= 2
-                target.addfile(member, file)
-    return keys
 
 
 def test_bad_images_are_skipped(whole, images, extract, tree, tmp_path):

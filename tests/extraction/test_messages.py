@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 from distributed import KilledWorker
 from support.images import image, png, write_tar
 from support.messages import Case, require_message
+from support.targets import header, random_blocks, write_blocks, write_store
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
@@ -26,17 +28,21 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.targets import CodecSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.extraction import cluster, run
 from milan_pipe.extraction.against import verify_against_teacher
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.worker import Assignment, do_shard
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.student.encoder import grid_of
+from milan_pipe.targets.schema import ViewInfo
 from milan_pipe.teacher.clip import Teacher, TeacherOutput, load_teacher
 
 GOOD, BAD = png(image(0, 0)), b"no image"
 STUDENT = StudentSettings(image_size=16, patch_size=8)
+SEEN = header(views=1, shards=2, size=16).model_copy(
+    update={"views": ViewInfo(size=16, renderer="torch", **ViewSettings(count=1).model_dump())}
+)
 # The kernel answers a read of it with an input/output error, as a disk does that fails.
 UNREADABLE = "/proc/self/mem"
 # A disk that is full.
@@ -63,17 +69,20 @@ def images(*shards: Sequence[bytes] | None) -> str:
 
 
 def extract(
-    source: str,
+    source: str | None,
     *,
     codec: str = "int8",
+    views: ViewSettings | None = None,
+    student: StudentSettings = STUDENT,
     change: Callable[[TeacherOutput], object] = lambda _: None,
     **more: Any,
 ) -> None:
     """Extract into t, whatever becomes of what the teacher gives."""
-    arguments = {name: more.pop(name) for name in ("redo", "verify_sources", "on_progress") if name in more}
+    names = ("redo", "verify_sources", "on_progress", "views_from")
+    arguments = {name: more.pop(name) for name in names if name in more}
     params = Params(
-        student=STUDENT,
-        views=ViewSettings(count=1),
+        student=student,
+        views=views or ViewSettings(count=1),
         codec=CodecSettings(name=codec),  # type: ignore[arg-type]
         extract=ExtractSettings(**{"threads": 1, "teacher_threads": 1, "device": "cpu", **more}),
     )
@@ -118,6 +127,34 @@ def other_image(shard: Path) -> None:
     size = shard.stat().st_size
     write_tar(shard, {"0.png": png(np.zeros_like(image(0, 0)))})
     os.truncate(shard, size)
+
+
+def seen(change: Callable[[Path], object] = lambda _: None, **more: Any) -> None:
+    """Extract from the views of a, which was changed."""
+    write_store("a", SEEN, [1, 1])
+    change(Path("a"))
+    extract(None, views_from="a", **more)
+
+
+def bad_view(folder: Path) -> None:
+    shutil.rmtree(folder)
+    first, second = (random_blocks(SEEN, 1, seed) for seed in range(2))
+    write_blocks(folder, SEEN, [[replace(first[0], jpegs=[[b"no JPEG"]])], second])
+
+
+def lost_record(folder: Path) -> None:
+    (folder / "manifest" / "000001.json").unlink()
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    lost_record(folder)
+
+
+def seen_twice() -> None:
+    seen()
+    shutil.rmtree("a")
+    seen(bad_view)
 
 
 def in_the_way(now: run.ExtractProgress) -> None:
@@ -237,6 +274,62 @@ CASES: dict[str, Case] = {
         lambda: extract(images([GOOD], [GOOD]), redo=["000002"]),
         DataError,
         "there is no shard '000002' to do again; t has 000000 to 000001",
+    ),
+    # --- views of a store -------------------------------------------------------------------------------------------
+    "images and views": (
+        lambda: extract("i", views_from="a"),
+        SettingError,
+        "expected images or views_from, a store whose views are seen; found both",
+    ),
+    "neither images nor views": (
+        lambda: extract(None),
+        SettingError,
+        "expected images or views_from, a store whose views are seen; found neither",
+    ),
+    "views of the store itself": (
+        lambda: extract(None, views_from="./t"),
+        SettingError,
+        "t is the store that is read; name another folder for the new store",
+    ),
+    "views of no store": (
+        lambda: extract(None, views_from="a"),
+        MissingError,
+        "a is not there; write targets with `milan-pipe extract-targets IMAGES a`",
+    ),
+    "views of an unfinished store": (
+        lambda: seen(unfinished),
+        DataError,
+        "a has 1 of 2 shards; finish its extraction first with `milan-pipe extract-targets IMAGES a`",
+    ),
+    "views of a store with a lost record": (
+        lambda: seen(lost_record),
+        DataError,
+        "a: 1 shards are not as they were written (000001: a/manifest/000001.json is not there); write "
+        "them again with `milan-pipe extract-targets IMAGES a --redo 000001`",
+    ),
+    "other settings of views": (
+        lambda: seen(views=ViewSettings(count=2, seed=1)),
+        MismatchError,
+        "a does not fit the settings: views.count: store has 1, the settings say 2; views.seed: store has 0, the "
+        "settings say 1. Change the settings, or extract the targets that they describe",
+    ),
+    "other size and grid": (
+        lambda: seen(student=StudentSettings(image_size=32)),
+        MismatchError,
+        "a does not fit the settings: views.size: store has 16, the settings say 32; teacher.grid: store has [2, 2], "
+        "the settings say [4, 4]. Change the settings, or extract the targets that they describe",
+    ),
+    "stored view that is no JPEG": (
+        lambda: seen(bad_view),
+        DataError,
+        "1 of 2 shards failed: 000000: a, shard 000000: view 0 of dir/k\u00e9y-0-0: JPEG cannot be decoded: .... "
+        f"Write it again with `milan-pipe extract-targets IMAGES a --redo 000000`. 1 {AGAIN}",
+    ),
+    "other views than those that were seen": (
+        seen_twice,
+        MismatchError,
+        "1 source shards have changed since their targets were made (a/000000: other views than when it was "
+        "extracted). Extract them again with --redo 000000",
     ),
     # --- what the teacher gives ---------------------------------------------------------------------------------------
     "output that is no target": (

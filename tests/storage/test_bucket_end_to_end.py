@@ -244,6 +244,9 @@ def test_from_images_in_a_bucket_to_a_student(
     other = FORMATS[1 - FORMATS.index(store_format)]
     assert milan("convert-targets", targets, f"{bucket}/other", "--format", other).code == 0
     assert tree(f"{bucket}/other") == tree(local / other)
+    seen = milan("extract-targets", "--views-from", f"{bucket}/other", f"{bucket}/seen", *extract[3:])
+    assert seen.code == 0, seen.err
+    assert tree(f"{bucket}/seen") == expected
     nothing_left(bucket)
     assert list(Path.cwd().iterdir()) == []
 

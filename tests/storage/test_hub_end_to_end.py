@@ -99,6 +99,8 @@ def test_targets(stored: str, hub: Hub, project: Project, tmp_path: Path) -> Non
     runs = (project.runs[0], tmp_path / "run")
     here, there = ([file["sha256"] for file in open_checkpoint(run).files.values()] for run in runs)
     assert here == there
+    api.extract_targets(None, tmp_path / "seen", project.params, views_from=TARGETS)
+    assert tree(tmp_path / "seen") == tree(project.targets)
     looks = api.inspect_targets(TARGETS, tmp_path / "looks", project.params, count=1)
     assert TARGETS in Path(looks.page).read_text()
 

@@ -222,7 +222,7 @@ def test_a_store_into_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, st
     (tmp_path / "link").symlink_to(tmp_path / "t")
     before = tree(tmp_path / "t")
     for destination in ("t", "t/", "./t", "../" + tmp_path.name + "/t", tmp_path / "t", "link"):
-        assert "is the store to convert; name another folder" in refusal("t", destination, store_format)
+        assert "is the store that is read; name another folder" in refusal("t", destination, store_format)
     assert "lie one within the other" in refusal("t", "t/inside", store_format)
     assert "lie one within the other" in refusal("t", ".", store_format)
     assert tree(tmp_path / "t") == before
@@ -232,7 +232,7 @@ def test_a_store_of_a_bucket_into_itself(bucket: str) -> None:
     write_store(f"{bucket}/t", header(), [5])
     before = tree(bucket)
     for store_format in FORMATS:
-        assert "is the store to convert" in refusal(f"{bucket}/t", f"{bucket}/t/", store_format)
+        assert "is the store that is read" in refusal(f"{bucket}/t", f"{bucket}/t/", store_format)
         assert "lie one within the other" in refusal(f"{bucket}/t", f"{bucket}/t/inside", store_format)
     assert tree(bucket) == before
 

@@ -52,8 +52,7 @@ def other_version() -> None:
 
 def half_a_source() -> None:
     write_store("t", header(shards=2), [5])
-    with pytest.warns(RuntimeWarning, match=r"manifest\.json"):
-        convert_targets("t", "o", format="webdataset")
+    convert_targets("t", "o", format="webdataset")
 
 
 def convert(destination: str) -> None:
@@ -141,7 +140,11 @@ CASES: dict[str, Case] = {
         StoreError,
         "t/000000: a block of 5 samples cannot follow 5 samples",
     ),
-    "convert an unfinished store": (half_a_source, DataError, "t has 1 of 2 shards; finish its extraction first"),
+    "convert an unfinished store": (
+        half_a_source,
+        DataError,
+        "t has 1 of 2 shards; finish its extraction first with `milan-pipe extract-targets IMAGES t`",
+    ),
     "convert into another folder": (
         lambda: (file("o/thesis.txt"), convert("o")),
         DataError,

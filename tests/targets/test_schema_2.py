@@ -9,9 +9,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from support.targets import check_store, header, random_blocks, tree, write_store
+from support.targets import check_store, differences, header, random_blocks, tree, write_store
 
 from milan_pipe import api
+from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.params import Params
 from milan_pipe.errors import MismatchError
 from milan_pipe.targets.schema import TargetBlock
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
@@ -71,6 +73,21 @@ def test_nothing_is_added_to_it(old: Path) -> None:
     with pytest.raises(MismatchError, match=r"schema_version: store has 2, this run has 3.*convert-targets"):
         TargetStoreWriter(folder, now)
     assert tree(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["zarr-klt-1", "webdataset-int8-0"])
+def test_another_teacher_sees_its_views(old: Path, tmp_path: Path, kind: str) -> None:
+    params = Params(extract=ExtractSettings(device="cpu"))
+    api.extract_targets(None, tmp_path / "new", params, views_from=old / kind)
+    before, store = open_targets(old / kind), open_targets(tmp_path / "new")
+    assert (store.header.schema_version, store.header.views) == (3, before.header.views)
+    assert store.header.views.renderer == "pillow"
+    for shard in before.shards:
+        assert store.record(shard).source == before.record(shard).source
+        for view in range(2):
+            then, now = (one.read(shard, view, 0, one.samples(shard)) for one in (before, store))
+            assert not {"keys", "jpegs", "label_N", "crop_N4", "flip_N"} & {*differences(now, then)}
+    assert store.views_sha256("000001") is not None
 
 
 def test_damage_is_found(old: Path, tmp_path: Path) -> None:
