@@ -41,6 +41,7 @@ GIVEN = {
     "recipes.md": (),
     "report.md": ("targets", "run", "mae", "tuned", "segmented"),
     "scale.md": (),
+    "several-teachers.md": (),
     "transfer.md": ("run",),
 }
 MADE = {
