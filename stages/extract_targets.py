@@ -8,5 +8,5 @@ from stages.layout import METRICS, TARGETS, TRAIN, write_metrics
 
 if __name__ == "__main__":
     with as_command():
-        report = cli.extract_targets(TRAIN, TARGETS)
+        report = cli.extract_targets([TRAIN], str(TARGETS))
         write_metrics(METRICS / "extract_targets.json", asdict(report))

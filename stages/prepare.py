@@ -6,4 +6,4 @@ from stages.layout import IMAGES
 
 if __name__ == "__main__":
     with as_command():
-        cli.prepare("demo", IMAGES)
+        cli.prepare("demo", str(IMAGES))

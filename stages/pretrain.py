@@ -6,4 +6,4 @@ from stages.layout import RUN, TARGETS
 
 if __name__ == "__main__":
     with as_command():
-        cli.pretrain([TARGETS], RUN)
+        cli.pretrain([str(TARGETS)], str(RUN))

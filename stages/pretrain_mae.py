@@ -9,4 +9,4 @@ _MAE = ["target=pixels", "decoder=plain", "masking=random", "pretrain.lr=0.0015"
 
 if __name__ == "__main__":
     with as_command():
-        cli.pretrain([TARGETS], MAE_RUN, overrides=_MAE)
+        cli.pretrain([str(TARGETS)], str(MAE_RUN), overrides=_MAE)
