@@ -271,7 +271,7 @@ def _load(path: Path, samples: int) -> None:
 
 
 def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None = None) -> np.ndarray[Any, Any]:
-    array = self._arrays[name].zarr
+    array = self._by_zarr(name)
     return np.asarray(array[start:stop] if view is None else array[view : view + 1, start:stop][0])
 
 

@@ -18,8 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from milan_pipe.errors import MissingError, StoreError, system_reason
 from milan_pipe.storage.location import SCRATCH, Listing, Location, is_foreign
 
@@ -55,17 +53,16 @@ class LocalFolder(Location):
             file.seek(start)
             return file.read(max(0, stop - start))
 
-    def read_memory(
-        self, path: str, start: int, stop: int, on_part: Callable[[memoryview], None] = lambda _: None
-    ) -> memoryview:
-        # numpy asks for large pages: fresh small ones cost several times the reading.
-        memory, count = np.empty(max(0, stop - start), np.uint8).data, 0
+    def read_into(
+        self, path: str, start: int, memory: memoryview, on_part: Callable[[int], None] = lambda _: None
+    ) -> int:
+        count = 0
         with self._errors(path, "read"), open_regular(self.local / path) as file:
             file.seek(start)
             while read := file.readinto(memory[count : count + _PART_BYTES]):
                 count += read
-                on_part(memory[:count])
-        return memory[:count]
+                on_part(count)
+        return count
 
     def open(self, path: str) -> IO[bytes]:
         with self._errors(path, "read"):

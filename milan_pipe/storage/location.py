@@ -142,17 +142,18 @@ class Location(ABC):
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file; fewer where it ends before."""
 
-    def read_memory(
-        self, path: str, start: int, stop: int, on_part: Callable[[memoryview], None] = lambda _: None
-    ) -> memoryview:
-        """As `read_range`, into memory that can be written to, of large pages where that is cheaper.
+    def read_into(
+        self, path: str, start: int, memory: memoryview, on_part: Callable[[int], None] = lambda _: None
+    ) -> int:
+        """Fill memory with the bytes of a file from `start` on; returns how many there were.
 
         Args:
-            on_part: called with all that is there so far, part by part while the last one is still in the cache.
+            on_part: called with how many are there so far, part by part while the last one is still in the cache.
         """
-        memory = memoryview(bytearray(self.read_range(path, start, stop)))
-        on_part(memory)
-        return memory
+        data = self.read_range(path, start, start + len(memory))
+        memory[: len(data)] = data
+        on_part(len(data))
+        return len(data)
 
     @abstractmethod
     def open(self, path: str) -> IO[bytes]:

@@ -8,7 +8,7 @@ Source: Zarr version 3 specification, codecs sharding_indexed and crc32c.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -16,12 +16,16 @@ from awscrt import checksums
 from numpy.typing import NDArray
 
 CRC_BYTES, ENTRY_BYTES = 4, 16
-_ABSENT = 2**64 - 1
+ABSENT = 2**64 - 1
 
 
 def crc32c(data: bytes | memoryview | NDArray[np.uint8], before: int = 0) -> int:
     """crc32c (Castagnoli) of bytes, at the speed of memory; `before` is that of the bytes in front of them."""
     return int(checksums.crc32c(data, before))
+
+
+# What comes of any bytes with their own crc32c behind them.
+_WHOLE = crc32c(bytes(CRC_BYTES))
 
 
 def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
@@ -33,57 +37,57 @@ def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
     index = memoryview(end)[-chunks * ENTRY_BYTES - CRC_BYTES :]
     if len(index) != chunks * ENTRY_BYTES + CRC_BYTES:
         raise ValueError(f"the index needs {chunks * ENTRY_BYTES + CRC_BYTES} bytes, found {len(index)}")
-    return np.frombuffer(_checked(index, "the index"), "<u8").reshape(chunks, 2)
+    if crc32c(index) != _WHOLE:
+        raise ValueError("the checksum of the index does not fit")
+    return np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(chunks, 2)
 
 
 def read_chunks(
-    read: Callable[[int, int, Callable[[memoryview], None]], memoryview],
+    read: Callable[[int, memoryview, Callable[[int], None]], int],
     index: NDArray[np.uint64],
     first: int,
     last: int,
-    chunk_bytes: int,
+    into: NDArray[np.uint8],
     file_bytes: int,
-) -> NDArray[np.uint8]:
-    """Chunks `first` to `last` - 1 of one file, (last - first, chunk_bytes); one that was not written is zeros.
+) -> None:
+    """Chunks `first` to `last` - 1 of one file, each with its checksum behind it; one that was not written is zeros.
 
     Chunks that lie one behind the other, as they are written, are not copied.
 
     Args:
+        read: fills memory with the bytes of the file from an offset on, as `Location.read_into`.
+        into: where to put them, (last - first, bytes of a chunk and its checksum).
         file_bytes: size of the file.
-        read: gives the bytes of the file from one offset to another, as `Location.read_memory`.
 
     Raises:
         ValueError: a checksum does not fit, or the index leads elsewhere.
     """
-    stride, entries = chunk_bytes + CRC_BYTES, index[first:last]
-    rows = np.flatnonzero(entries[:, 0] != _ABSENT)
+    stride, entries = into.shape[1], index[first:last]
+    rows = np.flatnonzero(entries[:, 0] != ABSENT)
     if not len(rows):
-        return np.zeros((last - first, chunk_bytes), np.uint8)
-    if (entries[rows, 1] != stride).any():
-        raise ValueError(f"a chunk has {entries[rows, 1].min()} to {entries[rows, 1].max()} bytes, expected {stride}")
-    offsets = entries[rows, 0].tolist()
+        into[:] = 0
+        return
+    offsets, lengths = entries[rows].T.tolist()
+    if {*lengths} != {stride}:
+        raise ValueError(f"a chunk has {min(lengths)} to {max(lengths)} bytes, expected {stride}")
     begin, end = min(offsets), max(offsets) + stride
     if end > file_bytes:
         raise ValueError(f"the index leads to byte {end}, the file ends at {file_bytes}")
-    left = deque(sorted(zip(offsets, rows.tolist(), strict=True)))
+    in_order = offsets == list(range(begin, begin + len(into) * stride, stride))
+    memory = (into.reshape(-1) if in_order else np.empty(end - begin, np.uint8)).data
+    places, checked = sorted(offset - begin for offset in offsets), 0
 
-    def check(so_far: memoryview) -> None:
-        while left and left[0][0] - begin + stride <= len(so_far):
-            offset, row = left.popleft()
-            _checked(so_far[offset - begin : offset - begin + stride], f"chunk {first + row}")
+    def check(count: int) -> None:
+        nonlocal checked
+        start, checked = checked, bisect_right(places, count - stride)
+        for at in places[start:checked]:
+            if crc32c(memory[at : at + stride]) != _WHOLE:
+                raise ValueError(f"the checksum of chunk {first + int(rows[offsets.index(begin + at)])} does not fit")
 
-    data = read(begin, end, check)
-    if left:
-        raise ValueError(f"the index leads to byte {end}, the file ends at {begin + len(data)}")
-    if offsets == list(range(begin, begin + (last - first) * stride, stride)):
-        return np.frombuffer(data, np.uint8).reshape(last - first, stride)[:, :-CRC_BYTES]
-    values = np.zeros((last - first, chunk_bytes), np.uint8)
-    for row, offset in zip(rows.tolist(), offsets, strict=True):
-        values[row] = np.frombuffer(data, np.uint8, chunk_bytes, offset - begin)
-    return values
-
-
-def _checked(data: memoryview, what: str) -> memoryview:
-    if crc32c(data[:-CRC_BYTES]) != int.from_bytes(data[-CRC_BYTES:], "little"):
-        raise ValueError(f"the checksum of {what} does not fit")
-    return data[:-CRC_BYTES]
+    count = read(begin, memory, check)
+    if checked < len(places):
+        raise ValueError(f"the index leads to byte {end}, the file ends at {begin + count}")
+    if not in_order:
+        into[:] = 0
+        for row, offset in zip(rows.tolist(), offsets, strict=True):
+            into[row] = np.frombuffer(memory, np.uint8, stride, offset - begin)

@@ -208,7 +208,8 @@ def wrong_size(folder: Location, record: ShardRecord) -> str | None:
 
     zarr reads a missing chunk, or an empty file, as zeros.
     """
-    sizes = folder.sizes(record.files)
+    # Far away one listing is cheaper than a question for each file.
+    sizes = folder.sizes(record.files) if folder.local is None else folder.present(record.files)
     wrong = ((path, wrong_bytes(sizes.get(path), file)) for path, file in record.files.items())
     return next((f"{path} {what}" for path, what in wrong if what is not None), None)
 

@@ -24,6 +24,8 @@ from typing import Any, cast
 
 import numpy as np
 import zarr
+from numcodecs.vlen import VLenUTF8
+from numcodecs.zstd import decompress
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
@@ -33,7 +35,7 @@ from zarr.storage import LocalStore, ObjectStore, StorePath
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, StoreError, one_line, resource_hint
 from milan_pipe.storage import Location
-from milan_pipe.targets.checksum import CRC_BYTES, ENTRY_BYTES, crc32c, parse_index, read_chunks
+from milan_pipe.targets.checksum import ABSENT, CRC_BYTES, ENTRY_BYTES, crc32c, parse_index, read_chunks
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 
@@ -63,6 +65,11 @@ _DIMENSIONS = {
 }
 _PARALLEL_READS = 8
 _MOST_INDEX_BYTES = 64 * 1024
+_LITTLE, _CHECKSUM = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
+# What the metadata of an array says of how values become bytes, of the index of a zarr-shard, and of names of files.
+_FIRST = (_LITTLE, {"name": "bytes"}, {"name": "vlen-utf8", "configuration": {}})
+_INDEX = {"index_codecs": [_LITTLE, _CHECKSUM], "index_location": "end"}
+_CHUNK_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 _FAST_PIPELINE = "zarrs.ZarrsCodecPipeline"
 _creating, _waiting = threading.Lock(), threading.Lock()
 
@@ -263,26 +270,41 @@ def _reads_of(location: Location) -> Iterator[Callable[..., Iterable[Any]]]:
 
 
 class _Array:
-    """An array and its layout, which zarr works out anew with each question: as long as a read takes.
+    """An array and its layout, from its own metadata: zarr takes a millisecond for each, and anew with each question.
 
     Attributes:
         file_shape: rows along each axis that lie in one file.
-        by_hand: chunks have a crc32c alone, which must be checked here.
+        chunks: the same of a chunk with checksums of its own.
+        plain: chunks have a crc32c alone, which must be checked here; others are under zstd.
     """
 
-    def __init__(self, array: zarr.Array[Any]) -> None:
-        self.zarr = array
-        self.shape, self.dtype = array.shape, array.dtype
-        self.chunks, self.file_shape = array.chunks, array.shards or array.chunks
-        self.by_hand = array.compressors == (_CRC32C,) and array.shards is not None
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        """Raises ValueError, LookupError or TypeError for a layout that this version does not read."""
+        self.metadata, self.shape, codecs = metadata, tuple(metadata["shape"]), metadata["codecs"]
+        self.chunks = self.file_shape = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
+        known = metadata["chunk_key_encoding"] == _CHUNK_KEYS
+        self.sharded = codecs[0]["name"] == "sharding_indexed"
+        if self.sharded:
+            inner = codecs[0]["configuration"]
+            self.chunks, codecs = tuple(inner["chunk_shape"]), inner["codecs"]
+            whole = not any(file % chunk for file, chunk in zip(self.file_shape, self.chunks, strict=True))
+            known = known and whole and {key: inner[key] for key in _INDEX} == _INDEX
+        first, *rest = (codec["name"] for codec in codecs)
+        self.is_text, self.plain = first == "vlen-utf8", rest == ["crc32c"] and self.sharded
+        self.dtype = np.dtype(object) if self.is_text else np.dtype(metadata["data_type"])
+        if not known or not (self.plain or rest == ["zstd", "crc32c"]) or codecs[0] not in _FIRST:
+            raise ValueError("a layout that this version does not read")
+
+    def key(self, *position: int) -> str:
+        """Name of a file by its place in the grid of files, of which leading numbers are given."""
+        return "/".join(map(str, ("c", *position, *(0,) * (len(self.shape) - len(position)))))
 
     def files(self, start: int, stop: int, view: int | None) -> Iterator[tuple[str, int, int]]:
         """Keys of the files that hold rows `start` to `stop`, and where in each they begin and end."""
         position = [] if view is None else [view // self.file_shape[0]]
-        size, tail = self.file_shape[len(position)], [0] * (len(self.shape) - len(position) - 1)
+        size = self.file_shape[len(position)]
         for row in range(start // size, -(-stop // size)):
-            key = self.zarr.metadata.encode_chunk_key((*position, row, *tail))
-            yield key, max(start - row * size, 0), min(stop - row * size, size)
+            yield self.key(*position, row), max(start - row * size, 0), min(stop - row * size, size)
 
 
 class ZarrShard:
@@ -297,6 +319,7 @@ class ZarrShard:
         self._record = record
         self._fail = fail
         self._ends: dict[str, bytes] = {}
+        self._zarr: dict[str, zarr.Array[Any]] = {}
         self._has_scale = codec_of(header.codec).has_scale
         if any(len(blocks) != 1 for blocks in record.blocks.values()):
             raise self._fail("its record does not name one end of each large file")
@@ -317,16 +340,23 @@ class ZarrShard:
                 if self._arrays[name].shape != expected:
                     raise self._fail(f"array {name!r} has shape {self._arrays[name].shape}, expected {expected}")
             self._small: dict[str, NDArray[Any]] = dict(zip(_SMALL, together(self._whole, _SMALL), strict=True))
+        self._keys = [str(key) for key in self._small["key"]]
 
     def _open(self, name: str) -> _Array:
         metadata = self._checked_file(f"{name}/{GROUP_FILE}")
         with self._reading(name):
+            return _Array(json.loads(metadata))
+
+    def _by_zarr(self, name: str) -> zarr.Array[Any]:
+        """An array for zarr to read, made when it is first asked for."""
+        if name not in self._zarr:
             if self._location.local is not None:
                 path = StorePath(LocalStore(self._location.local, read_only=True), name)
             else:
                 store, folder = cast(Any, self._location).bucket
                 path = StorePath(ObjectStore(store, read_only=True), f"{folder}/{name}")
-            return _Array(zarr.Array.from_dict(path, json.loads(metadata)))
+            self._zarr[name] = zarr.Array.from_dict(path, dict(self._arrays[name].metadata))
+        return self._zarr[name]
 
     def _checked_file(self, path: str) -> bytes:
         file, data = self._record.files.get(path), self._location.read(path)
@@ -367,17 +397,33 @@ class ZarrShard:
             raise self._fail(f"array {name!r} is damaged ({what})") from error
 
     def _whole(self, name: str) -> NDArray[Any]:
-        array = self._arrays[name].zarr
-        path = f"{name}/{array.metadata.encode_chunk_key((0,) * array.ndim)}"
-        self._identify(path)
+        """An array of one small file, whose digest is checked, under zstd."""
+        array = self._arrays[name]
+        path, chunk = f"{name}/{array.key()}", math.prod(array.chunks)
+        if path not in self._record.files:
+            self._identify(path)
+            return np.full(array.shape, array.metadata["fill_value"], array.dtype)
+        data = self._checked_file(path)
         with self._reading(name, [path]):
-            return np.asarray(array[...])
+            count = math.prod(array.file_shape) // chunk
+            index = parse_index(data, count).tolist() if array.sharded else [(0, len(data))]
+            zeros = bytes(chunk * array.dtype.itemsize)
+            parts = [
+                zeros if offset == ABSENT else decompress(data[offset : offset + length - CRC_BYTES])
+                for offset, length in index
+            ]
+            if array.is_text:
+                return np.asarray(VLenUTF8().decode(parts[0])).reshape(array.shape)
+            # Chunks are rows of one view, one view behind the other.
+            rows = np.frombuffer(bytearray().join(parts), array.dtype).reshape(array.file_shape)
+            found: NDArray[Any] = rows[tuple(map(slice, array.shape))]
+            return found
 
     def _rows(self, name: str, start: int, stop: int, view: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
         array = self._arrays[name]
-        if array.by_hand:
-            chunks: NDArray[Any] = self._checked_chunks(name, start, stop, view).view(array.dtype)
+        if array.plain:
+            chunks = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES].view(array.dtype)
             size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
             return chunks.reshape(-1, *tail)[start % size :][: stop - start]
         paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
@@ -386,20 +432,22 @@ class ZarrShard:
         # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
         rows = slice(start, stop) if view is None else (slice(view, view + 1), slice(start, stop))
         with self._reading(name, paths):
-            values: NDArray[Any] = np.asarray(array.zarr[rows])
+            values: NDArray[Any] = np.asarray(self._by_zarr(name)[rows])
         return values if view is None else values[0]
 
     def _checked_chunks(self, name: str, start: int, stop: int, view: int | None) -> NDArray[np.uint8]:
-        """Bytes, (chunks, bytes of one), of the chunks with rows `start` to `stop`, which have a crc32c alone.
+        """Bytes of the chunks with rows `start` to `stop`, each with the crc32c, its only checksum, behind it.
 
         Each is of some rows of one view, or of an array (n,).
         """
-        array, parts = self._arrays[name], []
+        array = self._arrays[name]
         axis = 0 if view is None else 1
         size, chunk, tail = array.chunks[axis], array.chunks, array.shape[axis + 1 :]
-        if not array.by_hand or chunk != (*(1,) * axis, size, *tail):
+        if not array.plain or chunk != (*(1,) * axis, size, *tail):
             raise self._fail(f"array {name!r} has a layout that this version does not read")
         chunk_bytes = math.prod(chunk) * array.dtype.itemsize
+        # Of numpy, which asks for large pages: fresh small ones cost several times the reading.
+        chunks, done = np.empty((-(-stop // size) - start // size, chunk_bytes + CRC_BYTES), np.uint8), 0
         # Of a file that holds several views, the chunks before this one's.
         per_view = array.file_shape[axis] // size
         before = 0 if view is None else view % array.file_shape[0] * per_view
@@ -407,19 +455,20 @@ class ZarrShard:
             path = f"{name}/{key}"
             end = self._identify(path)
             first, last = before + first // size, before - (-last // size)
+            into = chunks[done : done + last - first]
+            done += last - first
             if not end:
-                parts.append(np.zeros((last - first, chunk_bytes), np.uint8))
+                into[:] = 0
                 continue
             with self._reading(name, [path]):
                 index = parse_index(end, per_view * math.prod(array.file_shape[:axis]))
-                size_of_file = self._record.files[path].bytes
-                read = partial(self._location.read_memory, path)
-                parts.append(read_chunks(read, index, first, last, chunk_bytes, size_of_file))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+                read = partial(self._location.read_into, path)
+                read_chunks(read, index, first, last, into, self._record.files[path].bytes)
+        return chunks
 
     def keys(self) -> Sequence[str]:
         """Keys of all samples, in order."""
-        return [str(key) for key in self._small["key"]]
+        return self._keys
 
     def _jpegs(self, view: int, start: int, stop: int) -> list[memoryview]:
         views = self._arrays["view_bytes"]
@@ -430,15 +479,13 @@ class ZarrShard:
         # Whole chunks, whose checksums are checked.
         size = views.chunks[0]
         first -= first % size
-        data = self._checked_chunks("view_bytes", first, -(-last // size) * size, None)
-        jpegs = []
-        for begin, count in zip((offset - first).tolist(), length.tolist(), strict=True):
-            chunk, within = divmod(begin, size)
-            parts = [data[chunk, within : within + count]]
-            while (missing := count - sum(map(len, parts))) > 0:
-                parts.append(data[chunk + len(parts), :missing])
-            jpegs.append((parts[0] if len(parts) == 1 else np.concatenate(parts)).data)
-        return jpegs
+        chunks = self._checked_chunks("view_bytes", first, -(-last // size) * size, None)
+        memory, stride = chunks.reshape(-1).data, size + CRC_BYTES
+        # A JPEG goes on from chunk to chunk: close the gaps that the checksums leave.
+        for row in range(1, len(chunks)):
+            memory[row * size : (row + 1) * size] = memory[row * stride : row * stride + size]
+        places = zip((offset - first).tolist(), length.tolist(), strict=True)
+        return [memory[begin : begin + count] for begin, count in places]
 
     def read(self, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True) -> ViewRun:
         """Samples `start` to `stop` of one view."""
@@ -453,7 +500,7 @@ class ZarrShard:
             found = [np.empty((0, *array.shape[2:]), array.dtype) for array in arrays]
         code_NST, attention_NL, *scales = found
         return ViewRun(
-            keys=[str(key) for key in self._small["key"][start:stop]],
+            keys=self._keys[start:stop],
             label_N=self._small["label"][start:stop],
             code_NST=code_NST,
             scale_NS=scales[0] if scales else None,

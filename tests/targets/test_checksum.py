@@ -13,13 +13,16 @@ def file_of(rows: list[bytes]) -> bytes:
 
 
 def read(data: bytes, index: list[list[int]]) -> np.ndarray:
-    def part(begin, end, on_part):
-        memory = memoryview(bytearray(data))[begin:end]
-        for stop in range(1, len(memory) + 1):
-            on_part(memory[:stop])
-        return memory
+    def part(begin, memory, on_part):
+        found = data[begin : begin + len(memory)]
+        for count in range(1, len(found) + 1):
+            memory[:count] = found[:count]
+            on_part(count)
+        return len(found)
 
-    return read_chunks(part, np.array(index, np.uint64), 0, len(index), 8, len(data))
+    chunks = np.empty((len(index), 12), np.uint8)
+    read_chunks(part, np.array(index, np.uint64), 0, len(index), chunks, len(data))
+    return chunks[:, :8]
 
 
 ROWS = [bytes(range(start, start + 8)) for start in (0, 50, 100)]
