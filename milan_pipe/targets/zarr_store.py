@@ -413,7 +413,7 @@ class ZarrShard:
                 for offset, length in index
             ]
             if array.is_text:
-                return np.asarray(VLenUTF8().decode(parts[0])).reshape(array.shape)
+                return np.asarray(VLenUTF8().decode(parts[0]), object).reshape(array.shape)
             # Chunks are rows of one view, one view behind the other.
             rows = np.frombuffer(bytearray().join(parts), array.dtype).reshape(array.file_shape)
             found: NDArray[Any] = rows[tuple(map(slice, array.shape))]
@@ -423,7 +423,8 @@ class ZarrShard:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
         array = self._arrays[name]
         if array.plain:
-            chunks = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES].view(array.dtype)
+            bytes_of_chunks = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES]
+            chunks: NDArray[Any] = bytes_of_chunks.view(array.dtype)
             size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
             return chunks.reshape(-1, *tail)[start % size :][: stop - start]
         paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
