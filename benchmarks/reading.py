@@ -11,9 +11,10 @@ A sample is what training reads of a ViT-B/16 view: codes of 197 x 512 int8, the
 - the same, and the crc32c of each record, as the stores take it of all that they hand out.
 
 All files are put out of the page cache and read again before the first pass, so that none is in the state in which it
-was written. Every pass opens its store anew; the best pass counts. `shuffled` reads blocks of 128 in random order over
-shards and copies the samples of 16 blocks out in random order, as the loader does; the memmap of the flat file copies
-records in the same random order, the two others go through theirs in order.
+was written. Every pass opens its store anew; the best pass counts. In order, all let go of what they read before the
+next. `shuffled` reads blocks of 128 in random order over shards and copies the samples of 16 blocks out in random
+order, as the loader does; the memmap of the flat file copies records in the same random order, the two others go
+through theirs in order.
 
 `loader` compares the reader with zarr and its zarrs pipeline alone (rendered views apart), which leave the crc32c of
 uncompressed chunks unchecked, and with reading all files of the store whole: blocks in the loader's order, then the
