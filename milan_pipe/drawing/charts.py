@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -30,6 +31,8 @@ _STYLE: Any = {
     "text.parse_math": False,
 }
 _MOST_POINTS = 400
+# Characters in a line of the labels below groups of bars.
+_LABEL_WIDTH = 10
 _SIZE = (5.2, 3.3)
 
 
@@ -88,10 +91,12 @@ def bar_chart(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]
             drawn = axes.bar(at_left, heights, 0.9 * width, color=colour, label=_legend_entry(name))
             axes.bar_label(drawn, fmt="{:.0f}", fontsize=7)
         axes.set_axisbelow(True)
-        axes.set_xticks(range(len(groups)), list(groups))
+        labels = [textwrap.fill(group, _LABEL_WIDTH) for group in groups]
+        axes.set_xticks(range(len(groups)), labels)
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel(y_label)
-        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        below = -0.05 - 0.05 * max(label.count("\n") + 1 for label in labels)
+        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, below))
         return _svg(figure)
 
 
