@@ -27,7 +27,7 @@ CASES: dict[str, Case] = {
         "unknown key 'epoch' in the settings, pretrain; did you mean 'epochs'?",
     ),
     "flag as a setting": (
-        lambda: cli.extract_targets("images", "targets", workers="0"), SettingError,
+        lambda: cli.extract_targets(["images"], "targets", workers="0"), SettingError,
         "the settings, extract.workers: expected auto, or a number of at least 1, found 0",
     ),
     "params file": (
