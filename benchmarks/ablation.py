@@ -27,17 +27,17 @@ from milan_pipe.evaluation.frozen import subject_of
 from milan_pipe.evaluation.knn import knn_accuracy
 from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
 
-# Targets without a teacher have a learning rate of their own, chosen on other scenes: docs/results.md.
-_NO_TEACHER = ("decoder.kind=plain", "masking.kind=random", "pretrain.lr=0.0015")
-ROWS = {
-    "hog": ("HOG + plain + random (MaskFeat's target)", ("target=hog", *_NO_TEACHER)),
-    "mae": ("pixels + plain + random (MAE)", ("target=pixels", *_NO_TEACHER)),
-    "clip-plain": ("CLIP + plain + random", ("target=clip", "decoder.kind=plain", "masking.kind=random")),
-    "clip-prompting": ("CLIP + prompting + random", ("target=clip", "decoder.kind=prompting", "masking.kind=random")),
-    "milan": (
-        "CLIP + prompting + semantic (MILAN)",
-        ("target=clip", "decoder.kind=prompting", "masking.kind=semantic"),
-    ),
+# A recipe by its name, or settings. Targets without a teacher have a learning rate of their own: docs/results.md.
+ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
+    "hog": ("HOG + plain + random (MaskFeat's target)", "maskfeat", ()),
+    "mae": ("pixels + plain + random (MAE)", "mae", ()),
+    "clip-plain": ("CLIP + plain + random", None, ("decoder.kind=plain", "masking.kind=random")),
+    "clip-prompting": ("CLIP + prompting + random", None, ("masking.kind=random",)),
+    "milan": ("CLIP + prompting + semantic (MILAN)", None, ()),
+    "unmasked-teacher": ("CLIP of what is seen, no decoder (unmasked teacher)", "unmasked-teacher", ()),
+    "mr-mae": ("CLIP of what is seen, pixels of the rest (MR-MAE)", "mr-mae", ()),
+    "maskdistill": ("normalised CLIP of 40 % in blocks (MaskDistill)", "maskdistill", ()),
+    "dense": ("CLIP of all tokens, nothing masked (dense)", "dense", ()),
 }
 POOLS: tuple[Pool, ...] = ("cls", "mean")
 
@@ -77,8 +77,8 @@ def do_row(
     result = work / "results" / f"{row}-{seed}.json"
     if result.is_file():
         return
-    settings = ROWS[row][1] if row in ROWS else ()
-    params = load_params(None, [*overrides, f"pretrain.seed={seed}", f"masking.seed={seed}", *settings])
+    _, recipe, settings = ROWS.get(row, ("", None, ()))
+    params = load_params(recipe, [*overrides, f"pretrain.seed={seed}", f"masking.seed={seed}", *settings])
     values: dict[str, float] = {}
     checkpoint = row
     if row in ROWS:
@@ -97,7 +97,7 @@ def _table(work: Path) -> str:
         "| | seeds | k-NN, CLS | k-NN, patches | linear probe, CLS | linear probe, patches |",
         "|---|---|---|---|---|---|",
     ]
-    titles = {RANDOM: BOUNDS[RANDOM], **{row: title for row, (title, _) in ROWS.items()}, TEACHER: BOUNDS[TEACHER]}
+    titles = {RANDOM: BOUNDS[RANDOM], **{row: title for row, (title, *_) in ROWS.items()}, TEACHER: BOUNDS[TEACHER]}
     for row, title in titles.items():
         found = [json.loads(path.read_text()) for path in sorted((work / "results").glob(f"{row}-[0-9]*.json"))]
         if found:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.pages import ROOT, blocks
 from support.targets import header, write_store
 from support.training import StopAtError, stop_at
 from torch import Tensor
@@ -24,7 +25,8 @@ from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.student import objectives
-from milan_pipe.student.objectives import OBJECTIVES, Source, Term, objective_of, register_objective
+from milan_pipe.student.objectives import OBJECTIVES, objective_of, register_objective
+from milan_pipe.student.pixels import normalise
 from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.task import RunReport
@@ -164,16 +166,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(case: str, store: Path, tmp_
     assert all(map(torch.equal, weights(tmp_path / "whole"), weights(tmp_path / "run")))
 
 
-class Mean(Source):
-    """An objective from outside: the mean colour of a patch."""
-
-    def width(self, features: int, patch: int) -> int:  # noqa: ARG002
-        return 3
-
-    def target(self, images_BCHW: Tensor, features_BST: Tensor | None, patch: int) -> Tensor:  # noqa: ARG002
-        return torch.nn.functional.avg_pool2d(images_BCHW, patch).flatten(2).transpose(1, 2)
-
-
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(OBJECTIVES))
@@ -184,13 +176,18 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("registry")
 def test_one_class_and_one_registration_make_another(batch: Batch) -> None:
-    register_objective("colour", Term(source=Mean(), tokens="masked", distance=objectives.mse))
+    (page,) = blocks(ROOT / "docs" / "extending.md", "python")
+    names: dict[str, Any] = {}
+    exec(page.text, names)
     params = params_of("pixels").model_copy(update={"target": "colour"})
     objective = build_objective(HEAD, params, torch.device("cpu"))
     objective(batch, 0).backward()
     assert objective.student.decoder.state_dict()["decoder_pred.bias"].shape == (3,)
+    (part,) = objective.predict(batch, 0).parts
+    patch_CHW = normalise(batch.pixels_BHWC)[2, :, :SIDE, SIDE : 2 * SIDE]
+    assert_close(part.target[2, 1], patch_CHW.mean(dim=(1, 2)))
     with pytest.raises(SettingError, match="is there already"):
-        register_objective("colour", Term(source=Mean(), tokens="masked", distance=objectives.mse))
+        register_objective("colour", *names["COLOUR"])
 
 
 @pytest.mark.usefixtures("registry")
