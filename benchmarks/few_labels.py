@@ -20,7 +20,7 @@ from milan_pipe.config.subjects import RANDOM, UNTRAINED
 EPOCHS = {0.01: 100, 0.1: 20, 1.0: 2}
 """100, 240 and 250 steps of 64 images: few labels are learnt by heart sooner."""
 
-TITLES = {RANDOM: UNTRAINED, **{row: title for row, (title, *_) in ROWS.items()}}
+TITLES = {RANDOM: UNTRAINED, **{name: row.title for name, row in ROWS.items()}}
 
 
 def _run(work: Path, row: str, fraction: float, seed: int, overrides: list[str]) -> None:
