@@ -107,7 +107,7 @@ CASES: dict[str, Case] = {
     "no recipe": (
         lambda: load_params("imagenet"),
         MissingError,
-        "params file imagenet is not there, and no recipe has that name; recipes are demo, imagenet1k-vit-b-16, ...",
+        "params file imagenet is not there, and no recipe has that name; recipes are demo, ..., unmasked-teacher",
     ),
     "share beyond the last": share("8/8"),
     "share of nothing": share("0/0"),
