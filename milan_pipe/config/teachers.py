@@ -9,6 +9,7 @@ from pydantic import Field
 from milan_pipe.config.base import Settings
 
 Standardisation = Literal["none", "scale", "phi-s"]
+Importance = Literal["first", "mean"]
 
 
 class TeachersSettings(Settings):
@@ -24,6 +25,6 @@ class TeachersSettings(Settings):
         description="of the teachers' losses, which are scaled to a sum of 1: a number for each store; balanced: in "
         "inverse proportion to how far each teacher's features spread",
     )
-    importance: Literal["first", "mean"] = Field(
+    importance: Importance = Field(
         "first", description="whose attention semantic masks follow: the first store's, or the mean of all"
     )

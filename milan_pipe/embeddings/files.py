@@ -177,30 +177,24 @@ def new_file(location: Location, name: str, format: Literal["parquet", "zarr"]) 
         StoreError: it cannot be written.
     """
     try:
-        if format == "zarr":
-            scratch = location.scratch(name)
-            try:
-                writer: _Writer = _Zarr(scratch)
-                yield writer
-                writer.finish()
-                location.publish(scratch, name)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        elif location.local is not None:
+        if format == "parquet" and location.local is not None:
             make_folder(location.local)
             with whole_file(location.local / name) as partial:
-                writer = _Parquet(partial)
+                writer: _Writer = _Parquet(partial)
                 yield writer
                 writer.finish()
-        else:
-            scratch = location.scratch(name)
-            try:
-                writer = _Parquet(scratch / name)
-                yield writer
-                writer.finish()
+            return
+        scratch = location.scratch(name)
+        try:
+            writer = _Zarr(scratch) if format == "zarr" else _Parquet(scratch / name)
+            yield writer
+            writer.finish()
+            if format == "zarr":
+                location.publish(scratch, name)
+            else:
                 location.write(name, (scratch / name).read_bytes())
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except StoreError:
         raise
     except OSError as error:

@@ -67,9 +67,7 @@ def frozen_backbone_of(checkpoint: str | Path, student: StudentSettings, seed: i
 
 def _timm_backbone(name: str, full_name: str) -> TimmBackbone:
     source = find_timm_source(full_name, None, _ASKER, TimmSource)
-    model = source.untrained()
-    assert source.checkpoint is not None, "it has no weights of its own"
-    source.load(model, source.checkpoint())
+    model: Any = source.trained()
     side = _side(model, full_name)
     return TimmBackbone(
         name=name,

@@ -24,7 +24,6 @@ from milan_pipe.targets.store import TargetStore
 
 Reader = TargetStore | SeveralStores
 
-
 Codes = tuple[Tensor, Tensor | None]
 """Stored features of a batch, (B, S, T), and their scale, (B, S), where the codec needs one."""
 

@@ -115,6 +115,13 @@ class ModelSource(ABC):
         problem = f"brings its own weights and has no tags, and there is no file {pretrained!r}; leave "
         return self.with_file(pretrained, f"{problem}{self.asker.weights} out, or name a local checkpoint or `random`")
 
+    def trained(self) -> nn.Module:
+        """The model with the weights that it names; raises as `untrained`, `checkpoint` and `load`."""
+        assert self.checkpoint is not None, "no weights are named"
+        model = self.untrained()
+        self.load(model, self.checkpoint())
+        return model
+
     def untrained(self) -> nn.Module:
         """The model, with the same random weights in every process, as targets of one store come from many.
 

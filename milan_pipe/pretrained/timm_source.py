@@ -74,7 +74,7 @@ def is_timm_folder(path: str | Path) -> bool:
 def find_timm_source(model: str, pretrained: str | None, asker: Asker, kind: type[S]) -> S:
     """Look up `timm:NAME`, `timm:hf-hub:ORG/NAME` or `timm:local-dir:PATH`; of a hub only the description is fetched.
 
-    `source.untrained()` builds the model, `source.load(model, source.checkpoint())` fetches its weights and loads them.
+    `source.untrained()` builds the model, `source.trained()` also fetches its weights and loads them.
 
     Args:
         pretrained: tag, path of a local checkpoint, `random`, or None for the weights that the model brings.

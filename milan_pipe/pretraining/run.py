@@ -28,11 +28,11 @@ from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, outputs_of, require_fit
 from milan_pipe.pretraining.start import keep_start, kept_start, start_from
-from milan_pipe.pretraining.statistics import Statistics, digest_of, keep_statistics, statistics_of
+from milan_pipe.pretraining.statistics import Statistics, keep_statistics, statistics_of
 from milan_pipe.storage.local import write_file
 from milan_pipe.student.encoder import Encoder
 from milan_pipe.student.objectives import is_taught
-from milan_pipe.student.standardise import Standardise, standardise_of
+from milan_pipe.student.standardise import standardise_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader, require_stated
 from milan_pipe.targets.several import SeveralStores, open_several
 from milan_pipe.training.checkpoint import checkpoints_of
@@ -42,6 +42,7 @@ from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.runner import run_task
 from milan_pipe.training.state import gathered
 from milan_pipe.training.task import NotFiniteError, RunReport, Task
+from milan_pipe.weights_file import weights_digest
 
 _SECTIONS = ("student", "masking", "decoder", "target", "teachers", "pretrain")
 _AHEAD, _SHOWN = 2, 8
@@ -80,7 +81,7 @@ def configuration_of(
     for number, (one, codec) in enumerate(zip(stored[1:], codecs[1:], strict=True), 2):
         found[f"targets_{number}"] = {"teacher": one["teacher"], "codec": codec}
     if statistics:
-        found["statistics"] = {str(number): digest_of(one) for number, one in enumerate(statistics)}
+        found["statistics"] = {str(number): weights_digest(one) for number, one in enumerate(statistics)}
     return found
 
 
@@ -114,7 +115,13 @@ class PretrainTask(Task[Batch]):
             if ranks.first:
                 self._statistics = [statistics_of(store, run, number) for number, store in enumerate(reader.stores)]
             self._statistics = ranks.broadcast(self._statistics)
-        self._standardise()
+        # An empty list where features stay as they are.
+        self._standardise = [
+            standardise_of(params.teachers.standardise, one, store.header.teacher.width)
+            for one, store in zip(self._statistics, reader.stores, strict=False)
+        ]
+        # Settings that do not fit the stores are refused before anything is written.
+        outputs_of(reader.headers, params, self._standardise)
         if settings.parallel == "fsdp" and precision == "float16":
             raise SettingError("pretrain.parallel='fsdp' has no loss scale for precision 'float16'; use bfloat16")
         self._plan = _plan_of(reader, params, ranks)
@@ -141,16 +148,6 @@ class PretrainTask(Task[Batch]):
                 for store in reader.stores[1:]
             ]
 
-    def _standardise(self) -> list[Standardise]:
-        """One for each store, where they are needed; settings that do not fit the stores are refused."""
-        headers, kind = self._reader.headers, self._params.teachers.standardise
-        found = [
-            standardise_of(kind, one, header.teacher.width)
-            for one, header in zip(self._statistics, headers, strict=False)
-        ]
-        outputs_of(headers, self._params, found)
-        return found
-
     def build(self) -> None:
         params, device = self._params, self._ranks.device
         if self._ranks.first:
@@ -171,7 +168,7 @@ class PretrainTask(Task[Batch]):
             device,
             teach,
             others=self._reader.headers[1:],
-            standardise=self._standardise(),
+            standardise=self._standardise,
         )
         self.model = student = self.objective.student
         if params.student.init is not None:

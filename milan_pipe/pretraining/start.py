@@ -51,10 +51,7 @@ def _found(init: str) -> tuple[dict[str, Tensor], str | None, str | None]:
         name = f"{TIMM}{name}"
     if name.startswith(TIMM):
         source = find_timm_source(name, None, _ASKER, TimmSource)
-        assert source.checkpoint is not None, "it has no weights of its own"
-        model = source.untrained()
-        source.load(model, source.checkpoint())
-        return dict(model.state_dict()), source.origin, source.license()
+        return dict(source.trained().state_dict()), source.origin, source.license()
     path = Path(init)
     if path.is_file():
         return dict(read_weights(path)), None, None

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from milan_pipe.config.params import Params
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import StoreError
 from milan_pipe.student.standardise import Standardise, fit_statistics, standardise_of
 from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
@@ -30,14 +30,6 @@ def identity_of(store: TargetStore) -> str:
     header = store.header.model_dump(mode="json", exclude={"package_version", "format", "source"})
     samples = [(shard, store.samples(shard), store.views_sha256(shard)) for shard in store.shards]
     return hashlib.sha256(json.dumps([header, samples], sort_keys=True).encode()).hexdigest()
-
-
-def digest_of(statistics: Statistics) -> str:
-    """sha256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(statistics.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def file_in(run: Path, number: int) -> Path:
@@ -97,7 +89,7 @@ def keep_statistics(statistics: Statistics, store: TargetStore, run: Path, numbe
         return
     try:
         write_weights(statistics, beside, metadata)
-    except (StoreError, DataError):
+    except StoreError:
         # A folder of others is not ours to write; the run has its own.
         return
 

@@ -16,7 +16,6 @@ from milan_pipe.config.teachers import Standardisation
 from milan_pipe.errors import DataError, SettingError
 
 _LEAST_VARIANCE = 1e-12
-KINDS: tuple[Standardisation, ...] = ("none", "scale", "phi-s")
 
 
 def _paley(prime: int) -> NDArray[Any]:

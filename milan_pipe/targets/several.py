@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from milan_pipe.config.teachers import Importance
 from milan_pipe.errors import MismatchError
-from milan_pipe.targets.schema import StoreHeader, ViewRun
+from milan_pipe.targets.schema import StoreHeader, ViewInfo, ViewRun
 from milan_pipe.targets.store import TargetStore, open_targets
-
-Importance = Literal["first", "mean"]
-_OF_VIEWS = ("count", "size", "scale", "ratio", "flip", "seed", "jpeg_quality", "renderer")
 
 
 class SeveralStores:
@@ -83,7 +80,7 @@ def _require_same_views(first: TargetStore, other: TargetStore) -> None:
     if str(here) == str(there):
         raise MismatchError(f"{here} is named twice; name the stores of different teachers")
     ours, theirs = first.header, other.header
-    for name in _OF_VIEWS:
+    for name in ViewInfo.model_fields:
         if getattr(theirs.views, name) != getattr(ours.views, name):
             raise refuse(f"views.{name}", getattr(theirs.views, name), getattr(ours.views, name))
     if theirs.teacher.grid != ours.teacher.grid:

@@ -14,7 +14,7 @@ import torch
 from support.images import class_folders, image, labelled_shard, png, write_tar
 from support.messages import Case, require_message
 from support.targets import header, write_store
-from support.training import StopAtError, stop_at
+from support.training import StopAtError, stop_at, weights_of
 
 from milan_pipe.api import knn, pretrain
 from milan_pipe.config.evaluation import KnnSettings
@@ -77,14 +77,9 @@ def curve(run: Path, name: str) -> list[tuple[int, float]]:
     return [(int(line[head.index("step")]), float(line[-1])) for line in lines]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    opened = open_checkpoint(run)
-    return {**opened.weights("student"), **opened.weights("decoder")}
-
-
 def assert_same(run: Path, other: Path) -> None:
     assert curve(run, "train/loss") == curve(other, "train/loss")
-    ours, theirs = weights(run), weights(other)
+    ours, theirs = weights_of(run), weights_of(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -19,11 +19,12 @@ import torch
 from support import processes
 from support.images import labelled_shard
 from support.targets import header, random_blocks, write_blocks, write_store
+from support.training import weights_of
 
 from milan_pipe.api import knn, replay
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
+from milan_pipe.training.checkpoint import checkpoints_of
 
 SAMPLES, BATCH = [130, 60, 21], 17  # of two ranks one has a sample more
 HEAD = header(format="zarr", shards=len(SAMPLES))
@@ -82,14 +83,9 @@ def curve(run: Path) -> list[float]:
     return [float(line.split("\t")[at]) for line in lines[1:]]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    opened = open_checkpoint(run)
-    return {**opened.weights("student"), **opened.weights("decoder")}
-
-
 def assert_close(run: Path, whole: Path) -> None:
     assert curve(run) == pytest.approx(curve(whole), rel=2e-5)
-    left, right = weights(run), weights(whole)
+    left, right = weights_of(run), weights_of(whole)
     assert left.keys() == right.keys()
     for name, value in left.items():
         # Not biases: that of the keys has no gradient but rounding, which AdamW makes as large as any other.
@@ -99,7 +95,7 @@ def assert_close(run: Path, whole: Path) -> None:
 
 def assert_same(run: Path, whole: Path) -> None:
     assert curve(run) == curve(whole)
-    left, right = weights(run), weights(whole)
+    left, right = weights_of(run), weights_of(whole)
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
 

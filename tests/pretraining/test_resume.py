@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support import processes
 from support.checkpoints import change_record
 from support.targets import header, write_store
-from support.training import StopAtError, stop_at
+from support.training import StopAtError, stop_at, weights_of
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
@@ -85,14 +85,9 @@ def curve(run: Path) -> list[str]:
     return [" ".join(line.split("\t")[column] for column in at) for line in lines[1:]]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    opened = open_checkpoint(run)
-    return {**opened.weights("student"), **opened.weights("decoder")}
-
-
 def assert_same(run: Path, whole: Path) -> None:
     assert curve(run) == curve(whole)
-    left, right = weights(run), weights(whole)
+    left, right = weights_of(run), weights_of(whole)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 

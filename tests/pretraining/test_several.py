@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.messages import Case, require_message
 from support.targets import header, random_blocks, tree, write_blocks
-from support.training import StopAtError, stop_at
-from torch import Tensor
+from support.training import StopAtError, same_run, stop_at, weights_of
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -37,7 +36,6 @@ from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader, TargetBlock
 from milan_pipe.targets.several import open_several
 from milan_pipe.targets.store import open_targets
-from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.task import RunReport
 
 A = header(format="zarr", shards=2, width=8)
@@ -70,17 +68,6 @@ def params_of(teachers: dict[str, Any] | None = None, **sections: Any) -> Params
     recipe = {**fixed, **sections.pop("pretrain", {})}
     kept = {"student": STUDENT, "decoder": DecoderSettings(width=16, depth=1, heads=2), **sections}
     return Params(teachers=TeachersSettings(**teachers or {}), pretrain=PretrainSettings(**recipe), **kept)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    opened = open_checkpoint(run)
-    return {**opened.weights("student"), **opened.weights("decoder")}
-
-
-def same(left: Path, right: Path) -> bool:
-    ours, theirs = weights(left), weights(right)
-    curves = [(run / "metrics" / "plots" / "metrics" / "train" / "loss.tsv").read_text() for run in (left, right)]
-    return curves[0] == curves[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("kind", ["none", "scale", "phi-s"])
@@ -126,7 +113,7 @@ def test_loss_and_gradient_are_those_of_targets_held_in_memory(
 def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Path, Path], tmp_path: Path) -> None:
     pretrain(stores[0], tmp_path / "one", params_of())
     pretrain([stores[0]], tmp_path / "list", params_of())
-    assert same(tmp_path / "one", tmp_path / "list")
+    assert same_run(tmp_path / "one", tmp_path / "list")
     before = [tree(store) for store in stores]
     params = params_of({"standardise": "phi-s", "weights": "balanced", "importance": "mean"})
     pretrain(stores, tmp_path / "two", params)
@@ -139,13 +126,13 @@ def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Pa
         file.unlink()
     report = pretrain(stores, tmp_path / "broken", every)
     assert report.resumed_from == 4
-    assert same(tmp_path / "two", tmp_path / "broken")
+    assert same_run(tmp_path / "two", tmp_path / "broken")
     assert [tree(store) for store in stores] == before
     with pytest.raises(MismatchError, match=r"targets_2\.teacher"):
         pretrain(stores[0], tmp_path / "two", params)
     page = inspect_student(tmp_path / "two", stores[0], tmp_path / "looks", count=2)
     assert len(page.cosine) == 2
-    assert weights(tmp_path / "two")["decoder_pred.weight"].shape == (8 + 12, 16)
+    assert weights_of(tmp_path / "two")["decoder_pred.weight"].shape == (8 + 12, 16)
 
 
 def test_statistics_are_fitted_once(stores: tuple[Path, Path], tmp_path: Path) -> None:

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import save_file
 from support.messages import Case, require_message
 from support.targets import header, write_store
-from support.training import StopAtError, stop_at
+from support.training import StopAtError, same_run, stop_at, weights_of
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import save_for_hf
-from torch import Tensor
 
 from milan_pipe.api import export
 from milan_pipe.config.params import Params
@@ -53,17 +52,6 @@ def go(store: Path, run: Path, init: object = None, **recipe: Any) -> RunReport:
     return pretrain(store, run, params, on_progress=on_progress)
 
 
-def weights(run: Path) -> dict[str, Tensor]:
-    opened = open_checkpoint(run)
-    return {**opened.weights("student"), **opened.weights("decoder")}
-
-
-def same(left: Path, right: Path) -> bool:
-    curves = [(run / "metrics" / "plots" / "metrics" / "train" / "loss.tsv").read_text() for run in (left, right)]
-    ours, theirs = weights(left), weights(right)
-    return curves[0] == curves[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 @pytest.fixture(scope="module")
 def first(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, and beside it its student as `export` writes it."""
@@ -80,10 +68,10 @@ def test_an_exported_student_goes_on_as_if_never_exported(store: Path, first: Pa
     vit = first / "vit"
     for number, init in enumerate((checkpoint, vit, f"local-dir:{vit}", f"timm:local-dir:{vit}", file)):
         go(store, tmp_path / str(number), init)
-        assert same(tmp_path / str(number), tmp_path / "run"), init
+        assert same_run(tmp_path / str(number), tmp_path / "run"), init
     # A rate of nothing shows what it began with.
     go(store, tmp_path / "still", vit, lr=1e-30)
-    began, exported = weights(tmp_path / "still"), open_checkpoint(first / "run").weights("student")
+    began, exported = weights_of(tmp_path / "still"), open_checkpoint(first / "run").weights("student")
     assert all(torch.equal(began[name], value) for name, value in exported.items())
     kept = json.loads((tmp_path / "0" / "init.json").read_text())
     assert kept["trains_positions"] is False
@@ -107,18 +95,18 @@ def timm_folder(folder: Path, side: int) -> Any:
 def test_weights_with_positions_of_their_own_keep_and_train_them(store: Path, tmp_path: Path, side: int) -> None:
     model = timm_folder(tmp_path / "vit", side)
     go(store, tmp_path / "still", tmp_path / "vit", lr=1e-30)
-    began = weights(tmp_path / "still")
+    began = weights_of(tmp_path / "still")
     position = resample_abs_pos_embed(model.pos_embed.detach(), [4, 4], num_prefix_tokens=1)
     assert torch.equal(began["pos_embed"], position)
     assert torch.equal(began["blocks.1.mlp.fc1.weight"], model.blocks[1].mlp.fc1.weight)
     go(store, tmp_path / "whole", tmp_path / "vit", lr=0.1, epochs=2)
-    assert not torch.equal(weights(tmp_path / "whole")["pos_embed"], position)
+    assert not torch.equal(weights_of(tmp_path / "whole")["pos_embed"], position)
     with pytest.raises(StopAtError):
         go(store, tmp_path / "run", tmp_path / "vit", lr=0.1, epochs=2, checkpoint_every=2, on_progress=stop_at(4))
     # What it began with is no longer needed.
     shutil.rmtree(tmp_path / "vit")
     go(store, tmp_path / "run", tmp_path / "vit", lr=0.1, epochs=2, checkpoint_every=2)
-    assert same(tmp_path / "whole", tmp_path / "run")
+    assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_layer_decay_goes_through_the_encoder_alone() -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from support import processes
+from torch import Tensor
 
 from milan_pipe.loader.stream import Batch
+from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
 
 
@@ -40,6 +42,19 @@ def stop_at(step: int) -> Any:
             raise StopAtError
 
     return raise_at_step
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    """Student and decoder of a run's last checkpoint, by name."""
+    opened = open_checkpoint(run)
+    return {**opened.weights("student"), **opened.weights("decoder")}
+
+
+def same_run(left: Path, right: Path) -> bool:
+    """Whether two runs of pretraining have the same losses and weights, to the bit."""
+    ours, theirs = weights_of(left), weights_of(right)
+    curves = [(run / "metrics" / "plots" / "metrics" / "train" / "loss.tsv").read_text() for run in (left, right)]
+    return curves[0] == curves[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> None:
