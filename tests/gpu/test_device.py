@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import zarr
 from support.project import SETTINGS
 from support.targets import header
 from support.training import StopAtError, stop_at, stored_batch
@@ -45,10 +47,18 @@ WITHIN = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.03}
 # --- the step -----------------------------------------------------------------------------------------------------
 
 
-def objective(device: torch.device, **change: Any) -> Objective:
-    student = StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2)
-    decoder = DecoderSettings(width=16, depth=2, heads=2)
-    return build_objective(HEAD, Params(student=student, decoder=decoder, pretrain=PretrainSettings(**change)), device)
+STUDENT = StudentSettings(image_size=32, patch_size=8, width=32, depth=2, heads=2)
+DECODER = DecoderSettings(width=16, depth=2, heads=2)
+OTHERS = ("mae", "maskfeat", "unmasked-teacher", "mr-mae", "maskdistill", "dense")
+
+
+def objective(device: torch.device, recipe: str | None = None, **change: Any) -> Objective:
+    """MILAN's, or with a recipe's target, masks and kind of decoder."""
+    of = load_params(recipe)
+    decoder = DECODER.model_copy(update={"kind": of.decoder.kind})
+    pretraining = PretrainSettings(**change)
+    params = Params(student=STUDENT, decoder=decoder, masking=of.masking, target=of.target, pretrain=pretraining)
+    return build_objective(HEAD, params, device)
 
 
 def stepper(model: Objective, device: torch.device, precision: Precision, **change: Any) -> Stepper[Batch]:
@@ -96,6 +106,14 @@ def test_a_compiled_step_has_the_same_losses(device: torch.device) -> None:
     plain = losses(stepper(objective(device), device, "bfloat16"))
     compiled = losses(stepper(objective(device, compile=True), device, "bfloat16"))
     assert compiled == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_objective_has_the_losses_of_the_cpu(device: torch.device, recipe: str, compiled: bool) -> None:
+    expected = losses(stepper(objective(CPU, recipe), CPU, "float32"))
+    found = losses(stepper(objective(device, recipe, compile=compiled), device, "bfloat16" if compiled else "float32"))
+    assert found == pytest.approx(expected, rel=WITHIN["bfloat16" if compiled else "float32"])
 
 
 def test_activations_computed_again_have_the_same_losses(device: torch.device) -> None:
@@ -222,7 +240,7 @@ def store(device: torch.device, images: Path, tmp_path: Path) -> Path:
     return extracted(device, images, tmp_path / "targets")
 
 
-def curve(store: Path, run: Path, device: torch.device, *more: str, stop: int | None = None) -> list[float]:
+def curve(store: Path | list[Path], run: Path, device: torch.device, *more: str, stop: int | None = None) -> list[float]:
     found: list[float] = []
     at_end = stop_at(stop) if stop else None
 
@@ -264,6 +282,36 @@ def test_the_teacher_in_every_step_trains_like_its_targets(device: torch.device,
     assert max(abs(left - right) for left, right in zip(stored, online, strict=True)) < 0.01
 
 
+def test_two_stores_train_as_on_the_cpu(device: torch.device, images: Path, store: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    api.extract_targets(None, second, params(device, "teacher.pretrained=random"), views_from=store)
+    more = ("pretrain.precision=float32", "teachers.standardise=phi-s", "teachers.weights=balanced")
+    found = [curve([store, second], tmp_path / f"{each.type}-{n}", each, *more) for n, each in enumerate((CPU, device))]
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+
+
+def test_a_student_goes_on_from_another_and_is_judged_on_the_way(
+    device: torch.device, images: Path, store: Path, tmp_path: Path
+) -> None:
+    curve(store, tmp_path / "first", device)
+    judged = ("pretrain.probe_every=2", f"pretrain.probe_train={images}/train-*.tar")
+    more = (*judged, f"pretrain.probe_test={images}/test-*.tar", "pretrain.layer_decay=0.8")
+    found = curve(store, tmp_path / "then", device, f"student.init={tmp_path / 'first'}", *more)
+    assert all(map(math.isfinite, found))
+    assert list(tmp_path.glob("then/metrics/plots/metrics/probe/*.tsv"))
+
+
+def test_embeddings_are_those_of_the_cpu(device: torch.device, images: Path, store: Path, tmp_path: Path) -> None:
+    curve(store, tmp_path / "run", device)
+    rows = []
+    for number, each in enumerate((CPU, device)):
+        out = tmp_path / f"{each.type}-{number}"
+        api.embed(tmp_path / "run", f"{images}/test-*.tar", out, params(each, "embed.format=zarr"), patches=True)
+        group: Any = zarr.open_group(min(out.glob("*.zarr")), mode="r")
+        rows.append(torch.from_numpy(np.concatenate([group["embedding"][:][:, None], group["patches"][:]], axis=1)))
+    assert torch.nn.functional.cosine_similarity(*rows, dim=-1).min() > 0.995
+
+
 def test_evaluations_have_the_scores_of_the_cpu(
     device: torch.device, images: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +319,9 @@ def test_evaluations_have_the_scores_of_the_cpu(
     sets = str(images / "train-*.tar"), str(images / "test-*.tar")
     here, there = (api.knn(tmp_path / "run", *sets, params(each)) for each in (CPU, device))
     assert there.accuracy == pytest.approx(here.accuracy, abs=0.13)  # 2 of 16 images
+    probes = [api.segment_probe(tmp_path / "run", *sets, params(each)).heads for each in (CPU, device)]
+    for name, score in probes[0].items():
+        assert probes[1][name].miou == pytest.approx(score.miou, abs=0.05)
     for name, train in (("tuned", api.finetune), ("segmented", api.segment)):
         reports = [
             train(tmp_path / "run", *sets, tmp_path / f"{name}-{each.type}-{number}", params(each))
