@@ -37,6 +37,12 @@ class PretrainSettings(RunSettings):
         1, ge=1, description="parts of the order that are read side by side: as many as ranks, or a multiple of them"
     )
     threads: int = Field(1, ge=1, description="threads that decode stored views; as many, and at least two, read")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="processes that read and decode, each with `threads`; 0: this one does, whose threads slow the "
+        "step down where a GPU is fast",
+    )
     parallel: Parallel = Field("ddp", description="how ranks share the student: ddp copies it, fsdp shards it")
     targets: Literal["stored", "online"] = Field(
         "stored", description="online: the teacher runs in every step, on the stored views; the baseline"

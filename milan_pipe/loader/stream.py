@@ -55,10 +55,24 @@ class Batch:
         """Code and scale of each store, the first one's first."""
         return (self.code_BST, self.scale_BS), *self.others
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """All tensors by name, each changed."""
-        found: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        others = [(change(code), None if scale is None else change(scale)) for code, scale in self.others]
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        tensors = [*vars(self).values(), *(tensor for codes in self.others for tensor in codes)]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+    def each(self, change: Callable[..., Tensor], *more: Batch) -> dict[str, Any]:
+        """All tensors by name, each changed; `change` also gets those of further batches."""
+        batches = (self, *more)
+        found: dict[str, Any] = {
+            name: change(*(getattr(batch, name) for batch in batches))
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        others = [
+            tuple(None if of[0] is None else change(*of) for of in zip(*codes, strict=True))
+            for codes in zip(*(batch.others for batch in batches), strict=True)
+        ]
         return {**found, "others": tuple(others)}
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -76,6 +90,17 @@ class Batch:
             return [(self, 1.0)]
         borders = [size * number // count for number in range(count + 1)]
         return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
+
+
+def joined(parts: Sequence[Batch], *, pin: bool = False) -> Batch:
+    """One batch of the samples of several, in their order; in new memory, pinned or not."""
+
+    def join(*values: Tensor) -> Tensor:
+        shape = (sum(map(len, values)), *values[0].shape[1:])
+        return torch.cat(values, out=torch.empty(shape, dtype=values[0].dtype, pin_memory=pin))
+
+    keys = tuple(key for part in parts for key in part.keys)
+    return replace(parts[0], keys=keys, **parts[0].each(join, *parts[1:]))
 
 
 DrawNoise = Callable[[int, Sequence[str]], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import MismatchError, SettingError
-from milan_pipe.loader.stream import Batch
+from milan_pipe.loader.stream import Batch, DrawNoise
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.student.loss import chosen_tokens
 from milan_pipe.student.masking import MaskSplit, draw_split, noise_for, visible_count
@@ -99,10 +100,8 @@ class Objective(nn.Module):
         self.outputs = outputs_of((header, *others), params, standardise)
         self.grid, self.patches = header.teacher.grid, header.patches
         self.visible = visible_count(header.patches, params.masking.ratio)
-
-    def draw_noise(self, epoch: int, keys: Sequence[str]) -> Tensor:
-        """Noise of the samples' masks in an epoch, (B, L), on the CPU."""
-        return noise_for(self.masking, epoch, keys, self.grid)
+        # Of an epoch and the samples' keys: (B, L), on the CPU. Other processes get a copy.
+        self.draw_noise: DrawNoise = partial(noise_for, self.masking, grid=self.grid)
 
     def predict(self, batch: Batch, epoch: int) -> Prediction:
         """Prediction and target of one batch, with the masks of an epoch; of the stores that the batch is of."""

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from milan_pipe.errors import SettingError, without_secrets
 from milan_pipe.extras import needs
 from milan_pipe.loader.order import ORDER_VERSION, BatchPlan, Block, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Batch, Loader, read_batch
+from milan_pipe.loader.workers import WorkerLoader
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, outputs_of, require_fit
 from milan_pipe.pretraining.start import keep_start, kept_start, start_from
@@ -220,8 +222,9 @@ class PretrainTask(Task[Batch]):
     def batches(self, first_step: int) -> Generator[Batch]:
         """This rank's part of every batch, read ahead across the borders of epochs: no epoch begins by waiting."""
         epoch, skip = divmod(first_step, self.steps_per_epoch)
+        kind = partial(WorkerLoader, workers=self.settings.workers) if self.settings.workers else Loader
         with (
-            Loader(
+            kind(
                 self._reader,
                 self._plan,
                 threads=self.settings.threads,
@@ -295,9 +298,11 @@ def _plan_of(reader: SeveralStores, params: Params, ranks: Ranks) -> BatchPlan:
         wanted = f"{ranks.count} ranks with pretrain.accumulate={settings.accumulate}"
         least = ranks.count * settings.accumulate
         raise SettingError(f"pretrain.batch_size is {settings.batch_size}: {wanted} need at least {least}")
-    if ranks.first and settings.canonical_streams < ranks.count:
-        found = f"pretrain.canonical_streams is {settings.canonical_streams} for {ranks.count} ranks"
-        todo = f"some read what others use; set it to a multiple of {ranks.count} for a new run"
+    readers = ranks.count * max(1, settings.workers)
+    if ranks.first and settings.canonical_streams < readers:
+        each = f" of {settings.workers} workers" if settings.workers else ""
+        found = f"pretrain.canonical_streams is {settings.canonical_streams} for {ranks.count} ranks{each}"
+        todo = f"some read what others use; set it to a multiple of {readers} for a new run"
         warnings.warn(f"{found}: {todo}", RuntimeWarning, stacklevel=2)
     order = EpochOrder(
         samples=tuple(reader.samples(shard) for shard in reader.shards),
