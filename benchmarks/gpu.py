@@ -1,13 +1,14 @@
 """What a GPU reaches, as OUT/gpu.json and OUT/gpu.md.
 
-    python -m benchmarks.gpu OUT [--minutes 14] [--images 2000] [--views 8]
+    python -m benchmarks.gpu OUT [--minutes 14] [--images 8000] [--views 8]
     python -m benchmarks.gpu OUT --quick --device cpu
 
-On one card, with the package's own dependencies and no network: teachers have random weights, images are drawn,
-500 x 375. Students are ViT-B/16 and ViT-L/16 at 224 pixels with the recipe's decoder. A step is forward, backward and
-AdamW in bfloat16 on one batch in memory; its share of the matrix rate counts the products of the step that is not
-compiled. Rows come in the order of their weight; what has not begun when the minutes are over is left out and said so,
-and a row that fails says why. --quick takes small models, to see that all of it runs.
+On one card, with the package's own dependencies and `distributed`, and no network: teachers have random weights, images
+are drawn, 500 x 375. Students are ViT-B/16 and ViT-L/16 at 224 pixels with the recipe's decoder. A step is forward,
+backward and AdamW in bfloat16 on one batch in memory, one after another without waiting in between, as in a run; its
+share of the matrix rate counts the products of the step that is not compiled. Rows come in the order of their weight;
+what has not begun when the minutes are over is left out and said so, and a row that fails says why. --quick takes small
+models, to see that all of it runs.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.objectives import MILAN, OTHERS
 from benchmarks.plain import PlainStudent
 from milan_pipe.attention import choose_attention
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
-from milan_pipe.config.params import Params
+from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction.run import extract_targets
+from milan_pipe.extraction.worker import process_count
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.pretraining.objective import Objective, build_objective
 from milan_pipe.pretraining.run import pretrain
+from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.teacher.clip import load_teacher, load_teacher_of
@@ -95,19 +99,19 @@ class Bench:
 
     @property
     def rounds(self) -> int:
-        return 3 if self.quick else 10
+        return 2 if self.quick else 6
 
     def params(self, student: StudentSettings | None = None, **pretraining: Any) -> Params:
         """Settings of a run of a student, the first by default, and of the extraction for it."""
         cores = len(os.sched_getaffinity(0))
         fixed = {"precision": "bfloat16", "device": str(self.device), "threads": cores, "checkpoint_minutes": None}
-        recipe: Any = {"log_every": 1, **fixed, **pretraining}
+        recipe: Any = {**fixed, **pretraining}
         return Params(
             teacher=next(iter(self.teachers.values())),
             views=ViewSettings(count=self.views, scale=(0.2, 1)),
             student=student or next(iter(self.students.values())),
             decoder=DecoderSettings(width=32, depth=1, heads=2) if self.quick else DECODER,
-            extract=ExtractSettings(batch_size=32 if self.quick else 256, device=str(self.device)),
+            extract=ExtractSettings(batch_size=32 if self.quick else 256, device=str(self.device), workers="auto"),
             pretrain=PretrainSettings(**recipe),
         )
 
@@ -116,15 +120,17 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Median of some rounds, after three that do not count."""
+        """Of one call, in a row of some of them; the median of three rows, after three calls that do not count."""
         found = []
-        for number in range(self.rounds + 3):
+        for _ in range(3):
+            call()
+        for _ in range(3):
             self.sync()
             began = time.perf_counter()
-            call()
+            for _ in range(self.rounds):
+                call()
             self.sync()
-            if number > 2:
-                found.append(time.perf_counter() - began)
+            found.append((time.perf_counter() - began) / self.rounds)
         return median(found)
 
     @cached_property
@@ -155,23 +161,29 @@ class Bench:
                     tar.addfile(info, io.BytesIO(files[number % len(files)]))
         return folder
 
+    def bare(self, name: str) -> float:
+        """Views a second of a teacher alone, at extraction's size of a batch."""
+        params = self.params()
+        teacher = load_teacher(self.teachers[name], self.device, grid=grid_of(params.student))
+        size, batch = teacher.info.image_size, params.extract.batch_size
+        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=self.device)
+        return batch / self.seconds(lambda: teacher(pixels))
+
     @cached_property
     def extraction(self) -> Values:
-        """All of an extraction against the teacher alone, on the same number of views at a time."""
+        """All of an extraction against its teacher alone, on the same number of views at a time."""
         targets = self.out / "targets"
         shutil.rmtree(targets, ignore_errors=True)
         params = self.params()
-        # Counted from the first report on, when the teacher is loaded.
-        began: list[float] = []
+        seen: list[tuple[float, int]] = []
         report = extract_targets(
-            self.shards, targets, params, on_progress=lambda _: began or began.append(time.perf_counter())
+            self.shards, targets, params, on_progress=lambda now: seen.append((time.perf_counter(), now.views))
         )
-        rate = report.views / (time.perf_counter() - began[0])
-        teacher = load_teacher(params.teacher, self.device, grid=open_targets(targets).header.teacher.grid)
-        size, batch = params.student.image_size, params.extract.batch_size
-        pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=self.device)
-        bare = batch / self.seconds(lambda: teacher(pixels))
+        # Of its middle: processes take some 20 seconds to start, and the last shards do not use all of them.
+        first, last = (next(at for at in seen if at[1] >= share * report.views) for share in (0.15, 0.85))
+        rate, bare = (last[1] - first[1]) / (last[0] - first[0]), self.bare(next(iter(self.teachers)))
         return {
+            "processes": process_count(params.extract),
             "views/s": rate,
             "bare teacher, views/s": bare,
             "extraction ÷ bare teacher": rate / bare,
@@ -246,6 +258,18 @@ def published(bench: Bench) -> Values:
     return {"student": name, "batch": len(batch.keys), "published ÷ ours": seconds[0] / seconds[1]}
 
 
+def objectives(bench: Bench) -> Values:
+    """Each objective's step ÷ MILAN's, neither compiled."""
+    student, batch = next(iter(bench.students.values())), bench.batch(bench.batches[0])
+    seconds = {}
+    for recipe in (MILAN, *OTHERS):
+        of, ours = load_params(recipe), bench.params(student)
+        decoder = ours.decoder.model_copy(update={"kind": of.decoder.kind})
+        params = ours.model_copy(update={"decoder": decoder, "masking": of.masking, "target": of.target})
+        seconds[recipe] = bench.step_seconds(build_objective(bench.store.header, params, bench.device), batch)
+    return {"batch": len(batch.keys), **{f"{name} ÷ MILAN": seconds[name] / seconds[MILAN] for name in OTHERS}}
+
+
 def online(bench: Bench, name: str) -> Values:
     """The step with the teacher in it ÷ the step on stored targets."""
     settings, student = bench.teachers[name], next(iter(bench.students.values()))
@@ -256,7 +280,8 @@ def online(bench: Bench, name: str) -> Values:
     batch = bench.batch(bench.batches[0])
     offline = bench.step_seconds(bench.objective(student, compiled=compiled), batch)
     with_teacher = bench.objective(student, compiled=compiled, header=header, teach=teach)
-    return {"batch": len(batch.keys), "online ÷ offline": bench.step_seconds(with_teacher, batch) / offline}
+    ratio = bench.step_seconds(with_teacher, batch) / offline
+    return {"batch": len(batch.keys), "online ÷ offline": ratio, "bare teacher, views/s": bench.bare(name)}
 
 
 def _run(bench: Bench, run: str, stop: int | None = None, **recipe: Any) -> list[TrainProgress]:
@@ -276,15 +301,17 @@ def _run(bench: Bench, run: str, stop: int | None = None, **recipe: Any) -> list
 
 
 def waiting(bench: Bench) -> Values:
-    """Real pretraining on the real store: the share of the time that it waits, over its last three quarters."""
+    """Real pretraining on the real store: the share of the time that it waits, over its last two thirds."""
     assert bench.extraction
-    size, epochs = bench.batches[-2], 2 if bench.quick else 12
+    size, epochs, workers = bench.batches[-2], 4 if bench.quick else 12, 1 if bench.quick else 4
     shutil.rmtree(bench.out / "run", ignore_errors=True)
-    seen = _run(bench, "run", batch_size=size, epochs=epochs, compile=bench.device.type == "cuda")
-    first, last = seen[len(seen) // 4], seen[-1]
+    fed = {"workers": workers, "canonical_streams": workers, "threads": 1, "log_every": 2 if bench.quick else 10}
+    seen = _run(bench, "run", batch_size=size, epochs=epochs, compile=bench.device.type == "cuda", **fed)
+    first, last = seen[len(seen) // 3], seen[-1]
     seconds = last.seconds - first.seconds
     return {
         "batch": size,
+        "workers": workers,
         "data_wait, %": 100 * (last.data_wait * last.seconds - first.data_wait * first.seconds) / seconds,
         "images/s": size * (last.step - first.step) / seconds,
     }
@@ -325,7 +352,9 @@ def precisions(bench: Bench) -> Values:
 def resume(bench: Bench) -> Values:
     """A run that is broken off and goes on, against one that is not."""
     assert bench.extraction
-    recipe = {"batch_size": bench.batches[0] // 2, "epochs": 2, "checkpoint_every": 2}
+    size = bench.batches[-1]
+    epochs = max(1, 12 * size // bench.images)
+    recipe = {"batch_size": size, "epochs": epochs, "checkpoint_every": 2, "log_every": 1, "threads": 4}
     for run in ("whole", "broken"):
         shutil.rmtree(bench.out / run, ignore_errors=True)
     whole = [now.loss for now in _run(bench, "whole", **recipe)]
@@ -341,19 +370,29 @@ def rows_of(bench: Bench) -> dict[str, tuple[Callable[[], Values], str]]:
         "extraction": (lambda: bench.extraction, "÷ bare teacher 0.95 with 16 cores"),
         "waiting for data": (partial(waiting, bench), "2 %"),
     }
-    cuda = bench.device.type == "cuda"
-    for compiled in (True, False) if cuda else (False,):
-        for name in bench.students:
-            for size in bench.batches:
-                title = f"step, {name}, batch {size}, {'compiled' if compiled else 'eager'}"
-                goal = "5,000 images/s, 40 %" if name == "ViT-B/16" and compiled and size >= 512 else ""
-                rows[title] = (partial(step, bench, name, size, compiled), goal)
-    for name in bench.teachers:
+    students, teachers, cuda = list(bench.students), list(bench.teachers), bench.device.type == "cuda"
+
+    def add_step(name: str, size: int, compiled: bool) -> None:
+        title = f"step, {name}, batch {size}, {'compiled' if compiled else 'eager'}"
+        goal = "5,000 images/s, 40 %" if name == "ViT-B/16" and compiled and size >= 512 else ""
+        rows.setdefault(title, (partial(step, bench, name, size, compiled), goal))
+
+    for size in bench.batches:
+        add_step(students[0], size, cuda)
+    for name in students:
+        for compiled in (cuda, False):
+            add_step(name, bench.batches[-2], compiled)
+    rows["objectives"] = (partial(objectives, bench), "")
+    for name in teachers:
         rows[f"online, {name}"] = (partial(online, bench, name), "1.5" if name == "ViT-B-16" else "")
     rows["published structure"] = (partial(published, bench), "")
     rows["losses by precision"] = (partial(precisions, bench), "")
     rows["checkpoint"] = (partial(checkpoint, bench), "")
     rows["resume"] = (partial(resume, bench), "")
+    for name in students:
+        for compiled in (cuda, False):
+            for size in bench.batches:
+                add_step(name, size, compiled)
     return rows
 
 
@@ -371,7 +410,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=14)
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -34,7 +34,8 @@ class ExtractSettings(Settings):
     max_bad_fraction: float = Field(0.05, ge=0, le=1, description="share of unreadable images that stops a run")
     workers: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = Field(
         1,
-        description="processes of a Dask cluster on this machine, in turn on its GPUs; 1: no cluster; auto: one a GPU",
+        description="processes of a Dask cluster on this machine, in turn on its GPUs; 1: no cluster; auto: one for "
+        "every two processors, at most 8 a GPU, as one alone cannot feed a fast GPU",
     )
     scheduler: str | None = Field(None, description="address of a Dask scheduler that runs already; overrides workers")
 

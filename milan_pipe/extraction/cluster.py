@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -17,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, cards_of, do_shard, process_count, teacher_precision
 from milan_pipe.extras import needs
 from milan_pipe.images.ahead import thread_count
+from milan_pipe.spawning import script_unseen, without_signals
 
 with needs("cluster", "a Dask cluster (--workers, --scheduler)"):
     from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
@@ -140,8 +139,8 @@ def _connected(scheduler: str) -> Iterator[Client]:
 
 
 @contextmanager
-def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
-    """A client, and how many workers share a machine."""
+def _client(assignment: Assignment, jobs: int) -> Iterator[tuple[Client, int]]:
+    """A client for some jobs, and how many workers share a machine."""
     extract = assignment.extract
     if extract.scheduler is not None:
         with _connected(extract.scheduler) as client:
@@ -153,12 +152,12 @@ def _client(assignment: Assignment) -> Iterator[tuple[Client, int]]:
                 )
             yield client, max(Counter(worker["host"] for worker in workers).values(), default=1)
         return
-    workers = process_count(extract)
+    workers = min(process_count(extract), jobs)
     share = str(max(1, thread_count(0) // workers))
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), share)
     environment["DASK_LOGGING__DISTRIBUTED"] = "critical"
     with (
-        _script_unseen(),
+        script_unseen(),
         own_folder() as folder,
         dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
         _local_cluster(folder, cards_of(extract)) as cluster,
@@ -180,18 +179,6 @@ def own_folder() -> Iterator[str]:
         yield folder
 
 
-@contextmanager
-def _script_unseen() -> Iterator[None]:
-    """Let processes that are spawned meanwhile start without the caller's script, which would extract again in each."""
-    main = sys.modules["__main__"].__dict__
-    file = main.pop("__file__", None) if main.get("__spec__") is None else None
-    try:
-        yield
-    finally:
-        if file is not None:
-            main["__file__"] = file
-
-
 class _Cluster(LocalCluster):
     """A cluster of this machine whose workers see one of its cards each, in turn."""
 
@@ -208,11 +195,8 @@ class _Cluster(LocalCluster):
 
 def _local_cluster(folder: str, cards: Sequence[str] = ()) -> LocalCluster:
     """A cluster without workers yet."""
-    # A terminal sends Ctrl-C to all processes, and only this one may answer. The thread that starts workers takes its
-    # signal mask from here, and they take theirs from it. Starting the tracker later would unmask.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    # The thread that starts workers takes its signal mask from here, and they take theirs from it.
+    with without_signals(signal.SIGINT):
         cluster = _Cluster(  # type: ignore[no-untyped-call]
             n_workers=0,
             threads_per_worker=1,
@@ -221,10 +205,8 @@ def _local_cluster(folder: str, cards: Sequence[str] = ()) -> LocalCluster:
             dashboard_address="127.0.0.1:0",
             local_directory=folder,
         )
-        cluster.cards = cards
-        return cluster
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    cluster.cards = cards
+    return cluster
 
 
 def _silence_dask() -> None:
@@ -267,7 +249,7 @@ def extract_on_cluster(
         StoreError: no scheduler answers, or it was lost.
     """
     _silence_dask()
-    with _client(assignment) as (client, sharing):
+    with _client(assignment, len(jobs)) as (client, sharing):
         # A scheduler may have other extractions at the same time, of shards of the same names.
         topic = f"milan-pipe-{uuid.uuid4().hex}"
         count = _counter(on_progress)

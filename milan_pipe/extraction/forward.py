@@ -43,7 +43,9 @@ class Forward:
         with self._copies.beside():
             pixels_BHWC = pixels_BHWC.to(self._device, non_blocking=True)
         self._copies.hand_over(pixels_BHWC)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # Who waits for it sleeps: processes that share a GPU need their processors for views.
+        ended = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         # Not that of the current device, which may be another one.
         queue = torch.cuda.current_stream(self._device)
         began.record(queue)
@@ -58,10 +60,10 @@ class Forward:
         if began is None or ended is None:
             yield output
             return
+        ended.synchronize()
         with self._looks.beside() as queue:
             ended.wait(queue)
             for tensor in (output.features_BST, output.importance_BL):
                 tensor.record_stream(queue)
             yield output
-            ended.synchronize()
         clock.add("teacher", began.elapsed_time(ended) / 1000)

@@ -43,8 +43,11 @@ def cards_of(extract: ExtractSettings) -> list[str]:
 
 
 def process_count(extract: ExtractSettings) -> int:
-    """Processes on this machine: `auto` is one for each card, and one where there is none."""
-    return max(1, len(cards_of(extract))) if extract.workers == "auto" else extract.workers
+    """Processes on this machine: `auto` is some for each card, one for two processors, and one where there is none."""
+    if extract.workers != "auto":
+        return extract.workers
+    cards = len(cards_of(extract))
+    return cards * min(_MOST_PER_CARD, max(1, thread_count(0) // cards // 2)) if cards else 1
 
 
 def _teacher_device(extract: ExtractSettings) -> torch.device:
@@ -65,6 +68,10 @@ def load_extraction_teacher(params: Params) -> Teacher:
     teacher = load_teacher(params.teacher, _teacher_device(params.extract), grid=grid_of(params.student))
     return teacher.compile_tower() if params.extract.compile else teacher
 
+
+# Threads of one process wait for their turns at the interpreter, so that it renders no more than some 2,400 views/s;
+# docs/performance.md has the measurements. Each process has a teacher on the card.
+_MOST_PER_CARD = 8
 
 _lock = threading.Lock()
 _loaded: dict[Assignment, Extractor] = {}

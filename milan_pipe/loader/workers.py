@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
 from milan_pipe.loader.order import BatchPlan, Block
 from milan_pipe.loader.stream import Batch, DrawNoise, Loader, joined, read_batch
+from milan_pipe.spawning import script_unseen, without_signals
 from milan_pipe.targets.several import SeveralStores
 
 _PREFETCH = 2
-_SHARED = Path("/dev/shm")  # noqa: S108  where Linux keeps what processes share
+_SHARED = Path("/dev/shm")  # where Linux keeps what processes share
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,6 @@ class _Parts(IterableDataset[_Answer]):
     epochs: tuple[int, int, int | None]
 
     def __iter__(self) -> Iterator[_Answer]:
-        # A terminal and a batch queue send their signals to all processes, and only the parent may answer: it has this
-        # one end.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
         worker: Any = get_worker_info()
         plan, count = self.plan, worker.num_workers
         try:
@@ -125,7 +122,9 @@ class WorkerLoader:
             multiprocessing_context="spawn",
         )
         before = set(multiprocessing.active_children())
-        answers: Any = iter(loader)
+        # This process answers to a signal, which may come while they start, and has them end.
+        with script_unseen(), without_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            answers: Any = iter(loader)
         started = set(multiprocessing.active_children()) - before
         try:
             while len(parts := list(self._next(answers))) == self._workers:

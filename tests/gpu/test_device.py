@@ -108,8 +108,7 @@ def test_a_compiled_step_has_the_same_losses(device: torch.device) -> None:
     assert compiled == pytest.approx(plain, rel=0.02)
 
 
-@pytest.mark.parametrize("recipe", OTHERS)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("recipe", "compiled"), [*((recipe, False) for recipe in OTHERS), ("mr-mae", True)])
 def test_every_objective_has_the_losses_of_the_cpu(device: torch.device, recipe: str, compiled: bool) -> None:
     expected = losses(stepper(objective(CPU, recipe), CPU, "float32"))
     found = losses(stepper(objective(device, recipe, compile=compiled), device, "bfloat16" if compiled else "float32"))
@@ -215,7 +214,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def extracted(device: torch.device, images: Path, targets: Path, *more: str) -> Path:
-    api.extract_targets(str(images / "train-*.tar"), targets, params(device, "codec=float16", *more))
+    api.extract_targets(str(images / "train-*.tar"), targets, params(device, *(more or ("codec=float16",))))
     return targets
 
 
@@ -240,7 +239,9 @@ def store(device: torch.device, images: Path, tmp_path: Path) -> Path:
     return extracted(device, images, tmp_path / "targets")
 
 
-def curve(store: Path | list[Path], run: Path, device: torch.device, *more: str, stop: int | None = None) -> list[float]:
+def curve(
+    store: Path | list[Path], run: Path, device: torch.device, *more: str, stop: int | None = None
+) -> list[float]:
     found: list[float] = []
     at_end = stop_at(stop) if stop else None
 
@@ -275,14 +276,22 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_end(
                 assert torch.allclose(value, weights[1][name], rtol=0.1, atol=0.01), name
 
 
-def test_the_teacher_in_every_step_trains_like_its_targets(device: torch.device, store: Path, tmp_path: Path) -> None:
+def test_the_teacher_in_every_step_trains_like_its_targets(device: torch.device, images: Path, tmp_path: Path) -> None:
+    # Not as float16: what a GPU computes again is the same to the bit.
+    store = extracted(device, images, tmp_path / "targets", "codec=int8")
     stored = curve(store, tmp_path / "stored", device)
     online = curve(store, tmp_path / "online", device, "pretrain.targets=online")
     assert stored != online
     assert max(abs(left - right) for left, right in zip(stored, online, strict=True)) < 0.01
 
 
-def test_two_stores_train_as_on_the_cpu(device: torch.device, images: Path, store: Path, tmp_path: Path) -> None:
+def test_batches_of_other_processes_are_the_same(device: torch.device, store: Path, tmp_path: Path) -> None:
+    more = ("pretrain.precision=float32", "pretrain.canonical_streams=2")
+    found = [curve(store, tmp_path / str(n), device, *more, f"pretrain.workers={n}") for n in (0, 2)]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_two_stores_train_as_on_the_cpu(device: torch.device, store: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     api.extract_targets(None, second, params(device, "teacher.pretrained=random"), views_from=store)
     more = ("pretrain.precision=float32", "teachers.standardise=phi-s", "teachers.weights=balanced")
