@@ -61,18 +61,10 @@ class Batch:
         tensors = [*vars(self).values(), *(tensor for codes in self.others for tensor in codes)]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
-    def each(self, change: Callable[..., Tensor], *more: Batch) -> dict[str, Any]:
-        """All tensors by name, each changed; `change` also gets those of further batches."""
-        batches = (self, *more)
-        found: dict[str, Any] = {
-            name: change(*(getattr(batch, name) for batch in batches))
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        others = [
-            tuple(None if of[0] is None else change(*of) for of in zip(*codes, strict=True))
-            for codes in zip(*(batch.others for batch in batches), strict=True)
-        ]
+    def each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """All tensors by name, each changed."""
+        found: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        others = [(change(code), None if scale is None else change(scale)) for code, scale in self.others]
         return {**found, "others": tuple(others)}
 
     def rows(self, start: int, stop: int) -> Batch:
@@ -90,17 +82,6 @@ class Batch:
             return [(self, 1.0)]
         borders = [size * number // count for number in range(count + 1)]
         return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
-
-
-def joined(parts: Sequence[Batch], *, pin: bool = False) -> Batch:
-    """One batch of the samples of several, in their order; in new memory, pinned or not."""
-
-    def join(*values: Tensor) -> Tensor:
-        shape = (sum(map(len, values)), *values[0].shape[1:])
-        return torch.cat(values, out=torch.empty(shape, dtype=values[0].dtype, pin_memory=pin))
-
-    keys = tuple(key for part in parts for key in part.keys)
-    return replace(parts[0], keys=keys, **parts[0].each(join, *parts[1:]))
 
 
 DrawNoise = Callable[[int, Sequence[str]], Tensor]
@@ -132,6 +113,12 @@ class _Group:
         return [(runs[number], row) for number, row in zip(number_N.tolist(), within_N.tolist(), strict=True)]
 
 
+def ahead_of(plan: BatchPlan, threads: int) -> int:
+    """Batches that are begun before the first of them is handed out: twice as many tasks as threads, two at least."""
+    size = max(1, sum(piece.stop - piece.start for piece in plan.pieces()))
+    return max(2, -(-2 * threads * _TASK // size))
+
+
 class Loader:
     """Reads and decodes what one rank takes of every batch, some batches ahead of the one that is handed out.
 
@@ -144,6 +131,8 @@ class Loader:
         with_targets: whether codes and scales are handed out; a pixel target needs none.
         draw_noise: draws `Batch.noise_BL`, on the threads that decode.
         pin: hand out pinned memory, from which copies to a CUDA device do not wait.
+        memory: gives a batch's memory by its number, counted from the first one on; it is written to while `ahead`
+            batches before it are yet to be handed out. None: new memory each time.
     """
 
     def __init__(
@@ -155,13 +144,12 @@ class Loader:
         with_targets: bool,
         draw_noise: DrawNoise | None = None,
         pin: bool = False,
+        memory: Callable[[int], Batch] | None = None,
     ) -> None:
         self.plan = plan
-        self._reader, self._draw_noise = reader, draw_noise
+        self._reader, self._draw_noise, self._memory = reader, draw_noise, memory
         self._threads, self._with_targets, self._pin = threads, with_targets, pin
-        size = max(1, sum(piece.stop - piece.start for piece in plan.pieces()))
-        # Twice as many tasks as threads are under way, in two batches at least.
-        self._ahead = max(2, -(-2 * threads * _TASK // size))
+        self.ahead, self._filled = ahead_of(plan, threads), 0
         self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="read")
 
@@ -192,14 +180,20 @@ class Loader:
         for number in range(epoch, epoch + 1 if stop is None else stop):
             for places in self._places(number, skip if number == epoch else 0):
                 pending.append(self._fill(places, number))
-                if len(pending) > self._ahead:
+                if len(pending) > self.ahead:
                     yield first()
         while pending:
             yield first()
 
     def _fill(self, places: list[_Place], epoch: int) -> tuple[Batch, list[Future[None]]]:
         noise = None if self._draw_noise is None else (self._draw_noise, epoch)
-        batch = _empty(places, self._reader, with_targets=self._with_targets, noise=noise is not None, pin=self._pin)
+        if self._memory is None:
+            kinds = {"with_targets": self._with_targets, "noise": noise is not None}
+            batch = empty_batch(places[0][0], len(places), self._reader, **kinds, pin=self._pin)
+        else:
+            batch = self._memory(self._filled)
+        self._filled += 1
+        batch = replace(batch, keys=tuple(run.keys[row] for run, row in places))
         share = min(_TASK, -(-len(places) // self._threads))
         starts = range(0, len(places), share)
         return batch, [
@@ -213,7 +207,7 @@ class Loader:
             rows = order[unwanted:]
             unwanted -= len(order) - len(rows)
             if len(rows):
-                ahead.append((_Group(blocks, [self._readers.submit(_read, self._reader, b) for b in blocks]), rows))
+                ahead.append((_Group(blocks, [self._readers.submit(read_run, self._reader, b) for b in blocks]), rows))
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
@@ -248,20 +242,23 @@ def read_batch(reader: Reader, block: Block) -> Batch:
     Raises:
         DataError: the store is damaged.
     """
-    run = _read(reader, block)
+    run = read_run(reader, block)
     places = [(run, row) for row in range(block.stop - block.start)]
-    batch = _empty(places, reader, with_targets=True, noise=False, pin=False)
+    batch = empty_batch(run, len(places), reader, with_targets=True, noise=False)
     _fill(batch, places, None)
-    return batch
+    return replace(batch, keys=tuple(run.keys))
 
 
-def _read(reader: Reader, block: Block) -> ViewRun:
+def read_run(reader: Reader, block: Block) -> ViewRun:
+    """A block as it is stored; raises as `read_batch`."""
     return reader.read(reader.shards[block.shard], block.view, block.start, block.stop)
 
 
-def _empty(places: Sequence[_Place], reader: Reader, *, with_targets: bool, noise: bool, pin: bool) -> Batch:
-    """Memory for a batch of these samples, with their keys."""
-    run, count, side = places[0][0], len(places), reader.header.views.size
+def empty_batch(
+    run: ViewRun, count: int, reader: Reader, *, with_targets: bool, noise: bool, pin: bool = False
+) -> Batch:
+    """Memory for `count` samples of the kinds that a run has, without keys."""
+    side = reader.header.views.size
 
     def like(values_N: NDArray[Any], rows: int = count) -> Tensor:
         dtype = torch.from_numpy(values_N[:0]).dtype
@@ -273,7 +270,7 @@ def _empty(places: Sequence[_Place], reader: Reader, *, with_targets: bool, nois
 
     code_BST, scale_BS = codes_like(run.code_NST, run.scale_NS)
     return Batch(
-        keys=tuple(run.keys[row] for run, row in places),
+        keys=(),
         pixels_BHWC=torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=pin),
         code_BST=code_BST,
         scale_BS=scale_BS,

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
 from milan_pipe.loader.order import BatchPlan, Block
-from milan_pipe.loader.stream import Batch, DrawNoise, Loader, joined, read_batch
+from milan_pipe.loader.stream import Batch, DrawNoise, Loader, ahead_of, empty_batch, read_run
 from milan_pipe.spawning import script_unseen, without_signals
 from milan_pipe.targets.several import SeveralStores
 
@@ -25,44 +28,60 @@ _SHARED = Path("/dev/shm")  # where Linux keeps what processes share
 
 @dataclass(frozen=True)
 class _Answer:
-    """A part of a batch, or why there is none: the loader would wrap what is raised into its own text and traceback."""
+    """Keys of a part of a batch, or why there is none: the loader would wrap what is raised into its own traceback."""
 
-    part: Batch | None
+    keys: tuple[str, ...]
     error: MilanError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts(IterableDataset[_Answer]):
-    """What each process makes: its part of every batch, as if it were a rank."""
+    """What each process makes: its part of every batch, as if it were a rank, in memory that all of them share.
+
+    Attributes:
+        slots: memory of some batches, (slots, B, ...); a batch lies in the one of its number, counted in turn.
+    """
 
     reader: SeveralStores
     plan: BatchPlan
     threads: int
     with_targets: bool
     draw_noise: DrawNoise | None
-    epochs: tuple[int, int, int | None]
+    slots: Batch
+    epochs: tuple[int, int, int | None] = (0, 0, None)
 
     def __iter__(self) -> Iterator[_Answer]:
         worker: Any = get_worker_info()
-        plan, count = self.plan, worker.num_workers
+        first = self.plan.batch_size * self.plan.rank // self.plan.ranks
+        plan = _part_of(self.plan, worker.id, worker.num_workers)
+        start, stop = (plan.batch_size * (plan.rank + more) // plan.ranks - first for more in (0, 1))
         try:
             with Loader(
                 self.reader,
-                plan.of_rank(plan.rank * count + worker.id, plan.ranks * count),
+                plan,
                 threads=self.threads,
                 with_targets=self.with_targets,
                 draw_noise=self.draw_noise,
+                memory=lambda number: self.slot(number).rows(start, stop),
             ) as loader:
                 for part in loader.batches(*self.epochs):
-                    yield _Answer(part)
+                    yield _Answer(part.keys)
         except MilanError as error:
-            yield _Answer(None, error)
+            yield _Answer((), error)
+
+    def slot(self, number: int) -> Batch:
+        """The memory of a batch."""
+        return replace(self.slots, **self.slots.each(lambda values: values[number % len(values)]))
+
+
+def _part_of(plan: BatchPlan, worker: int, workers: int) -> BatchPlan:
+    return plan.of_rank(plan.rank * workers + worker, plan.ranks * workers)
 
 
 class WorkerLoader:
     """As `Loader`, in `workers` processes: each reads and decodes its part of every batch.
 
-    Batches come to this process through shared memory; it only puts their parts together. Every process reads the
+    They write to memory that they share with this process, which copies each batch as a whole. Every process reads the
     streams that its part is of, so there should be as many `canonical_streams` as processes of all ranks.
 
     Args:
@@ -70,7 +89,8 @@ class WorkerLoader:
         threads: of each process.
 
     Raises:
-        SettingError: a batch has fewer samples than there are processes, or shared memory does not hold three batches.
+        SettingError: a batch has fewer samples than there are processes, or shared memory is too small.
+        DataError: the store is damaged.
     """
 
     def __init__(
@@ -90,15 +110,21 @@ class WorkerLoader:
                 "every process needs a sample of each batch: lower pretrain.workers"
             )
         self._workers, self._pin = workers, pin
+        ahead = max(ahead_of(_part_of(plan, worker, workers), threads) for worker in range(workers))
+        # What is prefetched, what each process has begun beyond, what is copied, and the next that it may begin.
+        count = _PREFETCH + ahead + 2
+        rows = plan.batch_size * (plan.rank + 1) // plan.ranks - plan.batch_size * plan.rank // plan.ranks
+        run = read_run(reader, Block(0, 0, 0, 1))
+        batch = empty_batch(run, rows, reader, with_targets=with_targets, noise=draw_noise is not None)
+        _require_shared_memory(count * batch.bytes, workers)
         self._parts = _Parts(
             reader=reader,
             plan=plan,
             threads=threads,
             with_targets=with_targets,
             draw_noise=draw_noise,
-            epochs=(0, 0, None),
+            slots=replace(batch, **batch.each(lambda values: _shared(values, count))),
         )
-        self._require_shared_memory()
 
     def __enter__(self) -> WorkerLoader:
         return self
@@ -107,7 +133,7 @@ class WorkerLoader:
         pass
 
     def batches(self, epoch: int, skip: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """As `Loader.batches`.
+        """As `Loader.batches`; its processes end with it.
 
         Raises:
             DataError: the store is damaged.
@@ -125,10 +151,16 @@ class WorkerLoader:
         # This process answers to a signal, which may come while they start, and has them end.
         with script_unseen(), without_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             answers: Any = iter(loader)
+        # Else a handler of SIGCHLD raises what is lost wherever the main thread is at that moment, and not below.
+        signal_handling._remove_worker_pids(id(answers))  # type: ignore[attr-defined]
+        answers._worker_pids_set = False
         started = set(multiprocessing.active_children()) - before
         try:
-            while len(parts := list(self._next(answers))) == self._workers:
-                yield joined(parts, pin=self._pin)
+            number = 0
+            while len(keys := list(self._next(answers))) == self._workers:
+                slot = self._parts.slot(number)
+                yield replace(slot, keys=tuple(key for part in keys for key in part), **slot.each(self._copy))
+                number += 1
         finally:
             answers._shutdown_workers()
             # One that reads from far away may not have ended in time.
@@ -136,8 +168,8 @@ class WorkerLoader:
                 with suppress(ValueError):
                     process.kill()
 
-    def _next(self, answers: Iterator[_Answer]) -> Iterator[Batch]:
-        """The parts of the next batch, none after the last."""
+    def _next(self, answers: Iterator[_Answer]) -> Iterator[tuple[str, ...]]:
+        """Keys of the parts of the next batch, none after the last."""
         for _ in range(self._workers):
             try:
                 answer = next(answers, None)
@@ -150,19 +182,22 @@ class WorkerLoader:
                 return
             if answer.error is not None:
                 raise answer.error
-            assert answer.part is not None
-            yield answer.part
+            yield answer.keys
 
-    def _require_shared_memory(self) -> None:
-        """Refuse what would end a process by a bus error, without a word."""
-        if not _SHARED.is_dir():
-            return
-        sample = read_batch(self._parts.reader, Block(0, 0, 0, 1))
-        # One batch that is put together, and what is prefetched.
-        needed = (1 + _PREFETCH) * self._parts.plan.batch_size // self._parts.plan.ranks * sample.bytes
-        free = shutil.disk_usage(_SHARED).free
-        if free < needed:
-            raise SettingError(
-                f"pretrain.workers={self._workers} needs {needed / 2**20:.0f} MiB of shared memory, {_SHARED} has "
-                f"{free / 2**20:.0f} MiB free; give the container more (--shm-size), or set pretrain.workers=0"
-            )
+    def _copy(self, values: Tensor) -> Tensor:
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pin).copy_(values)
+
+
+def _shared(values: Tensor, count: int) -> Tensor:
+    shared: Tensor = values.new_empty((count, *values.shape)).share_memory_()  # type: ignore[no-untyped-call]
+    return shared
+
+
+def _require_shared_memory(needed: int, workers: int) -> None:
+    """Refuse what would end a process by a bus error, without a word."""
+    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else needed
+    if free < needed:
+        raise SettingError(
+            f"pretrain.workers={workers} needs {needed / 2**20:.0f} MiB of shared memory, {_SHARED} has "
+            f"{free / 2**20:.0f} MiB free; give the container more (--shm-size), or set pretrain.workers=0"
+        )

@@ -324,7 +324,9 @@ def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     assert cards() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,GPU-8a")
     assert cards() == ["6", "GPU-8a"]
-    assert process_count(ExtractSettings(workers="auto")) == 2
+    for processors, expected in ((1, 2), (16, 8), (96, 16)):
+        monkeypatch.setattr("milan_pipe.extraction.worker.thread_count", lambda _, found=processors: found)
+        assert process_count(ExtractSettings(workers="auto")) == expected
     assert process_count(ExtractSettings(workers="auto", device="cpu")) == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert process_count(ExtractSettings(workers="auto")) == 1

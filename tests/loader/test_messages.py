@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from milan_pipe.errors import DataError, MissingError, SettingError
 from milan_pipe.loader.dataset import Targets
 from milan_pipe.loader.order import BatchPlan, EpochOrder, batches_per_epoch
 from milan_pipe.loader.stream import Loader
+from milan_pipe.loader.workers import WorkerLoader
+from milan_pipe.targets.several import open_several
 from milan_pipe.targets.store import open_targets
 
 
@@ -42,6 +45,19 @@ def load() -> None:
         list(loader.batches(0))
 
 
+def load_in_processes(**change: int) -> None:
+    store()
+    reader, sizes = open_several(["t"]), plan(**{"order": order(samples=(5,)), "batch_size": 4, "ranks": 1, **change})
+    WorkerLoader(reader, sizes, workers=3, threads=1, with_targets=True)
+
+
+def little_shared_memory() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+        patch.setattr("milan_pipe.loader.workers.Batch.bytes", 2**20)
+        load_in_processes()
+
+
 INDEX = "targets are indexed by number or key, and view, as targets[3], targets['key', 1]; found "
 AT_LEAST = (
     "an order needs samples, views, block and shuffle_blocks of at least 1, found {} samples, {} views, block {}, "
@@ -52,6 +68,18 @@ CANNOT_SHARE = (
     "be at least their number"
 )
 CASES: dict[str, Case] = {
+    "more processes than samples of a batch": (
+        lambda: load_in_processes(ranks=2),
+        SettingError,
+        "pretrain.batch_size is 4 for 2 ranks of 3 worker processes each; every process needs a sample of each batch: "
+        "lower pretrain.workers",
+    ),
+    "little shared memory": (
+        little_shared_memory,
+        SettingError,
+        "pretrain.workers=3 needs 36 MiB of shared memory, /dev/shm has 3 MiB free; give the container more "
+        "(--shm-size), or set pretrain.workers=0",
+    ),
     "no such sample": (lambda: store()[5], IndexError, "t has no sample 5; it has samples 0 to 4"),
     "no such sample from the end": (lambda: store()[-6], IndexError, "t has no sample -6; it has samples 0 to 4"),
     "no such view": (lambda: store()[0, 2], IndexError, "t has no view 2; it has views 0 to 1"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.messages import Case, require_message
-from support.targets import header, random_blocks, tree, write_blocks
+from support.targets import blocks_with_views_of, header, tree, write_blocks
 from support.training import StopAtError, same_run, stop_at, weights_of
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -33,7 +32,7 @@ from milan_pipe.pretraining.statistics import statistics_of
 from milan_pipe.student.pixels import normalise
 from milan_pipe.student.standardise import Standardise, fit_statistics, hadamard, standardise_of
 from milan_pipe.targets.codec import codec_of
-from milan_pipe.targets.schema import StoreHeader, TargetBlock
+from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.several import open_several
 from milan_pipe.targets.store import open_targets
 from milan_pipe.training.task import RunReport
@@ -45,21 +44,12 @@ STUDENT = StudentSettings(image_size=A.views.size, patch_size=SIDE, width=16, de
 SIZES = (20, 12)
 
 
-def blocks_of(head: StoreHeader, like: list[TargetBlock] | None, count: int, seed: int) -> list[TargetBlock]:
-    """Random targets, of the views of other blocks where they are given."""
-    own = random_blocks(head, count, seed)
-    if like is None:
-        return own
-    views = ("keys", "label_N", "crop_KN4", "flip_KN", "jpegs")
-    return [replace(one, **{name: getattr(of, name) for name in views}) for one, of in zip(own, like, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("stores")
-    first = [blocks_of(A, None, count, number) for number, count in enumerate(SIZES)]
+    first = [blocks_with_views_of(A, None, count, number) for number, count in enumerate(SIZES)]
     write_blocks(root / "a", A, first)
-    write_blocks(root / "b", B, [blocks_of(B, like, SIZES[n], 9 + n) for n, like in enumerate(first)])
+    write_blocks(root / "b", B, [blocks_with_views_of(B, like, SIZES[n], 9 + n) for n, like in enumerate(first)])
     return root / "a", root / "b"
 
 
@@ -136,7 +126,9 @@ def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Pa
 
 
 def test_statistics_are_fitted_once(stores: tuple[Path, Path], tmp_path: Path) -> None:
-    write_blocks(tmp_path / "a", A, [blocks_of(A, None, count, number) for number, count in enumerate(SIZES)])
+    write_blocks(
+        tmp_path / "a", A, [blocks_with_views_of(A, None, count, number) for number, count in enumerate(SIZES)]
+    )
     pretrain(tmp_path / "a", tmp_path / "run", params_of({"standardise": "scale"}))
     beside = tmp_path / "a.statistics.safetensors"
     kept = beside.read_bytes()
@@ -196,8 +188,8 @@ def test_a_batch_of_two_stores_is_computed_again(
 
 
 def written(folder: str, head: StoreHeader, *, like: bool = True, sizes: tuple[int, ...] = SIZES, seed: int = 0) -> str:
-    first = [blocks_of(A, None, count, number + seed) for number, count in enumerate(sizes)]
-    write_blocks(folder, head, [blocks_of(head, of if like else None, len(of[0].keys), 7) for of in first])
+    first = [blocks_with_views_of(A, None, count, number + seed) for number, count in enumerate(sizes)]
+    write_blocks(folder, head, [blocks_with_views_of(head, of if like else None, len(of[0].keys), 7) for of in first])
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def random_blocks(head: StoreHeader, samples: int, seed: int = 0, keys: Sequence
         random_block(head, names[start : min(start + BLOCK_SAMPLES, samples)], rng)
         for start in range(0, samples, BLOCK_SAMPLES)
     ]
+
+
+def blocks_with_views_of(head: StoreHeader, like: list[TargetBlock] | None, count: int, seed: int) -> list[TargetBlock]:
+    """Random targets, of the views of other blocks where they are given."""
+    own = random_blocks(head, count, seed)
+    if like is None:
+        return own
+    views = ("keys", "label_N", "crop_KN4", "flip_KN", "jpegs")
+    return [replace(one, **{name: getattr(of, name) for name in views}) for one, of in zip(own, like, strict=True)]
 
 
 def source(samples: int, name: str = "train-000000.tar", bad: Sequence[tuple[str, str]] = ()) -> SourceShard:

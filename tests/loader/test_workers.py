@@ -1,0 +1,147 @@
+"""Batches that other processes make: those of threads, and what happens when a process or the store is broken."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import processes
+from support.targets import blocks_with_views_of, header, random_blocks, write_blocks
+from support.training import StopAtError, same_run, stop_at
+
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
+from milan_pipe.errors import DataError, StoreError
+from milan_pipe.loader.order import BatchPlan, EpochOrder
+from milan_pipe.loader.stream import Batch, Loader
+from milan_pipe.loader.workers import WorkerLoader
+from milan_pipe.pretraining.run import pretrain
+from milan_pipe.student.masking import noise_for
+from milan_pipe.targets.several import SeveralStores, open_several
+
+HEAD = header(format="zarr", shards=3)
+OTHER = header("float16", format="webdataset", shards=3, width=12, model="other", weights_sha256="cd" * 32)
+SIZES = (150, 140, 131)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("stores")
+    first = [random_blocks(HEAD, count, number) for number, count in enumerate(SIZES)]
+    write_blocks(root / "a", HEAD, first)
+    write_blocks(root / "b", OTHER, [blocks_with_views_of(OTHER, of, SIZES[n], 9 + n) for n, of in enumerate(first)])
+    return root / "a", root / "b"
+
+
+@pytest.fixture(autouse=True)
+def _quick_processes() -> Iterator[None]:
+    with processes.forked_workers():
+        yield
+
+
+def plan_of(reader: SeveralStores, **change: Any) -> BatchPlan:
+    samples = tuple(reader.samples(shard) for shard in reader.shards)
+    order = EpochOrder(samples=samples, views=HEAD.views.count, block=128, shuffle_blocks=2, seed=1)
+    return BatchPlan(**{"order": order, "batch_size": 35, **change})
+
+
+def same(left: Batch, right: Batch) -> bool:
+    tensors = [
+        [*(value for value in vars(batch).values() if isinstance(value, torch.Tensor)), *sum(batch.others, ())]
+        for batch in (left, right)
+    ]
+    equal = (a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    return left.keys == right.keys and all(equal)
+
+
+@pytest.mark.parametrize(
+    ("workers", "change", "with_targets"),
+    [
+        (1, {}, True),
+        (3, {"canonical_streams": 2, "rank": 1, "ranks": 2}, True),
+        (2, {"canonical_streams": 4}, False),
+    ],
+)
+def test_batches_are_those_of_threads(
+    workers: int, change: dict[str, int], with_targets: bool, stores: tuple[Path, Path]
+) -> None:
+    reader = open_several(stores[:1])
+    plan, noise = plan_of(reader, **change), partial(noise_for, MaskSettings(), grid=HEAD.teacher.grid)
+    kept: dict[str, Any] = {"with_targets": with_targets, "draw_noise": noise, "threads": 1}
+    with Loader(reader, plan, **kept) as loader:
+        expected = list(loader.batches(0, 2, 3))
+    with WorkerLoader(reader, plan, workers=workers, **kept) as loader:
+        # Those that were handed out must not change when later ones are made.
+        found = list(loader.batches(0, 2, 3))
+    assert len(found) == 3 * plan.steps - 2
+    assert all(same(left, right) for left, right in zip(found, expected, strict=True))
+    assert not multiprocessing.active_children()
+
+
+def params(**recipe: Any) -> Params:
+    fixed = {"epochs": 2, "batch_size": 35, "warmup_epochs": 0, "log_every": 1, "device": "cpu", "canonical_streams": 2}
+    student = StudentSettings(image_size=HEAD.views.size, patch_size=8, width=16, depth=1, heads=2)
+    decoder = DecoderSettings(width=16, depth=1, heads=2)
+    views = HEAD.views.settings
+    return Params(views=views, student=student, decoder=decoder, pretrain=PretrainSettings(**{**fixed, **recipe}))
+
+
+def test_a_run_of_two_stores_goes_on_in_other_processes_to_the_bit(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    pretrain(stores, tmp_path / "threads", params())
+    with pytest.raises(StopAtError):
+        pretrain(stores, tmp_path / "run", params(workers=2, checkpoint_every=4), on_progress=stop_at(6))
+    assert not multiprocessing.active_children()
+    assert pretrain(stores, tmp_path / "run", params(workers=1)).resumed_from == 4
+    assert same_run(tmp_path / "threads", tmp_path / "run")
+
+
+def test_a_process_that_is_killed_ends_the_run_in_a_line(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    def kill(_: object) -> None:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(StoreError, match=r"^a process of pretrain\.workers=1 ended by itself: DataLoader worker"):
+        pretrain(stores[0], tmp_path / "run", params(workers=1, epochs=50), on_progress=kill)
+
+
+def test_damage_is_told_as_by_threads(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(stores[0], tmp_path / "damaged")
+    for file in (tmp_path / "damaged").rglob("attention/c/*/*/*"):
+        file.write_bytes(file.read_bytes()[:-4])
+    errors = []
+    for workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            pretrain(tmp_path / "damaged", tmp_path / f"run-{workers}", params(workers=workers))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_stops_the_run_with_a_checkpoint(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    """As a batch queue sends it."""
+    file, run = tmp_path / "params.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(params(workers=2, epochs=3000).model_dump(mode="json")))
+    words = [sys.executable, "-m", "milan_pipe", "pretrain", str(stores[0]), str(run), "--params", str(file)]
+    process = processes.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while process.poll() is None and not list(run.glob("metrics/**/*.tsv")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "stopped: by SIGTERM after step" in told
+    assert list(run.glob("checkpoints/step-*"))
