@@ -207,7 +207,7 @@ def on_cluster(*, status: str = "error", error: BaseException | None = None, **m
         submit=lambda *_, **__: Task(),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "_client", lambda _: nullcontext((client, 1)))
+        patch.setattr(cluster, "_client", lambda *_: nullcontext((client, 1)))
         patch.setattr(cluster, "precision_of_workers", lambda *_: "float32")
         patch.setattr(cluster, "as_completed", iter)
         extract(images([GOOD]), **more)

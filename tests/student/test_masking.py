@@ -8,7 +8,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -212,6 +212,7 @@ def test_visible_count_is_the_exact_floor(patches, hundredths):
     seed=st.integers(0, 2**31),
     epoch=st.integers(0, 500),
 )
+@example(rows=6, columns=5, share=1.0, seed=2, epoch=0)
 def test_block_masks_hide_as_many_in_every_sample_and_are_arithmetic(rows, columns, share, seed, epoch):
     patches = rows * columns
     masked = min(int(share * patches), patches - 1)
@@ -219,7 +220,8 @@ def test_block_masks_hide_as_many_in_every_sample_and_are_arithmetic(rows, colum
     noise_BL = block_noise(seed, epoch, keys, (rows, columns), masked)
     assert torch.equal(noise_BL[[2, 0]], block_noise(seed, epoch, [keys[2], keys[0]], (rows, columns), masked))
     split = draw_split(None, noise_BL, patches - masked)
-    assert torch.equal(split.masked_map(), noise_BL < 0)
+    # In rare cases rectangles leave some patches missing, and noise chooses those.
+    assert not ((noise_BL < 0) & ~split.masked_map()).any()
     assert split.masked_BM.shape == (3, masked)
 
 
