@@ -40,6 +40,9 @@ class DecoderSettings(Settings):
     width: int = Field(64, ge=4, description="of the decoder's tokens; a multiple of 4, for the position embedding")
     depth: int = Field(1, ge=1, description="number of blocks")
     heads: int = Field(4, ge=1, description="of each block; must divide the width")
+    init: str | None = Field(
+        None, description="run or checkpoint of pretraining whose decoder a run begins with; none: random weights"
+    )
 
 
 class MaskSettings(Settings):

@@ -29,7 +29,7 @@ from milan_pipe.loader.stream import Batch, Loader, read_batch
 from milan_pipe.loader.workers import WorkerLoader
 from milan_pipe.pretraining.bad_batch import bad_batch_file, write_bad_batch
 from milan_pipe.pretraining.objective import Objective, Teach, build_objective, outputs_of, require_fit
-from milan_pipe.pretraining.start import keep_start, kept_start, start_from
+from milan_pipe.pretraining.start import keep_start, kept_start, load_decoder, start_from
 from milan_pipe.pretraining.statistics import Statistics, keep_statistics, statistics_of
 from milan_pipe.storage.local import write_file
 from milan_pipe.student.encoder import Encoder
@@ -175,6 +175,8 @@ class PretrainTask(Task[Batch]):
         self.model = student = self.objective.student
         if params.student.init is not None:
             self._begin_with(params.student.init, params.student.model, student.encoder)
+        if params.decoder.init is not None and not checkpoints_of(self._run):
+            load_decoder(params.decoder.init, student.decoder)
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         if self.settings.probe_every is not None:
             if self._probe_for is None:

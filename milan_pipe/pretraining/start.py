@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from milan_pipe.config.teacher import FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MismatchError, MissingError
@@ -52,16 +52,33 @@ def _found(init: str) -> tuple[dict[str, Tensor], str | None, str | None]:
     if name.startswith(TIMM):
         source = find_timm_source(name, None, _ASKER, TimmSource)
         return dict(source.trained().state_dict()), source.origin, source.license()
-    path = Path(init)
-    if path.is_file():
-        return dict(read_weights(path)), None, None
-    if not path.exists():
-        expected = "a run, a checkpoint, a folder or file of weights in timm's layout, timm:NAME or hf-hub:ORG/NAME"
-        raise MissingError(f"student.init: {init} is not there; expected {expected}")
-    opened = open_checkpoint(path)
+    if Path(init).is_file():
+        return dict(read_weights(Path(init))), None, None
+    expected = "a run, a checkpoint, a folder or file of weights in timm's layout, timm:NAME or hf-hub:ORG/NAME"
+    return _of_run(init, "student", expected), None, None
+
+
+def _of_run(init: str, part: str, expected: str) -> dict[str, Tensor]:
+    """Weights of student or decoder."""
+    if not Path(init).exists():
+        raise MissingError(f"{part}.init: {init} is not there; expected {expected}")
+    opened = open_checkpoint(Path(init))
     if task := opened.record.get("task"):
-        raise DataError(f"student.init: {opened.path} holds what `milan-pipe {task}` trained; name a run of pretrain")
-    return dict(opened.weights("student")), None, None
+        raise DataError(f"{part}.init: {opened.path} holds what `milan-pipe {task}` trained; name a run of pretrain")
+    return dict(opened.weights(part))
+
+
+def load_decoder(init: str, decoder: nn.Module) -> None:
+    """Load a run's decoder into a fresh one, in place.
+
+    Raises:
+        MissingError, DataError: there is no such run, or it is damaged.
+        MismatchError: its decoder has other sizes, or predicts something else; names the first tensors that do not fit.
+    """
+    weights = _of_run(init, "decoder", "a run or a checkpoint of pretrain")
+    if problems := mismatch(weights, dict(decoder.state_dict())):
+        raise MismatchError(f"decoder.init: {init} does not fit this decoder and target: {problems}")
+    load_weights(decoder, weights, init)
 
 
 @torch.no_grad()

@@ -254,5 +254,5 @@ def build_decoder(
     if not output_width:
         raise SettingError(f"decoder {settings.kind!r} has nothing to predict in this target; set decoder=none")
     kind = PromptingDecoder if settings.kind == "prompting" else PlainDecoder
-    sizes = settings.model_dump(exclude={"kind"})
+    sizes = settings.model_dump(exclude={"kind", "init"})
     return kind(encoder_width=encoder_width, grid=grid, output_width=output_width, visible_width=visible_width, **sizes)

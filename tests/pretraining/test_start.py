@@ -23,8 +23,13 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError
+from milan_pipe.loader.order import BatchPlan, EpochOrder
+from milan_pipe.loader.stream import Loader
+from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.student.model import build_student
+from milan_pipe.targets.schema import BLOCK_SAMPLES
+from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.task import RunReport
@@ -40,13 +45,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def go(store: Path, run: Path, init: object = None, **recipe: Any) -> RunReport:
+def go(store: Path, run: Path, init: object = None, decoder: object = None, **recipe: Any) -> RunReport:
     fixed = {"epochs": 1, "batch_size": 8, "warmup_epochs": 0, "log_every": 1, "device": "cpu", "shuffle_blocks": 1}
     on_progress = recipe.pop("on_progress", lambda _: None)
     student = StudentSettings(image_size=32, **SIZES, init=None if init is None else str(init))
     params = Params(
         student=student,
-        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        decoder=DecoderSettings(width=16, depth=1, heads=2, init=None if decoder is None else str(decoder)),
         pretrain=PretrainSettings(**{**fixed, **recipe}),
     )
     return pretrain(store, run, params, on_progress=on_progress)
@@ -77,6 +82,27 @@ def test_an_exported_student_goes_on_as_if_never_exported(store: Path, first: Pa
     assert kept["trains_positions"] is False
     assert open_checkpoint(tmp_path / "0").record["init"] == kept
     assert kept["sha256"] == json.loads((tmp_path / "1" / "init.json").read_text())["sha256"]
+
+
+def test_with_its_decoder_an_exported_student_has_the_loss_that_it_had(
+    store: Path, first: Path, tmp_path: Path
+) -> None:
+    seen: list[float] = []
+    go(store, tmp_path / "run", first / "vit", first / "run", on_progress=lambda now: seen.append(now.loss))
+    params = Params(
+        student=StudentSettings(image_size=32, **SIZES), decoder=DecoderSettings(width=16, depth=1, heads=2)
+    )
+    objective = build_objective(HEAD, params, torch.device("cpu"))
+    opened, reader = open_checkpoint(first / "run"), open_targets(store)
+    objective.student.encoder.load_state_dict(opened.weights("student"))
+    objective.student.decoder.load_state_dict(opened.weights("decoder"))
+    order = EpochOrder(samples=(24,), views=HEAD.views.count, block=BLOCK_SAMPLES, shuffle_blocks=1, seed=0)
+    with Loader(reader, BatchPlan(order=order, batch_size=8), threads=1, with_targets=True) as loader:
+        batch = next(loader.batches(0))
+    assert seen[0] == pytest.approx(float(objective(batch, 0).detach()), abs=1e-5)
+    fresh: list[float] = []
+    go(store, tmp_path / "fresh", first / "vit", on_progress=lambda now: fresh.append(now.loss))
+    assert fresh[0] != pytest.approx(seen[0], abs=1e-3)
 
 
 def timm_folder(folder: Path, side: int) -> Any:
@@ -146,6 +172,16 @@ def smaller() -> str:
     return "small"
 
 
+def with_decoder_of(run: str, width: int = 8) -> Callable[[], RunReport]:
+    def begin_with() -> RunReport:
+        write_store("t", HEAD.model_copy(update={"teacher": HEAD.teacher.model_copy(update={"width": width})}), [24])
+        write_store("other", HEAD, [24])
+        go(Path("other"), Path("first"))
+        return go(Path("t"), Path("run"), decoder=run)
+
+    return begin_with
+
+
 def lost_start() -> RunReport:
     write_store("t", HEAD, [24])
     timm_folder(Path("vit"), 32)
@@ -180,6 +216,16 @@ CASES: dict[str, Case] = {
         DataError,
         "student.init: tuned/checkpoints/step-00000001 holds what `milan-pipe finetune` trained; name a run of "
         "pretrain",
+    ),
+    "no run of a decoder": (
+        with_decoder_of("gone"),
+        MissingError,
+        "decoder.init: gone is not there; expected a run or a checkpoint of pretrain",
+    ),
+    "a decoder of another teacher": (
+        with_decoder_of("first", 12),
+        MismatchError,
+        "decoder.init: first does not fit this decoder and target: decoder_pred.bias is (8,), expected (12,), ...",
     ),
     "a start that is lost": (
         lost_start,
