@@ -225,7 +225,8 @@ CASES: dict[str, Case] = {
     "a decoder of another teacher": (
         with_decoder_of("first", 12),
         MismatchError,
-        "decoder.init: first does not fit this decoder and target: decoder_pred.bias is (8,), expected (12,), ...",
+        "decoder.init: first does not fit this decoder and target: decoder_pred.weight is (8, 16), expected (12, 16), "
+        "decoder_pred.bias is (8,), expected (12,)",
     ),
     "a start that is lost": (
         lost_start,
