@@ -18,11 +18,11 @@ import pytest
 import torch
 from support import processes
 from support.images import labelled_shard
-from support.targets import header, random_blocks, write_blocks, write_store
+from support.targets import blocks_with_views_of, header, random_blocks, write_blocks, write_store
 from support.training import weights_of
 
 from milan_pipe.api import knn, replay
-from milan_pipe.config.params import Params
+from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.training.checkpoint import checkpoints_of
 
@@ -54,10 +54,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(store: Path, run: Path, ranks: int, **change: Any) -> list[str]:
-    settings = {**SETTINGS, **{f"pretrain.{name}": value for name, value in change.items()}}
-    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    words = ["-m", "milan_pipe", "pretrain", str(store), str(run), *flags]
+def command(store: Path | list[Path], run: Path, ranks: int, **change: Any) -> list[str]:
+    """`change` is of the recipe, or of another section, as `decoder__kind`; `__target` is of none."""
+    names = {name: name.replace("__", ".").removeprefix(".") if "__" in name else f"pretrain.{name}" for name in change}
+    more = {names[name]: value for name, value in change.items()}
+    flags = [word for name, value in {**SETTINGS, **more}.items() for word in ("--set", f"{name}={value}")]
+    stores = store if isinstance(store, list) else [store]
+    words = ["-m", "milan_pipe", "pretrain", *map(str, stores), str(run), *flags]
     if ranks == 1:
         return [sys.executable, *words]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
@@ -70,7 +73,7 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     return processes.Popen(words, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
-def go(store: Path, run: Path, ranks: int, **change: Any) -> str:
+def go(store: Path | list[Path], run: Path, ranks: int, **change: Any) -> str:
     process = start(command(store, run, ranks, **change), run.parent)
     stderr = process.communicate(timeout=240)[1]
     assert process.returncode == 0, stderr
@@ -126,6 +129,33 @@ def test_a_sharded_student_has_them_too(store: Path, tmp_path: Path) -> None:
     go(store, tmp_path / "alone", 1, epochs=1)
     go(store, tmp_path / "run", 2, epochs=1, parallel="fsdp", clip_grad=1e9, accumulate=2, checkpoint_every=5)
     assert_close(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mae", "maskfeat", "unmasked-teacher", "mr-mae", "maskdistill", "dense"])
+def test_two_ranks_have_the_losses_of_one_in_every_objective(store: Path, tmp_path: Path, recipe: str) -> None:
+    of = load_params(recipe)
+    named = {"__target": of.target, "decoder__kind": of.decoder.kind}
+    masks = {"masking__kind": of.masking.kind, "masking__ratio": of.masking.ratio}
+    for ranks in (1, 2):
+        go(store, tmp_path / str(ranks), ranks, epochs=1, **named, **masks)
+    assert_close(tmp_path / "2", tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_two_ranks_learn_from_two_stores_as_one(tmp_path: Path, parallel: str) -> None:
+    other = header("float16", format="webdataset", shards=len(SAMPLES), width=12, model="other")
+    one = header(format="zarr", shards=len(SAMPLES), width=8)  # a width that has a Hadamard matrix
+    first = [random_blocks(one, count, number) for number, count in enumerate(SAMPLES)]
+    write_blocks(tmp_path / "a", one, first)
+    views_of = [blocks_with_views_of(other, of, SAMPLES[n], 9 + n) for n, of in enumerate(first)]
+    write_blocks(tmp_path / "b", other, views_of)
+    stores = [tmp_path / "a", tmp_path / "b"]
+    kept = {"teachers__standardise": "phi-s", "teachers__weights": "balanced", "teachers__importance": "mean"}
+    go(stores, tmp_path / "alone", 1, epochs=1, **kept)
+    go(stores, tmp_path / "pair", 2, epochs=1, parallel=parallel, canonical_streams=2, workers=1, **kept)
+    assert_close(tmp_path / "pair", tmp_path / "alone")
 
 
 @pytest.mark.slow
