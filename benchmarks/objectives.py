@@ -57,13 +57,13 @@ def main() -> None:
     def step(recipe: str) -> Callable[[], object]:
         return partial(step_of(build_objective(header, params_of(recipe), device), device, arguments.precision), batch)
 
-    milan, counted = step(MILAN), student_flops(params_of(MILAN), header, batch)
+    milan, counted = step(MILAN), student_flops(params_of(MILAN), [header], batch)
     print(
         "| recipe | GFLOP an image | ÷ MILAN | images/s | MILAN, images/s | time ÷ MILAN |\n|---|---|---|---|---|---|"
     )
     print(f"| `{MILAN}` | {counted / 1e9:.1f} | 1.00 | | | 1.00 |")
     for recipe in OTHERS:
-        flops = student_flops(params_of(recipe), header, batch)
+        flops = student_flops(params_of(recipe), [header], batch)
         taken = in_turns({"milan": milan, "other": step(recipe)}, arguments.rounds)
         rate = {name: arguments.batch / seconds for name, seconds in taken.items()}
         print(

@@ -64,10 +64,11 @@ def prepare(source: Where, images: Where, params: Params = DEFAULT, *, on_progre
 
 
 def plan(
-    images: Where,
+    images: Where | None,
     targets: Where | None = None,
     params: Params = DEFAULT,
     *,
+    views_from: Where | None = None,
     sample: int = 64,
     total: int | None = None,
     devices: int = 1,
@@ -78,7 +79,15 @@ def plan(
     from milan_pipe.planning.run import plan
 
     return plan(
-        images, targets, params, sample=sample, total=total, devices=devices, tflops=tflops, on_progress=on_progress
+        images,
+        targets,
+        params,
+        views_from=views_from,
+        sample=sample,
+        total=total,
+        devices=devices,
+        tflops=tflops,
+        on_progress=on_progress,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app
 from milan_pipe.cli.console import console, print_json, print_labelled, progress, show
+from milan_pipe.errors import SettingError
 from milan_pipe.units import size
 
 
@@ -66,12 +68,22 @@ def recipes(as_json: JsonOption = False) -> Any:
 
 @app.command()
 def plan(
-    images: Annotated[
-        str, typer.Argument(metavar="IMAGES", help="What extract-targets would be given: shards, local or a URL.")
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES [TARGETS]",
+            default_factory=list,
+            help="What extract-targets would be given: shards, local or a URL (not with --views-from). Where the "
+            "targets are meant to lie: its free disk is looked at.",
+        ),
     ],
-    targets: Annotated[
+    views_from: Annotated[
         str | None,
-        typer.Argument(metavar="TARGETS", help="Where the targets are meant to lie: its free disk is looked at."),
+        typer.Option(
+            "--views-from",
+            metavar="STORE",
+            help="In place of IMAGES: plan another teacher's targets of this store's views, and pretraining on both.",
+        ),
     ] = None,
     params: ParamsOption = None,
     overrides: SetOption = None,
@@ -108,16 +120,24 @@ def plan(
 
     Images and devices need not be here: --total and --tflops plan for those of somewhere else.
 
+    A second teacher is planned by --views-from targets-a targets-b.
+
     Example: milan-pipe plan images targets --total 1000000 --devices 64
     """
     from milan_pipe.planning.tables import recipe_rows, rows, store_table
 
+    images = None if views_from is not None else next(iter(places), None)
+    targets, *more = [*places[images is not None :], None]
+    if (images is None and views_from is None) or len(more) > 1:
+        words = shlex.join([*(["--views-from", views_from] if views_from is not None else []), *places])
+        raise SettingError(f"expected IMAGES [TARGETS], or --views-from STORE [TARGETS]; found {words or 'neither'}")
     settings = milan_pipe.load_params(params, overrides or ())
     with progress("what") as update:
         report = milan_pipe.plan(
             images,
             targets,
             settings,
+            views_from=views_from,
             sample=sample,
             total=total,
             devices=devices,
@@ -125,7 +145,12 @@ def plan(
             on_progress=lambda now: update(now.done, now.total, what=now.what),
         )
     console.print(store_table(report))
-    show(f"{images} -> {report.space.folder}", {**recipe_rows(settings.about), **rows(report)}, report, as_json)
+    show(
+        f"{images or views_from} -> {report.space.folder}",
+        {**recipe_rows(settings.about), **rows(report)},
+        report,
+        as_json,
+    )
     for line in report.warnings:
         print_labelled("warning", "bold yellow", line)
     return report

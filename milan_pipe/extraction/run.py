@@ -15,12 +15,12 @@ import torch
 from milan_pipe.config.extraction import parse_share
 from milan_pipe.config.params import Params
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, MilanError, MismatchError, SettingError, StoreError
+from milan_pipe.errors import DataError, MilanError, MismatchError, StoreError
 from milan_pipe.extraction.fit import sample_features
 from milan_pipe.extraction.render import ShardJob, SourceError, digest
 from milan_pipe.extraction.shard import Extractor, ShardResult, header_of
 from milan_pipe.extraction.space import extraction_space_warning
-from milan_pipe.extraction.stored import Images, StoredShard, stored_shards, with_views_of
+from milan_pipe.extraction.stored import Images, StoredShard, require_one_source, stored_shards, with_views_of
 from milan_pipe.extraction.worker import Assignment, load_extraction_teacher, process_count
 from milan_pipe.images.bad import too_many_bad
 from milan_pipe.images.shards import expand_shards
@@ -220,9 +220,7 @@ def extract_targets(
     location = location_of(targets)
     sources: Mapping[str, Images]
     seen = None
-    if (images is None) == (views_from is None):
-        given = "both" if images is not None else "neither"
-        raise SettingError(f"expected images or views_from, a store whose views are seen; found {given}")
+    require_one_source(images, views_from)
     if images is not None:
         sources = {f"{position:06d}": source for position, source in enumerate(expand_shards(images))}
     elif views_from is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milan_pipe.config.params import Params, stated_of
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, SettingError
 from milan_pipe.images.shards import ShardFile
 from milan_pipe.storage import Location
 from milan_pipe.student.encoder import grid_of
@@ -73,6 +73,13 @@ class StoredShard:
 
 Images = ShardFile | StoredShard
 """Where the samples of a shard come from."""
+
+
+def require_one_source(images: object, views_from: object) -> None:
+    """Raise SettingError for both or neither of images and a store whose views are seen."""
+    if (images is None) == (views_from is None):
+        given = "both" if images is not None else "neither"
+        raise SettingError(f"expected images or views_from, a store whose views are seen; found {given}")
 
 
 def stored_shards(where: str | Path) -> tuple[StoreHeader, dict[str, StoredShard]]:

@@ -33,12 +33,13 @@ class ImageCount:
 
     Attributes:
         source: `index`, prepare's own count; `headers`, the tar headers of all shards; `estimate`, those of `looked_at`
-            shards, or of their beginnings, and the rest by its size in bytes; `given`, by the user.
+            shards, or of their beginnings, and the rest by its size in bytes; `given`, by the user; `store`, a store's
+        records, without the images that it skipped.
         shards, bytes: all of them.
     """
 
     total: int
-    source: Literal["index", "headers", "estimate", "given"]
+    source: Literal["index", "headers", "estimate", "given", "store"]
     shards: int
     looked_at: int
     bytes: int
@@ -48,6 +49,7 @@ class ImageCount:
             "index": "index.json",
             "headers": "tar headers",
             "given": "as given",
+            "store": "records of the store",
             "estimate": f"estimated from {self.looked_at} of {self.shards} shards",
         }
         return f"{self.total:,} in {self.shards:,} shards ({how[self.source]})"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from milan_pipe.extraction.space import FreeSpace
 from milan_pipe.images.count import ImageCount
 from milan_pipe.loader.order import BatchPlan, EpochOrder
-from milan_pipe.loader.stream import Loader
+from milan_pipe.loader.stream import Loader, Reader
 from milan_pipe.planning.speed import ExtractionHours, Speed
 from milan_pipe.planning.store import StoreEstimate
 from milan_pipe.targets.schema import BLOCK_SAMPLES
-from milan_pipe.targets.store import TargetStore
 from milan_pipe.units import size
 
 NODE_DEVICES = 8
@@ -36,7 +35,7 @@ _LONG_SHARD_HOURS = 1.0
 _MOST_SHARDS = 1_000_000
 
 
-def loader_images_per_core(reader: TargetStore, with_targets: bool) -> float:
+def loader_images_per_core(reader: Reader, with_targets: bool) -> float:
     """Images that the loader reads, checks, decodes and batches in a second of one processor.
 
     Args:
@@ -106,14 +105,14 @@ class NodeLoad:
     cores: float
 
 
-def node_load(student: Speed, store: StoreEstimate, loader_per_core: float, devices: int) -> NodeLoad:
+def node_load(student: Speed, bytes_per_image: float, loader_per_core: float, devices: int) -> NodeLoad:
     """Extrapolate to the devices of one node, at most `NODE_DEVICES`."""
     here = min(devices, NODE_DEVICES)
     images = here * student.per_second
     return NodeLoad(
         devices=here,
         images_per_second=images,
-        bytes_per_second=images * store.bytes_per_view,
+        bytes_per_second=images * bytes_per_image,
         loader_per_core=loader_per_core,
         cores=images / loader_per_core,
     )

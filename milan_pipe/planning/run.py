@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from milan_pipe.config.params import Params
-from milan_pipe.config.targets import CodecSettings
+from milan_pipe.config.targets import CodecSettings, StoreFormat
 from milan_pipe.errors import DataError, SettingError
 from milan_pipe.extraction.space import FreeSpace, free_files, free_space, free_space_warning
+from milan_pipe.extraction.stored import Images, StoredShard, require_one_source, stored_shards, with_views_of
 from milan_pipe.extraction.worker import load_extraction_teacher
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.count import ImageCount, count_images, like_these
-from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.shards import ShardFile, expand_shards
 from milan_pipe.planning import load, speed, store
 from milan_pipe.planning.speed import Speed
 from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import location_of
 from milan_pipe.student.objectives import is_taught
-from milan_pipe.targets.schema import CodecInfo
-from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.schema import CodecInfo, StoreHeader
+from milan_pipe.targets.several import open_several
+from milan_pipe.targets.store import TargetStore, open_targets
 from milan_pipe.teacher.clip import TeacherOutput
 
 DEFAULT_TARGETS = "targets"
@@ -45,7 +48,7 @@ class PlanReport:
         stores: of every codec that fits, in both formats.
         chosen: the one of these that the settings name.
         teacher: on batches of `extract.batch_size`.
-        teacher_online: on batches as large as the student's; None where the target needs no teacher.
+        teacher_online: on batches as large as the student's; None where the target needs no teacher, or two.
         render_views_per_second: of one thread.
         render_threads: that will render.
         cluster, node: with the devices planned for.
@@ -77,10 +80,11 @@ class PlanReport:
 
 
 def plan(
-    images: str | Path,
+    images: str | Path | None,
     targets: str | Path | None,
     params: Params,
     *,
+    views_from: str | Path | None = None,
     sample: int,
     total: int | None,
     devices: int,
@@ -92,9 +96,10 @@ def plan(
     Nothing is left behind: what is written goes to the temporary folder and is removed.
 
     Args:
-        images: folder of shards, or shard paths with braces or globs; local or a URL.
+        images: folder of shards, or shard paths with braces or globs; local or a URL. None with `views_from`.
         targets: where the store is meant to lie; none: a folder `targets` here. It need not exist, and a store there
             is not read.
+        views_from: plan a second store, of the views of this one, and pretraining on both.
         sample: images to measure with.
         total: plan for this number of images, of which those present are a sample, in shards of
             `prepare.samples_per_shard`; none plans for these.
@@ -103,8 +108,9 @@ def plan(
 
     Raises:
         MissingError, DataError: images are missing or cannot be read.
-        SettingError: unknown teacher, device or student, or a number that is not above 0.
-        MismatchError: student and teacher do not fit each other.
+        SettingError: unknown teacher, device or student, a number that is not above 0, or neither or both of `images`
+            and `views_from`.
+        MismatchError: student and teacher do not fit each other, or settings of views the store.
         StoreError: the temporary folder cannot be written.
     """
     for name, value in {"sample": sample, "total": total, "devices": devices, "tflops": tflops}.items():
@@ -114,16 +120,28 @@ def plan(
     def progress(what: str, steps: int | None = None) -> Callable[[int], None]:
         return lambda done: on_progress(PlanProgress(what=what, done=done, total=steps))
 
+    shards: Sequence[Images]
+    first: TargetStore | None = None
+    require_one_source(images, views_from)
+    if images is not None:
+        shards = expand_shards(images)
+    elif views_from is not None:
+        first = open_targets(views_from, complete=True)
+        _, stored = stored_shards(views_from)
+        shards, params = list(stored.values()), with_views_of(params, first.header, views_from)
     views, codec, extract, pretrain = params.views, params.codec, params.extract, params.pretrain
     location = location_of(targets if targets is not None else DEFAULT_TARGETS)
-    shards = expand_shards(images)
+
+    def planned(codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
+        header = store.planned_header(params, info, codec, store_format)
+        return header if first is None else header.model_copy(update={"views": first.header.views})
+
     progress("load teacher")(0)
     with speed.same_threads():
         model = load_extraction_teacher(params)
         info = model.info
-        header = store.planned_header(params, info, CodecInfo(name=codec.name), extract.format)
-        require_fit(header, params.student, images)
-        counted = count_images(shards, lambda done, steps: progress("count", steps)(done))
+        require_fit(planned(CodecInfo(name=codec.name), extract.format), params.student, images or views_from)
+        counted = _counted(shards, lambda done, steps: progress("count", steps)(done))
         if total is not None:
             counted = like_these(counted, total, params.prepare.samples_per_shard)
         drawn = store.sample_images(shards, params, sample, progress("render", sample))
@@ -134,7 +152,7 @@ def plan(
             teacher = speed.speed_at(tflops, flops, extract.batch_size)
         online: Speed | None = teacher
         batch_size = min(pretrain.batch_size, len(drawn.rendered))
-        if not is_taught(params.target):
+        if not is_taught(params.target) or first is not None:
             online = None
         elif tflops is None and batch_size != teacher.batch_size:
             # As it would run beside the student in every step.
@@ -144,19 +162,29 @@ def plan(
     stores = []
     for done, (one, store_format) in enumerate(kinds):
         progress("stores", len(kinds))(done)
-        header = store.planned_header(params, info, one.codec, store_format)
-        stores.append(store.estimate_store(header, drawn, one, counted))
+        stores.append(store.estimate_store(planned(one.codec, store_format), drawn, one, counted))
     chosen = next(found for found in stores if (found.codec, found.format) == (codec.name, extract.format))
-    encoding = encoded[codec.name]
-    header = store.planned_header(params, info, encoding.codec, extract.format)
+    # What pretraining reads, the first store first.
+    read = [(planned(encoded[codec.name].codec, extract.format), encoded[codec.name])]
+    bytes_per_image = chosen.bytes_per_view
+    if first is not None:
+        read.insert(0, (first.header, store.stored_codes(first, drawn)))
+        # Of the second one views are not read.
+        bytes_per_image += (
+            store.estimate_store(first.header, drawn, read[0][1], counted).bytes_per_view - drawn.jpeg_bytes
+        )
+    headers = [header for header, _ in read]
+    others = tuple((one.batch.code_BST, one.batch.scale_BS) for _, one in read[1:])
+    batch = replace(read[0][1].batch, others=others)
     progress("student")(0)
     if tflops is None:
-        student = speed.run_student(params, header, encoding.batch.rows(0, batch_size))
+        student = speed.run_student(params, headers, batch.rows(0, batch_size))
     else:
-        student = speed.speed_at(tflops, speed.student_flops(params, header, encoding.batch), pretrain.batch_size)
+        student = speed.speed_at(tflops, speed.student_flops(params, headers, batch), pretrain.batch_size)
     progress("loader")(0)
-    with store.sample_store(header, drawn, encoding) as folder:
-        per_core = load.loader_images_per_core(open_targets(folder), with_targets=is_taught(params.target))
+    with ExitStack() as stack:
+        folders = [stack.enter_context(store.sample_store(header, drawn, one)) for header, one in read]
+        per_core = load.loader_images_per_core(open_several(folders), with_targets=is_taught(params.target))
 
     threads = thread_count(extract.threads)
     # Of a device that is not here, `extract.threads` says how many processors it has beside it.
@@ -165,7 +193,7 @@ def plan(
         counted.total * views.count, counted.shards, teacher, drawn.render_seconds, threads, cores, devices
     )
     cluster = load.cluster_load(counted, extraction, devices)
-    node = load.node_load(student, chosen, per_core, devices)
+    node = load.node_load(student, bytes_per_image, per_core, devices)
     space = free_space(location, chosen.bytes)
     node_cores = cores if tflops is None else node.devices * threads
     return PlanReport(
@@ -191,6 +219,14 @@ def plan(
         space=space,
         warnings=(*_warnings(counted, drawn, student, pretrain.batch_size, space), *refused),
     )
+
+
+def _counted(shards: Sequence[Images], on_progress: Callable[[int, int], None]) -> ImageCount:
+    stored = [shard for shard in shards if isinstance(shard, StoredShard)]
+    if not stored:
+        return count_images([shard for shard in shards if isinstance(shard, ShardFile)], on_progress)
+    total, size = sum(shard.entry.samples for shard in stored), sum(shard.source.bytes for shard in stored)
+    return ImageCount(total=total, source="store", shards=len(stored), looked_at=0, bytes=size)
 
 
 def _encodings(

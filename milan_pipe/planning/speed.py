@@ -122,14 +122,14 @@ def run_teacher(teacher: Teacher, pixels_NHWC: Tensor, batch_size: int) -> tuple
     ), speed
 
 
-def run_student(params: Params, header: StoreHeader, batch: Batch) -> Speed:
-    """Images a second of pretraining's own step on one batch: forward, backward and AdamW.
+def run_student(params: Params, headers: Sequence[StoreHeader], batch: Batch) -> Speed:
+    """Images a second of pretraining's own step on one batch of one store or several: forward, backward and AdamW.
 
     Raises:
         SettingError: there is no such student or device.
     """
     settings, device = params.pretrain, resolve_device(params.pretrain.device)
-    objective = build_objective(header, params, device)
+    objective = build_objective(headers[0], params, device, others=headers[1:])
     precision = resolve_precision(settings.precision, device)
     choose_attention(objective, device, getattr(torch, precision))
     optimiser = build_adamw(objective.student, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
@@ -162,13 +162,13 @@ def teacher_flops(teacher: Teacher, pixels_NHWC: Tensor) -> int:
     return _count(lambda: teacher(pixels_NHWC[:1]))
 
 
-def student_flops(params: Params, header: StoreHeader, batch: Batch) -> int:
+def student_flops(params: Params, headers: Sequence[StoreHeader], batch: Batch) -> int:
     """Floating point operations of one image's share of a step, forward and backward; counted on the CPU.
 
     Raises:
         SettingError: there is no such student.
     """
-    objective = build_objective(header, params, torch.device("cpu"))
+    objective = build_objective(headers[0], params, torch.device("cpu"), others=headers[1:])
     return _count(lambda: objective(batch.rows(0, 1), 0).backward())
 
 

@@ -24,9 +24,10 @@ from milan_pipe.errors import DataError
 from milan_pipe.extraction.fit import MOST_SHARDS, draw_images
 from milan_pipe.extraction.render import Clock, RenderedSample
 from milan_pipe.extraction.shard import header_of
+from milan_pipe.extraction.stored import Images, StoredShard
 from milan_pipe.images.count import ImageCount
-from milan_pipe.images.shards import ShardFile
-from milan_pipe.loader.stream import Batch
+from milan_pipe.loader.order import Block
+from milan_pipe.loader.stream import Batch, read_batch
 from milan_pipe.storage import location_of
 from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import build_codec, mean_cosine
@@ -40,7 +41,7 @@ from milan_pipe.targets.schema import (
     TeacherInfo,
     shard_path,
 )
-from milan_pipe.targets.store import TargetStoreWriter
+from milan_pipe.targets.store import TargetStore, TargetStoreWriter
 from milan_pipe.targets.zarr_store import VIEW_CHUNK_BYTES, VIEW_SHARD_BYTES, stored_rows
 from milan_pipe.teacher.clip import TeacherOutput
 
@@ -61,12 +62,18 @@ class ImageSample:
 
     Attributes:
         bad: images met that cannot be read.
-        render_seconds: of one thread, for one view, an image's decoding shared by all its views.
+        render_seconds: of one thread, for one view, an image's decoding shared by all its views; of stored ones, to
+            decode it.
     """
 
     rendered: tuple[RenderedSample, ...]
     bad: int
     render_seconds: float
+
+    @property
+    def jpeg_bytes(self) -> float:
+        """Mean of a view."""
+        return sum(len(image.jpegs[0]) for image in self.rendered) / len(self.rendered)
 
     @cached_property
     def pixels_NHWC(self) -> Tensor:
@@ -75,7 +82,7 @@ class ImageSample:
 
 
 def sample_images(
-    shards: Sequence[ShardFile], params: Params, count: int, on_progress: Callable[[int], None]
+    shards: Sequence[Images], params: Params, count: int, on_progress: Callable[[int], None]
 ) -> ImageSample:
     """Render one view of up to `count` images, the first of some shards, as an extraction would.
 
@@ -96,7 +103,8 @@ def sample_images(
         looked_at = f"{shards[0]} and {others} more of {len(shards)} shards have" if others else f"{shards[0]} has"
         raise DataError(f"{looked_at} no readable image to measure with{first}")
     seconds = clock.take()
-    each_view = seconds["decode"] / views.count + seconds["crop"] + seconds["jpeg"]
+    decoded = 1 if isinstance(shards[0], StoredShard) else views.count
+    each_view = seconds["decode"] / decoded + seconds.get("crop", 0.0) + seconds.get("jpeg", 0.0)
     return ImageSample(rendered=tuple(rendered), bad=len(bad), render_seconds=each_view / len(rendered))
 
 
@@ -126,6 +134,20 @@ def encode_sample(sample: ImageSample, output: TeacherOutput, settings: CodecSet
     )
     cosine = mean_cosine(output.features_BST, codec.decode(code, scale))
     return EncodedSample(codec=codec.info, batch=batch, mean_cosine=cosine)
+
+
+def stored_codes(reader: TargetStore, sample: ImageSample) -> EncodedSample:
+    """What a store has for as many images as the sample has, which stands for theirs.
+
+    Raises:
+        DataError: the store is damaged.
+    """
+    first = reader.shards[0]
+    some = read_batch(reader, Block(0, 0, 0, min(BLOCK_SAMPLES, reader.samples(first))))
+    row_B = torch.arange(len(sample.rendered)) % len(some.keys)
+    kept = {**some.each(lambda values: values[row_B]), "pixels_BHWC": sample.pixels_NHWC}
+    batch = Batch(keys=tuple(image.key for image in sample.rendered), **kept)
+    return EncodedSample(codec=reader.header.codec, batch=batch, mean_cosine=1.0)
 
 
 def planned_header(params: Params, teacher: TeacherInfo, codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
@@ -176,11 +198,10 @@ def estimate_store(
             [path for path in of_shard if path.startswith(f"{folder_of_shard}/{name}/c/")]
             for name in ("features", "view_bytes", "scale", "attention")
         )
-        jpeg_bytes = sum(len(image.jpegs[0]) for image in sample.rendered)
-        jpeg_files = ceil(per_shard * views * jpeg_bytes / len(sample.rendered) / VIEW_SHARD_BYTES)
+        jpeg_files = ceil(per_shard * views * sample.jpeg_bytes / VIEW_SHARD_BYTES)
         files = len(of_shard) - len(features) - len(jpegs) + blocks + jpeg_files
         # Rendered views end in a chunk that is half empty on the average, whatever their number.
-        view_bytes -= sum(of_shard[path] for path in jpegs) - jpeg_bytes
+        view_bytes -= sum(of_shard[path] for path in jpegs) - sample.jpeg_bytes * len(sample.rendered)
         shard_bytes += VIEW_CHUNK_BYTES // 2
         # Whole blocks, whatever the last one holds.
         rows = stored_rows(len(sample.rendered))
@@ -213,7 +234,8 @@ def sample_store(header: StoreHeader, sample: ImageSample, encoded: EncodedSampl
     Raises:
         StoreError: the temporary folder cannot be written.
     """
-    one = header.model_copy(update={"views": header.views.model_copy(update={"count": 1})})
+    policy, source = header.views.model_copy(update={"count": 1}), header.source.model_copy(update={"shards": 1})
+    one = header.model_copy(update={"views": policy, "source": source})
     with tempfile.TemporaryDirectory(prefix="milan-plan-") as folder:
         writer = TargetStoreWriter(folder, one)
         shard = writer.open_shard(_SHARD)

@@ -40,6 +40,16 @@ CASES: dict[str, Case] = {
         DataError,
         "i/a.tar and 2 more of 3 shards have no readable image to measure with; the first: a: not a JPEG, PNG...",
     ),
+    "neither images nor a store": (
+        lambda: api.plan(None, "t"),
+        SettingError,
+        "expected images or views_from, a store whose views are seen; found neither",
+    ),
+    "both": (
+        lambda: api.plan("i", "t", views_from="a"),
+        SettingError,
+        "expected images or views_from, a store whose views are seen; found both",
+    ),
     "no sample": (lambda: plan(sample=0), SettingError, f"sample is 0; {NOT_ABOVE_0}"),
     "no images in all": (lambda: plan(total=0), SettingError, f"total is 0; {NOT_ABOVE_0}"),
     "no devices": (lambda: plan(devices=0), SettingError, f"devices is 0; {NOT_ABOVE_0}"),

@@ -86,6 +86,26 @@ def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+def test_a_second_teacher_is_planned_over_the_views_of_a_store(
+    scenes: Path, report: PlanReport, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    api.extract_targets(str(scenes / "train-*.tar"), first, params())
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    found = api.plan(None, second, params("teacher.pretrained=random"), views_from=first, sample=48)
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert (str(found.images), found.views) == ("100 in 3 shards (records of the store)", 200)
+    assert found.teacher_online is None
+    assert rows(found)["online teacher"].endswith("(extrapolated; not counted for two teachers)")
+    # Views are decoded, and neither rendered nor encoded.
+    assert found.render_views_per_second > 1.5 * report.render_views_per_second
+    # Both stores are read, the views of one.
+    codes = found.node.bytes_per_second / found.node.images_per_second - report.chosen.bytes_per_view
+    assert 0.2 * report.chosen.bytes_per_view < codes < report.chosen.bytes_per_view
+    api.extract_targets(None, second, params("teacher.pretrained=random"), views_from=first)
+    assert sum(location_of(second).sizes().values()) == pytest.approx(found.chosen.bytes, rel=0.05)
+
+
 def test_an_index_tells_without_a_look(scenes: Path) -> None:
     assert counted(scenes) == ImageCount(
         total=100, source="index", shards=3, looked_at=0, bytes=sum(p.stat().st_size for p in scenes.glob("*.tar"))
@@ -353,7 +373,7 @@ def limit_of(**more: Any) -> dict[str, float]:
         space.FreeSpace(folder="t", needed_bytes=10**11, free_bytes=10**12),
         values["files"],
         cluster_load(images, extraction, values["devices"]),
-        node_load(speed(100), store, 1000, values["devices"]),
+        node_load(speed(100), store.bytes_per_view, 1000, values["devices"]),
         values["cores"],
     )
     return {limit.name: limit.share for limit in found}
