@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import MismatchError, SettingError
-from milan_pipe.loader.stream import Batch, DrawNoise
+from milan_pipe.loader.stream import Batch, Codes, DrawNoise
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.student.loss import chosen_tokens
 from milan_pipe.student.masking import MaskSplit, draw_split, noise_for, visible_count
@@ -103,8 +103,12 @@ class Objective(nn.Module):
         # Of an epoch and the samples' keys: (B, L), on the CPU. Other processes get a copy.
         self.draw_noise: DrawNoise = partial(noise_for, self.masking, grid=self.grid)
 
-    def predict(self, batch: Batch, epoch: int) -> Prediction:
-        """Prediction and target of one batch, with the masks of an epoch; of the stores that the batch is of."""
+    def predict(self, batch: Batch, epoch: int, only: int | None = None) -> Prediction:
+        """Prediction and target of one batch, with the masks of an epoch.
+
+        Args:
+            only: number of the store that the batch is read from, where it is not from all; others have no part then.
+        """
         device = next(self.student.parameters()).device
         if batch.noise_BL is None:
             batch = replace(batch, noise_BL=self.draw_noise(epoch, batch.keys))
@@ -120,17 +124,18 @@ class Objective(nn.Module):
         parts = []
         for output, prediction_BST in zip(self.outputs, predictions, strict=True):
             number, source = output.store, output.term.source
+            if source.stored and only not in (None, number):
+                continue
             if source.stored and number not in features:
-                if number >= len(batch.codes):
-                    continue
-                features[number] = self._features(number, batch) if taught is None else taught[0]
+                codes = batch.codes[number if only is None else 0]
+                features[number] = self._features(number, codes) if taught is None else taught[0]
             target = source.target(images_BCHW, features.get(number), self.patch_size)
             parts.append(Part(output, prediction_BST, target))
         return Prediction(split, tuple(parts))
 
-    def _features(self, number: int, batch: Batch) -> Tensor:
+    def _features(self, number: int, codes: Codes) -> Tensor:
         """(B, S, T) of one store, standardised."""
-        features_BST = self.codecs[number].decode(*batch.codes[number])
+        features_BST = self.codecs[number].decode(*codes)
         if not self.standardise:
             return features_BST
         standardised_BST: Tensor = self.standardise[number](features_BST)

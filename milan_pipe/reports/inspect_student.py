@@ -67,13 +67,15 @@ class _Prediction:
         return float(self.cosine_L.mean()), float(self.cosine_L[hidden_L].mean())
 
 
-def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> Objective:
+def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> tuple[Objective, int]:
     """Student and decoder of a checkpoint, with the masks and the target that it was trained on.
+
+    Returns:
+        The objective, and which of the stores that it learned from the header is of, by its teacher.
 
     Raises:
         DataError: the checkpoint is not one of pretraining.
-        MismatchError: it does not fit the targets, the first of several: grid, input size, width of the features, or
-            teacher.
+        MismatchError: it does not fit the targets: grid, input size, width of the features, or teacher.
     """
     where, record = str(checkpoint.path), checkpoint.record
     settings = record.get("settings")
@@ -82,30 +84,32 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     trained = {"student": record["student"], **{k: v for k, v in settings.items() if k in _SECTIONS}}
     params: Params = Params.parse(trained, where)
     require_fit(header, params.student, "the store")
-    teacher = record.get("teacher")
-    taught = teacher if is_taught(params.target) else None
-    if taught is not None and taught["weights_sha256"] != header.teacher.weights_sha256:
-        raise MismatchError(
-            f"{where} learned from teacher {taught['model']!r} (weights {taught['weights_sha256'][:12]}), the store "
-            f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that it "
-            "was trained on, or others of the same teacher"
-        )
-    # Of further stores, only how wide their features are counts here.
-    others = [
-        header.model_copy(update={"teacher": TeacherInfo.model_validate(other["teacher"])})
-        for other in record.get("others", [])
-    ]
-    standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, (header, *others), params)
-    objective = build_objective(header, params, device, others=others, standardise=standardise)
+    teachers = [record.get("teacher"), *(other["teacher"] for other in record.get("others", []))]
+    headers, number = [header], 0
+    if is_taught(params.target) and teachers[0] is not None:
+        digests = [teacher["weights_sha256"] for teacher in teachers]
+        if header.teacher.weights_sha256 not in digests:
+            learned = " and ".join(f"{one['model']!r} (weights {one['weights_sha256'][:12]})" for one in teachers)
+            raise MismatchError(
+                f"{where} learned from teacher {learned}, the store "
+                f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that "
+                "it was trained on, or others of the same teacher"
+            )
+        number = digests.index(header.teacher.weights_sha256)
+        # Of the other stores, only how wide their features are counts here.
+        headers = [header.model_copy(update={"teacher": TeacherInfo.model_validate(one)}) for one in teachers]
+        headers[number] = header
+    standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, headers, params)
+    objective = build_objective(headers[0], params, device, others=headers[1:], standardise=standardise)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
     load_weights(objective.student.decoder, checkpoint.weights("decoder"), where)
-    return objective.eval()
+    return objective.eval(), number
 
 
-def _predict(targets: Targets, sample: int, view: int, objective: Objective, epoch: int) -> _Prediction:
+def _predict(targets: Targets, sample: int, view: int, objective: Objective, store: int, epoch: int) -> _Prediction:
     batch = read_batch(targets.store, targets.block(sample, view))
     with torch.no_grad():
-        predicted = objective.predict(batch, epoch)
+        predicted = objective.predict(batch, epoch, only=store)
     predicted_LT, target_LT = (values_BLT[0].cpu() for values_BLT in predicted.parts[0].patches)
     return _Prediction(
         key=batch.keys[0],
@@ -139,12 +143,16 @@ def student_sheets(
     targets: Targets,
     samples: Sequence[int],
     objective: Objective,
+    store: int,
     *,
     epoch: int,
     view: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[list[Sheet], list[tuple[float, float]]]:
     """Sheets of samples, all in the colours of their targets; mean cosine of all and of hidden patches of each.
+
+    Args:
+        store: number of the store that the targets are, among those that the objective is of.
 
     Raises:
         DataError: the store is damaged.
@@ -154,7 +162,7 @@ def student_sheets(
         raise SettingError(f"view {view}: {targets.store.location} has views 0 to {targets.views - 1}")
     found = []
     for number, sample in enumerate(samples):
-        found.append(_predict(targets, sample, view, objective, epoch))
+        found.append(_predict(targets, sample, view, objective, store, epoch))
         on_progress(number + 1, len(samples))
     colours = FeatureColours(np.concatenate([one.target_LT for one in found]))
     sheets = [Sheet(one.key, [Row("", _panels(one, targets.grid, colours, view))]) for one in found]
@@ -191,9 +199,9 @@ def inspect_student(
     folder = local_folder(out, "images")
     opened = open_checkpoint(checkpoint)
     chosen = open_targets(targets)
-    objective = pretrained_objective(opened, chosen.header, resolve_device(device))
+    objective, store = pretrained_objective(opened, chosen.header, resolve_device(device))
     samples = choose_samples(chosen, keys, count)
-    sheets, cosines = student_sheets(chosen, samples, objective, epoch=epoch, view=view, on_progress=on_progress)
+    sheets, cosines = student_sheets(chosen, samples, objective, store, epoch=epoch, view=view, on_progress=on_progress)
     cosine, masked_cosine = zip(*cosines, strict=True)
     facts = {
         "checkpoint": str(opened.path),

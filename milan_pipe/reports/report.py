@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,33 +187,36 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _targets_of(
     run: RunRecord, given: str | Path | None, opened: dict[str, Targets | None], left_out: list[str]
-) -> Targets | None:
+) -> Iterator[Targets]:
     """The targets of a run, opened once; those that cannot be opened are reported and left out."""
-    where = given if given is not None else run.record.get("targets")
-    if where is None:
+    first = given if given is not None else run.record.get("targets")
+    if first is None:
         left_out.append(f"images of {run.name}: it does not say where its targets are; name them with --targets")
-        return None
-    if str(where) not in opened:
-        try:
-            opened[str(where)] = open_targets(where)
-        except MilanError as error:
-            if given is not None:
-                raise
-            opened[str(where)] = None
-            left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
-    return opened[str(where)]
+        return
+    for where in (first, *(other["targets"] for other in run.record.get("others", []))):
+        if str(where) not in opened:
+            try:
+                opened[str(where)] = open_targets(where)
+            except MilanError as error:
+                if where is given:
+                    raise
+                opened[str(where)] = None
+                left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
+        if (found := opened[str(where)]) is not None:
+            yield found
 
 
 def _predictions(run: RunRecord, targets: Targets, left_out: list[str]) -> list[dict[str, Any]]:
     try:
-        objective = pretrained_objective(run.checkpoint, targets.header, torch.device("cpu"))
+        objective, store = pretrained_objective(run.checkpoint, targets.header, torch.device("cpu"))
     except MilanError as error:
         left_out.append(f"predictions of {run.name}: {error}")
         return []
     samples = choose_samples(targets, (), _STUDENT_SAMPLES)
-    sheets, cosines = student_sheets(targets, samples, objective, epoch=0, view=0)
+    sheets, cosines = student_sheets(targets, samples, objective, store, epoch=0, view=0)
+    teacher = f"teacher {targets.header.teacher.model}, " if len(objective.codecs) > 1 else ""
     what = (
-        f"target {objective.target}, {objective.masking.kind} masks of epoch 1; cosine of hidden patches "
+        f"{teacher}target {objective.target}, {objective.masking.kind} masks of epoch 1; cosine of hidden patches "
         f"{sum(hidden for _, hidden in cosines) / len(cosines):.3f} on these {len(samples)}"
     )
     return [{"run": run.name, "target": objective.target, "what": what, "sheets": sheets}]
@@ -281,8 +284,7 @@ def write_report(
     stores: dict[str, dict[str, Any]] = {}
     predictions: list[dict[str, Any]] = []
     for number, run in enumerate(pretrained):
-        store = _targets_of(run, targets, opened, left_out)
-        if store is not None:
+        for store in _targets_of(run, targets, opened, left_out):
             name = str(store.store.location)
             if name not in stores:
                 masking = MaskSettings.parse(run.record.get("settings", {}).get("masking", {}), str(run.folder))

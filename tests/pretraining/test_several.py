@@ -17,10 +17,10 @@ from support.training import StopAtError, same_run, stop_at, weights_of
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from milan_pipe.api import inspect_student, replay
+from milan_pipe.api import inspect_student, replay, report
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings, StudentSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.teachers import TeachersSettings
 from milan_pipe.digests import with_digest
 from milan_pipe.errors import DataError, MismatchError, SettingError
@@ -28,13 +28,14 @@ from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.statistics import statistics_of
+from milan_pipe.pretraining.statistics import kept_standardise, statistics_of
 from milan_pipe.student.pixels import normalise
 from milan_pipe.student.standardise import Standardise, fit_statistics, hadamard, standardise_of
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.targets.several import open_several
 from milan_pipe.targets.store import open_targets
+from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.task import RunReport
 
 A = header(format="zarr", shards=2, width=8)
@@ -114,15 +115,30 @@ def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Pa
     for file in beside:
         # The run goes on by its own, whatever lies beside the store.
         file.unlink()
-    report = pretrain(stores, tmp_path / "broken", every)
-    assert report.resumed_from == 4
+    assert pretrain(stores, tmp_path / "broken", every).resumed_from == 4
     assert same_run(tmp_path / "two", tmp_path / "broken")
     assert [tree(store) for store in stores] == before
     with pytest.raises(MismatchError, match=r"targets_2\.teacher"):
         pretrain(stores[0], tmp_path / "two", params)
-    page = inspect_student(tmp_path / "two", stores[0], tmp_path / "looks", count=2)
-    assert len(page.cosine) == 2
     assert weights_of(tmp_path / "two")["decoder_pred.weight"].shape == (8 + 12, 16)
+
+
+def test_each_store_is_shown_with_the_output_that_learned_it(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    params, run = params_of({"standardise": "scale"}, masking=MaskSettings(kind="random")), tmp_path / "run"
+    pretrain(stores, run, params)
+    kept = kept_standardise(run, (A, B), params)
+    objective = build_objective(A, params, torch.device("cpu"), others=[B], standardise=kept).eval()
+    opened = open_checkpoint(run)
+    objective.student.encoder.load_state_dict(opened.weights("student"))
+    objective.student.decoder.load_state_dict(opened.weights("decoder"))
+    batch = read_batch(open_several(stores), Block(0, 0, 0, 4))
+    with torch.no_grad():
+        parts = objective.predict(batch, 0).parts
+    for number, (store, part) in enumerate(zip(stores, parts, strict=True)):
+        page = inspect_student(run, store, tmp_path / str(number), keys=batch.keys)
+        assert page.cosine == pytest.approx(F.cosine_similarity(*part.patches, dim=-1).mean(dim=1).tolist(), abs=1e-5)
+    text = Path(report([run], tmp_path / "report.html").page).read_text()
+    assert all(f"teacher {head.teacher.model}, target clip" in text for head in (A, B))
 
 
 def test_statistics_are_fitted_once(stores: tuple[Path, Path], tmp_path: Path) -> None:

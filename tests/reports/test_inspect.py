@@ -102,7 +102,7 @@ def test_predictions_drawn_are_those_of_the_student(project: Project, tmp_path: 
         project.runs[0], project.targets, tmp_path / "o", keys=[store[sample].key], view=1, epoch=3
     )
     checkpoint = open_checkpoint(project.runs[0])
-    objective = pretrained_objective(checkpoint, store.header, torch.device("cpu"))
+    objective, _ = pretrained_objective(checkpoint, store.header, torch.device("cpu"))
     split, cosine = objective.cosine(read_batch(store.store, store.block(sample, 1)), 3)
     assert report.step == checkpoint.record["step"] == 6
     assert report.cosine[0] == pytest.approx(float(cosine.mean()), abs=1e-6)
