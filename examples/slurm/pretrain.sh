@@ -3,7 +3,7 @@
 #
 #   sbatch pretrain.sh TARGETS RUN [OPTION...]
 #
-# RUN is a folder that all nodes see. With `--set pretrain.canonical_streams=32`, a multiple of the number of GPUs, each
+# RUN is a folder that all nodes see. With `--set pretrain.canonical_streams=256`, as many as GPUs times `pretrain.workers`, each
 # reads only what it uses.
 #
 # Two minutes before the time is over SLURM sends a signal: the run saves its state

@@ -120,7 +120,7 @@ def plan(
 
     Images and devices need not be here: --total and --tflops plan for those of somewhere else.
 
-    A second teacher is planned by --views-from targets-a targets-b.
+    --views-from STORE [TARGETS] plans a second teacher.
 
     Example: milan-pipe plan images targets --total 1000000 --devices 64
     """

@@ -51,7 +51,7 @@ def extract_targets(
         typer.Option(
             "--workers",
             metavar="N|auto",
-            help="Processes of a Dask cluster on this machine, auto: one for each GPU (extract.workers).",
+            help="Processes of a Dask cluster on this machine; auto: as many as its GPUs are fed by (extract.workers).",
         ),
     ] = None,
     scheduler: Annotated[

@@ -34,7 +34,9 @@ class PretrainSettings(RunSettings):
     )
     shuffle_blocks: int = Field(16, ge=1, description="blocks of 128 samples that are shuffled together")
     canonical_streams: int = Field(
-        1, ge=1, description="parts of the order that are read side by side: as many as ranks, or a multiple of them"
+        1,
+        ge=1,
+        description="parts of the order that are read side by side: as many as ranks, times `workers`, or a multiple",
     )
     threads: int = Field(1, ge=1, description="threads that decode stored views; as many, and at least two, read")
     workers: int = Field(

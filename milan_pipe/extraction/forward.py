@@ -62,7 +62,6 @@ class Forward:
             return
         ended.synchronize()
         with self._looks.beside() as queue:
-            ended.wait(queue)
             for tensor in (output.features_BST, output.importance_BL):
                 tensor.record_stream(queue)
             yield output

@@ -43,7 +43,7 @@ def cards_of(extract: ExtractSettings) -> list[str]:
 
 
 def process_count(extract: ExtractSettings) -> int:
-    """Processes on this machine: `auto` is some for each card, one for two processors, and one where there is none."""
+    """Processes on this machine: `auto` is one for every two processors, at most 8 a card; without a card, one."""
     if extract.workers != "auto":
         return extract.workers
     cards = len(cards_of(extract))

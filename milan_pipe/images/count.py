@@ -34,7 +34,7 @@ class ImageCount:
     Attributes:
         source: `index`, prepare's own count; `headers`, the tar headers of all shards; `estimate`, those of `looked_at`
             shards, or of their beginnings, and the rest by its size in bytes; `given`, by the user; `store`, a store's
-        records, without the images that it skipped.
+            records, without the images that it skipped.
         shards, bytes: all of them.
     """
 

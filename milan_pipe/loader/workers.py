@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import shutil
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from milan_pipe.config.teachers import Importance
 from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
 from milan_pipe.loader.order import BatchPlan, Block
 from milan_pipe.loader.stream import Batch, DrawNoise, Loader, ahead_of, empty_batch, read_run
 from milan_pipe.spawning import script_unseen, without_signals
-from milan_pipe.targets.several import SeveralStores
+from milan_pipe.storage import Location
+from milan_pipe.targets.several import SeveralStores, open_several
 
-_PREFETCH = 2
+_PREFETCH, _END_SECONDS = 2, 5
 _SHARED = Path("/dev/shm")  # where Linux keeps what processes share
 
 
@@ -31,7 +34,7 @@ class _Answer:
     """Keys of a part of a batch, or why there is none: the loader would wrap what is raised into its own traceback."""
 
     keys: tuple[str, ...]
-    error: MilanError | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +42,12 @@ class _Parts(IterableDataset[_Answer]):
     """What each process makes: its part of every batch, as if it were a rank, in memory that all of them share.
 
     Attributes:
+        stores: each process opens them anew.
         slots: memory of some batches, (slots, B, ...); a batch lies in the one of its number, counted in turn.
     """
 
-    reader: SeveralStores
+    stores: tuple[Location, ...]
+    importance: Importance
     plan: BatchPlan
     threads: int
     with_targets: bool
@@ -57,7 +62,7 @@ class _Parts(IterableDataset[_Answer]):
         start, stop = (plan.batch_size * (plan.rank + more) // plan.ranks - first for more in (0, 1))
         try:
             with Loader(
-                self.reader,
+                open_several([location.address for location in self.stores], self.importance),
                 plan,
                 threads=self.threads,
                 with_targets=self.with_targets,
@@ -66,7 +71,9 @@ class _Parts(IterableDataset[_Answer]):
             ) as loader:
                 for part in loader.batches(*self.epochs):
                     yield _Answer(part.keys)
-        except MilanError as error:
+        except Exception as error:  # any: it is raised where batches are taken
+            if not isinstance(error, MilanError):
+                error.add_note(traceback.format_exc())
             yield _Answer((), error)
 
     def slot(self, number: int) -> Batch:
@@ -82,7 +89,8 @@ class WorkerLoader:
     """As `Loader`, in `workers` processes: each reads and decodes its part of every batch.
 
     They write to memory that they share with this process, which copies each batch as a whole. Every process reads the
-    streams that its part is of, so there should be as many `canonical_streams` as processes of all ranks.
+    streams that its part is of, so there should be as many `canonical_streams` as processes of all ranks. One iterator
+    of batches at a time.
 
     Args:
         draw_noise: is pickled.
@@ -116,9 +124,10 @@ class WorkerLoader:
         rows = plan.batch_size * (plan.rank + 1) // plan.ranks - plan.batch_size * plan.rank // plan.ranks
         run = read_run(reader, Block(0, 0, 0, 1))
         batch = empty_batch(run, rows, reader, with_targets=with_targets, noise=draw_noise is not None)
-        _require_shared_memory(count * batch.bytes, workers)
+        _require_shared_memory(count * batch.bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), workers)
         self._parts = _Parts(
-            reader=reader,
+            stores=tuple(store.location for store in reader.stores),
+            importance=reader.importance,
             plan=plan,
             threads=threads,
             with_targets=with_targets,
@@ -146,15 +155,17 @@ class WorkerLoader:
             prefetch_factor=_PREFETCH,
             # A fork would have the parent's threads and CUDA in a state that cannot be used.
             multiprocessing_context="spawn",
+            # Else it draws from this process's own numbers.
+            generator=torch.Generator(),
         )
-        before = set(multiprocessing.active_children())
         # This process answers to a signal, which may come while they start, and has them end.
         with script_unseen(), without_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             answers: Any = iter(loader)
         # Else a handler of SIGCHLD raises what is lost wherever the main thread is at that moment, and not below.
         signal_handling._remove_worker_pids(id(answers))  # type: ignore[attr-defined]
         answers._worker_pids_set = False
-        started = set(multiprocessing.active_children()) - before
+        # One that reads from far away may not end in time.
+        last = threading.Timer(_END_SECONDS, lambda: [process.kill() for process in answers._workers])
         try:
             number = 0
             while len(keys := list(self._next(answers))) == self._workers:
@@ -162,11 +173,9 @@ class WorkerLoader:
                 yield replace(slot, keys=tuple(key for part in keys for key in part), **slot.each(self._copy))
                 number += 1
         finally:
+            last.start()
             answers._shutdown_workers()
-            # One that reads from far away may not have ended in time.
-            for process in started:
-                with suppress(ValueError):
-                    process.kill()
+            last.cancel()
 
     def _next(self, answers: Iterator[_Answer]) -> Iterator[tuple[str, ...]]:
         """Keys of the parts of the next batch, none after the last."""

@@ -59,10 +59,10 @@ def loader_images_per_core(reader: Reader, with_targets: bool) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterLoad:
-    """An extraction as a Dask cluster sees it, a worker for each device.
+    """An extraction as a Dask cluster sees it.
 
     Attributes:
-        devices: workers at a time.
+        devices: of all workers; each does a shard at a time, together.
         tasks: one for each shard.
         shard_hours: of one shard on one device, which a kill loses at the most.
         scheduler_share: of the time that the scheduler is busy; above 1 it cannot keep up.

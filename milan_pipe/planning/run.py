@@ -22,6 +22,7 @@ from milan_pipe.planning.store import EncodedSample, ImageSample
 from milan_pipe.pretraining.objective import require_fit
 from milan_pipe.storage import location_of
 from milan_pipe.student.objectives import is_taught
+from milan_pipe.targets.convert import require_apart
 from milan_pipe.targets.schema import CodecInfo, StoreHeader
 from milan_pipe.targets.several import open_several
 from milan_pipe.targets.store import TargetStore, open_targets
@@ -48,6 +49,7 @@ class PlanReport:
         stores: of every codec that fits, in both formats.
         chosen: the one of these that the settings name.
         teacher: on batches of `extract.batch_size`.
+        stores_read: by pretraining: 1, or 2 with `views_from`.
         teacher_online: on batches as large as the student's; None where the target needs no teacher, or two.
         render_views_per_second: of one thread.
         render_threads: that will render.
@@ -66,6 +68,7 @@ class PlanReport:
     teacher_model: str
     teacher_image_size: int
     teacher: Speed
+    stores_read: int
     teacher_online: Speed | None
     student: Speed
     render_views_per_second: float
@@ -126,6 +129,9 @@ def plan(
     if images is not None:
         shards = expand_shards(images)
     elif views_from is not None:
+        require_apart(location_of(views_from), location_of(targets if targets is not None else DEFAULT_TARGETS))
+        if not is_taught(params.target):
+            raise SettingError(f"target {params.target!r} needs no features, and a second teacher's are planned")
         first = open_targets(views_from, complete=True)
         _, stored = stored_shards(views_from)
         shards, params = list(stored.values()), with_views_of(params, first.header, views_from)
@@ -184,7 +190,9 @@ def plan(
     progress("loader")(0)
     with ExitStack() as stack:
         folders = [stack.enter_context(store.sample_store(header, drawn, one)) for header, one in read]
-        per_core = load.loader_images_per_core(open_several(folders), with_targets=is_taught(params.target))
+        per_core = load.loader_images_per_core(
+            open_several(folders, params.teachers.importance), with_targets=is_taught(params.target)
+        )
 
     threads = thread_count(extract.threads)
     # Of a device that is not here, `extract.threads` says how many processors it has beside it.
@@ -207,6 +215,7 @@ def plan(
         teacher_model=info.model,
         teacher_image_size=info.image_size,
         teacher=teacher,
+        stores_read=len(read),
         teacher_online=online,
         student=student,
         render_views_per_second=1 / drawn.render_seconds,

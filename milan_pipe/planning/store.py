@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import ceil
@@ -146,7 +146,7 @@ def stored_codes(reader: TargetStore, sample: ImageSample) -> EncodedSample:
     some = read_batch(reader, Block(0, 0, 0, min(BLOCK_SAMPLES, reader.samples(first))))
     row_B = torch.arange(len(sample.rendered)) % len(some.keys)
     kept = {**some.each(lambda values: values[row_B]), "pixels_BHWC": sample.pixels_NHWC}
-    batch = Batch(keys=tuple(image.key for image in sample.rendered), **kept)
+    batch = replace(some, keys=tuple(image.key for image in sample.rendered), **kept)
     return EncodedSample(codec=reader.header.codec, batch=batch, mean_cosine=1.0)
 
 

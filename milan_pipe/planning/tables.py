@@ -94,8 +94,8 @@ def _devices(count: int) -> str:
 
 def _online(report: PlanReport) -> str:
     online = report.teacher_online
-    if online is None and report.images.source == "store":
-        return "not counted for two teachers"
+    if report.stores_read > 1:
+        return "not estimated for two teachers"
     if online is None:
         return "no teacher: the target is pixels"
     if online == report.teacher:

@@ -185,25 +185,33 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     ]
 
 
+def _learned_from(run: RunRecord, targets: Targets) -> int:
+    """Which of a run's stores this one stands for, by its teacher; the first where none has it."""
+    digest = targets.header.teacher.weights_sha256
+    teachers = [run.record.get("teacher"), *(other["teacher"] for other in run.record.get("others", []))]
+    return next((n for n, one in enumerate(teachers) if one is not None and one["weights_sha256"] == digest), 0)
+
+
 def _targets_of(
     run: RunRecord, given: str | Path | None, opened: dict[str, Targets | None], left_out: list[str]
 ) -> Iterator[Targets]:
     """The targets of a run, opened once; those that cannot be opened are reported and left out."""
-    first = given if given is not None else run.record.get("targets")
-    if first is None:
+    wheres = [run.record.get("targets"), *(other["targets"] for other in run.record.get("others", []))]
+    if given is not None:
+        opened[str(given)] = found = opened.get(str(given)) or open_targets(given)
+        wheres[_learned_from(run, found)] = given
+    if wheres[0] is None:
         left_out.append(f"images of {run.name}: it does not say where its targets are; name them with --targets")
         return
-    for where in (first, *(other["targets"] for other in run.record.get("others", []))):
+    for where in wheres:
         if str(where) not in opened:
             try:
                 opened[str(where)] = open_targets(where)
             except MilanError as error:
-                if where is given:
-                    raise
                 opened[str(where)] = None
                 left_out.append(f"store and images of {run.name}: {error}; name its location with --targets")
-        if (found := opened[str(where)]) is not None:
-            yield found
+        if (store := opened[str(where)]) is not None:
+            yield store
 
 
 def _predictions(run: RunRecord, targets: Targets, left_out: list[str]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +34,6 @@ class SeveralStores:
         self.location, self.shards = first.location, first.shards
         for other in self.stores[1:]:
             _require_same_views(first, other)
-
-    def __reduce__(self) -> tuple[Callable[..., SeveralStores], tuple[list[str], Importance]]:
-        """Another process opens the stores anew."""
-        return open_several, ([str(store.location) for store in self.stores], self.importance)
 
     @property
     def headers(self) -> tuple[StoreHeader, ...]:

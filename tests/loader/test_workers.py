@@ -24,7 +24,7 @@ from support.training import StopAtError, same_run, stop_at
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
-from milan_pipe.errors import DataError, StoreError
+from milan_pipe.errors import DataError, MissingError, StoreError
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.loader.workers import WorkerLoader
@@ -127,6 +127,15 @@ def test_damage_is_told_as_by_threads(stores: tuple[Path, Path], tmp_path: Path)
             pretrain(tmp_path / "damaged", tmp_path / f"run-{workers}", params(workers=workers))
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+def test_a_store_that_is_gone_is_told_by_the_process_that_misses_it(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(stores[0], tmp_path / "moved")
+    reader = open_several([tmp_path / "moved"])
+    with WorkerLoader(reader, plan_of(reader), workers=1, threads=1, with_targets=True) as loader:
+        shutil.rmtree(tmp_path / "moved")
+        with pytest.raises(MissingError, match="moved"):
+            next(loader.batches(0))
 
 
 @pytest.mark.slow

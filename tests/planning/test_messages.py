@@ -50,6 +50,16 @@ CASES: dict[str, Case] = {
         SettingError,
         "expected images or views_from, a store whose views are seen; found both",
     ),
+    "a target without features": (
+        lambda: api.plan(None, "t", load_params(None, ["target=pixels"]), views_from="a"),
+        SettingError,
+        "target 'pixels' needs no features, and a second teacher's are planned",
+    ),
+    "into the store that is seen": (
+        lambda: api.plan(None, "a", views_from="a"),
+        SettingError,
+        "a is the store that is read; name another folder for the new store",
+    ),
     "no sample": (lambda: plan(sample=0), SettingError, f"sample is 0; {NOT_ABOVE_0}"),
     "no images in all": (lambda: plan(total=0), SettingError, f"total is 0; {NOT_ABOVE_0}"),
     "no devices": (lambda: plan(devices=0), SettingError, f"devices is 0; {NOT_ABOVE_0}"),
