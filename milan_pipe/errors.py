@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+from typing import Any
 
 _RAN_OUT: dict[int | None, str] = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
@@ -64,6 +65,10 @@ class MilanError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Dask's own way to pickle errors fails with those that are OSError and another built-in error.
+        return type(self), self.args, self.__dict__
+
 
 class SettingError(MilanError, ValueError):
     """A parameter is unknown, of the wrong type or out of its range."""
@@ -104,6 +109,9 @@ class StoppedError(MilanError):
         super().__init__(message)
         self.signal = signal
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.signal)
+
 
 class RankLostError(MilanError, RuntimeError):
     """One of several ranks has died; the others cannot go on."""
@@ -115,3 +123,6 @@ class ReportedElsewhereError(MilanError):
     def __init__(self, cause: MilanError) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.cause,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -26,7 +27,15 @@ from support.s3 import free_port
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.devices import cards
-from milan_pipe.errors import DataError, SettingError
+from milan_pipe.errors import (
+    DataError,
+    DeviceFullError,
+    MilanError,
+    MismatchError,
+    MissingError,
+    SettingError,
+    StoreError,
+)
 from milan_pipe.extraction import worker
 from milan_pipe.extraction.cluster import _local_cluster, _outcome
 from milan_pipe.extraction.run import ExtractProgress
@@ -331,6 +340,15 @@ def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert process_count(ExtractSettings(workers="auto")) == 1
     assert process_count(ExtractSettings(workers=3)) == 3
+
+
+@pytest.mark.parametrize("kind", [MissingError, StoreError, DataError, MismatchError, DeviceFullError])
+def test_errors_of_workers_arrive(kind: type[MilanError]) -> None:
+    """As `distributed`, which is imported here, has them pickled."""
+    error = kind("what is wrong")
+    error.add_note("where")
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), found.__notes__) == (kind, "what is wrong", ["where"])
 
 
 def test_workers_say_what_precision_they_compute_in(images: Path, extract, tree, tmp_path: Path) -> None:
