@@ -1,6 +1,6 @@
 """What a GPU reaches, as OUT/gpu.json and OUT/gpu.md.
 
-    python -m benchmarks.gpu OUT [--minutes 14] [--images 8000] [--views 8]
+    python -m benchmarks.gpu OUT [--minutes 14] [--images 16000] [--views 8]
     python -m benchmarks.gpu OUT --quick --device cpu
 
 On one card, with the package's own dependencies and `distributed`, and no network: teachers have random weights, images
@@ -57,7 +57,7 @@ from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.step import Stepper
 
-SHARD_IMAGES, LOSS_STEPS = 250, 50
+SHARD_IMAGES, LOSS_STEPS = 1000, 50
 DECODER = DecoderSettings(width=512, depth=8, heads=16)
 STUDENTS = {
     "ViT-B/16": StudentSettings(
@@ -148,7 +148,7 @@ class Bench:
         folder.mkdir(parents=True)
         rng = np.random.default_rng(0)
         files = []
-        for _ in range(min(SHARD_IMAGES, self.images)):
+        for _ in range(min(250, self.images)):
             coarse = Image.fromarray(rng.integers(0, 256, (47, 62, 3), np.uint8))
             data = io.BytesIO()
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
@@ -410,7 +410,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=14)
-    parser.add_argument("--images", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=16000)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
