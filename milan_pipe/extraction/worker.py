@@ -22,6 +22,11 @@ from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher, load_teacher, load_teacher_of, resolve_teacher_precision
 
 
+# Threads of one process wait for their turns at the interpreter, so that it renders no more than some 2,400 views/s;
+# docs/performance.md has the measurements. Each process has a teacher on the card.
+_MOST_PER_CARD = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
     """A store to add to, and how; the rest is in the store's header."""
@@ -68,10 +73,6 @@ def load_extraction_teacher(params: Params) -> Teacher:
     teacher = load_teacher(params.teacher, _teacher_device(params.extract), grid=grid_of(params.student))
     return teacher.compile_tower() if params.extract.compile else teacher
 
-
-# Threads of one process wait for their turns at the interpreter, so that it renders no more than some 2,400 views/s;
-# docs/performance.md has the measurements. Each process has a teacher on the card.
-_MOST_PER_CARD = 8
 
 _lock = threading.Lock()
 _loaded: dict[Assignment, Extractor] = {}
