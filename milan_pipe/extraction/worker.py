@@ -21,7 +21,6 @@ from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.store import TargetStoreWriter, read_header
 from milan_pipe.teacher.clip import Teacher, load_teacher, load_teacher_of, resolve_teacher_precision
 
-
 # Threads of one process wait for their turns at the interpreter, so that it renders no more than some 2,400 views/s;
 # docs/performance.md has the measurements. Each process has a teacher on the card.
 _MOST_PER_CARD = 8
