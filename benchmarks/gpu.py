@@ -33,12 +33,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.objectives import MILAN, OTHERS
+from benchmarks.objectives import MILAN, OTHERS, with_objective_of
 from benchmarks.plain import PlainStudent
 from milan_pipe.attention import choose_attention
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ViewSettings
-from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
@@ -263,9 +263,7 @@ def objectives(bench: Bench) -> Values:
     student, batch = next(iter(bench.students.values())), bench.batch(bench.batches[0])
     seconds = {}
     for recipe in (MILAN, *OTHERS):
-        of, ours = load_params(recipe), bench.params(student)
-        decoder = ours.decoder.model_copy(update={"kind": of.decoder.kind})
-        params = ours.model_copy(update={"decoder": decoder, "masking": of.masking, "target": of.target})
+        params = with_objective_of(recipe, bench.params(student))
         seconds[recipe] = bench.step_seconds(build_objective(bench.store.header, params, bench.device), batch)
     return {"batch": len(batch.keys), **{f"{name} ÷ MILAN": seconds[name] / seconds[MILAN] for name in OTHERS}}
 

@@ -38,10 +38,15 @@ def _batch(size: int) -> Batch:
     )
 
 
+def with_objective_of(recipe: str, params: Params) -> Params:
+    """Settings with the target, the masks and the kind of decoder of a recipe."""
+    of = load_params(recipe)
+    decoder = params.decoder.model_copy(update={"kind": of.decoder.kind})
+    return params.model_copy(update={"decoder": decoder, "masking": of.masking, "target": of.target})
+
+
 def params_of(recipe: str) -> Params:
-    params = load_params(recipe)
-    decoder = DECODER.model_copy(update={"kind": params.decoder.kind})
-    return Params(student=BASE, decoder=decoder, masking=params.masking, target=params.target)
+    return with_objective_of(recipe, Params(student=BASE, decoder=DECODER))
 
 
 def main() -> None:

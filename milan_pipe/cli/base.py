@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def as_typed(views_from: str | None, places: Sequence[str]) -> str:
+    """`--views-from` and places of a command, as one would type them."""
+    return shlex.join([*(["--views-from", views_from] if views_from is not None else []), *places])
 
 
 def _complete_params(incomplete: str) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated, Any
 
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, as_typed
 from milan_pipe.cli.console import console, print_json, print_labelled, progress, show
 from milan_pipe.errors import SettingError
 from milan_pipe.units import size
@@ -129,7 +128,7 @@ def plan(
     images = None if views_from is not None else next(iter(places), None)
     targets, *more = [*places[images is not None :], None]
     if (images is None and views_from is None) or len(more) > 1:
-        words = shlex.join([*(["--views-from", views_from] if views_from is not None else []), *places])
+        words = as_typed(views_from, places)
         raise SettingError(f"expected IMAGES [TARGETS], or --views-from STORE [TARGETS]; found {words or 'neither'}")
     settings = milan_pipe.load_params(params, overrides or ())
     with progress("what") as update:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import milan_pipe
-from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app
+from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app, as_typed
 from milan_pipe.cli.console import console, plain, progress, show
 from milan_pipe.errors import SettingError
 from milan_pipe.units import size
@@ -85,7 +84,7 @@ def extract_targets(
     from milan_pipe.extraction.run import ExtractProgress
 
     if len(images) != (views_from is None):
-        words = shlex.join([*(["--views-from", views_from] if views_from is not None else []), *images, targets])
+        words = as_typed(views_from, [*images, targets])
         raise SettingError(f"expected IMAGES TARGETS, or --views-from STORE TARGETS; found {words}")
     source = views_from or images[0]
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}

@@ -29,7 +29,7 @@ from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.convert import require_apart
 from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader
-from milan_pipe.targets.store import TargetStoreWriter, read_header
+from milan_pipe.targets.store import TargetStoreWriter, open_targets, read_header
 from milan_pipe.teacher.clip import Teacher
 
 # Each source that is out of reach is tried for half a minute.
@@ -225,7 +225,8 @@ def extract_targets(
         sources = {f"{position:06d}": source for position, source in enumerate(expand_shards(images))}
     elif views_from is not None:
         require_apart(location_of(views_from), location)
-        seen, sources = stored_shards(views_from)
+        first = open_targets(views_from, complete=True)
+        seen, sources = first.header, stored_shards(first)
         params = with_views_of(params, seen, views_from)
     # Those who made the store that is seen have accepted what it lacks.
     most_bad = extract.max_bad_fraction if seen is None else 1.0

@@ -14,7 +14,7 @@ from milan_pipe.storage import Location
 from milan_pipe.student.encoder import grid_of
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SourceShard, StoreHeader, ViewRun, require_stated
-from milan_pipe.targets.store import TargetStore, open_targets, read_header
+from milan_pipe.targets.store import TargetStore, read_header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,9 @@ def require_one_source(images: object, views_from: object) -> None:
         raise SettingError(f"expected images or views_from, a store whose views are seen; found {given}")
 
 
-def stored_shards(where: str | Path) -> tuple[StoreHeader, dict[str, StoredShard]]:
-    """The header of a store that is complete, and its shards by name.
-
-    Raises:
-        MissingError, MismatchError, StoreError: as `open_targets`.
-        DataError: it is damaged, or not complete.
-    """
-    store = open_targets(where, complete=True)
-    return store.header, {
+def stored_shards(store: TargetStore) -> dict[str, StoredShard]:
+    """The shards of a store by name."""
+    return {
         name: StoredShard(location=store.location, shard=name, source=shard.source, entry=shard.entry)
         for name, shard in store.committed().items()
     }

@@ -131,8 +131,8 @@ class Loader:
         with_targets: whether codes and scales are handed out; a pixel target needs none.
         draw_noise: draws `Batch.noise_BL`, on the threads that decode.
         pin: hand out pinned memory, from which copies to a CUDA device do not wait.
-        memory: gives a batch's memory by its number, counted from the first one on; it is written to while `ahead`
-            batches before it are yet to be handed out. None: new memory each time.
+        memory: gives a batch's memory by its number, counted from the first one on; it is written to while
+            `ahead_of` batches before it are yet to be handed out. None: new memory each time.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Loader:
         self.plan = plan
         self._reader, self._draw_noise, self._memory = reader, draw_noise, memory
         self._threads, self._with_targets, self._pin = threads, with_targets, pin
-        self.ahead, self._filled = ahead_of(plan, threads), 0
+        self._ahead, self._filled = ahead_of(plan, threads), 0
         self._decoders = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(max_workers=max(2, threads), thread_name_prefix="read")
 
@@ -180,7 +180,7 @@ class Loader:
         for number in range(epoch, epoch + 1 if stop is None else stop):
             for places in self._places(number, skip if number == epoch else 0):
                 pending.append(self._fill(places, number))
-                if len(pending) > self.ahead:
+                if len(pending) > self._ahead:
                     yield first()
         while pending:
             yield first()
@@ -188,8 +188,8 @@ class Loader:
     def _fill(self, places: list[_Place], epoch: int) -> tuple[Batch, list[Future[None]]]:
         noise = None if self._draw_noise is None else (self._draw_noise, epoch)
         if self._memory is None:
-            kinds = {"with_targets": self._with_targets, "noise": noise is not None}
-            batch = empty_batch(places[0][0], len(places), self._reader, **kinds, pin=self._pin)
+            run, known = places[0][0], (len(places), self._reader)
+            batch = empty_batch(run, *known, with_targets=self._with_targets, noise=noise is not None, pin=self._pin)
         else:
             batch = self._memory(self._filled)
         self._filled += 1

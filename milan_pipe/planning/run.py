@@ -123,20 +123,19 @@ def plan(
     def progress(what: str, steps: int | None = None) -> Callable[[int], None]:
         return lambda done: on_progress(PlanProgress(what=what, done=done, total=steps))
 
+    location = location_of(targets if targets is not None else DEFAULT_TARGETS)
     shards: Sequence[Images]
     first: TargetStore | None = None
     require_one_source(images, views_from)
     if images is not None:
         shards = expand_shards(images)
     elif views_from is not None:
-        require_apart(location_of(views_from), location_of(targets if targets is not None else DEFAULT_TARGETS))
+        require_apart(location_of(views_from), location)
         if not is_taught(params.target):
             raise SettingError(f"target {params.target!r} needs no features, and a second teacher's are planned")
         first = open_targets(views_from, complete=True)
-        _, stored = stored_shards(views_from)
-        shards, params = list(stored.values()), with_views_of(params, first.header, views_from)
+        shards, params = list(stored_shards(first).values()), with_views_of(params, first.header, views_from)
     views, codec, extract, pretrain = params.views, params.codec, params.extract, params.pretrain
-    location = location_of(targets if targets is not None else DEFAULT_TARGETS)
 
     def planned(codec: CodecInfo, store_format: StoreFormat) -> StoreHeader:
         header = store.planned_header(params, info, codec, store_format)

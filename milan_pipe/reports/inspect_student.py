@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,11 @@ class _Prediction:
         return float(self.cosine_L.mean()), float(self.cosine_L[hidden_L].mean())
 
 
+def teachers_of(record: Mapping[str, Any]) -> list[Any]:
+    """What a run's record says of its stores' teachers, in their order."""
+    return [record.get("teacher"), *(other["teacher"] for other in record.get("others", []))]
+
+
 def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> tuple[Objective, int]:
     """Student and decoder of a checkpoint, with the masks and the target that it was trained on.
 
@@ -84,7 +90,7 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     trained = {"student": record["student"], **{k: v for k, v in settings.items() if k in _SECTIONS}}
     params: Params = Params.parse(trained, where)
     require_fit(header, params.student, "the store")
-    teachers = [record.get("teacher"), *(other["teacher"] for other in record.get("others", []))]
+    teachers = teachers_of(record)
     headers, number = [header], 0
     if is_taught(params.target) and teachers[0] is not None:
         digests = [teacher["weights_sha256"] for teacher in teachers]

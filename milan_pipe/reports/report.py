@@ -18,7 +18,7 @@ from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.loader.dataset import Targets, open_targets
-from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets
+from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets, teachers_of
 from milan_pipe.reports.inspect_targets import target_sheets
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
 from milan_pipe.reports.samples import choose_samples
@@ -188,8 +188,9 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 def _learned_from(run: RunRecord, targets: Targets) -> int:
     """Which of a run's stores this one stands for, by its teacher; the first where none has it."""
     digest = targets.header.teacher.weights_sha256
-    teachers = [run.record.get("teacher"), *(other["teacher"] for other in run.record.get("others", []))]
-    return next((n for n, one in enumerate(teachers) if one is not None and one["weights_sha256"] == digest), 0)
+    return next(
+        (n for n, one in enumerate(teachers_of(run.record)) if one is not None and one["weights_sha256"] == digest), 0
+    )
 
 
 def _targets_of(

@@ -141,7 +141,10 @@ def block_noise(seed: int, epoch: int, keys: Sequence[str], grid: tuple[int, int
             new = np.flatnonzero(covered_RC & free_RC)[:missing]
             free_RC.flat[new] = False
             missing -= len(new)
-        # What rectangles do not cover lies above what they do; should they have left some missing, noise chooses them.
+        if missing:  # rectangles have not covered as many: noise chooses the others
+            free_N = np.flatnonzero(free_RC)
+            free_RC.flat[free_N[np.argsort(noise_L[free_N], kind="stable")[:missing]]] = False
+        # What is not hidden lies above what is.
         noise_L[~free_RC.ravel()] -= 2
     return torch.from_numpy(noise_BL)
 

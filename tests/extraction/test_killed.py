@@ -150,7 +150,7 @@ def goes_on(job: Job, tmp_path: Path, scratch: Path, count: int, *more: str) -> 
 
 
 def test_a_killed_run_goes_on(job: Job, tmp_path: Path, scratch: Path) -> None:
-    goes_on(job, tmp_path, scratch, 2)
+    goes_on(job, tmp_path, scratch, 3)
 
 
 def test_a_killed_run_of_two_workers_goes_on(job: Job, tmp_path: Path, scratch: Path) -> None:
