@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from milan_pipe.config.training import Parallel
 from milan_pipe.devices import resolve_device
 from milan_pipe.errors import MilanError, MismatchError, RankLostError, ReportedElsewhereError, SettingError
+from milan_pipe.training.stopping import errors_before_sigterm
 
 T = TypeVar("T")
 
@@ -171,7 +172,8 @@ def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
     ranks = Ranks(rank, count, torch.device("cpu"))
     try:
         ranks.device = _device_of(local, device, count)
-        yield ranks
+        with errors_before_sigterm():
+            yield ranks
     except (MilanError, RuntimeError) as error:
         known = error if isinstance(error, MilanError) else None
         if known is None and (isinstance(error, dist.DistError) or _LOST.search(str(error))):

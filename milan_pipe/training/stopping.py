@@ -54,6 +54,27 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def errors_before_sigterm() -> Iterator[None]:
+    """Have SIGTERM wait while an error is handled: torchrun sends it to every rank as soon as one of them has died.
+
+    After an error the handler stays, for what the caller says of it. Outside the main thread nothing is changed.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        if sys.exc_info()[0] is None:
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def _drop_closed_terminal() -> None:
     """Send output for a closed terminal nowhere: writing it would raise an error in place of a checkpoint."""
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):

@@ -9,7 +9,7 @@ import threading
 import pytest
 from support.signals import default_signals
 
-from milan_pipe.training.stopping import StopRequest, stop_requests
+from milan_pipe.training.stopping import StopRequest, errors_before_sigterm, stop_requests
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_interrupts() -> None:
@@ -48,6 +48,32 @@ def test_a_thread_of_a_program_changes_nothing() -> None:
     thread.start()
     thread.join()
     assert [request.signal for request in found] == [None]
+
+
+def test_an_error_is_told_before_sigterm_ends_the_process() -> None:
+    seen: list[int] = []
+
+    def ends(number: int, _: object) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGTERM, ends)
+    try:
+        with errors_before_sigterm():
+            pass
+        assert signal.getsignal(signal.SIGTERM) is ends
+        try:
+            with errors_before_sigterm():
+                raise ValueError
+        except ValueError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+        with errors_before_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_closed_terminal_is_noted_however_often_it_tells() -> None:
