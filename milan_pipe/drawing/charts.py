@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from milan_pipe.drawing.sheet import file_url
+from milan_pipe.drawing.sheet import file_url, one_line
 from milan_pipe.extras import needs
 
 with needs("report", "drawing charts"):
@@ -31,8 +31,10 @@ _STYLE: Any = {
     "text.parse_math": False,
 }
 _MOST_POINTS = 400
-# Characters in a line of the labels below groups of bars.
+_MOST_CHARACTERS = 40
+# Characters in a line of the labels below groups of bars, and of the legend below those.
 _LABEL_WIDTH = 10
+_LEGEND_WIDTH = 80
 _SIZE = (5.2, 3.3)
 
 
@@ -51,9 +53,16 @@ def _thinned(values: Sequence[float]) -> list[float]:
     return [fmean(values[start : start + size]) for start in range(0, len(values), size)]
 
 
+def _label(text: str) -> str:
+    """Text that fits into a chart: one line, and of a long one the end, as of paths."""
+    line = one_line(text)
+    return line if len(line) <= _MOST_CHARACTERS else f"...{line[-_MOST_CHARACTERS:]}"
+
+
 def _legend_entry(name: str) -> str:
     # A name that begins with an underscore is none for matplotlib.
-    return f" {name}" if name.startswith("_") else name
+    label = _label(name)
+    return f" {label}" if label.startswith("_") else label
 
 
 def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> str:
@@ -68,7 +77,7 @@ def line_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Curv
             label = _legend_entry(name)
             colour = _COLOURS[curve.colour % len(_COLOURS)]
             axes.plot(x, y, dash, color=colour, label=label, linewidth=1.4, marker=marker, markersize=4)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(_label(title), loc="left", fontsize=10)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(curves) > 1:
@@ -91,12 +100,14 @@ def bar_chart(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]
             drawn = axes.bar(at_left, heights, 0.9 * width, color=colour, label=_legend_entry(name))
             axes.bar_label(drawn, fmt="{:.0f}", fontsize=7)
         axes.set_axisbelow(True)
-        labels = [textwrap.fill(group, _LABEL_WIDTH) for group in groups]
+        labels = [textwrap.fill(_label(group), _LABEL_WIDTH) for group in groups]
         axes.set_xticks(range(len(groups)), labels)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(_label(title), loc="left", fontsize=10)
         axes.set_ylabel(y_label)
         below = -0.05 - 0.05 * max(label.count("\n") + 1 for label in labels)
-        axes.legend(frameon=False, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, below))
+        longest = max(1, *(len(_legend_entry(name)) for name in names))
+        ncols = max(1, min(len(names), _LEGEND_WIDTH // longest))
+        axes.legend(frameon=False, fontsize=8, ncols=ncols, loc="upper center", bbox_to_anchor=(0.5, below))
         return _svg(figure)
 
 

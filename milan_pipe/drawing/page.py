@@ -1,13 +1,15 @@
-"""Self-contained HTML pages: one file, no script, nothing fetched from a network."""
+"""Self-contained HTML pages: one file, no script, nothing fetched from a network; its own policy forbids both."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from milan_pipe import __version__
-from milan_pipe.drawing.sheet import data_url, one_line
+from milan_pipe.drawing.sheet import data_url, one_line, printable
 from milan_pipe.extras import needs
 
 with needs("report", "writing a page"):
@@ -16,10 +18,7 @@ with needs("report", "writing a page"):
 
 
 def _printable(value: Any) -> Any:
-    """Text with its line breaks, other characters that do not print escaped; other values as they are."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "\n".join(map(one_line, value.split("\n")))
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
@@ -34,6 +33,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"data_url": data_url, "one_line": one_line}
+    style = (templates / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    # The policy names the hash of exactly what stands between the tags.
+    environment.globals |= {"style": Markup(style), "style_hash": f"sha256-{digest}"}
     return environment
 
 

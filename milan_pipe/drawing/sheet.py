@@ -48,6 +48,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable(text: str) -> str:
+    """Text with its line breaks; other characters that do not print escaped."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
 def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # By a whole number, so that a patch's border stays a border.
     factor = max(1, -(-_LEAST_SIDE // max(pixels.shape[:2])))

@@ -16,7 +16,7 @@ _LONGEST = 160
 
 def _file_name(key: str) -> str:
     """A key as the name of a file: keys may hold slashes, and must not lead out of the folder."""
-    name = quote(key, safe=" ()[]{}+,=@")
+    name = quote(key, safe=" ()[]{}+,=@", errors="surrogatepass")
     if len(name) > _LONGEST:
         name = f"{name[:_LONGEST]}-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
     return f"{name}.png"

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from support.checkpoints import change_record
+from support.images import png, write_tar
 from support.project import SETTINGS, Project
 
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
+from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.page import render
-from milan_pipe.evaluation.results import Evaluation, read_evaluations
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, one_line, printable
+from milan_pipe.evaluation.results import Evaluation, keep_evaluation, read_evaluations
 from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.scores import transfer_table
 from milan_pipe.targets.store import open_targets
@@ -187,12 +202,6 @@ def test_names_that_are_alike_are_told_apart_and_none_is_taken_twice(project: Pr
     assert [run.name for run in runs] == ["MILAN student (a/run)", "MILAN student (b/run)"]
 
 
-def test_what_is_put_into_a_page_is_escaped() -> None:
-    text = render("gallery.html.j2", title="<script>x</script>", facts={"a&b": "<i>"}, sheets=[])
-    assert "<script>" not in text
-    assert "&lt;i&gt;" in text
-
-
 def test_fidelity_is_kept_in_the_store_and_by_conversion(project: Project, tmp_path: Path) -> None:
     store = open_targets(project.targets)
     cosines = [store.record(shard).mean_cosine for shard in store.shards]
@@ -207,23 +216,56 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["page"] == str(tmp_path / "r.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_it(page: Path, width: int) -> None:
-    """No error, nothing asked of the network, every image there, nothing wider than the window."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
     from playwright.sync_api import sync_playwright
 
-    said: list[str] = []
-    asked: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": width, "height": 800})
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(page.as_uri())
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Shown:
+    """A page in a browser, what it said (errors and what its policy refused, too) and what it asked for."""
+
+    tab: Any
+    said: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def attributes(self) -> set[str]:
+        """Every element, and every attribute with the element that has it."""
+        find = "[...document.querySelectorAll('*')].flatMap(e => [e, ...e.attributes])"
+        return set(self.tab.evaluate(f"{find}.map(a => (a.ownerElement ?? a).tagName + ' ' + a.nodeName)"))
+
+
+@contextlib.contextmanager
+def shown(browser: Any, page: Path, width: int = 1280) -> Iterator[Shown]:
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    found = Shown(tab)
+    tab.on("console", lambda message: found.said.append(message.text))
+    tab.on("pageerror", lambda error: found.said.append(str(error)))
+    tab.on("dialog", lambda dialog: (found.said.append(dialog.message), dialog.dismiss()))
+    tab.on("request", lambda request: found.asked.append(request.url))
+    tab.goto(page.as_uri())
+    yield found
+    assert [url for url in found.asked if not url.startswith("data:")] == [page.as_uri()]
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_it(browser: Any, page: Path, width: int) -> None:
+    """No error, nothing asked of the network, every image there, nothing wider than the window."""
+    with shown(browser, page, width) as found:
+        tab = found.tab
         for element in tab.query_selector_all("details"):
-            element.evaluate("e => { e.open = true }")
+            element.query_selector("summary").click()
+            assert element.get_attribute("open") is not None
+        tab.click("nav a[href='#settings']")
+        assert tab.evaluate("document.querySelector(':target').textContent") == "Settings"
         broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
         images = tab.evaluate("document.images.length")
         wide = tab.evaluate("document.documentElement.scrollWidth")
@@ -231,9 +273,158 @@ def test_a_browser_shows_it(page: Path, width: int) -> None:
             "[...document.querySelectorAll('p, td, th, figcaption, pre, h1, h2, h3')]"
             ".filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).length"
         )
-        browser.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+        assert tab.evaluate("getComputedStyle(document.querySelector('main')).maxWidth") == "1200px"
+        # Curves are styled within their image, which the policy of the page leaves alone.
+        drawn = tab.query_selector(".charts img").screenshot()
+        colours = {colour for _, colour in Image.open(io.BytesIO(drawn)).convert("RGB").getcolors(1 << 24)}
+        assert (0, 0x72, 0xB2) in colours
+        assert found.said == []
     assert (broken, small) == (0, 0)
     assert images > 50
     assert wide == width
+
+
+ATTACK = (
+    "\"'><script>ran=1</script></title></style></pre></details>--><img src=x onerror=ran=1><svg onload=alert(1)>"
+    '<a href="javascript:ran=1" style="color:red">]]>{{ 7*7 }}&lt;\u2028\u202e\x00'
+)
+NAME = "\"'><svg onload=alert(1)><img src=x onerror=ran=1>{{ 7*7 }}&lt;\u2028\u202e"
+"""As ATTACK, as far as a file may be named so."""
+
+
+@pytest.fixture(scope="module")
+def attacked(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of runs, of a store and of results that say ATTACK wherever they may say what they like."""
+    root = tmp_path_factory.mktemp("attacked")
+    pixels = png(np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8))
+    key = ATTACK.rstrip("\x00").replace(".", "")
+    members = {f"{key}.png": pixels, "b.png": pixels, f"{key}2.png": b"bad"}
+    api.extract_targets(
+        write_tar(root / "a.tar", members), root / NAME, load_params(None, [*SETTINGS, "extract.max_bad_fraction=0.5"])
+    )
+
+    def change(record: dict[str, Any]) -> None:
+        record |= {"command": ATTACK, "targets": str(root / NAME)}
+        record["settings"][ATTACK] = ATTACK
+
+    def change_target(record: dict[str, Any]) -> None:
+        change(record)
+        record["settings"]["target"] = ATTACK
+
+    runs = [root / name / f"{NAME}{name}" for name in "ab"]
+    for run, changes in zip(runs, (change, change_target), strict=True):
+        shutil.copytree(project.runs[0], run)
+        (file,) = run.glob("checkpoints/*/checkpoint.json")
+        change_record(file.parent, changes)
+    evaluation = Evaluation(
+        task="knn", subject=ATTACK, identity="0", scores={"best": 0.5, ATTACK: 1}, data=ATTACK, train=1, test=1,
+        command=ATTACK,
+    )  # fmt: skip
+    keep_evaluation(root / "kept", evaluation)
+    extraction = {"views": 9, "seconds": 2.5, "views_per_second": 3.4, "phases": {ATTACK: 1.5}}
+    with pytest.warns(RuntimeWarning, match="without predictions"):
+        api.report(runs, root / "r.html", evaluations=[root / "kept"], extraction=extraction)
+    return root / "r.html"
+
+
+def test_what_runs_and_stores_say_is_shown_and_never_run(browser: Any, page: Path, attacked: Path) -> None:
+    with shown(browser, page) as usual:
+        may = usual.attributes()
+    with shown(browser, attacked) as found:
+        # The list of skipped images has no like in the other.
+        assert found.attributes() <= may | {"UL UL", "LI LI"}
+        for element in found.tab.query_selector_all("summary"):
+            element.click()
+        text = found.tab.inner_text("body")
+        assert text.count(one_line(ATTACK)) > 10
+        assert text.count(NAME.partition("\u2028")[0]) > 10
+        assert found.tab.evaluate("typeof ran") == "undefined"
+        assert found.tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
+        assert found.tab.evaluate("[...document.links].every(a => a.getAttribute('href').startsWith('#'))")
+        assert found.said == []
+
+
+@pytest.mark.parametrize(
+    "markup",
+    [
+        "<script>ran=1</script>",
+        "<img src='data:,' onerror='ran=1'>",
+        "<script src='data:text/javascript,ran=1'></script>",
+        "<style>main { color: red }</style>",
+        "<iframe srcdoc='<script>parent.ran=1</script>'></iframe>",
+        "<base href='http://127.0.0.1:9/'>",
+        "<form id='f' action='http://127.0.0.1:9/'></form>",
+    ],
+)
+def test_markup_that_got_into_a_page_would_be_refused(browser: Any, tmp_path: Path, markup: str) -> None:
+    text = render("gallery.html.j2", title="x", facts={}, sheets=[])
+    (tmp_path / "x.html").write_text(text.replace("<h1>", f"{markup}<h1>"))
+    with shown(browser, tmp_path / "x.html") as found:
+        # A form is no inline code: it is refused when it is sent.
+        found.tab.evaluate("document.getElementById('f')?.submit()")
+        found.tab.wait_for_timeout(50)
+        assert found.tab.evaluate("typeof ran") == "undefined"
+        assert found.tab.evaluate("getComputedStyle(document.querySelector('main')).color") == "rgb(27, 31, 36)"
+        assert any("Content Security Policy" in line for line in found.said)
+
+
+class Parsed(HTMLParser):
+    """Elements with the names of their attributes, in order, and the text between them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, list[str]]] = []
+        self.texts: list[str] = []
+        self.alternatives: list[str | None] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, [name for name, _ in attrs]))
+        self.alternatives += [value for name, value in attrs if name == "alt"]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def gallery(text: str) -> Parsed:
+    panel = Panel(np.zeros((1, 1, 3), np.uint8), text)
+    sheets = [Sheet(text, [Row(f"x{text}", [panel])])]
+    return Parsed(render("gallery.html.j2", title=text, facts={text: text}, sheets=sheets))
+
+
+PIECES = (
+    *("<", ">", '"', "'", "&", "/", "=", "--", "]]>", "<!--", "</title>", "</style>", "<script>", "&#60;", "{{", "{%"),
+    *("\n", "\r", "\0", "x", " on", "\u2028", "\ud800"),
+)
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
+@settings(max_examples=60, deadline=None)
+@example(ATTACK)
+@example("x" * 100_000)
+def test_any_text_in_a_page_stays_text(text: str) -> None:
+    found = gallery(text)
+    assert found.elements == gallery("x").elements
+    assert found.alternatives == [printable(text)]
+    assert text == "" or {printable(text), one_line(text)} <= set(found.texts)
+
+
+OF_CHARTS = {
+    *("svg", "metadata", "RDF", "Work", "type", "format", "creator", "Agent", "title"),
+    *("defs", "style", "g", "path", "use", "clipPath", "rect"),
+}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "\x01", "\ud800", "\ufffe", "--><x/>", "]]>", "$x^", "x" * 5000, "_x", ATTACK]
+)
+def test_any_name_is_drawn_in_a_chart_that_stays_xml(text: str) -> None:
+    for url in (
+        line_chart(text, "x", "y", {text: Curve([1, 2], [1, 2]), "b": Curve([1], [1])}),
+        bar_chart("t", "y", {text: {text: 1, "b": 2}}),
+    ):
+        head, _, data = url.partition(",")
+        assert head == "data:image/svg+xml;base64"
+        root = ElementTree.fromstring(base64.b64decode(data))
+        assert {element.tag.rpartition("}")[2] for element in root.iter()} <= OF_CHARTS
