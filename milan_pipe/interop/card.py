@@ -15,6 +15,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from milan_pipe import __version__
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import portable_name
+from milan_pipe.drawing.sheet import one_line, printable
 from milan_pipe.errors import DataError, MilanError, MismatchError
 from milan_pipe.evaluation.results import FOLDER, read_evaluations
 from milan_pipe.reports.store_facts import store_facts
@@ -90,7 +91,7 @@ def model_card(
         tags=["milan-pipe", "timm", "vision-transformer", "self-supervised"],
     )
     headless = "" if classes else ", num_classes=0"
-    written = f", written by milan-pipe {record['package_version']}" if record.get("package_version") else ""
+    written = f", written by milan-pipe {_span(version)}" if (version := record.get("package_version")) else ""
     return _card(
         data.to_yaml(),
         f"# {REPOSITORY.partition('/')[2]}",
@@ -103,7 +104,7 @@ def model_card(
         ),
         _list(
             {
-                "architecture": f"timm's `{student.model}`, {student.image_size} pixels"
+                "architecture": f"timm's {student.model}, {student.image_size} pixels"
                 + "".join(
                     f", {name.replace('_', ' ')} {value}"
                     for name in ("patch_size", "width", "depth", "heads")
@@ -154,12 +155,32 @@ def _card(front: str, *parts: str) -> str:
     return f"---\n{front.strip()}\n---\n\n" + "\n\n".join([*parts, made]) + "\n"
 
 
+def _fence(text: str, least: int) -> str:
+    """Backticks that no run of backticks in the text closes."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text.strip()}\n```"
+    shown = printable(text.strip())
+    fence = _fence(shown, 3)
+    return f"{fence}{language}\n{shown}\n{fence}"
+
+
+def _span(value: object) -> str:
+    """What a record says, as code on one line: it is text that anybody may have written, and no markup."""
+    shown = one_line(str(value).strip())
+    fence = _fence(shown, 1)
+    space = " " if "`" in shown else ""
+    return f"{fence}{space}{shown}{space}{fence}" if shown else ""
+
+
+def _cell(value: object) -> str:
+    # Readers do not agree on what a backslash before a bar within code is.
+    return _span(value).replace("|", "\\x7c")
 
 
 def _list(facts: Mapping[str, object]) -> str:
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+    return "\n".join(f"- {name}: {_span(fact)}" for name, fact in facts.items())
 
 
 def public(value: Any) -> Any:
@@ -207,8 +228,7 @@ def _public_data(data: object) -> str:
 
 def _teacher(teacher: Mapping[str, Any]) -> list[str]:
     facts = {
-        "model": f"`{teacher['model']}`"
-        + (f", weights `{teacher['pretrained']}`" if teacher.get("pretrained") else ""),
+        "model": f"{teacher['model']}" + (f", weights {teacher['pretrained']}" if teacher.get("pretrained") else ""),
         "source": teacher.get("source"),
         "licence": teacher.get("license") or "not stated; look at its source",
         "sha256 of its weights": teacher.get("weights_sha256"),
@@ -222,7 +242,7 @@ def _taught(record: Mapping[str, Any]) -> list[str]:
     if not isinstance(teacher, dict):
         return []
     if not is_taught(target):
-        return ["## Teacher", f"None: it learned to predict `{target}`."]
+        return ["## Teacher", f"None: it learned to predict {_span(target)}."]
     return _teacher(teacher)
 
 
@@ -243,7 +263,7 @@ def _trained(record: Mapping[str, Any], title: str) -> list[str]:
     }
     if shown := {name: _public_data(fact) for name, fact in facts.items() if fact}:
         parts.append(_list(shown))
-    if command := public_command(record.get("command", "")):
+    if command := public_command(str(record.get("command") or "")):
         parts.append(_code("bash", command))
     if record.get("settings"):
         # Through JSON: a record's values are plain.
@@ -258,6 +278,7 @@ def _scored(scores: Sequence[Score]) -> list[str]:
     rows = ["| task | data | scores |", "|---|---|---|"]
     for one in scores:
         values = ", ".join(f"{key} {value:.4g}" for key, value in one.scores.items() if isinstance(value, int | float))
-        rows.append(f"| {one.task} | {_public_data(one.data)} | {values} |".replace("->", "→"))
+        cells = (one.task, _public_data(one.data).replace(" -> ", " → "), values)
+        rows.append(f"| {' | '.join(map(_cell, cells))} |")
     commands = "\n".join(dict.fromkeys(filter(None, (public_command(one.command) for one in scores))))
     return ["## Scores", "\n".join(rows), _code("bash", commands)]

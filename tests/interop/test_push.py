@@ -12,18 +12,22 @@ import pytest
 import timm
 import torch
 from huggingface_hub import DatasetCard, ModelCard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from support.hub import Hub, hub_of, use_hub
 from support.messages import require_message
 from support.project import Project
 from support.s3 import free_port
-from support.targets import header
+from support.targets import header, write_store
 
 from milan_pipe import api
 from milan_pipe.config.student import StudentSettings
+from milan_pipe.drawing.sheet import printable
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.interop.card import Score, model_card, public_command
+from milan_pipe.interop.card import Score, dataset_card, model_card, public_command
 from milan_pipe.storage import location_of
-from milan_pipe.targets.store import TargetStoreWriter
+from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
 
 MODEL, DATA = "org/student", "org/targets"
@@ -65,10 +69,10 @@ def test_a_student_loads_by_its_name(hub: Hub, project: Project, tmp_path: Path)
     for expected in (
         f'timm.create_model("hf-hub:{MODEL}"',
         "# student\n",
-        "- model: `demo`\n- source: milan-pipe\n- licence: apache-2.0",
+        "- model: `demo`\n- source: `milan-pipe`\n- licence: `apache-2.0`",
         "milan-pipe pretrain targets milan --set student.width=32",
         "neighbours=[1, 5]",
-        "| finetune | train-*.tar → test-*.tar |",
+        "| `finetune` | `train-*.tar → test-*.tar` |",
         "milan-pipe finetune milan",
         "  ratio: 0.75",
     ):
@@ -87,7 +91,12 @@ def test_a_classifier_names_the_teacher_of_its_student(hub: Hub, project: Projec
     report = api.push(project.runs[2] / "best", MODEL)
     assert timm.create_model(f"hf-hub:{MODEL}", pretrained=True).num_classes == 12
     assert ModelCard.load(hub.content(MODEL)["README.md"]).data.pipeline_tag == "image-classification"
-    for expected in ("- licence: apache-2.0", "milan-pipe pretrain targets milan", "milan-pipe finetune milan", "top1"):
+    for expected in (
+        "- licence: `apache-2.0`",
+        "milan-pipe pretrain targets milan",
+        "milan-pipe finetune milan",
+        "top1",
+    ):
         assert expected in report.card
 
 
@@ -168,13 +177,81 @@ def test_paths_of_this_machine_are_left_out_of_settings_and_data(tmp_path: Path)
     card = model_card(Checkpoint(path=tmp_path, record=record), StudentSettings(), 0, scores, None)
     assert not re.search(r"\bme\b", card)
     for expected in (
-        "- data: my data -> val",
+        "- data: `my data -> val`",
         "milan-pipe finetune run 'my data' val tuned",
         "weights: w.pt\nparts:\n- file: a b\n- 1\n- null",
-        "| knn | train → test | top1 0.5 |",
+        "| `knn` | `train → test` | `top1 0.5` |",
         "milan-pipe knn run train test",
     ):
         assert expected in card
+
+
+ATTACK = (
+    "\r\n---\n# Head\n\n```\n~~~\n<script>x</script> <img src=x onerror=x> ``x`` | --- | [x](javascript:x) ![x](x) "
+    "**x** ORG/NAME http://x.y <http://x.y>\n\n- x\n\u2028\u202e\0: {a: !!x}"
+)
+PIECES = (
+    "`",
+    "```",
+    "~~~",
+    "\n",
+    "\r",
+    "---",
+    "# ",
+    "|",
+    "\\",
+    "<b>",
+    "<!--",
+    "[x](y)",
+    "*",
+    "_",
+    "x",
+    " ",
+    "\u2028",
+    "\0",
+)
+
+
+def card_of(text: str) -> str:
+    """The card of a student whose checkpoint and results say a text wherever they may say what they like."""
+    teacher = dict.fromkeys(("model", "pretrained", "source", "license", "weights_sha256"), text)
+    views = {"count": text, "size": text}
+    record = {
+        "step": text, "epochs": text, "package_version": text, "data": text, "command": shlex.join(["a", text]),
+        "settings": {text: [text], "target": "clip"}, "teacher": teacher,
+        "configuration": {"targets": {"views": views}},
+    }  # fmt: skip
+    scores = [Score(text, {text: 0.5}, text, shlex.join(["b", text]))]
+    return model_card(Checkpoint(path=Path("x"), record=record), StudentSettings(), 0, scores, text)
+
+
+def structure(card: str) -> tuple[set[str], list[tuple[str, str]]]:
+    """Names in a card's front matter, and the elements of its text with what they are."""
+    loaded = ModelCard(card)
+    elements = MarkdownIt("commonmark").enable("table").parse(loaded.text)
+    parts = [part for one in elements for part in (one, *(one.children or ()))]
+    names = set(loaded.data.to_dict()) - {"license"}
+    return names, [(part.type, part.info) for part in parts if part.type != "code_inline" or part.content]
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
+@settings(max_examples=40, deadline=None)
+@example(ATTACK)
+@example("-->" * 5_000)
+def test_what_a_checkpoint_says_is_no_markup_of_its_card(text: str) -> None:
+    card = card_of(f"x{text}")
+    assert structure(card) == structure(card_of("x"))
+    assert ModelCard(card).data.license == f"x{text}"
+    assert printable(ModelCard(card).text) == ModelCard(card).text
+
+
+def test_what_a_store_says_is_no_markup_of_its_card(tmp_path: Path) -> None:
+    def card(text: str, where: Path) -> str:
+        said = dict.fromkeys(("model", "pretrained", "source", "license"), text)
+        write_store(where, header(**said), [3])
+        return dataset_card(open_targets(where), text)
+
+    assert structure(card(ATTACK, tmp_path / "a")) == structure(card("x", tmp_path / "b"))
 
 
 # --- one line for each mistake ------------------------------------------------------------------------------------
