@@ -125,7 +125,7 @@ def _read_torch(path: Path, nested: Sequence[str]) -> dict[str, Tensor]:
     # Checked first, as torch.load goes on to its loader of programs.
     if is_torchscript(path):
         raise DataError(f"checkpoint {path} is a TorchScript program, {_EXPECTED}")
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     for key in nested:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -43,6 +43,8 @@ _START_SECONDS = 300
 _REPORT_SECONDS = 1.0
 # Machines may share their temporary folder, and know nothing of each other's processes.
 _FOLDER_PREFIX = f"milan-pipe-dask-{platform.node()}-"
+# Dask's processes always have a web server; on a cluster of this machine it has no page for others on it to read.
+_NO_PAGES = {f"distributed.{kind}.http.routes": [] for kind in ("scheduler", "worker")}
 
 
 def _report_timer() -> Callable[[], bool]:
@@ -159,7 +161,9 @@ def _client(assignment: Assignment, jobs: int) -> Iterator[tuple[Client, int]]:
     with (
         script_unseen(),
         own_folder() as folder,
-        dask.config.set({"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder}),
+        dask.config.set(
+            {"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder, **_NO_PAGES}
+        ),
         _local_cluster(folder, cards_of(extract)) as cluster,
         Client(cluster) as client,
     ):
@@ -202,7 +206,8 @@ def _local_cluster(folder: str, cards: Sequence[str] = ()) -> LocalCluster:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address="127.0.0.1:0",
+            host="127.0.0.1",
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             local_directory=folder,
         )
     cluster.cards = cards

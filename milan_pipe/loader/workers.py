@@ -26,7 +26,7 @@ from milan_pipe.storage import Location
 from milan_pipe.targets.several import SeveralStores, open_several
 
 _PREFETCH, _END_SECONDS = 2, 5
-_SHARED = Path("/dev/shm")  # where Linux keeps what processes share
+_SHARED = Path("/dev/shm")  # noqa: S108  # where Linux keeps what processes share
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from support.s3 import free_port
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import cards
 from milan_pipe.errors import (
     DataError,
@@ -37,9 +39,9 @@ from milan_pipe.errors import (
     StoreError,
 )
 from milan_pipe.extraction import worker
-from milan_pipe.extraction.cluster import _local_cluster, _outcome
+from milan_pipe.extraction.cluster import _client, _local_cluster, _outcome
 from milan_pipe.extraction.run import ExtractProgress
-from milan_pipe.extraction.worker import process_count
+from milan_pipe.extraction.worker import Assignment, process_count
 from milan_pipe.images.prepare import prepare
 from milan_pipe.targets.store import open_targets
 
@@ -325,6 +327,24 @@ def test_each_worker_has_a_card_of_its_own_in_turn(tmp_path: Path) -> None:
         client.wait_for_workers(3, timeout=60)
         seen = client.run(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
         assert sorted(seen.values()) == ["3", "3", "5"]
+
+
+def test_a_cluster_of_this_machine_is_reached_from_it_alone_and_has_no_dashboard() -> None:
+    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=ExtractSettings(device="cpu", workers=1))
+    answers = []
+    with processes.forked_workers(), _client(assignment, 1):
+        own = psutil.Process()
+        found = [one for process in (own, *own.children(recursive=True)) for one in process.net_connections("inet")]
+        ports = [one.laddr for one in found if one.status == psutil.CONN_LISTEN]
+        # Of the scheduler, a nanny and a worker; and a web server of all but the nanny.
+        assert len(ports) == 5
+        assert {host for host, _ in ports} <= {"127.0.0.1", "::1"}
+        for host, port in ports:
+            for page in ("status", "health", "metrics", "info/main/workers.html"):
+                with contextlib.suppress(ConnectionError), socket.create_connection((host, port), timeout=60) as asked:
+                    asked.sendall(f"GET /{page} HTTP/1.0\r\n\r\n".encode())
+                    answers.append(asked.recv(12))
+    assert [answer for answer in answers if answer.startswith(b"HTTP/")] == [b"HTTP/1.1 404"] * 8
 
 
 def test_cards_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

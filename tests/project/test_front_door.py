@@ -22,6 +22,7 @@ from milan_pipe import __version__
 from milan_pipe.cli import app
 
 EXAMPLES = ROOT / "examples"
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 SCRIPTS = sorted((EXAMPLES / "slurm").glob("*.sh"))
 # Writes down the command that it is given, for the test to run.
 SRUN = '#!/usr/bin/env bash\nprintf \'%s\\0\' "$@" >> "$CALLS"; printf \'\\n\' >> "$CALLS"\n'
@@ -41,7 +42,7 @@ def check(tool: str, *words: str | Path) -> None:
     ("schema", "file"),
     [
         ("citation-file-format", "CITATION.cff"),
-        ("github-workflows", ".github/workflows/ci.yml"),
+        *(("github-workflows", str(path.relative_to(ROOT))) for path in WORKFLOWS),
         ("compose-spec", "examples/docker-compose.yml"),
     ],
 )
@@ -56,10 +57,11 @@ def test_one_version_everywhere() -> None:
     assert cited["version"] == __version__
 
 
-def test_the_workflow_runs_what_holds_here() -> None:
-    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
-    steps = [step for job in jobs.values() for step in job["steps"]]
+def test_the_workflows_run_what_holds_here() -> None:
+    jobs = [job for path in WORKFLOWS for job in yaml.safe_load(path.read_text())["jobs"].values()]
+    steps = [step for job in jobs for step in job["steps"]]
     assert ".ci/run" in [step.get("run") for step in steps]
+    assert any("pip-audit" in step.get("run", "") for step in steps)
     # A tag may be moved to other code; a commit may not.
     assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

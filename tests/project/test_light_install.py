@@ -18,9 +18,30 @@ from support.project import params_file
 from milan_pipe.extras import Extra
 
 MOST = 95
+# What Python tells its audit hooks before it asks something of a network.
+ASKED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+IMPORT = f"""
+import importlib, json, pkgutil, sys
+
+asked = []
+sys.addaudithook(lambda event, of: asked.append([event, str(of)]) if event in {ASKED} else None)
+import milan_pipe
+names = [module.name for module in pkgutil.walk_packages(milan_pipe.__path__, "milan_pipe.")]
+for name in names:
+    if name != "milan_pipe.__main__":
+        importlib.import_module(name)
+sys.argv = ["milan-pipe", "--help"]
+try:
+    milan_pipe.cli.main()
+except SystemExit:
+    print(json.dumps([len(names), asked]))
+"""
 # Runs lines of commands in one process; one JSON object for each on the last lines.
 RUN = """
 import contextlib, io, json, sys
+
+asked = []
+sys.addaudithook(lambda event, of: asked.append(event) if event in ASKED else None)
 import milan_pipe.images.prepare, milan_pipe.planning.load
 from milan_pipe.cli import main
 
@@ -37,6 +58,7 @@ for words in json.loads(sys.argv[1]):
         except SystemExit as end:
             code = end.code
     print(json.dumps([code, told.getvalue(), out.getvalue()]))
+print(json.dumps([0, " ".join(asked), ""]))
 """
 TRAIN, TEST = "images/train-*.tar", "images/test-*.tar"
 CORE = (
@@ -77,13 +99,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     (here / "rows.parquet").write_bytes(b"PAR1")
     lines = [*CORE, *MISSING]
     process = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps([line.split() for line in lines])],
+        [sys.executable, "-c", f"ASKED = {ASKED}\n{RUN}", json.dumps([line.split() for line in lines])],
         cwd=here, env=environment(site), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     found = [json.loads(line) for line in process.stdout.splitlines()]
     found.append([0, str(here), ""])
-    return dict(zip([*lines, "where"], map(tuple, found), strict=True))
+    return dict(zip([*lines, "asked", "where"], map(tuple, found), strict=True))
 
 
 @pytest.mark.parametrize("line", CORE)
@@ -101,6 +123,19 @@ def test_metrics_are_kept_without_dvclive(done: dict[str, Done]) -> None:
     latest = json.loads((metrics / "metrics.json").read_text())
     assert latest["step"] == 6
     assert latest["train"]["loss"] == float(rows[-1].split("\t")[1])
+
+
+def test_nothing_is_asked_of_a_network_that_is_not_told_to(done: dict[str, Done]) -> None:
+    assert done["asked"][1] == ""
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_a_network_by_imports_and_help() -> None:
+    """With every package that is installed here."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    modules, asked = json.loads(done.stdout.splitlines()[-1])
+    assert modules > 150
+    assert asked == []
 
 
 @pytest.mark.parametrize("line", MISSING)

@@ -16,9 +16,10 @@ from support.targets import header, write_store
 from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.config.student import MaskSettings
-from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, draw_sheet, mask_sheet
 from milan_pipe.loader.dataset import open_targets
 from milan_pipe.loader.stream import read_batch
+from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.inspect_student import pretrained_objective
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.training.checkpoint import open_checkpoint
@@ -54,6 +55,14 @@ def test_any_grid_and_size_is_drawn(tmp_path: Path, grid: tuple[int, int], size:
     assert page.count("<figure>") == 2 * 4 * 3
     assert page.count('src="data:image/') == 2 * 4 * 3
     assert "dir/kéy-0-1" in page
+
+
+@pytest.mark.parametrize("key", ["../../x", "..", "", "\0", "\ud800", "/etc/x", "a\\b", "<b>", "x" * 5000, "é" * 200])
+def test_every_key_is_the_name_of_one_file_in_the_folder(tmp_path: Path, key: str) -> None:
+    panel = Panel(np.zeros((1, 1, 3), np.uint8), key)
+    _, (image,) = write_gallery(tmp_path / "o", key, {}, [Sheet(key, [Row(key, [panel])])])
+    assert {path.name for path in tmp_path.rglob("*")} == {"o", "index.html", Path(image).name}
+    assert Path(image).parent == tmp_path / "o"
 
 
 def test_keys_that_do_not_print_are_shown_escaped(project: Project, tmp_path: Path) -> None:
