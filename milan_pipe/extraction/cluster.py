@@ -44,7 +44,7 @@ _REPORT_SECONDS = 1.0
 # Machines may share their temporary folder, and know nothing of each other's processes.
 _FOLDER_PREFIX = f"milan-pipe-dask-{platform.node()}-"
 # Dask's processes always have a web server; on a cluster of this machine it has no page for others on it to read.
-_NO_PAGES = {f"distributed.{kind}.http.routes": [] for kind in ("scheduler", "worker")}
+_NO_PAGES: dict[str, list[str]] = {f"distributed.{kind}.http.routes": [] for kind in ("scheduler", "worker")}
 
 
 def _report_timer() -> Callable[[], bool]:
