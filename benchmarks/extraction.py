@@ -34,7 +34,7 @@ from dask.distributed import Client, LocalCluster
 from PIL import Image
 
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.images import ImageSettings, ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
@@ -92,7 +92,9 @@ def _rendered(images: Path, views: ViewSettings) -> torch.Tensor:
     rendered: list[np.ndarray[Any, Any]] = []
     for shard in expand_shards(images):
         for sample in read_shard(shard, lambda *_: None):
-            rendered += [decode_jpeg(jpeg) for jpeg in render_sample(sample, views, SIZE, Clock()).jpegs]
+            rendered += [
+                decode_jpeg(jpeg) for jpeg in render_sample(sample, views, SIZE, ImageSettings(), Clock()).jpegs
+            ]
             if len(rendered) >= BATCH:
                 return torch.from_numpy(np.stack(rendered[:BATCH]))
     raise SystemExit(f"{images} has fewer than {BATCH} views")

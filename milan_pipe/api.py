@@ -60,7 +60,7 @@ def prepare(source: Where, images: Where, params: Params = DEFAULT, *, on_progre
     """Write webdataset shards and an index from images of any source; see `milan_pipe.images.prepare`."""
     from milan_pipe.images.prepare import prepare
 
-    return prepare(source, images, params.prepare, on_progress)
+    return prepare(source, images, params.prepare, on_progress, limits=params.images)
 
 
 def plan(
@@ -381,4 +381,4 @@ def train_clip(
     """Train a small CLIP on captioned shards, to be a teacher; see `milan_pipe.teacher.clip_training`."""
     from milan_pipe.teacher.clip_training import train_clip
 
-    return train_clip(images, out, params.clip, val=val, on_progress=on_progress)
+    return train_clip(images, out, params.clip, limits=params.images, val=val, on_progress=on_progress)

@@ -1,4 +1,4 @@
-"""Settings of preparing images, and of their views."""
+"""Settings of preparing images, of what one may cost, and of their views."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ Renderer = Literal["pillow", "torch"]
 
 TEST_SCENE_OFFSET = 10**9
 """Index of the demo's first test scene; train scenes are counted from 0 and stay below."""
+
+
+MAX_PIXELS = 89_478_485
+"""Height x width above which Pillow warns of a bomb: 2**28 bytes of RGB. Above twice that it refuses."""
+
+
+class ImageSettings(Settings):
+    """What one image may cost; one that would cost more is skipped."""
+
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description=f"height x width, 1 to {2 * MAX_PIXELS}; to decode one takes up to 16 bytes of memory",
+    )
+    max_scans: int = Field(100, ge=1, le=100_000, description="of a JPEG; a usual progressive one has about 10")
+    max_seconds: float = Field(30.0, gt=0, le=3600, description="of one processor, to decode it")
+
+
+IMAGE_LIMITS = ImageSettings()
+"""The defaults."""
 
 
 class PrepareSettings(Settings):

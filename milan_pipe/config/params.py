@@ -21,7 +21,7 @@ from milan_pipe.config.evaluation import (
     SegmentSettings,
 )
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import PrepareSettings, ViewSettings
+from milan_pipe.config.images import ImageSettings, PrepareSettings, ViewSettings
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.recipes import About, recipe_file, recipe_names
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
@@ -40,6 +40,7 @@ class Params(Settings):
     """Every setting; defaults are those of the built-in scenes and teacher."""
 
     about: About | None = Field(None, description="what a recipe is for; it changes nothing")
+    images: ImageSettings = Field(default_factory=ImageSettings)
     prepare: PrepareSettings = Field(default_factory=PrepareSettings)
     views: ViewSettings = Field(default_factory=ViewSettings)
     teacher: TeacherSettings = Field(default_factory=TeacherSettings)

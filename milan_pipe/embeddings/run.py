@@ -220,7 +220,8 @@ class _Run:
         on_progress: Callable[[EmbedProgress], None],
     ) -> None:
         self._location, self._pieces, self._subject = location, pieces, subject
-        self._settings, self._patches, self._on_progress = params.embed, patches, on_progress
+        self._settings, self._limits = params.embed, params.images
+        self._patches, self._on_progress = patches, on_progress
         self.done = _read_done(location, pieces, params.embed.format)
         self.images = self.bad = 0
 
@@ -252,7 +253,7 @@ class _Run:
                 raise _SourceError(error) from error
 
         with new_file(location, file, settings.format) as writer:
-            for batch in embedded(samples(), features, self._subject.size, settings, skip):
+            for batch in embedded(samples(), features, self._subject.size, settings, self._limits, skip):
                 embedding_BD, patches_BLD = batch.value
                 require_directions(embedding_BD)
                 rows = Rows(

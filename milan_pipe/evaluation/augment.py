@@ -18,6 +18,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from milan_pipe.config.evaluation import AugmentSettings
+from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.features import centre_view
@@ -139,14 +140,21 @@ class TrainingImages:
     needs them does it for a whole run.
     """
 
-    def __init__(self, images: LabelledImages, settings: AugmentSettings, size: int, seed: int) -> None:
-        self._images, self._seed = images, seed
+    def __init__(
+        self,
+        images: LabelledImages,
+        settings: AugmentSettings,
+        size: int,
+        seed: int,
+        limits: ImageSettings = IMAGE_LIMITS,
+    ) -> None:
+        self._images, self._seed, self._limits = images, seed, limits
         self._view = training_view(settings, size)
         self._erase = Erasing(settings.erasing)
 
     def __call__(self, request: SampleRequest) -> tuple[NDArray[np.uint8], int, Box]:
         """Raises DataError where the image cannot be read."""
-        image = decode_image(self._images.read(request.number))
+        image = decode_image(self._images.read(request.number), self._limits)
         reseed(self._seed, request.epoch, self._images.keys[request.number])
         pixels_HWC, box = self._erase(np.asarray(self._view(image)).transpose(1, 2, 0))
         return pixels_HWC, int(self._images.label_N[request.number]), box
@@ -159,10 +167,11 @@ class TestImages:
     images: LabelledImages
     size: int
     crop: float
+    limits: ImageSettings
 
     def __call__(self, request: SampleRequest) -> tuple[NDArray[np.uint8], int]:
         """Raises DataError where the image cannot be read."""
-        image = decode_image(self.images.read(request.number))
+        image = decode_image(self.images.read(request.number), self.limits)
         return centre_view(image, self.size, self.crop), int(self.images.label_N[request.number])
 
 

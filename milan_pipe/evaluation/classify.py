@@ -70,11 +70,11 @@ class ClassifyTask(SupervisedTask[C]):
         self.steps = settings.epochs * self.steps_per_epoch
         self._peak_lr, self._final_lr = settings.lr * settings.batch_size / 256, final_lr
         self.objective = ClassifierObjective(model, augment.smoothing)
-        self.take = TrainingImages(train, augment, sizes.image_size, settings.seed)
+        self.take = TrainingImages(train, augment, sizes.image_size, settings.seed, start.params.images)
         self._erasing = augment.erasing > 0
         # As published, where the settings leave it open.
         self.crop = settings.crop or (0.875 if sizes.image_size <= 224 else 1.0)
-        self._show = TestImages(val, sizes.image_size, self.crop)
+        self._show = TestImages(val, sizes.image_size, self.crop, start.params.images)
         self._judged = model
 
     @abstractmethod

@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from milan_pipe.config.evaluation import EmbedSettings
+from milan_pipe.config.images import IMAGE_LIMITS, MAX_PIXELS, ImageSettings
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.evaluation.backbone import Backbone
 from milan_pipe.images.ahead import decoded_ahead, thread_count
-from milan_pipe.images.decode import MAX_PIXELS, decode_image
+from milan_pipe.images.decode import decode_image
 from milan_pipe.images.labelled import LabelledImages, is_class_folder, labelled_images, no_label
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
@@ -163,7 +164,12 @@ class Embedded(Generic[T]):
 
 
 def embedded(
-    samples: Iterable[Sample], model: Callable[[Tensor], T], size: int, settings: EmbedSettings, on_bad: OnBad
+    samples: Iterable[Sample],
+    model: Callable[[Tensor], T],
+    size: int,
+    settings: EmbedSettings,
+    limits: ImageSettings,
+    on_bad: OnBad,
 ) -> Iterator[Embedded[T]]:
     """Run a model over the centre squares of images, in their order, without gradients; bad images are skipped.
 
@@ -173,7 +179,7 @@ def embedded(
     """
 
     def view_of(sample: Sample) -> tuple[NDArray[np.uint8], str, int]:
-        return centre_view(decode_image(sample.data), size, settings.crop), sample.key, sample.label
+        return centre_view(decode_image(sample.data, limits), size, settings.crop), sample.key, sample.label
 
     threads = thread_count(settings.threads)
     views = decoded_ahead(samples, view_of, threads, max(settings.batch_size, 32 * threads), on_bad)
@@ -193,6 +199,8 @@ def embed_shards(
     settings: EmbedSettings,
     on_bad: OnBad = lambda *_: None,
     on_progress: Callable[[int], None] = lambda _: None,
+    *,
+    limits: ImageSettings = IMAGE_LIMITS,
 ) -> LabelledFeatures:
     """Embed all labelled images of `images`, without gradients.
 
@@ -204,6 +212,7 @@ def embed_shards(
         settings: `pool` is not read here.
         on_bad: called with key and reason of each image that is skipped.
         on_progress: called with the number of images done.
+        limits: an image above them is skipped.
 
     Raises:
         ShapeError: the embedder does not return (B, F).
@@ -218,7 +227,7 @@ def embed_shards(
 
     features: list[Tensor] = []
     labels: list[int] = []
-    for batch in embedded(labelled_samples(images, skip), embedder, size, settings, skip):
+    for batch in embedded(labelled_samples(images, skip), embedder, size, settings, limits, skip):
         features_BF = batch.value
         if features_BF.ndim != 2 or len(features_BF) != len(batch.keys):
             raise ShapeError(

@@ -183,13 +183,21 @@ class FrozenSets:
             identity = {
                 "subject": subject.identity,
                 "size": subject.size,
-                "settings": params.embed.model_dump(mode="json", include={"batch_size", "crop", "pool"}),
+                # Limits as they are by default are not named: what was kept before there were any stays good.
+                "settings": params.embed.model_dump(mode="json", include={"batch_size", "crop", "pool"})
+                | params.images.model_dump(mode="json", exclude_defaults=True),
                 "images": _identity_of(images) if features is not None else "",
             }
 
             def compute() -> LabelledFeatures:
                 return embed_shards(
-                    images, features_of, subject.size, params.embed, lambda key, _: bad.append(key), on_progress
+                    images,
+                    features_of,
+                    subject.size,
+                    params.embed,
+                    lambda key, _: bad.append(key),
+                    on_progress,
+                    limits=params.images,
                 )
 
             return kept_features(features, identity, compute)
@@ -201,7 +209,7 @@ class FrozenSets:
     def keep(self, task: str, section: str, scores: Mapping[str, float], *flags: str) -> dict[str, Any]:
         """Keep a result in the folder that was named, or in the run of the checkpoint; the fields of `FrozenReport`."""
         checkpoint, train, test = self._arguments
-        sections = student_sections(checkpoint, "embed", "pretrain.seed", section)
+        sections = student_sections(checkpoint, "images", "embed", "pretrain.seed", section)
         kept = keep_result(
             self._subject,
             self._keep,

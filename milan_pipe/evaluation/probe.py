@@ -87,7 +87,8 @@ class Probe:
             bad += 1
 
         samples = labelled_samples(images, skip, most)
-        read = embedded(samples, lambda pixels_BHWC: pixels_BHWC, size, self._params.embed, skip)
+        params = self._params
+        read = embedded(samples, lambda pixels_BHWC: pixels_BHWC, size, params.embed, params.images, skip)
         views = [(batch.value, batch.labels) for batch in read]
         self.bad += bad
         if not views:

@@ -85,9 +85,13 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         self._side, self._short = side, settings.short_side or side
         self._stride = settings.stride or usual_stride(side)
         self.take = TrainingMasks(
-            masks=TestMasks(train, rule), side=side, short=self._short, ratio=settings.ratio, seed=settings.seed
+            masks=TestMasks(train, rule, start.params.images),
+            side=side,
+            short=self._short,
+            ratio=settings.ratio,
+            seed=settings.seed,
         )
-        self._show = TestMasks(val, rule)
+        self._show = TestMasks(val, rule, start.params.images)
         self._drawn: list[Segmentation] = []
 
     def optimiser(self) -> torch.optim.Optimizer:

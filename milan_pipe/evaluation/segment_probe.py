@@ -111,7 +111,7 @@ class _Probe:
 
     def _read(self, images: MaskedImages, numbers: Sequence[int]) -> Iterator[_Shown]:
         """Decoded ahead on threads; images that cannot be read are left out."""
-        take, short = TestMasks(images, self._rule), self._settings.short_side or self._window
+        take, short = TestMasks(images, self._rule, self._params.images), self._settings.short_side or self._window
 
         def shown(sample: _Numbered) -> _Shown | LabelError:
             try:
@@ -281,7 +281,7 @@ def segment_probe(
             "segment-probe",
             [checkpoint, train, val],
             params,
-            student_sections(checkpoint, "embed.batch_size", *sections, "segment_probe"),
+            student_sections(checkpoint, "images", "embed.batch_size", *sections, "segment_probe"),
         ),
         **probe.used,
     )

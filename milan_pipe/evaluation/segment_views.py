@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
+from milan_pipe.config.images import ImageSettings
 from milan_pipe.evaluation.batches import SampleRequest
 from milan_pipe.evaluation.sliding import scaled_size
 from milan_pipe.images.decode import decode_image
@@ -77,13 +78,14 @@ class TestMasks:
 
     images: MaskedImages
     rule: MaskRule
+    limits: ImageSettings
 
     def __call__(self, request: SampleRequest) -> tuple[Image.Image, NDArray[np.int64]]:
         """Raises DataError where the image cannot be read, LabelError where its mask is wrong."""
         number = request.number
-        image = decode_image(self.images.image(number))
+        image = decode_image(self.images.image(number), self.limits)
         size = image.height, image.width
-        return image, decode_mask(self.images.mask(number), self.rule, size, self.images.keys[number])
+        return image, decode_mask(self.images.mask(number), self.rule, size, self.images.keys[number], self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)

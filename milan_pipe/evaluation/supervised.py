@@ -252,7 +252,8 @@ def run_supervised(
             `run_task`.
     """
     settings: Any = getattr(params, task.sections[-1])
-    record = record_of(task.name, (checkpoint, train, val, run), params, task.sections, data=f"{train} -> {val}")
+    sections = ("images", *task.sections)
+    record = record_of(task.name, (checkpoint, train, val, run), params, sections, data=f"{train} -> {val}")
 
     def build(ranks: Ranks, folder: Path) -> SupervisedTask[S]:
         precision = resolve_precision(settings.precision, ranks.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.images import ImageSettings, ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError
 from milan_pipe.extraction.render import Clock, RenderedSample, decode_stored, render_sample, stored_samples
@@ -23,6 +23,7 @@ def draw_images(
     shards: Sequence[Images],
     views: ViewSettings,
     size: int,
+    limits: ImageSettings,
     count: int,
     clock: Clock,
     on_bad: OnBad = lambda *_: None,
@@ -39,7 +40,7 @@ def draw_images(
     """
     used, drawn = spread_evenly(shards, most_shards), 0
     for position, shard in enumerate(used):
-        samples = _first_views(shard, views, size, clock, on_bad)
+        samples = _first_views(shard, views, size, limits, clock, on_bad)
         # A shard with few images leaves its share to the next.
         while drawn < count * (position + 1) // len(used) and (rendered := next(samples, None)):
             drawn += 1
@@ -47,7 +48,7 @@ def draw_images(
 
 
 def _first_views(
-    shard: Images, views: ViewSettings, size: int, clock: Clock, on_bad: OnBad
+    shard: Images, views: ViewSettings, size: int, limits: ImageSettings, clock: Clock, on_bad: OnBad
 ) -> Iterator[RenderedSample]:
     if isinstance(shard, StoredShard):
         for stored in stored_samples(shard, clock, most=1):
@@ -55,7 +56,7 @@ def _first_views(
         return
     for sample in read_shard(shard, on_bad):
         try:
-            rendered = render_sample(sample, views, size, clock, most=1)
+            rendered = render_sample(sample, views, size, limits, clock, most=1)
         except DataError as error:
             on_bad(sample.key, str(error))
         else:
@@ -70,7 +71,7 @@ def sample_features(teacher: Teacher, shards: Sequence[Images], params: Params) 
     """
     names, pixels = [], []
     size, count = params.student.image_size, params.codec.fit_samples
-    for shard, rendered in draw_images(shards, params.views, size, count, Clock()):
+    for shard, rendered in draw_images(shards, params.views, size, params.images, count, Clock()):
         names.append(f"{shard}: {rendered.key}")
         pixels.append(torch.from_numpy(rendered.pixels_KHWC[0]))
     if not pixels:

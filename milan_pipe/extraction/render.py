@@ -16,7 +16,7 @@ from typing import IO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.images import ImageSettings, ViewSettings
 from milan_pipe.errors import DataError, MissingError, StoreError, system_reason
 from milan_pipe.extraction.stored import Images, StoredShard
 from milan_pipe.images.ahead import decoded_ahead
@@ -82,12 +82,12 @@ class RenderedSample:
 
 
 def render_sample(
-    sample: Sample, settings: ViewSettings, size: int, clock: Clock, most: int | None = None
+    sample: Sample, settings: ViewSettings, size: int, limits: ImageSettings, clock: Clock, most: int | None = None
 ) -> RenderedSample:
     """Decode an image once and render its K views at `size` pixels, or the first `most`, as they would be among all.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: the image cannot be read, or is above `limits`.
     """
     views: tuple[View, ...] = ()
     source, factor = (0, 0), 1
@@ -101,7 +101,7 @@ def render_sample(
         return factor
 
     with clock.of("decode"):
-        image_HWC = decode_pixels(sample.data, draw)
+        image_HWC = decode_pixels(sample.data, draw, limits)
     with clock.of("crop"):
         by = 1 if image_HWC.shape[:2] == source else factor
         rendered = [render_view(image_HWC, shrunk(view, by), size) for view in views]
@@ -239,7 +239,7 @@ def digest(images: ShardFile, copy_to: IO[bytes] | None = None) -> tuple[int, st
 
 
 def rendered_blocks(
-    jobs: Iterable[ShardJob], views: ViewSettings, size: int, threads: int, clock: Clock
+    jobs: Iterable[ShardJob], views: ViewSettings, size: int, limits: ImageSettings, threads: int, clock: Clock
 ) -> Iterator[RenderedBlock]:
     """The blocks of all shards, one shard after another."""
     for job in jobs:
@@ -249,7 +249,7 @@ def rendered_blocks(
             made = (
                 _stored(job.images, source, size, threads, clock)
                 if isinstance(job.images, StoredShard)
-                else _rendered(job.images, source, views, size, threads, clock)
+                else _rendered(job.images, source, views, size, limits, threads, clock)
             )
             with closing(made):
                 while samples := list(islice(made, BLOCK_SAMPLES)):
@@ -261,7 +261,13 @@ def rendered_blocks(
 
 
 def _rendered(
-    images: ShardFile, source: SourceFile, views: ViewSettings, size: int, threads: int, clock: Clock
+    images: ShardFile,
+    source: SourceFile,
+    views: ViewSettings,
+    size: int,
+    limits: ImageSettings,
+    threads: int,
+    clock: Clock,
 ) -> Generator[RenderedSample, None, None]:
     # A remote shard is fetched once, to a file without a name: nothing of it outlives this process.
     with tempfile.TemporaryFile() if images.location.local is None else nullcontext() as copy:
@@ -269,7 +275,7 @@ def _rendered(
             source.bytes, source.sha256 = digest(images, copy)
         yield from decoded_ahead(
             _read(images, source, copy, clock),
-            lambda sample: render_sample(sample, views, size, clock),
+            lambda sample: render_sample(sample, views, size, limits, clock),
             threads,
             _AHEAD_PER_THREAD * threads,
             source.skip,

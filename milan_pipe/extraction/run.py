@@ -270,10 +270,10 @@ def extract_targets(
         # Each worker has its own; this one would take memory from the first.
         del teacher
         torch.cuda.empty_cache()
-        assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract)
+        assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract, limits=params.images)
         results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
     else:
-        results = Extractor(teacher, writer, extract).run(jobs, tally.report)
+        results = Extractor(teacher, writer, extract, params.images).run(jobs, tally.report)
     unreadable = 0
     try:
         with closing(results):

@@ -15,6 +15,7 @@ from torch import Tensor
 from milan_pipe import __version__
 from milan_pipe.background import Background
 from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ImageSettings
 from milan_pipe.config.params import Params
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError
@@ -68,12 +69,15 @@ class ShardResult:
 class Extractor:
     """Teacher, codec and store, loaded once for any number of shards. The store's header says which views."""
 
-    def __init__(self, teacher: Teacher, writer: TargetStoreWriter, extract: ExtractSettings) -> None:
+    def __init__(
+        self, teacher: Teacher, writer: TargetStoreWriter, extract: ExtractSettings, limits: ImageSettings
+    ) -> None:
         self.forward = Forward(teacher)
         self.writer = writer
         self.codec = codec_of(writer.header.codec)
         self.batch_size = extract.batch_size
         self._threads = thread_count(extract.threads)
+        self._limits = limits
 
     def run(
         self, jobs: Iterable[ShardJob], on_progress: Callable[[int, int], None]
@@ -88,7 +92,7 @@ class Extractor:
         """
         clock = Clock()
         policy = self.writer.header.views
-        rendered = rendered_blocks(jobs, policy.settings, policy.size, self._threads, clock)
+        rendered = rendered_blocks(jobs, policy.settings, policy.size, self._limits, self._threads, clock)
         with (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool,
             closing(Background(rendered, 1, "render")) as blocks,

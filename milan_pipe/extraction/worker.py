@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ImageSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import cards, resolve_device
@@ -33,6 +34,7 @@ class Assignment:
     targets: str
     teacher: TeacherSettings
     extract: ExtractSettings
+    limits: ImageSettings
 
     def with_share(self, workers: int) -> Assignment:
         """The same for one of several processes on a machine: threads that were left open become its share."""
@@ -98,5 +100,5 @@ def do_shard(assignment: Assignment, job: ShardJob, on_progress: Callable[[int, 
             if assignment.extract.compile:
                 teacher.compile_tower()
             writer = TargetStoreWriter(assignment.targets, header)
-            _loaded[assignment] = Extractor(teacher, writer, assignment.extract)
+            _loaded[assignment] = Extractor(teacher, writer, assignment.extract, assignment.limits)
         return next(_loaded[assignment].run([job], on_progress))

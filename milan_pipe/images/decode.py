@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,42 +13,59 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.errors import DataError, one_line
 
-MAX_PIXELS = 89_478_485
-"""Height x width above which an image is refused: 2**28 bytes of RGB, the size at which Pillow warns of a bomb."""
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
+# In how many bytes Pillow's decoder gets a progressive JPEG: a hundred may be a scan of the whole image.
+_PROGRESSIVE_BLOCK = 4096
+# Of how many pixels modes are converted at a time, which takes several copies: a photograph of 512 x 512.
+_PIECE_PIXELS = 2**18
 
-def stored_suffix(data: bytes) -> str:
+_SCAN, _END = b"\xda", b"\xd9"
+# Not what stands for a byte 255 of the pixels, nor what restarts their code.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_BARE_MARKERS = (b"\x01", b"\xd8")
+
+
+def stored_suffix(data: bytes, limits: ImageSettings = IMAGE_LIMITS) -> str:
     """The suffix, of `IMAGE_SUFFIXES`, of an encoded image; raises DataError where it is of another format."""
-    with _opened(data) as image:
+    with opened_image(data, limits) as image:
         if image.format not in _STORED:
             raise DataError(f"images of type {image.format} are not read; convert to {', '.join(_STORED.values())}")
         return _STORED[image.format]
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, limits: ImageSettings = IMAGE_LIMITS) -> Image.Image:
     """The image of `decode_pixels`, for Pillow's operations, as Pillow decodes it: sooner than from those pixels."""
-    with _opened(data) as image, _plain_errors():
+    with opened_image(data, limits) as image, plain_errors(limits):
         image.load()
-        turn, rgb = _turn(image), _rgb(image)
-    return rgb if turn == _AS_IT_IS else Image.fromarray(_turned(np.asarray(rgb), turn))
+        turn = _turn(image)
+        if turn == _AS_IT_IS:
+            return _whole_rgb(image)
+        pixels_HWC = _pixels(image, turn)
+    # Its memory is free for what follows.
+    del image
+    return Image.fromarray(pixels_HWC)
 
 
 Shrink = Callable[[int, int], int]
 """Height and width of an image, as it is seen, to the factor by which it may be smaller: 1, 2, 4 or 8."""
 
 
-def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint8]:
+def decode_pixels(
+    data: bytes, shrink: Shrink = lambda *_: 1, limits: ImageSettings = IMAGE_LIMITS
+) -> NDArray[np.uint8]:
     """Decode an image to RGB, turned as its EXIF orientation says.
 
     An animation gives its first frame; transparency becomes white; 16-bit grey keeps its high byte, as 16-bit colour
     does in Pillow; CMYK is converted without a colour profile. All pixels are Pillow's.
+
+    It takes up to 16 bytes of memory a pixel, those that are returned included, beside the file and some MB. `limits`
+    bound them, and the time: a PNG, GIF or BMP, and what Pillow decodes of JPEGs, is stopped soon after `max_seconds`
+    of its thread. A plain JPEG and a WebP are not stopped: their pixels and scans bound them.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.
@@ -57,11 +76,11 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
         (height, width, 3) uint8, contiguous.
 
     Raises:
-        DataError: empty, of another format, truncated, damaged, or above `MAX_PIXELS`; one short line without the
-            image's name.
+        DataError: empty, of another format, truncated, damaged, or above `limits`; one short line without the image's
+            name.
     """
-    with _opened(data) as image:
-        with _plain_errors():
+    with opened_image(data, limits) as image:
+        with plain_errors(limits):
             plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
             if not plain_jpeg:
                 # First, as the EXIF block may lie behind the pixels.
@@ -71,37 +90,74 @@ def decode_pixels(data: bytes, shrink: Shrink = lambda *_: 1) -> NDArray[np.uint
         factor = shrink(height, width)
         if (down < 0 and height % factor) or (across < 0 and width % factor):
             factor = 1
-        with _plain_errors():
+        with plain_errors(limits):
             pixels_HWC = _jpeg_pixels(data, image, factor) if plain_jpeg else None
-            if pixels_HWC is None:
-                pixels_HWC = np.array(_rgb(image))
-    return _turned(pixels_HWC, turn)
+            return _pixels(image, turn) if pixels_HWC is None else _turned(pixels_HWC, turn)
+
+
+class _TimedFile(io.BytesIO):
+    """A file that ends in an error when its thread has worked for too long: only between reads is a decoder stopped."""
+
+    def __init__(self, data: bytes, limits: ImageSettings) -> None:
+        super().__init__(data)
+        self._limits, self._began, self._reads = limits, time.thread_time(), 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        # Of the many short reads of a header few: the clock takes longer than they do.
+        if not size or size >= _PROGRESSIVE_BLOCK or self._reads % 64 == 0:
+            taken = time.thread_time() - self._began
+            if taken > self._limits.max_seconds:
+                most = f"images.max_seconds {self._limits.max_seconds:g}"
+                raise DataError(f"not decoded after {taken:.3g} s of one processor, more than {most}")
+        return super().read(size)
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its header read, and not its pixels."""
-    with _plain_errors():
+def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = _FORMATS) -> Iterator[Image.Image]:
+    """The image with its header read, and not its pixels; raises DataError as `decode_pixels`."""
+    with plain_errors(limits, formats):
         if not data:
             raise DataError("empty file")
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(_TimedFile(data, limits), formats=formats)
     with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{image.width} x {image.height} pixels, more than the {MAX_PIXELS} that are read")
+        if image.width * image.height > limits.max_pixels:
+            raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
+        # Of another JPEG a scan of the whole image takes a bit for each block of 64 pixels at least.
+        if image.info.get("progressive"):
+            _require_few_scans(data, limits)
+            image.decodermaxblock = _PROGRESSIVE_BLOCK
         yield image
 
 
+def _require_few_scans(data: bytes, limits: ImageSettings) -> None:
+    # Those of a thumbnail and of further images too, and faster than `bytes.count`: enough for nearly all files.
+    pairs = (np.frombuffer(data, ">u2", (len(data) - start) // 2, start) for start in (0, 1))
+    if sum(np.count_nonzero(pair == 0xFFDA) for pair in pairs) <= limits.max_scans:
+        return
+    scans, place = 0, 2
+    while (marker := _JPEG_MARKER.search(data, place)) and marker[1] != _END:
+        scans += marker[1] == _SCAN
+        place = marker.end()
+        if marker[1] not in _BARE_MARKERS:
+            place += int.from_bytes(data[place : place + 2])
+    if scans > limits.max_scans:
+        raise DataError(f"a JPEG of {scans} scans, more than images.max_scans {limits.max_scans}")
+
+
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors(limits: ImageSettings, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]:
     """What goes wrong inside as one line that says why an image cannot be read."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DataError("not a JPEG, PNG, WebP, GIF or BMP image, or its header is damaged") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"more than the {MAX_PIXELS} pixels that are read") from None
+        kinds = " or ".join((", ".join(formats[:-1]), formats[-1])).replace("WEBP", "WebP")
+        raise DataError(f"not a {kinds} image, or its header is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found = re.search(r"\d+ pixels", str(error))
+        raise DataError(f"{found[0] if found else error}, more than images.max_pixels {limits.max_pixels}") from None
     # Pillow's parsers raise SyntaxError, struct.error, IndexError and more on damaged files.
     except Exception as error:
         raise DataError(f"truncated or damaged: {one_line(error)}") from None
@@ -124,6 +180,18 @@ def _jpeg_pixels(data: bytes, image: Image.Image, factor: int) -> NDArray[np.uin
     return pixels
 
 
+def _boxes(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of pieces that make up the image; a small one is one piece."""
+    width, height = image.size
+    across = min(width, _PIECE_PIXELS)
+    down = _PIECE_PIXELS // across
+    return [
+        (left, top, min(left + across, width), min(top + down, height))
+        for top in range(0, height, down)
+        for left in range(0, width, across)
+    ]
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips these at 255 when it converts; a viewer shows the high byte.
@@ -133,6 +201,32 @@ def _rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _whole_rgb(image: Image.Image) -> Image.Image:
+    boxes = _boxes(image)
+    if len(boxes) == 1 or (image.mode == "RGB" and "transparency" not in image.info):
+        return _rgb(image)
+    rgb = Image.new("RGB", image.size)
+    for box in boxes:
+        rgb.paste(_rgb(image.crop(box)), box)
+    return rgb
+
+
+def _pixels(image: Image.Image, turn: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """(height, width, 3) of an image, turned; piece by piece."""
+    transposed, down, across = turn
+    width, height = image.size
+    seen_HWC = np.empty((width, height, 3) if transposed else (height, width, 3), np.uint8)
+    # Where each pixel of the file goes.
+    stored_HWC = seen_HWC[::down, ::across]
+    if transposed:
+        stored_HWC = stored_HWC.transpose(1, 0, 2)
+    boxes = _boxes(image)
+    for left, top, right, bottom in boxes:
+        piece = image if len(boxes) == 1 else image.crop((left, top, right, bottom))
+        stored_HWC[top:bottom, left:right] = np.asarray(_rgb(piece))
+    return seen_HWC
 
 
 # Of EXIF orientations: whether rows and columns change places, and then the steps along rows and along columns.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, LabelError, MissingError, one_line
-from milan_pipe.images.decode import MAX_PIXELS
+from milan_pipe.errors import DataError, LabelError, MissingError
+from milan_pipe.images.decode import opened_image, plain_errors
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
 from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
@@ -26,6 +25,8 @@ ADE20K_CLASSES = 150
 _MASK_FOLDERS = ("annotations", "masks", "labels")
 _SPLITS = {"train": ("training", "train"), "val": ("validation", "val", "valid", "test")}
 _MASK_SUFFIXES = ("png", "bmp", "tif", "tiff")
+_MASK_FORMATS = ("PNG", "BMP", "TIFF")
+_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,31 +195,33 @@ class MaskRule:
     zero_is_ignored: bool
 
 
-def decode_mask(data: bytes, rule: MaskRule, size: tuple[int, int], key: str) -> NDArray[np.int64]:
+def decode_mask(
+    data: bytes, rule: MaskRule, size: tuple[int, int], key: str, limits: ImageSettings = IMAGE_LIMITS
+) -> NDArray[np.int64]:
     """(H, W) class indices, -1 where there is none.
 
     Args:
+        data: PNG, BMP or TIFF.
         size: height and width of the image.
 
     Raises:
-        LabelError: the mask is damaged, of another size, in colours, or has a value that is no class.
+        LabelError: the mask is damaged, above `limits`, of another size, in colours, or has a value that is no class.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode, (width, height) = image.mode, image.size
-            values = np.asarray(image) if width * height <= MAX_PIXELS else None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise LabelError(f"mask of {key!r} cannot be decoded: {one_line(error)}") from None
-    if values is None:
-        raise LabelError(f"mask of {key!r}: {width} x {height} pixels, more than {MAX_PIXELS}")
-    if values.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        with opened_image(data, limits, _MASK_FORMATS) as image, plain_errors(limits, _MASK_FORMATS):
+            mode, found = image.mode, image.size[::-1]
+            # What is refused for its mode or size is not decoded.
+            values = np.asarray(image) if found == size and mode in _MASK_MODES else None
+    except DataError as error:
+        raise LabelError(f"mask of {key!r} cannot be decoded: {error}") from None
+    if mode not in _MASK_MODES:
         raise LabelError(
             f"mask of {key!r} has colours (mode {mode}), expected one channel of class indices; convert it to a "
             "greyscale or palette PNG whose values are the classes"
         )
-    if values.shape != size:
+    if values is None:
         raise LabelError(
-            f"mask of {key!r} has {values.shape[0]} x {values.shape[1]} pixels, its image {size[0]} x {size[1]}; "
+            f"mask of {key!r} has {found[0]} x {found[1]} pixels, its image {size[0]} x {size[1]}; "
             "they must be of one size (height x width, after the image's EXIF turn)"
         )
     index = values.astype(np.int64)

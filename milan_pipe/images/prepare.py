@@ -19,7 +19,7 @@ from pathlib import Path
 
 from loky import ProcessPoolExecutor
 
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings, PrepareSettings
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
 from milan_pipe.images.ahead import thread_count
@@ -63,6 +63,7 @@ def prepare(
     settings: PrepareSettings,
     progress: Callable[[int, int], None] = lambda *_: None,
     *,
+    limits: ImageSettings = IMAGE_LIMITS,
     workers: int | None = None,
 ) -> PrepareReport:
     """Write the images of `source` as shards, `index.json` and, if any are bad, `bad_samples.jsonl` into `images`.
@@ -85,6 +86,7 @@ def prepare(
         images: the folder to write; made where it does not exist. What an earlier run on the same source wrote in it is
             replaced.
         progress: called with (samples done, all samples) after each shard.
+        limits: an image above them is skipped.
         workers: processes, by default one per usable core.
 
     Raises:
@@ -96,7 +98,7 @@ def prepare(
         SettingError: `images` is a URL, or a column that the settings name is not there.
     """
     images = local_folder(images, "shards")
-    found = _source(source, images, settings)
+    found = _source(source, images, settings, limits)
     try:
         begin_index(images, found.described)
         (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
@@ -130,7 +132,7 @@ def prepare(
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def _source(source: str | Path, images: Path, settings: PrepareSettings) -> Source:
+def _source(source: str | Path, images: Path, settings: PrepareSettings, limits: ImageSettings) -> Source:
     if source == DEMO:
         return demo_source(settings)
     root = Path(source)
@@ -138,9 +140,9 @@ def _source(source: str | Path, images: Path, settings: PrepareSettings) -> Sour
         if images.exists() and images.resolve() == root.resolve():
             raise DataError(f"source and images are the same folder, {root}; choose another one to write shards into")
         if found := image_files(root):
-            return folder_source(root, found, settings)
+            return folder_source(root, found, settings, limits)
     if tables := find_tables(source):
-        return table_source(source, tables, settings)
+        return table_source(source, tables, settings, limits)
     raise _no_source(source)
 
 

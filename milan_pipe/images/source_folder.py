@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import ImageSettings, PrepareSettings
 from milan_pipe.errors import DataError
 from milan_pipe.images.decode import decode_pixels
 from milan_pipe.images.files import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, files_under, read_file
@@ -29,6 +29,7 @@ class _Image:
 @dataclass(frozen=True)
 class _Images:
     images: tuple[_Image, ...]
+    limits: ImageSettings
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,7 +41,7 @@ class _Images:
                 if suffix in OTHER_IMAGE_SUFFIXES:
                     raise DataError(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
                 data = read_file(image.path)
-                decode_pixels(data)
+                decode_pixels(data, limits=self.limits)
             except DataError as error:
                 bad.append({"key": image.key, "file": image.name, "reason": str(error)})
             else:
@@ -52,7 +53,7 @@ def image_files(root: Path) -> list[Path]:
     return files_under(root, IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES)
 
 
-def folder_source(root: Path, found: list[Path], settings: PrepareSettings) -> Source:
+def folder_source(root: Path, found: list[Path], settings: PrepareSettings, limits: ImageSettings) -> Source:
     """The images that `image_files` found in `root`.
 
     Raises:
@@ -78,7 +79,7 @@ def folder_source(root: Path, found: list[Path], settings: PrepareSettings) -> S
     return Source(
         described={"kind": "folder", "path": printable_name(root.as_posix())},
         jobs=[
-            Job(split=split, part=_Images(tuple(inner[start : start + step])))
+            Job(split=split, part=_Images(tuple(inner[start : start + step]), limits))
             for split, inner in members.items()
             for start in range(0, len(inner), step)
         ],

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import ImageSettings, PrepareSettings
 from milan_pipe.errors import DataError, LabelError, SettingError, without_secrets
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels, stored_suffix
@@ -75,6 +75,7 @@ class _Table:
     columns: _Columns
     labels: Mapping[str, int]
     settings: PrepareSettings
+    limits: ImageSettings
 
     def __len__(self) -> int:
         return self.rows.count
@@ -100,8 +101,8 @@ class _Table:
             data = self._encoded(row.image)
             # There is a process for each core.
             with decoding:
-                decode_pixels(data)
-            return row.key, {stored_suffix(data): data} | row.members
+                decode_pixels(data, limits=self.limits)
+            return row.key, {stored_suffix(data, self.limits): data} | row.members
 
         threads = 1 if self.columns.holds_bytes else self.settings.downloads
         for key, members in decoded_ahead(rows(), read, threads, 2 * threads, skip):
@@ -201,7 +202,9 @@ def _shared_parts(paths: Sequence[Sequence[str]]) -> int:
     return next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
 
 
-def table_source(source: str | Path, tables: Sequence[TableFile], settings: PrepareSettings) -> Source:
+def table_source(
+    source: str | Path, tables: Sequence[TableFile], settings: PrepareSettings, limits: ImageSettings
+) -> Source:
     """The images of these tables.
 
     Raises:
@@ -236,7 +239,9 @@ def table_source(source: str | Path, tables: Sequence[TableFile], settings: Prep
     jobs = [
         Job(
             split=split_of(table.parts, settings.split),
-            part=_Table(rows=some_rows, prefix=prefix, columns=columns, labels=labels, settings=settings),
+            part=_Table(
+                rows=some_rows, prefix=prefix, columns=columns, labels=labels, settings=settings, limits=limits
+            ),
         )
         for table, prefix, columns, rows in parts
         for some_rows in rows

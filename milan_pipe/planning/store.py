@@ -95,7 +95,8 @@ def sample_images(
     clock = Clock()
     bad: list[tuple[str, str]] = []
     rendered: list[RenderedSample] = []
-    for _, sample in draw_images(shards, views, size, count, clock, lambda *found: bad.append(found), most):
+    drawn = draw_images(shards, views, size, params.images, count, clock, lambda *found: bad.append(found), most)
+    for _, sample in drawn:
         rendered.append(sample)
         on_progress(len(rendered))
     if not rendered:

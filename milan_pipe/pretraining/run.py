@@ -139,7 +139,9 @@ class PretrainTask(Task[Batch]):
             "teacher": reader.header.teacher.model_dump(mode="json"),
             "settings": params.model_dump(mode="json", include={*_SECTIONS} - {"student"}),
             "targets": str(reader.location),
-            "command": command_of("pretrain", [*(store.location for store in reader.stores), run], params, _SECTIONS),
+            "command": command_of(
+                "pretrain", [*(store.location for store in reader.stores), run], params, (*_SECTIONS, "images")
+            ),
         }
         for name in ("probe_train", "probe_test"):
             if (images := getattr(settings, name)) is not None:

@@ -22,6 +22,7 @@ from open_clip.model import CLIP
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
+from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.config.teacher import ClipSettings
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.images.ahead import decoded_ahead, thread_count
@@ -84,8 +85,8 @@ class _Captioned:
     bad: int
 
 
-def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample]:
-    image_HWC = decode_pixels(sample.data)
+def _centre_square(sample: Sample, side: int, limits: ImageSettings) -> tuple[NDArray[np.uint8], Sample]:
+    image_HWC = decode_pixels(sample.data, limits=limits)
     height, width, _ = image_HWC.shape
     short = min(height, width)
     top, left = (height - short) // 2, (width - short) // 2
@@ -93,14 +94,20 @@ def _centre_square(sample: Sample, side: int) -> tuple[NDArray[np.uint8], Sample
 
 
 def _read(
-    images: str | Path, settings: ClipSettings, on_images: Callable[[int], None], *, captioned: bool = True
+    images: str | Path,
+    settings: ClipSettings,
+    limits: ImageSettings,
+    on_images: Callable[[int], None],
+    *,
+    captioned: bool = True,
 ) -> _Captioned:
     shards, threads = expand_shards(images), thread_count(0)
     pixels, captions, labels = [], [], []
     bad: dict[str, str] = {}
     samples = (sample for shard in shards for sample in read_shard(shard, bad.__setitem__))
+    side = settings.image_size
     for view, sample in decoded_ahead(
-        samples, lambda found: _centre_square(found, settings.image_size), threads, 32 * threads, bad.__setitem__
+        samples, lambda found: _centre_square(found, side, limits), threads, 32 * threads, bad.__setitem__
     ):
         lines = [line.strip() for line in (sample.caption or "").splitlines() if line.strip()]
         if captioned and not lines:
@@ -199,6 +206,7 @@ def train_clip(
     out: str | Path,
     settings: ClipSettings,
     *,
+    limits: ImageSettings = IMAGE_LIMITS,
     val: str | Path | None = None,
     on_progress: Callable[[ClipProgress], None] = lambda _: None,
 ) -> ClipReport:
@@ -223,8 +231,8 @@ def train_clip(
         rate = count / (time.monotonic() - began)
         on_progress(ClipProgress(step=0, steps=settings.steps, loss=math.nan, images_per_second=rate, zero_shot=None))
 
-    train = _read(images, settings, reading)
-    judged = _read(val, settings, lambda _: None, captioned=False) if val is not None else None
+    train = _read(images, settings, limits, reading)
+    judged = _read(val, settings, limits, lambda _: None, captioned=False) if val is not None else None
     if judged is not None and (judged.classes is None or judged.label_N.min() < 0):
         raise MismatchError(f"{val} has no named classes to tell apart; name shards that `milan-pipe prepare` wrote")
     count = len(train.captions)

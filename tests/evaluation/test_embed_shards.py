@@ -16,6 +16,7 @@ from support.images import write_tar
 from torch import Tensor
 
 from milan_pipe.config.evaluation import EmbedSettings
+from milan_pipe.config.images import MAX_PIXELS, ImageSettings
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, MissingError, ShapeError
 from milan_pipe.evaluation.backbone import Backbone, backbone_of, pooled
@@ -26,7 +27,6 @@ from milan_pipe.evaluation.features import (
     embed_shards,
     tokens_of,
 )
-from milan_pipe.images.decode import MAX_PIXELS
 from milan_pipe.student.encoder import encode_all
 
 SIZE = 8
@@ -130,10 +130,10 @@ def test_no_more_images_are_read_ahead_than_bounded(tmp_path: Path, monkeypatch:
     begun = done = lead = 0
     plain = features.decode_image
 
-    def counted(data: bytes) -> Image.Image:
+    def counted(data: bytes, limits: ImageSettings) -> Image.Image:
         nonlocal begun
         begun += 1
-        return plain(data)
+        return plain(data, limits)
 
     def embedder(pixels_BHWC: Tensor) -> Tensor:
         nonlocal done, lead

@@ -23,7 +23,7 @@ from support.messages import Case, require_message
 from support.targets import header, random_blocks, write_blocks, write_store
 
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import ViewSettings
+from milan_pipe.config.images import ImageSettings, ViewSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.targets import CodecSettings
@@ -180,7 +180,8 @@ def full_temporary_folder() -> None:
 
 
 def worker() -> None:
-    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=ExtractSettings(device="cpu"))
+    extract = ExtractSettings(device="cpu")
+    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=extract, limits=ImageSettings())
     (shard,) = expand_shards(images([GOOD]))
     do_shard(assignment, ShardJob(name="000000", images=shard), lambda *_: None)
 

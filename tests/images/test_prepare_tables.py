@@ -25,7 +25,7 @@ from support.hub import hub_of, use_hub
 from support.images import image, png
 from support.web import Web, send, web_server
 
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import ImageSettings, PrepareSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, LabelError
 from milan_pipe.images import download as download_module
@@ -185,7 +185,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
     run(source, tmp_path / "whole", samples_per_shard=2)
     calls = 0
 
-    def decode(_: bytes) -> None:
+    def decode(*_: object, **__: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
@@ -371,13 +371,13 @@ def test_few_images_of_a_list_are_in_memory(tmp_path: Path, web: Web, monkeypatc
     decoding: list[int] = []
     most = asked = 0
 
-    def decode(data: bytes) -> object:
+    def decode(data: bytes, **limits: Any) -> object:
         nonlocal most
         decoding.append(1)
         most = max(most, len(decoding))
         time.sleep(0.01)
         decoding.pop()
-        return decode_pixels(data)
+        return decode_pixels(data, **limits)
 
     def slow(handler: BaseHTTPRequestHandler) -> None:
         nonlocal asked
@@ -501,7 +501,7 @@ def test_a_list_on_a_hub_and_its_images_are_of_one_commit(tmp_path: Path, monkey
             hub.commit("datasets/org/data", files)
             if number == 0:
                 url = "hf://datasets/org/data/in/list.csv"
-                (job,) = table_source(url, find_tables(url), PrepareSettings()).jobs
+                (job,) = table_source(url, find_tables(url), PrepareSettings(), ImageSettings()).jobs
         # As to another process.
         ((_, members),) = pickle.loads(pickle.dumps(job.part)).members([])
     assert members["png"] == PICTURES[0]
