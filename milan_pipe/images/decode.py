@@ -63,9 +63,10 @@ def decode_pixels(
     An animation gives its first frame; transparency becomes white; 16-bit grey keeps its high byte, as 16-bit colour
     does in Pillow; CMYK is converted without a colour profile. All pixels are Pillow's.
 
-    It takes up to 16 bytes of memory a pixel, those that are returned included, beside the file and some MB. `limits`
-    bound them, and the time: a PNG, GIF or BMP, and what Pillow decodes of JPEGs, is stopped soon after `max_seconds`
-    of its thread. A plain JPEG and a WebP are not stopped: their pixels and scans bound them.
+    It takes up to 12 bytes of memory a pixel, a WebP 16, with those that are returned and beside the file and some MB;
+    one row or column of pixels takes up to 24. `limits` bound them, and the time: PNG, GIF, BMP and JPEGs that Pillow
+    decodes are stopped soon after `max_seconds` of their thread. Plain JPEGs and WebPs are not: their pixels and scans
+    bound them.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP, whatever the suffix of the file.

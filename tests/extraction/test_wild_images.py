@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from support import processes
 from support.targets import tree
-from support.wild import Command, Marker, Member, WildImage, encoded, pack, scene, wild_images
+from support.wild import Command, Marker, Member, WildImage, encoded, pack, scene, slow_bmp, wild_images
 
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import location_of
@@ -92,7 +92,7 @@ def test_a_wild_folder(milan: Command, tmp_path: Path) -> None:
     ordered = [expected[parts] for parts in sorted(expected)]
     good = [image for image in ordered if not image.reason]
 
-    prepared = milan("prepare", root, images, "--set", "prepare.samples_per_shard=20", "--json")
+    prepared = milan("prepare", root, images, "--set", "prepare.samples_per_shard=25", "--json")
     assert prepared.code == 0, prepared.err
     assert prepared.report["samples"] == len(good)
     lines = [json.loads(line) for line in (images / "bad_samples.jsonl").read_bytes().decode().split("\n") if line]
@@ -248,6 +248,20 @@ def test_tars_by_hand(milan: Command, bucket: str, tmp_path: Path, monkeypatch: 
     stores = {tmp_path / name for name in ("zarr", "webdataset", "other")}
     made = {path for path in everything_below(tmp_path) - before if not stores & {path, *path.parents}}
     assert made == set()
+
+
+def test_an_image_that_takes_too_long_does_not_hold_up_its_shard(milan: Command, tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "slow.png", "z.png"]
+    pack(tmp_path / "a.tar", [Member(name=n, data=slow_bmp(5_000_000) if n == "slow.png" else PNG) for n in names])
+    limited = [*WORDS, "--set", "images.max_seconds=0.5"]
+    done = milan("extract-targets", tmp_path / "a.tar", tmp_path / "t", *limited, "--json")
+    assert (done.code, done.report["samples"], done.report["bad"]) == (0, 3, 1), done.err
+    assert [key for key, _, _ in stored(tmp_path / "t")] == ["a", "b", "z"]
+    (line,) = bad_lines(tmp_path / "t")
+    assert line["key"] == "slow"
+    assert re.fullmatch(
+        r"not decoded after 0\.5\d* s of one processor, more than images\.max_seconds 0\.5", line["reason"]
+    )
 
 
 def test_tars_of_no_use_are_reported_and_the_others_are_done(milan: Command, tmp_path: Path) -> None:

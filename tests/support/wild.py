@@ -80,16 +80,64 @@ def encoded(pixels: NDArray[Any] | Image.Image, kind: str = "PNG", **options: An
     return buffer.getvalue()
 
 
-def bomb(side: int = 30_000) -> bytes:
-    """A 1-bit PNG of `side` x `side` pixels in a hundred kilobytes."""
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    packer, row = zlib.compressobj(9), bytes(1 + (side + 7) // 8)
-    packed = b"".join([*(packer.compress(row * 1000) for _ in range(side // 1000)), packer.flush()])
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+def blank_png(width: int, height: int, depth: int, channels: int, *chunks: bytes, rows: int | None = None) -> bytes:
+    """A PNG of zeros, a thousandth of what it becomes; cut after so many rows."""
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    row, packer = bytes(1 + (width * depth * channels + 7) // 8), zlib.compressobj(9)
+    packed = b"".join([*(packer.compress(row) for _ in range(height if rows is None else rows)), packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", packed), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def many_scans(pixels: NDArray[Any] | Image.Image, scans: int, **options: Any) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more: a few bytes each, and a pass over the image."""
+    data = encoded(pixels, "JPEG", progressive=True, **options)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
+
+
+def slow_bmp(pixels: int) -> bytes:
+    """A BMP of runs of one pixel, of a thousand in a row: a microsecond or more for each."""
+    runs = b"\1\0" * 1000 + b"\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, 1000, pixels // 1000, 1, 8, 1, len(runs) * pixels // 1000, 0, 0, 256, 0)
+    start = 14 + 40 + 1024
+    return struct.pack("<2sIHHI", b"BM", start, 0, 0, start) + header + bytes(1024) + runs * (pixels // 1000)
+
+
+def _of_size(data: bytes, place: int, form: str, side: int) -> bytes:
+    """A file whose header says that it is `side` x `side`."""
+    return data[:place] + struct.pack(form, side, side) + data[place + struct.calcsize(form) :]
+
+
+def bombs() -> list[WildImage]:
+    """Small files that would take hours or gigabytes: refused before they are decoded."""
+    seen = scene()
+    webp = bytearray(encoded(seen, "WEBP", lossless=True))
+    # 14 bits each, less one, behind the signature of the lossless form.
+    sides = int.from_bytes(webp[21:25], "little") >> 28 << 28 | 16382 << 14 | 16382
+    webp[21:25] = sides.to_bytes(4, "little")
+    jpeg = encoded(seen, "JPEG")
+    jpeg = _of_size(jpeg, jpeg.index(b"\xff\xc0") + 5, ">HH", 65_000)
+    gif, bmp = _of_size(encoded(seen, "GIF"), 6, "<HH", 60_000), _of_size(encoded(seen, "BMP"), 18, "<ii", 40_000)
+    alpha, high = (blank_png(width, height, 16, 4, rows=0) for width, height in ((9460, 9460), (1, 90_000_000)))
+    profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10_000_000)))
+    png, pixels = encoded(seen), "pixels, more than images.max_pixels 89478485"
+    return [
+        WildImage(name="bomb.png", data=blank_png(30_000, 30_000, 1, 1), reason=f"900000000 {pixels}"),
+        WildImage(name="alpha bomb.png", data=alpha, reason=f"9460 x 9460 {pixels}"),
+        WildImage(name="high bomb.png", data=high, reason=f"1 x 90000000 {pixels}"),
+        WildImage(name="bomb.jpg", data=jpeg, reason=f"4225000000 {pixels}"),
+        WildImage(name="bomb.webp", data=bytes(webp), reason=f"268402689 {pixels}"),
+        WildImage(name="gif bomb.jpg", data=gif, reason=f"3600000000 {pixels}"),
+        WildImage(name="bmp bomb.jpg", data=bmp, reason=f"1600000000 {pixels}"),
+        WildImage(name="many scans.jpg", data=many_scans(seen, 1000), reason="scans, more than images.max_scans 100"),
+        WildImage(name="profile bomb.png", data=png[:33] + profile + png[33:], reason="damaged: Decompressed data"),
+    ]
 
 
 def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -157,7 +205,6 @@ def _sizes() -> list[WildImage]:
         WildImage(name="one pixel.png", data=encoded(long[:1, :1]), shown=long[:1, :1]),
         WildImage(name="long.jpg", data=encoded(long, "JPEG", quality=95), shown=long),
         WildImage(name="high.png", data=encoded(long.transpose(1, 0, 2).copy()), shown=long.transpose(1, 0, 2)),
-        WildImage(name="bomb.png", data=bomb(), reason="more than the 89478485"),
     ]
 
 
@@ -204,8 +251,8 @@ def _names() -> list[WildImage]:
 
 
 def wild_images() -> list[WildImage]:
-    """All of them, each with a name and a stem of its own, but for `plain`, `cut`, `moving` and `rgba`."""
-    return [*_modes(), *_moving(), *_turned(), *_sizes(), *_damaged(), *_kinds(), *_names()]
+    """All of them, each with a name and a stem of its own, but for `plain`, `cut`, `moving`, `rgba` and `bomb`."""
+    return [*_modes(), *_moving(), *_turned(), *_sizes(), *bombs(), *_damaged(), *_kinds(), *_names()]
 
 
 class Marker:

@@ -1,0 +1,230 @@
+"""What one image may cost: pixels, scans and seconds are bounded, and so is memory by pixels."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.wild import WildImage, blank_png, bombs, chunk, encoded, many_scans, scene, slow_bmp
+
+from milan_pipe.config.images import MAX_PIXELS, ImageSettings
+from milan_pipe.errors import DataError, LabelError
+from milan_pipe.images.decode import decode_image, decode_pixels
+from milan_pipe.images.masked import MaskRule, decode_mask
+
+WAYS: list[Callable[..., Any]] = [decode_image, decode_pixels]
+
+
+def noise(height: int, width: int, channels: int = 3) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("decode", WAYS)
+@pytest.mark.parametrize("bomb", bombs(), ids=lambda bomb: bomb.stem)
+def test_bombs_are_refused_with_what_was_found_and_the_limit(bomb: WildImage, decode: Callable[..., Any]) -> None:
+    with pytest.raises(DataError) as refused:
+        decode(bomb.data)
+    assert bomb.reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# --- pixels
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("decode", WAYS)
+def test_an_image_of_as_many_pixels_as_are_allowed_is_read_and_of_one_more_is_not(
+    kind: str, decode: Callable[..., Any]
+) -> None:
+    data = encoded(noise(8, 9), kind)
+    assert np.asarray(decode(data, limits=ImageSettings(max_pixels=72))).shape == (8, 9, 3)
+    with pytest.raises(DataError, match=r"^9 x 8 pixels, more than images\.max_pixels 71$"):
+        decode(data, limits=ImageSettings(max_pixels=71))
+
+
+def test_the_usual_limit_is_the_one_that_pillow_warns_above() -> None:
+    assert Image.MAX_IMAGE_PIXELS == ImageSettings().max_pixels == MAX_PIXELS
+
+
+# --- memory
+
+# For tables, pieces of the image and blocks of the file.
+_BESIDE = 8 * 2**20
+_SIDE = 1536
+_PEAKS = """
+import json, os, resource, sys
+from pathlib import Path
+from milan_pipe.config.images import ImageSettings
+from milan_pipe.images import decode
+from PIL import Image
+Image.init()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for file in sorted(Path(sys.argv[1]).iterdir()):
+    for way in ("decode_image", "decode_pixels"):
+        # A process for each: a peak does not go down.
+        if not os.fork():
+            data, before = file.read_bytes(), peak()
+            getattr(decode, way)(data, limits=ImageSettings(max_pixels=int(sys.argv[2])))
+            print(json.dumps([file.name, way, peak() - before]), flush=True)
+            os._exit(0)
+        os.wait()
+"""
+
+
+def _costly() -> dict[str, bytes]:
+    side, turned = _SIDE, Image.Exif()
+    turned[0x0112] = 6
+    colours = chunk(b"tRNS", bytes(6))
+    jpeg: dict[str, Any] = {"progressive": True, "subsampling": 0, "exif": turned}
+    return {
+        "rgba of 16 bits": blank_png(side, side, 16, 4),
+        "clear colour": blank_png(side, side, 8, 3, colours),
+        "turned rgba": encoded(Image.new("RGBA", (side, side)), exif=turned),
+        "grey of 16 bits": blank_png(side, side, 16, 1),
+        "progressive": encoded(Image.new("RGB", (side, side)), "JPEG", **jpeg),
+        "progressive cmyk": encoded(Image.new("CMYK", (side, side)), "JPEG", **jpeg),
+        "progressive that Pillow decodes": many_scans(Image.new("RGB", (side, side)), 20, subsampling=0),
+        "webp": encoded(Image.new("RGBA", (side, side)), "WEBP", lossless=True, method=0, exif=turned),
+        "gif": encoded(Image.new("P", (side, side)), "GIF"),
+        "bmp": encoded(Image.new("RGB", (side, side)), "BMP"),
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count the peak of memory in other units")
+def test_a_decode_takes_no_more_memory_than_is_said(tmp_path: Path) -> None:
+    found = _costly()
+    for name, data in found.items():
+        (tmp_path / name).write_bytes(data)
+    words = [sys.executable, "-c", _PEAKS, str(tmp_path), str(_SIDE**2)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    peaks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(peaks) == 2 * len(found)
+    over = {(name, way): (peak - _BESIDE) / _SIDE**2 for name, way, peak in peaks}
+    assert {which: each for which, each in over.items() if each > (16 if "webp" in which else 12)} == {}
+    # It is measured at all.
+    assert min(peak for _, _, peak in peaks) > 2 * _SIDE**2
+
+
+# --- scans
+
+
+def test_scans_are_those_of_the_image_alone() -> None:
+    thumbnail = many_scans(scene(), 200)
+    exif = Image.Exif()
+    exif[0x9286] = thumbnail
+    plain = encoded(scene(), "JPEG", progressive=True, quality=95)
+    holding = encoded(scene(), "JPEG", progressive=True, quality=95, exif=exif)
+    assert holding.count(b"\xff\xda") > 200
+    for data in (holding, plain + thumbnail):
+        np.testing.assert_array_equal(decode_pixels(data), decode_pixels(plain))
+
+
+@pytest.mark.filterwarnings("ignore:.*progressive")
+@pytest.mark.parametrize("decode", WAYS)
+def test_an_image_of_as_many_scans_as_are_allowed_is_read_and_of_one_more_is_not(decode: Callable[..., Any]) -> None:
+    data = many_scans(scene(), 5)
+    scans = data.count(b"\xff\xda")
+    assert np.asarray(decode(data, limits=ImageSettings(max_scans=scans))).shape == scene().shape
+    with pytest.raises(DataError, match=f"^a JPEG of {scans} scans, more than images.max_scans {scans - 1}$"):
+        decode(data, limits=ImageSettings(max_scans=scans - 1))
+
+
+def test_a_cut_header_of_a_scan_is_no_reason_to_count_for_ever() -> None:
+    data = many_scans(scene(), 200)
+    for end in range(data.rindex(b"\xff\xda"), len(data)):
+        with pytest.raises(DataError, match="scans, more than"):
+            decode_pixels(data[:end])
+
+
+# --- seconds
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("PNG", "RGB", {}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+        ("JPEG", "CMYK", {"quality": 95}),
+        ("JPEG", "CMYK", {"quality": 95, "progressive": True}),
+    ],
+)
+@pytest.mark.parametrize("decode", WAYS)
+def test_an_image_that_takes_too_long_is_stopped(
+    kind: str, mode: str, options: dict[str, Any], decode: Callable[..., Any]
+) -> None:
+    data = encoded(noise(700, 700).convert(mode), kind, **options)
+    assert np.asarray(decode(data)).shape == (700, 700, 3)
+    with pytest.raises(DataError) as refused:
+        decode(data, limits=ImageSettings(max_seconds=1e-4))
+    assert re.fullmatch(
+        r"not decoded after \S+ s of one processor, more than images.max_seconds 0.0001", str(refused.value)
+    )
+
+
+@pytest.mark.parametrize("decode", WAYS)
+def test_an_image_of_many_short_reads_is_stopped(decode: Callable[..., Any]) -> None:
+    data = slow_bmp(50_000)
+    assert np.asarray(decode(data)).shape == (50, 1000, 3)
+    with pytest.raises(DataError, match=r"more than images\.max_seconds 0\.001"):
+        decode(data, limits=ImageSettings(max_seconds=1e-3))
+
+
+def test_a_header_without_an_end_is_stopped() -> None:
+    data = b"\xff\xd8" + b"\xff\xe2\0\2" * 100_000
+    with pytest.raises(DataError, match=r"more than images\.max_seconds 0\.01"):
+        decode_pixels(data, limits=ImageSettings(max_seconds=0.01))
+    png = encoded(scene())
+    with pytest.raises(DataError, match=r"more than images\.max_seconds 0\.01"):
+        decode_pixels(png[:33] + chunk(b"abCd", b"") * 100_000 + png[33:], limits=ImageSettings(max_seconds=0.01))
+
+
+def test_a_progressive_image_is_looked_at_more_often_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes a second a look."""
+    data = encoded(noise(200, 200), "JPEG", progressive=True)
+    assert 4 * 4096 < len(data) < 2**16
+    monkeypatch.setattr(time, "thread_time", itertools.count().__next__)
+    with pytest.raises(DataError, match=r"more than images\.max_seconds 2"):
+        decode_image(data, limits=ImageSettings(max_seconds=2))
+
+
+def test_time_of_other_threads_is_not_counted() -> None:
+    began, data = time.thread_time(), encoded(noise(64, 64))
+    while time.thread_time() - began < 0.1:
+        pass
+    assert decode_pixels(data, limits=ImageSettings(max_seconds=0.09)).shape == (64, 64, 3)
+
+
+# --- masks
+
+RULE = MaskRule(classes=3, ignore_index=255, zero_is_ignored=False)
+
+
+def test_a_mask_above_the_limits_is_a_wrong_one() -> None:
+    blank = encoded(Image.new("L", (9, 8)))
+    with pytest.raises(LabelError, match=r"^mask of 'k' cannot be decoded: 9 x 8 pixels, more than images\.max_pixels"):
+        decode_mask(blank, RULE, (8, 9), "k", ImageSettings(max_pixels=71))
+    with pytest.raises(LabelError, match=r"cannot be decoded: not decoded after .* images\.max_seconds 1e-05"):
+        decode_mask(encoded(noise(99, 99).convert("L")), RULE, (99, 99), "k", ImageSettings(max_seconds=1e-5))
+
+
+def test_a_mask_of_another_size_is_not_decoded() -> None:
+    with pytest.raises(LabelError, match="mask of 'k' has 9000 x 9000 pixels, its image 2 x 2"):
+        decode_mask(blank_png(9000, 9000, 8, 1, rows=0), RULE, (2, 2), "k")
+
+
+def test_a_mask_is_of_no_format_that_runs_a_program() -> None:
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\nshowpage\n"
+    with pytest.raises(LabelError, match="mask of 'k' cannot be decoded: not a PNG, BMP or TIFF image"):
+        decode_mask(page, RULE, (2, 2), "k")
