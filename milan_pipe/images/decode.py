@@ -19,8 +19,9 @@ from milan_pipe.errors import DataError, one_line
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
-# In how many bytes Pillow's decoder gets a progressive JPEG: a hundred may be a scan of the whole image.
-_PROGRESSIVE_BLOCK = 4096
+# In how many bytes Pillow's decoder gets a JPEG of more scans than usual: a hundred may be a scan of the whole image.
+_USUAL_SCANS = 20
+_SMALL_BLOCK = 4096
 # Of how many pixels modes are converted at a time, which takes several copies: a photograph of 512 x 512.
 _PIECE_PIXELS = 2**18
 
@@ -106,7 +107,7 @@ class _TimedFile(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
         # Of the many short reads of a header few: the clock takes longer than they do.
-        if not size or size >= _PROGRESSIVE_BLOCK or self._reads % 64 == 0:
+        if (size or 0) >= _SMALL_BLOCK or self._reads % 64 == 0:
             taken = time.thread_time() - self._began
             if taken > self._limits.max_seconds:
                 most = f"images.max_seconds {self._limits.max_seconds:g}"
@@ -126,16 +127,21 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
             raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
         # Of another JPEG a scan of the whole image takes a bit for each block of 64 pixels at least.
         if image.info.get("progressive"):
-            _require_few_scans(data, limits)
-            image.decodermaxblock = _PROGRESSIVE_BLOCK
+            scans = _scans_at_most(data)
+            if scans > limits.max_scans:
+                _require_few_scans(data, limits)
+            if scans > _USUAL_SCANS:
+                image.decodermaxblock = _SMALL_BLOCK
         yield image
 
 
+def _scans_at_most(data: bytes) -> int:
+    # Those of a thumbnail and of further images too. Faster than `bytes.count`.
+    pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
+    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
+
+
 def _require_few_scans(data: bytes, limits: ImageSettings) -> None:
-    # Those of a thumbnail and of further images too, and faster than `bytes.count`: enough for nearly all files.
-    pairs = (np.frombuffer(data, ">u2", (len(data) - start) // 2, start) for start in (0, 1))
-    if sum(np.count_nonzero(pair == 0xFFDA) for pair in pairs) <= limits.max_scans:
-        return
     scans, place = 0, 2
     while (marker := _JPEG_MARKER.search(data, place)) and marker[1] != _END:
         scans += marker[1] == _SCAN
