@@ -1,0 +1,319 @@
+"""Cases of one reader in a fork of this process, under watch, and what broke a promise.
+
+A case is a folder that a reader was made for, with one of its files changed. The reader gives something or raises a
+MilanError, within seconds and within memory. It writes nothing outside of the folder, starts and reaches nothing, and
+unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fuzz.mutate import STRINGS, Draw, mutated
+
+from milan_pipe.errors import MilanError
+
+Files = dict[str, bytes]
+
+SECONDS = 10
+_MORE_MEMORY, _MORE_ADDRESSES = 2**30, 2**32
+_HUNG = "Timeout ("
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A reader of what comes from outside.
+
+    Attributes:
+        make: writes one or several folders that it reads, `0`, `1`, ... in a folder.
+        read: reads one of them. An AssertionError is a broken promise too.
+        changed: pattern of the paths in a folder that are changed.
+        seal: fits digests of a folder's files to those that were changed; gets the path that was.
+        words: strings that mean something to it.
+        may_read_outside: what it reads may name files of this machine.
+        cases: in a run of the tests.
+    """
+
+    name: str
+    make: Callable[[Path], None]
+    read: Callable[[Path], object]
+    changed: str = ".*"
+    seal: Callable[[Files, str], None] | None = None
+    words: Sequence[str] = ()
+    may_read_outside: bool = False
+    cases: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """`what` is one line; cases of one bug have the same `where`."""
+
+    reader: str
+    seed: int
+    case: int
+    what: str
+    where: str
+    trace: str = ""
+
+    @property
+    def command(self) -> str:
+        """Does it again."""
+        return f"cd tests && python -m fuzz {self.reader} --seed {self.seed} --case {self.case}"
+
+    def __str__(self) -> str:
+        return f"{self.reader}, seed {self.seed}, case {self.case}: {self.what} at {self.where}. Again: {self.command}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    cases: int
+    refused: int
+    seconds: float
+    failures: list[Failure]
+
+
+class _Broken(BaseException):
+    """No handler of errors takes it for one of a library."""
+
+
+# --- watch --------------------------------------------------------------------------------------------------------
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.chmod": 1,
+            "os.chown": 1, "os.truncate": 1, "os.utime": 1}  # fmt: skip
+_NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pickle.find_class",
+          "socket.connect", "socket.getaddrinfo", "socket.sendto", "os.putenv", "os.unsetenv")  # fmt: skip
+
+
+class _Watch:
+    """Audits this process; `inside` is the folder of the case, None between cases."""
+
+    def __init__(self, root: Path, *, may_read_outside: bool) -> None:
+        self._root, self._may_read_outside = f"{root}/", may_read_outside
+        self.inside: str | None = None
+        self.broken: str | None = None
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, given: tuple[Any, ...]) -> None:
+        if self.inside is None:
+            return
+        if event == "open":
+            path, mode, flags = given
+            writes = flags & _WRITING if isinstance(flags, int) else set(mode or "r") & set("wax+")
+            self._require_inside(event, path, writes=bool(writes))
+        elif event in _CHANGES:
+            for path in given[: _CHANGES[event]]:
+                self._require_inside(event, path, writes=True)
+        elif event in _NEVER and not (event == "pickle.find_class" and given[0] == "numpy._core.multiarray"):
+            self._break(f"{event} {given[:2]!r}"[:200])
+
+    def _require_inside(self, event: str, path: Any, *, writes: bool) -> None:
+        if isinstance(path, int) or path is None or self.inside is None:
+            return
+        full = os.path.realpath(os.fsdecode(path))
+        if f"{full}/".startswith(self.inside) or full == "/dev/null":
+            return
+        if writes or (full.startswith(self._root) and not self._may_read_outside):
+            self._break(f"{event} of {full} outside of the folder")
+
+    def _break(self, what: str) -> None:
+        self.broken = self.broken or what
+        raise _Broken(what)
+
+
+def _memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split(maxsplit=1)[0]) * 1024
+
+
+def _watched(reader: Reader, folder: Path, watch: _Watch) -> tuple[str, BaseException | None]:
+    """What is wrong, empty if nothing is; and the error."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, error = _memory("VmRSS"), None
+    watch.broken, watch.inside = None, f"{folder}/"
+    try:
+        reader.read(folder)
+    except BaseException as raised:
+        error = raised
+    finally:
+        watch.inside = None
+    if watch.broken:
+        return watch.broken, error
+    if error is not None and not isinstance(error, MilanError):
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", error
+    if error is not None and "\n" in str(error):
+        return f"the message has several lines: {str(error)[:200]!r}", error
+    grown = _memory("VmHWM") - before
+    return (f"memory grew by {grown >> 20} MiB" if grown > _MORE_MEMORY else ""), error
+
+
+def _place_of(error: BaseException | None) -> str:
+    """The innermost line of the package, or the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    own = [frame for frame in frames if "/milan_pipe/" in frame.filename] or frames
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "nowhere"
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def _tree(folder: Path) -> Files:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Corpus:
+    """The folders of a reader, one of which is changed at a time."""
+
+    def __init__(self, reader: Reader, root: Path) -> None:
+        self._reader, self._words = reader, (*STRINGS, *reader.words * 3)
+        made = root / "made"
+        made.mkdir(parents=True)
+        reader.make(made)
+        self._folders = sorted(folder for folder in made.iterdir() if folder.is_dir())
+        self._files = [_tree(folder) for folder in self._folders]
+        self._inside = [{path for path in folder.rglob("*")} for folder in self._folders]
+        self._now: list[Files] = [dict(files) for files in self._files]
+        # By kind and not by path: most files of a store are chunks.
+        self._kinds = [_kinds(files, reader.changed) for files in self._files]
+
+    def case(self, seed: int, number: int) -> Path:
+        """The folder of a case; that of the one before is whole again."""
+        draw = Draw("fuzz", self._reader.name, seed, number)
+        at = draw.below(len(self._folders))
+        kind = draw.of(sorted(self._kinds[at]))
+        path, before = draw.of(self._kinds[at][kind]), self._files[at]
+        others = [files[one] for files, kinds in zip(self._files, self._kinds, strict=True) for one in kinds.get(kind, ())]
+        changed = {**before, path: mutated(path, before[path], draw.of(others), draw, self._words)}
+        if draw.one_in(50):
+            del changed[path]
+        elif self._reader.seal is not None:
+            self._reader.seal(changed, path)
+        self._put(at, changed)
+        return self._folders[at]
+
+    def restore(self, folder: Path) -> None:
+        """Undo a case, and what its reader wrote."""
+        at = self._folders.index(folder)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path not in self._inside[at]:
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._now[at] = {path: data for path, data in _tree(folder).items()}
+        self._put(at, self._files[at])
+
+    def _put(self, at: int, files: Mapping[str, bytes]) -> None:
+        now = self._now[at]
+        for path in now.keys() - files.keys():
+            (self._folders[at] / path).unlink()
+        for path, data in files.items():
+            if now.get(path) != data:
+                (self._folders[at] / path).parent.mkdir(parents=True, exist_ok=True)
+                (self._folders[at] / path).write_bytes(data)
+        self._now[at] = dict(files)
+
+
+def _kinds(files: Files, pattern: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in sorted(files):
+        if re.fullmatch(pattern, path):
+            found.setdefault(re.sub(r"\d+", "N", path), []).append(path)
+    return found
+
+
+def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: float) -> None:
+    """Do cases, and write a line for each that fails, and one at the end."""
+    warnings.simplefilter("ignore")
+    corpus = Corpus(reader, root)
+    for folder in sorted((root / "made").iterdir()):
+        # What is whole is read, and lazy imports are done.
+        reader.read(folder)
+        corpus.restore(folder)
+    watch = _Watch(root, may_read_outside=reader.may_read_outside)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _MORE_ADDRESSES, resource.RLIM_INFINITY))
+    began, refused, case = time.monotonic(), 0, first
+    with (root / "now").open("w") as now:
+        while case < stop and time.monotonic() - began < seconds:
+            os.pwrite(now.fileno(), f"{case:12d}{refused:12d}".encode(), 0)
+            folder = corpus.case(seed, case)
+            tempfile.tempdir = str(folder)
+            # A watchdog of its own thread: the library may hold the interpreter.
+            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            what, error = _watched(reader, folder, watch)
+            faulthandler.cancel_dump_traceback_later()
+            corpus.restore(folder)
+            refused += error is not None
+            if what:
+                trace = "".join(traceback.format_exception(error))[-4000:] if error is not None else ""
+                failure = Failure(
+                    reader=reader.name, seed=seed, case=case, what=what, where=_place_of(error), trace=trace
+                )
+                print(json.dumps(asdict(failure)), flush=True)
+            case += 1
+    print(json.dumps({"cases": case - first, "refused": refused}), flush=True)
+
+
+def _in_child(reader: Reader, root: Path, *cases: Any) -> int:
+    """Do cases in a fork of this process; returns its status, as of `waitpid`."""
+    root.mkdir()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for number, name in ((1, "lines"), (2, "stderr")):
+                os.dup2(os.open(root / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            _run(reader, root, *cases)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def run_reader(
+    reader: Reader, root: Path, *, seed: int, first: int = 0, cases: int = sys.maxsize, seconds: float = 86400
+) -> Outcome:
+    """Do cases `first` and on of a reader; a process that hangs or dies is a failure, and another one goes on.
+
+    Raises:
+        RuntimeError: the reader does not read what is whole.
+    """
+    failures: list[Failure] = []
+    began, case, stop, refused, attempt = time.monotonic(), first, first + cases, 0, 0
+    while (left := seconds - (time.monotonic() - began)) > 0 and case < stop:
+        own = root / f"{reader.name}-{attempt}"
+        attempt += 1
+        status = _in_child(reader, own, seed, case, stop, left)
+        said = (own / "stderr").read_text(errors="replace")[-4000:]
+        lines = [json.loads(line) for line in (own / "lines").read_text().splitlines() if line.startswith("{")]
+        failures += [Failure(**line) for line in lines if "where" in line]
+        now = (own / "now").read_text() if (own / "now").exists() else ""
+        shutil.rmtree(own)
+        if ends := [line for line in lines if "cases" in line]:
+            case, refused = case + ends[0]["cases"], refused + ends[0]["refused"]
+            continue
+        if not now:
+            raise RuntimeError(f"reader {reader.name} does not read what is whole:\n{said}")
+        hung = _HUNG in said
+        what = f"hung for {SECONDS} s" if hung else f"the process ended with {os.waitstatus_to_exitcode(status)}"
+        case, refused = int(now[:12]), refused + int(now[12:])
+        found = re.search(r'/milan_pipe/(?:.*/)?(\S+\.py)", line (\d+)', said)
+        where = f"{found[1]}:{found[2]}" if found else "nowhere"
+        failures.append(Failure(reader=reader.name, seed=seed, case=case, what=what, where=where, trace=said))
+        case += 1
+    return Outcome(cases=case - first, refused=refused, seconds=time.monotonic() - began, failures=failures)
