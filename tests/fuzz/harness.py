@@ -13,12 +13,13 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ Files = dict[str, bytes]
 
 SECONDS = 10
 _MORE_MEMORY, _MORE_ADDRESSES = 2**30, 2**32
-_HUNG = "Timeout ("
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,15 @@ def _tree(folder: Path) -> Files:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All that lies below a folder, the innermost first."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            yield entry
+
+
 class Corpus:
     """The folders of a reader, one of which is changed at a time."""
 
@@ -185,8 +194,11 @@ class Corpus:
         reader.make(made)
         self._folders = sorted(folder for folder in made.iterdir() if folder.is_dir())
         self._files = [_tree(folder) for folder in self._folders]
-        self._inside = [{path for path in folder.rglob("*")} for folder in self._folders]
-        self._now: list[Files] = [dict(files) for files in self._files]
+        # Of each path that belongs there, when its file was last written.
+        self._written = [
+            {entry.path: entry.stat().st_mtime_ns for entry in _entries(str(folder))} for folder in self._folders
+        ]
+        self._changed: set[str] = set()
         # By kind and not by path: most files of a store are chunks.
         self._kinds = [_kinds(files, reader.changed) for files in self._files]
 
@@ -202,27 +214,37 @@ class Corpus:
             del changed[path]
         elif self._reader.seal is not None:
             self._reader.seal(changed, path)
-        self._put(at, changed)
+        for one, data in changed.items():
+            if data is not before[one]:
+                (self._folders[at] / one).write_bytes(data)
+                self._changed.add(one)
+        if path not in changed:
+            (self._folders[at] / path).unlink()
+            self._changed.add(path)
         return self._folders[at]
 
     def restore(self, folder: Path) -> None:
         """Undo a case, and what its reader wrote."""
         at = self._folders.index(folder)
-        for path in sorted(folder.rglob("*"), reverse=True):
-            if path not in self._inside[at]:
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._now[at] = {path: data for path, data in _tree(folder).items()}
-        self._put(at, self._files[at])
-
-    def _put(self, at: int, files: Mapping[str, bytes]) -> None:
-        now = self._now[at]
-        for path in now.keys() - files.keys():
-            (self._folders[at] / path).unlink()
-        for path, data in files.items():
-            if now.get(path) != data:
-                (self._folders[at] / path).parent.mkdir(parents=True, exist_ok=True)
-                (self._folders[at] / path).write_bytes(data)
-        self._now[at] = dict(files)
+        files, written, seen = self._files[at], self._written[at], set()
+        for entry in _entries(str(folder)):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if entry.path not in written:
+                os.rmdir(entry.path) if is_folder else os.unlink(entry.path)
+                continue
+            seen.add(entry.path)
+            if not is_folder and entry.stat().st_mtime_ns != written[entry.path]:
+                self._changed.add(entry.path[len(str(folder)) + 1 :])
+        for missing in written.keys() - seen:
+            self._changed.add(missing[len(str(folder)) + 1 :])
+        for path in sorted(self._changed):
+            if path not in files:
+                (folder / path).mkdir(exist_ok=True)
+                continue
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(files[path])
+            written[str(folder / path)] = (folder / path).stat().st_mtime_ns
+        self._changed.clear()
 
 
 def _kinds(files: Files, pattern: str) -> dict[str, list[str]]:
@@ -241,6 +263,9 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
         # What is whole is read, and lazy imports are done.
         reader.read(folder)
         corpus.restore(folder)
+    # Where it hangs is told, and the process ends, whoever holds the interpreter.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
     watch = _Watch(root, may_read_outside=reader.may_read_outside)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _MORE_ADDRESSES, resource.RLIM_INFINITY))
     began, refused, case = time.monotonic(), 0, first
@@ -249,10 +274,9 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
             os.pwrite(now.fileno(), f"{case:12d}{refused:12d}".encode(), 0)
             folder = corpus.case(seed, case)
             tempfile.tempdir = str(folder)
-            # A watchdog of its own thread: the library may hold the interpreter.
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
             what, error = _watched(reader, folder, watch)
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             corpus.restore(folder)
             refused += error is not None
             if what:
@@ -309,8 +333,8 @@ def run_reader(
             continue
         if not now:
             raise RuntimeError(f"reader {reader.name} does not read what is whole:\n{said}")
-        hung = _HUNG in said
-        what = f"hung for {SECONDS} s" if hung else f"the process ended with {os.waitstatus_to_exitcode(status)}"
+        ended = os.waitstatus_to_exitcode(status)
+        what = f"hung for {SECONDS} s" if ended == -signal.SIGALRM else f"the process ended with {ended}"
         case, refused = int(now[:12]), refused + int(now[12:])
         found = re.search(r'/milan_pipe/(?:.*/)?(\S+\.py)", line (\d+)', said)
         where = f"{found[1]}:{found[2]}" if found else "nowhere"

@@ -205,8 +205,7 @@ def _changed(values: Any, draw: Draw, words: Sequence[str], raw: list[str], raws
 
 def _filled(text: str, raw: Sequence[str]) -> bytes:
     for number, value in enumerate(raw):
-        text = text.replace(f'"@raw{number}@"', value).replace(f"'@raw{number}@'", value)
-        text = text.replace(f'"@again{number}@"', value).replace(f"'@again{number}@'", value)
+        text = text.replace(f'"@raw{number}@"', value).replace(f'"@again{number}@"', value)
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -221,13 +220,11 @@ def change_json(data: bytes, draw: Draw, words: Sequence[str]) -> bytes:
 
 
 def _change_yaml(data: bytes, draw: Draw, words: Sequence[str]) -> bytes:
-    values, raw = yaml.safe_load(data), []
+    values, raw = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), []
     for _ in range(draw.of((1, 1, 1, 2, 4))):
         values = _changed(values, draw, words, raw, (*_RAW, *_YAML_RAW, *_YAML_RAW))
-    text = yaml.safe_dump(values, sort_keys=False, width=10**6)
-    for number, value in enumerate(raw):
-        text = text.replace(f"'@raw{number}@'", value).replace(f"'@again{number}@'", value)
-    return text.encode("utf-8", "surrogatepass")
+    text = json.dumps(values, ensure_ascii=False)
+    return _filled(text, raw)
 
 
 def _change_lines(data: bytes, draw: Draw, words: Sequence[str]) -> bytes:

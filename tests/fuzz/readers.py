@@ -243,6 +243,10 @@ def _class_lists(folder: Path) -> None:
         (folder / name.partition(".")[0]).rmdir()
 
 
+def _read_class_list(where: Path) -> None:
+    read_classes(where / where.name.removesuffix("-folder"))
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -774,7 +778,7 @@ READERS = {
         Reader(name="image", make=_one_image, read=_read_images),
         Reader(name="image-tar", make=_shards, read=_read_shards, changed=r".*\.tar"),
         Reader(name="image-index", make=_indexes, read=_read_index, changed=r".*index\.json|\.prepare-is-running"),
-        Reader(name="class-list", make=_class_lists, read=lambda where: read_classes(next(where.iterdir()))),
+        Reader(name="class-list", make=_class_lists, read=_read_class_list),
         Reader(
             name="list", make=_lists, read=_read_tables, changed=r"list\..*", may_read_outside=True,
             words=("path", "label", "caption", "images/0.png", '"', '""', "url", "1.0", "-1"),
