@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _RAN_OUT: dict[int | None, str] = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
@@ -47,6 +50,13 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def first_problem(error: ValidationError) -> str:
+    """The first value that pydantic refused: where it stands, what is expected, and what was found."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return f"{where}: {first['msg']}, found {str(first['input'])[:80]!r}"
+
+
 def without_secrets(text: str) -> str:
     """Text to show or keep: without tokens of the hub, users and passwords of URLs, and what their queries hold."""
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
@@ -60,10 +70,10 @@ def printable(text: str) -> str:
 
 
 class MilanError(Exception):
-    """Root of all errors that milan_pipe raises on purpose. Its message is `printable`, whatever it quotes."""
+    """Root of all errors that milan_pipe raises on purpose. Its message is one `printable` line, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(message).replace("\n", "\\n"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Dask's own way to pickle errors fails with those that are OSError and another built-in error.
