@@ -69,6 +69,12 @@ class _Repository:
             raise SettingError(f"{self.name!r} is no name of a repository: {one_line(error)}") from error
         except UNREACHABLE as error:
             raise StoreError(hub_reason(error, f"datasets/{self.name}", what)) from error
+        # huggingface_hub takes an answer apart as if it always were what it should be.
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise StoreError(
+                f"{constants.ENDPOINT} answers for the {what} of repository datasets/{self.name} with what is no such "
+                f"thing ({type(error).__name__}: {one_line(error)}); try again, or update huggingface_hub"
+            ) from error
 
     def _pinned(self) -> str:
         with self._asking, self._errors(f"revision {self._revision}"):
@@ -101,9 +107,19 @@ class _Repository:
                 )
                 # The library waits for ever for each page of a list.
                 pages = Background(iter(found), ahead=_PAGE, name="hub", seconds=_SECONDS)
-                return [(entry.path, entry.size if isinstance(entry, RepoFile) else None) for entry in pages]
+                return [_of_tree(entry) for entry in pages]
             except errors.EntryNotFoundError:
                 return []
+
+
+def _of_tree(entry: Any) -> tuple[str, int | None]:
+    """Path and size of what is in a tree; TypeError or ValueError where it has none."""
+    path, size = entry.path, entry.size if isinstance(entry, RepoFile) else None
+    if not isinstance(path, str) or type(size) not in (int, type(None)):
+        raise TypeError(f"path {path!r}, size {size!r}")
+    if {"", ".", ".."} & {*path.split("/")}:
+        raise ValueError(f"path {path!r}")
+    return path, size
 
 
 class HubFolder(RemoteFolder):
@@ -156,7 +172,7 @@ class HubFolder(RemoteFolder):
         with self._errors("", "listed"):
             start = f"{self._prefix}/" if self._prefix else ""
             found = self._repository.tree(self._prefix, recursive=recursive)
-            paths = {path.removeprefix(start): size for path, size in sorted(found)}
+            paths = {path.removeprefix(start): size for path, size in sorted(dict(found).items())}
             return {path: size for path, size in paths.items() if not any(map(is_foreign, path.split("/")))}
 
     def listing(self) -> Listing:
