@@ -37,11 +37,12 @@ def read_regular(path: Path) -> bytes:
 def read_file(path: Path) -> bytes:
     """Bytes of an encoded image; raises DataError where it is larger than `MAX_ENCODED_BYTES` or cannot be read."""
     try:
-        if path.stat().st_size > MAX_ENCODED_BYTES:
-            raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
-        return read_regular(path)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
+        if path.stat().st_size <= MAX_ENCODED_BYTES:
+            return read_regular(path)
+    # A list may name a path with a zero byte, which is a ValueError.
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    raise DataError(f"larger than {MAX_ENCODED_BYTES} bytes")
 
 
 def files_under(folder: Path, suffixes: Container[str] | None = None) -> list[Path]:

@@ -79,7 +79,7 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
     if marker.exists():
         # An earlier run was killed: every shard with a name of ours is from it, or from the index that it replaced.
         own |= {name for name in present if _SHARD_NAME.fullmatch(name)}
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             earlier = earlier or json.loads(marker.read_bytes())
     foreign = sorted(present - own)
     if foreign:

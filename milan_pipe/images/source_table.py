@@ -283,7 +283,9 @@ def _columns(file: ShardFile, header: Header, settings: PrepareSettings) -> _Col
     others = [name for name in kinds if name != image]
     label, caption = settings.label_column, settings.caption_column
     if label is None:
-        label = _named(others, _LABEL_NAMES) or _only(file, "label", list(header.class_names))
+        label = _named(others, _LABEL_NAMES) or _only(
+            file, "label", [name for name in header.class_names if name in others]
+        )
     if label and kinds[label] not in ("text", "number"):
         raise LabelError(
             f"{file}: column {label} has values of type {kinds[label]}, no labels; expected whole numbers from 0, or "

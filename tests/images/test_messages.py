@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from support.messages import Case, require_message
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, LabelError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, read_index, write_index
+from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, begin_index, read_index, write_index
+from milan_pipe.images.masked import MaskRule, decode_mask, read_classes
 from milan_pipe.images.prepare import prepare
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import read_shard
@@ -420,3 +423,33 @@ CASES: dict[str, Case] = {
 def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_message(CASES[case])
+
+
+DEEP = "[" * 100_000
+
+
+def test_a_class_list_that_is_too_deep_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text(DEEP)
+    with pytest.raises(DataError, match=r"class list .* cannot be read"):
+        read_classes(tmp_path / "classes.json")
+
+
+def test_what_an_earlier_prepare_said_may_be_damaged(tmp_path: Path) -> None:
+    (tmp_path / PREPARE_MARKER).write_text(DEEP)
+    begin_index(tmp_path, {"kind": "demo"})
+    assert json.loads((tmp_path / PREPARE_MARKER).read_text()) == {"kind": "demo"}
+
+
+def test_a_mask_that_says_it_is_huge_is_one_error() -> None:
+    data = png(np.zeros((5, 7), np.uint8))
+    header = b"IHDR" + struct.pack(">II", 2**15, 2**15) + data[24:29]
+    data = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    with pytest.raises(LabelError, match="mask of 'k'"):
+        decode_mask(data, MaskRule(classes=2, ignore_index=255, zero_is_ignored=False), (5, 7), "k")
+
+
+def test_a_path_with_a_zero_byte_is_an_image_that_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "list.csv").write_bytes(b"path\na.png\nb\0.png\n")
+    report = prepare(tmp_path / "list.csv", tmp_path / "out", PrepareSettings(), workers=1)
+    assert [reason for _, reason in report.bad] == ["cannot be read: embedded null byte"]

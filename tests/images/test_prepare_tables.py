@@ -531,3 +531,11 @@ def test_a_damaged_table(tmp_path: Path) -> None:
     source.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
         run(source, tmp_path / "out", workers=2, samples_per_shard=10)
+
+
+def test_class_names_of_a_column_that_is_not_there_are_passed_over(tmp_path: Path) -> None:
+    features = {"kind": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
+    table = pa.table({"image": [png(np.zeros((5, 7, 3), np.uint8))]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareSettings(), workers=1).classes is None
