@@ -68,9 +68,27 @@ class Params(Settings):
     clip: ClipSettings = Field(default_factory=ClipSettings)
 
 
+_MOST_VALUES = 100_000
+# Of a number, a date or a truth value that is none, the library raises what Python does.
+_NO_VALUE = (yaml.YAMLError, ValueError, LookupError, RecursionError)
+
+
+def _load(text: str) -> Any:
+    """What YAML holds; raises one of `_NO_VALUE`."""
+    content = yaml.safe_load(text)
+    # Aliases of aliases are few bytes and more values than can be looked at, or values in themselves.
+    left = [content]
+    for _ in range(_MOST_VALUES):
+        if not left:
+            return content
+        value = left.pop()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
+    raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError(f"params file {path} is not there") from None
     except yaml.MarkedYAMLError as error:
@@ -78,7 +96,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         # It writes what it expected as `<block end>`.
         problem = str(error.problem).replace("<", "").replace(">", "")
         raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_NO_VALUE) as error:
         raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
         return {}
@@ -96,8 +114,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise SettingError(f"--set {override!r} is not understood, expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _load(text)
+    except _NO_VALUE:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
     given = {key: value} if dot else _expanded(section, value)

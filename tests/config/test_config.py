@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from milan_pipe.config.params import Params, load_params
+from milan_pipe.errors import SettingError
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +81,36 @@ def test_a_shells_pipe_is_read(tmp_path: Path) -> None:
     writer.start()
     assert load_params(tmp_path / "pipe.yaml").masking.seed == 5
     writer.join()
+
+
+BOMB = (
+    "a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+    "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
+    "e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\nviews: [*e, *e, *e, *e, *e, *e, *e, *e, *e, *e]\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "views: &v [*v]",
+        f"views: {{seed: {'9' * 5000}}}",
+        f"views: {'[' * 3000}",
+        "views: {seed: !!float x}",
+        "views: {seed: !!bool maybe}",
+        "views: {seed: 2001-99-99}",
+    ],
+    ids=["aliases of aliases", "a list in itself", "digits", "depth", "float", "bool", "date"],
+)
+def test_yaml_that_is_no_settings_is_one_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingError, match=r"params\.yaml cannot be read"):
+        load_params(file)
+
+
+@pytest.mark.parametrize("value", ["2001-99-99", "!!bool maybe", "9" * 5000, "[" * 3000])
+def test_a_value_of_set_that_is_none_is_one_error(value: str) -> None:
+    with pytest.raises(SettingError, match="not valid YAML"):
+        load_params(None, [f"views.seed={value}"])
