@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from milan_pipe.errors import DataError, LabelError, MilanError
+from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, system_reason
 from milan_pipe.random_bits import permutation
 
 T = TypeVar("T")
@@ -126,6 +126,16 @@ class _Batches(Dataset[Any], Generic[T, B]):
             raise DataError(f"{_TRIES} images in a row cannot be read, the first is {key!r}: {reason}")
 
 
+def _listed(file: Path) -> set[str]:
+    try:
+        return {str(json.loads(line)["key"]) for line in file.read_text(encoding="utf-8").splitlines()}
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
+    # A full disk cuts its last line.
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({one_line(error)}); remove it, and the run lists them anew") from error
+
+
 class BadImages:
     """Images that cannot be read, each once; too many of them end the run.
 
@@ -135,8 +145,7 @@ class BadImages:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        lines = file.read_text(encoding="utf-8").splitlines() if file is not None and file.is_file() else []
-        self._written = {json.loads(line)["key"] for line in lines}
+        self._written = _listed(file) if file is not None and file.is_file() else set()
         self._images, self._most = 0, float("inf")
         self.keys: dict[str, str] = {}
 

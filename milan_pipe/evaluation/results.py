@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from milan_pipe.errors import DataError
+from pydantic import TypeAdapter, ValidationError
+
+from milan_pipe.errors import DataError, first_problem
 from milan_pipe.storage.local import write_file
 
 FOLDER = "evaluations"
@@ -37,6 +38,7 @@ class Evaluation:
     command: str
 
 
+_KEPT = TypeAdapter(Evaluation)
 ADVICE = "name another folder with --keep, which `milan-pipe report` is then given with --evaluations"
 
 
@@ -53,13 +55,14 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for file in sorted(folder.glob("[!.]*.json")):
         try:
-            values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if values.pop("version") != _VERSION:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values["version"] != _VERSION:
                 raise ValueError("another version")
-            found.append(Evaluation(**values))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found.append(_KEPT.validate_python(values))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            what = first_problem(error) if isinstance(error, ValidationError) else error
             raise DataError(
-                f"{file} is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept ({error}); remove "
+                f"{file} is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept ({what}); remove "
                 "it, and run them again"
             ) from error
     return found

@@ -396,3 +396,19 @@ CASES: dict[str, Case] = {
 def test_messages(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_message(case)
+
+
+@pytest.mark.parametrize("text", ['{"key": "a"}\n{"key": "b', "[]\n", "\xff\n", '{"k": 1}\n', "[" * 100_000])
+def test_a_list_of_bad_images_that_was_cut_says_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad_samples.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"is damaged .*; remove it, and the run lists them anew"):
+        BadImages(tmp_path / "bad_samples.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[" * 100_000, '{"version": 1, "task": 5}', '{"version": 1, "scores": {"a": []}}']
+)
+def test_a_kept_result_of_another_form_is_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "knn-1.json").write_text(text)
+    with pytest.raises(DataError, match="is no result that"):
+        read_evaluations(tmp_path)
