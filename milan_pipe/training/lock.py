@@ -135,7 +135,7 @@ def _lock(handle: int, run: Path, file: Path) -> dict[str, Any]:
 
 
 def _owner(handle: int) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(os.pread(handle, 4096, 0))
         return found if isinstance(found, dict) else {}
     return {}

@@ -119,7 +119,7 @@ def test_of_many_at_once_one_goes_on(tmp_path: Path) -> None:
     assert sorted(line.partition(" ")[0] for line in lines) == ["error:", "error:", "held"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0\0"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0\0", "[" * 5000])
 def test_a_lock_file_that_says_nothing_is_taken(tmp_path: Path, content: str) -> None:
     (tmp_path / ".lock").write_text(content)
     with only_writer(tmp_path, ONE):
