@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from milan_pipe.config.teachers import Standardisation
-from milan_pipe.errors import DataError, SettingError
+from milan_pipe.errors import DataError, MismatchError, SettingError
 
 _LEAST_VARIANCE = 1e-12
 
@@ -128,14 +128,20 @@ def standardise_of(kind: Standardisation, statistics: Mapping[str, Tensor], widt
 
     Raises:
         SettingError: no Hadamard matrix of this width is known.
+        MismatchError: the statistics are of other features.
     """
     if kind == "phi-s" and "matrix_TT" not in statistics:
         raise SettingError(
             f"teachers.standardise is 'phi-s', and no Hadamard matrix of {width} rows is known; use 'scale'"
         )
     module = Standardise(kind, width)
-    module.spread.copy_(statistics[f"spread.{kind}"])
     for name, buffer in module.named_buffers():
-        if name != "spread":
-            buffer.copy_(statistics[name])
+        kept = f"spread.{kind}" if name == "spread" else name
+        if kept not in statistics or statistics[kept].shape != buffer.shape:
+            shape = f"of shape {tuple(statistics[kept].shape)}" if kept in statistics else "missing"
+            raise MismatchError(
+                f"statistics of features {width} wide: {kept} is {shape}, expected {tuple(buffer.shape)}; remove their "
+                "file, and they are fitted anew"
+            )
+        buffer.copy_(statistics[kept])
     return module

@@ -294,3 +294,15 @@ CASES: dict[str, Case] = {
 def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_message(CASES[case])
+
+
+@pytest.mark.parametrize("change", ["lost", "of another width"])
+@pytest.mark.parametrize("name", ["mean_T", "scale_T", "matrix_TT", "spread.phi-s", "spread.scale"])
+def test_kept_statistics_of_other_features_are_one_error(name: str, change: str) -> None:
+    found = fit_statistics([torch.randn(40, 4, generator=torch.Generator().manual_seed(0))], 4)
+    kind = "phi-s" if name in ("matrix_TT", "spread.phi-s") else "scale"
+    value = found.pop(name)
+    if change == "of another width":
+        found[name] = value[None]
+    with pytest.raises((MismatchError, SettingError), match=f"{name} is|'phi-s'"):
+        standardise_of(kind, found, 4)  # type: ignore[arg-type]
