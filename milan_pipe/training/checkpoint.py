@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.digests import sha256_of_file, verified, with_digest
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
+from milan_pipe.errors import (
+    DataError,
+    MilanError,
+    MismatchError,
+    MissingError,
+    StoreError,
+    first_problem,
+    system_reason,
+)
 from milan_pipe.storage import location_of
 from milan_pipe.weights_file import load_tensors, write_weights
 
@@ -35,6 +44,55 @@ _OF_NO_EFFECT = frozenset(
 """What converting a store changes, or what is said of it, and no value that is trained on; `order` is judged apart."""
 
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
+
+
+class _File(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Teacher(BaseModel):
+    model: str
+    weights_sha256: str
+
+
+class _Store(BaseModel):
+    targets: str
+    teacher: _Teacher
+
+
+class _Settings(BaseModel):
+    target: str = "clip"
+    decoder: dict[str, Any] = {}
+    masking: dict[str, Any] = {}
+    teachers: dict[str, Any] = {}
+
+
+class _Targets(BaseModel):
+    views: dict[str, Any] = {}
+
+
+class _Configuration(BaseModel):
+    student: dict[str, Any] = {}
+    targets: _Targets = _Targets()
+
+
+class _Known(BaseModel, strict=True):
+    """What others read of a record; each task has more."""
+
+    step: NonNegativeInt
+    task: str | None = None
+    finished: bool = False
+    student: dict[str, Any] | None = None
+    teacher: _Teacher | None = None
+    settings: _Settings = _Settings()
+    configuration: _Configuration = _Configuration()
+    targets: str | None = None
+    others: list[_Store] = []
+    command: str = ""
+    data: str = ""
+    backbone: str = ""
+    files: dict[str, _File] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +245,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise DataError(f"{file} is damaged ({type(error).__name__}); {_advice(folder)}") from error
     if version != CHECKPOINT_VERSION:
         raise MismatchError(f"{folder} has checkpoint version {version}, this milan-pipe reads {CHECKPOINT_VERSION}")
-    if not {"sha256", "files"} & found.keys():
-        return Checkpoint(path=folder, record=found)
-    record = verified(found)
-    if record is None or "files" not in record:
+    # The earliest checkpoints have no digests.
+    record = verified(found) if {"sha256", "files"} & found.keys() else found
+    if record is None or ("files" in found) != ("sha256" in found):
         raise DataError(f"{file} is damaged: its values do not fit their digest; {_advice(folder)}")
-    files = record.pop("files")
-    return Checkpoint(path=folder, record=record, files=files)
+    try:
+        _Known.model_validate(record)
+    except ValidationError as error:
+        raise DataError(f"{file} was not written by milan-pipe: {first_problem(error)}; {_advice(folder)}") from error
+    return Checkpoint(path=folder, record=record, files=record.pop("files", None))
 
 
 def describe_last_checkpoint(run: Path) -> str:
@@ -223,7 +283,7 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
     ours = _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
     theirs = {name: value for name, value in _ADDED.items() if name in ours}
     theirs |= {former.get(name, name): value for name, value in _flat(found).items()}
-    if theirs.get("order") != ours.get("order") and not checkpoint.record["finished"]:
+    if theirs.get("order") != ours.get("order") and not checkpoint.record.get("finished"):
         versions = f"version {theirs.get('order', 1)}, here {ours.get('order', 1)}"
         raise MismatchError(
             f"{run} was begun by another version of milan-pipe, which takes samples in another order ({versions}); "

@@ -202,7 +202,7 @@ def _finished(run: Path, checkpoint: Checkpoint) -> RunReport:
     except OSError as error:
         found = f"{run / _REPORT} cannot be read: {system_reason(error)}"
         raise StoreError(f"{found}; {checkpoint.path} is that of the finished run") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         found = f"{run} holds a finished run ({checkpoint.path}) whose {_REPORT} cannot be read"
         raise DataError(f"{found} ({type(error).__name__}); its checkpoint can be used") from error
 
@@ -238,6 +238,6 @@ def run_task(
         ranks.require_same(task.configuration, "settings or data", "start all of them with the same")
         if previous is not None:
             require_same_configuration(previous, task.configuration, folder)
-            if previous.record["finished"]:
+            if previous.record.get("finished"):
                 return _finished(folder, previous)
         return _Run(folder, task, ranks, previous, on_progress).go()

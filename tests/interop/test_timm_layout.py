@@ -19,6 +19,7 @@ from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.training.checkpoint import save_checkpoint
 
+TEACHER = {"model": "demo", "weights_sha256": "ab" * 32}
 SMALL = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=4)
 NATIVE = StudentSettings(
     model="vit_tiny_patch16_224", image_size=224, patch_size=None, width=None, depth=None, heads=None
@@ -35,7 +36,7 @@ def saved(run: Path, settings: StudentSettings, *, step: int = 7) -> MaskedStude
         run,
         step,
         {"student": model.encoder.state_dict(), "decoder": model.decoder.state_dict()},
-        {"student": settings.model_dump(mode="json"), "teacher": {"model": "demo"}, "epochs": 3},
+        {"student": settings.model_dump(mode="json"), "teacher": TEACHER, "epochs": 3},
     )
     return model.eval()
 
@@ -68,7 +69,7 @@ def test_the_config_says_how_images_are_fed_and_where_the_weights_come_from(tmp_
     assert config["architecture"] == SMALL.model
     assert config["num_classes"] == 0
     assert not {"tag", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
-    assert config["milan_pipe"] == {"step": 7, "epochs": 3, "package_version": None, "teacher": {"model": "demo"}}
+    assert config["milan_pipe"] == {"step": 7, "epochs": 3, "package_version": None, "teacher": TEACHER}
     data = resolve_model_data_config(timm.create_model(f"local-dir:{report.folder}", pretrained=True))
     assert tuple(data["input_size"]) == (3, 32, 32)
     assert tuple(data["mean"]) == (0.485, 0.456, 0.406)

@@ -14,6 +14,7 @@ from support import processes
 from support.checkpoints import change_record
 from torch import Tensor
 
+from milan_pipe.digests import with_digest
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.training.checkpoint import (
     checkpoints_of,
@@ -289,3 +290,34 @@ def test_too_many_open_files_are_not_damage(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert all("cannot be read: too many open files" in line and "ulimit -n" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "7"),
+        ("step", -1),
+        ("task", 5),
+        ("finished", "yes"),
+        ("student", [1]),
+        ("teacher", {"model": "a"}),
+        ("settings", {"decoder": 5}),
+        ("configuration", {"targets": {"views": 1}}),
+        ("others", [{"targets": "t"}]),
+        ("command", None),
+    ],
+)
+def test_a_record_of_another_form_is_one_error_though_its_digest_fits(tmp_path: Path, name: str, value: object) -> None:
+    folder = save(tmp_path)
+    change_record(folder, lambda record: record.update({name: value}))
+    with pytest.raises(DataError, match=rf"checkpoint\.json was not written by milan-pipe: {name}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("files", [5, [], {"student.safetensors": 5}, {"student.safetensors": {"bytes": 3}}])
+def test_files_of_another_form_are_one_error_though_the_digest_fits(tmp_path: Path, files: object) -> None:
+    record = json.loads((save(tmp_path) / "checkpoint.json").read_text())
+    del record["sha256"]
+    (save(tmp_path) / "checkpoint.json").write_text(json.dumps(with_digest(record | {"files": files})))
+    with pytest.raises(DataError, match=r"was not written by milan-pipe: files"):
+        open_checkpoint(tmp_path)
