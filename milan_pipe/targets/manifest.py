@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from milan_pipe.digests import sha256_of, verified, with_digest
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MissingError, first_problem
 from milan_pipe.storage import Location
 from milan_pipe.targets.schema import FileRecord, ShardName, ShardRecord, SourceShard, StoreHeader, shard_path
 
@@ -78,11 +78,8 @@ def _checked(kind: TypeAdapter[T], values: Any, where: str) -> T:
     try:
         return kind.validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        location = ".".join(str(part) for part in first["loc"] if part != "[key]")
         raise DataError(
-            f"{where} was not written by milan-pipe: {location}: {first['msg']}, found {str(first['input'])[:80]!r}; "
-            "use a store that you trust"
+            f"{where} was not written by milan-pipe: {first_problem(error)}; use a store that you trust"
         ) from None
 
 
@@ -132,9 +129,11 @@ def _record_of(location: Location, name: str, data: bytes, expected: ManifestEnt
         what = f"does not fit its digest in {MANIFEST}"
     else:
         record = _checked(_RECORD, values, f"{location}/{_path(name)}")
-        if record.blocks.keys() <= record.files.keys():
+        if record.blocks.keys() <= record.files.keys() and all(
+            offset <= record.files[path].bytes for path, blocks in record.blocks.items() for offset, _ in blocks
+        ):
             return record, digest
-        what = "has blocks of files that it does not name"
+        what = "has blocks outside of the files that it names"
     raise DataError(f"{location}/{_path(name)} {what}; write the shard again with `{redo_command(location, name)}`")
 
 

@@ -347,10 +347,18 @@ class TargetStore:
 
     def keys(self, shard: str) -> Sequence[str]:
         """Keys of a shard's samples, in order; of a tar, its first view is read for them. Raises as `record` does."""
-        try:
+        with self._reading(shard):
             return self._shard(shard).keys()
+
+    @contextmanager
+    def _reading(self, shard: str) -> Iterator[None]:
+        try:
+            yield
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
+        # A header that nobody checked may speak of features wider than memory.
+        except MemoryError as error:
+            raise StoreError(f"{self.location}, shard {shard} cannot be read: {system_reason(error)}") from error
 
     def read(
         self, shard: str, view: int, start: int, stop: int, *, with_views: bool = True, with_features: bool = True
@@ -367,10 +375,8 @@ class TargetStore:
                 f"{self.location}: samples {start}:{stop} of view {view} of shard {shard!r} were asked for; "
                 f"it has {count} samples, {self.header.views.count} views"
             )
-        try:
+        with self._reading(shard):
             return self._shard(shard).read(view, start, stop, with_views=with_views, with_features=with_features)
-        except MissingError as error:
-            raise damaged(self.location, shard, str(error)) from error
 
 
 def damaged(location: Location, shard: str, what: str) -> DataError:

@@ -230,7 +230,7 @@ class TarShard:
             yield
         except MilanError:
             raise
-        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError) as error:
             raise self._fail(f"{_tar_name(view)}: {one_line(error)}") from error
 
     def _samples(self, view: int, block: int) -> list[dict[str, memoryview]]:
@@ -262,13 +262,16 @@ class TarShard:
             if arrays.scale is not None and scale is not None:
                 arrays.scale.unpack(sample[arrays.scale.suffix], scale[row])
         records = [json.loads(bytes(sample["json"])) for sample in samples]
+        crop = np.array([record["crop"] for record in records], np.int32)
+        if crop.shape != (len(records), 4) or not all(isinstance(record["key"], str) for record in records):
+            raise ValueError("a record is not of a key and a crop of four numbers")
         return ViewRun(
             keys=[record["key"] for record in records],
             label_N=np.array([record["label"] for record in records], np.int64),
             code_NST=code,
             scale_NS=scale,
             attention_NL=attention,
-            crop_N4=np.array([record["crop"] for record in records], np.int32),
+            crop_N4=crop,
             flip_N=np.array([record["flip"] for record in records], np.bool_),
             jpegs=[bytes(sample["jpg"]) for sample in samples] if with_views else [],
         )

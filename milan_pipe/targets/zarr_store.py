@@ -292,6 +292,14 @@ class _Array:
         first, *rest = (codec["name"] for codec in codecs)
         self.is_text, self.plain = first == "vlen-utf8", rest == ["crc32c"] and self.sharded
         self.dtype = np.dtype(object) if self.is_text else np.dtype(metadata["data_type"])
+        sizes = (*self.file_shape, *self.chunks)
+        known = known and len(self.shape) == len(self.file_shape) == len(self.chunks)
+        known = known and all(type(n) is int and n >= 0 for n in self.shape) and all(type(n) is int for n in sizes)
+        # A library that believes in more runs out of memory, and the process ends.
+        most = VIEW_SHARD_BYTES if len(self.shape) == 1 else BLOCK_SAMPLES
+        known = (
+            known and min(sizes) > 0 and all(n <= of + most for n, of in zip(self.file_shape, self.shape, strict=True))
+        )
         if not known or not (self.plain or rest == ["zstd", "crc32c"]) or codecs[0] not in _FIRST:
             raise ValueError("a layout that this version does not read")
 
@@ -339,6 +347,9 @@ class ZarrShard:
             for name, expected in shapes.items():
                 if self._arrays[name].shape != expected:
                     raise self._fail(f"array {name!r} has shape {self._arrays[name].shape}, expected {expected}")
+            stored = sum(file.bytes for path, file in record.files.items() if path.startswith("view_bytes/c/"))
+            if self._arrays["view_bytes"].shape[0] > stored:
+                raise self._fail(f"array 'view_bytes' has {self._arrays['view_bytes'].shape[0]} bytes, {stored} stored")
             self._small: dict[str, NDArray[Any]] = dict(zip(_SMALL, together(self._whole, _SMALL), strict=True))
         self._keys = [str(key) for key in self._small["key"]]
 

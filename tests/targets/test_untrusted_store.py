@@ -12,7 +12,7 @@ from support.targets import header, write_store
 
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.digests import sha256_of, with_digest
-from milan_pipe.errors import DataError, MilanError
+from milan_pipe.errors import DataError, MilanError, StoreError
 from milan_pipe.reports.inspect_targets import inspect_targets
 from milan_pipe.targets import manifest
 from milan_pipe.targets.checksum import crc32c
@@ -82,6 +82,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "no blocks": lambda values: values["blocks"].clear(),
     "fewer blocks": lambda values: [blocks.clear() for blocks in values["blocks"].values()],
     "blocks before the file": lambda values: [blocks.insert(0, [-5, 1]) for blocks in values["blocks"].values()],
+    "blocks behind the file": lambda values: [blocks.insert(0, [2**70, 1]) for blocks in values["blocks"].values()],
     "no files": lambda values: values["files"].clear(),
     "files are a list": lambda values: values.update(files=[1, 2]),
     "no source": lambda values: values.pop("source"),
@@ -147,3 +148,83 @@ def test_a_tar_that_fits_its_digests_and_is_none_is_damage(tmp_path: Path) -> No
     for read in (lambda: opened.read("000000", 0, 0, 5), lambda: opened.keys("000000")):
         with pytest.raises(DataError, match=r"view-0\.tar"):
             read()
+
+
+def resealed(store: Path, change: Callable[[Path], str]) -> Path:
+    """A store with one file of its shard changed, and all digests fitted to it."""
+    folder = store / "shards" / "000000"
+    path = change(folder)
+    data = (folder / path).read_bytes()
+
+    def fit(values: Any) -> None:
+        values["files"][path] = {"bytes": len(data), "sha256": sha256_of(data)}
+        for block, end in zip(values["blocks"].get(path, []), values["blocks"].get(path, [])[1:], strict=False):
+            block[1] = crc32c(data[block[0] : end[0]])
+
+    (store / "manifest.json").unlink()
+    rewrite(store / "manifest" / "000000.json", fit)
+    return store
+
+
+@pytest.mark.parametrize("array", ["features", "attention", "view_bytes", "crop", "key"])
+@pytest.mark.parametrize("size", [2**40, -1, 0, "9", 1.5, None])
+def test_an_array_in_chunks_larger_than_memory_is_refused(tmp_path: Path, array: str, size: Any) -> None:
+    """zarr's library would ask for memory that nobody has, which ends the process."""
+    write_store(tmp_path, header(), [5])
+
+    def change(folder: Path) -> str:
+        metadata = json.loads((folder / array / "zarr.json").read_text())
+        shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        shape[-1] = size if isinstance(size, str | float | None) or size < 1 else size * shape[-1]
+        (folder / array / "zarr.json").write_text(json.dumps(metadata))
+        return f"{array}/zarr.json"
+
+    resealed(tmp_path, change)
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(tmp_path)
+    with pytest.raises(DataError, match=f"array '{array}'"):
+        opened.read("000000", 0, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("label", 10**400), ("crop", [1, 2, 3]), ("crop", 2**40), ("key", 5), ("view", {}), ("flip", 1)]
+)
+def test_a_record_of_a_sample_that_makes_no_sense_is_damage(tmp_path: Path, name: str, value: Any) -> None:
+    write_store(tmp_path, header(format="webdataset"), [1])
+
+    def change(folder: Path) -> str:
+        file = folder / "view-0.tar"
+        data = file.read_bytes()
+        at = data.index(b'{"key"')
+        size = int(data[at - 512 + 124 : at - 512 + 135], 8)
+        record = json.dumps(json.loads(data[at : at + size]) | {name: value}).encode()
+        # As many bytes as there were in whole blocks.
+        body = record.ljust(max(len(record), size))
+        head = bytearray(data[at - 512 : at])
+        head[124:136] = b"%011o\0" % len(body)
+        rest = data[at + size + -size % 512 :]
+        file.write_bytes(data[: at - 512] + bytes(head) + body + bytes(-len(body) % 512) + rest)
+        return file.name
+
+    resealed(tmp_path, change)
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(tmp_path)
+    if name in ("view", "flip"):
+        # Of the one nothing is read, the other is a truth value.
+        assert opened.read("000000", 0, 0, 1).keys == ["dir/k\u00e9y-0-0"]
+        return
+    with pytest.raises(DataError, match=r"view-0\.tar"):
+        opened.read("000000", 0, 0, 1)
+
+
+def test_a_header_of_features_wider_than_memory_is_one_error(tmp_path: Path) -> None:
+    write_store(tmp_path, header(format="webdataset"), [5])
+    content = json.loads((tmp_path / "header.json").read_text())
+    content["milan_pipe"].pop("sha256")
+    content["milan_pipe"]["teacher"]["width"] = 2**55
+    (tmp_path / "header.json").write_text(json.dumps({"milan_pipe": with_digest(content["milan_pipe"])}))
+    (tmp_path / "manifest.json").unlink()
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(tmp_path)
+    with pytest.raises(StoreError, match="out of memory"):
+        opened.read("000000", 0, 0, 5)
