@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import Precision
 from milan_pipe.devices import resolve_device
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MissingError, first_problem
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.student.standardise import Standardise, standardise_of
+from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.step import Stepper
-from milan_pipe.weights_file import load_tensors, load_weights, write_weights
+from milan_pipe.weights_file import load_tensors, load_weights, mismatch, write_weights
 
 _VERSION = "1"
 _CODES = ("code_BST", "scale_BS")
@@ -77,7 +79,18 @@ def write_bad_batch(
     write_weights(tensors, file, {"milan_pipe": json.dumps({"version": _VERSION, "keys": batch.keys, **kept})})
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class _Metadata(BaseModel, extra="allow"):
+    """What is read of a file beside its tensors and the settings."""
+
+    version: str
+    keys: tuple[str, ...]
+    step: int
+    epoch: int
+    header: StoreHeader
+    others: tuple[StoreHeader, ...] = ()
+
+
+def _read(file: Path) -> tuple[_Metadata, dict[str, Tensor]]:
     expected = "expected a file that a run wrote under RUN/not-finite"
     if not file.is_file():
         raise MissingError(f"{file} is not there; {expected}")
@@ -87,13 +100,39 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise DataError(f"{error}; {expected}") from error
     try:
         with safe_open(file, "pt") as opened:
-            metadata = json.loads((opened.metadata() or {})["milan_pipe"])
-        version = metadata["version"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{file} holds no batch of a run; {expected}") from error
+            text = (opened.metadata() or {})["milan_pipe"]
+        version = json.loads(text)["version"]
+        if version == _VERSION:
+            metadata = _Metadata.model_validate_json(text)
+            wanted = _expected(metadata)
+    # A header of sizes that no tensor has is a RuntimeError or TypeError of torch.
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        what = f" ({first_problem(error)})" if isinstance(error, ValidationError) else ""
+        raise DataError(f"{file} holds no batch of a run{what}; {expected}") from error
     if version != _VERSION:
         raise DataError(f"{file} has version {version}, this milan-pipe reads {_VERSION}")
+    if problems := mismatch(tensors, wanted | {name: t for name, t in tensors.items() if _is_free(name)}):
+        raise DataError(f"{file} holds no batch of its header: {problems}; {expected}")
     return metadata, tensors
+
+
+def _is_free(name: str) -> bool:
+    """Whether a tensor's shape is judged by the model."""
+    return not name.startswith(("batch/", "others/"))
+
+
+def _expected(metadata: _Metadata) -> dict[str, Tensor]:
+    """Tensors of the batch, in shape alone."""
+    count, header = len(metadata.keys), metadata.header
+    shapes: dict[str, tuple[int, ...]] = {
+        "batch/pixels_BHWC": (count, header.views.size, header.views.size, 3),
+        "batch/attention_BL": (count, header.patches),
+    }
+    for part, one in ("batch", header), *((f"others/{n}", other) for n, other in enumerate(metadata.others, 1)):
+        shapes[f"{part}/code_BST"] = count, one.tokens, one.teacher.width
+        if codec_of(one.codec).has_scale:
+            shapes[f"{part}/scale_BS"] = count, one.tokens
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def _standardise(
@@ -133,14 +172,13 @@ def replay(
     for full, value in tensors.items():
         part, _, name = full.partition("/")
         of[part][name] = value
-    keys, where, chosen = tuple(metadata["keys"]), str(file), resolve_device(device)
-    others = [StoreHeader.model_validate(header) for header in metadata.get("others", [])]
+    keys, where, chosen = metadata.keys, str(file), resolve_device(device)
+    header, others, sections = metadata.header, metadata.others, metadata.model_extra or {}
     codes = [tuple(of["others"].get(f"{number}/{name}") for name in _CODES) for number in range(1, len(others) + 1)]
     batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"], "others": tuple(codes)})
     # Not compiled, so that it shows where a value went wrong.
-    params = Params.parse({name: metadata[name] for name in _SECTIONS if name in metadata}, where)
+    params = Params.parse({name: sections[name] for name in _SECTIONS if name in sections}, where)
     settings = params.pretrain
-    header = StoreHeader.model_validate(metadata["header"])
     objective = build_objective(
         header, params, chosen, others=others, standardise=_standardise(of, header, others, params)
     )
@@ -157,13 +195,13 @@ def replay(
     by_key: dict[str, float] = {}
     for row, key in enumerate(keys):
         with torch.no_grad():
-            by_key[key] = float(stepper.loss(batch.rows(row, row + 1), metadata["epoch"]))
+            by_key[key] = float(stepper.loss(batch.rows(row, row + 1), metadata.epoch))
         on_progress(row + 1, len(keys))
-    result = stepper(batch, metadata["epoch"], 0.0)
+    result = stepper(batch, metadata.epoch, 0.0)
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     return ReplayReport(
-        step=metadata["step"],
-        epoch=metadata["epoch"],
+        step=metadata.step,
+        epoch=metadata.epoch,
         precision=precision or settings.precision,
         loss=float(result.loss),
         grad_norm=float(result.grad_norm),

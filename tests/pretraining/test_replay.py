@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import processes
 from support.targets import header, random_blocks, write_blocks
 
@@ -118,3 +118,33 @@ def test_the_command_says_it_and_a_wrong_file_is_one_error(tmp_path: Path) -> No
         replay(file, device="cuda:77")
     with safe_open(file, "pt") as opened:
         assert "milan_pipe" in opened.metadata()
+
+
+@pytest.fixture(scope="module")
+def batch_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("batch")
+    with pytest.raises(DataError):
+        go(write(root / "targets", broken_row=23), root / "run")
+    return the_file(root / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("keys", 5),
+        ("step", None),
+        ("epoch", "x"),
+        ("header", {}),
+        ("header", HEAD.model_dump(mode="json") | {"format": "a"}),
+        ("header", header(width=7).model_dump(mode="json")),
+        ("header", header(grid=(2**30, 2**30)).model_dump(mode="json")),
+        ("others", [5]),
+        ("keys", ["a"]),
+    ],
+)
+def test_a_file_whose_words_do_not_fit_is_one_error(batch_file: Path, tmp_path: Path, name: str, value: object) -> None:
+    with safe_open(batch_file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["milan_pipe"])
+    save_file(load_file(batch_file), tmp_path / "b", {"milan_pipe": json.dumps(metadata | {name: value})})
+    with pytest.raises(DataError, match="holds no batch of"):
+        replay(tmp_path / "b")
