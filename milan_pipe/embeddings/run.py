@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from milan_pipe.config.extraction import parse_share
@@ -86,8 +87,8 @@ class _Done:
 
     source: str
     state: str
-    images: int
-    bad: list[list[str]] = field(default_factory=list)
+    images: Annotated[int, Field(ge=0, lt=2**63)]
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _pieces(images: str | Path) -> dict[str, _Piece]:
@@ -238,7 +239,7 @@ class _Run:
         location.clear_scratch(file)
 
         def skip(key: str, reason: str) -> None:
-            bad.append([key, reason])
+            bad.append((key, reason))
             self.bad += 1
 
         def features(pixels_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -337,7 +338,7 @@ def _require_same(location: Location, record: dict[str, Any]) -> None:
         found = json.loads(location.read(RECORD))
         if not isinstance(found, dict):
             raise ValueError("no object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location}/{RECORD} is damaged ({error}); remove the folder, or name another one") from error
     # The name says who it was, the digest whether it is the same.
     differences = [
@@ -367,8 +368,8 @@ def _read_done(location: Location, pieces: Mapping[str, _Piece], format: str) ->
 def _read_one(location: Location, name: str, piece: _Piece) -> _Done:
     path = f"{RECORDS}/{name}.json"
     try:
-        done = _Done(**json.loads(location.read(path)))
-    except (ValueError, TypeError) as error:
+        done = TypeAdapter(_Done).validate_json(location.read(path), strict=True)
+    except ValueError as error:
         raise DataError(f"{location}/{path} is damaged; remove it, and its shard is embedded again") from error
     if (done.source, done.state) != (piece.source, piece.state):
         raise MismatchError(

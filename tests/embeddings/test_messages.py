@@ -126,3 +126,26 @@ def test_the_record_holds_no_folder_of_the_machine(tmp_path: Path, monkeypatch: 
     embed("embed.pool=mean", checkpoint=f"timm:local-dir:{timm_folder(tmp_path / 'deep' / 'm', 'map')}")
     assert json.loads(Path("out/embeddings.json").read_text())["subject"] == "timm:local-dir:m"
     assert str(tmp_path) not in Path("out/embeddings.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"source": "a", "state": "b", "images": 3, "bad": 5}', "[1]"])
+@pytest.mark.parametrize("file", ["embeddings.json", "records/000000.json"])
+def test_a_record_of_another_form_is_one_error(
+    file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embed()
+    Path("out", file).write_text(text)
+    with pytest.raises((DataError, MismatchError), match=r"is damaged|holds other embeddings"):
+        embed()
+
+
+def test_a_record_of_more_images_than_there_can_be_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    embed()
+    record = json.loads(Path("out/records/000000.json").read_text())
+    Path("out/records/000000.json").write_text(json.dumps(record | {"images": 10**400}))
+    with pytest.raises(DataError, match="is damaged"):
+        embed()
