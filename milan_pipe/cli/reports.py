@@ -113,7 +113,7 @@ def _extraction(file: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingError(f"--extraction {file} is not there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"--extraction {file} cannot be read: {one_line(error)}") from error
     return values
 

@@ -103,7 +103,7 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
             )
         number = digests.index(header.teacher.weights_sha256)
         # Of the other stores, only how wide their features are counts here.
-        headers = [header.model_copy(update={"teacher": TeacherInfo.model_validate(one)}) for one in teachers]
+        headers = [header.model_copy(update={"teacher": TeacherInfo.parse(one, where)}) for one in teachers]
         headers[number] = header
     standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, headers, params)
     objective = build_objective(headers[0], params, device, others=headers[1:], standardise=standardise)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from milan_pipe.config.student import MaskSettings
+from milan_pipe.config.student import MaskSettings, StudentSettings
 from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import file_url
@@ -92,7 +92,8 @@ def _told(runs: Sequence[RunRecord], stores: Iterable[Targets]) -> str:
 def _overview(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        settings, student, report = run.record.get("settings", {}), run.record["student"], run.report
+        settings, report = run.record.get("settings", {}), run.report
+        student = StudentSettings.parse(run.record["student"], str(run.folder)).model_dump(mode="json")
         size = f"{student['model']}, {student['image_size']} pixels, patch {student['patch_size']}"
         own = [str(student[name]) for name in ("width", "depth", "heads") if student.get(name) is not None]
         row = {
@@ -247,7 +248,7 @@ def _times(extraction: Mapping[str, Any] | None) -> dict[str, Any] | None:
                 rows=[_cells(name, f"{value:.1f}", f"{100 * value / total:.1f} %") for name, value in phases.items()],
             ),
         }
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(
             "--extraction: this is no result of `milan-pipe extract-targets --json` that did some work "
             f"({type(error).__name__}: {error})"

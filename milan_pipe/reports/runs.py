@@ -67,12 +67,15 @@ def _curves(folder: Path) -> dict[str, Curve]:
 def _report_of(folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        # Shown as numbers with a point, which have a largest one.
+        values = json.loads(file.read_text(encoding="utf-8"), parse_int=float)
+        if not isinstance(values, dict):
+            raise ValueError("no object")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {resource_hint(error) or error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} cannot be read ({type(error).__name__}); remove it to have the report without"
         ) from error
@@ -145,7 +148,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def _student(run: RunRecord) -> str | None:
     settings = run.record.get("settings", {})
-    decoder, masking = (settings.get(section, {}).get("kind") for section in ("decoder", "masking"))
+    decoder, masking = (str(settings.get(section, {}).get("kind")) for section in ("decoder", "masking"))
     return METHODS.get((settings.get("target", "clip"), decoder, masking))
 
 

@@ -80,6 +80,7 @@ def _gather(
     for run in runs:
         scores, record = run.report.get("scores"), run.record
         if run.task != PRETRAIN and isinstance(scores, dict):
+            scores = {name: value for name, value in scores.items() if isinstance(value, float)}
             data, command = (str(record.get(name, "")) for name in ("data", "command"))
             add(run.identity, str(record.get("backbone", run.name)), run.task, data, scores, command)
     return found, names

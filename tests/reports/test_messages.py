@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import change_record
 from support.messages import require_message
 from support.project import Project
 from support.targets import header, write_store
@@ -16,6 +17,7 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.loader.dataset import open_targets
+from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.samples import choose_samples
 
 STEP = "run/checkpoints/step-00000006"
@@ -171,3 +173,33 @@ def test_messages(case: str, project: Project, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(project.runs[0], "run")
     provoke, kind, message = CASES[case]
     require_message((lambda: provoke(project), kind, message))
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "[" * 100_000])
+def test_a_report_of_another_form_is_one_error(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    shutil.copytree(project.runs[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"report\.json cannot be read .*; remove it to have the report without"):
+        report_with("run/report.json", text.encode())
+
+
+def test_numbers_that_are_too_large_are_shown_or_refused(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(project.runs[0], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for chart in ("line_chart", "bar_chart"):
+        monkeypatch.setattr(f"milan_pipe.reports.report.{chart}", lambda *_: "")
+    report_with("run/report.json", b'{"loss": 1%s}' % (b"0" * 400))
+    with pytest.raises(DataError, match="this is no result of"):
+        report(extraction={"views": 10**400, "seconds": 1, "views_per_second": 10**400, "phases": {"a": 1}})
+
+
+def test_a_run_of_a_decoder_without_a_name_has_a_report(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.runs[0], tmp_path / "run")
+    folder = next((tmp_path / "run" / "checkpoints").glob("*"))
+    change_record(folder, lambda record: record["settings"]["decoder"].update(kind=["prompting"]))
+    (run,) = read_runs([tmp_path / "run"])
+    assert run.name == "run"
