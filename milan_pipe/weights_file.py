@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,10 +71,14 @@ def require_folder_name(path: Path, holds: str) -> None:
 
 def is_torchscript(path: Path) -> bool:
     """Whether the file is a TorchScript program."""
-    if not zipfile.is_zipfile(path):
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    # A damaged archive is no program.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:

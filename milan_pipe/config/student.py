@@ -20,7 +20,7 @@ class StudentSettings(Settings):
     image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
     patch_size: int | None = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")
-    depth: int | None = Field(4, ge=1, description="number of blocks")
+    depth: int | None = Field(4, ge=1, le=1000, description="number of blocks")
     heads: int | None = Field(4, ge=1, description="of each block; must divide the width")
     init: str | None = Field(
         None,
@@ -38,7 +38,7 @@ class DecoderSettings(Settings):
         "objectives that predict what the encoder sees",
     )
     width: int = Field(64, ge=4, description="of the decoder's tokens; a multiple of 4, for the position embedding")
-    depth: int = Field(1, ge=1, description="number of blocks")
+    depth: int = Field(1, ge=1, le=1000, description="number of blocks")
     heads: int = Field(4, ge=1, description="of each block; must divide the width")
     init: str | None = Field(
         None, description="run or checkpoint of pretraining whose decoder a run begins with; none: random weights"

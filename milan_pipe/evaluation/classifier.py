@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from milan_pipe.config.evaluation import FinetuneSettings, Pool
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, one_line
 from milan_pipe.evaluation.backbone import Backbone, pooled, resized
 from milan_pipe.evaluation.features import require_directions
+from milan_pipe.pretrained.source import UNBUILT
 from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint
 from milan_pipe.weights_file import load_weights
@@ -104,10 +105,13 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     try:
         settings: StudentSettings = StudentSettings.parse(record["student"], f"{checkpoint.path}, student")
         classes = record["classes"]
+        count = classes if isinstance(classes, int) else len(classes)
     except (KeyError, TypeError) as error:
         raise DataError(f"{checkpoint.path} does not say which classifier it holds") from error
-    count = classes if isinstance(classes, int) else len(classes)
-    model = build_vit(settings, count)
+    try:
+        model = build_vit(settings, count)
+    except UNBUILT as error:
+        raise DataError(f"{checkpoint.path}: no classifier of its sizes can be built ({one_line(error)})") from error
     part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
     load_weights(model, checkpoint.weights(part), str(checkpoint.path))
     return settings, model

@@ -177,7 +177,10 @@ def _named(card: str, repository: str) -> str:
 def _push_student(folder: Path, target: _Repository, dry_run: bool) -> PushReport:
     if not (folder / CARD).is_file():
         raise DataError(f"{folder} has no {CARD}, which `milan-pipe export` writes; export it again")
-    card = _named((folder / CARD).read_text(encoding="utf-8"), target.name)
+    try:
+        card = _named((folder / CARD).read_text(encoding="utf-8"), target.name)
+    except ValueError as error:
+        raise DataError(f"{folder}/{CARD} is no UTF-8 ({error}); write it as such, or export again") from error
     files: dict[str, Path | bytes] = {CARD: card.encode(), **{name: folder / name for name in STUDENT_FILES}}
     return PushReport(
         kind=target.kind,

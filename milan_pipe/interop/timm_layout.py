@@ -12,12 +12,14 @@ import timm
 from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
+from timm.models._hub import load_model_config_from_path
 
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, SettingError, StoreError, one_line, resource_hint, system_reason
 from milan_pipe.evaluation.backbone import Backbone, student_of
 from milan_pipe.evaluation.classifier import classifier_of
 from milan_pipe.interop.card import CARD, Score, model_card, own_scores, scores_of
+from milan_pipe.pretrained.source import UNBUILT, require_depth
 from milan_pipe.storage import location_of
 from milan_pipe.storage.local import file_mode
 from milan_pipe.student.encoder import Encoder, timm_options
@@ -28,6 +30,7 @@ _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
 STUDENT_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
 # The centre crop that MAE and MILAN evaluate at: 224 of 256 pixels.
 _CROP = 0.875
+_UNREAD: tuple[type[Exception], ...] = (OSError, SafetensorError, *UNBUILT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,9 @@ def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     """A checkpoint's student, with its classifier where it was fine-tuned, described as timm describes models."""
     tuned = checkpoint.record.get("task") == "finetune"
     settings, model = classifier_of(checkpoint) if tuned else student_of(checkpoint)
+    crop = checkpoint.record.get("crop") if tuned else _CROP
+    if not isinstance(crop, float | int):
+        raise DataError(f"{checkpoint.path} does not say how much of an image its classifier sees; train it again")
     # timm's own weights of that name have another tag, licence and origin.
     described: Any = model
     described.pretrained_cfg = described.default_cfg = {
@@ -59,7 +65,7 @@ def _model_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "interpolation": "bicubic",
-        "crop_pct": checkpoint.record["crop"] if tuned else _CROP,
+        "crop_pct": crop,
     }
     return settings, model
 
@@ -82,8 +88,9 @@ def load_student(path: str | Path) -> Encoder:
         return _model_of(open_checkpoint(folder))[1].eval()
     try:
         require_opens(folder / _WEIGHTS_FILE)
+        require_depth(load_model_config_from_path(folder)[2])
         model: Any = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _UNREAD as error:
         if hint := resource_hint(error):
             raise StoreError(f"{folder} cannot be read: {hint}") from error
         raise DataError(f"{folder} is no model that timm can load ({one_line(error)}); export it again") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -27,7 +27,7 @@ def mean_std(config: Any) -> MeanStd | None:
     """What a description says under `mean` and `std`; None where it does not, or not three numbers each."""
     try:
         mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return MeanStd(mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else None
 
@@ -52,6 +52,25 @@ class Asker:
         if self.weights is None:
             return f"A folder in timm's layout will do too: timm:local-dir:PATH as {self.setting}"
         return f"A local checkpoint will do too: --set {self.weights}=PATH"
+
+
+UNBUILT: tuple[type[Exception], ...] = (
+    *(TypeError, ValueError, RuntimeError, AssertionError),
+    *(LookupError, ArithmeticError, AttributeError, MemoryError),
+)
+"""What open_clip and timm raise for a description, which may hold anything."""
+
+
+_DEEPEST = 1000
+
+
+def require_depth(description: Mapping[str, Any]) -> None:
+    """Raise ValueError for a description of more blocks than any model has: they would be built one after another."""
+    for name in ("layers", "depth", "depths"):
+        value = description.get(name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not number <= _DEEPEST:
+                raise ValueError(f"{name} {number} is more than {_DEEPEST}")
 
 
 def _unknown() -> None:
@@ -132,8 +151,7 @@ class ModelSource(ABC):
             torch.manual_seed(0)
             try:
                 return self._build().eval()
-            # What a description holds is anyone's: open_clip and timm raise of every kind.
-            except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError) as error:
+            except UNBUILT as error:
                 raise DataError(
                     f"{self.asker.what} {self.model!r} cannot be built ({type(error).__name__}: "
                     f"{one_line(error)}); check its description, or update open_clip_torch and timm"

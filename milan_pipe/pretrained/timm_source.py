@@ -17,7 +17,7 @@ from torch import nn
 from milan_pipe.config.teacher import FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, one_line
 from milan_pipe.pretrained.hub import hub_file, license_of_card, license_on_hub
-from milan_pipe.pretrained.source import Asker, ModelSource, mean_std, what_is_wrong
+from milan_pipe.pretrained.source import Asker, ModelSource, mean_std, require_depth, what_is_wrong
 from milan_pipe.weights_file import read_weights
 
 _NOT_OF_A_DESCRIPTION = frozenset(
@@ -178,6 +178,7 @@ def _described(new: partial[S], path: Path) -> S:
         # A description from elsewhere says what is built, and not where files come from.
         if wrong := _NOT_OF_A_DESCRIPTION & arguments.keys():
             raise ValueError(f"model_args has {min(wrong)!r}")
+        require_depth(arguments)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{asker.what} {model!r}: {path} does not describe a model of timm ({what_is_wrong(error)}); expected "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -103,12 +105,12 @@ def start_from(init: str, model: str, encoder: Encoder) -> Start:
     weights = {name: value for name, value in weights.items() if not name.startswith(_OF_HEADS)}
     position, table = weights.get("pos_embed"), own.get("pos_embed")
     trains = False
-    if position is not None and table is not None:
+    if position is not None and table is not None and position.ndim == 3:
         prefix = positioned_prefix(encoder)
         trains = not _is_table(position, prefix)
         if not trains:
             weights["pos_embed"] = table
-        elif position.shape[1] != table.shape[1] and position.shape[2] == table.shape[2]:
+        elif _side(position, prefix) and position.shape[1] != table.shape[1] and position.shape[2] == table.shape[2]:
             grid = list(encoder.patch_embed.grid_size)
             weights["pos_embed"] = resample_abs_pos_embed(position.float(), grid, num_prefix_tokens=prefix)
     if problems := mismatch(weights, own):
@@ -121,9 +123,16 @@ def start_from(init: str, model: str, encoder: Encoder) -> Start:
     return Start(init=init, sha256=digest, source=source, license=license_, trains_positions=trains)
 
 
+def _side(position_1SD: Tensor, prefix: int) -> int:
+    """Of the square that they are of; 0 where they are of none."""
+    patches = position_1SD.shape[1] - prefix
+    side = math.isqrt(max(patches, 0))
+    return side if len(position_1SD) == 1 and side * side == patches else 0
+
+
 def _is_table(position_1SD: Tensor, prefix: int) -> bool:
-    side = round((position_1SD.shape[1] - prefix) ** 0.5)
-    if side * side + prefix != position_1SD.shape[1] or position_1SD.shape[2] % 4:
+    side = _side(position_1SD, prefix)
+    if not side or position_1SD.shape[2] % 4:
         return False
     table_1SD = position_table(position_1SD.shape[2], (side, side), prefix)
     return bool(torch.allclose(position_1SD.float(), table_1SD, atol=1e-5))
@@ -141,8 +150,8 @@ def kept_start(run: Path) -> Start:
         DataError: its file is lost or damaged.
     """
     try:
-        return Start(**json.loads((run / _FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return TypeAdapter(Start).validate_json((run / _FILE).read_bytes(), strict=True)
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{run / _FILE}, which says what the run began with, cannot be read ({type(error).__name__}); name another "
             "folder for a new run"

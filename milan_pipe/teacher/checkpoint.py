@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from open_clip.model import resize_pos_embed
 from torch import nn
 
-from milan_pipe.errors import DataError, MismatchError
+from milan_pipe.errors import DataError, MismatchError, one_line
 from milan_pipe.weights_file import is_torchscript, load_weights, read_weights
 
 _TOWER = "visual."
@@ -34,7 +34,14 @@ def load_tower_weights(visual: nn.Module, path: Path, name: str) -> None:
     whole = {key: tensor for key, tensor in plain.items() if key.startswith(_TOWER)}
     # open_clip knows the position embedding by the name that it has in a whole model.
     whole = whole or {_TOWER + key: tensor for key, tensor in plain.items()}
-    resize_pos_embed(whole, SimpleNamespace(visual=visual))
+    try:
+        resize_pos_embed(whole, SimpleNamespace(visual=visual))
+    # Of a shape that is no position embedding's.
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise MismatchError(
+            f"checkpoint {path} does not fit the image tower of {name!r}: its position embedding cannot be resized "
+            f"({one_line(error)}). Set teacher.model to the model that it was trained as"
+        ) from error
     tower = {key.removeprefix(_TOWER): tensor for key, tensor in whole.items()}
     try:
         load_weights(visual, tower, f"checkpoint {path}", f"the image tower of {name!r}")

@@ -39,7 +39,7 @@ def _of_sidecar(checkpoint: Path) -> MeanStd | None:
     if not path.is_file():
         return None
     found = None
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found = mean_std(json.loads(path.read_text(encoding="utf-8"))["preprocess_cfg"])
     if found is None:
         raise DataError(

@@ -21,7 +21,7 @@ from torch import nn
 from milan_pipe.config.teacher import DEMO, FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MissingError, SettingError, one_line
 from milan_pipe.pretrained.hub import hub_file, license_of_card, license_on_hub, quiet
-from milan_pipe.pretrained.source import Asker, ModelSource, what_is_wrong
+from milan_pipe.pretrained.source import Asker, ModelSource, require_depth, what_is_wrong
 from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source
 from milan_pipe.teacher.checkpoint import load_tower_weights
 from milan_pipe.teacher.normalization import OPENAI, stated_normalization
@@ -198,6 +198,7 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
             raise TypeError("embed_dim or vision_cfg of another kind")
         if stated is None:
             raise TypeError("mean or std of another kind")
+        require_depth(config["vision_cfg"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"teacher {model!r}: {path} does not describe a model ({what_is_wrong(error)}); expected model_cfg with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from collections.abc import Callable
 from functools import cache
@@ -17,10 +18,15 @@ from support.messages import Case, require_message
 
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
+from milan_pipe.evaluation.classifier import build_vit
 from milan_pipe.interop.published_file import import_published
+from milan_pipe.interop.push import push
 from milan_pipe.interop.timm_layout import export_student, load_student
+from milan_pipe.pretraining.start import start_from
+from milan_pipe.student.encoder import build_encoder
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict
+from milan_pipe.teacher.source import find_source
 from milan_pipe.training.checkpoint import save_checkpoint
 
 STUDENT = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=1)
@@ -199,3 +205,68 @@ CASES: dict[str, Case] = {
 def test_messages(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_message(CASES[case])
+
+
+def exported(folder: Path) -> Path:
+    settings = StudentSettings(image_size=16, patch_size=8, width=8, depth=1, heads=2)
+    student = build_encoder(settings).state_dict()
+    save_checkpoint(folder / "run", 1, {"student": student}, {"student": settings.model_dump(mode="json")})
+    export_student(folder / "run", folder / "out")
+    return folder / "out"
+
+
+def test_a_card_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    folder = exported(tmp_path)
+    (folder / "README.md").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"README\.md is no UTF-8"):
+        push(folder, "org/name", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pretrained_cfg": 5}, {"model_args": {"global_pool": "x"}}, {"model_args": 5}, {"model_args": {"depth": -1}}],
+)
+def test_a_description_that_builds_nothing_is_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = exported(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(DataError, match=r"is no model that timm can load"):
+        load_student(folder)
+
+
+def test_a_classifier_of_sizes_that_nobody_has_is_one_error(tmp_path: Path) -> None:
+    settings = StudentSettings(image_size=16, patch_size=8, width=2**34, depth=1, heads=2)
+    record = {"task": "finetune", "student": settings.model_dump(mode="json"), "classes": 2}
+    save_checkpoint(tmp_path, 1, {"model": {"cls_token": torch.zeros(1)}}, record)
+    with pytest.raises(DataError, match="no classifier of its sizes can be built"):
+        load_student(tmp_path)
+
+
+def test_a_classifier_that_does_not_say_its_crop_is_one_error(tmp_path: Path) -> None:
+    settings = StudentSettings(image_size=16, patch_size=8, width=8, depth=1, heads=2)
+    record = {"task": "finetune", "student": settings.model_dump(mode="json"), "classes": 2}
+    save_checkpoint(tmp_path, 1, {"model": build_vit(settings, 2).state_dict()}, record)
+    with pytest.raises(DataError, match="does not say how much of an image"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8, 1), (2, 5, 8), (1, 7, 8), (5, 8), ()])
+def test_positions_of_another_form_are_one_error(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    settings = StudentSettings(image_size=16, patch_size=8, width=8, depth=1, heads=2)
+    encoder = build_encoder(settings)
+    save_file({**encoder.state_dict(), "pos_embed": torch.zeros(shape)}, tmp_path / "w.safetensors")
+    with pytest.raises(MismatchError, match="pos_embed is"):
+        start_from(str(tmp_path / "w.safetensors"), settings.model, encoder)
+
+
+@pytest.mark.parametrize("depth", [10**9, 1e9])
+def test_a_description_of_more_blocks_than_any_model_has_is_one_error(tmp_path: Path, depth: float) -> None:
+    """They would be built one after another, for hours."""
+    folder = exported(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["depth"] = depth
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="is more than 1000"):
+        load_student(folder)
+    with pytest.raises(DataError, match="is more than 1000"):
+        find_source(f"timm:local-dir:{folder}", None)

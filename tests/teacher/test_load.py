@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 
 import open_clip
 import pytest
@@ -391,3 +392,53 @@ def test_bfloat16(name, tmp_path):
     assert a.importance_BL.std() > 1e-5
     if name == SIGLIP:
         assert_close(b.importance_BL.sum(dim=1), torch.ones(2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (2, 3, 32), (12, 31), ()])
+def test_positions_that_cannot_be_resized_are_one_error(shape, tmp_path):
+    weights = trained(NATIVE) | {"positional_embedding": torch.zeros(shape)}
+    with pytest.raises(MismatchError, match="does not fit the image tower"):
+        loaded(NATIVE, save_as("model.safetensors", weights, tmp_path))
+
+
+def test_an_archive_whose_directory_is_damaged_is_one_error(tmp_path):
+    path = save_as("model.pt", trained(NATIVE), tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x01\x02")
+    data[at : at + 2] = b"XX"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be read"):
+        loaded(NATIVE, path)
+
+
+def test_a_description_beside_a_checkpoint_that_is_too_deep_is_one_error(tmp_path):
+    path = save_as("model.safetensors", trained(NATIVE), tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="says no mean and std"):
+        loaded(NATIVE, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"layers": 10**9}, "is more than 1000"), ({"layers": [1, 10**9]}, "is more than 1000")],
+)
+def test_a_description_of_more_blocks_than_any_model_has_is_one_error(change, what, tmp_path):
+    vision = {"image_size": 16, "patch_size": 8, "width": 8, "head_width": 4, **change}
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=what):
+        find_source(f"local-dir:{tmp_path}", "random")
+
+
+def test_a_mean_that_is_no_float_is_one_error(tmp_path):
+    config = {"model_cfg": {"embed_dim": 8, "vision_cfg": {}}, "preprocess_cfg": {"mean": [10**400, 0, 0]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="mean or std of another kind"):
+        find_source(f"local-dir:{tmp_path}", "random")
+
+
+def test_an_archive_on_several_disks_is_one_error(tmp_path):
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 9)
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04" + bytes(60) + locator + b"PK\x05\x06" + bytes(18))
+    with pytest.raises(DataError, match="cannot be read"):
+        loaded(NATIVE, tmp_path / "a.pt")
