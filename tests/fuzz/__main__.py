@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="do this one alone, and show its traceback")
     parser.add_argument("--cases", type=int, default=sys.maxsize, help="at most so many of each reader")
+    parser.add_argument("--few", action="store_true", help="as many of each reader as in a run of the tests")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     given = parser.parse_args()
     if unknown := set(given.readers) - READERS.keys():
@@ -38,7 +39,12 @@ def main() -> None:
         for name in given.readers or READERS:
             root = Path(scratch)
             found = run_reader(
-                READERS[name], root, seed=given.seed, first=first, cases=cases, seconds=60 * given.minutes
+                READERS[name],
+                root,
+                seed=given.seed,
+                first=first,
+                cases=READERS[name].cases if given.few else cases,
+                seconds=sys.maxsize if given.few else 60 * given.minutes,
             )
             kinds = {(failure.where, failure.what[:40]): failure for failure in reversed(found.failures)}
             row = f"{name:<26}{found.cases:>9}{found.refused:>9}{found.seconds:>9.1f}{len(found.failures):>10}"

@@ -30,8 +30,9 @@ from milan_pipe.errors import MilanError
 
 Files = dict[str, bytes]
 
-SECONDS = 10
-_MORE_MEMORY, _MORE_ADDRESSES = 2**30, 2**32
+# A file of a few bytes may hold as many pixels as are read: seconds on a busy machine, and a gigabyte.
+SECONDS = 60
+_MORE_ADDRESSES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Reader:
         changed: pattern of the paths in a folder that are changed.
         seal: fits digests of a folder's files to those that were changed; gets the path that was.
         words: strings that mean something to it.
+        memory: most bytes that a case may take.
         may_read_outside: what it reads may name files of this machine.
         cases: in a run of the tests.
     """
@@ -54,6 +56,7 @@ class Reader:
     changed: str = ".*"
     seal: Callable[[Files, str], None] | None = None
     words: Sequence[str] = ()
+    memory: int = 3 * 2**29
     may_read_outside: bool = False
     cases: int = 200
 
@@ -116,8 +119,10 @@ class _Watch:
             writes = flags & _WRITING if isinstance(flags, int) else set(mode or "r") & set("wax+")
             self._require_inside(event, path, writes=bool(writes))
         elif event in _CHANGES:
+            folder = given[-1] if event != "os.truncate" and given[-1] != -1 else None
             for path in given[: _CHANGES[event]]:
-                self._require_inside(event, path, writes=True)
+                below = path if folder is None else f"/proc/self/fd/{folder}/{os.fsdecode(path)}"
+                self._require_inside(event, below, writes=True)
         elif event in _NEVER and not (event == "pickle.find_class" and given[0] == "numpy._core.multiarray"):
             self._break(f"{event} {given[:2]!r}"[:200])
 
@@ -158,7 +163,7 @@ def _watched(reader: Reader, folder: Path, watch: _Watch) -> tuple[str, BaseExce
     if error is not None and "\n" in str(error):
         return f"the message has several lines: {str(error)[:200]!r}", error
     grown = _memory("VmHWM") - before
-    return (f"memory grew by {grown >> 20} MiB" if grown > _MORE_MEMORY else ""), error
+    return (f"memory grew by {grown >> 20} MiB" if grown > reader.memory else ""), error
 
 
 def _place_of(error: BaseException | None) -> str:
@@ -208,7 +213,9 @@ class Corpus:
         at = draw.below(len(self._folders))
         kind = draw.of(sorted(self._kinds[at]))
         path, before = draw.of(self._kinds[at][kind]), self._files[at]
-        others = [files[one] for files, kinds in zip(self._files, self._kinds, strict=True) for one in kinds.get(kind, ())]
+        others = [
+            files[one] for files, kinds in zip(self._files, self._kinds, strict=True) for one in kinds.get(kind, ())
+        ]
         changed = {**before, path: mutated(path, before[path], draw.of(others), draw, self._words)}
         if draw.one_in(50):
             del changed[path]
@@ -230,7 +237,7 @@ class Corpus:
         for entry in _entries(str(folder)):
             is_folder = entry.is_dir(follow_symlinks=False)
             if entry.path not in written:
-                os.rmdir(entry.path) if is_folder else os.unlink(entry.path)
+                Path(entry.path).rmdir() if is_folder else Path(entry.path).unlink()
                 continue
             seen.add(entry.path)
             if not is_folder and entry.stat().st_mtime_ns != written[entry.path]:
@@ -296,8 +303,10 @@ def _in_child(reader: Reader, root: Path, *cases: Any) -> int:
     if child == 0:
         code = 1
         try:
-            for number, name in ((1, "lines"), (2, "stderr")):
-                os.dup2(os.open(root / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            # What libraries print too, whatever the parent has in the places of these.
+            sys.stdout, sys.stderr = (open(root / name, "a") for name in ("lines", "stderr"))  # noqa: PTH123, SIM115
+            for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+                os.dup2(stream.fileno(), number)
             _run(reader, root, *cases)
             code = 0
         except BaseException:

@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 _INTERESTING = (0, 1, -1, 2, 7, 127, 128, 255, 256, 511, 512, 4096, 65535, 2**20, 2**31 - 1, 2**31, 2**32, 2**33 + 1,
                 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
-STRINGS = ("", " ", "x" * 5000, "../../x", "/tmp/x", "..", "a/../../x", "<b>m</b>[red]m[/red]", "{{ 7*7 }}", "a\0b", "\n",
-           "\ud800", "\u00e9\u202e", "nan", "-1", "1e400", "0x10", "True", "null", "C:\\x", "%n%s", "~/x", "float128",
-           "local-dir:/tmp", "hf-hub:a/b", "timm:x", "0" * 64)  # fmt: skip
+STRINGS = ("", " ", "x" * 5000, "../../x", "/tmp/x", "..", "a/../../x", "<b>m</b>[red]m[/red]", "{{ 7*7 }}", "a\0b",
+           "\n", "\ud800", "\u00e9\u202e", "nan", "-1", "1e400", "0x10", "True", "null", "C:\\x", "%n%s", "~/x",
+           "float128", "local-dir:/tmp", "hf-hub:a/b", "timm:x", "0" * 64)  # fmt: skip
 # As they stand in a file: no library writes them.
 _RAW = ("9" * 5000, "-" + "9" * 400, "1e999", "NaN", "-Infinity", "[" * 100_000, '{"a":' * 50_000, "tru", '"\\ud800"',
         "-0", "0.1", "1e3", "[[]]", "{}", "[]", "null", "true", "''", '"\\u0000"')  # fmt: skip
@@ -237,7 +237,9 @@ def _change_lines(data: bytes, draw: Draw, words: Sequence[str]) -> bytes:
         separator = b"\t" if b"\t" in lines[at] else b","
         fields = lines[at].split(separator)
         field, word = draw.below(len(fields)), draw.of(words).encode("utf-8", "surrogatepass")
-        fields[field] = draw.of((word, b'"' + word, str(draw.of(_INTERESTING)).encode(), b"", fields[field] + separator))
+        fields[field] = draw.of(
+            (word, b'"' + word, str(draw.of(_INTERESTING)).encode(), b"", fields[field] + separator)
+        )
         lines[at] = separator.join(fields)
     return b"\n".join(lines)
 
@@ -298,7 +300,9 @@ def _change_tar(data: bytes, draw: Draw, words: Sequence[str]) -> bytes:
     elif how == 4:
         number = draw.of(_INTERESTING)
         octal = b"%011o\0" % max(0, number)
-        header[124:136] = draw.of((octal[-12:], b"\x80" + (number % 2**88).to_bytes(11, "big"), b"-1".ljust(12), b" " * 12))
+        header[124:136] = draw.of(
+            (octal[-12:], b"\x80" + (number % 2**88).to_bytes(11, "big"), b"-1".ljust(12), b" " * 12)
+        )
     elif how == 5:
         header[156] = draw.of(b"01234567xgLKSDMVN\0\xff")
     else:

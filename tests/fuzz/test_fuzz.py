@@ -1,0 +1,129 @@
+"""Files that are nearly right, for every reader of what comes from outside; `fuzz.harness` says what must hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz.harness import Corpus, Failure, Reader, run_reader
+from fuzz.readers import READERS
+from support import processes
+
+from milan_pipe.errors import DataError
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By reader; of those alone that are asked for."""
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    names = {item.callspec.params["name"] for item in items if "name" in getattr(item, "callspec", item).params}
+    out = tmp_path_factory.mktemp("fuzz") / "table.json"
+    words = [sys.executable, "-m", "fuzz", *sorted(names), "--seed", str(SEED), "--few", "--out", str(out)]
+    done = processes.run(
+        words,
+        cwd=str(Path(__file__).parents[1]),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert out.exists(), done.stderr[-4000:]
+    return {row["reader"]: row for row in json.loads(out.read_text())}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_refuses_what_it_cannot_read_and_harms_nothing(outcomes: dict[str, Any], name: str) -> None:
+    row = outcomes[name]
+    assert row["cases"] == READERS[name].cases
+    assert not row["failures"], "\n".join(f"{Failure(**one)}\n{one['trace']}" for one in row["failures"][:3])
+
+
+# --- the watch itself ---------------------------------------------------------------------------------------------
+
+
+def _make(folder: Path) -> None:
+    (folder / "0").mkdir()
+    (folder / "0" / "a.txt").write_text("whole")
+
+
+def _only_when_changed(do: Any) -> Any:
+    def read(folder: Path) -> None:
+        if not (folder / "a.txt").exists() or (folder / "a.txt").read_text(errors="replace") != "whole":
+            do(folder)
+
+    return read
+
+
+def _raise(error: BaseException) -> Any:
+    def do(_: Path) -> None:
+        raise error
+
+    return do
+
+
+def _unpickle(_: Path) -> None:
+    pickle.loads(b"cos\ngetcwd\n.")
+
+
+def _loop(_: Path) -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("do", "what"),
+    [
+        (_raise(KeyError("a")), "KeyError"),
+        (_raise(DataError("a")), ""),
+        (_raise(SystemExit(3)), "SystemExit"),
+        (lambda folder: (folder / "b").write_text("inside"), ""),
+        (lambda folder: (folder.parent / "b").write_text("outside"), "outside of the folder"),
+        (lambda folder: (folder / ".." / "b").mkdir(), "outside of the folder"),
+        (lambda folder: (folder / "a.txt").replace(folder.parent / "b"), "outside of the folder"),
+        (lambda folder: (folder.parents[1] / "now").read_text(), "outside of the folder"),
+        (lambda _: subprocess.run(["true"], check=True), "subprocess.Popen"),
+        (lambda _: socket.create_connection(("127.0.0.1", 9)), "socket."),
+        (_unpickle, "pickle.find_class"),
+        (lambda _: b"x" * 2**27, "memory grew"),
+        (lambda _: bytearray(2**33), "MemoryError"),
+        (lambda _: os.abort(), "ended with -6"),
+        (_loop, "hung for"),
+    ],
+)
+def test_the_watch_sees(do: Any, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuzz.harness.SECONDS", 1)
+    reader = Reader(name="r", make=_make, read=_only_when_changed(do), memory=2**26)
+    found = run_reader(reader, tmp_path, seed=1, cases=2)
+    assert found.cases == 2
+    if what:
+        assert found.failures
+        assert all(what in failure.what for failure in found.failures)
+    else:
+        assert not found.failures
+
+
+def test_a_case_is_a_function_of_its_seed_and_number(tmp_path: Path) -> None:
+    reader = READERS["class-list"]
+    trees = []
+    for name, first in (("a", 0), ("b", 3)):
+        (tmp_path / name).mkdir()
+        corpus = Corpus(reader, tmp_path / name)
+        for number in range(first, 6):
+            folder = corpus.case(7, number)
+            trees.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            corpus.restore(folder)
+    assert trees[3:6] == trees[6:]
+    assert len({str(tree) for tree in trees[:6]}) > 3
+
+
+def test_what_is_whole_must_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not read what is whole"):
+        run_reader(Reader(name="r", make=_make, read=_raise(DataError("never"))), tmp_path, seed=1, cases=2)
