@@ -37,6 +37,7 @@ _LONGEST = (
     "evaluation/test_segment.py",
     "extraction/test_cluster.py",
     "targets/test_damage.py",
+    "fuzz/test_fuzz.py",
     "docs/test_docs.py",
     "cli/test_verify_and_convert.py",
     "cli/test_cli.py",

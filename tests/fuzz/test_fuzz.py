@@ -24,8 +24,8 @@ SEED = 0
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By reader; of those alone that are asked for."""
-    items = [item for item in request.session.items if item.path == Path(__file__)]
-    names = {item.callspec.params["name"] for item in items if "name" in getattr(item, "callspec", item).params}
+    items = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    names = {item.callspec.params["name"] for item in items if "name" in item.callspec.params}
     out = tmp_path_factory.mktemp("fuzz") / "table.json"
     words = [sys.executable, "-m", "fuzz", *sorted(names), "--seed", str(SEED), "--few", "--out", str(out)]
     done = processes.run(
