@@ -367,7 +367,7 @@ def _runs_of(where: Path) -> dict[int, ViewRun]:
 
 
 def _read_store(store_format: str, where: Path) -> None:
-    """What is read is what was written."""
+    """What is read is what was written: nothing here fits a digest to what was changed."""
     _, codec, level = where.name.split("-")
     runs = _runs_of(where)
     _, blocks = _blocks(codec, store_format, int(level))
@@ -775,6 +775,8 @@ def _read_params(where: Path) -> None:
 
 # A description says how large a model is: what it takes is bounded by what the machine gives.
 _AS_DESCRIBED = 2**32
+# pyarrow makes room for a page of up to 2 GiB before it sees that the file ends.
+_PAGE = 5 * 2**29
 # Of readers that take 10 ms and more for each.
 _FEW = 60
 READERS = {
@@ -788,7 +790,7 @@ READERS = {
             name="list", make=_lists, read=_read_tables, changed=r"list\..*", may_read_outside=True,
             words=("path", "label", "caption", "images/0.png", '"', '""', "url", "1.0", "-1"),
         ),
-        Reader(name="parquet", make=_tables, read=_read_tables),
+        Reader(name="parquet", make=_tables, read=_read_tables, memory=_PAGE),
         Reader(name="hub-listing", make=_listing, read=_read_listing, words=("data", "data/../x", "data/.."),),
         Reader(
             name="store-zarr", cases=_FEW, make=partial(_stores, store_format="zarr"),
