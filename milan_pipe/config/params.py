@@ -82,6 +82,9 @@ def _load(text: str) -> Any:
         if not left:
             return content
         value = left.pop()
+        if isinstance(value, str):
+            # Half of a surrogate pair can be neither written nor shown.
+            value.encode()
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
     raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand")
 

@@ -57,7 +57,7 @@ def header_file(header: StoreHeader) -> tuple[str, bytes]:
 
 def _header_content(values: Mapping[str, Any]) -> bytes:
     content: dict[str, Any] = {_HEADER: values}
-    if values["format"] == "zarr":
+    if values.get("format", "zarr") == "zarr":
         content = {"zarr_format": 3, "node_type": "group", "attributes": content}
     return json.dumps(content, indent=2).encode() + b"\n"
 

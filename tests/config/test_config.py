@@ -100,8 +100,9 @@ BOMB = (
         "views: {seed: !!float x}",
         "views: {seed: !!bool maybe}",
         "views: {seed: 2001-99-99}",
+        'teacher: {model: "\\ud800"}',
     ],
-    ids=["aliases of aliases", "a list in itself", "digits", "depth", "float", "bool", "date"],
+    ids=["aliases of aliases", "a list in itself", "digits", "depth", "float", "bool", "date", "half a pair"],
 )
 def test_yaml_that_is_no_settings_is_one_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "params.yaml"

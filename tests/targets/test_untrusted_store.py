@@ -228,3 +228,15 @@ def test_a_header_of_features_wider_than_memory_is_one_error(tmp_path: Path) -> 
         opened = open_targets(tmp_path)
     with pytest.raises(StoreError, match="out of memory"):
         opened.read("000000", 0, 0, 5)
+
+
+def test_a_header_that_leaves_its_format_to_the_default_can_be_checked(tmp_path: Path) -> None:
+    write_store(tmp_path, header(), [5])
+    file = tmp_path / "shards" / "zarr.json"
+    content = json.loads(file.read_text())
+    values = content["attributes"]["milan_pipe"]
+    del values["sha256"], values["format"]
+    content["attributes"]["milan_pipe"] = with_digest(values)
+    file.write_text(json.dumps(content))
+    (tmp_path / "manifest.json").unlink()
+    assert [problem.array for problem in verify_store(tmp_path).problems]
