@@ -176,9 +176,10 @@ def replay(
     header, others, sections = metadata.header, metadata.others, metadata.model_extra or {}
     codes = [tuple(of["others"].get(f"{number}/{name}") for name in _CODES) for number in range(1, len(others) + 1)]
     batch = Batch(keys=keys, **{"scale_BS": None, **of["batch"], "others": tuple(codes)})
-    # Not compiled, so that it shows where a value went wrong.
     params = Params.parse({name: sections[name] for name in _SECTIONS if name in sections}, where)
-    settings = params.pretrain
+    # Not compiled, so that it shows where a value went wrong; whatever a file says, as that starts a compiler.
+    settings = params.pretrain.model_copy(update={"compile": False})
+    params = params.model_copy(update={"pretrain": settings})
     objective = build_objective(
         header, params, chosen, others=others, standardise=_standardise(of, header, others, params)
     )

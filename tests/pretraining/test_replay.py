@@ -148,3 +148,14 @@ def test_a_file_whose_words_do_not_fit_is_one_error(batch_file: Path, tmp_path: 
     save_file(load_file(batch_file), tmp_path / "b", {"milan_pipe": json.dumps(metadata | {name: value})})
     with pytest.raises(DataError, match="holds no batch of"):
         replay(tmp_path / "b")
+
+
+def test_no_file_has_a_compiler_started(batch_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with safe_open(batch_file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["milan_pipe"])
+    metadata["pretrain"]["compile"] = True
+    save_file(load_file(batch_file), tmp_path / "b", {"milan_pipe": json.dumps(metadata)})
+    compiled: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *given, **_: compiled.append(given))
+    replay(tmp_path / "b")
+    assert compiled == []
