@@ -7,11 +7,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from support.counts import Counted
 from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
 from support.signals import default_signals
@@ -76,6 +77,16 @@ def no_power_cut() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", not_flushed)
         yield
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Counted:
+    """Notes that go to `--junitxml`, which `benchmarks.faults` makes a table of."""
+
+    def note(fault: str, times: int, held: str) -> None:
+        record_property("fault", f"{fault}|{times}|{held}")
+
+    return note
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,7 @@ def prepare(
             index = ImageIndex(source=found.described, classes=found.classes, shards=tuple(shards))
             write_index(images, index.model_copy(update={"mask_classes": found.mask_classes}))
         (images / PREPARE_MARKER).unlink()
+        flush(images)
     except MilanError:
         raise
     except OSError as error:

@@ -126,9 +126,7 @@ class LocalFolder(Location):
         final = self.local / path
         with self._errors(path, "written"):
             _make_parents(final)
-            for parent, _, names in os.walk(scratch, topdown=False):
-                for name in (*names, ""):
-                    flush(Path(parent, name))
+            flush_all(scratch)
             previous = beside(final)
             try:
                 while not _renamed(scratch, final):
@@ -233,6 +231,13 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def flush_all(folder: Path) -> None:
+    """`flush` a folder and all that is in it."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in (*names, ""):
+            flush(Path(parent, name))
 
 
 def open_regular(path: Path) -> io.FileIO:

@@ -14,6 +14,7 @@ from typing import Any
 
 from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.storage import location_of
+from milan_pipe.storage.local import flush, flush_all
 
 CURVES = Path("plots", "metrics")
 _LATEST = "metrics.json"
@@ -81,6 +82,17 @@ def cut_metrics(folder: Path, step: int) -> None:
     latest = folder / _LATEST
     if latest.is_file() and not _is_summary(location_of(folder).read(latest.name)):
         _move_damaged(latest, "is damaged")
+
+
+def flush_metrics(folder: Path) -> None:
+    """Put the points on the disk: a checkpoint after them does not measure them again. Raises StoreError."""
+    latest = folder / _LATEST
+    try:
+        flush_all(folder / CURVES.parts[0])
+        for path in filter(Path.exists, (latest, folder, folder.parent)):
+            flush(path)
+    except OSError as error:
+        raise StoreError(f"the metrics in {folder} cannot be written: {system_reason(error)}") from error
 
 
 class MetricWriter:

@@ -29,7 +29,7 @@ from milan_pipe.training.checkpoint import (
 from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.feed import on_device
 from milan_pipe.training.lock import only_writer
-from milan_pipe.training.metrics import cut_metrics
+from milan_pipe.training.metrics import cut_metrics, flush_metrics
 from milan_pipe.training.recorder import OnProgress, Recorder
 from milan_pipe.training.saver import BEST, Saver
 from milan_pipe.training.sinks import open_sinks
@@ -38,6 +38,7 @@ from milan_pipe.training.stopping import StopRequest, stop_requests
 from milan_pipe.training.task import B, NotFiniteError, RunReport, Task
 from milan_pipe.weights_file import load_weights
 
+_METRICS = "metrics"
 _REPORT = "report.json"
 
 
@@ -92,13 +93,13 @@ class _Run(Generic[B]):
             self.recorder.restore(state["losses"])
             self.recorder.score = self.scores.get(task.main_score or "")
             if ranks.first:
-                cut_metrics(folder / "metrics", self.first_step)
+                cut_metrics(folder / _METRICS, self.first_step)
 
     def go(self) -> RunReport:
         task = self.task
         with stop_requests() as stop, ExitStack() as stack:
             if self.ranks.first:
-                sinks = open_sinks(self.folder / "metrics", task.settings.sinks, self.first_step, task.configuration)
+                sinks = open_sinks(self.folder / _METRICS, task.settings.sinks, self.first_step, task.configuration)
                 self.recorder.sinks = stack.enter_context(sinks)
             try:
                 self._train(stop)
@@ -158,10 +159,16 @@ class _Run(Generic[B]):
         number, due = self.ranks.all_reduce_max([stop.signal or 0, self.ranks.first and self.saver.due(step)])
         if not number and not due:
             return
-        path = self.saver.save(step, self._state(), finished=False)
+        path = self._save(step, finished=False)
         if number:
             done = f"by {signal.Signals(number).name} after step {step} of {self.task.steps}"
             raise StoppedError(f"{done}; {path} was written, and the same command goes on from it", number)
+
+    def _save(self, step: int, *, finished: bool) -> Path:
+        state = self._state()
+        if self.ranks.first:
+            flush_metrics(self.folder / _METRICS)
+        return self.saver.save(step, state, finished=finished)
 
     def _state(self) -> dict[str, Any]:
         _average_buffers(self.task.model, self.ranks)
@@ -188,11 +195,10 @@ class _Run(Generic[B]):
             resumed_from=self.first_step,
             steps_now=last.step - self.first_step,
         )
-        state = self._state()
         if self.ranks.first:
             # The checkpoint goes last: it marks the run as finished.
             write_file(self.folder / _REPORT, json.dumps(asdict(report), indent=2) + "\n")
-        return replace(report, checkpoint=str(self.saver.save(last.step, state, finished=True)))
+        return replace(report, checkpoint=str(self._save(last.step, finished=True)))
 
 
 def _finished(run: Path, checkpoint: Checkpoint) -> RunReport:

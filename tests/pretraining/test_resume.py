@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from support import processes
 from support.checkpoints import change_record
 from support.targets import header, write_store
-from support.training import StopAtError, stop_at, weights_of
+from support.training import BATCH, StopAtError, pretrain_command, stop_at, student_of, weights_of
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
+from milan_pipe.config.student import DecoderSettings, MaskSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoppedError
 from milan_pipe.pretraining.run import configuration_of, pretrain
 from milan_pipe.targets.schema import StoreHeader
@@ -32,7 +32,7 @@ from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
 from milan_pipe.training.task import RunReport
 
-SAMPLES, BATCH = [150, 90], 16
+SAMPLES = [150, 90]
 STEPS_AN_EPOCH = 240 // BATCH
 
 
@@ -46,11 +46,6 @@ def store(tmp_path_factory: pytest.TempPathFactory, head: StoreHeader) -> Path:
     root = tmp_path_factory.mktemp("store") / "targets"
     write_store(root, head, SAMPLES)
     return root
-
-
-def student_of(head: StoreHeader) -> StudentSettings:
-    side = head.views.size // head.teacher.grid[0]
-    return StudentSettings(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
 
 
 def go(store: Path, head: StoreHeader, run: Path, **change: Any) -> RunReport:
@@ -282,31 +277,11 @@ def test_a_signal_is_obeyed_after_the_step(
     assert_same(tmp_path / "run", whole)
 
 
-def command(store: Path, head: StoreHeader, run: Path, epochs: int) -> list[str]:
-    student = student_of(head)
-    settings = {
-        "student.image_size": student.image_size,
-        "student.patch_size": student.patch_size,
-        "student.width": 16,
-        "student.depth": 2,
-        "student.heads": 2,
-        "decoder.width": 16,
-        "decoder.heads": 2,
-        "pretrain.batch_size": BATCH,
-        "pretrain.shuffle_blocks": 1,
-        "pretrain.epochs": epochs,
-        "pretrain.device": "cpu",
-        "pretrain.checkpoint_every": 11,
-    }
-    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    return [sys.executable, "-m", "milan_pipe", "pretrain", str(store), str(run), *flags]
-
-
 def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
     epochs = 5 * kills
     draw = random.Random(kills)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = command(store, head, folder / "run", epochs)
+    words = pretrain_command(store, head, folder / "run", epochs)
     done = 0
     for _ in range(kills):
         before = checkpoints_of(folder / "run")[-1:]
@@ -323,7 +298,11 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
     assert finished.stderr.count("is taken over") == 1
     assert not (folder / "run" / ".lock").exists()
     processes.run(
-        command(store, head, folder / "whole", epochs), cwd=folder, env=environment, check=True, capture_output=True
+        pretrain_command(store, head, folder / "whole", epochs),
+        cwd=folder,
+        env=environment,
+        check=True,
+        capture_output=True,
     )
     assert_same(folder / "run", folder / "whole")
     assert not list((folder / "run" / "checkpoints").glob(".*"))
@@ -342,7 +321,7 @@ def test_killed_ten_times(store: Path, head: StoreHeader, tmp_path: Path) -> Non
 def test_a_signal_ends_the_command_with_one_line(
     store: Path, head: StoreHeader, tmp_path: Path, name: str, code: int
 ) -> None:
-    words = command(store, head, tmp_path / "run", 2000)
+    words = pretrain_command(store, head, tmp_path / "run", 2000)
     with processes.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not checkpoints_of(tmp_path / "run"):
             time.sleep(0.01)
@@ -357,7 +336,7 @@ def test_a_signal_ends_the_command_with_one_line(
 
 def test_a_second_process_is_refused_with_one_line(store: Path, head: StoreHeader, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = command(store, head, run, 2000)
+    words = pretrain_command(store, head, run, 2000)
     with processes.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as first:
         try:
             while first.poll() is None and not checkpoints_of(run):
@@ -382,7 +361,7 @@ runpy.run_module("milan_pipe", run_name="__main__", alter_sys=True)
 
 
 def test_a_closed_terminal_leaves_a_checkpoint(store: Path, head: StoreHeader, tmp_path: Path) -> None:
-    given = command(store, head, tmp_path / "run", 2000)[3:]
+    given = pretrain_command(store, head, tmp_path / "run", 2000)[3:]
     words = [sys.executable, "-c", IN_TERMINAL, *given]
     words += ["--set", "pretrain.checkpoint_every=100000", "--set", "pretrain.log_every=1"]
     window, terminal = os.openpty()

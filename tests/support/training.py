@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from support import processes
 from torch import Tensor
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.loader.stream import Batch
+from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
 
@@ -42,6 +45,37 @@ def stop_at(step: int) -> Any:
             raise StopAtError
 
     return raise_at_step
+
+
+BATCH = 16
+
+
+def student_of(head: StoreHeader) -> StudentSettings:
+    """The smallest student for a store."""
+    side = head.views.size // head.teacher.grid[0]
+    return StudentSettings(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
+
+
+def pretrain_command(store: Path, head: StoreHeader, run: Path, epochs: int, *more: str) -> list[str]:
+    """The words that start `pretrain` of `student_of`, with a checkpoint every 11 steps; `more` are settings."""
+    student = student_of(head)
+    settings = {
+        "student.image_size": student.image_size,
+        "student.patch_size": student.patch_size,
+        "student.width": 16,
+        "student.depth": 2,
+        "student.heads": 2,
+        "decoder.width": 16,
+        "decoder.heads": 2,
+        "pretrain.batch_size": BATCH,
+        "pretrain.shuffle_blocks": 1,
+        "pretrain.epochs": epochs,
+        "pretrain.device": "cpu",
+        "pretrain.checkpoint_every": 11,
+    }
+    given = [*(f"{name}={value}" for name, value in settings.items()), *more]
+    flags = [word for setting in given for word in ("--set", setting)]
+    return [sys.executable, "-m", "milan_pipe", "pretrain", str(store), str(run), *flags]
 
 
 def weights_of(run: Path) -> dict[str, Tensor]:
