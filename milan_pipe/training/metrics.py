@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -84,15 +85,21 @@ def cut_metrics(folder: Path, step: int) -> None:
         _move_damaged(latest, "is damaged")
 
 
-def flush_metrics(folder: Path) -> None:
-    """Put the points on the disk: a checkpoint after them does not measure them again. Raises StoreError."""
-    latest = folder / _LATEST
+@contextmanager
+def metrics_written(folder: Path) -> Iterator[None]:
+    """An OSError inside becomes a StoreError."""
     try:
-        flush_all(folder / CURVES.parts[0])
-        for path in filter(Path.exists, (latest, folder, folder.parent)):
-            flush(path)
+        yield
     except OSError as error:
         raise StoreError(f"the metrics in {folder} cannot be written: {system_reason(error)}") from error
+
+
+def flush_metrics(folder: Path) -> None:
+    """Put the points on the disk: a checkpoint after them does not measure them again. Raises StoreError."""
+    with metrics_written(folder):
+        flush_all(folder / CURVES.parts[0])
+        for path in filter(Path.exists, (folder / _LATEST, folder, folder.parent)):
+            flush(path)
 
 
 class MetricWriter:
@@ -109,7 +116,11 @@ class MetricWriter:
             self._values = json.loads(self._latest.read_bytes())
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a row to the curve of each name, as `train/loss`, and write the last values of all."""
+        """Add a row to the curve of each name, as `train/loss`, and write the last values of all; raises StoreError."""
+        with metrics_written(self._folder):
+            self._add(step, values)
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             group, _, short = name.rpartition("/")
             file = self._curves / group / f"{short}.tsv"

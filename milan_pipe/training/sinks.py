@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from milan_pipe.config.training import SinkName
 from milan_pipe.digests import sha256_of
 from milan_pipe.extras import needs
-from milan_pipe.training.metrics import MetricWriter
+from milan_pipe.training.metrics import MetricWriter, metrics_written
 
 if TYPE_CHECKING:
     from dvclive.live import Live
@@ -30,12 +30,18 @@ class Sink(Protocol):
 @dataclass
 class _Dvclive:
     live: Live
+    folder: Path
 
     def point(self, step: int, values: Mapping[str, float]) -> None:
-        self.live.step = step
-        for name, value in values.items():
-            self.live.log_metric(name, value)
-        self.live.sync()  # type: ignore[no-untyped-call]
+        with metrics_written(self.folder):
+            self.live.step = step
+            for name, value in values.items():
+                self.live.log_metric(name, value)
+            self.live.sync()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        with metrics_written(self.folder):
+            self.live.end()  # type: ignore[no-untyped-call]
 
     def image(self, step: int, file: Path) -> None:
         """The run's folder has it already."""
@@ -77,11 +83,14 @@ def _open_files(folder: Path, resume: bool, stack: ExitStack) -> Sink:
     except ModuleNotFoundError:
         return MetricWriter(folder, resume=resume)
     quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
-    live = Live(str(folder), resume=resume, **quiet)
+    with metrics_written(folder):
+        live = Live(str(folder), resume=resume, **quiet)
     if live._dvc_repo is not None:
         # dvclive leaves it open, and its databases hold a dozen descriptors.
         stack.callback(live._dvc_repo.close)
-    return _Dvclive(stack.enter_context(live))
+    sink = _Dvclive(live, folder)
+    stack.callback(sink.end)
+    return sink
 
 
 @contextmanager
@@ -92,6 +101,7 @@ def open_sinks(
 
     Raises:
         MissingError: a sink's package is not installed.
+        StoreError: the files cannot be written, also at the end.
     """
     with ExitStack() as stack:
         sinks = [_open_files(folder, first_step > 0, stack)]

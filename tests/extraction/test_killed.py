@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import processes
+from support.counts import Counted
 from support.extraction import command, every_file
 
 from milan_pipe.config.images import PrepareSettings
@@ -140,7 +141,10 @@ def goes_on(job: Job, tmp_path: Path, scratch: Path, count: int, *more: str) -> 
     assert len(committed) == count
     print("shards committed at each kill:", *committed)
     assert len(set(committed)) > 1, "all kills fell on the same shard"
-    targets = tmp_path / "targets"
+    ends_as_unbroken(job, tmp_path / "targets", scratch, *more)
+
+
+def ends_as_unbroken(job: Job, targets: Path, scratch: Path, *more: str) -> None:
     process = start(job, targets, scratch, *more)
     assert (process.communicate()[1] is not None, process.returncode) == (True, 0)
     found = every_file(targets)
@@ -159,14 +163,42 @@ def test_a_killed_run_of_two_workers_goes_on(job: Job, tmp_path: Path, scratch: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_thirty_kills(job: Job, tmp_path: Path, scratch: Path) -> None:
-    goes_on(job, tmp_path, scratch, 30)
+@pytest.mark.parametrize(("more", "how"), [([], "one process"), (["--workers", "2"], "two workers")])
+def test_forty_kills(job: Job, tmp_path: Path, scratch: Path, more: list[str], how: str, counted: Counted) -> None:
+    goes_on(job, tmp_path, scratch, 40, *more)
+    counted(f"SIGKILL of `extract-targets`, {how}", 40, "the store is an unbroken run's, byte for byte")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_thirty_kills_of_two_workers(job: Job, tmp_path: Path, scratch: Path) -> None:
-    goes_on(job, tmp_path, scratch, 30, "--workers", "2")
+@pytest.mark.timeout(1800)
+def test_twenty_kills_of_array_jobs(job: Job, tmp_path: Path, scratch: Path, counted: Counted) -> None:
+    rng, done = random.Random(20), 0
+    targets = tmp_path / "targets"
+    while done < 20:
+        before = begun(targets)
+        jobs = [start(job, targets, scratch, "--shards", part) for part in ("0/2", "1/2")]
+        victim, other = rng.sample(jobs, 2)
+
+        def far_enough(before: set[str] = before) -> bool:
+            return bool(begun(targets) - before)
+
+        if wait_for(far_enough, victim):
+            time.sleep(rng.uniform(0, LONGEST_DELAY))
+        # The other job goes on, or dies as well.
+        for process in (victim, *([other] if rng.random() < 0.7 else [])):
+            process.send_signal(signal.SIGKILL)
+            done += process.wait() == -signal.SIGKILL
+        assert other.wait() in (0, -signal.SIGKILL)
+        for process in jobs:
+            assert process.stderr is not None
+            process.stderr.close()
+        if (targets / "manifest.json").exists():
+            assert every_file(targets) == job.whole
+            shutil.rmtree(targets)
+    ends_as_unbroken(job, targets, scratch)
+    counted(
+        "SIGKILL of one or both of two array jobs (`--shards`)", done, "the store is an unbroken run's, byte for byte"
+    )
 
 
 def test_a_worker_killed_in_a_shard_costs_nothing(job: Job, tmp_path: Path, scratch: Path) -> None:

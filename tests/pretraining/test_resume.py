@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import processes
 from support.checkpoints import change_record
+from support.counts import Counted
 from support.targets import header, write_store
 from support.training import BATCH, StopAtError, pretrain_command, stop_at, student_of, weights_of
 
@@ -277,9 +278,9 @@ def test_a_signal_is_obeyed_after_the_step(
     assert_same(tmp_path / "run", whole)
 
 
-def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int) -> None:
+def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: int, seed: int = 0) -> None:
     epochs = 5 * kills
-    draw = random.Random(kills)
+    draw = random.Random(f"{kills} {seed}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = pretrain_command(store, head, folder / "run", epochs)
     done = 0
@@ -313,8 +314,50 @@ def test_killed_twice(store: Path, head: StoreHeader, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_ten_times(store: Path, head: StoreHeader, tmp_path: Path) -> None:
-    killed_again_and_again(store, head, tmp_path, 10)
+@pytest.mark.timeout(1800)
+def test_killed_fifty_times(store: Path, head: StoreHeader, tmp_path: Path, counted: Counted) -> None:
+    for part in range(5):
+        (tmp_path / str(part)).mkdir()
+        killed_again_and_again(store, head, tmp_path / str(part), 10, seed=part)
+    counted("SIGKILL of `pretrain`", 50, "losses and weights are an unbroken run's, to the bit")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills_while_a_checkpoint_is_written(
+    store: Path, head: StoreHeader, tmp_path: Path, counted: Counted
+) -> None:
+    run, draw, done, tries = tmp_path / "run", random.Random(30), 0, 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    every = "pretrain.checkpoint_every=1"
+    folder = run / "checkpoints"
+
+    def in_the_making() -> bool:
+        return any(folder.glob(".partial-step-*"))
+
+    while done < 30:
+        tries += 1
+        assert tries < 300
+        before = checkpoints_of(run)
+        # A step and a half for each try: no run ends before it is killed.
+        words = pretrain_command(store, head, run, 30, every)
+        with processes.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and checkpoints_of(run) == before:
+                time.sleep(0.001)
+            while process.poll() is None and not in_the_making():
+                pass
+            time.sleep(draw.uniform(0, 0.004))
+            assert process.poll() is None, "the run was finished before it could be killed"
+            process.kill()
+        done += in_the_making()
+        assert all(open_checkpoint(checkpoints_of(run)[-1]).weights(name) for name in ("student", "optimizer"))
+    finished = processes.run(pretrain_command(store, head, run, 30, every), cwd=tmp_path, env=environment, check=False)
+    assert finished.returncode == 0
+    unbroken = pretrain_command(store, head, tmp_path / "whole", 30, every)
+    processes.run(unbroken, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert_same(run, tmp_path / "whole")
+    assert not list(folder.glob(".*"))
+    counted("SIGKILL while a checkpoint is written", done, "the one before is whole; the end is an unbroken run's")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
