@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,25 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.targets import check_store, differences, header, joined, tree, write_store, wrong_values
+from support.counts import Counted
+from support.targets import (
+    check_store,
+    differences,
+    header,
+    joined,
+    random_blocks,
+    tree,
+    write_blocks,
+    write_store,
+    wrong_values,
+)
+from support.training import same_run, student_of
 
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import DataError, MilanError
+from milan_pipe.pretraining.run import pretrain
 from milan_pipe.storage import location_of
 from milan_pipe.targets.schema import ViewRun
 from milan_pipe.targets.store import open_targets
@@ -112,14 +130,15 @@ def read_all(store: Store) -> None:
 
 def check_found(store: Store, *paths: str) -> None:
     problems = problems_of(store.root)
+    if problems is None:
+        headers = {"shards/zarr.json", "header.json"}
+        assert headers & set(paths), "only a damaged header may keep a store from being checked"
+        return
     for path in paths:
         check_named(store, path, problems)
 
 
-def check_named(store: Store, path: str, problems: list[Problem] | None) -> None:
-    if problems is None:
-        assert path in ("shards/zarr.json", "header.json"), "only a damaged header may keep a store from being checked"
-        return
+def check_named(store: Store, path: str, problems: list[Problem]) -> None:
     shard, _, inside = path.removeprefix("shards/").partition("/")
     if shard == "manifest":
         shard = inside.removesuffix(".json")
@@ -334,3 +353,88 @@ def test_damage_in_a_bucket_is_found(bucket: str, store_format: str) -> None:
         spoil([path], number % 3)
     assert problems_of(where) == []
     check_store(open_targets(where), written)
+
+
+# --- damage against training --------------------------------------------------------------------------------------
+
+
+def changed(
+    how: str, store: Store, older: Mapping[str, bytes], path: str, rng: random.Random
+) -> dict[str, bytes | None]:
+    """What becomes of files, None for one that is deleted; nothing where it would change nothing."""
+    before = store.files[path]
+    if how == "swap":
+        other = rng.choice([name for name in store.files if store.files[name] != before])
+        return {path: store.files[other], other: before}
+    if how == "older version":
+        return {path: older[path]} if older.get(path, before) != before else {}
+    if how == "flip" and before:
+        position = rng.randrange(len(before))
+        return {path: before[:position] + bytes([before[position] ^ rng.randrange(1, 256)]) + before[position + 1 :]}
+    if how == "cut" and before:
+        return {path: before[: rng.randrange(len(before))]}
+    return {path: None} if how == "delete" else {}
+
+
+def put(root: Path, files: Mapping[str, bytes | None]) -> None:
+    for path, data in files.items():
+        if data is None:
+            (root / path).unlink(missing_ok=True)
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_five_hundred_corruptions_and_training_without_verify(
+    tmp_path: Path, store_format: str, counted: Counted
+) -> None:
+    head = header("int8", format=store_format, shards=2)
+    written = write_store(tmp_path / "t", head, SIZES)
+    truth = {name: [joined(blocks, view) for view in range(2)] for name, blocks in written.items()}
+    store = Store(tmp_path / "t", tree(tmp_path / "t"), truth)
+    # As an earlier extraction of the same images by the same settings left it: other features, whole in itself.
+    write_blocks(tmp_path / "older", head, [random_blocks(head, size, 9 + number) for number, size in enumerate(SIZES)])
+    older = tree(tmp_path / "older")
+    recipe = {"epochs": 2, "batch_size": 45, "shuffle_blocks": 1, "device": "cpu", "log_every": 1}
+    params = Params(
+        student=student_of(head),
+        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        pretrain=PretrainSettings(**recipe),  # type: ignore[arg-type]
+    )
+    pretrain(store.root, tmp_path / "whole", params)
+    rng, run, done, refused = random.Random(500), tmp_path / "run", Counter[str](), 0
+    while done.total() < 500:
+        how = ("flip", "cut", "delete", "swap", "older version")[done.total() % 5]
+        kinds = store.kinds
+        files = changed(how, store, older, rng.choice(kinds[rng.choice(sorted(kinds))]), rng)
+        if not files:
+            continue
+        done[how] += 1
+        put(store.root, files)
+        if how == "older version" and "manifest.json" in files:
+            # Whole in itself: it does not fit any record.
+            problems = problems_of(store.root)
+            assert [problem.shard for problem in problems or []] == [*store.truth]
+            assert all("does not fit its digest in manifest.json" in problem.what for problem in problems or [])
+        else:
+            # Its digest is in the summary alone.
+            unknown = {"bad_samples.jsonl"} if "manifest.json" in files else set()
+            check_found(store, *(files.keys() - unknown))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has no manifest.json", category=RuntimeWarning)
+            try:
+                pretrain(store.root, run, params)
+            except MilanError:
+                refused += 1
+            else:
+                assert same_run(run, tmp_path / "whole"), (how, sorted(files))
+        shutil.rmtree(run, ignore_errors=True)
+        put(store.root, store.files)
+    assert refused > 250
+    what = ", ".join(f"{count} {how}" for how, count in done.items())
+    counted(f"damage to a store, {store_format}: {what}", done.total(), "`verify-targets` names the file")
+    held = f"refused {refused} times, else read nothing of it: an unbroken run's losses and weights"
+    counted(f"the same, `pretrain` without verify, {store_format}", done.total(), held)
