@@ -28,6 +28,7 @@ _ADVICE = {
     "403": "; check the credentials, and what they may do here",
     "301": "; set AWS_REGION to the bucket's region",
 }
+_RENEW = "; renew the credentials, then run the same command"
 _REQUEST = re.compile(
     r"Error performing [A-Z]+ (?P<url>(?P<host>\w+://[^/\s]*)\S*) in (?P<time>[\d.]+)(?P<unit>[^\d\s,]*s)"
     r"(?:, after (?P<retries>\d+) retries)?.*? - (?:Server returned non-2xx status code: "
@@ -71,7 +72,7 @@ def _reason(text: str, scheme: str) -> str:
     if request["status"] is None:
         return f"no answer from {request['host']}{_cause(debug)}{tries}"
     said = ": ".join(re.findall(r"<(?:Code|Message)>([^<]*)</", request["body"]))
-    advice = _ADVICE.get(request["status"], "")
+    advice = _RENEW if "ExpiredToken" in said else _ADVICE.get(request["status"], "")
     if scheme == "hf" and request["status"] in ("401", "403"):
         advice = "; accept its terms on its page, and log in with `hf auth login` or set HF_TOKEN"
     answer = f"{request['host']} answered {request['status']} {request['phrase']}"

@@ -12,9 +12,24 @@ from pathlib import Path
 
 import pytest
 from support.s3 import Proxy
+from support.targets import header, write_store
+from support.training import same_run, student_of
 
-from milan_pipe.errors import MissingError, StoreError
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings
+from milan_pipe.errors import MilanError, MissingError, StoreError
+from milan_pipe.pretraining.run import pretrain
 from milan_pipe.storage import location_of, object_store
+
+
+def small_store(where: str, store_format: str) -> tuple[str, Params]:
+    head = header(format=store_format, zstd_level=0, shards=2)
+    write_store(where, head, [30, 20])
+    recipe = {"epochs": 2, "batch_size": 10, "device": "cpu", "log_every": 1, "checkpoint_every": 3}
+    decoder = DecoderSettings(width=16, depth=1, heads=2)
+    pretraining = PretrainSettings(**recipe)  # type: ignore[arg-type]
+    return where, Params(student=student_of(head), decoder=decoder, pretrain=pretraining)
 
 
 def test_patience_is_bounded_and_pauses_grow() -> None:
@@ -24,7 +39,11 @@ def test_patience_is_bounded_and_pauses_grow() -> None:
     assert object_store.RETRIES["backoff"]["base"] > 3
 
 
-def test_every_third_request_fails_and_all_goes_on(flaky_bucket: str, s3_proxy: Proxy) -> None:
+@pytest.mark.parametrize("failure", [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")])
+def test_every_third_request_fails_and_all_goes_on(
+    flaky_bucket: str, s3_proxy: Proxy, failure: tuple[int, str]
+) -> None:
+    s3_proxy.failure = failure
     location = location_of(flaky_bucket)
     data = os.urandom(6_000_000)
     for number in range(4):
@@ -43,7 +62,7 @@ def test_every_third_request_fails_and_all_goes_on(flaky_bucket: str, s3_proxy: 
     }
     location.remove("a")
     assert list(location.sizes()) == [f"shard/{n}" for n in range(6)]
-    assert sum(request.status == 500 for request in s3_proxy.requests) > 10
+    assert sum(request.status == failure[0] for request in s3_proxy.requests) > 10
 
 
 def test_dropped_connections_are_taken_up_where_they_broke(proxied_bucket: str, s3_proxy: Proxy) -> None:
@@ -56,6 +75,40 @@ def test_dropped_connections_are_taken_up_where_they_broke(proxied_bucket: str, 
     assert location.read("a") == data
     assert location.read_range("a", 5, 9_000_000) == data[5:9_000_000]
     assert s3_proxy.bytes_sent("/a") < 3.1 * len(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store_format", ["zarr", "webdataset"])
+def test_half_of_the_bytes_is_found_and_never_learned_from(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, store_format: str
+) -> None:
+    """As a proxy gives them that was cut off itself: with the length of what it has."""
+    store, params = small_store(f"{proxied_bucket}/t", store_format)
+    pretrain(store, tmp_path / "whole", params)
+    asked = s3_proxy.count("GET")
+    s3_proxy.halve_every = 1 + asked // 3
+    with pytest.raises(MilanError):
+        pretrain(store, tmp_path / "run", params)
+    s3_proxy.halve_every = 0
+    pretrain(store, tmp_path / "run", params)
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_credentials_that_expire_in_mid_run_are_told_and_the_run_goes_on(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path
+) -> None:
+    store, params = small_store(f"{proxied_bucket}/t", "webdataset")
+    before = len(s3_proxy.requests)
+    pretrain(store, tmp_path / "whole", params)
+    s3_proxy.failure = (400, "ExpiredToken")
+    s3_proxy.fail_from = len(s3_proxy.requests) + (len(s3_proxy.requests) - before) // 2
+    with pytest.raises(StoreError, match=r"ExpiredToken.*renew") as caught:
+        pretrain(store, tmp_path / "run", params)
+    assert "\n" not in str(caught.value)
+    s3_proxy.fail_from = 0
+    pretrain(store, tmp_path / "run", params)
+    assert same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_public_buckets_are_read_unsigned(

@@ -103,8 +103,11 @@ class Proxy:
     Attributes:
         endpoint: its URL.
         target: the server's URL.
-        fail_every: every n-th request is answered 500 and not passed on; 0: none.
+        fail_every: every n-th request is answered with `failure` and not passed on; 0: none.
+        fail_from: from the n-th request on all are; 0: none.
+        failure: status and code of S3.
         drop_every: of every n-th GET half of the body is sent, then the connection is closed; 0: none.
+        halve_every: of every n-th GET half of the body is sent, as if it were the whole; 0: none.
         hide: headers of requests, in lower case, that are not passed on.
         sign: requests without a signature are passed on with one, so that the store looks like an open web server.
         requests: all that came in.
@@ -113,7 +116,10 @@ class Proxy:
     endpoint: str
     target: str
     fail_every: int = 0
+    fail_from: int = 0
+    failure: tuple[int, str] = (500, "InternalError")
     drop_every: int = 0
+    halve_every: int = 0
     hide: frozenset[str] = frozenset()
     sign: bool = False
     requests: list[Request] = field(default_factory=list)
@@ -122,13 +128,16 @@ class Proxy:
     _gets: int = 0
 
     def next_fault(self, method: str) -> str:
-        """What becomes of the request that has just come in: "", "fail" or "drop"."""
+        """What becomes of the request that has just come in: "", "fail", "drop" or "halve"."""
         with self._lock:
             self._count += 1
-            if self.fail_every and self._count % self.fail_every == 0:
+            if (self.fail_every and self._count % self.fail_every == 0) or 0 < self.fail_from <= self._count:
                 return "fail"
-            self._gets += method == "GET"
-            return "drop" if method == "GET" and self.drop_every and self._gets % self.drop_every == 0 else ""
+            if method != "GET":
+                return ""
+            self._gets += 1
+            faults = {"drop": self.drop_every, "halve": self.halve_every}
+            return next((fault for fault, every in faults.items() if every and self._gets % every == 0), "")
 
     def bytes_sent(self, name: str = "") -> int:
         """Bytes of bodies that went to clients, of GETs whose path holds `name`."""
@@ -199,9 +208,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = proxy.next_fault(self.command)
         if fault == "fail":
-            status, headers, data = 500, [], b"<Error><Code>InternalError</Code><Message>not now</Message></Error>"
+            status, code = proxy.failure
+            headers, data = [], f"<Error><Code>{code}</Code><Message>not now</Message></Error>".encode()
         else:
             status, headers, data = self._ask(proxy, body)
+        if fault == "halve":
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            data = data[: len(data) // 2]
         length = next((value for name, value in headers if name.lower() == "content-length"), str(len(data)))
         sent = data[: len(data) // 2] if fault == "drop" else data
         if self.command == "HEAD":
