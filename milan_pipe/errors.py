@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 _RAN_OUT: dict[int | None, str] = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine; raise fs.file-max, or run fewer processes",
-    errno.ENOMEM: "out of memory; use fewer workers or smaller batches",
+    errno.ENOMEM: "out of memory; use fewer workers or smaller batches, or raise the limit (`ulimit -v`, a batch queue's)",
+    errno.EAGAIN: "no more threads or processes; use fewer workers and threads, or raise the limit (`ulimit -u`)",
     errno.EIO: "input/output error; look at the disk, or at the network mount",
     errno.ESTALE: "stale file handle: the file server restarted, or the file was replaced; mount it again",
+}
+
+# What the loader of libraries, torch and Python say without a number.
+_IN_WORDS = {
+    errno.ENOMEM: re.compile("failed to map segment|can't allocate memory"),
+    errno.EAGAIN: re.compile("can't start new thread"),
 }
 
 # `Path` leaves one slash of a URL.
@@ -37,6 +44,8 @@ def resource_hint(error: BaseException) -> str | None:
     # Libraries in Rust give the number of a system error in their text alone.
     if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))):
         number = int(found[1])
+    if number is None:
+        number = next((known for known, words in _IN_WORDS.items() if words.search(str(error))), None)
     return _RAN_OUT.get(number)
 
 

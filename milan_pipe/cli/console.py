@@ -22,7 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli import json_log
-from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, one_line, printable
+from milan_pipe.errors import (
+    MilanError,
+    ReportedElsewhereError,
+    StoppedError,
+    one_line,
+    printable,
+    resource_hint,
+)
 from milan_pipe.units import rate, size
 
 console = Console(stderr=True)
@@ -207,6 +214,11 @@ def errors_as_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print_labelled("interrupted", "bold red", "what was committed stays")
         sys.exit(130)
+    except Exception as error:
+        hint = resource_hint(error)
+        if hint is None:
+            raise
+        _fail(hint)
 
 
 @contextmanager

@@ -1,0 +1,146 @@
+"""What a machine does to a run: few files, little memory, a store that goes away, clocks, a file server's habits."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import processes
+from support.extraction import command, every_file
+from support.targets import header, tree, write_store
+from support.training import StopAtError, pretrain_command, same_run, stop_at, student_of
+
+from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings
+from milan_pipe.errors import MilanError
+from milan_pipe.images.prepare import prepare
+from milan_pipe.pretraining.run import pretrain
+from milan_pipe.targets.verify import verify_store
+from milan_pipe.training.recorder import TrainProgress
+
+FORMATS = ["zarr", "webdataset"]
+
+
+def params_of(store_format: str = "zarr") -> Params:
+    recipe = {"epochs": 2, "batch_size": 10, "device": "cpu", "log_every": 1, "checkpoint_every": 3}
+    return Params(
+        student=student_of(header(format=store_format)),
+        decoder=DecoderSettings(width=16, depth=1, heads=2),
+        pretrain=PretrainSettings(**recipe),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [32, 64])
+def test_few_open_files_are_enough(tmp_path: Path, files: int) -> None:
+    prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=30, test_scenes=0, samples_per_shard=5))
+    write_store(tmp_path / "t", header(shards=6), [20] * 6)
+    for words in (
+        command(tmp_path / "images", tmp_path / "targets"),
+        command(tmp_path / "images", tmp_path / "two", "--workers", "2"),
+        pretrain_command(tmp_path / "t", header(), tmp_path / "run", 2),
+        pretrain_command(tmp_path / "t", header(), tmp_path / "with-workers", 2, "pretrain.workers=2"),
+    ):
+        done = processes.run(
+            ["/bin/sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert every_file(tmp_path / "targets") == every_file(tmp_path / "two")
+    assert same_run(tmp_path / "run", tmp_path / "with-workers")
+
+
+LITTLE_MEMORY = """
+import resource, sys, runpy
+import milan_pipe.api, milan_pipe.pretraining.run, milan_pipe.extraction.run
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv.pop(1)), -1))
+runpy.run_module("milan_pipe", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [0, 2**22, 2**24, 2**25, 2**26, 2**27])
+def test_little_memory_is_one_line(tmp_path: Path, more: int) -> None:
+    write_store(tmp_path / "t", header(), [200])
+    words = pretrain_command(tmp_path / "t", header(), tmp_path / "run", 2, "pretrain.batch_size=100")
+    done = processes.run(
+        [sys.executable, "-c", LITTLE_MEMORY, str(more), *words[3:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, 2), (done.returncode, done.stderr)
+    assert done.returncode == 0 or done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "a shard is removed"])
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_a_store_that_goes_away_in_mid_run_is_one_line(tmp_path: Path, store_format: str, how: str) -> None:
+    store = tmp_path / "t"
+    write_store(store, header(format=store_format, shards=3), [200, 200, 200])
+    kept = shutil.copytree(store, tmp_path / "kept")
+    pretrain(store, tmp_path / "whole", params_of(store_format))
+
+    def lose(now: TrainProgress) -> None:
+        if now.step == 4:
+            shutil.move(store, tmp_path / "away")
+            if how == "a shard is removed":
+                shutil.move(tmp_path / "away", store)
+                shutil.rmtree(store / "shards" / "000001")
+            elif how == "removed":
+                shutil.rmtree(tmp_path / "away")
+
+    # What is read already may be enough for a while.
+    with pytest.raises(MilanError, match=f"{store}.*(not there|lost|missing)") as caught:
+        pretrain(store, tmp_path / "run", params_of(store_format), on_progress=lose)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MilanError):
+        pretrain(store, tmp_path / "run", params_of(store_format))
+    shutil.rmtree(store, ignore_errors=True)
+    kept.rename(store)
+    report = pretrain(store, tmp_path / "run", params_of(store_format))
+    assert report.resumed_from >= 3
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_clock_that_jumps_and_files_of_the_future_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "t"
+    write_store(store, header(), [50])
+    pretrain(store, tmp_path / "whole", params_of())
+    with pytest.raises(StopAtError):
+        pretrain(store, tmp_path / "run", params_of(), on_progress=stop_at(5))
+    for path in [*store.rglob("*"), *(tmp_path / "run").rglob("*")]:
+        os.utime(path, (4e9, 4e9))
+    true_time, rng = time.time, random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: true_time() + rng.uniform(-1e8, 1e8))
+    pretrain(store, tmp_path / "run", params_of())
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+    assert verify_store(store).problems == ()
+
+
+@pytest.mark.parametrize("store_format", FORMATS)
+def test_what_a_file_server_keeps_of_open_files_is_no_damage(tmp_path: Path, store_format: str) -> None:
+    """NFS renames a file that is removed while it is open to `.nfs` and a number, in its folder."""
+    store = tmp_path / "t"
+    write_store(store, header(format=store_format), [50])
+    before = tree(store)
+    for folder in {path.parent for path in store.rglob("*")}:
+        (folder / ".nfs000000000123456700000001").write_bytes(b"still open")
+    assert verify_store(store).problems == ()
+    pretrain(store, tmp_path / "run", params_of(store_format))
+    assert tree(store) == before
