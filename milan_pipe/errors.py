@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RAN_OUT: dict[int | None, str] = {
     errno.EMFILE: "too many open files; raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine; raise fs.file-max, or run fewer processes",
-    errno.ENOMEM: "out of memory; use fewer workers or smaller batches, or raise the limit (`ulimit -v`, a batch queue's)",
+    errno.ENOMEM: "out of memory; use fewer workers or smaller batches, or raise the limit (`ulimit -v`)",
     errno.EAGAIN: "no more threads or processes; use fewer workers and threads, or raise the limit (`ulimit -u`)",
     errno.EIO: "input/output error; look at the disk, or at the network mount",
     errno.ESTALE: "stale file handle: the file server restarted, or the file was replaced; mount it again",

@@ -211,5 +211,5 @@ class Location(ABC):
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name is unfinished work, or what macOS leaves in every folder that it shows."""
-    return name.startswith((SCRATCH, "._")) or name == ".DS_Store"
+    """Whether a name is unfinished work, what macOS leaves in a folder, or what NFS makes of a removed open file."""
+    return name.startswith((SCRATCH, "._", ".nfs")) or name == ".DS_Store"
