@@ -33,6 +33,7 @@ import psutil
 
 from milan_pipe import api
 from milan_pipe.config.extraction import ExtractSettings
+from milan_pipe.config.images import ImageSettings
 from milan_pipe.config.params import load_params
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.extraction import cluster
@@ -134,6 +135,7 @@ def scheduler(work: Path, tasks: int, workers: int, reports: int) -> dict[str, A
             targets=str(work / "targets"),
             teacher=TeacherSettings(),
             extract=ExtractSettings(scheduler=address),
+            limits=ImageSettings(),
         )
         location = location_of(work)
         jobs = [

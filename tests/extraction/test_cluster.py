@@ -26,7 +26,7 @@ from support.extraction import SETTINGS, command, every_file
 from support.s3 import free_port
 
 from milan_pipe.config.extraction import ExtractSettings
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import ImageSettings, PrepareSettings
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import cards
 from milan_pipe.errors import (
@@ -330,7 +330,8 @@ def test_each_worker_has_a_card_of_its_own_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_cluster_of_this_machine_is_reached_from_it_alone_and_has_no_dashboard() -> None:
-    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=ExtractSettings(device="cpu", workers=1))
+    extract = ExtractSettings(device="cpu", workers=1)
+    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=extract, limits=ImageSettings())
     answers = []
     with processes.forked_workers(), _client(assignment, 1):
         own = psutil.Process()
