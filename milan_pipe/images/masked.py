@@ -149,7 +149,7 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
         lines = [name.strip() for name in named if name.strip()]
     except FileNotFoundError:
         raise MissingError(f"class list {file} is not there; expected a text file with one name a line") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"class list {file} cannot be read: {error}") from error
     if lines and lines[0].split("\t")[0] == "Idx":
         lines = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]

@@ -25,7 +25,7 @@ from support.targets import differences, header, joined, random_blocks, write_bl
 from support.timm_models import timm_folder
 
 from milan_pipe.cli.reports import _extraction
-from milan_pipe.config.images import PrepareSettings
+from milan_pipe.config.images import IMAGE_LIMITS, PrepareSettings
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
@@ -283,7 +283,7 @@ def _read_tables(folder: Path) -> None:
     with mock.patch("milan_pipe.images.source_table.download", _refuse_download):
         for path in sorted(folder.glob("*.*")):
             settings, bad = PrepareSettings(samples_per_shard=3, downloads=1), []
-            source = table_source(path, find_tables(path), settings)
+            source = table_source(path, find_tables(path), settings, IMAGE_LIMITS)
             for job in source.jobs:
                 for key, members in job.part.members(bad):
                     assert key.isprintable()
