@@ -79,10 +79,10 @@ def printable(text: str) -> str:
 
 
 class MilanError(Exception):
-    """Root of all errors that milan_pipe raises on purpose. Its message is one `printable` line, whatever it quotes."""
+    """Root of all errors that milan_pipe raises on purpose. Its message is `printable`, whatever it quotes."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message).replace("\n", "\\n"))
+        super().__init__(printable(message))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Dask's own way to pickle errors fails with those that are OSError and another built-in error.

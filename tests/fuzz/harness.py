@@ -160,8 +160,6 @@ def _watched(reader: Reader, folder: Path, watch: _Watch) -> tuple[str, BaseExce
         return watch.broken, error
     if error is not None and not isinstance(error, MilanError):
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", error
-    if error is not None and "\n" in str(error):
-        return f"the message has several lines: {str(error)[:200]!r}", error
     grown = _memory("VmHWM") - before
     return (f"memory grew by {grown >> 20} MiB" if grown > reader.memory else ""), error
 

@@ -188,10 +188,6 @@ def test_files_of_a_store_follow_the_umask(tmp_path: Path, store_format: str, um
 def test_control_characters_do_not_reach_a_terminal() -> None:
     assert printable("a\x1b[2Jb\x07\x9b\u202ec") == "a\\x1b[2Jb\\x07\\x9b\\u202ec"
     assert printable("größe 日本 🙂\tx") == "größe 日本 🙂\tx"
-
-
-def test_the_message_of_an_error_is_one_line_whatever_it_quotes() -> None:
-    assert str(DataError("found a\nb")) == "found a\\nb"
     assert "\x1b" not in str(DataError("key \x1b]0;title\x07"))
 
 
