@@ -200,7 +200,10 @@ def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]
             behind, last = on, [batch]
     for batch in chain(last, behind):
         first, at = max(at, batch.first), max(at, min(stop, batch.stop))
-        yield from batch.rows.slice(first - batch.first, max(0, at - first)).to_pylist()
+        # Text that is no UTF-8 shows here.
+        with _reading(rows.file):
+            values = batch.rows.slice(first - batch.first, max(0, at - first)).to_pylist()
+        yield from values
         if at == stop:
             if stop < batch.group_stop:
                 _left_open.append((source, batch, behind))

@@ -539,3 +539,10 @@ def test_class_names_of_a_column_that_is_not_there_are_passed_over(tmp_path: Pat
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, tmp_path / "a.parquet")
     assert prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareSettings(), workers=1).classes is None
+
+
+def test_a_caption_of_a_parquet_file_that_is_no_text_is_one_error(tmp_path: Path) -> None:
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe2")])
+    pq.write_table(pa.table({"image": [png(np.zeros((5, 7, 3), np.uint8))], "caption": text}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareSettings(), workers=1)
