@@ -125,6 +125,9 @@ class _Watch:
                 self._require_inside(event, below, writes=True)
         elif event in _NEVER and not (event == "pickle.find_class" and given[0] == "numpy._core.multiarray"):
             self._break(f"{event} {given[:2]!r}"[:200])
+        # Signal 0 asks whether a process is there.
+        elif event in ("os.kill", "os.killpg") and given[1]:
+            self._break(f"{event} {given!r}")
 
     def _require_inside(self, event: str, path: Any, *, writes: bool) -> None:
         if isinstance(path, int) or path is None or self.inside is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def _loop(_: Path) -> None:
         (lambda _: subprocess.run(["true"], check=True), "subprocess.Popen"),
         (lambda _: socket.create_connection(("127.0.0.1", 9)), "socket."),
         (_unpickle, "pickle.find_class"),
+        (lambda _: os.kill(os.getpid(), signal.SIGTERM), "os.kill"),
         (lambda _: b"x" * 2**27, "memory grew"),
         (lambda _: bytearray(2**33), "MemoryError"),
         (lambda _: os.abort(), "ended with -6"),
