@@ -10,11 +10,8 @@ import pytest
 from support.counts import Counted
 from support.disks import small_disk
 from support.targets import header, write_store
-from support.training import same_run, student_of
+from support.training import same_run, small_params
 
-from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.pretraining.run import pretrain
 
@@ -29,9 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go(store: Path, run: Path) -> None:
-    recipe = {"epochs": 3, "batch_size": 10, "log_every": 1, "checkpoint_every": 3, "device": "cpu"}
-    decoder = DecoderSettings(width=16, depth=1, heads=2)
-    params = Params(student=student_of(header()), decoder=decoder, pretrain=PretrainSettings(**recipe))
+    params = small_params(header(), epochs=3, batch_size=10, log_every=1, checkpoint_every=3)
     pretrain(store, run, params)
 
 

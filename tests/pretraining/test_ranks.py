@@ -19,7 +19,7 @@ import torch
 from support import processes
 from support.images import labelled_shard
 from support.targets import blocks_with_views_of, header, random_blocks, write_blocks, write_store
-from support.training import weights_of
+from support.training import small_settings, weights_of
 
 from milan_pipe.api import knn, replay
 from milan_pipe.config.params import Params, load_params
@@ -28,15 +28,8 @@ from milan_pipe.training.checkpoint import checkpoints_of
 
 SAMPLES, BATCH = [130, 60, 21], 17  # of two ranks one has a sample more
 HEAD = header(format="zarr", shards=len(SAMPLES))
-SIDE = HEAD.views.size // HEAD.teacher.grid[0]
 SETTINGS: dict[str, Any] = {
-    "student.image_size": HEAD.views.size,
-    "student.patch_size": SIDE,
-    "student.width": 16,
-    "student.depth": 2,
-    "student.heads": 2,
-    "decoder.width": 16,
-    "decoder.heads": 2,
+    **small_settings(HEAD),
     "pretrain.batch_size": BATCH,
     "pretrain.shuffle_blocks": 4,
     "pretrain.canonical_streams": 2,

@@ -14,12 +14,10 @@ from support import processes
 from support.counts import Counted
 from support.extraction import command, every_file
 from support.targets import header, tree, write_store
-from support.training import StopAtError, pretrain_command, same_run, stop_at, student_of
+from support.training import StopAtError, pretrain_command, same_run, small_params, stop_at
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import MilanError
 from milan_pipe.images.prepare import prepare
 from milan_pipe.pretraining.run import pretrain
@@ -30,12 +28,8 @@ FORMATS = ["zarr", "webdataset"]
 
 
 def params_of(store_format: str = "zarr") -> Params:
-    recipe = {"epochs": 12, "batch_size": 10, "shuffle_blocks": 1, "device": "cpu", "checkpoint_every": 3}
-    return Params(
-        student=student_of(header(format=store_format)),
-        decoder=DecoderSettings(width=16, depth=1, heads=2),
-        pretrain=PretrainSettings(**recipe, log_every=3),  # type: ignore[arg-type]
-    )
+    recipe = {"epochs": 12, "batch_size": 10, "shuffle_blocks": 1, "checkpoint_every": 3, "log_every": 3}
+    return small_params(header(format=store_format), **recipe)
 
 
 @pytest.mark.slow

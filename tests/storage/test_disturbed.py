@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 from support.s3 import Proxy
 from support.targets import header, write_store
-from support.training import same_run, student_of
+from support.training import same_run, small_params
 
 from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import MilanError, MissingError, StoreError
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.storage import location_of, object_store
@@ -26,10 +24,7 @@ from milan_pipe.storage import location_of, object_store
 def small_store(where: str, store_format: str) -> tuple[str, Params]:
     head = header(format=store_format, zstd_level=0, shards=2)
     write_store(where, head, [30, 20])
-    recipe = {"epochs": 2, "batch_size": 10, "device": "cpu", "log_every": 1, "checkpoint_every": 3}
-    decoder = DecoderSettings(width=16, depth=1, heads=2)
-    pretraining = PretrainSettings(**recipe)  # type: ignore[arg-type]
-    return where, Params(student=student_of(head), decoder=decoder, pretrain=pretraining)
+    return where, small_params(head, epochs=2, batch_size=10, log_every=1, checkpoint_every=3)
 
 
 def test_patience_is_bounded_and_pauses_grow() -> None:

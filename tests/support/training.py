@@ -16,7 +16,9 @@ import torch
 from support import processes
 from torch import Tensor
 
-from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.params import Params
+from milan_pipe.config.pretraining import PretrainSettings
+from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.loader.stream import Batch
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.checkpoint import open_checkpoint
@@ -56,17 +58,29 @@ def student_of(head: StoreHeader) -> StudentSettings:
     return StudentSettings(image_size=head.views.size, patch_size=side, width=16, depth=2, heads=2)
 
 
+SMALL_DECODER = DecoderSettings(width=16, depth=1, heads=2)
+
+
+def small_params(head: StoreHeader, **recipe: Any) -> Params:
+    """`student_of` with `SMALL_DECODER`, on the CPU; `recipe` is of pretraining."""
+    recipe = {"device": "cpu", **recipe}
+    return Params(student=student_of(head), decoder=SMALL_DECODER, pretrain=PretrainSettings(**recipe))
+
+
+def small_settings(head: StoreHeader) -> dict[str, Any]:
+    """The same student and decoder as settings by name."""
+    parts = {"student": student_of(head), "decoder": SMALL_DECODER}
+    return {
+        f"{section}.{name}": value
+        for section, settings in parts.items()
+        for name, value in settings.model_dump(exclude_unset=True).items()
+    }
+
+
 def pretrain_command(store: Path, head: StoreHeader, run: Path, epochs: int, *more: str) -> list[str]:
     """The words that start `pretrain` of `student_of`, with a checkpoint every 11 steps; `more` are settings."""
-    student = student_of(head)
     settings = {
-        "student.image_size": student.image_size,
-        "student.patch_size": student.patch_size,
-        "student.width": 16,
-        "student.depth": 2,
-        "student.heads": 2,
-        "decoder.width": 16,
-        "decoder.heads": 2,
+        **small_settings(head),
         "pretrain.batch_size": BATCH,
         "pretrain.shuffle_blocks": 1,
         "pretrain.epochs": epochs,

@@ -26,11 +26,8 @@ from support.targets import (
     write_store,
     wrong_values,
 )
-from support.training import same_run, student_of
+from support.training import same_run, small_params
 
-from milan_pipe.config.params import Params
-from milan_pipe.config.pretraining import PretrainSettings
-from milan_pipe.config.student import DecoderSettings
 from milan_pipe.errors import DataError, MilanError
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.storage import location_of
@@ -398,12 +395,7 @@ def test_five_hundred_corruptions_and_training_without_verify(
     # As an earlier extraction of the same images by the same settings left it: other features, whole in itself.
     write_blocks(tmp_path / "older", head, [random_blocks(head, size, 9 + number) for number, size in enumerate(SIZES)])
     older = tree(tmp_path / "older")
-    recipe = {"epochs": 2, "batch_size": 45, "shuffle_blocks": 1, "device": "cpu", "log_every": 1}
-    params = Params(
-        student=student_of(head),
-        decoder=DecoderSettings(width=16, depth=1, heads=2),
-        pretrain=PretrainSettings(**recipe),  # type: ignore[arg-type]
-    )
+    params = small_params(head, epochs=2, batch_size=45, shuffle_blocks=1, log_every=1)
     pretrain(store.root, tmp_path / "whole", params)
     rng, run, done, refused = random.Random(500), tmp_path / "run", Counter[str](), 0
     while done.total() < 500:
