@@ -22,14 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli import json_log
-from milan_pipe.errors import (
-    MilanError,
-    ReportedElsewhereError,
-    StoppedError,
-    one_line,
-    printable,
-    resource_hint,
-)
+from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, one_line, printable, resource_hint
 from milan_pipe.units import rate, size
 
 console = Console(stderr=True)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from milan_pipe import __version__
-from milan_pipe.drawing.sheet import data_url, one_line, printable
+from milan_pipe.drawing.sheet import data_url, one_line, printable_lines
 from milan_pipe.extras import needs
 
 with needs("report", "writing a page"):
@@ -18,7 +18,7 @@ with needs("report", "writing a page"):
 
 
 def _printable(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache

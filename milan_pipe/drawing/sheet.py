@@ -48,7 +48,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def printable(text: str) -> str:
+def printable_lines(text: str) -> str:
     """Text with its line breaks; other characters that do not print escaped."""
     return "\n".join(map(one_line, text.split("\n")))
 

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from milan_pipe import __version__
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import portable_name
-from milan_pipe.drawing.sheet import one_line, printable
+from milan_pipe.drawing.sheet import one_line, printable_lines
 from milan_pipe.errors import DataError, MilanError, MismatchError
 from milan_pipe.evaluation.results import FOLDER, read_evaluations
 from milan_pipe.reports.store_facts import store_facts
@@ -161,7 +161,7 @@ def _fence(text: str, least: int) -> str:
 
 
 def _code(language: str, text: str) -> str:
-    shown = printable(text.strip())
+    shown = printable_lines(text.strip())
     fence = _fence(shown, 3)
     return f"{fence}{language}\n{shown}\n{fence}"
 

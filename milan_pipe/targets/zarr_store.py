@@ -292,16 +292,20 @@ class _Array:
         first, *rest = (codec["name"] for codec in codecs)
         self.is_text, self.plain = first == "vlen-utf8", rest == ["crc32c"] and self.sharded
         self.dtype = np.dtype(object) if self.is_text else np.dtype(metadata["data_type"])
-        sizes = (*self.file_shape, *self.chunks)
-        known = known and len(self.shape) == len(self.file_shape) == len(self.chunks)
-        known = known and all(type(n) is int and n >= 0 for n in self.shape) and all(type(n) is int for n in sizes)
+        known = known and (self.plain or rest == ["zstd", "crc32c"]) and codecs[0] in _FIRST
+        if not known or not self._sizes_are_possible():
+            raise ValueError("a layout that this version does not read")
+
+    def _sizes_are_possible(self) -> bool:
+        if not len(self.shape) == len(self.file_shape) == len(self.chunks):
+            return False
+        if not all(type(n) is int and n >= 0 for n in (*self.shape, *self.file_shape, *self.chunks)):
+            return False
         # A library that believes in more runs out of memory, and the process ends.
         most = VIEW_SHARD_BYTES if len(self.shape) == 1 else BLOCK_SAMPLES
-        known = (
-            known and min(sizes) > 0 and all(n <= of + most for n, of in zip(self.file_shape, self.shape, strict=True))
+        return min((*self.file_shape, *self.chunks)) > 0 and all(
+            n <= of + most for n, of in zip(self.file_shape, self.shape, strict=True)
         )
-        if not known or not (self.plain or rest == ["zstd", "crc32c"]) or codecs[0] not in _FIRST:
-            raise ValueError("a layout that this version does not read")
 
     def key(self, *position: int) -> str:
         """Name of a file by its place in the grid of files, of which leading numbers are given."""

@@ -23,7 +23,7 @@ from support.targets import header, write_store
 
 from milan_pipe import api
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.drawing.sheet import printable
+from milan_pipe.drawing.sheet import printable_lines
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.interop.card import Score, dataset_card, model_card, public_command
 from milan_pipe.storage import location_of
@@ -242,7 +242,7 @@ def test_what_a_checkpoint_says_is_no_markup_of_its_card(text: str) -> None:
     card = card_of(f"x{text}")
     assert structure(card) == structure(card_of("x"))
     assert ModelCard(card).data.license == f"x{text}"
-    assert printable(ModelCard(card).text) == ModelCard(card).text
+    assert printable_lines(ModelCard(card).text) == ModelCard(card).text
 
 
 def test_what_a_store_says_is_no_markup_of_its_card(tmp_path: Path) -> None:

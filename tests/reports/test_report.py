@@ -29,7 +29,7 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.page import render
-from milan_pipe.drawing.sheet import Panel, Row, Sheet, one_line, printable
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, one_line, printable_lines
 from milan_pipe.evaluation.results import Evaluation, keep_evaluation, read_evaluations
 from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.scores import transfer_table
@@ -406,8 +406,8 @@ PIECES = (
 def test_any_text_in_a_page_stays_text(text: str) -> None:
     found = gallery(text)
     assert found.elements == gallery("x").elements
-    assert found.alternatives == [printable(text)]
-    assert text == "" or {printable(text), one_line(text)} <= set(found.texts)
+    assert found.alternatives == [printable_lines(text)]
+    assert text == "" or {printable_lines(text), one_line(text)} <= set(found.texts)
 
 
 OF_CHARTS = {
