@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from support import processes
 from support.counts import Counted
 from support.project import SETTINGS, Project
 from support.s3 import Proxy, create_bucket, proxy_before, s3_server
@@ -52,7 +54,11 @@ _LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "counted" in getattr(item, "fixturenames", ()):
+            item.add_marker("counted")
     place = {Path(__file__).parent / name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
@@ -76,6 +82,20 @@ def no_power_cut() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", not_flushed)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws of torch does not depend on the tests before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """A test that fails does not disturb those after it."""
+    with processes.none_left():
         yield
 
 

@@ -1,6 +1,6 @@
 """Folders in an object store: `s3://`, `gs://`, `az://`, and `https://` for reading, by obstore.
 
-Requests that fail for the moment are repeated with growing pauses, for half a minute at most. Credentials come from the
+Requests that fail for the moment are repeated with growing pauses, for 20 seconds at most. Credentials come from the
 environment: docs/object-storage.md.
 """
 

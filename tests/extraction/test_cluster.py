@@ -335,8 +335,10 @@ def test_a_cluster_of_this_machine_is_reached_from_it_alone_and_has_no_dashboard
     answers = []
 
     def listening() -> set[tuple[str, int]]:
-        own = psutil.Process()
-        found = [one for process in (own, *own.children(recursive=True)) for one in process.net_connections("inet")]
+        own, found = psutil.Process(), []
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += process.net_connections("inet")
         return {tuple(one.laddr) for one in found if one.status == psutil.CONN_LISTEN}
 
     # Servers of other tests may live as long as the session.

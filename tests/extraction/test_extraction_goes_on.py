@@ -37,11 +37,12 @@ def test_threads_do_not_change_a_byte(whole, images, extract, tree, tmp_path):
 def test_again_does_nothing(images, extract, tree, tmp_path):
     targets = tmp_path / "t"
     extract(images, targets)
-    before, times = tree(targets), {path: path.stat().st_mtime_ns for path in targets.glob("00*/**/*")}
+    before, times = tree(targets), {path: path.stat().st_mtime_ns for path in targets.glob("shards/00*/**/*")}
+    assert times
     report = extract(images, targets)
     assert (report.shards, report.skipped, report.views, report.mean_cosine) == (3, 3, 0, None)
     assert tree(targets) == before
-    assert {path: path.stat().st_mtime_ns for path in targets.glob("00*/**/*")} == times
+    assert {path: path.stat().st_mtime_ns for path in targets.glob("shards/00*/**/*")} == times
 
 
 def test_interrupted_between_and_inside_shards(whole, images, extract, tree, tmp_path):

@@ -1,4 +1,4 @@
-"""The readers for as long as you like: `cd tests && python -m fuzz [READER ...] [--minutes M] [--seed S] [--out FILE]`.
+"""The readers for as long as you like, or a number of cases: `cd tests && python -m fuzz [READER ...] [--minutes M]`.
 
 With `--case N` one case is done again, and its traceback shown.
 """
@@ -16,21 +16,23 @@ from pathlib import Path
 from fuzz.harness import run_reader
 from fuzz.readers import READERS
 
+MINUTES_OF_A_DAY = 24 * 60
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"default: all of {', '.join(READERS)}")
-    parser.add_argument("--minutes", type=float, default=1.0, help="for each reader")
+    parser.add_argument("--minutes", type=float, help="for each reader; default: 1, or as many as --cases takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="do this one alone, and show its traceback")
-    parser.add_argument("--cases", type=int, default=sys.maxsize, help="at most so many of each reader")
-    parser.add_argument("--few", action="store_true", help="as many of each reader as in a run of the tests")
+    parser.add_argument("--cases", type=int, help="at most so many of each reader")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     given = parser.parse_args()
     if unknown := set(given.readers) - READERS.keys():
         parser.error(f"no such reader: {', '.join(sorted(unknown))}")
     first, cases = (given.first, given.cases) if given.case is None else (given.case, 1)
+    minutes = given.minutes or (1 if cases is None else MINUTES_OF_A_DAY)
     rows = []
     print(f"{'reader':<26}{'cases':>9}{'refused':>9}{'seconds':>9}{'failures':>10}", flush=True)
     # In memory: each case writes a file or two.
@@ -43,8 +45,8 @@ def main() -> None:
                 root,
                 seed=given.seed,
                 first=first,
-                cases=READERS[name].cases if given.few else cases,
-                seconds=sys.maxsize if given.few else 60 * given.minutes,
+                cases=sys.maxsize if cases is None else cases,
+                seconds=60 * minutes,
             )
             kinds = {(failure.where, failure.what[:40]): failure for failure in reversed(found.failures)}
             row = f"{name:<26}{found.cases:>9}{found.refused:>9}{found.seconds:>9.1f}{len(found.failures):>10}"

@@ -7,6 +7,7 @@ unpickles nothing.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from fuzz.mutate import STRINGS, Draw, mutated
@@ -33,6 +35,7 @@ Files = dict[str, bytes]
 # A file of a few bytes may hold as many pixels as are read: seconds on a busy machine, and a gigabyte.
 SECONDS = 60
 _MORE_ADDRESSES = 2**32
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,6 @@ class Reader:
         words: strings that mean something to it.
         memory: most bytes that a case may take.
         may_read_outside: what it reads may name files of this machine.
-        cases: in a run of the tests.
     """
 
     name: str
@@ -58,7 +60,6 @@ class Reader:
     words: Sequence[str] = ()
     memory: int = 3 * 2**29
     may_read_outside: bool = False
-    cases: int = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,26 @@ class _Broken(BaseException):
     """No handler of errors takes it for one of a library."""
 
 
+_tried: set[tuple[str, int]] = set()
+_done: set[tuple[str, int]] = set()
+
+
+def each(*reads: FunctionType) -> None:
+    """Do all of them; refuses where all do, as most folders are not for all readers."""
+    refused: list[MilanError] = []
+    for read in reads:
+        place = read.__code__.co_filename, read.__code__.co_firstlineno
+        _tried.add(place)
+        try:
+            read()
+        except MilanError as error:
+            refused.append(error)
+        else:
+            _done.add(place)
+    if len(refused) == len(reads):
+        raise refused[0]
+
+
 # --- watch --------------------------------------------------------------------------------------------------------
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -109,7 +130,19 @@ class _Watch:
         self._root, self._may_read_outside = f"{root}/", may_read_outside
         self.inside: str | None = None
         self.broken: str | None = None
+        self._named = tuple(os.path.expanduser(word) for word in STRINGS if word.startswith(("/", "~")))  # noqa: PTH111
+        self._there = self._around()
         sys.addaudithook(self._audit)
+
+    def _around(self) -> set[str]:
+        """Paths beside the folders of the cases, and those that words of the cases name."""
+        beside = [entry.path for folder in (self._root, f"{self._root}made") for entry in os.scandir(folder)]
+        return {*beside, *(path for path in self._named if os.path.lexists(path))}
+
+    def strays(self) -> list[str]:
+        """What native code wrote there since: it is not audited."""
+        before, self._there = self._there, self._around()
+        return sorted(self._there - before)
 
     def _audit(self, event: str, given: tuple[Any, ...]) -> None:
         if self.inside is None:
@@ -135,7 +168,7 @@ class _Watch:
         full = os.path.realpath(os.fsdecode(path))
         if f"{full}/".startswith(self.inside) or full == "/dev/null":
             return
-        if writes or (full.startswith(self._root) and not self._may_read_outside):
+        if writes or (full.startswith((self._root, *self._named)) and not self._may_read_outside):
             self._break(f"{event} of {full} outside of the folder")
 
     def _break(self, what: str) -> None:
@@ -161,6 +194,8 @@ def _watched(reader: Reader, folder: Path, watch: _Watch) -> tuple[str, BaseExce
         watch.inside = None
     if watch.broken:
         return watch.broken, error
+    if strays := watch.strays():
+        return f"{', '.join(strays)} came to be outside of the folder", error
     if error is not None and not isinstance(error, MilanError):
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", error
     grown = _memory("VmHWM") - before
@@ -271,13 +306,15 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
         # What is whole is read, and lazy imports are done.
         reader.read(folder)
         corpus.restore(folder)
+    if never := sorted(_tried - _done):
+        raise RuntimeError(f"no whole folder is read by what stands at {never}")
     # Where it hangs is told, and the process ends, whoever holds the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
-    watch = _Watch(root, may_read_outside=reader.may_read_outside)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _MORE_ADDRESSES, resource.RLIM_INFINITY))
     began, refused, case = time.monotonic(), 0, first
     with (root / "now").open("w") as now:
+        watch = _Watch(root, may_read_outside=reader.may_read_outside)
         while case < stop and time.monotonic() - began < seconds:
             os.pwrite(now.fileno(), f"{case:12d}{refused:12d}".encode(), 0)
             folder = corpus.case(seed, case)
@@ -304,6 +341,8 @@ def _in_child(reader: Reader, root: Path, *cases: Any) -> int:
     if child == 0:
         code = 1
         try:
+            # It ends with its parent.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             # What libraries print too, whatever the parent has in the places of these.
             sys.stdout, sys.stderr = (open(root / name, "a") for name in ("lines", "stderr"))  # noqa: PTH123, SIM115
             for number, stream in ((1, sys.stdout), (2, sys.stderr)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -58,17 +58,28 @@ from pathlib import Path
 from milan_pipe import api
 from milan_pipe.config.params import load_params
 
+def done():
+    print("done", flush=True)
+    sys.stdin.readline()
+
 disk = Path(sys.argv[1])
 params = load_params(None, sys.argv[2:])
 api.prepare("demo", disk / "images", params)
+done()
 images = (str(disk / "images" / "train-*.tar"), str(disk / "images" / "test-*.tar"))
 api.extract_targets(images[0], disk / "targets", params)
+done()
 api.convert_targets(disk / "targets", disk / "tars", format="webdataset")
+done()
 api.pretrain(disk / "targets", disk / "run", params)
+done()
 api.export(disk / "run", disk / "student")
+done()
 for kind in ("parquet", "zarr"):
     api.embed(disk / "run", images[1], disk / kind, load_params(None, [*sys.argv[2:], f"embed.format={kind}"]))
+    done()
 api.knn(disk / "run", *images, params, keep=disk / "run")
+done()
 """
 
 
@@ -77,13 +88,24 @@ def test_what_is_done_is_on_the_disk(power: Power, tmp_path: Path, counted: Coun
     disk = tmp_path / "disk"
     disk.mkdir()
     power.keep(disk)
-    subprocess.run([sys.executable, "-c", DONE, str(disk), *SETTINGS], env=power.environment, check=True)
-    before = every_file(disk)
-    for number in range(20):
-        found = every_file(power.after_cut(disk, tmp_path / str(number), random.Random(number) if number else None))
-        assert [path for path in before if found.get(path) != before[path]] == []
-        assert found.keys() == before.keys()
-    counted("power cut after the end of a command, 9 commands", 20, "every file as it was")
+    words, cuts = [sys.executable, "-c", DONE, str(disk), *SETTINGS], 0
+    with subprocess.Popen(words, env=power.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line != b"done\n":
+                continue
+            before = every_file(disk)
+            for rng in (None, random.Random(cuts), random.Random(cuts + 1)):
+                found = every_file(power.after_cut(disk, tmp_path / str(cuts), rng))
+                assert [path for path in before if found.get(path) != before[path]] == []
+                assert found.keys() == before.keys()
+                shutil.rmtree(tmp_path / str(cuts))
+                cuts += 1
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+    assert (process.returncode, cuts) == (0, 24)
+    counted("power cut after each of 8 commands", cuts, "every file as it was")
 
 
 def cuts(words: list[str], disk: Path, power: Power, count: int, far_enough: Callable[[], bool]) -> Iterator[None]:
@@ -94,13 +116,14 @@ def cuts(words: list[str], disk: Path, power: Power, count: int, far_enough: Cal
     begin: dict[str, Any] = {"cwd": disk.parent, "env": {**power.environment, "OMP_NUM_THREADS": "1"}}
     begin |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for number in range(count):
-        process = subprocess.Popen(words, **begin)
-        while process.poll() is None and not far_enough():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, LONGEST))
-        assert process.poll() is None, process.communicate()[1]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with subprocess.Popen(words, **begin) as process:
+            try:
+                while process.poll() is None and not far_enough():
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, LONGEST))
+                assert process.poll() is None, process.communicate()[1]
+            finally:
+                process.kill()
         # On every third disk is nothing but what was flushed.
         power.cut(disk, rng if number % 3 else None)
         yield
@@ -112,22 +135,22 @@ def cuts(words: list[str], disk: Path, power: Power, count: int, far_enough: Cal
 def test_extraction_goes_on_after_power_cuts(power: Power, tmp_path: Path, counted: Counted) -> None:
     count = 20
     images, targets = tmp_path / "images", tmp_path / "disk" / "targets"
-    prepare("demo", images, PrepareSettings(train_scenes=160, test_scenes=0, samples_per_shard=4), workers=1)
+    prepare("demo", images, PrepareSettings(train_scenes=600, test_scenes=0, samples_per_shard=4), workers=1)
     subprocess.run(command(images, tmp_path / "whole"), check=True, capture_output=True, cwd=tmp_path)
     whole = every_file(tmp_path / "whole")
-    committed: list[int] = []
+    committed = [0]
 
     def records() -> int:
         return len(list(targets.glob("manifest/*.json")))
 
-    for _ in cuts(command(images, targets), targets.parent, power, count, lambda: records() > 1.5 * len(committed)):
+    for _ in cuts(command(images, targets), targets.parent, power, count, lambda: records() > committed[-1]):
         found = {path: data for path, data in every_file(targets).items() if not path.startswith(".partial")}
         assert [path for path in found if found[path] != whole[path]] == []
         for record in (path for path in found if path.startswith("manifest/")):
             shard = f"shards/{Path(record).stem}"
             assert {path for path in found if path.startswith(shard)} == {p for p in whole if p.startswith(shard)}
         committed.append(records())
-    print("shards committed at each cut:", *committed)
+    print("shards committed at each cut:", *committed[1:])
     assert every_file(targets) == whole
     counted(
         "power cut during extract-targets", count, "committed shards whole; in the end the bytes of an unbroken run"

@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import psutil
+
 # Not the command line: its console looks at the terminal when it is imported.
 _IMPORTED = (
     "milan_pipe.api",
@@ -135,10 +137,29 @@ def server() -> _Server:
     return _server
 
 
+_started: list[subprocess.Popen[Any]] = []
+
+
+@contextlib.contextmanager
+def none_left() -> Iterator[None]:
+    """What `Popen` starts meanwhile and nobody waits for, as a test failed, is killed with all that it has started."""
+    _started.clear()
+    yield
+    for process in _started:
+        if process.poll() is None:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+    _started.clear()
+
+
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
     """As in `subprocess`."""
 
     def _execute_child(self, *given: Any) -> None:
+        _started.append(self)
         call = inspect.signature(super()._execute_child).bind(*given).arguments  # type: ignore[misc]
         words, streams = call["args"], [call["p2cread"], call["c2pwrite"], call["errwrite"]]
         usual = call["preexec_fn"] or call["executable"] or call["shell"] or not isinstance(words, (list, tuple))

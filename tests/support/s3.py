@@ -86,6 +86,7 @@ class Request:
         sent: bytes of the body that went to the client.
         at: seconds on the monotonic clock when it came in.
         signed_by: the access key id of its signature; empty where it is not signed.
+        fault: what became of it, as of `next_fault`.
     """
 
     method: str
@@ -94,6 +95,7 @@ class Request:
     sent: int
     at: float
     signed_by: str
+    fault: str
 
 
 @dataclass
@@ -220,9 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             sent = b""
         signed_by = self.headers.get("Authorization", "").partition("Credential=")[2].partition("/")[0]
-        proxy.requests.append(
-            Request(method=self.command, path=self.path, status=status, sent=len(sent), at=at, signed_by=signed_by)
-        )
+        seen = {"method": self.command, "path": self.path, "status": status, "sent": len(sent), "at": at}
+        proxy.requests.append(Request(**seen, signed_by=signed_by, fault=fault))
         self.send_response(status)
         for name, value in headers:
             if name.lower() not in _HOP_BY_HOP:

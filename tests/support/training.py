@@ -21,7 +21,7 @@ from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.loader.stream import Batch
 from milan_pipe.targets.schema import StoreHeader
-from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.training.checkpoint import checkpoints_of, open_checkpoint
 from milan_pipe.training.recorder import TrainProgress
 
 
@@ -109,14 +109,11 @@ def killed_until_done(words: list[str], run: Path, kills: int, seed: int) -> Non
     rng = random.Random(seed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
-        process = processes.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        before = len(list((run / "checkpoints").glob("step-*"))) if run.is_dir() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((run / "checkpoints").glob("step-*"))) > min(before, 1):
-                break
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        before = checkpoints_of(run)[-1:]
+        with processes.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+            while process.poll() is None and checkpoints_of(run)[-1:] == before:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "the run was finished before it could be killed"
     processes.run(words, check=True, capture_output=True, env=environment)

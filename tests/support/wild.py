@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def _of_size(data: bytes, place: int, form: str, side: int) -> bytes:
     return data[:place] + struct.pack(form, side, side) + data[place + struct.calcsize(form) :]
 
 
+@cache
 def bombs() -> list[WildImage]:
     """Small files that would take hours or gigabytes: refused before they are decoded."""
     seen = scene()
@@ -128,7 +130,7 @@ def bombs() -> list[WildImage]:
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10_000_000)))
     png, pixels = encoded(seen), "pixels, more than images.max_pixels 89478485"
     return [
-        WildImage(name="bomb.png", data=blank_png(30_000, 30_000, 1, 1), reason=f"900000000 {pixels}"),
+        WildImage(name="bomb.png", data=blank_png(30_000, 30_000, 1, 1, rows=0), reason=f"900000000 {pixels}"),
         WildImage(name="alpha bomb.png", data=alpha, reason=f"9460 x 9460 {pixels}"),
         WildImage(name="high bomb.png", data=high, reason=f"1 x 90000000 {pixels}"),
         WildImage(name="bomb.jpg", data=jpeg, reason=f"4225000000 {pixels}"),
