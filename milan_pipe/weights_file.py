@@ -24,7 +24,7 @@ from milan_pipe.errors import (
     resource_hint,
     system_reason,
 )
-from milan_pipe.storage.local import whole_file
+from milan_pipe.storage.local import make_folder, whole_file
 from milan_pipe.units import some
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -34,8 +34,8 @@ _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
 def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all; makes the folder. Raises StoreError."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             save_file(whole, partial, None if metadata is None else dict(metadata))
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import Location, location_of
-from milan_pipe.storage.local import write_file
+from milan_pipe.storage.local import make_folder, write_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSION: Final = 1
@@ -63,12 +63,12 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
 
     Raises:
         MismatchError: the folder holds other shards.
-        StoreError: it is a file.
+        StoreError: it is a file, or cannot be made.
         OSError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; expected a folder to write shards into")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     present = {path.name for path in folder.glob("*.tar")}
     marker = folder / PREPARE_MARKER
     own: set[str] = set()

@@ -99,7 +99,7 @@ class LocalFolder(Location):
         final = self.local / path
         for attempt in range(_WRITE_ATTEMPTS):
             try:
-                _make_parents(final)
+                _make_folders(final.parent)
                 with whole_file(final, replace=replace) as partial:
                     partial.write_bytes(data)
                 break
@@ -119,13 +119,14 @@ class LocalFolder(Location):
     def scratch(self, name: str) -> Path:
         path = beside(self.local / name)
         with self._errors(name, "made"):
-            path.mkdir(parents=True)
+            _make_folders(path.parent)
+            path.mkdir()
         return path
 
     def publish(self, scratch: Path, path: str) -> None:
         final = self.local / path
         with self._errors(path, "written"):
-            _make_parents(final)
+            _make_folders(final.parent)
             flush_all(scratch)
             previous = beside(final)
             try:
@@ -148,9 +149,9 @@ class LocalFolder(Location):
         clear_scratch(self.local, re.escape(name) or ".+")
 
 
-def _make_parents(path: Path) -> None:
-    """Make the folders above a path; those that are new are on the disk before anything is in them."""
-    missing = [folder for folder in path.parents if not folder.exists()]
+def _make_folders(path: Path) -> None:
+    """Make a folder and those above it; what is new is on the disk before anything is in it."""
+    missing = [path, *(folder for folder in path.parents if not folder.exists())] if not path.is_dir() else []
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         flush(folder.parent)
@@ -198,7 +199,7 @@ def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
 def make_folder(path: Path, advice: str = "choose another folder") -> None:
     """Make a folder, if it does not exist. Raises StoreError, with `advice`."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        _make_folders(path)
     except OSError as error:
         raise StoreError(f"{path} cannot be made: {system_reason(error)}; {advice}") from error
 
@@ -206,7 +207,7 @@ def make_folder(path: Path, advice: str = "choose another folder") -> None:
 def write_file(path: Path, data: bytes | str, advice: str = "make room, or choose another folder") -> None:
     """Write bytes, or text as UTF-8, whole or not at all; makes the folder. Raises StoreError, with `advice`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         with whole_file(path) as partial:
             partial.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from milan_pipe.errors import StoreError, system_reason
+from milan_pipe.storage.local import make_folder
 from milan_pipe.training.distributed import Ranks
 
 LOCK = ".lock"
@@ -54,10 +55,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
 def _made(run: Path) -> Iterator[None]:
     """Make a directory; new folders that are empty in the end are removed, as of a refused run."""
     new = [path for path in (run, *run.parents) if not path.exists()]
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{run} cannot be made: {system_reason(error)}; choose another folder") from error
+    make_folder(run)
     try:
         yield
     finally:
