@@ -61,7 +61,7 @@ def goes_on(store: Path, whole: Path, disk: Path, size: int) -> bool:
 
 def sizes(whole: Path, count: int) -> list[int]:
     """From one page to more than a run takes, with a checkpoint in the making."""
-    needed = 2 * sum(-(-path.stat().st_size // PAGE) * PAGE for path in whole.rglob("*") if path.is_file())
+    needed = 3 * sum(-(-path.stat().st_size // PAGE) * PAGE for path in whole.rglob("*") if path.is_file())
     return [PAGE + number * needed // (count - 1) for number in range(count)]
 
 
