@@ -211,7 +211,7 @@ def errors_as_one_line() -> Iterator[None]:
         hint = resource_hint(error)
         if hint is None:
             raise
-        _fail(hint)
+        _fail(f"{one_line(error)}: {hint}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from milan_pipe.config.evaluation import FinetuneSettings, Pool
 from milan_pipe.config.student import StudentSettings
-from milan_pipe.errors import DataError, one_line
+from milan_pipe.errors import DataError, StoreError, one_line, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, pooled, resized
 from milan_pipe.evaluation.features import require_directions
 from milan_pipe.pretrained.source import UNBUILT
@@ -100,6 +100,7 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
 
     Raises:
         DataError, MismatchError: its record or its tensors are not those of a classifier.
+        StoreError: the machine has too little memory for it.
     """
     record = checkpoint.record
     try:
@@ -111,6 +112,8 @@ def classifier_of(checkpoint: Checkpoint) -> tuple[StudentSettings, Encoder]:
     try:
         model = build_vit(settings, count)
     except UNBUILT as error:
+        if hint := resource_hint(error):
+            raise StoreError(f"{checkpoint.path}: its classifier cannot be built: {hint}") from error
         raise DataError(f"{checkpoint.path}: no classifier of its sizes can be built ({one_line(error)})") from error
     part = "ema" if (checkpoint.path / "ema.safetensors").is_file() else "model"
     load_weights(model, checkpoint.weights(part), str(checkpoint.path))

@@ -148,7 +148,8 @@ def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]
     short_side = min(image.size)
     width, height = (shorter * side // short_side for side in image.size)
     if width * height > MAX_PIXELS:
-        raise DataError(f"{image.width} x {image.height} pixels, too long and thin: {width} x {height} when resized")
+        found = f"{image.width} x {image.height} pixels, too long and thin"
+        raise DataError(f"{found}: {width} x {height} when resized, more than {MAX_PIXELS}")
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in scaled.size)
     return np.asarray(scaled.crop((left, top, left + size, top + size)))

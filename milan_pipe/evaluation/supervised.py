@@ -168,6 +168,8 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
         self.configuration = {
             # The class list is part of the data, whatever file it came from.
             **{name: value.model_dump(mode="json", exclude=RESUMABLE | {"classes"}) for name, value in dumped.items()},
+            # Other limits skip other images.
+            **({"images": limits} if (limits := start.params.images.model_dump(exclude_defaults=True)) else {}),
             "student": {**student, "weights": start.backbone.digest()},
             "data": {"train": train.fingerprint, "val": val.fingerprint, "classes": named, **data},
         }

@@ -17,7 +17,8 @@ from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.errors import DataError, one_line
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# MPO: a JPEG with further pictures behind the first, as of many cameras.
+_STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 # In how many bytes Pillow's decoder gets a JPEG of more scans than usual: a hundred may be a scan of the whole image.
 _USUAL_SCANS = 20
@@ -28,14 +29,17 @@ _PIECE_PIXELS = 2**18
 _SCAN, _END = b"\xda", b"\xd9"
 # Not what stands for a byte 255 of the pixels, nor what restarts their code.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
-_BARE_MARKERS = (b"\x01", b"\xd8")
+_TIFF_TILE = (322, 323)
+
+_FIRST_WITH_LENGTH = b"\xc0"
+_BARE_MARKERS = (b"\xd8",)
 
 
 def stored_suffix(data: bytes, limits: ImageSettings = IMAGE_LIMITS) -> str:
     """The suffix, of `IMAGE_SUFFIXES`, of an encoded image; raises DataError where it is of another format."""
     with opened_image(data, limits) as image:
         if image.format not in _STORED:
-            raise DataError(f"images of type {image.format} are not read; convert to {', '.join(_STORED.values())}")
+            raise DataError(f"images of type {image.format} are not read; convert to jpg, png or webp")
         return _STORED[image.format]
 
 
@@ -125,8 +129,13 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
     with image:
         if image.width * image.height > limits.max_pixels:
             raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
-        # Of another JPEG a scan of the whole image takes a bit for each block of 64 pixels at least.
-        if image.info.get("progressive"):
+        if image.format == "TIFF":
+            # Its decoder makes room for whole tiles, however small the image is.
+            width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TIFF_TILE)  # type: ignore[attr-defined]
+            if width * height > limits.max_pixels:
+                raise DataError(f"a tile of {width} x {height} pixels, more than images.max_pixels {limits.max_pixels}")
+        # A scan whose data is missing costs as much time as any other.
+        if image.format in ("JPEG", "MPO"):
             scans = _scans_at_most(data)
             if scans > limits.max_scans:
                 _require_few_scans(data, limits)
@@ -146,7 +155,8 @@ def _require_few_scans(data: bytes, limits: ImageSettings) -> None:
     while (marker := _JPEG_MARKER.search(data, place)) and marker[1] != _END:
         scans += marker[1] == _SCAN
         place = marker.end()
-        if marker[1] not in _BARE_MARKERS:
+        # Decoders look for the next marker behind those that do not belong there, and skip no length.
+        if marker[1] >= _FIRST_WITH_LENGTH and marker[1] not in _BARE_MARKERS:
             place += int.from_bytes(data[place : place + 2])
     if scans > limits.max_scans:
         raise DataError(f"a JPEG of {scans} scans, more than images.max_scans {limits.max_scans}")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from milan_pipe.config.teacher import RANDOM
-from milan_pipe.errors import DataError, MissingError, one_line
+from milan_pipe.errors import DataError, MissingError, StoreError, one_line, resource_hint
 from milan_pipe.pretrained.hub import quiet
 
 
@@ -146,12 +146,15 @@ class ModelSource(ABC):
 
         Raises:
             DataError: the description builds no model.
+            StoreError: the machine has too little memory for it.
         """
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
             try:
                 return self._build().eval()
             except UNBUILT as error:
+                if hint := resource_hint(error):
+                    raise StoreError(f"{self.asker.what} {self.model!r} cannot be built: {hint}") from error
                 raise DataError(
                     f"{self.asker.what} {self.model!r} cannot be built ({type(error).__name__}: "
                     f"{one_line(error)}); check its description, or update open_clip_torch and timm"

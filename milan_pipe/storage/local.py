@@ -223,7 +223,13 @@ def file_mode(path: Path, mode: int) -> None:
 
 def flush(path: Path) -> None:
     """Put a file, or the names in a folder, on the disk: after a power cut a rename may be there without the data."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # In some folders one may write and not read.
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -212,6 +213,14 @@ def test_time_of_other_threads_and_of_before_is_not_counted(monkeypatch: pytest.
 # --- masks
 
 RULE = MaskRule(classes=3, ignore_index=255, zero_is_ignored=False)
+
+
+def test_a_tile_above_the_limits_is_refused_however_small_its_image_is() -> None:
+    tags = {256: 8, 257: 8, 258: 8, 259: 8, 262: 1, 277: 1, 322: 46_000, 323: 46_000, 324: 200, 325: 9}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(LabelError, match=r"a tile of 46000 x 46000 pixels, more than images\.max_pixels"):
+        decode_mask(data + bytes(209 - len(data)), RULE, (8, 8), "k")
 
 
 def test_a_mask_above_the_limits_is_a_wrong_one() -> None:

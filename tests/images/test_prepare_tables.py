@@ -144,8 +144,12 @@ def test_captions_labels_by_name_and_plain_bytes(tmp_path: Path) -> None:
 def test_rows_without_a_readable_image_are_skipped(tmp_path: Path) -> None:
     gif = io.BytesIO()
     Image.new("RGB", (3, 3)).save(gif, "GIF")
+    # As many cameras write a JPEG: with another picture behind it.
+    two_shots = io.BytesIO()
+    Image.new("RGB", (3, 3)).save(two_shots, "MPO", save_all=True, append_images=[Image.new("RGB", (3, 3))])
     rows = [
         {"bytes": PICTURES[0], "path": None},
+        {"bytes": two_shots.getvalue(), "path": "camera.jpg"},
         {"bytes": None, "path": "gone.png"},
         {"bytes": PICTURES[1][:100], "path": "cut.png"},
         {"bytes": gif.getvalue(), "path": "x.gif"},
@@ -154,11 +158,11 @@ def test_rows_without_a_readable_image_are_skipped(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
     report = run(tmp_path / "a.parquet", tmp_path / "out")
-    assert (report.samples, len(report.bad)) == (1, 4)
+    assert (report.samples, len(report.bad)) == (2, 4)
     assert bad_of(tmp_path / "out") == {
         "gone.png": "the row has a path and no bytes; write the table again with its images embedded",
         "cut.png": report.bad[1][1],
-        "x.gif": "images of type GIF are not read; convert to jpg, png, webp",
+        "x.gif": "images of type GIF are not read; convert to jpg, png or webp",
         "a.parquet": "the row names no image",
     }
 

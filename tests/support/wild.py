@@ -102,6 +102,14 @@ def many_scans(pixels: NDArray[Any] | Image.Image, scans: int, **options: Any) -
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
 
 
+def empty_scans(pixels: NDArray[Any] | Image.Image, scans: int) -> bytes:
+    """A JPEG that is not progressive, and has no data: of each scan nothing but its header."""
+    data = encoded(pixels, "JPEG")
+    start = data.index(b"\xff\xda")
+    of_component = (b"\xff\xda\0\x08\1" + bytes([1 + number % 3, 0, 0, 63, 0]) for number in range(scans))
+    return data[:start] + b"".join(of_component) + data[-2:]
+
+
 def slow_bmp(pixels: int) -> bytes:
     """A BMP of runs of one pixel, of a thousand in a row: a microsecond or more for each."""
     runs = b"\1\0" * 1000 + b"\0\0"
@@ -113,6 +121,13 @@ def slow_bmp(pixels: int) -> bytes:
 def _of_size(data: bytes, place: int, form: str, side: int) -> bytes:
     """A file whose header says that it is `side` x `side`."""
     return data[:place] + struct.pack(form, side, side) + data[place + struct.calcsize(form) :]
+
+
+def _hidden_scans(pixels: NDArray[Any]) -> bytes:
+    """Behind a marker that has no length, and bytes that would be a long one."""
+    data = many_scans(pixels, 1000)
+    start = data.index(b"\xff\xda") + 12
+    return data[:start] + b"\xff\x05\xff\xff" + data[start:]
 
 
 @cache
@@ -138,6 +153,8 @@ def bombs() -> list[WildImage]:
         WildImage(name="gif bomb.jpg", data=gif, reason=f"3600000000 {pixels}"),
         WildImage(name="bmp bomb.jpg", data=bmp, reason=f"1600000000 {pixels}"),
         WildImage(name="many scans.jpg", data=many_scans(seen, 1000), reason="scans, more than images.max_scans 100"),
+        WildImage(name="empty scans.jpg", data=empty_scans(seen, 1000), reason="a JPEG of 1000 scans, more than"),
+        WildImage(name="hidden scans.jpg", data=_hidden_scans(seen), reason="scans, more than images.max_scans 100"),
         WildImage(name="profile bomb.png", data=png[:33] + profile + png[33:], reason="damaged: Decompressed data"),
     ]
 

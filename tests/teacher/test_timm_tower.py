@@ -226,6 +226,8 @@ def angles_of(trunk, spec):
 @torch.inference_mode()
 def test_is_the_plain_forward_pass(case):
     kind, changes, spec = CASES[case]
+    # With others a first token of the enormous one may look at itself alone.
+    torch.manual_seed(9)
     visual = wrap(small(kind, **changes))
     family_of(visual, case)
     pixels = torch.randn(2, 3, 24, 24)
