@@ -70,17 +70,19 @@ class Params(Settings):
 
 _MOST_VALUES = 100_000
 # Of a number, a date or a truth value that is none, the library raises what Python does.
-_NO_VALUE = (yaml.YAMLError, ValueError, LookupError, RecursionError)
+NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def _load(text: str) -> Any:
-    """What YAML holds; raises one of `_NO_VALUE`."""
+    """What YAML holds; raises one of `NO_VALUE`."""
     content = yaml.safe_load(text)
     # Aliases of aliases are few bytes and more values than can be looked at, or values in themselves.
     left = [content]
     for _ in range(_MOST_VALUES):
         if not left:
             return content
+        if len(left) > _MOST_VALUES:
+            break
         value = left.pop()
         if isinstance(value, str):
             # Half of a surrogate pair can be neither written nor shown.
@@ -99,7 +101,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         # It writes what it expected as `<block end>`.
         problem = str(error.problem).replace("<", "").replace(">", "")
         raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
-    except (OSError, *_NO_VALUE) as error:
+    except (OSError, *NO_VALUE) as error:
         raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
         return {}
@@ -118,7 +120,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise SettingError(f"--set {override!r} is not understood, expected section.key=value")
     try:
         value = _load(text)
-    except _NO_VALUE:
+    except NO_VALUE:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
     given = {key: value} if dot else _expanded(section, value)

@@ -128,7 +128,7 @@ class _Batches(Dataset[Any], Generic[T, B]):
 
 def _listed(file: Path) -> set[str]:
     try:
-        return {str(json.loads(line)["key"]) for line in file.read_text(encoding="utf-8").splitlines()}
+        return {str(json.loads(line)["key"]) for line in file.read_text(encoding="utf-8").split("\n") if line}
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
     # A full disk cuts its last line.

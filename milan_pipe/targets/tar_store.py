@@ -29,6 +29,7 @@ from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
+from milan_pipe.targets.zstd import unpacked
 
 HEADER_FILE = "header.json"
 
@@ -93,7 +94,7 @@ class PackedCodes:
         """
         raw: Any = data
         for each in reversed(self._filters):
-            raw = each.decode(raw)
+            raw = unpacked(raw, into_ST.nbytes) if isinstance(each, Zstd) else each.decode(raw)
         code = np.frombuffer(memoryview(raw).cast("B"), self._dtype).reshape(self._shape)
         into_ST[...] = code.T if self._transposed else code
 
@@ -179,6 +180,8 @@ def _members(block: memoryview) -> Iterator[tuple[str, memoryview]]:
     while position < len(block):
         header = bytes(block[position : position + tarfile.BLOCKSIZE])
         size = int(header[124:135], 8)
+        if size < 0:
+            raise ValueError(f"a member of {size} bytes")
         position += tarfile.BLOCKSIZE
         data = block[position : position + size]
         position += size + -size % tarfile.BLOCKSIZE

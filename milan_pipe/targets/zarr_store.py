@@ -25,7 +25,6 @@ from typing import Any, cast
 import numpy as np
 import zarr
 from numcodecs.vlen import VLenUTF8
-from numcodecs.zstd import decompress
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
@@ -38,6 +37,7 @@ from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import ABSENT, CRC_BYTES, ENTRY_BYTES, crc32c, parse_index, read_chunks
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
+from milan_pipe.targets.zstd import MOST_RATIO, unpacked
 
 GROUP_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
@@ -417,22 +417,31 @@ class ZarrShard:
         path, chunk = f"{name}/{array.key()}", math.prod(array.chunks)
         if path not in self._record.files:
             self._identify(path)
+            self._require_keys()
             return np.full(array.shape, array.metadata["fill_value"], array.dtype)
         data = self._checked_file(path)
         with self._reading(name, [path]):
             count = math.prod(array.file_shape) // chunk
             index = parse_index(data, count).tolist() if array.sharded else [(0, len(data))]
-            zeros = bytes(chunk * array.dtype.itemsize)
+            most = None if array.is_text else chunk * array.dtype.itemsize
+            zeros = np.zeros(most or 0, np.uint8)
             parts = [
-                zeros if offset == ABSENT else decompress(data[offset : offset + length - CRC_BYTES])
+                zeros if offset == ABSENT else unpacked(data[offset : offset + length - CRC_BYTES], most)
                 for offset, length in index
             ]
             if array.is_text:
                 return np.asarray(VLenUTF8().decode(parts[0]), object).reshape(array.shape)
             # Chunks are rows of one view, one view behind the other.
-            rows = np.frombuffer(bytearray().join(parts), array.dtype).reshape(array.file_shape)
+            rows = np.concatenate(parts).view(array.dtype).reshape(array.file_shape)
             found: NDArray[Any] = rows[tuple(map(slice, array.shape))]
             return found
+
+    def _require_keys(self) -> None:
+        """Where values have no file, nothing but the keys' file bounds how many there are."""
+        file = self._record.files.get(f"key/{self._arrays['key'].key()}")
+        most = MOST_RATIO * file.bytes if file is not None else 0
+        if self._record.source.samples > most:
+            raise self._fail(f"its record names {self._record.source.samples} samples, and its keys are at most {most}")
 
     def _rows(self, name: str, start: int, stop: int, view: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of a view; of an array (n,) there is no view."""

@@ -101,8 +101,14 @@ BOMB = (
         "views: {seed: !!bool maybe}",
         "views: {seed: 2001-99-99}",
         'teacher: {model: "\\ud800"}',
+        f"views: &v [{'*v, ' * 1000}*v]",
+        "views: {seed: !!timestamp x}",
+        f"views: {{seed: {'1:' * 200}1.5}}",
     ],
-    ids=["aliases of aliases", "a list in itself", "digits", "depth", "float", "bool", "date", "half a pair"],
+    ids=[
+        *("aliases of aliases", "a list in itself", "digits", "depth", "float", "bool", "date", "half a pair"),
+        *("a list many times in itself", "no time", "a long time"),
+    ],
 )
 def test_yaml_that_is_no_settings_is_one_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "params.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from milan_pipe.targets import manifest
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.convert import convert_targets
 from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.tar_store import _members
 from milan_pipe.targets.verify import verify_store
 
 FORMATS = ["zarr", "webdataset"]
@@ -112,6 +114,27 @@ def test_a_record_that_makes_no_sense_is_one_error(tmp_path: Path, store_format:
         read()
     assert "\n" not in str(caught.value)
     assert verify_store(store).problems
+
+
+def test_keys_without_a_file_are_refused_and_bound_what_else_has_none(tmp_path: Path) -> None:
+    write_store(tmp_path, header(), [5])
+    (tmp_path / "manifest.json").unlink()
+
+    def without_keys(values: Any) -> None:
+        (name,) = [name for name in values["files"] if name.startswith("key/c")]
+        del values["files"][name]
+        (tmp_path / "shards" / "000000" / name).unlink()
+
+    rewrite(tmp_path / "manifest" / "000000.json", without_keys)
+    with pytest.raises(DataError, match="its record names 5 samples, and its keys are at most 0"):
+        open_targets(tmp_path).keys("000000")
+
+
+def test_a_member_of_negative_size_is_refused() -> None:
+    header_of_tar = bytearray(tarfile.TarInfo("a.jpg").tobuf())
+    header_of_tar[124:136] = b"-0000001000\0"
+    with pytest.raises(ValueError, match="-512 bytes"):
+        list(_members(memoryview(bytes(header_of_tar) * 2)))
 
 
 @pytest.mark.parametrize("section", ["teacher", "views", "source"])
