@@ -69,26 +69,27 @@ class Params(Settings):
 
 
 _MOST_VALUES = 100_000
-# Of a number, a date or a truth value that is none, the library raises what Python does.
-NO_VALUE = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the library raises for text that is no YAML; of a number, date or truth value that is none, what Python does."""
 
 
 def _load(text: str) -> Any:
-    """What YAML holds; raises one of `NO_VALUE`."""
+    """What YAML holds; raises one of `NO_YAML`."""
     content = yaml.safe_load(text)
     # Aliases of aliases are few bytes and more values than can be looked at, or values in themselves.
-    left = [content]
-    for _ in range(_MOST_VALUES):
-        if not left:
-            return content
-        if len(left) > _MOST_VALUES:
-            break
+    left, values = [content], 1
+    while left:
         value = left.pop()
         if isinstance(value, str):
             # Half of a surrogate pair can be neither written nor shown.
             value.encode()
-        left += value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
-    raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand")
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
+        values += len(inside)
+        if values > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand")
+        left += inside
+    return content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         # It writes what it expected as `<block end>`.
         problem = str(error.problem).replace("<", "").replace(">", "")
         raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
-    except (OSError, *NO_VALUE) as error:
+    except (OSError, *NO_YAML) as error:
         raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
         return {}
@@ -120,7 +121,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise SettingError(f"--set {override!r} is not understood, expected section.key=value")
     try:
         value = _load(text)
-    except NO_VALUE:
+    except NO_YAML:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
     given = {key: value} if dot else _expanded(section, value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from milan_pipe.config.params import NO_VALUE
+from milan_pipe.config.params import NO_YAML
 from milan_pipe.errors import MissingError, SettingError, one_line
 from milan_pipe.storage.hub import UNREACHABLE, hub_reason
 
@@ -65,7 +65,8 @@ def license_of_card(card: Path) -> str | None:
     """The licence that a model card states, as `apache-2.0`; None without a card, or where it states none."""
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, *NO_VALUE):
+    # Names of fields become names of arguments.
+    except (OSError, TypeError, *NO_YAML):
         return None
     stated = data.get("license_name") if data.get("license") == "other" else data.get("license")
     return stated if isinstance(stated, str) else None

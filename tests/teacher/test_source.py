@@ -25,6 +25,7 @@ from milan_pipe import api
 from milan_pipe.config.params import load_params, stated_of
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import MismatchError, MissingError
+from milan_pipe.pretrained.hub import license_of_card
 from milan_pipe.teacher.clip import load_teacher
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -279,3 +280,14 @@ def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
     assert hub.files == [CONFIG, WEIGHTS]
     header = json.loads((tmp_path / "t" / "shards" / "zarr.json").read_text())
     assert '"hf-hub:org/quick"' in json.dumps(header)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["mit\nat: !!timestamp x", f"mit\nat: {'1:' * 200}1.5", "[" * 1500, "mit\n1: 2", "mit\nat: 2001-99-99"],
+    ids=["date", "sixties", "depth", "number", "day"],
+)
+def test_a_card_that_is_no_yaml_states_no_licence(tmp_path: Path, stated: str) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlicense: {stated}\n---\n")
+    assert license_of_card(card) is None
