@@ -301,7 +301,7 @@ CASES: dict[str, Case] = {
     ),
     "long and thin": (
         lambda: centre_view(Image.new("RGB", (60000, 1)), 64, 1.0), DataError,
-        "60000 x 1 pixels, too long and thin: 3840000 x 64 when resized",
+        "60000 x 1 pixels, too long and thin: 3840000 x 64 when resized, more than 89478485",
     ),
     "full device": (
         embedded_on_a_full_device, DeviceFullError,

@@ -238,7 +238,7 @@ def test_a_classifier_of_sizes_that_nobody_has_is_one_error(tmp_path: Path) -> N
     settings = StudentSettings(image_size=16, patch_size=8, width=2**34, depth=1, heads=2)
     record = {"task": "finetune", "student": settings.model_dump(mode="json"), "classes": 2}
     save_checkpoint(tmp_path, 1, {"model": {"cls_token": torch.zeros(1)}}, record)
-    with pytest.raises(DataError, match="no classifier of its sizes can be built"):
+    with pytest.raises(StoreError, match="its classifier cannot be built: out of memory"):
         load_student(tmp_path)
 
 
