@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs.zstd import compress
 
-from milan_pipe.targets.zstd import unpacked
+from milan_pipe.targets.zstd import MOST_RATIO, unpacked
 
 
 @given(st.binary(min_size=1, max_size=70_000), st.sampled_from([1, 9]), st.booleans())
@@ -28,8 +28,13 @@ def test_more_than_expected_is_refused_before_room_is_made(size: int) -> None:
 
 def test_a_frame_of_keys_is_bounded_by_its_own_size() -> None:
     frame = compress(bytes(100_000_000), 1)
-    with pytest.raises(ValueError, match=f"expected at most {1000 * len(frame) + 65536}"):
+    with pytest.raises(ValueError, match=f"expected at most {MOST_RATIO * len(frame) + 65536}"):
         unpacked(frame)
+
+
+def test_keys_that_differ_in_a_number_alone_are_unpacked() -> None:
+    keys = "".join(f"{'/abc' * 1000}/{number:08d}" for number in range(1000)).encode()
+    assert unpacked(compress(keys, 9)).tobytes() == keys
 
 
 def test_a_frame_that_says_nothing_or_too_little_is_refused() -> None:
