@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from milan_pipe.drawing.sheet import file_url, one_line
+from milan_pipe.drawing.sheet import file_url, printable_line
 from milan_pipe.extras import needs
 
 with needs("report", "drawing charts"):
@@ -55,7 +55,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
 
 def _label(text: str) -> str:
     """Text that fits into a chart: one line, and of a long one the end, as of paths."""
-    line = one_line(text)
+    line = printable_line(text)
     return line if len(line) <= _MOST_CHARACTERS else f"...{line[-_MOST_CHARACTERS:]}"
 
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from milan_pipe import __version__
-from milan_pipe.drawing.sheet import data_url, one_line, printable_lines
+from milan_pipe.drawing.sheet import data_url, printable_line, printable_lines
 from milan_pipe.extras import needs
 
 with needs("report", "writing a page"):
@@ -32,7 +32,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_url": data_url, "one_line": one_line}
+    environment.filters |= {"data_url": data_url, "printable_line": printable_line}
     style = (templates / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     # The policy names the hash of exactly what stands between the tags. It is a file of the package.

@@ -41,7 +41,7 @@ class Sheet(NamedTuple):
     rows: Sequence[Row]
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Text with line breaks and other characters that do not print escaped."""
     if text.isprintable():
         return text
@@ -50,7 +50,7 @@ def one_line(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """Text with its line breaks; other characters that do not print escaped."""
-    return "\n".join(map(one_line, text.split("\n")))
+    return "\n".join(map(printable_line, text.split("\n")))
 
 
 def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -72,7 +72,7 @@ def draw_sheet(sheet: Sheet) -> bytes:
     font = ImageFont.load_default(11)
 
     def write(left: int, top: int, text: str, room: int) -> None:
-        shown = text = one_line(text)
+        shown = text = printable_line(text)
         # A character has a pixel at least, and a key may have many thousands.
         text = text[-room:]
         while text and (len(shown) > room or draw.textlength(shown, font) > room):

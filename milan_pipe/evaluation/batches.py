@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,10 +129,13 @@ class _Batches(Dataset[Any], Generic[T, B]):
 
 def _listed(file: Path) -> set[str]:
     try:
-        return {str(json.loads(line)["key"]) for line in file.read_text(encoding="utf-8").split("\n") if line}
+        data = file.read_bytes()
+        # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
+        if len(data) > (whole := data.rfind(b"\n") + 1):
+            os.truncate(file, whole)
+        return {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
-    # A full disk cuts its last line.
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is damaged ({one_line(error)}); remove it, and the run lists them anew") from error
 

@@ -44,7 +44,7 @@ def verify_against_teacher(
         raise MissingError(f"{location} is not a target store; write one with `{manifest.extract_command(location)}`")
     settings = params.teacher if params.teacher.model_fields_set else None
     teacher = load_teacher_of(header, settings, resolve_device(params.extract.device), location)
-    codec, view_count = codec_of(header.codec), header.views.count
+    codec, view_count, size = codec_of(header.codec), header.views.count, header.views.size
 
     def check(shard: str, samples: int, view: int, start: int, run: ViewRun) -> Iterator[Problem]:
         # Spread over the shard, chosen by shard and view alone.
@@ -55,7 +55,7 @@ def verify_against_teacher(
         if not rows:
             return
         try:
-            pixels = np.stack([decode_jpeg(run.jpegs[row]) for row in rows])
+            pixels = np.stack([decode_jpeg(run.jpegs[row], side=size) for row in rows])
         except DataError:
             return  # reported by the check of the views themselves
         live = teacher(torch.from_numpy(pixels))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import IO, Any
 
-from milan_pipe.errors import DataError, MilanError, one_line
+from milan_pipe.errors import DataError, LabelError, MilanError, one_line
 from milan_pipe.extras import needs
 from milan_pipe.images.files import suffix_of
 from milan_pipe.images.shards import ShardFile
@@ -18,6 +18,10 @@ from milan_pipe.images.shards import ShardFile
 TABLE_SUFFIXES = ("parquet", "csv", "tsv")
 
 _BYTES_AT_ONCE = 2**23
+# A file says how large it is as it likes, and holds a value once that stands in millions of rows.
+_ROWS_AT_ONCE = 4
+_LABELS_AT_ONCE = 256
+_MOST_LABEL_BYTES = 2**26
 _READ_AHEAD = 2**20
 # No field of such a row is too long for the module csv.
 _MAX_ROW_BYTES = 2**17
@@ -69,9 +73,8 @@ def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list
     if _is_parquet(file):
         with _parquet(file) as opened:
             total = opened.metadata.num_rows
-            if label is not None:
-                for batch in opened.iter_batches(columns=[label], use_threads=False):
-                    values.update(batch.column(0).unique().to_pylist())
+        if label is not None:
+            values = _parquet_labels(file, label)
         return [Rows(file=file, first=first, count=min(step, total - first)) for first in range(0, total, step)], values
     parts: list[Rows] = []
     with _reading(file), file.open() as stream:
@@ -112,15 +115,33 @@ def _reading(file: ShardFile) -> Iterator[None]:
 
 
 @contextmanager
-def _parquet(file: ShardFile) -> Iterator[Any]:
+def _parquet(file: ShardFile, repeated: Sequence[str] = ()) -> Iterator[Any]:
+    """A file, its columns `repeated` with each value held once."""
     with needs("hub", "reading parquet files"):
         from pyarrow.parquet import ParquetFile
     with (
         _reading(file),
         file.open() as stream,
-        ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD) as opened,
+        ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD, read_dictionary=repeated) as opened,
     ):
         yield opened
+
+
+def _parquet_labels(file: ShardFile, label: str) -> set[Any]:
+    values: set[Any] = set()
+    size = 0
+    with _parquet(file, [label]) as opened:
+        for batch in opened.iter_batches(_LABELS_AT_ONCE, columns=[label], use_threads=False):
+            new = set(batch.column(0).unique().to_pylist()) - values
+            size += sum(len(value) for value in new if isinstance(value, str))
+            if size > _MOST_LABEL_BYTES:
+                raise LabelError(
+                    f"{file}: column {label} has more than {_MOST_LABEL_BYTES >> 20} MiB of different values, expected "
+                    "names of classes: name another one with prepare.label_column=NAME, or none with "
+                    "prepare.label_column=false"
+                )
+            values |= new
+    return values
 
 
 def _kind(of: Any) -> str:
@@ -180,7 +201,7 @@ def _batches(file: ShardFile, columns: Sequence[str], first: int) -> Iterator[_B
             if stop <= first:
                 at = stop
                 continue
-            at_once = max(1, min(group.num_rows, _BYTES_AT_ONCE * group.num_rows // max(group.total_byte_size, 1)))
+            at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * group.num_rows // max(group.total_byte_size, 1)))
             for rows in opened.iter_batches(at_once, row_groups=[number], columns=list(columns), use_threads=False):
                 yield _Batch(rows=rows, first=at, stop=at + rows.num_rows, group_stop=stop)
                 at += rows.num_rows

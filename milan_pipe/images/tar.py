@@ -14,13 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, system_reason
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_ENCODED_BYTES, OTHER_IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.shards import ShardFile, shard_file
 
 _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
+# Metadata beside an image can be large, as the outlines of its objects.
+_MAX_TEXT_BYTES = 2**24
+_MAX_HEADER_BYTES = 2**20
+_MOST_GLOBAL_RECORDS = 100
 
 OnBad = Callable[[str, str], None]
 """Takes the key and a one-line reason of a sample that is skipped."""
@@ -55,6 +59,7 @@ class _Group:
         parts: label and caption by suffix, as they are stored.
         dotted: names as `a.v2.jpg`: one more file of the sample, or an image with a dot in its name.
         fault: first reason to skip the sample.
+        text_fault: the same, where it has an image.
     """
 
     key: str
@@ -64,6 +69,7 @@ class _Group:
     data: bytes = b""
     mask: range | None = None
     fault: str | None = None
+    text_fault: str | None = None
 
     def skip(self, reason: str) -> None:
         self.fault = self.fault or reason
@@ -136,7 +142,7 @@ def _groups(shard: ShardFile, copy: IO[bytes] | None, *, locate: bool) -> Iterat
                     yield group
                 group = _Group(key=key)
             data = None
-            if suffix in _WANTED and _is_plain(info) and info.size <= MAX_ENCODED_BYTES:
+            if suffix in _WANTED and _is_plain(info) and info.size <= _most_bytes(suffix):
                 data = b""
                 if not (locate and suffix in IMAGE_SUFFIXES):
                     file.seek(info.offset_data)
@@ -152,13 +158,17 @@ def _utf8(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _most_bytes(suffix: str) -> int:
+    return MAX_ENCODED_BYTES if suffix in _IMAGES else _MAX_TEXT_BYTES
+
+
 def _is_plain(info: tarfile.TarInfo) -> bool:
     return info.isreg() and not info.issparse()
 
 
 def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: bytes | None) -> None:
     span = range(info.offset_data, info.offset_data + info.size)
-    if suffix in MASK_SUFFIXES and _is_plain(info):
+    if suffix in MASK_SUFFIXES and _is_plain(info) and info.size <= MAX_ENCODED_BYTES:
         group.mask = span
     if suffix in OTHER_IMAGE_SUFFIXES:
         group.skip(f"images of type .{suffix} are not read; convert to {', '.join(IMAGE_SUFFIXES)}")
@@ -167,13 +177,12 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
     elif suffix not in IMAGE_SUFFIXES:
-        if data is not None and suffix in group.parts:
-            group.skip(f"two .{suffix} members of one key")
+        if data is None or suffix in group.parts:
+            group.text_fault = _no_member(suffix, info) if data is None else f"two .{suffix} members of one key"
         else:
-            group.parts[suffix] = data or b""
+            group.parts[suffix] = data
     elif data is None:
-        kind = "larger than 256 MiB" if _is_plain(info) else "a link or special file, no plain file"
-        group.skip(f"the .{suffix} member is {kind}")
+        group.skip(_no_member(suffix, info))
     elif group.image is not None:
         group.skip("two images of one key")
     else:
@@ -185,6 +194,11 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
             group.skip("member name is not UTF-8")
 
 
+def _no_member(suffix: str, info: tarfile.TarInfo) -> str:
+    large = f"larger than {_most_bytes(suffix) >> 20} MiB"
+    return f"the .{suffix} member is {large if _is_plain(info) else 'a link or special file, no plain file'}"
+
+
 _IMAGES = frozenset((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES))
 _DOTTED = "its sample has no image: a key ends at the first dot of a name; rename, or use `milan-pipe prepare`"
 _WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
@@ -192,10 +206,15 @@ _WANTED = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
 def split_member_name(name: str) -> tuple[str, str]:
     """Key and lower-case suffix by webdataset's rule: cut at the first dot of the last part; ("", "") if none."""
-    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, re.DOTALL)
-    if match is None or re.match(r"__[^/]*__($|/)", name):
+    # Not by webdataset's expression, which takes the square of a name's slashes.
+    last = name.rfind("/") + 1
+    dot = name.find(".", last)
+    # A last part that begins with the dot is a suffix where the part before it has none.
+    if dot < 1 or (dot == last and "." in name[name.rfind("/", 0, last - 1) + 1 : last]):
         return "", ""
-    return match[1], match[2].lower()
+    if re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    return name[:dot], name[dot + 1 :].lower()
 
 
 @contextmanager
@@ -217,6 +236,23 @@ def opened(shard: ShardFile, copy: IO[bytes] | None = None) -> Iterator[IO[bytes
         raise DataError(f"shard {shard} cannot be read: {system_reason(error)}") from error
 
 
+class _Headers:
+    """A tar as `tarfile` reads its headers: one member's may be so long only, whatever they say of themselves."""
+
+    def __init__(self, shard: ShardFile, file: IO[bytes]) -> None:
+        self._shard, self._file, self.seek, self.tell = shard, file, file.seek, file.tell
+        self.left = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.left:
+            raise DataError(
+                f"shard {self._shard}: the header of a member at byte {self._file.tell()} is damaged, or longer than "
+                f"{_MAX_HEADER_BYTES >> 20} MiB; copy or prepare it again"
+            )
+        self.left -= size
+        return self._file.read(size)
+
+
 def walk(shard: ShardFile, file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:
     """Headers of a tar's members, each checked to lie behind the last one and within the tar.
 
@@ -232,15 +268,19 @@ def walk(shard: ShardFile, file: IO[bytes], size: int) -> Iterator[tarfile.TarIn
         raise DataError(f"shard {shard} is an empty file")
     end = -1
     try:
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        headers: Any = _Headers(shard, file)
+        tar = tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         while (info := tar.next()) is not None:
             # A header may claim a size that leads backwards or past the end.
             if tar.offset <= end or info.size < 0 or info.offset_data + (0 if info.issparse() else info.size) > size:
                 raise _damaged(shard, info.offset)
             end = tar.offset
             yield info
+            headers.left = _MAX_HEADER_BYTES
             # The list would grow with the shard.
             tar.members = []  # type: ignore[attr-defined]
+            if len(tar.pax_headers) > _MOST_GLOBAL_RECORDS:
+                raise _damaged(shard, info.offset)
     # What cannot be read is not damaged.
     except (MilanError, OSError):
         raise
@@ -265,6 +305,8 @@ def _sample_of(group: _Group) -> Sample:
         raise DataError(group.fault)
     if not group.image:
         raise DataError("empty file")
+    if group.text_fault is not None:
+        raise DataError(group.text_fault)
     label, caption = -1, None
     if "json" in group.parts:
         try:

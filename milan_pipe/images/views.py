@@ -159,27 +159,37 @@ def encode_jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
         raise DataError(f"JPEG cannot be encoded: {error}") from None
 
 
-def decode_jpeg(data: bytes | memoryview, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def decode_jpeg(
+    data: bytes | memoryview, into: NDArray[np.uint8] | None = None, *, side: int | None = None
+) -> NDArray[np.uint8]:
     """Decode a stored view, faster than Pillow and to the same pixels.
 
     Args:
         data: an RGB or grey JPEG. EXIF is not read.
         into: memory for the pixels, of their shape.
+        side: height and width, where they are known; a JPEG that says others is not decoded.
 
     Returns:
         (height, width, 3) uint8, RGB.
 
     Raises:
-        DataError: empty, truncated, damaged, or of another size than `into`.
+        DataError: empty, truncated, damaged, or of another size than `into` or `side`.
     """
     if not data:
         raise DataError("JPEG cannot be decoded: empty")
     try:
+        if side is not None:
+            _require_size(simplejpeg.decode_jpeg_header(data), side)
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True, buffer=into
         )
     except ValueError as error:
         raise DataError(f"JPEG cannot be decoded: {error}") from None
-    if into is not None and pixels.shape != into.shape:
-        raise DataError(f"JPEG has {pixels.shape[0]} x {pixels.shape[1]} pixels, expected {into.shape[0]}")
+    if into is not None:
+        _require_size(pixels.shape, into.shape[0])
     return pixels
+
+
+def _require_size(found: Sequence[int | str], side: int) -> None:
+    if (found[0], found[1]) != (side, side):
+        raise DataError(f"JPEG has {found[0]} x {found[1]} pixels, expected {side} x {side}")

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from milan_pipe import __version__
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import portable_name
-from milan_pipe.drawing.sheet import one_line, printable_lines
+from milan_pipe.drawing.sheet import printable_line, printable_lines
 from milan_pipe.errors import DataError, MilanError, MismatchError
 from milan_pipe.evaluation.results import FOLDER, read_evaluations
 from milan_pipe.reports.store_facts import store_facts
@@ -168,7 +168,7 @@ def _code(language: str, text: str) -> str:
 
 def _span(value: object) -> str:
     """What a record says, as code on one line: it is text that anybody may have written, and no markup."""
-    shown = one_line(str(value).strip())
+    shown = printable_line(str(value).strip())
     fence = _fence(shown, 1)
     space = " " if "`" in shown else ""
     return f"{fence}{space}{shown}{space}{fence}" if shown else ""
@@ -198,10 +198,21 @@ def public(value: Any) -> Any:
     if (short := portable_name(value)) != value:
         return short
     value = re.sub(r"\{([^{}]*)\}", lambda found: f"{{{','.join(map(public, found[1].split(',')))}}}", value)
-    # A slash between braces is within the last part.
-    parts = re.split(r"/+(?![^{}]*\})", value.rstrip("/"))
+    parts = _parts(value.rstrip("/"))
     is_outside = parts[0] == "" or parts[0].startswith("~") or ".." in parts
     return parts[-1] or value if is_outside else value
+
+
+def _parts(path: str) -> list[str]:
+    """Parts of a path; a slash between braces is within one."""
+    texts = re.split(r"([{}])", path)
+    parts = [""]
+    for text, brace in zip(texts[::2], [*texts[1::2], ""], strict=True):
+        first, *others = [text] if brace == "}" else re.split("/+", text)
+        parts[-1] += first
+        parts += others
+        parts[-1] += brace
+    return parts
 
 
 def public_command(command: str) -> str:
@@ -217,7 +228,7 @@ def _public_word(word: str) -> str:
     try:
         # As the command was made: a setting that is no text is JSON.
         parts = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{option}{public(value)}"
     return option + (json.dumps(public(parts)) if isinstance(parts, dict | list) else value)
 
@@ -256,7 +267,7 @@ def _pretrained(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _trained(record: Mapping[str, Any], title: str) -> list[str]:
     parts = [f"## {title}"]
-    views = record.get("configuration", {}).get("targets", {}).get("views", {})
+    views = record.get("configuration", {}).get("targets", {}).get("views")
     facts = {
         "data": record.get("data") or record.get("targets"),
         "views": f"{views['count']} of each image, {views['size']} pixels" if views else None,
@@ -266,10 +277,17 @@ def _trained(record: Mapping[str, Any], title: str) -> list[str]:
     if command := public_command(str(record.get("command") or "")):
         parts.append(_code("bash", command))
     if record.get("settings"):
-        # Through JSON: a record's values are plain.
-        settings = public(json.loads(json.dumps(record["settings"])))
-        parts.append(_code("yaml", yaml.safe_dump(settings, sort_keys=False)))
+        try:
+            # Through JSON: a record's values are plain.
+            settings = yaml.safe_dump(public(json.loads(json.dumps(record["settings"]))), sort_keys=False)
+        except RecursionError:
+            raise DataError("the settings of a checkpoint are nested deeper than any are; train it again") from None
+        parts.append(_code("yaml", settings))
     return parts if len(parts) > 1 else []
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _scored(scores: Sequence[Score]) -> list[str]:
@@ -277,7 +295,7 @@ def _scored(scores: Sequence[Score]) -> list[str]:
         return ["## Scores", "None were kept with it."]
     rows = ["| task | data | scores |", "|---|---|---|"]
     for one in scores:
-        values = ", ".join(f"{key} {value:.4g}" for key, value in one.scores.items() if isinstance(value, int | float))
+        values = ", ".join(f"{key} {value:.4g}" for key, value in one.scores.items() if _is_score(value))
         cells = (one.task, _public_data(one.data).replace(" -> ", " → "), values)
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
     commands = "\n".join(dict.fromkeys(filter(None, (public_command(one.command) for one in scores))))

@@ -171,7 +171,7 @@ class Targets:
         run = self.store.read(self.store.shards[block.shard], block.view, block.start, block.stop)
         label = int(run.label_N[0])
         try:
-            pixels = decode_jpeg(run.jpegs[0])
+            pixels = decode_jpeg(run.jpegs[0], side=self.header.views.size)
         except DataError as error:
             raise DataError(f"the stored view {view} of {run.keys[0]} does not decode: {error}") from error
         return Target(

@@ -6,6 +6,7 @@ server, by obstore. The commit is asked for once, so that what is read cannot ch
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,9 @@ class _Repository:
         with self._asking, self._errors(f"revision {self._revision}"):
             if self.commit is None:
                 found = self._api.dataset_info(self.name, revision=self._revision, expand=["sha"], timeout=_SECONDS)
+                # It becomes a part of URLs.
+                if not re.fullmatch("[0-9a-f]{40,64}", str(found.sha)):
+                    raise ValueError(f"commit {found.sha!r}")
                 self.commit = str(found.sha)
             return self.commit
 
@@ -106,8 +110,7 @@ class _Repository:
                     self.name, path or None, recursive=recursive, revision=commit, repo_type="dataset"
                 )
                 # The library waits for ever for each page of a list.
-                pages = Background(iter(found), ahead=_PAGE, name="hub", seconds=_SECONDS)
-                return [_of_tree(entry) for entry in pages]
+                return list(Background(map(_of_tree, found), ahead=_PAGE, name="hub", seconds=_SECONDS))
             except errors.EntryNotFoundError:
                 return []
 

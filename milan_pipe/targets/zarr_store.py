@@ -301,11 +301,18 @@ class _Array:
             return False
         if not all(type(n) is int and n >= 0 for n in (*self.shape, *self.file_shape, *self.chunks)):
             return False
+        if min((*self.file_shape, *self.chunks)) < 1:
+            return False
         # A library that believes in more runs out of memory, and the process ends.
-        most = VIEW_SHARD_BYTES if len(self.shape) == 1 else BLOCK_SAMPLES
-        return min((*self.file_shape, *self.chunks)) > 0 and all(
-            n <= of + most for n, of in zip(self.file_shape, self.shape, strict=True)
-        )
+        if len(self.shape) == 1:
+            return bool(self.file_shape[0] <= self.shape[0] + VIEW_SHARD_BYTES)
+        views, samples, *tail = self.shape
+        features, blocks = len(tail) == 2, -(-samples // BLOCK_SAMPLES)
+        # Rows of a file: a block of features, all blocks of what is small. Schema 2 filled up the only block, too.
+        rows = BLOCK_SAMPLES * (1 if features else views * blocks)
+        spare = _COEFFICIENTS_PER_CHUNK - 1 if features else 0
+        fits = (n <= of + spare for n, of in zip(self.file_shape[2:], tail, strict=True))
+        return all((math.prod(self.file_shape[:2]) <= rows, math.prod(self.chunks[:2]) <= BLOCK_SAMPLES, *fits))
 
     def key(self, *position: int) -> str:
         """Name of a file by its place in the grid of files, of which leading numbers are given."""
@@ -354,6 +361,9 @@ class ZarrShard:
             stored = sum(file.bytes for path, file in record.files.items() if path.startswith("view_bytes/c/"))
             if self._arrays["view_bytes"].shape[0] > stored:
                 raise self._fail(f"array 'view_bytes' has {self._arrays['view_bytes'].shape[0]} bytes, {stored} stored")
+            # Arrays of zeros have no file and are made whole: only the bytes of views bound how many there are.
+            if views * samples > self._arrays["view_bytes"].shape[0]:
+                raise self._fail(f"array 'view_bytes' has fewer bytes than the shard has views, {views * samples}")
             self._small: dict[str, NDArray[Any]] = dict(zip(_SMALL, together(self._whole, _SMALL), strict=True))
         self._keys = [str(key) for key in self._small["key"]]
 
@@ -430,6 +440,9 @@ class ZarrShard:
                 for offset, length in index
             ]
             if array.is_text:
+                # The decoder makes room for as many as the bytes say.
+                if (found_keys := int.from_bytes(parts[0][:4].tobytes(), "little")) != array.shape[0]:
+                    raise ValueError(f"{found_keys} texts, expected {array.shape[0]}")
                 return np.asarray(VLenUTF8().decode(parts[0]), object).reshape(array.shape)
             # Chunks are rows of one view, one view behind the other.
             rows = np.concatenate(parts).view(array.dtype).reshape(array.file_shape)
@@ -498,9 +511,13 @@ class ZarrShard:
     def _jpegs(self, view: int, start: int, stop: int) -> list[memoryview]:
         views = self._arrays["view_bytes"]
         offset, length = (self._small[name][view, start:stop] for name in ("view_offset", "view_length"))
-        first, last = int(offset.min()), int((offset + length).max())
-        if first < 0 or length.min() < 0 or last > views.shape[0]:
+        ends = offset + length
+        first, last = int(offset[0]), int(ends[-1])
+        if first < 0 or last > views.shape[0]:
             raise self._fail(f"array 'view_offset' leads to bytes {first} to {last} of 'view_bytes'")
+        # A sum that is too large for its type is negative, and ends before it begins.
+        if (ends < offset).any() or (offset[1:] < ends[:-1]).any():
+            raise self._fail("array 'view_offset' has views that overlap, or are not in the order of the samples")
         # Whole chunks, whose checksums are checked.
         size = views.chunks[0]
         first -= first % size

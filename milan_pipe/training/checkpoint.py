@@ -68,8 +68,13 @@ class _Settings(BaseModel):
     teachers: dict[str, Any] = {}
 
 
+class _Views(BaseModel, strict=True):
+    count: int
+    size: int
+
+
 class _Targets(BaseModel):
-    views: dict[str, Any] = {}
+    views: _Views | None = None
 
 
 class _Configuration(BaseModel):

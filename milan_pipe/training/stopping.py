@@ -58,21 +58,29 @@ def stop_requests() -> Iterator[StopRequest]:
 def errors_before_sigterm() -> Iterator[None]:
     """Have SIGTERM wait while an error is handled: torchrun sends it to every rank as soon as one of them has died.
 
-    After an error the handler stays, for what the caller says of it. Outside the main thread nothing is changed.
+    After an error the handler stays, for what the caller says of it. One that comes while an error within is handled
+    counts at the end. Outside the main thread nothing is changed.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
 
+    waits = False
+
     def end(number: int, _: FrameType | None) -> None:
+        nonlocal waits
         if sys.exc_info()[0] is None:
             signal.signal(number, before)
             signal.raise_signal(number)
+        else:
+            waits = True
 
     signal.signal(signal.SIGTERM, end)
     yield
     signal.signal(signal.SIGTERM, before)
+    if waits:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _drop_closed_terminal() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from support.hub import use_hub
 from support.images import TINY, class_folders, image, labelled_shard, mask_folders, png, write_tar
@@ -398,11 +401,29 @@ def test_messages(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     require_message(case)
 
 
-@pytest.mark.parametrize("text", ['{"key": "a"}\n{"key": "b', "[]\n", "\xff\n", '{"k": 1}\n', "[" * 100_000])
-def test_a_list_of_bad_images_that_was_cut_says_what_to_do(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ['{"key": "a}\n{"key": "b"}\n', "[]\n", "\xff\n", '{"k": 1}\n', "[" * 100_000 + "\n"])
+def test_a_damaged_list_of_bad_images_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad_samples.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"is damaged .*; remove it, and the run lists them anew"):
         BadImages(tmp_path / "bad_samples.jsonl")
+
+
+@given(st.data())
+def test_a_list_of_bad_images_cut_anywhere_is_gone_on_with(data: st.DataObject) -> None:
+    added = [("a", "\u00e9"), ("b\n", "empty file"), ("c", "d")]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "bad_samples.jsonl")
+
+        def run() -> None:
+            bad = BadImages(file)
+            for key, reason in added:
+                bad.add(key, reason)
+
+        run()
+        whole = file.read_bytes()
+        file.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        run()
+        assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zlib
@@ -301,6 +302,75 @@ def test_keys_are_those_of_webdataset() -> None:
         prefix, suffix = base_plus_ext(name)
         expected = (prefix or "", (suffix or "").lower())
         assert split_member_name(name) == expected
+
+
+@given(st.text("ab./_", max_size=12))
+@settings(deadline=None, max_examples=500)
+def test_any_name_has_the_key_of_webdataset(name: str) -> None:
+    prefix, suffix = (None, None) if re.match(r"__[^/]*__($|/)", name) else base_plus_ext(name)
+    assert split_member_name(name) == (prefix or "", (suffix or "").lower())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["/" * 2**20, "a/" * 2**19 + "a", "." * 2**20, "__" * 2**19 + "/a.png"])
+def test_a_long_name_takes_no_square_of_its_length(name: str) -> None:
+    assert split_member_name(name) == ("", "")
+
+
+def long_headers(kind: str) -> bytes:
+    """The begin of a tar whose first member has a header of 3 MB."""
+    info = tarfile.TarInfo("a.png")
+    if kind == "long name":
+        info.name = "a" * 3_000_000
+        return info.tobuf(tarfile.GNU_FORMAT)
+    if kind == "records":
+        info.pax_headers = {"a": "a" * 3_000_000}
+        return info.tobuf(tarfile.PAX_FORMAT)
+    if kind == "many names":
+        info.name = "a" * 10_000
+        buffer = info.tobuf(tarfile.GNU_FORMAT)
+        return buffer[:-512] * 300 + buffer[-512:]
+    if kind == "holes":
+        info.type = tarfile.GNUTYPE_SPARSE
+        head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        head[482] = 1
+        head[148:156] = b"%06o\0 " % (sum(head[:148]) + sum(head[156:]) + 8 * 32)
+        return bytes(head) + (b"0" * 504 + b"\1" + bytes(7)) * 6000 + bytes(512)
+    assert kind == "holes in the data"
+    info.size, info.pax_headers = 3_000_000, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    return info.tobuf(tarfile.PAX_FORMAT) + b"9999999\n" + b"1\n" * 1_499_996
+
+
+@pytest.mark.parametrize("kind", ["long name", "records", "many names", "holes", "holes in the data"])
+def test_headers_of_one_member_are_bounded(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.tar").write_bytes(long_headers(kind) + bytes(10_240))
+    with pytest.raises(DataError, match=r"a\.tar.*longer than 1 MiB; copy or prepare it again"):
+        read_all(tmp_path / "a.tar")
+
+
+def test_records_for_all_members_are_bounded(tmp_path: Path) -> None:
+    def tar(count: int) -> Path:
+        with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a"}) as opened:
+            for number in range(count):
+                opened.fileobj.write(tarfile.TarInfo.create_pax_global_header({f"MILAN.{number}": "a"}))  # type: ignore[union-attr]
+                opened.offset = opened.fileobj.tell()  # type: ignore[union-attr]
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = len(PNG)
+                opened.addfile(info, io.BytesIO(PNG))
+        return tmp_path / "a.tar"
+
+    assert len(read_all(tar(90))[0]) == 90
+    with pytest.raises(DataError, match="damaged"):
+        read_all(tar(110))
+
+
+def test_text_too_large_to_be_any_is_left_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milan_pipe.images.tar._MAX_TEXT_BYTES", 2**20)
+    large = b"[" * (2**20 + 1)
+    members = [("a.png", PNG), ("a.json", large), ("all.json", large), ("b.png", PNG), ("b.txt", b"b")]
+    samples, bad = read_all(write_tar(tmp_path / "a.tar", members))
+    assert [sample.key for sample in samples] == ["b"]
+    assert bad == [("a", "the .json member is larger than 1 MiB")]
 
 
 def test_key_stays_with_its_neighbours_only(tmp_path: Path) -> None:

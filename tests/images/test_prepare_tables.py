@@ -10,6 +10,7 @@ import pickle
 import socket
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -222,6 +223,69 @@ def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
     done = processes.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 80e6
+
+
+@contextlib.contextmanager
+def peaks() -> Iterator[dict[str, int]]:
+    """The most bytes that arrow and Python hold meanwhile."""
+    usual, found = pa.default_memory_pool(), dict[str, int]()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        yield found
+    finally:
+        found |= {"arrow": pool.max_memory(), "python": tracemalloc.get_traced_memory()[1]}
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+
+
+@pytest.mark.parametrize("form", ["hub", "plain", "dictionary"])
+def test_an_image_that_stands_in_many_rows_is_not_held_once_for_each(tmp_path: Path, form: str) -> None:
+    """A file of 70 kB whose 3000 rows are 197 MB."""
+    data = np.random.default_rng(0).bytes(2**16)
+    images: Any = pa.DictionaryArray.from_arrays(np.zeros(3000, np.int32), pa.array([data]))
+    if form != "dictionary":
+        images = images.cast(pa.binary())
+    if form == "hub":
+        images = pa.StructArray.from_arrays([images], names=["bytes"])
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=3000)
+    with peaks() as peak:
+        [rows], _ = rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 3000)
+        found = (row["image"]["bytes"] if form == "hub" else row["image"] for row in read_rows(rows, ["image"]))
+        assert sum(each == data for each in found) == 3000
+    assert max(peak.values()) < 10e6
+
+
+def test_rows_of_a_file_that_makes_itself_small_are_not_held_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its footer may say that a row group has a byte; here all are taken to."""
+    monkeypatch.setattr(table, "_BYTES_AT_ONCE", 2**60)
+    images = [bytes(2**17 + number) for number in range(300)]
+    rows = pa.table({"image": pa.array(images, pa.binary())})
+    pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", data_page_size=1, write_batch_size=1)
+    with peaks() as peak:
+        [part], _ = rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 300)
+        assert sum(len(row["image"]) for row in read_rows(part, ["image"])) == sum(map(len, images))
+    assert max(peak.values()) < 20e6
+
+
+def test_a_label_that_stands_in_many_rows_is_not_held_once_for_each(tmp_path: Path) -> None:
+    names = ["a" * 2**16, "b" * 2**16, None]
+    labels = pa.DictionaryArray.from_arrays(np.arange(3000, dtype=np.int32) % 3, pa.array(names)).cast(pa.string())
+    pq.write_table(pa.table({"label": labels}), tmp_path / "a.parquet")
+    with peaks() as peak:
+        assert rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), "label", 3000)[1] == set(names)
+    assert max(peak.values()) < 10e6
+
+
+def test_labels_of_more_text_than_classes_have_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_MOST_LABEL_BYTES", 2**20)
+    labels = [f"{number:01000d}" for number in range(1100)]
+    hub_table(tmp_path / "a.parquet", 1100, group=1100, label=labels)
+    with pytest.raises(LabelError, match=r"column label has more than 1 MiB of different values, expected names of"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
 
 
 class Counted(LocalFolder):

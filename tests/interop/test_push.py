@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -25,7 +27,7 @@ from milan_pipe import api
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.drawing.sheet import printable_lines
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.interop.card import Score, dataset_card, model_card, public_command
+from milan_pipe.interop.card import Score, dataset_card, model_card, public, public_command
 from milan_pipe.storage import location_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
@@ -243,6 +245,24 @@ def test_what_a_checkpoint_says_is_no_markup_of_its_card(text: str) -> None:
     assert structure(card) == structure(card_of("x"))
     assert ModelCard(card).data.license == f"x{text}"
     assert printable_lines(ModelCard(card).text) == ModelCard(card).text
+
+
+def test_scores_and_settings_that_nobody_has_are_no_crash() -> None:
+    record: dict[str, Any] = {"step": 1}
+    many = {"top1": 0.5, "huge": 10**400, "yes": "no", "inf": float("inf")}
+    checkpoint = Checkpoint(path=Path("x"), record=record)
+    card = model_card(checkpoint, StudentSettings(), 0, [Score("knn", many, "d", "c")], None)
+    assert "| `knn` | `d` | `top1 0.5, inf inf` |" in card
+    assert public_command(shlex.join(["a", "b=" + "[" * 100_000])) == shlex.join(["a", "b=" + "[" * 100_000])
+    record["settings"] = {"a": json.loads("[" * 600 + "]" * 600)}
+    with pytest.raises(DataError, match="nested deeper"):
+        model_card(checkpoint, StudentSettings(), 0, [], None)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", ["a/" * 10**6 + "b", "/" * 10**6 + "b", "/a" * 10**6 + "/b", "{}" * 10**5 + "/b"])
+def test_a_long_path_takes_no_square_of_its_length(path: str) -> None:
+    assert public(path) == ("b" if path[0] == "/" else path)
 
 
 def test_what_a_store_says_is_no_markup_of_its_card(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,8 @@ def test_a_good_answer_is_a_listing(answers: dict[str, Any]) -> None:
         ("info", 5),
         ("info", "[" * 100_000),
         ("info", {"sha": "f" * 40}),
+        ("info", INFO | {"sha": None}),
+        ("info", INFO | {"sha": "../../../models/x"}),
         ("tree", 5),
         ("tree", {"error": "busy"}),
         ("tree", [5]),
@@ -56,6 +59,16 @@ def test_an_answer_of_another_form_is_one_error(answers: dict[str, Any], name: s
     answers[name] = text
     with pytest.raises(StoreError, match=r"no such thing .*try again, or update huggingface_hub"):
         HubFolder("hf://datasets/a/b/data").sizes()
+
+
+def test_a_list_that_is_refused_is_not_asked_on(answers: dict[str, Any]) -> None:
+    answers["tree"] = [FILE | {"path": 7}, *[FILE] * 5_000]
+    with pytest.raises(StoreError):
+        HubFolder("hf://datasets/a/b/data").sizes()
+    for thread in threading.enumerate():
+        if thread.name == "hub":
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def test_what_an_answer_has_twice_is_there_once(answers: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
+from numcodecs import Zstd
 from support.targets import header, write_store
 
 from milan_pipe.config.student import MaskSettings
@@ -206,6 +208,67 @@ def test_an_array_in_chunks_larger_than_memory_is_refused(tmp_path: Path, array:
     with pytest.warns(RuntimeWarning, match="no manifest"):
         opened = open_targets(tmp_path)
     with pytest.raises(DataError, match=f"array '{array}'"):
+        opened.read("000000", 0, 0, 5)
+
+
+def large_along_each_axis(array: str) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        metadata = json.loads((folder / array / "zarr.json").read_text())
+        for shape in (
+            metadata["chunk_grid"]["configuration"]["chunk_shape"],
+            *(codec["configuration"]["chunk_shape"] for codec in metadata["codecs"] if "sharding" in codec["name"]),
+        ):
+            shape[:2] = [128, 128]
+        (folder / array / "zarr.json").write_text(json.dumps(metadata))
+        return f"{array}/zarr.json"
+
+    return change
+
+
+def fewer_view_bytes_than_views(folder: Path) -> str:
+    metadata = json.loads((folder / "view_bytes" / "zarr.json").read_text())
+    metadata["shape"] = [7]
+    (folder / "view_bytes" / "zarr.json").write_text(json.dumps(metadata))
+    return "view_bytes/zarr.json"
+
+
+def views_at(*offsets: int) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        array: Any = zarr.open_array(folder / "view_offset", mode="r+")
+        array[0, : len(offsets)] = offsets
+        (file,) = [file for file in (folder / "view_offset" / "c").rglob("*") if file.is_file()]
+        return file.relative_to(folder).as_posix()
+
+    return change
+
+
+def keys_that_say_they_are_more(folder: Path) -> str:
+    (file,) = [file for file in (folder / "key" / "c").rglob("*") if file.is_file()]
+    texts = bytes(Zstd().decode(file.read_bytes()[:-4]))
+    packed = bytes(Zstd().encode((2**30).to_bytes(4, "little") + texts[4:]))
+    file.write_bytes(packed + crc32c(packed).to_bytes(4, "little"))
+    return file.relative_to(folder).as_posix()
+
+
+LIES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "features large along each axis": (large_along_each_axis("features"), "'features'.*layout"),
+    "crop large along each axis": (large_along_each_axis("crop"), "'crop'.*layout"),
+    "fewer bytes than views": (fewer_view_bytes_than_views, "fewer bytes than the shard has views, 10"),
+    "all views are one": (views_at(0, 0, 0, 0, 0), "views that overlap"),
+    "views in another order": (views_at(900, 0), "views that overlap"),
+    "a view behind all bytes": (views_at(*[2**63 - 9] * 5), "'view_offset'"),
+    "keys that say they are more": (keys_that_say_they_are_more, "1073741824 texts, expected 5"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(tmp_path: Path, lie: str) -> None:
+    change, words = LIES[lie]
+    write_store(tmp_path, header(), [5])
+    resealed(tmp_path, change)
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(tmp_path)
+    with pytest.raises(DataError, match=words):
         opened.read("000000", 0, 0, 5)
 
 

@@ -72,6 +72,13 @@ def test_an_error_is_told_before_sigterm_ends_the_process() -> None:
         with errors_before_sigterm():
             os.kill(os.getpid(), signal.SIGTERM)
         assert seen == [signal.SIGTERM] * 2
+        with errors_before_sigterm():
+            try:
+                raise ValueError
+            except ValueError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert seen == [signal.SIGTERM] * 2
+        assert seen == [signal.SIGTERM] * 3
     finally:
         signal.signal(signal.SIGTERM, before)
 
