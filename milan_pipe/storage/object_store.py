@@ -91,12 +91,6 @@ class RemoteFolder(Location):
     def _root(self) -> Any:
         return self._store
 
-    @property
-    def bucket(self) -> tuple[Any, str]:
-        """The obstore store of the whole bucket, and this folder's key in it, for libraries that take them."""
-        _require_not_forked(self.name)
-        return self._root, self._key("")
-
     def _key(self, path: str) -> str:
         key = f"{self._prefix}/{path}".strip("/")
         # Web addresses are written with escapes, which the client adds again.

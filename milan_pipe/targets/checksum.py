@@ -1,7 +1,8 @@
 """crc32c, and uncompressed inner chunks of zarr-shards, each with its crc32c checked.
 
-Chunks by hand, because `zarrs` does not check a crc32c where a read takes part of a zarr-shard. A zarr-shard is its
-inner chunks and, behind them, an index: offset and length of each as little-endian uint64, and its own crc32c.
+Chunks by hand, because `zarrs` does not check a crc32c where a read takes part of a zarr-shard, and makes whatever room
+a compressed chunk asks for. A zarr-shard is its inner chunks and, behind them, an index: offset and length of each as
+little-endian uint64, and its own crc32c.
 
 Source: Zarr version 3 specification, codecs sharding_indexed and crc32c.
 """
@@ -25,7 +26,7 @@ def crc32c(data: bytes | memoryview | NDArray[np.uint8], before: int = 0) -> int
 
 
 # What comes of any bytes with their own crc32c behind them.
-_WHOLE = crc32c(bytes(CRC_BYTES))
+WHOLE = crc32c(bytes(CRC_BYTES))
 
 
 def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
@@ -37,7 +38,7 @@ def parse_index(end: bytes, chunks: int) -> NDArray[np.uint64]:
     index = memoryview(end)[-chunks * ENTRY_BYTES - CRC_BYTES :]
     if len(index) != chunks * ENTRY_BYTES + CRC_BYTES:
         raise ValueError(f"the index needs {chunks * ENTRY_BYTES + CRC_BYTES} bytes, found {len(index)}")
-    if crc32c(index) != _WHOLE:
+    if crc32c(index) != WHOLE:
         raise ValueError("the checksum of the index does not fit")
     return np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(chunks, 2)
 
@@ -81,7 +82,7 @@ def read_chunks(
         nonlocal checked
         start, checked = checked, bisect_right(places, count - stride)
         for at in places[start:checked]:
-            if crc32c(memory[at : at + stride]) != _WHOLE:
+            if crc32c(memory[at : at + stride]) != WHOLE:
                 raise ValueError(f"the checksum of chunk {first + int(rows[offsets.index(begin + at)])} does not fit")
 
     count = read(begin, memory, check)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zarr
@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, ObjectStore, StorePath
+from zarr.storage import LocalStore
 
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, StoreError, one_line, resource_hint
 from milan_pipe.storage import Location
-from milan_pipe.targets.checksum import ABSENT, CRC_BYTES, ENTRY_BYTES, crc32c, parse_index, read_chunks
+from milan_pipe.targets.checksum import ABSENT, CRC_BYTES, ENTRY_BYTES, WHOLE, crc32c, parse_index, read_chunks
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
 from milan_pipe.targets.zstd import MOST_RATIO, unpacked
@@ -79,11 +79,9 @@ def use_fast_pipeline() -> bool:
     try:
         import zarrs  # noqa: F401
     except ImportError:
-        warnings.warn("the zarrs codec pipeline is not installed: reading will be slower", RuntimeWarning, stacklevel=2)
+        warnings.warn("the zarrs codec pipeline is not installed: writing will be slower", RuntimeWarning, stacklevel=2)
         return False
     if zarr.config.get("codec_pipeline.path") != _FAST_PIPELINE:
-        # `zarrs` opens a store in an object store anew, and reports it each time.
-        warnings.filterwarnings("ignore", message="Successfully reconstructed a store", category=RuntimeWarning)
         zarr.config.set({"codec_pipeline.path": _FAST_PIPELINE})
     return True
 
@@ -333,12 +331,10 @@ class ZarrShard:
         self, location: Location, header: StoreHeader, record: ShardRecord, fail: Callable[[str], DataError]
     ) -> None:
         """Open the shard in the folder `location`, all files of which exist; `fail` makes the error for damage."""
-        use_fast_pipeline()
         self._location = location
         self._record = record
         self._fail = fail
         self._ends: dict[str, bytes] = {}
-        self._zarr: dict[str, zarr.Array[Any]] = {}
         self._has_scale = codec_of(header.codec).has_scale
         if any(len(blocks) != 1 for blocks in record.blocks.values()):
             raise self._fail("its record does not name one end of each large file")
@@ -372,17 +368,6 @@ class ZarrShard:
         with self._reading(name):
             return _Array(json.loads(metadata))
 
-    def _by_zarr(self, name: str) -> zarr.Array[Any]:
-        """An array for zarr to read, made when it is first asked for."""
-        if name not in self._zarr:
-            if self._location.local is not None:
-                path = StorePath(LocalStore(self._location.local, read_only=True), name)
-            else:
-                store, folder = cast(Any, self._location).bucket
-                path = StorePath(ObjectStore(store, read_only=True), f"{folder}/{name}")
-            self._zarr[name] = zarr.Array.from_dict(path, dict(self._arrays[name].metadata))
-        return self._zarr[name]
-
     def _checked_file(self, path: str) -> bytes:
         file, data = self._record.files.get(path), self._location.read(path)
         if file is None or sha256_of(data) != file.sha256:
@@ -413,7 +398,7 @@ class ZarrShard:
         try:
             yield
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError) as error:
-            # `zarrs` reports damage, too many open files and a lost connection alike: the digests tell them apart.
+            # Damage, or what a system or bucket refuses: the digests tell them apart.
             for path in set(paths) & self._record.files.keys():
                 self._checked_file(path)
             hint, what = resource_hint(error), one_line(error)
@@ -464,14 +449,58 @@ class ZarrShard:
             chunks: NDArray[Any] = bytes_of_chunks.view(array.dtype)
             size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
             return chunks.reshape(-1, *tail)[start % size :][: stop - start]
-        paths = [f"{name}/{key}" for key, _, _ in array.files(start, stop, view)]
-        for path in paths:
-            self._identify(path)
-        # `zarrs` fails on an index beside a slice where one row of a chunk is read, hence a slice of one view.
-        rows = slice(start, stop) if view is None else (slice(view, view + 1), slice(start, stop))
-        with self._reading(name, paths):
-            values: NDArray[Any] = np.asarray(self._by_zarr(name)[rows])
-        return values if view is None else values[0]
+        return self._unpacked_rows(name, start, stop, view)
+
+    def _unpacked_rows(self, name: str, start: int, stop: int, view: int | None) -> NDArray[Any]:
+        """The same of an array under zstd, whose chunks may be a part of each row."""
+        array, axis = self._arrays[name], 0 if view is None else 1
+        shape, chunk = array.shape[axis:], array.chunks[axis:]
+        if array.chunks[:axis] != (1,) * axis:
+            raise self._fail(f"array {name!r} has a layout that this version does not read")
+        rows, done = np.zeros((stop - start, *shape[1:]), array.dtype), 0
+        for key, first, last in array.files(start, stop, view):
+            path = f"{name}/{key}"
+            end = self._identify(path)
+            into, done = rows[done : done + last - first], done + last - first
+            if not end:
+                continue
+            with self._reading(name, [path]):
+                for place, frame in self._frames(array, path, end, view, first // chunk[0], -(-last // chunk[0])):
+                    values = unpacked(frame, math.prod(chunk) * array.dtype.itemsize).view(array.dtype).reshape(chunk)
+                    begin, *others = (n * of for n, of in zip(place, chunk, strict=True))
+                    # Chunks may begin before the rows that are asked for, and reach beyond them.
+                    values = values[max(0, first - begin) :]
+                    begins = (max(0, begin - first), *others)
+                    room = into[tuple(slice(n, n + of) for n, of in zip(begins, values.shape, strict=True))]
+                    room[:] = values[tuple(map(slice, room.shape))]
+        return rows
+
+    def _frames(
+        self, array: _Array, path: str, end: bytes, view: int | None, first: int, last: int
+    ) -> Iterator[tuple[tuple[int, ...], memoryview]]:
+        """zstd frames of a file, of the chunks `first` to `last` - 1 of each row, with their places in a view."""
+        size = self._record.files[path].bytes
+        if array.sharded:
+            grid = [of // n for of, n in zip(array.file_shape, array.chunks, strict=True)]
+            index = parse_index(end, math.prod(grid)).reshape(*grid, 2)
+        else:
+            index = np.array([0, size], np.uint64).reshape(*(1,) * len(array.chunks), 2)
+        if view is not None:
+            index = index[view % array.file_shape[0]]
+        index = index[first:last]
+        places, entries = np.ndindex(index.shape[:-1]), index.reshape(-1, 2).tolist()
+        spans = [(place, at, at + count) for place, (at, count) in zip(places, entries, strict=True) if at != ABSENT]
+        if not spans:
+            return
+        begin, end_of_last = min(start for _, start, _ in spans), max(stop for _, _, stop in spans)
+        if end_of_last > size:
+            raise ValueError(f"the index leads to byte {end_of_last}, the file ends at {size}")
+        data = memoryview(self._location.read_range(path, begin, end_of_last))
+        for (row, *others), start, stop in spans:
+            frame = data[start - begin : stop - begin]
+            if crc32c(frame) != WHOLE:
+                raise ValueError(f"the checksum of chunk {(first + row, *others)} does not fit")
+            yield (first + row, *others), frame[:-CRC_BYTES]
 
     def _checked_chunks(self, name: str, start: int, stop: int, view: int | None) -> NDArray[np.uint8]:
         """Bytes of the chunks with rows `start` to `stop`, each with the crc32c, its only checksum, behind it.

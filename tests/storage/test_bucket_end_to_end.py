@@ -103,8 +103,7 @@ def upload(folder: Path, where: str) -> str:
 def nothing_left(where: str) -> None:
     """Neither in the bucket, unfinished names and parts included, nor in the folder for temporary files."""
     location = location_of(where)
-    store, _ = location.bucket
-    paths = [entry["path"] for batch in obstore.list(store) for entry in batch]
+    paths = [entry["path"] for batch in obstore.list(location._root) for entry in batch]
     assert sorted(paths) == sorted(location.sizes())
     assert sorted(Path(tempfile.gettempdir()).iterdir()) == []
 

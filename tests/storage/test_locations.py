@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import obstore
 import pytest
 from support.hub import Hub, hub_of, use_hub
 from support.messages import one_line
@@ -299,11 +298,6 @@ class TestBucket(PlaceContract):
     @pytest.fixture
     def location(self, bucket: str) -> Location:
         return location_of(f"{bucket}/location")
-
-    def test_other_libraries_find_this_folder_in_its_bucket(self, bucket: str) -> None:
-        location_of(bucket).write("a/b/c", b"1")
-        store, folder = location_of(f"{bucket}/a").child("b").bucket
-        assert bytes(obstore.get(store, f"{folder}/c").bytes()) == b"1"
 
     def test_two_processes_that_publish_the_same_files_leave_one_whole_folder(self, bucket: str) -> None:
         script = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,21 @@ def keys_that_say_they_are_more(folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
+def a_chunk_that_says_it_is_more(folder: Path) -> str:
+    (file,) = [file for file in (folder / "features" / "c").rglob("0") if file.is_file() and file.parts[-4] == "0"]
+    data = bytearray(file.read_bytes())
+    metadata = json.loads((folder / "features" / "zarr.json").read_text())
+    chunks, whole = metadata["codecs"][0]["configuration"]["chunk_shape"], metadata["chunk_grid"]["configuration"]
+    start = len(data) - 4 - 16 * math.prod(of // n for of, n in zip(whole["chunk_shape"], chunks, strict=True))
+    # The least frame that says how much it holds: RFC 8878, section 3.1.1.
+    frame = bytes.fromhex("28b52ffde0") + (2**40).to_bytes(8, "little")
+    data[: len(frame) + 4] = frame + crc32c(frame).to_bytes(4, "little")
+    data[start : start + 16] = bytes(8) + (len(frame) + 4).to_bytes(8, "little")
+    data[-4:] = crc32c(bytes(data[start:-4])).to_bytes(4, "little")
+    file.write_bytes(data)
+    return file.relative_to(folder).as_posix()
+
+
 LIES: dict[str, tuple[Callable[[Path], str], str]] = {
     "features large along each axis": (large_along_each_axis("features"), "'features'.*layout"),
     "crop large along each axis": (large_along_each_axis("crop"), "'crop'.*layout"),
@@ -258,13 +274,14 @@ LIES: dict[str, tuple[Callable[[Path], str], str]] = {
     "views in another order": (views_at(900, 0), "views that overlap"),
     "a view behind all bytes": (views_at(*[2**63 - 9] * 5), "'view_offset'"),
     "keys that say they are more": (keys_that_say_they_are_more, "1073741824 texts, expected 5"),
+    "a chunk that says it is more": (a_chunk_that_says_it_is_more, "'features'.*a frame of 1099511627776 bytes"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(tmp_path: Path, lie: str) -> None:
     change, words = LIES[lie]
-    write_store(tmp_path, header(), [5])
+    write_store(tmp_path, header(zstd_level=1), [5])
     resealed(tmp_path, change)
     with pytest.warns(RuntimeWarning, match="no manifest"):
         opened = open_targets(tmp_path)
