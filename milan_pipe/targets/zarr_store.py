@@ -37,7 +37,7 @@ from milan_pipe.storage import Location
 from milan_pipe.targets.checksum import ABSENT, CRC_BYTES, ENTRY_BYTES, WHOLE, crc32c, parse_index, read_chunks
 from milan_pipe.targets.codec import Codec, codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, TargetBlock, ViewRun
-from milan_pipe.targets.zstd import MOST_RATIO, unpacked
+from milan_pipe.targets.zstd import MOST_RATIO, unpack, unpacked
 
 GROUP_FILE = "zarr.json"
 _FEATURE_CHUNK_BYTES = 64 * 1024
@@ -466,13 +466,17 @@ class ZarrShard:
                 continue
             with self._reading(name, [path]):
                 for place, frame in self._frames(array, path, end, view, first // chunk[0], -(-last // chunk[0])):
-                    values = unpacked(frame, math.prod(chunk) * array.dtype.itemsize).view(array.dtype).reshape(chunk)
+                    # A chunk may begin before the rows that are asked for, and any may reach beyond what there is.
                     begin, *others = (n * of for n, of in zip(place, chunk, strict=True))
-                    # Chunks may begin before the rows that are asked for, and reach beyond them.
-                    values = values[max(0, first - begin) :]
-                    begins = (max(0, begin - first), *others)
-                    room = into[tuple(slice(n, n + of) for n, of in zip(begins, values.shape, strict=True))]
-                    room[:] = values[tuple(map(slice, room.shape))]
+                    skipped = max(0, first - begin)
+                    begins, sizes = (begin + skipped - first, *others), (chunk[0] - skipped, *chunk[1:])
+                    room = into[tuple(slice(n, n + of) for n, of in zip(begins, sizes, strict=True))]
+                    if room.shape == chunk and room.flags.c_contiguous:
+                        unpack(frame, room)
+                    else:
+                        values = np.empty(chunk, array.dtype)
+                        unpack(frame, values)
+                        room[:] = values[skipped:][tuple(map(slice, room.shape))]
         return rows
 
     def _frames(

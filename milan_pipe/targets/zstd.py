@@ -25,8 +25,15 @@ def unpacked(frame: bytes | memoryview, most: int | None = None) -> NDArray[np.u
         raise ValueError(f"a frame of {size} bytes, expected at most {most}")
     room: Any = np.empty(size, np.uint8)
     if size:
-        decompress(frame, room)
+        unpack(frame, room)
     return np.asarray(room)
+
+
+def unpack(frame: bytes | memoryview, into: NDArray[Any]) -> None:
+    """Unpack a frame into memory without gaps; raises as `unpacked`, also where the frame holds less."""
+    if (size := _content_size(frame)) != into.nbytes:
+        raise ValueError(f"a frame of {size} bytes, expected {into.nbytes}")
+    decompress(frame, into.reshape(-1).view(np.uint8))
 
 
 def _content_size(frame: bytes | memoryview) -> int:
