@@ -178,7 +178,8 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
             group.dotted.append(_utf8(info.name))
     elif suffix not in IMAGE_SUFFIXES:
         if data is None or suffix in group.parts:
-            group.text_fault = _no_member(suffix, info) if data is None else f"two .{suffix} members of one key"
+            reason = _no_member(suffix, info) if data is None else f"two .{suffix} members of one key"
+            group.text_fault = group.text_fault or reason
         else:
             group.parts[suffix] = data
     elif data is None:

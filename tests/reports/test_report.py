@@ -29,7 +29,7 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.page import render
-from milan_pipe.drawing.sheet import Panel, Row, Sheet, one_line, printable_lines
+from milan_pipe.drawing.sheet import Panel, Row, Sheet, printable_line, printable_lines
 from milan_pipe.evaluation.results import Evaluation, keep_evaluation, read_evaluations
 from milan_pipe.reports.runs import read_runs
 from milan_pipe.reports.scores import transfer_table
@@ -336,7 +336,7 @@ def test_what_runs_and_stores_say_is_shown_and_never_run(browser: Any, page: Pat
         for element in found.tab.query_selector_all("summary"):
             element.click()
         text = found.tab.inner_text("body")
-        assert text.count(one_line(ATTACK)) > 10
+        assert text.count(printable_line(ATTACK)) > 10
         assert text.count(NAME.partition("\u2028")[0]) > 10
         assert found.tab.evaluate("typeof ran") == "undefined"
         assert found.tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
@@ -407,7 +407,7 @@ def test_any_text_in_a_page_stays_text(text: str) -> None:
     found = gallery(text)
     assert found.elements == gallery("x").elements
     assert found.alternatives == [printable_lines(text)]
-    assert text == "" or {printable_lines(text), one_line(text)} <= set(found.texts)
+    assert text == "" or {printable_lines(text), printable_line(text)} <= set(found.texts)
 
 
 OF_CHARTS = {
