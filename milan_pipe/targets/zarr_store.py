@@ -27,8 +27,8 @@ import zarr
 from numcodecs.vlen import VLenUTF8
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core import sync as zarr_sync
 from zarr.core.buffer import Buffer
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from milan_pipe.digests import sha256_of
@@ -122,6 +122,7 @@ def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
 
 def own_folder(folder: Path) -> LocalStore:
     """A folder that nobody else writes: zarr makes sure of that by hard links, which not all file systems have."""
+    _start_zarr()
     store = LocalStore(folder)
 
     async def set_if_not_exists(key: str, value: Buffer) -> None:
@@ -133,8 +134,19 @@ def own_folder(folder: Path) -> LocalStore:
     return store
 
 
+def _start_zarr() -> None:
+    """Start zarr's thread. Where the machine has no room for it, zarr's next call would wait for it for ever."""
+    try:
+        zarr_sync._get_loop()
+    except BaseException:
+        zarr_sync.reset_resources_after_fork()
+        raise
+
+
 def wait_for_writes() -> None:
     """Wait until all that zarr was doing in this process, for any shard, is done or has failed."""
+    if zarr_sync.loop[0] is None:
+        return
 
     async def others() -> None:
         if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -142,7 +154,7 @@ def wait_for_writes() -> None:
 
     # One at a time: two would wait for each other.
     with _waiting:
-        sync(others())
+        zarr_sync.sync(others())
 
 
 class ZarrShardFiles:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -83,6 +85,63 @@ def test_what_a_limit_does_not_grant_is_one_line(what: str, word: str) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert word in line
+
+
+WITH_ITS_PEAK = """
+import atexit, runpy, sys
+atexit.register(lambda: print(open("/proc/self/status").read().split("VmPeak:")[1].split()[0], file=sys.stderr))
+runpy.run_module("milan_pipe", run_name="__main__", alter_sys=True)
+"""
+
+
+HOW = {"one line": "with one line", "otherwise": "in words of a library or a signal", "stuck": "stuck in one, killed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["extract-targets", "pretrain"])
+def test_a_limit_of_memory_costs_nothing_that_was_done(tmp_path: Path, stage: str, counted: Counted) -> None:
+    """From one that importing torch takes to what the whole run takes, each going on with what the last one left."""
+    if stage == "pretrain":
+        write_store(tmp_path / "t", header(shards=3), [60] * 3)
+    else:
+        prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=60, test_scenes=0, samples_per_shard=10))
+
+    def words(where: Path) -> list[str]:
+        if stage == "pretrain":
+            return pretrain_command(tmp_path / "t", header(), where, 2, "pretrain.checkpoint_every=3")
+        return command(tmp_path / "images", where)
+
+    def run(words: list[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=seconds)
+
+    def is_whole(where: Path) -> bool:
+        if stage == "pretrain":
+            return same_run(where, tmp_path / "whole")
+        return every_file(where) == every_file(tmp_path / "whole")
+
+    _, _, _, *arguments = words(tmp_path / "whole")
+    peak = int(run([sys.executable, "-c", WITH_ITS_PEAK, *arguments]).stderr.split()[-1])
+    ends: Counter[str] = Counter()
+    for number in range(12):
+        limit = round(peak * (0.78 + 0.02 * number))
+        try:
+            done = run(["/bin/sh", "-c", f'ulimit -v {limit}; exec "$@"', "sh", *words(tmp_path / "out")], 60)
+        # A native library may wait for a thread that it did not get.
+        except subprocess.TimeoutExpired:
+            ends["stuck"] += 1
+            continue
+        if done.returncode == 0:
+            assert is_whole(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+            continue
+        ends["one line" if done.returncode == 2 and done.stderr.startswith("error: ") else "otherwise"] += 1
+    done = run(words(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert is_whole(tmp_path / "out")
+    assert ends["one line"] >= 3, ends
+    said = ", ".join(f"{ends[how]} {words}" for how, words in HOW.items() if ends[how])
+    held = f"{said}; with memory, an unbroken run's end"
+    counted(f"too little memory (`ulimit -v`) for `{stage}`, 12 limits", ends.total(), held)
 
 
 @pytest.mark.parametrize(

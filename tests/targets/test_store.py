@@ -31,6 +31,7 @@ from support.targets import (
     write_blocks,
     write_store,
 )
+from zarr.core import sync as zarr_sync
 from zarr.storage import LocalStore
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
@@ -435,6 +436,27 @@ def test_without_zarrs_the_values_are_the_same(
                 slow = write_store(tmp_path / "slow", head, [130])
             check_store(open_targets(tmp_path / "fast"), fast)
     check_store(open_targets(tmp_path / "slow"), slow)
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_that_zarr_does_not_get_is_an_error_and_no_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_start = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if self.name == "zarr_io":
+            raise RuntimeError("can't start new thread")
+        true_start(self)
+
+    zarr_sync.reset_resources_after_fork()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                write_store(tmp_path / "t", header(), [5])
+    written = write_store(tmp_path / "u", header(), [5])
+    check_store(open_targets(tmp_path / "u"), written)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
