@@ -20,6 +20,7 @@ from milan_pipe.random_bits import permutation
 T = TypeVar("T")
 B = TypeVar("B")
 _TRIES = 16
+_LINE = b'{"key": '
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,14 @@ class _Batches(Dataset[Any], Generic[T, B]):
 def _listed(file: Path) -> set[str]:
     try:
         data = file.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        keys = {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
         # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
-        if len(data) > (whole := data.rfind(b"\n") + 1):
+        if rest := data[whole:]:
+            if not rest.startswith(_LINE[: len(rest)]):
+                raise ValueError(f"found {rest[:20]!r}")
             os.truncate(file, whole)
-        return {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
+        return keys
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:

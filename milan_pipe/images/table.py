@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,6 +23,7 @@ _BYTES_AT_ONCE = 2**23
 _ROWS_AT_ONCE = 4
 _LABELS_AT_ONCE = 256
 _MOST_LABEL_BYTES = 2**26
+_MOST_ROWS = 10**9
 _READ_AHEAD = 2**20
 # No field of such a row is too long for the module csv.
 _MAX_ROW_BYTES = 2**17
@@ -68,32 +70,58 @@ def read_header(file: ShardFile) -> Header:
 
 
 def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list[Rows], set[Any]]:
-    """The rows of a file in parts of `step`, and the values of the column `label`; raises as `read_header`."""
-    values: set[Any] = set()
+    """The rows of a file in parts of `step`, and the values of the column `label`.
+
+    Raises as `read_header`, and LabelError where a column has more different values than classes can have.
+    """
+    labels = _Labels(file, label)
     if _is_parquet(file):
-        with _parquet(file) as opened:
+        with _parquet(file, [label] if label is not None else []) as opened:
             total = opened.metadata.num_rows
-        if label is not None:
-            values = _parquet_labels(file, label)
-        return [Rows(file=file, first=first, count=min(step, total - first)) for first in range(0, total, step)], values
-    parts: list[Rows] = []
+            if not 0 <= total <= _MOST_ROWS:
+                raise DataError(f"{file} says that it has {total} rows, expected at most {_MOST_ROWS}; copy it again")
+            if label is not None:
+                for batch in opened.iter_batches(_LABELS_AT_ONCE, columns=[label], use_threads=False):
+                    labels.add(batch.column(0).unique().to_pylist())
+        parts = [Rows(file=file, first=first, count=min(step, total - first)) for first in range(0, total, step)]
+        return parts, labels.values
+    parts = []
     with _reading(file), file.open() as stream:
         lines = _Lines(file, stream)
         first, offset, number = 0, lines.bytes, 0
         for number, row in enumerate(lines.rows(), 1):
             if label is not None:
-                values.add(row.get(label))
+                labels.add([row.get(label)])
             if number - first == step:
                 parts.append(Rows(file=file, first=first, count=step, offset=offset))
                 first, offset = number, lines.bytes
     if number > first:
         parts.append(Rows(file=file, first=first, count=number - first, offset=offset))
-    return parts, values
+    return parts, labels.values
 
 
 def read_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Values by column of each row; raises DataError where the file is damaged, StoreError where it is out of reach."""
     return _parquet_rows(rows, columns) if _is_parquet(rows.file) else _lines_rows(rows)
+
+
+class _Labels:
+    """The different values of a column, as many as classes can have."""
+
+    def __init__(self, file: ShardFile, column: str | None) -> None:
+        self._file, self._column, self._bytes = file, column, 0
+        self.values: set[Any] = set()
+
+    def add(self, values: Iterable[Any]) -> None:
+        new = set(values) - self.values
+        self._bytes += sum(map(sys.getsizeof, new))
+        if self._bytes > _MOST_LABEL_BYTES:
+            raise LabelError(
+                f"{self._file}: column {self._column} has more than {_MOST_LABEL_BYTES >> 20} MiB of different values, "
+                "expected names of classes: name another one with prepare.label_column=NAME, or none with "
+                "prepare.label_column=false"
+            )
+        self.values |= new
 
 
 def _is_parquet(file: ShardFile) -> bool:
@@ -125,23 +153,6 @@ def _parquet(file: ShardFile, repeated: Sequence[str] = ()) -> Iterator[Any]:
         ParquetFile(stream, pre_buffer=False, buffer_size=_READ_AHEAD, read_dictionary=repeated) as opened,
     ):
         yield opened
-
-
-def _parquet_labels(file: ShardFile, label: str) -> set[Any]:
-    values: set[Any] = set()
-    size = 0
-    with _parquet(file, [label]) as opened:
-        for batch in opened.iter_batches(_LABELS_AT_ONCE, columns=[label], use_threads=False):
-            new = set(batch.column(0).unique().to_pylist()) - values
-            size += sum(len(value) for value in new if isinstance(value, str))
-            if size > _MOST_LABEL_BYTES:
-                raise LabelError(
-                    f"{file}: column {label} has more than {_MOST_LABEL_BYTES >> 20} MiB of different values, expected "
-                    "names of classes: name another one with prepare.label_column=NAME, or none with "
-                    "prepare.label_column=false"
-                )
-            values |= new
-    return values
 
 
 def _kind(of: Any) -> str:

@@ -25,6 +25,7 @@ _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
 _MAX_TEXT_BYTES = 2**24
 _MAX_HEADER_BYTES = 2**20
 _MOST_GLOBAL_RECORDS = 100
+_DIGITS = re.compile(rb"[0-9]{512}")
 
 OnBad = Callable[[str, str], None]
 """Takes the key and a one-line reason of a sample that is skipped."""
@@ -177,11 +178,12 @@ def _add(group: _Group, prefix: str, suffix: str, info: tarfile.TarInfo, data: b
         if "." in suffix and suffix_of(suffix) in _IMAGES and not prefix.endswith("/"):
             group.dotted.append(_utf8(info.name))
     elif suffix not in IMAGE_SUFFIXES:
-        if data is None or suffix in group.parts:
+        if data is not None and suffix not in group.parts:
+            group.parts[suffix] = data
+        # Of a caption that is a link the image is whole, and has none.
+        elif data is not None or suffix != "txt" or _is_plain(info):
             reason = _no_member(suffix, info) if data is None else f"two .{suffix} members of one key"
             group.text_fault = group.text_fault or reason
-        else:
-            group.parts[suffix] = data
     elif data is None:
         group.skip(_no_member(suffix, info))
     elif group.image is not None:
@@ -251,7 +253,11 @@ class _Headers:
                 f"{_MAX_HEADER_BYTES >> 20} MiB; copy or prepare it again"
             )
         self.left -= size
-        return self._file.read(size)
+        data = self._file.read(size)
+        # No name and no number is as long, and Python before 3.11.10 takes the square of it (CVE-2024-6232).
+        if _DIGITS.search(data):
+            raise DataError(f"shard {self._shard}: the header of a member at byte {self._file.tell()} is damaged")
+        return data
 
 
 def walk(shard: ShardFile, file: IO[bytes], size: int) -> Iterator[tarfile.TarInfo]:

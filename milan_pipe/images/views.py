@@ -166,7 +166,7 @@ def decode_jpeg(
 
     Args:
         data: an RGB or grey JPEG. EXIF is not read.
-        into: memory for the pixels, of their shape.
+        into: memory for the pixels of a square view, of their shape.
         side: height and width, where they are known; a JPEG that says others is not decoded.
 
     Returns:
@@ -179,7 +179,10 @@ def decode_jpeg(
         raise DataError("JPEG cannot be decoded: empty")
     try:
         if side is not None:
-            _require_size(simplejpeg.decode_jpeg_header(data), side)
+            try:
+                _require_size(simplejpeg.decode_jpeg_header(data), side)
+            except KeyError as error:
+                raise DataError(f"JPEG cannot be decoded: subsampling {error}, which no stored view has") from None
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True, buffer=into
         )

@@ -228,9 +228,9 @@ def _public_word(word: str) -> str:
     try:
         # As the command was made: a setting that is no text is JSON.
         parts = json.loads(value)
+        return option + (json.dumps(public(parts)) if isinstance(parts, dict | list) else value)
     except (ValueError, RecursionError):
         return f"{option}{public(value)}"
-    return option + (json.dumps(public(parts)) if isinstance(parts, dict | list) else value)
 
 
 def _public_data(data: object) -> str:

@@ -63,8 +63,18 @@ _DIMENSIONS = {
     **dict.fromkeys(("label", "key"), _OF_IMAGE),
     "view_bytes": ("byte",),
 }
+# By numpy's letters; features have those of their codec.
+_KINDS = {
+    "attention": "f",
+    "scale": "f",
+    "flip": "b",
+    "key": "O",
+    "view_bytes": "u",
+    **dict.fromkeys(("crop", "view_offset", "view_length", "label"), "i"),
+}
 _PARALLEL_READS = 8
 _MOST_INDEX_BYTES = 64 * 1024
+_USUAL_CHUNKS = 4096
 _LITTLE, _CHECKSUM = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}
 # What the metadata of an array says of how values become bytes, of the index of a zarr-shard, and of names of files.
 _FIRST = (_LITTLE, {"name": "bytes"}, {"name": "vlen-utf8", "configuration": {}})
@@ -122,7 +132,8 @@ def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
 
 def own_folder(folder: Path) -> LocalStore:
     """A folder that nobody else writes: zarr makes sure of that by hard links, which not all file systems have."""
-    _start_zarr()
+    with _creating:
+        _start_zarr()
     store = LocalStore(folder)
 
     async def set_if_not_exists(key: str, value: Buffer) -> None:
@@ -313,16 +324,19 @@ class _Array:
             return False
         if min((*self.file_shape, *self.chunks)) < 1:
             return False
-        # A library that believes in more runs out of memory, and the process ends.
+        # Who believes in more runs out of memory, and the process ends.
+        count = math.prod(file // chunk for file, chunk in zip(self.file_shape, self.chunks, strict=True))
         if len(self.shape) == 1:
-            return bool(self.file_shape[0] <= self.shape[0] + VIEW_SHARD_BYTES)
+            return bool(self.file_shape[0] <= self.shape[0] + VIEW_SHARD_BYTES and count <= _USUAL_CHUNKS)
         views, samples, *tail = self.shape
         features, blocks = len(tail) == 2, -(-samples // BLOCK_SAMPLES)
         # Rows of a file: a block of features, all blocks of what is small. Schema 2 filled up the only block, too.
         rows = BLOCK_SAMPLES * (1 if features else views * blocks)
         spare = _COEFFICIENTS_PER_CHUNK - 1 if features else 0
         fits = (n <= of + spare for n, of in zip(self.file_shape[2:], tail, strict=True))
-        return all((math.prod(self.file_shape[:2]) <= rows, math.prod(self.chunks[:2]) <= BLOCK_SAMPLES, *fits))
+        return all(
+            (math.prod(self.file_shape[:2]) <= rows, math.prod(self.chunks[:2]) <= BLOCK_SAMPLES, *fits)
+        ) and count <= max(_USUAL_CHUNKS, views * blocks)
 
     def key(self, *position: int) -> str:
         """Name of a file by its place in the grid of files, of which leading numbers are given."""
@@ -366,6 +380,10 @@ class ZarrShard:
             for name, expected in shapes.items():
                 if self._arrays[name].shape != expected:
                     raise self._fail(f"array {name!r} has shape {self._arrays[name].shape}, expected {expected}")
+            kinds = {name: _KINDS.get(name) or codec_of(header.codec).dtype.kind for name in names}
+            for name, kind in kinds.items():
+                if self._arrays[name].dtype.kind != kind:
+                    raise self._fail(f"array {name!r} is of {self._arrays[name].dtype}, expected kind {kind!r}")
             stored = sum(file.bytes for path, file in record.files.items() if path.startswith("view_bytes/c/"))
             if self._arrays["view_bytes"].shape[0] > stored:
                 raise self._fail(f"array 'view_bytes' has {self._arrays['view_bytes'].shape[0]} bytes, {stored} stored")
@@ -425,7 +443,8 @@ class ZarrShard:
         if path not in self._record.files:
             self._identify(path)
             self._require_keys()
-            return np.full(array.shape, array.metadata["fill_value"], array.dtype)
+            with self._reading(name):
+                return np.full(array.shape, array.metadata["fill_value"], array.dtype)
         data = self._checked_file(path)
         with self._reading(name, [path]):
             count = math.prod(array.file_shape) // chunk
@@ -453,23 +472,22 @@ class ZarrShard:
         if self._record.source.samples > most:
             raise self._fail(f"its record names {self._record.source.samples} samples, and its keys are at most {most}")
 
-    def _rows(self, name: str, start: int, stop: int, view: int | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of a view; of an array (n,) there is no view."""
+    def _rows(self, name: str, start: int, stop: int, view: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of a view."""
         array = self._arrays[name]
-        if array.plain:
-            bytes_of_chunks = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES]
-            chunks: NDArray[Any] = bytes_of_chunks.view(array.dtype)
-            size, tail = (array.chunks[0], array.shape[1:]) if view is None else (array.chunks[1], array.shape[2:])
-            return chunks.reshape(-1, *tail)[start % size :][: stop - start]
-        return self._unpacked_rows(name, start, stop, view)
+        if not array.plain:
+            return self._unpacked_rows(name, start, stop, view)
+        with self._reading(name):
+            chunks: NDArray[Any] = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES].view(array.dtype)
+        return chunks.reshape(-1, *array.shape[2:])[start % array.chunks[1] :][: stop - start]
 
-    def _unpacked_rows(self, name: str, start: int, stop: int, view: int | None) -> NDArray[Any]:
+    def _unpacked_rows(self, name: str, start: int, stop: int, view: int) -> NDArray[Any]:
         """The same of an array under zstd, whose chunks may be a part of each row."""
-        array, axis = self._arrays[name], 0 if view is None else 1
-        shape, chunk = array.shape[axis:], array.chunks[axis:]
-        if array.chunks[:axis] != (1,) * axis:
+        array = self._arrays[name]
+        one, *chunk = array.chunks
+        if one != 1 or not array.sharded:
             raise self._fail(f"array {name!r} has a layout that this version does not read")
-        rows, done = np.zeros((stop - start, *shape[1:]), array.dtype), 0
+        rows, done = np.zeros((stop - start, *array.shape[2:]), array.dtype), 0
         for key, first, last in array.files(start, stop, view):
             path = f"{name}/{key}"
             end = self._identify(path)
@@ -483,7 +501,7 @@ class ZarrShard:
                     skipped = max(0, first - begin)
                     begins, sizes = (begin + skipped - first, *others), (chunk[0] - skipped, *chunk[1:])
                     room = into[tuple(slice(n, n + of) for n, of in zip(begins, sizes, strict=True))]
-                    if room.shape == chunk and room.flags.c_contiguous:
+                    if room.shape == (*chunk,) and room.flags.c_contiguous:
                         unpack(frame, room)
                     else:
                         values = np.empty(chunk, array.dtype)
@@ -492,24 +510,17 @@ class ZarrShard:
         return rows
 
     def _frames(
-        self, array: _Array, path: str, end: bytes, view: int | None, first: int, last: int
+        self, array: _Array, path: str, end: bytes, view: int, first: int, last: int
     ) -> Iterator[tuple[tuple[int, ...], memoryview]]:
         """zstd frames of a file, of the chunks `first` to `last` - 1 of each row, with their places in a view."""
-        size = self._record.files[path].bytes
-        if array.sharded:
-            grid = [of // n for of, n in zip(array.file_shape, array.chunks, strict=True)]
-            index = parse_index(end, math.prod(grid)).reshape(*grid, 2)
-        else:
-            index = np.array([0, size], np.uint64).reshape(*(1,) * len(array.chunks), 2)
-        if view is not None:
-            index = index[view % array.file_shape[0]]
-        index = index[first:last]
+        grid = [of // n for of, n in zip(array.file_shape, array.chunks, strict=True)]
+        index = parse_index(end, math.prod(grid)).reshape(*grid, 2)[view % array.file_shape[0], first:last]
         places, entries = np.ndindex(index.shape[:-1]), index.reshape(-1, 2).tolist()
         spans = [(place, at, at + count) for place, (at, count) in zip(places, entries, strict=True) if at != ABSENT]
         if not spans:
             return
         begin, end_of_last = min(start for _, start, _ in spans), max(stop for _, _, stop in spans)
-        if end_of_last > size:
+        if end_of_last > (size := self._record.files[path].bytes):
             raise ValueError(f"the index leads to byte {end_of_last}, the file ends at {size}")
         data = memoryview(self._location.read_range(path, begin, end_of_last))
         for (row, *others), start, stop in spans:

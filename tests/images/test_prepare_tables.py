@@ -288,6 +288,25 @@ def test_labels_of_more_text_than_classes_have_are_one_error(tmp_path: Path, mon
         run(tmp_path / "a.parquet", tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["numbers", "csv"])
+def test_other_labels_than_text_are_bounded_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(table, "_MOST_LABEL_BYTES", 2**16)
+    if kind == "csv":
+        (tmp_path / "a.csv").write_text("label\n" + "".join(f"{number}\n" for number in range(3000)))
+    else:
+        pq.write_table(pa.table({"label": np.arange(3000)}), tmp_path / "a.parquet")
+    (name,) = [path.name for path in tmp_path.iterdir()]
+    with pytest.raises(LabelError, match="more than 0 MiB of different values"):
+        rows_and_labels(ShardFile(LocalFolder(tmp_path), name), "label", 1000)
+
+
+def test_a_file_that_says_it_has_more_rows_than_any_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_MOST_ROWS", 2999)
+    pq.write_table(pa.table({"label": np.arange(3000)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="says that it has 3000 rows, expected at most 2999"):
+        rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 1000)
+
+
 class Counted(LocalFolder):
     """A folder that counts what is read from its files, in bytes."""
 

@@ -338,6 +338,18 @@ def test_one_pixel_jpeg() -> None:
     assert decode_jpeg(encode_jpeg(np.full((1, 1, 3), 77, np.uint8), 100)).tolist() == [[[77, 77, 77]]]
 
 
+def test_a_view_of_another_size_or_kind_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(encode_jpeg(np.full((32, 32, 3), 77, np.uint8), 90))
+    assert decode_jpeg(data, side=32).shape == (32, 32, 3)
+    # Luminance sampled four times down and once across.
+    data[data.index(b"\xff\xc0") + 11] = 0x14
+    with pytest.raises(DataError, match="subsampling"):
+        decode_jpeg(data, side=32)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", None)
+    with pytest.raises(DataError, match="32 x 32 pixels, expected 16 x 16"):
+        decode_jpeg(encode_jpeg(np.full((32, 32, 3), 77, np.uint8), 90), side=16)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.9])
 def test_cut_jpeg_is_an_error(share: float) -> None:
     data = encode_jpeg(noise(32, 32), 95)

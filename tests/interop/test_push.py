@@ -254,7 +254,9 @@ def test_scores_and_settings_that_nobody_has_are_no_crash() -> None:
     card = model_card(checkpoint, StudentSettings(), 0, [Score("knn", many, "d", "c")], None)
     assert "| `knn` | `d` | `top1 0.5, inf inf` |" in card
     assert public_command(shlex.join(["a", "b=" + "[" * 100_000])) == shlex.join(["a", "b=" + "[" * 100_000])
-    record["settings"] = {"a": json.loads("[" * 600 + "]" * 600)}
+    deep = "[" * 600 + "]" * 600
+    assert public_command(f"a b={deep}") == shlex.join(["a", f"b={deep}"])
+    record["settings"] = {"a": json.loads(deep)}
     with pytest.raises(DataError, match="nested deeper"):
         model_card(checkpoint, StudentSettings(), 0, [], None)
 

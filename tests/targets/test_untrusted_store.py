@@ -226,6 +226,24 @@ def large_along_each_axis(array: str) -> Callable[[Path], str]:
     return change
 
 
+def metadata_of(array: str, **values: Any) -> Callable[[Path], str]:
+    def change(folder: Path) -> str:
+        file = folder / array / "zarr.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+        return f"{array}/zarr.json"
+
+    return change
+
+
+def one_value_a_chunk(folder: Path) -> str:
+    metadata = json.loads((folder / "features" / "zarr.json").read_text())
+    for codec in metadata["codecs"]:
+        codec["configuration"]["chunk_shape"] = [1, 1, 1, 1]
+    metadata["chunk_grid"]["configuration"]["chunk_shape"][1] = 128
+    (folder / "features" / "zarr.json").write_text(json.dumps(metadata))
+    return "features/zarr.json"
+
+
 def fewer_view_bytes_than_views(folder: Path) -> str:
     metadata = json.loads((folder / "view_bytes" / "zarr.json").read_text())
     metadata["shape"] = [7]
@@ -274,6 +292,9 @@ LIES: dict[str, tuple[Callable[[Path], str], str]] = {
     "views in another order": (views_at(900, 0), "views that overlap"),
     "a view behind all bytes": (views_at(*[2**63 - 9] * 5), "'view_offset'"),
     "keys that say they are more": (keys_that_say_they_are_more, "1073741824 texts, expected 5"),
+    "one value a chunk": (one_value_a_chunk, "'features'.*layout"),
+    "lengths of another kind": (metadata_of("view_length", data_type="float32"), "'view_length' is of float32"),
+    "offsets without a sign": (metadata_of("view_offset", data_type="uint64"), "'view_offset' is of uint64"),
     "a chunk that says it is more": (
         a_chunk_that_says_it_is_more,
         "'features'.*a frame of 1099511627776 bytes, expected",
@@ -282,7 +303,10 @@ LIES: dict[str, tuple[Callable[[Path], str], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(tmp_path: Path, lie: str) -> None:
+def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(
+    tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milan_pipe.targets.zarr_store._USUAL_CHUNKS", 1000)
     change, words = LIES[lie]
     write_store(tmp_path, header(zstd_level=1), [5])
     resealed(tmp_path, change)
