@@ -477,8 +477,9 @@ class ZarrShard:
         array = self._arrays[name]
         if not array.plain:
             return self._unpacked_rows(name, start, stop, view)
+        bytes_of_chunks = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES]
         with self._reading(name):
-            chunks: NDArray[Any] = self._checked_chunks(name, start, stop, view)[:, :-CRC_BYTES].view(array.dtype)
+            chunks: NDArray[Any] = bytes_of_chunks.view(array.dtype)
         return chunks.reshape(-1, *array.shape[2:])[start % array.chunks[1] :][: stop - start]
 
     def _unpacked_rows(self, name: str, start: int, stop: int, view: int) -> NDArray[Any]:
