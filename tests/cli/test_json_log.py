@@ -41,6 +41,7 @@ def run(
     return told(text), done
 
 
+@pytest.mark.ci
 def test_commands(project: Project, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(params_file())
     (tmp_path / "photos").mkdir()

@@ -24,6 +24,7 @@ from milan_pipe.config.student import DecoderSettings, StudentSettings
 from milan_pipe.student.model import build_student
 from milan_pipe.student.published import published_state_dict
 
+_IN_EVERY_RUN = ("README.md", "quick-start.md")
 # What a page takes for granted.
 GIVEN = {
     "README.md": (),
@@ -186,7 +187,9 @@ def world(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return here
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in _IN_EVERY_RUN else pytest.mark.ci) for name in GIVEN]
+)
 def test_a_page_runs_as_it_stands(name: str, world: Path, project: Project, request: pytest.FixtureRequest) -> None:
     page = next(page for page in PAGES if page.name == name)
     prepared = {

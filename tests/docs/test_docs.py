@@ -126,6 +126,7 @@ def both_formats(project: Project, tmp_path_factory: pytest.TempPathFactory) -> 
 READERS = [block.text for block in blocks(ROOT / "docs" / "reading.md", "python")]
 
 
+@pytest.mark.ci
 def test_other_libraries_read_a_store_without_a_warning(both_formats: Path) -> None:
     """All in one process, as each imports torch or Dask."""
     assert len(READERS) == 4
@@ -141,6 +142,7 @@ def test_other_libraries_read_a_store_without_a_warning(both_formats: Path) -> N
     assert "milan_pipe" not in code.replace('"milan_pipe"', "")
 
 
+@pytest.mark.ci
 def test_the_python_page_runs_as_a_script(tmp_path: Path) -> None:
     """In a process of its own, without the guard that processes of the standard library would need."""
     (tmp_path / "params.yaml").write_text(params_file())

@@ -233,6 +233,7 @@ def test_partners_must_fit() -> None:
         check_same_task(train, LabelledFeatures(features_NF=torch.ones(3, 3), label_N=torch.tensor([7, 0, 5])))
 
 
+@pytest.mark.ci
 def test_transfer_sees_neither_teacher_nor_targets_nor_decoder() -> None:
     code = (
         "import sys, milan_pipe.evaluation.features, milan_pipe.evaluation.knn, milan_pipe.evaluation.linear_probe\n"

@@ -432,6 +432,7 @@ def test_ade20k_as_it_is_unpacked(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "run").record["configuration"]["data"]["rule"]["zero_is_ignored"] is True
 
 
+@pytest.mark.ci
 def test_killed_at_random_instants(shards: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,

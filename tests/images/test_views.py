@@ -291,6 +291,7 @@ found[torch.backends.cpu.get_cpu_capability()] = digest.hexdigest()
 """
 
 
+@pytest.mark.ci
 def test_bytes_of_a_view_do_not_depend_on_the_processor() -> None:
     found: dict[str, str] = {}
     exec(_DIGEST_OF_VIEWS, {"found": found})  # with all that this processor has

@@ -86,6 +86,7 @@ def pack(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+@pytest.mark.ci
 def test_a_second_teacher_is_planned_over_the_views_of_a_store(
     scenes: Path, report: PlanReport, tmp_path: Path
 ) -> None:

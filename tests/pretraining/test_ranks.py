@@ -117,6 +117,7 @@ def test_two_ranks_have_the_losses_of_one(alone: Path, pair: Path) -> None:
     assert_close(pair, alone)
 
 
+@pytest.mark.ci
 def test_a_sharded_student_has_them_too(store: Path, tmp_path: Path) -> None:
     # One epoch: a sharded step takes 0.2 s.
     go(store, tmp_path / "alone", 1, epochs=1)

@@ -167,6 +167,7 @@ def require_results(text: str) -> None:
     assert "torch.Size([1, 32])" in text
 
 
+@pytest.mark.ci
 def test_the_code_of_the_notebook_runs(notebook: Any, tmp_path: Path) -> None:
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     done = processes.run(

@@ -108,6 +108,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     return dict(zip([*lines, "asked", "where"], map(tuple, found), strict=True))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("line", CORE)
 def test_the_core_works_without_extras(done: dict[str, Done], line: str) -> None:
     code, told, _ = done[line]
@@ -115,6 +116,7 @@ def test_the_core_works_without_extras(done: dict[str, Done], line: str) -> None
     assert "warning" not in told
 
 
+@pytest.mark.ci
 def test_metrics_are_kept_without_dvclive(done: dict[str, Done]) -> None:
     metrics = Path(done["where"][1]) / "run" / "metrics"
     rows = (metrics / "plots" / "metrics" / "train" / "loss.tsv").read_text().splitlines()
@@ -125,6 +127,7 @@ def test_metrics_are_kept_without_dvclive(done: dict[str, Done]) -> None:
     assert latest["train"]["loss"] == float(rows[-1].split("\t")[1])
 
 
+@pytest.mark.ci
 def test_nothing_is_asked_of_a_network_that_is_not_told_to(done: dict[str, Done]) -> None:
     assert done["asked"][1] == ""
 
@@ -138,6 +141,7 @@ def test_nothing_is_asked_of_a_network_by_imports_and_help() -> None:
     assert asked == []
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("line", MISSING)
 def test_what_needs_an_extra_says_which_in_a_line(done: dict[str, Done], line: str) -> None:
     code, told, _ = done[line]

@@ -83,6 +83,7 @@ def world(
     return World(Command(capsys, monkeypatch), web, "hf://datasets/org/data", bucket)
 
 
+@pytest.mark.ci
 def test_what_works(world: World, tmp_path: Path) -> None:
     web, train, test = world.web, "images/train-{000000..000001}.tar", "images/test-000000.tar"
     world.run("doctor", f"{web}/targets", f"{world.hub}/targets", world.bucket)
@@ -112,6 +113,7 @@ def test_what_works(world: World, tmp_path: Path) -> None:
     assert "***@127.0.0.1" in Path("report.html").read_text()
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("short_patience")
 def test_what_fails(world: World, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     web, run = world.web, project.runs[0]

@@ -48,6 +48,7 @@ def test_it_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert "milan-pipe = milan_pipe.cli:main" in wheel.read(entry).decode()
 
 
+@pytest.mark.ci
 def test_it_works_outside_of_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     """Unpacked elsewhere, with this environment's other packages, it is the one that runs, recipes and teacher too."""
     wheel.extractall(tmp_path / "site")

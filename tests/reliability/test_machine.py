@@ -147,8 +147,10 @@ def test_a_limit_of_memory_costs_nothing_that_was_done(tmp_path: Path, stage: st
 @pytest.mark.parametrize(
     ("store_format", "how"),
     [
-        ("zarr", "moved"),
-        ("webdataset", "a shard is removed"),
+        *(
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in (("zarr", "moved"), ("webdataset", "a shard is removed"))
+        ),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("zarr", "removed"), ("zarr", "a shard is removed"), ("webdataset", "removed"))

@@ -163,6 +163,7 @@ def kill_and_go_on(local: Path, bucket: str, proxy: Proxy, store_format: str, ki
     nothing_left(bucket)
 
 
+@pytest.mark.ci
 def test_killed_while_it_writes_to_a_bucket(local: Path, proxied_bucket: str, s3_proxy: Proxy) -> None:
     kill_and_go_on(local, proxied_bucket, s3_proxy, "zarr", 1, 0)
 

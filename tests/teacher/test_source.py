@@ -263,6 +263,7 @@ def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
         api.extract_targets(images, targets, moved)
 
 
+@pytest.mark.ci
 def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
     params = load_params(None, ["prepare.train_scenes=2", "prepare.test_scenes=0"])
     api.prepare("demo", tmp_path / "images", params)
