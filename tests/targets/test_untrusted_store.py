@@ -316,6 +316,22 @@ def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(
         opened.read("000000", 0, 0, 5)
 
 
+def test_zeros_that_are_said_to_be_a_word_are_damage(tmp_path: Path) -> None:
+    write_store(tmp_path, header(), [5])
+    resealed(tmp_path, metadata_of("label", fill_value="x"))
+
+    def without_labels(values: Any) -> None:
+        (name,) = [name for name in values["files"] if name.startswith("label/c")]
+        del values["files"][name]
+        (tmp_path / "shards" / "000000" / name).unlink()
+
+    rewrite(tmp_path / "manifest" / "000000.json", without_labels)
+    with pytest.warns(RuntimeWarning, match="no manifest"):
+        opened = open_targets(tmp_path)
+    with pytest.raises(DataError, match="array 'label' is damaged"):
+        opened.keys("000000")
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("label", 10**400), ("crop", [1, 2, 3]), ("crop", 2**40), ("key", 5), ("view", {}), ("flip", 1)]
 )
