@@ -273,13 +273,12 @@ def _load(path: Path, samples: int) -> None:
             pass
 
 
-def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int | None = None) -> np.ndarray[Any, Any]:
+def _rows_by_zarr(self: ZarrShard, name: str, start: int, stop: int, view: int) -> np.ndarray[Any, Any]:
     arrays: dict[str, Any] = vars(self).setdefault("by_zarr", {})
     if name not in arrays:
         path = StorePath(LocalStore(self._location.local, read_only=True), name)
         arrays[name] = zarr.Array.from_dict(path, dict(self._arrays[name].metadata))
-    array: Any = arrays[name]
-    return np.asarray(array[start:stop] if view is None else array[view : view + 1, start:stop][0])
+    return np.asarray(arrays[name][view : view + 1, start:stop][0])
 
 
 def compare_loader(folders: dict[str, Path], samples: int, passes: int) -> None:

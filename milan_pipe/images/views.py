@@ -179,13 +179,12 @@ def decode_jpeg(
         raise DataError("JPEG cannot be decoded: empty")
     try:
         if side is not None:
-            try:
-                _require_size(simplejpeg.decode_jpeg_header(data), side)
-            except KeyError as error:
-                raise DataError(f"JPEG cannot be decoded: subsampling {error}, which no stored view has") from None
+            _require_size(simplejpeg.decode_jpeg_header(data), side)
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True, buffer=into
         )
+    except KeyError as error:
+        raise DataError(f"JPEG cannot be decoded: subsampling {error}, which no stored view has") from None
     except ValueError as error:
         raise DataError(f"JPEG cannot be decoded: {error}") from None
     if into is not None:

@@ -132,8 +132,7 @@ def _end_of(file: Path, array: zarr.Array[Any]) -> tuple[int, int]:
 
 def own_folder(folder: Path) -> LocalStore:
     """A folder that nobody else writes: zarr makes sure of that by hard links, which not all file systems have."""
-    with _creating:
-        _start_zarr()
+    _start_zarr()
     store = LocalStore(folder)
 
     async def set_if_not_exists(key: str, value: Buffer) -> None:
@@ -147,11 +146,12 @@ def own_folder(folder: Path) -> LocalStore:
 
 def _start_zarr() -> None:
     """Start zarr's thread. Where the machine has no room for it, zarr's next call would wait for it for ever."""
-    try:
-        zarr_sync._get_loop()
-    except BaseException:
-        zarr_sync.reset_resources_after_fork()
-        raise
+    with _creating:
+        try:
+            zarr_sync._get_loop()
+        except BaseException:
+            zarr_sync.reset_resources_after_fork()
+            raise
 
 
 def wait_for_writes() -> None:
@@ -350,6 +350,25 @@ class _Array:
             yield self.key(*position, row), max(start - row * size, 0), min(stop - row * size, size)
 
 
+def _unpack_chunk(
+    frame: memoryview, place: Sequence[int], chunk: Sequence[int], into: NDArray[Any], first: int
+) -> None:
+    """Unpack a chunk, by its place among all chunks, into rows of which `first` is the first.
+
+    It may begin before these rows, and reach beyond what there is of them and of their values.
+    """
+    begin, *others = (n * of for n, of in zip(place, chunk, strict=True))
+    skipped = max(0, first - begin)
+    begins, sizes = (begin + skipped - first, *others), (chunk[0] - skipped, *chunk[1:])
+    room = into[tuple(slice(n, n + of) for n, of in zip(begins, sizes, strict=True))]
+    if room.shape == (*chunk,) and room.flags.c_contiguous:
+        unpack(frame, room)
+    else:
+        values = np.empty(chunk, into.dtype)
+        unpack(frame, values)
+        room[:] = values[skipped:][tuple(map(slice, room.shape))]
+
+
 class ZarrShard:
     """Arrays of one shard; the small ones are in memory."""
 
@@ -361,7 +380,8 @@ class ZarrShard:
         self._record = record
         self._fail = fail
         self._ends: dict[str, bytes] = {}
-        self._has_scale = codec_of(header.codec).has_scale
+        codec = codec_of(header.codec)
+        self._has_scale = codec.has_scale
         if any(len(blocks) != 1 for blocks in record.blocks.values()):
             raise self._fail("its record does not name one end of each large file")
         views, samples = header.views.count, record.source.samples
@@ -380,10 +400,10 @@ class ZarrShard:
             for name, expected in shapes.items():
                 if self._arrays[name].shape != expected:
                     raise self._fail(f"array {name!r} has shape {self._arrays[name].shape}, expected {expected}")
-            kinds = {name: _KINDS.get(name) or codec_of(header.codec).dtype.kind for name in names}
-            for name, kind in kinds.items():
-                if self._arrays[name].dtype.kind != kind:
-                    raise self._fail(f"array {name!r} is of {self._arrays[name].dtype}, expected kind {kind!r}")
+            kinds = {**_KINDS, "features": codec.dtype.kind}
+            for name, array in self._arrays.items():
+                if array.dtype.kind != kinds[name]:
+                    raise self._fail(f"array {name!r} is of {array.dtype}, expected kind {kinds[name]!r}")
             stored = sum(file.bytes for path, file in record.files.items() if path.startswith("view_bytes/c/"))
             if self._arrays["view_bytes"].shape[0] > stored:
                 raise self._fail(f"array 'view_bytes' has {self._arrays['view_bytes'].shape[0]} bytes, {stored} stored")
@@ -497,17 +517,7 @@ class ZarrShard:
                 continue
             with self._reading(name, [path]):
                 for place, frame in self._frames(array, path, end, view, first // chunk[0], -(-last // chunk[0])):
-                    # A chunk may begin before the rows that are asked for, and any may reach beyond what there is.
-                    begin, *others = (n * of for n, of in zip(place, chunk, strict=True))
-                    skipped = max(0, first - begin)
-                    begins, sizes = (begin + skipped - first, *others), (chunk[0] - skipped, *chunk[1:])
-                    room = into[tuple(slice(n, n + of) for n, of in zip(begins, sizes, strict=True))]
-                    if room.shape == (*chunk,) and room.flags.c_contiguous:
-                        unpack(frame, room)
-                    else:
-                        values = np.empty(chunk, array.dtype)
-                        unpack(frame, values)
-                        room[:] = values[skipped:][tuple(map(slice, room.shape))]
+                    _unpack_chunk(frame, place, chunk, into, first)
         return rows
 
     def _frames(

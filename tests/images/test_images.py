@@ -356,9 +356,10 @@ def test_headers_of_one_member_are_bounded(tmp_path: Path, kind: str) -> None:
 def test_records_for_all_members_are_bounded(tmp_path: Path) -> None:
     def tar(count: int) -> Path:
         with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "a"}) as opened:
+            assert opened.fileobj is not None
             for number in range(count):
-                opened.fileobj.write(tarfile.TarInfo.create_pax_global_header({f"MILAN.{number}": "a"}))  # type: ignore[union-attr]
-                opened.offset = opened.fileobj.tell()  # type: ignore[union-attr]
+                opened.fileobj.write(tarfile.TarInfo.create_pax_global_header({f"MILAN.{number}": "a"}))
+                opened.offset = opened.fileobj.tell()
                 info = tarfile.TarInfo(f"{number}.png")
                 info.size = len(PNG)
                 opened.addfile(info, io.BytesIO(PNG))

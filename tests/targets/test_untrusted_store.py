@@ -36,6 +36,20 @@ def rewrite(file: Path, change: Callable[[Any], Any]) -> None:
     file.write_bytes(manifest.to_file(values))
 
 
+def values_of(folder: Path, array: str) -> Path:
+    """The only file of a small array, in the folder of its shard."""
+    (file,) = [file for file in (folder / array / "c").rglob("*") if file.is_file()]
+    return file
+
+
+def without_values(store: Path, array: str) -> None:
+    """Make of a small array one that was not written, as those of zeros."""
+    folder = store / "shards" / "000000"
+    file = values_of(folder, array)
+    rewrite(store / "manifest" / "000000.json", lambda values: values["files"].pop(file.relative_to(folder).as_posix()))
+    file.unlink()
+
+
 def hostile_store(root: Path, store_format: str, name: str) -> Path:
     """A store of two shards, the second of which is called `name`."""
     write_store(root, header(format=store_format, shards=2), [5, 5])
@@ -123,12 +137,7 @@ def test_keys_without_a_file_are_refused_and_bound_what_else_has_none(tmp_path: 
     write_store(tmp_path, header(), [5])
     (tmp_path / "manifest.json").unlink()
 
-    def without_keys(values: Any) -> None:
-        (name,) = [name for name in values["files"] if name.startswith("key/c")]
-        del values["files"][name]
-        (tmp_path / "shards" / "000000" / name).unlink()
-
-    rewrite(tmp_path / "manifest" / "000000.json", without_keys)
+    without_values(tmp_path, "key")
     with pytest.raises(DataError, match="its record names 5 samples, and its keys are at most 0"):
         open_targets(tmp_path).keys("000000")
 
@@ -192,77 +201,65 @@ def resealed(store: Path, change: Callable[[Path], str]) -> Path:
     return store
 
 
+def described(array: str, change: Callable[[Any], None]) -> Callable[[Path], str]:
+    """A change of a shard: of what the metadata of an array say."""
+
+    def describe(folder: Path) -> str:
+        file = folder / array / "zarr.json"
+        metadata = json.loads(file.read_text())
+        change(metadata)
+        file.write_text(json.dumps(metadata))
+        return f"{array}/zarr.json"
+
+    return describe
+
+
 @pytest.mark.parametrize("array", ["features", "attention", "view_bytes", "crop", "key"])
 @pytest.mark.parametrize("size", [2**40, -1, 0, "9", 1.5, None])
 def test_an_array_in_chunks_larger_than_memory_is_refused(tmp_path: Path, array: str, size: Any) -> None:
     """zarr's library would ask for memory that nobody has, which ends the process."""
     write_store(tmp_path, header(), [5])
 
-    def change(folder: Path) -> str:
-        metadata = json.loads((folder / array / "zarr.json").read_text())
+    def change(metadata: Any) -> None:
         shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         shape[-1] = size if isinstance(size, str | float | None) or size < 1 else size * shape[-1]
-        (folder / array / "zarr.json").write_text(json.dumps(metadata))
-        return f"{array}/zarr.json"
 
-    resealed(tmp_path, change)
+    resealed(tmp_path, described(array, change))
     with pytest.warns(RuntimeWarning, match="no manifest"):
         opened = open_targets(tmp_path)
     with pytest.raises(DataError, match=f"array '{array}'"):
         opened.read("000000", 0, 0, 5)
 
 
-def large_along_each_axis(array: str) -> Callable[[Path], str]:
-    def change(folder: Path) -> str:
-        metadata = json.loads((folder / array / "zarr.json").read_text())
-        for shape in (
-            metadata["chunk_grid"]["configuration"]["chunk_shape"],
-            *(codec["configuration"]["chunk_shape"] for codec in metadata["codecs"] if "sharding" in codec["name"]),
-        ):
-            shape[:2] = [128, 128]
-        (folder / array / "zarr.json").write_text(json.dumps(metadata))
-        return f"{array}/zarr.json"
-
-    return change
+def large_along_each_axis(metadata: Any) -> None:
+    for shape in (
+        metadata["chunk_grid"]["configuration"]["chunk_shape"],
+        *(codec["configuration"]["chunk_shape"] for codec in metadata["codecs"] if "sharding" in codec["name"]),
+    ):
+        shape[:2] = [128, 128]
 
 
-def metadata_of(array: str, **values: Any) -> Callable[[Path], str]:
-    def change(folder: Path) -> str:
-        file = folder / array / "zarr.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-        return f"{array}/zarr.json"
-
-    return change
-
-
-def one_value_a_chunk(folder: Path) -> str:
-    metadata = json.loads((folder / "features" / "zarr.json").read_text())
+def one_value_a_chunk(metadata: Any) -> None:
     for codec in metadata["codecs"]:
         codec["configuration"]["chunk_shape"] = [1, 1, 1, 1]
     metadata["chunk_grid"]["configuration"]["chunk_shape"][1] = 128
-    (folder / "features" / "zarr.json").write_text(json.dumps(metadata))
-    return "features/zarr.json"
 
 
-def fewer_view_bytes_than_views(folder: Path) -> str:
-    metadata = json.loads((folder / "view_bytes" / "zarr.json").read_text())
-    metadata["shape"] = [7]
-    (folder / "view_bytes" / "zarr.json").write_text(json.dumps(metadata))
-    return "view_bytes/zarr.json"
+def said(array: str, **values: Any) -> Callable[[Path], str]:
+    return described(array, lambda metadata: metadata.update(values))
 
 
 def views_at(*offsets: int) -> Callable[[Path], str]:
     def change(folder: Path) -> str:
         array: Any = zarr.open_array(folder / "view_offset", mode="r+")
         array[0, : len(offsets)] = offsets
-        (file,) = [file for file in (folder / "view_offset" / "c").rglob("*") if file.is_file()]
-        return file.relative_to(folder).as_posix()
+        return values_of(folder, "view_offset").relative_to(folder).as_posix()
 
     return change
 
 
 def keys_that_say_they_are_more(folder: Path) -> str:
-    (file,) = [file for file in (folder / "key" / "c").rglob("*") if file.is_file()]
+    file = values_of(folder, "key")
     texts = bytes(Zstd().decode(file.read_bytes()[:-4]))
     packed = bytes(Zstd().encode((2**30).to_bytes(4, "little") + texts[4:]))
     file.write_bytes(packed + crc32c(packed).to_bytes(4, "little"))
@@ -285,16 +282,16 @@ def a_chunk_that_says_it_is_more(folder: Path) -> str:
 
 
 LIES: dict[str, tuple[Callable[[Path], str], str]] = {
-    "features large along each axis": (large_along_each_axis("features"), "'features'.*layout"),
-    "crop large along each axis": (large_along_each_axis("crop"), "'crop'.*layout"),
-    "fewer bytes than views": (fewer_view_bytes_than_views, "fewer bytes than the shard has views, 10"),
+    "features large along each axis": (described("features", large_along_each_axis), "'features'.*layout"),
+    "crop large along each axis": (described("crop", large_along_each_axis), "'crop'.*layout"),
+    "fewer bytes than views": (said("view_bytes", shape=[7]), "fewer bytes than the shard has views, 10"),
     "all views are one": (views_at(0, 0, 0, 0, 0), "views that overlap"),
     "views in another order": (views_at(900, 0), "views that overlap"),
     "a view behind all bytes": (views_at(*[2**63 - 9] * 5), "'view_offset'"),
     "keys that say they are more": (keys_that_say_they_are_more, "1073741824 texts, expected 5"),
-    "one value a chunk": (one_value_a_chunk, "'features'.*layout"),
-    "lengths of another kind": (metadata_of("view_length", data_type="float32"), "'view_length' is of float32"),
-    "offsets without a sign": (metadata_of("view_offset", data_type="uint64"), "'view_offset' is of uint64"),
+    "one value a chunk": (described("features", one_value_a_chunk), "'features'.*layout"),
+    "lengths of another kind": (said("view_length", data_type="float32"), "'view_length' is of float32"),
+    "offsets without a sign": (said("view_offset", data_type="uint64"), "'view_offset' is of uint64"),
     "a chunk that says it is more": (
         a_chunk_that_says_it_is_more,
         "'features'.*a frame of 1099511627776 bytes, expected",
@@ -318,14 +315,9 @@ def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(
 
 def test_zeros_that_are_said_to_be_a_word_are_damage(tmp_path: Path) -> None:
     write_store(tmp_path, header(), [5])
-    resealed(tmp_path, metadata_of("label", fill_value="x"))
+    resealed(tmp_path, said("label", fill_value="x"))
 
-    def without_labels(values: Any) -> None:
-        (name,) = [name for name in values["files"] if name.startswith("label/c")]
-        del values["files"][name]
-        (tmp_path / "shards" / "000000" / name).unlink()
-
-    rewrite(tmp_path / "manifest" / "000000.json", without_labels)
+    without_values(tmp_path, "label")
     with pytest.warns(RuntimeWarning, match="no manifest"):
         opened = open_targets(tmp_path)
     with pytest.raises(DataError, match="array 'label' is damaged"):
