@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import typer.main
 from support import processes
 from support.counts import Counted
 from support.project import SETTINGS, Project
@@ -22,6 +24,9 @@ from support.signals import default_signals
 # Before torch is imported. Several workers with a thread for every core wait for each other most of the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Commands are run in this process some hundred times, and do not change.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 _FOREIGN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
@@ -40,7 +45,6 @@ _LONGEST = (
     "evaluation/test_segment.py",
     "extraction/test_cluster.py",
     "targets/test_damage.py",
-    "fuzz/test_fuzz.py",
     "docs/test_docs.py",
     "cli/test_verify_and_convert.py",
     "cli/test_cli.py",

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import checkpoint
+from timm.models import checkpoint, is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -307,8 +307,10 @@ def _unfit(encoder: nn.Module) -> str | None:
 @lru_cache(maxsize=64)
 def _outline(model: str, **options: Any) -> Encoder:
     """The named timm model of its own sizes, without memory and without random numbers."""
+    # Drawing weights that are not there takes most of the time; Eva has no such option.
+    undrawn = {"weight_init": "skip"} if is_model_in_modules(model, "vision_transformer") else {}
     with torch.device("meta"):
-        return _create(model, **options)
+        return _create(model, **undrawn, **options)
 
 
 def _pooling(model: str, classifies: bool) -> dict[str, Any]:

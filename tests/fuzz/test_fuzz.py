@@ -20,8 +20,7 @@ from support import processes
 from milan_pipe.errors import DataError
 
 SEED = 0
-# CI does 200 of each besides.
-CASES = 25
+CASES = 200
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +52,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return {row["reader"]: row for row in json.loads(out.read_text())}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_refuses_what_it_cannot_read_and_harms_nothing(outcomes: dict[str, Any], name: str) -> None:
     row = outcomes[name]
