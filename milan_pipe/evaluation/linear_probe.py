@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from milan_pipe.config.evaluation import LinearProbeSettings
@@ -71,6 +68,10 @@ class _Probe:
     """A scaler and a classifier of one set of samples. A fit starts from the weights of the one before."""
 
     def __init__(self, features_NF: Floats, label_N: Ints, max_iterations: int) -> None:
+        # scikit-learn takes 1.5 s to import, and k-NN and embedding do without.
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+
         self._scaler = StandardScaler().fit(features_NF)
         self._features_NF = self._scaler.transform(features_NF)
         self._label_N = label_N
@@ -79,6 +80,8 @@ class _Probe:
         self.converged = False
 
     def fit(self, l2: float) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+
         # scikit-learn weighs the sum over samples against the penalty; l2 is relative to the mean.
         self._model.set_params(C=1.0 / (l2 * len(self._label_N)))
         threads = 1 if self._logits < _LOGITS_FOR_THREADS else None

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 from support import processes
 from support.images import TINY, image, labelled_shard, mask, mask_folders, png
 from support.training import StopAtError, killed_until_done, stop_at
@@ -45,6 +44,8 @@ CPU = torch.device("cpu")
 
 
 def test_confusion_is_that_of_scikit_learn() -> None:
+    from sklearn.metrics import confusion_matrix
+
     predicted, truth = torch.randint(0, 7, (31, 17)), torch.randint(-1, 7, (31, 17))
     known = truth >= 0
     expected = confusion_matrix(truth[known], predicted[known], labels=range(7))

@@ -11,7 +11,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
 
 from milan_pipe.errors import SettingError
 from milan_pipe.images import scenes as module
@@ -137,6 +136,8 @@ def test_colour_and_stuff_do_not_tell_the_thing(scenes: list[Scene], which: int,
 
 
 def test_pixel_statistics_do_not_tell_the_thing(scenes: list[Scene]) -> None:
+    from sklearn.linear_model import LogisticRegression
+
     pixels = np.stack([scene.image for scene in scenes]).reshape(COUNT, -1, 3).astype(np.float64) / 255
     features, labels = np.concatenate([pixels.mean(1), pixels.std(1)], axis=1), [scene.label for scene in scenes]
     half = COUNT // 2

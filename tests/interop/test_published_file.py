@@ -60,7 +60,7 @@ def test_every_tensor_arrives(tmp_path: Path, kind: str, wrap: str) -> None:
 
 
 def test_usual_sizes_get_timms_name(tmp_path: Path) -> None:
-    sizes = StudentSettings(model="vit_small_patch16_224", image_size=224, patch_size=16, width=384, depth=12, heads=6)
+    sizes = StudentSettings(model="vit_tiny_patch16_224", image_size=224, patch_size=16, width=192, depth=12, heads=3)
     save_file(published(student=sizes), tmp_path / "s.safetensors")
     assert import_published(tmp_path / "s.safetensors", tmp_path / "run", decoder_heads=4).student == sizes
 

@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,6 +315,9 @@ def _main() -> None:
     for name in _IMPORTED:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    # Torch would take its operators apart at the end of each process.
+    for one in weakref.finalize._registry:  # type: ignore[attr-defined]
+        one.atexit = False
     gc.freeze()
     while True:
         request, descriptors = _wait_for_request(requests)

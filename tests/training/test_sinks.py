@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 from dvc.repo import Repo
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from milan_pipe.config.training import SinkName
 from milan_pipe.training.metrics import CURVES, cut_metrics, metric_files, read_metric
@@ -58,6 +57,8 @@ def in_files(folder: Path) -> Points:
 
 
 def of_tensorboard(folder: Path) -> Points:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     found = [((tag, event.step), event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
     assert len(dict(found)) == len(found), "two values of one step"
