@@ -262,7 +262,9 @@ def test_scores_and_settings_that_nobody_has_are_no_crash() -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("path", ["a/" * 300_000 + "b", "/" * 300_000 + "b", "/a" * 300_000 + "/b", "{}" * 10**5 + "/b"])
+@pytest.mark.parametrize(
+    "path", ["a/" * 300_000 + "b", "/" * 300_000 + "b", "/a" * 300_000 + "/b", "{}" * 10**5 + "/b"]
+)
 def test_a_long_path_takes_no_square_of_its_length(path: str) -> None:
     assert public(path) == ("b" if path[0] == "/" else path)
 

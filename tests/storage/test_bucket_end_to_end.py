@@ -192,6 +192,7 @@ def test_processes_that_share_a_bucket(local: Path, bucket: str, store_format: s
 # --- the whole way ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("store_format", FORMATS)
 def test_from_images_in_a_bucket_to_a_student(
     local: Path, bucket: str, milan: Command, tmp_path: Path, store_format: str
