@@ -22,7 +22,10 @@ def commands_page() -> str:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         arguments = [part for part in command.params if part.param_type_name == "argument"]
         options = [part for part in command.params if part.param_type_name == "option" and part.name != "help"]
-        shown = " ".join(part.metavar or part.name.upper() for part in arguments)
+        shown = " ".join(
+            [part.metavar or part.name.upper() for part in arguments]
+            + [f"{part.opts[0]} {part.metavar}" for part in options if part.required]
+        )
         lines += [f"## {name}", "", "```text", f"milan-pipe {name} {shown}".rstrip(), "```", ""]
         text, _, example = cleandoc(command.help or "").partition("Example: ")
         lines += [text.rstrip(), ""]

@@ -28,6 +28,8 @@ def _usage_errors() -> Iterator[None]:
     except _UsageError as error:
         # It quotes what was given, which may be a URL with a password.
         error.message = printable(error.message)
+        if "unexpected extra argument" in error.message and ".tar" in error.message:
+            error.message += " Quote a pattern, as 'images/train-*.tar', or the shell names every file."
         if json_log.wanted():
             # Without a command it has no message: it shows the help.
             found = error.format_message().rstrip(".") or "No command was given"

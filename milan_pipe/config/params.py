@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,16 @@ def _build(values: Mapping[str, Any], where: str) -> Params:
 
 def _file_of(path: str | Path) -> Path:
     file = Path(path)
-    if file.is_file() or file.name != str(path) or file.suffix:
-        return file
-    recipe = recipe_file(str(path))
-    if recipe is None:
-        raise MissingError(
-            f"params file {path} is not there, and no recipe has that name; recipes are {', '.join(recipe_names())}"
-        )
-    return recipe
+    named = file.name == str(path) and not file.suffix
+    if not file.is_file() and named and (recipe := recipe_file(str(path))):
+        return recipe
+    if file.is_dir():
+        raise SettingError(f"params file {path} is a folder, expected a file or the name of a recipe")
+    if named and not file.exists():
+        near = difflib.get_close_matches(str(path), recipe_names(), n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"recipes are {', '.join(recipe_names())}"
+        raise MissingError(f"params file {path} is not there, and no recipe has that name; {hint}")
+    return file
 
 
 def load_params(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Params:

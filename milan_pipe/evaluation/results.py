@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Evaluation:
 
 
 _KEPT = TypeAdapter(Evaluation)
+_OWN_NAME = re.compile(r"(knn|linear-probe|segment-probe)-.+\.json")
 ADVICE = "name another folder with --keep, which `milan-pipe report` is then given with --evaluations"
 
 
@@ -60,9 +62,13 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
                 raise ValueError("another version")
             found.append(_KEPT.validate_python(values))
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            what = first_problem(error) if isinstance(error, ValidationError) else error
+            what = first_problem(error) if isinstance(error, ValidationError) else str(error)
+            if isinstance(error, LookupError):
+                what = f"it has no {error}"
+            todo = "name a folder that they were given with --keep; what a run keeps of its own is found without"
+            if _OWN_NAME.fullmatch(file.name):
+                todo = "remove it, and run them again"
             raise DataError(
-                f"{file} is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept ({what}); remove "
-                "it, and run them again"
+                f"{file} is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept ({what}); {todo}"
             ) from error
     return found

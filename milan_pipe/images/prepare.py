@@ -157,8 +157,11 @@ def _no_source(source: str | Path) -> MilanError:
     if root.is_dir():
         return DataError(_what_else(root))
     if root.exists():
-        packed = root.suffix == ".tar"
-        what = "it is a shard already, use it as images without `prepare`" if packed else "name the folder it lies in"
+        what = "name the folder it lies in"
+        if root.suffix == ".tar":
+            what = "it is a shard already, use it as images without `prepare`"
+        elif root.suffix[1:].lower() not in IMAGE_SUFFIXES:
+            what = "a list of images has a header, and ends in .csv or .tsv"
         return DataError(f"source {root} is a file, expected {_EXPECTED}; {what}")
     near = isinstance(source, str) and get_close_matches(source.lower(), [DEMO], n=1, cutoff=0.6)
     hint = f"did you mean {DEMO!r}?" if near else f"give {_EXPECTED}"

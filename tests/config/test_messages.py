@@ -33,6 +33,10 @@ CASES: dict[str, Case] = {
     "section like another": setting(
         "pretrian.epochs=3", "unknown key 'pretrian' in the settings; did you mean 'pretrain'?"
     ),
+    "key without its section": setting(
+        "epochs=3",
+        "unknown key 'epochs' in the settings; did you mean pretrain.epochs or finetune.epochs or lars_probe.epochs?",
+    ),
     "section like no other": setting("zzz=3", f"unknown key 'zzz' in the settings; {SECTIONS}"),
     "key like another": setting(
         "pretrain.epoch=3", "unknown key 'epoch' in the settings, pretrain; did you mean 'epochs'?"
@@ -102,7 +106,12 @@ CASES: dict[str, Case] = {
     "folder": (
         lambda: load_params(Path.cwd()),
         SettingError,
-        "params file ... cannot be read: [Errno 21] Is a directory: ...",
+        "params file ... is a folder, expected a file or the name of a recipe",
+    ),
+    "like a recipe": (
+        lambda: load_params("mea"),
+        MissingError,
+        "params file mea is not there, and no recipe has that name; did you mean 'mae'?",
     ),
     "no recipe": (
         lambda: load_params("imagenet"),

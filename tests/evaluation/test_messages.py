@@ -345,6 +345,11 @@ CASES: dict[str, Case] = {
         "kept/knn-1.json is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept (another version); "
         "remove it, and run them again",
     ),
+    "a run as results": (
+        lambda: read_evaluations(Path(file("run/report.json", '{"loss": 1}')).parent), DataError,
+        "run/report.json is no result that `milan-pipe knn`, `linear-probe` or `segment-probe` kept (it has no "
+        "'version'); name a folder that they were given with --keep; what a run keeps of its own is found without",
+    ),
     "class lists": (
         lambda: segmented(val="other"), MismatchError,
         "TRAIN and VAL have different class lists: own 2 classes (a, b), other 2 classes (b, a)",
