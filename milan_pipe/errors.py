@@ -31,7 +31,8 @@ _IN_WORDS = {
 # `Path` leaves one slash of a URL.
 _USER = re.compile(r"(?<=\w:)(//?)[^/@\s]*@")
 # What a server takes as a signature has any name; the last letter is none of the sentence around it.
-_QUERY = re.compile(r"(https?://?[^\s?#]*[?#])[^\s'\"]*[^\s'\"`,.:;)\]]", re.IGNORECASE)
+# It ends where the next one begins: otherwise many take the square of their length.
+_QUERY = re.compile(r"(https?://?(?:(?!https?:/)[^\s?#])*[?#])[^\s'\"]*[^\s'\"`,.:;)\]]", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"(?<=[?&])([\w.-]*(?:signature|credential|token|secret|password|passwd|key|auth|sig))=[^&\s'\"]*", re.IGNORECASE
 )

@@ -64,6 +64,6 @@ class Settings(BaseModel):
             # `where` ends with a section, or is all the settings.
             name = f"{where}{'.' if ', ' in where else ', '}{keys}" if keys else where
             # The message of a rule over several fields quotes what it found; its input is the whole section.
-            found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+            found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"[:200]
             said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
             raise SettingError(f"{name}: {said}{found}") from None

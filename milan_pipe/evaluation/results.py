@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from milan_pipe.errors import DataError, first_problem
-from milan_pipe.storage.local import write_file
+from milan_pipe.storage.local import read_regular, write_file
 
 FOLDER = "evaluations"
 _VERSION = 1
@@ -57,7 +57,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for file in sorted(folder.glob("[!.]*.json")):
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(read_regular(file))
             if values["version"] != _VERSION:
                 raise ValueError("another version")
             found.append(_KEPT.validate_python(values))

@@ -131,7 +131,9 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
             raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
         if image.format == "TIFF":
             # Its decoder makes room for whole tiles, however small the image is.
-            width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TIFF_TILE)  # type: ignore[attr-defined]
+            width, height = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)  # type: ignore[attr-defined]
+            if not isinstance(width, int) or not isinstance(height, int):
+                raise DataError("the size of its tiles is no number")
             if width * height > limits.max_pixels:
                 raise DataError(f"a tile of {width} x {height} pixels, more than images.max_pixels {limits.max_pixels}")
         # A scan whose data is missing costs as much time as any other.

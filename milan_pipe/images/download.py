@@ -176,7 +176,10 @@ def _get(request: urllib.request.Request, seconds: float) -> bytes:
         raise (_BusyError if error.code in _BUSY else DataError)(reason) from None
     except urllib.error.URLError as error:
         raise _BusyError(_reason(error.reason, seconds)) from None
-    except http.client.InvalidURL:
+    except DataError:
+        raise
+    # Of an address that it redirects to as well.
+    except (http.client.InvalidURL, ValueError):
         raise DataError("its URL cannot be understood") from None
     except (OSError, http.client.HTTPException) as error:
         raise _BusyError(_reason(error, seconds)) from None

@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from milan_pipe.errors import DataError
-from milan_pipe.storage.local import open_regular
+from milan_pipe.storage.local import read_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Suffixes of the images that are read; all suffixes are in lower case and without the dot."""
@@ -26,12 +26,6 @@ MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
 
 MAX_ENCODED_BYTES = 2**28
 """Size in bytes above which an encoded image is refused unread."""
-
-
-def read_regular(path: Path) -> bytes:
-    """All bytes of a file; raises OSError also for a FIFO, a socket or a device, where reading might never end."""
-    with open_regular(path) as file:
-        return file.read()
 
 
 def read_file(path: Path) -> bytes:

@@ -92,7 +92,7 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
         raise MismatchError(
             f"{folder} holds shards of {before}, the source is {now}; choose another folder, or delete this one"
         )
-    marker.write_text(json.dumps(dict(source), sort_keys=True) + "\n", encoding="utf-8")
+    write_file(marker, json.dumps(dict(source), sort_keys=True) + "\n")
     for name in (INDEX_NAME, *(own & present)):
         (folder / name).unlink(missing_ok=True)
     location_of(folder).clear_scratch()

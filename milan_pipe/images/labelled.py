@@ -19,6 +19,8 @@ from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import is_url
 from milan_pipe.units import some
 
+_MOST_CLASSES = 2**22
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumberedImages:
@@ -181,6 +183,8 @@ def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
         )
     named = train.classes or val.classes
     classes = int(train.label_N.max()) + 1 if named is None else len(named)
+    if classes > _MOST_CLASSES:
+        raise DataError(f"{train.where} has label {classes - 1}, expected fewer than {_MOST_CLASSES} classes")
     for side in (train, val):
         number = int(side.label_N.argmax())
         if side.label_N[number] >= classes:

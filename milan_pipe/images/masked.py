@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.images.decode import opened_image, plain_errors
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, read_regular
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under
 from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.storage import is_url
+from milan_pipe.storage.local import read_regular
 
 ADE20K_CLASSES = 150
 _MASK_FOLDERS = ("annotations", "masks", "labels")
@@ -142,10 +144,12 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
         DataError: it is empty, no text or no regular file.
     """
     try:
-        text = read_regular(Path(file)).decode()
-        named = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        text = read_regular(Path(file)).decode("utf-8-sig")
+        named = json.loads(text) if Path(file).suffix == ".json" else re.split("\r\n|\r|\n", text)
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise ValueError("expected a list of names")
+        # Half of a surrogate pair, which JSON can hold, can be neither written nor shown.
+        "".join(named).encode()
         lines = [name.strip() for name in named if name.strip()]
     except FileNotFoundError:
         raise MissingError(f"class list {file} is not there; expected a text file with one name a line") from None

@@ -178,11 +178,14 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
     """Names of classes by column, as the library `datasets` writes them beside a schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {
+        found = {
             name: tuple(map(str, feature["names"]))
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
         }
+        # Half of a surrogate pair can be neither written nor shown.
+        "".join(name for names in found.values() for name in names).encode()
+        return found
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 

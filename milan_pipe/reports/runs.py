@@ -13,6 +13,7 @@ from milan_pipe.drawing.charts import Curve
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
 from milan_pipe.evaluation.results import FOLDER, Evaluation, read_evaluations
+from milan_pipe.storage.local import read_regular
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.training.metrics import CURVES, metric_files, read_metric
 
@@ -68,7 +69,7 @@ def _report_of(folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     try:
         # Shown as numbers with a point, which have a largest one.
-        values = json.loads(file.read_text(encoding="utf-8"), parse_int=float)
+        values = json.loads(read_regular(file), parse_int=float)
         if not isinstance(values, dict):
             raise ValueError("no object")
     except FileNotFoundError:

@@ -23,6 +23,8 @@ from milan_pipe.storage.location import SCRATCH, Listing, Location, is_foreign
 
 _WRITE_ATTEMPTS = 3
 _PART_BYTES = 512 * 1024
+MOST_READ_WHOLE = 2**31
+"""Size in bytes above which no file is read at once: records, lists, metadata and single images are smaller."""
 
 
 class LocalFolder(Location):
@@ -252,6 +254,19 @@ def open_regular(path: Path) -> io.FileIO:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return io.FileIO(path)
+
+
+def read_regular(path: Path) -> bytes:
+    """All bytes of a file; OSError as `open_regular`, and where it is larger than `MOST_READ_WHOLE`."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_READ_WHOLE:
+            raise OSError(errno.EFBIG, f"larger than {MOST_READ_WHOLE} bytes", str(path))
+        return file.read()
+
+
+def open_own(path: str, flags: int) -> int:
+    """An `opener` for what is written in place: a link would lead the writing out of the folder."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _create(partial: Path, final: Path) -> None:

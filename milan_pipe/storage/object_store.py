@@ -26,7 +26,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from milan_pipe.errors import MilanError, MissingError, SettingError, StoreError
-from milan_pipe.storage.local import LocalFolder, clear_scratch
+from milan_pipe.storage.local import MOST_READ_WHOLE, LocalFolder, clear_scratch
 from milan_pipe.storage.location import SCHEMES, Listing, Location, is_foreign, split_root
 from milan_pipe.storage.messages import translated, without_debug
 
@@ -112,7 +112,11 @@ class RemoteFolder(Location):
 
     def read(self, path: str) -> bytes:
         with self._errors(path, "read"):
-            return bytes(obstore.get(self._root, self._key(path)).bytes())
+            answer = obstore.get(self._root, self._key(path))
+            # A web server says what it likes, and room is made for all of it at once.
+            if answer.meta["size"] > MOST_READ_WHOLE:
+                raise StoreError(f"{self}/{path} has {answer.meta['size']} bytes, expected at most {MOST_READ_WHOLE}")
+            return bytes(answer.bytes())
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with self._errors(path, "read"):

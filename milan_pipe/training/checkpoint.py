@@ -25,6 +25,7 @@ from milan_pipe.errors import (
     system_reason,
 )
 from milan_pipe.storage import location_of
+from milan_pipe.storage.local import read_regular
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
@@ -240,7 +241,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         folder = steps[-1]
     file = folder / _RECORD
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         version = found["version"]
     except FileNotFoundError as error:
         raise DataError(f"{file} is lost; {_advice(folder)}") from error

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from milan_pipe.errors import StoreError, system_reason
-from milan_pipe.storage.local import make_folder
+from milan_pipe.storage.local import make_folder, open_own
 from milan_pipe.training.distributed import Ranks
 
 LOCK = ".lock"
@@ -90,7 +90,7 @@ def _acquire(run: Path, file: Path) -> int | None:
     while True:
         # Not `filelock`: it empties the file on each attempt, so that nobody could say who holds the lock.
         try:
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = open_own(str(file), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if error.errno in _READ_ONLY and not file.exists():
                 return None

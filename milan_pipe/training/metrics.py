@@ -15,7 +15,7 @@ from typing import Any
 
 from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.storage import location_of
-from milan_pipe.storage.local import flush, flush_all
+from milan_pipe.storage.local import flush, flush_all, open_own
 
 CURVES = Path("plots", "metrics")
 _LATEST = "metrics.json"
@@ -125,7 +125,7 @@ class MetricWriter:
             group, _, short = name.rpartition("/")
             file = self._curves / group / f"{short}.tsv"
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as curve:
+            with open(file, "a", encoding="utf-8", opener=open_own) as curve:
                 if not curve.tell():
                     curve.write(f"step\t{short}\n")
                 curve.write(f"{step}\t{value}\n")

@@ -333,6 +333,11 @@ def test_class_lists(tmp_path: Path) -> None:
         read_classes(tmp_path / "empty.txt")
     (tmp_path / "names.json").write_text('["left", "right"]')
     assert read_classes(tmp_path / "names.json") == ("left", "right")
+    (tmp_path / "names.json").write_text('["left\\ud800"]')
+    with pytest.raises(DataError, match="surrogates not allowed"):
+        read_classes(tmp_path / "names.json")
+    (tmp_path / "names.txt").write_bytes("\ufeffleft \u2028 hand\r\nright\n".encode())
+    assert read_classes(tmp_path / "names.txt") == ("left \u2028 hand", "right")
     (tmp_path / "names.json").write_text('{"left": 0}')
     with pytest.raises(DataError, match="expected a list of names"):
         read_classes(tmp_path / "names.json")

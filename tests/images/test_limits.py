@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 from support.wild import WildImage, blank_png, bombs, chunk, encoded, many_scans, scene, slow_bmp
 
 from milan_pipe.config.images import MAX_PIXELS, ImageSettings
@@ -68,7 +69,7 @@ import json, os, resource, sys
 from pathlib import Path
 from milan_pipe.config.images import ImageSettings
 from milan_pipe.images import decode
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 Image.init()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 for file in sorted(Path(sys.argv[1]).iterdir()):
@@ -229,6 +230,17 @@ def test_a_mask_above_the_limits_is_a_wrong_one() -> None:
         decode_mask(blank, RULE, (8, 9), "k", ImageSettings(max_pixels=71))
     with pytest.raises(LabelError, match=r"cannot be decoded: not decoded after .* images\.max_seconds 1e-05"):
         decode_mask(encoded(noise(99, 99).convert("L")), RULE, (99, 99), "k", ImageSettings(max_seconds=1e-5))
+
+
+def test_tiles_whose_size_is_no_number_are_refused() -> None:
+    file, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[65000] = TiffTags.ASCII
+    tags[65000] = "abc"
+    Image.new("L", (9, 8)).save(file, "TIFF", tiffinfo=tags)
+    # Pillow does not write such a one.
+    data = file.getvalue().replace(struct.pack("<HH", 65000, 2), struct.pack("<HH", 322, 2))
+    with pytest.raises(LabelError, match="mask of 'k' cannot be decoded: the size of its tiles is no number"):
+        decode_mask(data, RULE, (8, 9), "k")
 
 
 def test_a_mask_of_another_size_is_not_decoded() -> None:

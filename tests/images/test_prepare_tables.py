@@ -417,6 +417,8 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         "/moved.png": lambda handler: send(handler, 302, location="/ok.png?again=1"),
         "/to-file.png": lambda handler: send(handler, 302, location=f"file://{tmp_path}/secret.png"),
         "/to-ftp.png": lambda handler: send(handler, 302, location="ftp://127.0.0.1/secret.png"),
+        "/to-no-name.png": lambda handler: send(handler, 302, location="http://a..b/x"),
+        "/to-no-address.png": lambda handler: send(handler, 302, location="http://[bad/x"),
     }
     web.serve("/ok.png", PICTURES[2])
     web.serve("/page.html", b"<html>")
@@ -425,7 +427,7 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/x.png"
     (tmp_path / "secret.png").write_bytes(PICTURES[3])
     names = ["slow.png", "busy.png", "ok.png", "moved.png", "endless.png", "cut.png", "large.png"]
-    names += ["to-file.png", "to-ftp.png", "page.html", "gone.png"]
+    names += ["to-file.png", "to-ftp.png", "page.html", "gone.png", "to-no-name.png", "to-no-address.png"]
     urls = [f"{web.url}/{name}" for name in names]
     urls += [nobody, f"file://{tmp_path}/secret.png", "ftp://host/x.png", "http://[::1/x.png"]
     source = write_csv(tmp_path / "laion.csv", [{"URL": url, "TEXT": f"number {n}"} for n, url in enumerate(urls)])
@@ -438,6 +440,8 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         "large.png": "larger than the 50000 bytes that are fetched",
         "to-file.png": "its server answered 302 Found",
         "to-ftp.png": "its server redirects to ftp:, which is not followed",
+        "to-no-name.png": "its URL cannot be understood",
+        "to-no-address.png": "its URL cannot be understood",
         "page.html": "not a JPEG, PNG, WebP, GIF or BMP image, or its header is damaged",
         "gone.png": "its server answered 404 Not Found",
     }
@@ -620,8 +624,9 @@ def test_a_damaged_table(tmp_path: Path) -> None:
         run(source, tmp_path / "out", workers=2, samples_per_shard=10)
 
 
-def test_class_names_of_a_column_that_is_not_there_are_passed_over(tmp_path: Path) -> None:
-    features = {"kind": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
+@pytest.mark.parametrize(("column", "name"), [("kind", "ant"), ("label", "ant\ud800")], ids=["column", "surrogate"])
+def test_class_names_that_cannot_be_used_are_passed_over(tmp_path: Path, column: str, name: str) -> None:
+    features = {column: {"_type": "ClassLabel", "names": [name, "bee"]}}
     table = pa.table({"image": [png(np.zeros((5, 7, 3), np.uint8))]})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, tmp_path / "a.parquet")

@@ -220,7 +220,7 @@ def web(bucket: str, s3_proxy: Proxy) -> str:
     return f"{s3_proxy.endpoint}/{bucket.removeprefix('s3://')}"
 
 
-def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy) -> None:
+def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(9_000_000)
     location_of(bucket).write("a b/ü.bin", data)
     location_of(bucket).write("a b/c/d", b"22")
@@ -233,6 +233,9 @@ def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy) -> None:
     assert location.child("c").size("d") == 2
     with pytest.raises(MissingError, match="gone"):
         location.read("gone")
+    monkeypatch.setattr(object_store, "MOST_READ_WHOLE", 1)
+    with pytest.raises(StoreError, match="d has 2 bytes, expected at most 1"):
+        location.read("c/d")
     assert location.sizes(["c/d", "gone"]) == {"c/d": 2}
     assert location.child("c").sizes(["d"]) == {"d": 2}
     assert location.present([*map(str, range(100)), "ü.bin"]) == {"ü.bin": len(data)}

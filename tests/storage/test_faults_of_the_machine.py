@@ -210,6 +210,12 @@ def test_passwords_of_urls_are_not_shown() -> None:
 # --- temporary folders that machines share --------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["http://" * 150_000, "http://a?" + "." * 10**6, "http://a?x=" * 90_000])
+def test_long_text_takes_no_square_of_its_length(text: str) -> None:
+    assert len(printable(text)) <= len(text)
+
+
 def test_only_this_machines_dead_processes_lose_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
