@@ -63,8 +63,8 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
 
     Raises:
         MismatchError: the folder holds other shards.
-        StoreError: it is a file, or cannot be made.
-        OSError: it cannot be written.
+        StoreError: it is a file, or cannot be made or written.
+        OSError: an earlier run's files cannot be removed.
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; expected a folder to write shards into")
