@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _STYLE: Any = {
     "text.parse_math": False,
 }
 _MOST_POINTS = 400
+_LARGEST = 1e30
 _MOST_CHARACTERS = 40
 # Characters in a line of the labels below groups of bars, and of the legend below those.
 _LABEL_WIDTH = 10
@@ -50,7 +52,12 @@ class Curve:
 def _thinned(values: Sequence[float]) -> list[float]:
     """Means of neighbours, so that a page does not grow with the length of a run."""
     size = max(1, -(-len(values) // _MOST_POINTS))
-    return [fmean(values[start : start + size]) for start in range(0, len(values), size)]
+    return [fmean(map(_drawable, values[start : start + size])) for start in range(0, len(values), size)]
+
+
+def _drawable(value: float) -> float:
+    """NaN, which leaves a gap, for what axes have no ticks for."""
+    return float(value) if abs(value) < _LARGEST else math.nan
 
 
 def _label(text: str) -> str:
@@ -94,7 +101,7 @@ def bar_chart(title: str, y_label: str, groups: Mapping[str, Mapping[str, float]
         axes = figure.add_subplot()
         for number, name in enumerate(names):
             at = [place for place, bars in enumerate(groups.values()) if name in bars]
-            heights = [bars[name] for bars in groups.values() if name in bars]
+            heights = [_drawable(bars[name]) for bars in groups.values() if name in bars]
             left = (number - (len(names) - 1) / 2) * width
             at_left, colour = [place + left for place in at], _COLOURS[number % len(_COLOURS)]
             drawn = axes.bar(at_left, heights, 0.9 * width, color=colour, label=_legend_entry(name))

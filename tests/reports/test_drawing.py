@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from milan_pipe.drawing.charts import Curve, line_chart
+from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
 from milan_pipe.drawing.patches import FeatureColours, heat, on_pixels, only_visible, overlaid
 from milan_pipe.drawing.sheet import Panel, Row, Segmentation, Sheet, data_url, draw_sheet, segmentation_sheet
 
@@ -122,3 +122,10 @@ def test_a_chart_is_the_same_bytes_each_time_and_does_not_grow_with_the_run() ->
     steps = list(range(100_000))
     long = line_chart("t", "step", "loss", {"run": Curve(steps, [1 / (1 + step) for step in steps])})
     assert len(long) < 60_000
+
+
+@pytest.mark.parametrize("values", [[10**400, 1], [1e308, -1e308], [1e308] * 500, [float("inf"), float("-inf")] * 250])
+def test_what_is_too_large_for_axes_is_left_out(values: list[float]) -> None:
+    numbers = list(range(len(values)))
+    line_chart("t", "x", "y", {"a": Curve(numbers, values), "b": Curve(values, numbers)})
+    bar_chart("t", "y", {"a": {"b": values[0], "c": 1}})
