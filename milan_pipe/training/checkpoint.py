@@ -44,6 +44,7 @@ _OF_NO_EFFECT = frozenset(
 )
 """What converting a store changes, or what is said of it, and no value that is trained on; `order` is judged apart."""
 
+_MOST_LEVELS = 64
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
 
@@ -99,6 +100,19 @@ class _Known(BaseModel, strict=True):
     data: str = ""
     backbone: str = ""
     files: dict[str, _File] = {}
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether containers lie in each other that often; what shows or writes them goes down by calls."""
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            part
+            for one in inside
+            if isinstance(one, (dict, list))
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
+    return bool(inside)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +257,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         found = json.loads(read_regular(file))
         version = found["version"]
+        if _is_deeper(found, _MOST_LEVELS):
+            raise RecursionError
     except FileNotFoundError as error:
         raise DataError(f"{file} is lost; {_advice(folder)}") from error
     except OSError as error:

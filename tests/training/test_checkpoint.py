@@ -314,6 +314,15 @@ def test_a_record_of_another_form_is_one_error_though_its_digest_fits(tmp_path: 
         open_checkpoint(folder)
 
 
+def test_a_record_that_is_nested_deep_is_one_error_though_its_digest_fits(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    change_record(folder, lambda record: record.update(zz=json.loads("[" * 40 + "]" * 40)))
+    open_checkpoint(folder)
+    change_record(folder, lambda record: record.update(zz=json.loads("[" * 400 + "]" * 400)))
+    with pytest.raises(DataError, match=r"checkpoint\.json is damaged \(RecursionError\)"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("files", [5, [], {"student.safetensors": 5}, {"student.safetensors": {"bytes": 3}}])
 def test_files_of_another_form_are_one_error_though_the_digest_fits(tmp_path: Path, files: object) -> None:
     record = json.loads((save(tmp_path) / "checkpoint.json").read_text())
