@@ -69,7 +69,7 @@ import json, os, resource, sys
 from pathlib import Path
 from milan_pipe.config.images import ImageSettings
 from milan_pipe.images import decode
-from PIL import Image, TiffImagePlugin, TiffTags
+from PIL import Image
 Image.init()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 for file in sorted(Path(sys.argv[1]).iterdir()):

@@ -624,10 +624,16 @@ def test_a_damaged_table(tmp_path: Path) -> None:
         run(source, tmp_path / "out", workers=2, samples_per_shard=10)
 
 
-@pytest.mark.parametrize(("column", "name"), [("kind", "ant"), ("label", "ant\ud800")], ids=["column", "surrogate"])
-def test_class_names_that_cannot_be_used_are_passed_over(tmp_path: Path, column: str, name: str) -> None:
-    features = {column: {"_type": "ClassLabel", "names": [name, "bee"]}}
-    table = pa.table({"image": [png(np.zeros((5, 7, 3), np.uint8))]})
+@pytest.mark.parametrize(
+    ("columns", "features"),
+    [
+        ({}, {"kind": {"_type": "ClassLabel", "names": ["ant", "bee"]}}),
+        ({"label": [0]}, {"label": {"_type": "ClassLabel", "names": ["ant\ud800", "bee"]}}),
+    ],
+    ids=["of no column", "half a surrogate pair"],
+)
+def test_class_names_that_cannot_be_used_are_passed_over(tmp_path: Path, columns: Any, features: Any) -> None:
+    table = pa.table({"image": [png(np.zeros((5, 7, 3), np.uint8))], **columns})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, tmp_path / "a.parquet")
     assert prepare(tmp_path / "a.parquet", tmp_path / "out", PrepareSettings(), workers=1).classes is None

@@ -207,13 +207,13 @@ def test_passwords_of_urls_are_not_shown() -> None:
     assert str(StoreError("mail a@b.org, see https://x.org/a@b")) == "mail a@b.org, see https://x.org/a@b"
 
 
-# --- temporary folders that machines share --------------------------------------------------------------------------
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", ["http://" * 150_000, "http://a?" + "." * 10**6, "http://a?x=" * 90_000])
 def test_long_text_takes_no_square_of_its_length(text: str) -> None:
     assert len(printable(text)) <= len(text)
+
+
+# --- temporary folders that machines share --------------------------------------------------------------------------
 
 
 def test_only_this_machines_dead_processes_lose_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

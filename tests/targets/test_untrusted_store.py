@@ -316,7 +316,6 @@ def test_a_shard_that_makes_itself_larger_than_its_bytes_is_damage(
 def test_zeros_that_are_said_to_be_a_word_are_damage(tmp_path: Path) -> None:
     write_store(tmp_path, header(), [5])
     resealed(tmp_path, said("label", fill_value="x"))
-
     without_values(tmp_path, "label")
     with pytest.warns(RuntimeWarning, match="no manifest"):
         opened = open_targets(tmp_path)
