@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from milan_pipe.config.base import Settings
 from milan_pipe.config.params import Params
 
 
@@ -10,8 +9,8 @@ def settings_page() -> str:
     """The page, from the classes' own defaults and descriptions."""
     lines = ["# Settings", "", "Written by `docs/generate_settings.py` from the config classes.", ""]
     for section, field in Params.model_fields.items():
-        kind = field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, Settings)):
+        kind = Params.sections().get(section)
+        if kind is None:
             lines += [f"## {section}", "", f"Default `{field.default}`. {field.description or ''}".rstrip(), ""]
             continue
         doc = " ".join((kind.__doc__ or "").split())

@@ -34,19 +34,16 @@ class Settings(BaseModel):
                 raise SettingError(f"unknown key {key!r} in {where}: it is now {cls.renamed[key]!r}")
             if key not in cls.model_fields:
                 names = sorted(cls.model_fields)
-                near = cls._with(key) or [repr(name) for name in difflib.get_close_matches(key, names, 1, cutoff=0.5)]
+                near = [f"{name}.{key}" for name, section in cls.sections().items() if key in section.model_fields]
+                near = near or [repr(name) for name in difflib.get_close_matches(key, names, n=1, cutoff=0.5)]
                 hint = f"did you mean {' or '.join(near)}?" if near else f"known are {some(names, 24)}"
                 raise SettingError(f"unknown key {key!r} in {where}; {hint}")
 
     @classmethod
-    def _with(cls, key: str) -> list[str]:
-        """Keys of that name within sections."""
+    def sections(cls) -> dict[str, type[Settings]]:
+        """Fields that are settings themselves, with their classes."""
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        return [
-            f"{name}.{key}"
-            for name, kind in kinds.items()
-            if isinstance(kind, type) and issubclass(kind, Settings) and key in kind.model_fields
-        ]
+        return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:

@@ -135,8 +135,7 @@ def _build(values: Mapping[str, Any], where: str) -> Params:
     Params.require_known(values, where)
     parts = {section: _expanded(section, value) for section, value in values.items()}
     for section, value in parts.items():
-        kind = Params.model_fields[section].annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
+        if kind := Params.sections().get(section):
             if not isinstance(value, Mapping):
                 raise SettingError(f"{where}: section {section!r} holds {value!r}, expected keys and values")
             parts[section] = kind.parse({str(key): entry for key, entry in value.items()}, f"{where}, {section}")

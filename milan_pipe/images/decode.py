@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.errors import DataError, one_line
@@ -129,9 +130,9 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
     with image:
         if image.width * image.height > limits.max_pixels:
             raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
-        if image.format == "TIFF":
+        if isinstance(image, TiffImageFile):
             # Its decoder makes room for whole tiles, however small the image is.
-            width, height = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)  # type: ignore[attr-defined]
+            width, height = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)
             if not isinstance(width, int) or not isinstance(height, int):
                 raise DataError("the size of its tiles is no number")
             if width * height > limits.max_pixels:
