@@ -45,12 +45,12 @@ def decoded_ahead(
 
     def first() -> Iterator[T]:
         key, future = pending.popleft()
-        try:
-            result = future.result()
-        except DataError as error:
+        # Raised here, it would hold this frame, and that the future: a ring that keeps what was decoded.
+        error = future.exception()
+        if isinstance(error, DataError):
             on_bad(key, str(error))
         else:
-            yield result
+            yield future.result()
 
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
     try:

@@ -28,12 +28,16 @@ from typing import Any
 
 from fuzz.mutate import STRINGS, Draw, mutated
 
-from milan_pipe.errors import MilanError
+from milan_pipe.errors import DataError, MilanError
 
 Files = dict[str, bytes]
 
-# A file of a few bytes may hold as many pixels as are read: seconds on a busy machine, and a gigabyte.
-SECONDS = 60
+# A file of a few bytes may hold as many pixels as are read: seconds of a processor, and a gigabyte. Beside other work
+# these take long, so what waits has longer.
+TIMERS = {
+    signal.SIGPROF: (signal.ITIMER_PROF, 60, "computed"),
+    signal.SIGALRM: (signal.ITIMER_REAL, 600, "waited"),
+}
 _MORE_ADDRESSES = 2**32
 _PR_SET_PDEATHSIG = 1
 
@@ -100,18 +104,19 @@ _done: set[tuple[str, int]] = set()
 
 def each(*reads: FunctionType) -> None:
     """Do all of them; refuses where all do, as most folders are not for all readers."""
-    refused: list[MilanError] = []
+    refused: list[str] = []
     for read in reads:
         place = read.__code__.co_filename, read.__code__.co_firstlineno
         _tried.add(place)
         try:
             read()
         except MilanError as error:
-            refused.append(error)
+            # Not itself: its frames hold what was decoded.
+            refused.append(str(error))
         else:
             _done.add(place)
     if len(refused) == len(reads):
-        raise refused[0]
+        raise DataError(refused[0])
 
 
 # --- watch --------------------------------------------------------------------------------------------------------
@@ -309,8 +314,9 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
     if never := sorted(_tried - _done):
         raise RuntimeError(f"no whole folder is read by what stands at {never}")
     # Where it hangs is told, and the process ends, whoever holds the interpreter.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    faulthandler.register(signal.SIGALRM, all_threads=False, chain=True)
+    for number in TIMERS:
+        signal.signal(number, signal.SIG_DFL)
+        faulthandler.register(number, all_threads=False, chain=True)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _MORE_ADDRESSES, resource.RLIM_INFINITY))
     began, refused, case = time.monotonic(), 0, first
     with (root / "now").open("w") as now:
@@ -319,9 +325,11 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
             os.pwrite(now.fileno(), f"{case:12d}{refused:12d}".encode(), 0)
             folder = corpus.case(seed, case)
             tempfile.tempdir = str(folder)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            for timer, most, _ in TIMERS.values():
+                signal.setitimer(timer, most)
             what, error = _watched(reader, folder, watch)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer, *_ in TIMERS.values():
+                signal.setitimer(timer, 0)
             corpus.restore(folder)
             refused += error is not None
             if what:
@@ -330,6 +338,10 @@ def _run(reader: Reader, root: Path, seed: int, first: int, stop: int, seconds: 
                     reader=reader.name, seed=seed, case=case, what=what, where=_place_of(error), trace=trace
                 )
                 print(json.dumps(asdict(failure)), flush=True)
+            if error is not None:
+                # The frames that it came through hold what was read, and one of them holds it.
+                error.__traceback__ = None
+            del error
             case += 1
     print(json.dumps({"cases": case - first, "refused": refused}), flush=True)
 
@@ -383,7 +395,8 @@ def run_reader(
         if not now:
             raise RuntimeError(f"reader {reader.name} does not read what is whole:\n{said}")
         ended = os.waitstatus_to_exitcode(status)
-        what = f"hung for {SECONDS} s" if ended == -signal.SIGALRM else f"the process ended with {ended}"
+        _, most, doing = TIMERS.get(-ended, (0, 0, ""))
+        what = f"{doing} for {most} s" if doing else f"the process ended with {ended}"
         case, refused = int(now[:12]), refused + int(now[12:])
         found = re.search(r'/milan_pipe/(?:.*/)?(\S+\.py)", line (\d+)', said)
         where = f"{found[1]}:{found[2]}" if found else "nowhere"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -9,11 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz.harness import Corpus, Failure, Reader, run_reader
+from fuzz.harness import TIMERS, Corpus, Failure, Reader, each, run_reader
 from fuzz.readers import READERS
 from support import processes
 
@@ -111,12 +114,14 @@ def _loop(_: Path) -> None:
         (lambda _: b"x" * 2**29, "memory grew"),
         (lambda _: bytearray(2**33), "MemoryError"),
         (lambda _: os.abort(), "ended with -6"),
-        (_loop, "hung for"),
+        (_loop, "computed for 1 s"),
+        (lambda _: time.sleep(1000), "waited for 1 s"),
     ],
 )
 def test_the_watch_sees(do: Any, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if what.startswith("hung"):
-        monkeypatch.setattr("fuzz.harness.SECONDS", 1)
+    for number, (timer, _, doing) in TIMERS.items():
+        if what.startswith(doing):
+            monkeypatch.setitem(TIMERS, number, (timer, 1, doing))
     reader = Reader(name="r", make=_make, read=_only_when_changed(do), memory=2**26)
     found = run_reader(reader, tmp_path, seed=1, cases=2)
     assert found.cases == 2
@@ -125,6 +130,28 @@ def test_the_watch_sees(do: Any, what: str, tmp_path: Path, monkeypatch: pytest.
         assert all(what in failure.what for failure in found.failures)
     else:
         assert not found.failures
+
+
+@pytest.mark.parametrize("reads", [1, 2])
+def test_what_a_case_took_is_given_back_before_the_next(reads: int, tmp_path: Path) -> None:
+    held: list[weakref.ref[set[int]]] = []
+
+    def refuse() -> None:
+        decoded = {1}
+        held.append(weakref.ref(decoded))
+        raise DataError("never")
+
+    def do(_: Path) -> None:
+        assert not any(one() for one in held)
+        each(refuse, refuse) if reads > 1 else refuse()
+
+    gc.disable()
+    try:
+        found = run_reader(Reader(name="r", make=_make, read=_only_when_changed(do)), tmp_path, seed=1, cases=20)
+    finally:
+        gc.enable()
+    assert found.refused > 2
+    assert not found.failures
 
 
 def test_a_case_is_a_function_of_its_seed_and_number(tmp_path: Path) -> None:

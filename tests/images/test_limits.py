@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import json
@@ -10,7 +11,9 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from support.wild import WildImage, blank_png, bombs, chunk, encoded, many_scans
 
 from milan_pipe.config.images import MAX_PIXELS, ImageSettings
 from milan_pipe.errors import DataError, LabelError
+from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image, decode_pixels
 from milan_pipe.images.masked import MaskRule, decode_mask
 
@@ -252,3 +256,33 @@ def test_a_mask_is_of_no_format_that_runs_a_program() -> None:
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\nshowpage\n"
     with pytest.raises(LabelError, match="mask of 'k' cannot be decoded: not a PNG, BMP or TIFF image"):
         decode_mask(page, RULE, (2, 2), "k")
+
+
+# --- what was taken is given back
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    data: bytes
+
+
+def test_what_a_skipped_image_took_is_given_back_at_once() -> None:
+    taken: list[weakref.ref[io.BytesIO]] = []
+    skipped: list[str] = []
+
+    def decode(sample: Sample) -> int:
+        held = io.BytesIO(sample.data)
+        taken.append(weakref.ref(held))
+        decode_pixels(held.getvalue())
+        return len(taken)
+
+    # Until it runs again, which takes the longer the more there is.
+    gc.disable()
+    try:
+        samples = (Sample(str(number), b"no image") for number in range(6))
+        assert not list(decoded_ahead(samples, decode, 1, 2, lambda key, _: skipped.append(key)))
+        assert not any(one() for one in taken)
+    finally:
+        gc.enable()
+    assert skipped == [str(number) for number in range(6)]
