@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, system_reason
 from milan_pipe.random_bits import permutation
+from milan_pipe.storage.local import open_own
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -130,15 +130,18 @@ class _Batches(Dataset[Any], Generic[T, B]):
 
 def _listed(file: Path) -> set[str]:
     try:
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        keys = {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
-        # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
-        if rest := data[whole:]:
-            if not rest.startswith(_LINE[: len(rest)]):
-                raise ValueError(f"found {rest[:20]!r}")
-            os.truncate(file, whole)
+        with open(file, "r+b", opener=open_own) as opened:
+            data = opened.read()
+            whole = data.rfind(b"\n") + 1
+            keys = {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
+            # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
+            if rest := data[whole:]:
+                if not rest.startswith(_LINE[: len(rest)]):
+                    raise ValueError(f"found {rest[:20]!r}")
+                opened.truncate(whole)
         return keys
+    except FileNotFoundError:
+        return set()
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {system_reason(error)}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -154,7 +157,7 @@ class BadImages:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._written = _listed(file) if file is not None and file.is_file() else set()
+        self._written = _listed(file) if file is not None else set()
         self._images, self._most = 0, float("inf")
         self.keys: dict[str, str] = {}
 
@@ -170,9 +173,12 @@ class BadImages:
             return
         self.keys[key] = reason
         if self._file is not None and key not in self._written:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._file, "a", encoding="utf-8", opener=open_own) as opened:
+                    opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise StoreError(f"{self._file} cannot be written: {system_reason(error)}") from error
         self._check()
 
     def _check(self) -> None:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import Location, location_of
-from milan_pipe.storage.local import make_folder, write_file
+from milan_pipe.storage.local import make_folder, read_regular, write_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSION: Final = 1
@@ -79,8 +79,8 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
     if marker.exists():
         # An earlier run was killed: every shard with a name of ours is from it, or from the index that it replaced.
         own |= {name for name in present if _SHARD_NAME.fullmatch(name)}
-        with suppress(ValueError, RecursionError):
-            earlier = earlier or json.loads(marker.read_bytes())
+        with suppress(OSError, ValueError, RecursionError):
+            earlier = earlier or json.loads(read_regular(marker))
     foreign = sorted(present - own)
     if foreign:
         raise MismatchError(

@@ -16,7 +16,7 @@ from milan_pipe.config.teacher import FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.pretrained.source import Asker
 from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source, is_timm_folder
-from milan_pipe.storage.local import write_file
+from milan_pipe.storage.local import read_regular, write_file
 from milan_pipe.student.encoder import Encoder, position_table, positioned_prefix
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.weights_file import load_weights, mismatch, read_weights, weights_digest
@@ -150,7 +150,7 @@ def kept_start(run: Path) -> Start:
         DataError: its file is lost or damaged.
     """
     try:
-        return TypeAdapter(Start).validate_json((run / _FILE).read_bytes(), strict=True)
+        return TypeAdapter(Start).validate_json(read_regular(run / _FILE), strict=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{run / _FILE}, which says what the run began with, cannot be read ({type(error).__name__}); name another "

@@ -252,8 +252,12 @@ def flush_all(folder: Path) -> None:
 def open_regular(path: Path) -> io.FileIO:
     """A file without a buffer; OSError if it is no regular file: reading a pipe may wait for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise _not_regular(path)
     return io.FileIO(path)
+
+
+def _not_regular(path: str | Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_regular(path: Path) -> bytes:
@@ -265,8 +269,12 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_own(path: str, flags: int) -> int:
-    """An `opener` for what is written in place: a link would lead the writing out of the folder."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """An `opener` for what is written in place: a link would lead the writing out of the folder, a pipe would wait."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _not_regular(path)
+    return handle
 
 
 def _create(partial: Path, final: Path) -> None:

@@ -110,19 +110,32 @@ class RemoteFolder(Location):
     def child(self, path: str) -> Location:
         return RemoteFolder(f"{self.address}/{path}", self._store)
 
+    def _bytes(self, path: str, most: int, options: Any = None) -> bytes:
+        """What a request gives, if it is not more than `most` bytes: a server says and sends what it likes."""
+
+        def require(count: int) -> None:
+            if count > most:
+                raise StoreError(f"{self}/{path} has {count} bytes or more, expected at most {most}; copy it again")
+
+        answer = obstore.get(self._root, self._key(path), options=options)
+        start, stop = answer.range
+        require(stop - start)
+        parts, count = [], 0
+        for part in answer.stream():
+            parts.append(part)
+            count += len(part)
+            require(count)
+        return b"".join(parts)
+
     def read(self, path: str) -> bytes:
         with self._errors(path, "read"):
-            answer = obstore.get(self._root, self._key(path))
-            # A web server says what it likes, and room is made for all of it at once.
-            if answer.meta["size"] > MOST_READ_WHOLE:
-                raise StoreError(f"{self}/{path} has {answer.meta['size']} bytes, expected at most {MOST_READ_WHOLE}")
-            return bytes(answer.bytes())
+            return self._bytes(path, MOST_READ_WHOLE)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with self._errors(path, "read"):
             try:
                 if start < stop:
-                    return bytes(obstore.get_range(self._root, self._key(path), start=start, end=stop))
+                    return self._bytes(path, stop - start, {"range": (start, stop)})
             except BaseError as error:
                 # A range behind the end is an error of no type of its own here, and nothing to read elsewhere.
                 if "status code: 416" not in str(error) or start < self.size(path):
@@ -138,7 +151,7 @@ class RemoteFolder(Location):
         def fetch(start: int, stop: int) -> bytes:
             options: Any = {**condition, "range": (start, stop)}
             with self._errors(path, "read"):
-                return bytes(obstore.get(self._root, self._key(path), options=options).bytes())
+                return self._bytes(path, stop - start, options)
 
         return cast("IO[bytes]", io.BufferedReader(RemoteFile(fetch, int(meta["size"])), 64 * 1024))
 

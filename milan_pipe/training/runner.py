@@ -18,7 +18,7 @@ from milan_pipe.attention import choose_attention
 from milan_pipe.devices import memory_for, resolve_precision
 from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
-from milan_pipe.storage.local import write_file
+from milan_pipe.storage.local import read_regular, write_file
 from milan_pipe.training.checkpoint import (
     Checkpoint,
     checkpoints_of,
@@ -203,7 +203,7 @@ class _Run(Generic[B]):
 
 def _finished(run: Path, checkpoint: Checkpoint) -> RunReport:
     try:
-        values = json.loads((run / _REPORT).read_text())
+        values = json.loads(read_regular(run / _REPORT))
         return RunReport(**{**values, "checkpoint": str(checkpoint.path), "steps_now": 0})
     except OSError as error:
         found = f"{run / _REPORT} cannot be read: {system_reason(error)}"

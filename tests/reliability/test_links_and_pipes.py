@@ -14,8 +14,10 @@ from support.images import png
 
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, StoreError
+from milan_pipe.evaluation.batches import BadImages
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.images.prepare import prepare
+from milan_pipe.pretraining.start import kept_start
 from milan_pipe.reports.report import _segment_images
 from milan_pipe.storage import local
 from milan_pipe.training.checkpoint import open_checkpoint
@@ -35,7 +37,8 @@ def other(tmp_path: Path) -> Path:
 def test_a_link_leads_no_writing_elsewhere(tmp_path: Path, other: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     curve = run / CURVES / "train" / "loss.tsv"
-    for link in (run / ".lock", curve, out / ".prepare-is-running"):
+    bad = run / "bad_samples.jsonl"
+    for link in (run / ".lock", curve, bad, out / ".prepare-is-running"):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(other)
     with (
@@ -45,8 +48,12 @@ def test_a_link_leads_no_writing_elsewhere(tmp_path: Path, other: Path) -> None:
         pass
     with pytest.raises(StoreError, match="Too many levels of symbolic links"):
         MetricWriter(run, resume=True).point(1, {"train/loss": 0.5})
+    other.write_text('{"key": "a", "reason": "b"}\n{"key": ')
+    before = other.read_text()
+    with pytest.raises(StoreError, match=r"bad_samples\.jsonl cannot be read: Too many levels of symbolic links"):
+        BadImages(bad)
     prepare("demo", out, PrepareSettings(train_scenes=1, test_scenes=0), workers=1)
-    assert other.read_text() == "as it was"
+    assert other.read_text() == before
 
 
 def test_a_link_brings_no_other_file_into_a_report(tmp_path: Path, other: Path) -> None:
@@ -64,13 +71,31 @@ def test_a_link_brings_no_other_file_into_a_report(tmp_path: Path, other: Path) 
 
 @pytest.mark.timeout(60)
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    for name in ("kept/knn-1.json", "run/checkpoints/step-00000001/checkpoint.json"):
-        (tmp_path / name).parent.mkdir(parents=True)
+    names = (
+        "kept/knn-1.json",
+        "run/checkpoints/step-00000001/checkpoint.json",
+        "run/bad_samples.jsonl",
+        "run/init.json",
+        "run/.lock",
+        "images/.prepare-is-running",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match="not a regular file"):
         read_evaluations(tmp_path / "kept")
     with pytest.raises((DataError, StoreError), match=r"checkpoint\.json"):
         open_checkpoint(tmp_path / "run")
+    with pytest.raises(StoreError, match=r"bad_samples\.jsonl cannot be read: not a regular file"):
+        BadImages(tmp_path / "run" / "bad_samples.jsonl")
+    with pytest.raises(DataError, match=r"init\.json, which says what the run began with, cannot be read"):
+        kept_start(tmp_path / "run")
+    with (
+        pytest.raises(StoreError, match=r"\.lock cannot be opened: not a regular file"),
+        only_writer(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))),
+    ):
+        pass
+    assert prepare("demo", tmp_path / "images", PrepareSettings(train_scenes=1, test_scenes=0), workers=1).shards
 
 
 def test_a_file_that_says_that_it_is_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ import os
 import select
 import signal
 import threading
+from contextlib import suppress
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from support.counts import Counted
 from support.s3 import Proxy
 from support.targets import header, write_store
 from support.training import same_run, small_params
+from support.web import web_server
 
 from milan_pipe.config.params import Params
 from milan_pipe.errors import MilanError, MissingError, StoreError
@@ -59,6 +62,35 @@ def test_every_third_request_fails_and_all_goes_on(
     location.remove("a")
     assert list(location.sizes()) == [f"shard/{n}" for n in range(6)]
     assert sum(request.status == failure[0] for request in s3_proxy.requests) > 10
+
+
+@pytest.mark.timeout(60)
+def test_an_answer_that_never_ends_is_broken_off() -> None:
+    sent = [0]
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        wanted = handler.headers.get("range", "bytes=0-9").removeprefix("bytes=")
+        handler.send_response(206 if "range" in handler.headers else 200)
+        handler.send_header("content-range", f"bytes {wanted}/10")
+        handler.send_header("content-length", "10" if handler.command == "HEAD" else str(2**50))
+        handler.end_headers()
+        with suppress(OSError):
+            while handler.command == "GET":
+                sent[0] += handler.wfile.write(bytes(2**20))
+
+    with web_server() as web:
+        web.answers["/a/b"] = answer
+        folder = location_of(f"{web.url}/a")
+        with pytest.raises(StoreError, match=r"a/b has [0-9]+ bytes or more, expected at most 3; copy it again"):
+            folder.read_range("b", 2, 5)
+        with (
+            pytest.raises(StoreError, match=r"a/b has [0-9]+ bytes or more, expected at most 10; copy it again"),
+            folder.open("b") as file,
+        ):
+            file.read()
+        with pytest.raises(StoreError, match=f"a/b has {2**50} bytes or more, expected at most {2**31}"):
+            folder.read("b")
+    assert sent[0] < 2**27
 
 
 def test_dropped_connections_are_taken_up_where_they_broke(proxied_bucket: str, s3_proxy: Proxy) -> None:
@@ -234,7 +266,7 @@ def test_a_web_server_is_read(bucket: str, web: str, s3_proxy: Proxy, monkeypatc
     with pytest.raises(MissingError, match="gone"):
         location.read("gone")
     monkeypatch.setattr(object_store, "MOST_READ_WHOLE", 1)
-    with pytest.raises(StoreError, match="d has 2 bytes, expected at most 1"):
+    with pytest.raises(StoreError, match="d has 2 bytes or more, expected at most 1"):
         location.read("c/d")
     assert location.sizes(["c/d", "gone"]) == {"c/d": 2}
     assert location.child("c").sizes(["d"]) == {"d": 2}
