@@ -11,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from milan_pipe.errors import SettingError
 from milan_pipe.units import some
 
+# No count is as large, and native code overflows at some more.
+_ENDLESS = 2**53
+
 
 class Settings(BaseModel):
     """Settings of one part, checked when built. `renamed` maps former keys to their names now."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -25,6 +28,15 @@ class Settings(BaseModel):
         if isinstance(values, Mapping):
             cls.require_known(values, f"{cls.__name__} settings")
         return values
+
+    @model_validator(mode="after")
+    def _reject_endless(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            bounded = any(hasattr(rule, "lt") or hasattr(rule, "le") for rule in field.metadata)
+            if isinstance(value, int) and not bounded and abs(value) > _ENDLESS:
+                raise ValueError(f"{name} should be between -{_ENDLESS} and {_ENDLESS}, found {value}")
+        return self
 
     @classmethod
     def require_known(cls, keys: Iterable[object], where: str) -> None:

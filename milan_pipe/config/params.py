@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,22 @@ NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticEr
 """What the library raises for text that is no YAML; of a number, date or truth value that is none, what Python does."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"key {key.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _load(text: str) -> Any:
     """What YAML holds; raises one of `NO_YAML`."""
-    content = yaml.safe_load(text)
+    content = yaml.load(text, _Loader)  # noqa: S506
     # Aliases of aliases are few bytes and more values than can be looked at, or values in themselves.
     left, values = [content], 1
     while left:

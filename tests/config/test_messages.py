@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
         "pretrain.epochs=0", "the settings, pretrain.epochs: should be greater than or equal to 1, found 0"
     ),
     "too large": setting("masking.ratio=1", "the settings, masking.ratio: should be less than 1, found 1"),
-    "not a number": setting("pretrain.lr=.nan", "the settings, pretrain.lr: should be greater than 0, found nan"),
+    "not a number": setting("pretrain.lr=.nan", "the settings, pretrain.lr: should be a finite number, found nan"),
     "word for a number": setting("pretrain.epochs=many", "the settings, pretrain.epochs: should be a valid integer..."),
     "fraction": setting(
         "pretrain.epochs=1.5",
@@ -83,6 +83,22 @@ CASES: dict[str, Case] = {
     "no YAML": setting("pretrain.epochs=[1", "--set 'pretrain.epochs=[1': the value is not valid YAML"),
     "file that is no YAML": file(
         b"pretrain: [1", "params file p.yaml is not valid YAML: line 1: expected ',' or ']', but got 'stream end'"
+    ),
+    "key that stands twice": file(
+        b"pretrain:\n  lr: 1\n  epochs: 2\n  lr: 2\n",
+        "params file p.yaml is not valid YAML: line 4: key 'lr' stands twice",
+    ),
+    "section that stands twice": file(
+        b"student: {}\nstudent: {}\n", "params file p.yaml is not valid YAML: line 2: key 'student' stands twice"
+    ),
+    "infinite": setting("pretrain.lr=.inf", "the settings, pretrain.lr: should be a finite number, found inf"),
+    "endless": setting(
+        f"pretrain.batch_size={2**63}",
+        f"the settings, pretrain: batch_size should be between -{2**53} and {2**53}, found {2**63}",
+    ),
+    "endless to the other side": setting(
+        f"masking.seed=-{2**63}",
+        f"the settings, masking: seed should be between -{2**53} and {2**53}, found -{2**63}",
     ),
     "file that is no text": file(b"\xff\xfe\x00", "params file p.yaml cannot be read: 'utf-8' codec can't decode..."),
     "file of a list": file(b"- 1\n- 2\n", "params file p.yaml holds a list, expected sections with keys"),
