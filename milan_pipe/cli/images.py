@@ -37,7 +37,7 @@ def prepare(
         report = milan_pipe.prepare(source, images, settings, on_progress=update)
     rows = {"shards": str(report.shards), "images": str(report.samples), "size": size(report.bytes)}
     rows["classes"] = str(len(report.classes)) if report.classes else "none"
-    rows["skipped"] = str(len(report.bad)) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
+    rows["skipped"] = str(report.bad) + (f", see {images}/bad_samples.jsonl" if report.bad else "")
     return show(f"{source} -> {images}", rows, report, as_json)
 
 

@@ -42,14 +42,14 @@ class PrepareReport:
     """What `prepare` wrote: shards, images in them, and their size.
 
     Attributes:
-        bad: (path relative to the source, reason) of each image that was skipped.
+        bad: images that were skipped; `bad_samples.jsonl` has key, file and reason of each.
         classes: class names, labels are indices into them; None where there are none.
     """
 
     shards: int
     samples: int
     bytes: int
-    bad: list[tuple[str, str]]
+    bad: int
     classes: tuple[str, ...] | None
 
 
@@ -101,11 +101,7 @@ def prepare(
     found = _source(source, images, settings, limits)
     try:
         begin_index(images, found.described)
-        (images / BAD_SAMPLES_NAME).unlink(missing_ok=True)
         shards, bad = _pack_all(images, found.jobs, progress, workers)
-        if bad:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
-            (images / BAD_SAMPLES_NAME).write_text(lines, encoding="utf-8", newline="\n")
         if shards:
             index = ImageIndex(source=found.described, classes=found.classes, shards=tuple(shards))
             write_index(images, index.model_copy(update={"mask_classes": found.mask_classes}))
@@ -119,13 +115,15 @@ def prepare(
             "when that is repaired"
         ) from error
     if not shards:
-        first = f"{bad[0]['file']}: {bad[0]['reason']}"
-        raise DataError(f"none of the {len(bad)} images in {source} can be read; the first is {first}")
+        with (images / BAD_SAMPLES_NAME).open(encoding="utf-8") as listed:
+            first = json.loads(next(listed))
+        reason = f"the first is {first['file']}: {first['reason']}"
+        raise DataError(f"none of the {bad} images in {source} can be read; {reason}")
     return PrepareReport(
         shards=len(shards),
         samples=sum(shard.samples for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
-        bad=[(row["file"], row["reason"]) for row in bad],
+        bad=bad,
         classes=found.classes,
     )
 
@@ -187,22 +185,33 @@ def _what_else(root: Path) -> str:
 
 def _pack_all(
     images: Path, jobs: Sequence[Job], progress: Callable[[int, int], None], workers: int | None
-) -> tuple[list[ShardRecord], list[Bad]]:
-    """Run all jobs; names are given in job order, so that a job without a readable image leaves no gap."""
+) -> tuple[list[ShardRecord], int]:
+    """Run all jobs, and list what they skip: the shards, and how many images were skipped.
+
+    Names are given in job order, so that a job without a readable image leaves no gap.
+    """
     total, done = sum(len(job.part) for job in jobs), 0
     paths = [beside(images / f"{number:06d}.tar") for number in range(len(jobs))]
     shards: list[ShardRecord] = []
-    bad: list[Bad] = []
+    bad = 0
     counts: Counter[str] = Counter()
-    for job, path, (record, skipped) in zip(jobs, paths, _packed(jobs, paths, workers), strict=True):
-        bad += skipped
-        if record is not None:
-            name = f"{job.split}-{counts[job.split]:06d}.tar"
-            counts[job.split] += 1
-            path.replace(images / name)
-            shards.append(record.model_copy(update={"name": name}))
-        done += len(job.part)
-        progress(done, total)
+    listed = images / BAD_SAMPLES_NAME
+    listed.unlink(missing_ok=True)
+    with listed.open("x", encoding="utf-8", newline="\n") as lines:
+        for job, path, (record, skipped) in zip(jobs, paths, _packed(jobs, paths, workers), strict=True):
+            bad += len(skipped)
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+            if record is not None:
+                name = f"{job.split}-{counts[job.split]:06d}.tar"
+                counts[job.split] += 1
+                path.replace(images / name)
+                shards.append(record.model_copy(update={"name": name}))
+            done += len(job.part)
+            progress(done, total)
+    if bad:
+        flush(listed)
+    else:
+        listed.unlink()
     return shards, bad
 
 

@@ -96,7 +96,7 @@ def test_from_images_to_scores(
 ) -> None:
     monkeypatch.chdir(chain)
     prepared = last_json(Path("prepare.json").read_text())
-    assert (prepared["samples"], prepared["shards"], prepared["bad"]) == (48, 3, [])
+    assert (prepared["samples"], prepared["shards"], prepared["bad"]) == (48, 3, 0)
     extracted = last_json(Path("extract-targets.json").read_text())
     assert (extracted["shards"], extracted["samples"], extracted["views"]) == (2, 32, 64)
     assert extracted["mean_cosine"] > 0.999

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.images import png, write_tar
+from support.images import bad_of, png, write_tar
 from support.messages import Case, require_message
 
 from milan_pipe.config.images import PrepareSettings
@@ -451,5 +451,5 @@ def test_a_mask_that_says_it_is_huge_is_one_error() -> None:
 def test_a_path_with_a_zero_byte_is_an_image_that_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "list.csv").write_bytes(b"path\na.png\nb\0.png\n")
-    report = prepare(tmp_path / "list.csv", tmp_path / "out", PrepareSettings(), workers=1)
-    assert [reason for _, reason in report.bad] == ["cannot be read: embedded null byte"]
+    assert prepare(tmp_path / "list.csv", tmp_path / "out", PrepareSettings(), workers=1).bad == 1
+    assert [reason for _, reason in bad_of(tmp_path / "out")] == ["cannot be read: embedded null byte"]

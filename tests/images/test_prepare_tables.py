@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 from support import processes
 from support.hub import hub_of, use_hub
-from support.images import image, png
+from support.images import bad_of, image, png
 from support.web import Web, send, web_server
 
 from milan_pipe.config.images import ImageSettings, PrepareSettings
@@ -96,11 +96,6 @@ def run(source: Path | str, out: Path, workers: int = 1, **values: object) -> Pr
     return prepare(source, out, PrepareSettings(**values), workers=workers)  # type: ignore[arg-type]
 
 
-def bad_of(folder: Path) -> dict[str, str]:
-    lines = (folder / "bad_samples.jsonl").read_text().splitlines()
-    return {row["file"]: row["reason"] for row in map(json.loads, lines)}
-
-
 # --- parquet with images
 
 
@@ -159,10 +154,11 @@ def test_rows_without_a_readable_image_are_skipped(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
     report = run(tmp_path / "a.parquet", tmp_path / "out")
-    assert (report.samples, len(report.bad)) == (2, 4)
-    assert bad_of(tmp_path / "out") == {
+    bad = bad_of(tmp_path / "out")
+    assert (report.samples, report.bad, len(bad)) == (2, 4, 4)
+    assert dict(bad) == {
         "gone.png": "the row has a path and no bytes; write the table again with its images embedded",
-        "cut.png": report.bad[1][1],
+        "cut.png": bad[1][1],
         "x.gif": "images of type GIF are not read; convert to jpg, png or webp",
         "a.parquet": "the row names no image",
     }
@@ -368,13 +364,13 @@ def test_a_list_of_paths(tmp_path: Path) -> None:
     rows.append({"file_name": "sub/gone.png", "label": "a", "caption": ""})
     source = write_csv(folder / "list.csv", rows)
     source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
-    report = run(source, tmp_path / "out", samples_per_shard=2)
+    run(source, tmp_path / "out", samples_per_shard=2)
     found = samples(tmp_path / "out")
     assert [(s.key, s.label, s.caption) for s in found] == [
         (f"list-000000{n}", (1, 0, -1, 1)[n], f'say "{n}", so') for n in range(4)
     ]
     assert [s.data for s in found] == PICTURES[:4]
-    assert report.bad == [("sub/gone.png", "cannot be read: No such file or directory")]
+    assert bad_of(tmp_path / "out") == [("sub/gone.png", "cannot be read: No such file or directory")]
     tabs = write_csv(folder / "list.tsv", rows[:4])
     run(tabs, tmp_path / "tabs", samples_per_shard=3)
     assert [(s.label, s.caption, s.data) for s in samples(tmp_path / "tabs")] == [
@@ -446,7 +442,7 @@ def test_a_list_of_urls(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatc
         "gone.png": "its server answered 404 Not Found",
     }
     known = "expected a path, or s3://, gs://, az://, hf://, https://, http://"
-    assert bad_of(tmp_path / "out") == {
+    assert dict(bad_of(tmp_path / "out")) == {
         **{f"{web.url}/{name}": reason for name, reason in web_reasons.items()},
         nobody: "no answer: [Errno 111] Connection refused (tried 3 times)",
         f"file://{tmp_path}/secret.png": f"addresses that begin with file:// are not read; {known}",
@@ -506,8 +502,8 @@ def test_servers_that_never_end_are_left(tmp_path: Path, web: Web, monkeypatch: 
     urls = [f"{web.url}{path}" for path in web.answers]
     (tmp_path / "0.png").write_bytes(PICTURES[0])
     source = write_csv(tmp_path / "list.csv", [{"url": url} for url in [*urls, "0.png"]])
-    report = run(source, tmp_path / "out", download_seconds=0.3)
-    assert report.bad == [(url, "not there after 0.3 s (tried 1 times)") for url in urls]
+    run(source, tmp_path / "out", download_seconds=0.3)
+    assert bad_of(tmp_path / "out") == [(url, "not there after 0.3 s (tried 1 times)") for url in urls]
 
 
 def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None:
@@ -527,7 +523,7 @@ def test_secrets_of_urls_are_used_and_not_kept(tmp_path: Path, web: Web) -> None
     assert [headers.get("Authorization") for _, headers in other.requests] == [None]
     assert report.samples == 3
     shown = [f"{web.url.replace('://', '://***@')}/gone.png?***", f"{web.url}/no%20ne.png?***"]
-    assert report.bad == [(url, "its server answered 404 Not Found") for url in shown]
+    assert bad_of(tmp_path / "out") == [(url, "its server answered 404 Not Found") for url in shown]
     assert not [path.name for path in (tmp_path / "out").iterdir() if b"SECRET" in path.read_bytes()]
 
 
@@ -575,10 +571,10 @@ def test_a_list_on_a_server_has_no_say_about_this_machine(tmp_path: Path, web: W
     web.serve("/set/list.csv", text)
     web.serve("/set/1.png", PICTURES[1])
     web.serve("/2.png", PICTURES[2])
-    report = run(f"{web.url}/set/list.csv", tmp_path / "out")
+    run(f"{web.url}/set/list.csv", tmp_path / "out")
     assert [s.data for s in samples(tmp_path / "out")] == [PICTURES[1]]
     reason = "the path leads out of its list's folder, which is not on this machine"
-    assert [found for _, found in report.bad] == [reason, reason]
+    assert [found for _, found in bad_of(tmp_path / "out")] == [reason, reason]
 
 
 def test_a_list_on_a_hub_and_its_images_are_of_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def png(values: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def bad_of(images: Path) -> list[tuple[str, str]]:
+    """File and reason of each image that `prepare` skipped."""
+    lines = (images / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(row["file"], row["reason"]) for row in map(json.loads, lines)]
 
 
 def image(number: int, label: int) -> NDArray[np.uint8]:
