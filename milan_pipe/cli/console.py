@@ -26,6 +26,7 @@ from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, 
 from milan_pipe.units import rate, size
 
 console = Console(stderr=True)
+results = Console()
 # No more: some child processes close every descriptor up to the limit.
 _MOST_FILES = 65536
 _LOG_SECONDS = 30.0
@@ -62,8 +63,16 @@ def plain(text: str, **style: Any) -> Text:
     return Text(printable(text), **style)
 
 
+def results_on(as_json: bool) -> Console:
+    """Where the tables of a report go: stdout, unless that is its JSON's."""
+    return console if as_json else results
+
+
 def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
-    """Print a report as a table, and with `as_json` as one line of JSON on stdout; returns it."""
+    """Print a report on stdout, as a table or with `as_json` as one line of JSON, the table then on stderr; returns it.
+
+    Where there is no report, the table is all.
+    """
     if json_log.wanted():
         json_log.tell_report(printable(title), rows if report is None else dataclasses.asdict(report))
     # `Text`, as paths may hold what rich takes for markup; a title of its own, as a table wraps it to its width.
@@ -72,9 +81,9 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, plain(value))
-    console.print(plain(title, style="bold"), soft_wrap=True)
-    console.print(table)
-    if as_json:
+    results_on(as_json).print(plain(title, style="bold"), soft_wrap=True)
+    results_on(as_json).print(table)
+    if as_json and report is not None:
         print_json(dataclasses.asdict(report))
     return report
 
@@ -220,6 +229,7 @@ def as_command() -> Iterator[None]:
     show_warnings_as_lines()
     # Tables are for people: what they show is in the reports.
     earlier, console.quiet = console.quiet, json_log.wanted()
+    results.quiet = console.quiet
     raise_file_limit()
     keep_freed_memory()
     try:
@@ -232,4 +242,4 @@ def as_command() -> Iterator[None]:
         json_log.tell("error", message=printable(one_line(error)), **shown)
         sys.exit(1)
     finally:
-        console.quiet = earlier
+        console.quiet = results.quiet = earlier

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli.base import app
-from milan_pipe.cli.console import console, plain
+from milan_pipe.cli.console import plain, results
 from milan_pipe.cli.evaluation import knn, linear_probe
 from milan_pipe.cli.images import prepare
 from milan_pipe.cli.pretraining import pretrain
@@ -27,7 +27,7 @@ _RECIPE = Path("demo")
 
 def _print_command(*words: object) -> None:
     line = shlex.join(["milan-pipe", *map(str, words)])
-    console.print(Text.assemble(("\n$ ", "dim"), plain(line, style="bold cyan")), soft_wrap=True)
+    results.print(Text.assemble(("\n$ ", "dim"), plain(line, style="bold cyan")), soft_wrap=True)
 
 
 def _run(command: Callable[..., Any], *arguments: object, **options: Any) -> Any:
@@ -73,13 +73,13 @@ def demo(
         with needs("report", str(page)):
             import matplotlib  # noqa: F401
     except MissingError as missing:
-        console.print(plain(f"\nwithout a report: {missing}"), soft_wrap=True)
+        results.print(plain(f"\nwithout a report: {missing}"), soft_wrap=True)
         look = ""
     else:
         _print_command("report", milan, "--evaluations", kept, "--out", page)
         report([str(milan)], page, evaluations=[str(kept)])
         look = f"; look at {page}"
-    console.print()
-    console.print(table)
-    console.print(plain(f"\nEverything is in {folder}{look}"), soft_wrap=True)
+    results.print()
+    results.print(table)
+    results.print(plain(f"\nEverything is in {folder}{look}"), soft_wrap=True)
     return page

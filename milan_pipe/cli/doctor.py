@@ -10,7 +10,7 @@ from rich.table import Table
 
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, app
-from milan_pipe.cli.console import console, plain, print_labelled, show
+from milan_pipe.cli.console import plain, print_labelled, results_on, show
 from milan_pipe.units import size
 
 
@@ -59,7 +59,7 @@ def doctor(
         for check in report.locations:
             free = size(check.free_bytes) if check.free_bytes is not None else "-"
             table.add_row(*(plain(text, overflow="fold") for text in (check.location, check.found, free)))
-        console.print(table)
+        results_on(as_json).print(table)
     show("doctor", rows, report, as_json)
     for problem in report.problems:
         print_labelled("problem", "bold red", problem)

@@ -8,7 +8,7 @@ import typer
 
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, app, as_typed
-from milan_pipe.cli.console import console, print_json, print_labelled, progress, show
+from milan_pipe.cli.console import print_json, print_labelled, progress, results_on, show
 from milan_pipe.errors import SettingError
 from milan_pipe.units import size
 
@@ -59,7 +59,7 @@ def recipes(as_json: JsonOption = False) -> Any:
             "time": f"{about.time} ({about.time_source})",
             "score": f"{about.score} ({about.score_source})" if about.score_source != "none" else about.score,
         }
-        show(name, rows, None, False)
+        show(name, rows, None, as_json)
     if as_json:
         print_json(found)
     return found
@@ -143,7 +143,7 @@ def plan(
             tflops=tflops,
             on_progress=lambda now: update(now.done, now.total, what=now.what),
         )
-    console.print(store_table(report))
+    results_on(as_json).print(store_table(report))
     show(
         f"{images or views_from} -> {report.space.folder}",
         {**recipe_rows(settings.about), **rows(report)},

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, SetOption, TargetsArgument, app, as_typed
-from milan_pipe.cli.console import console, plain, progress, show
+from milan_pipe.cli.console import plain, progress, results_on, show
 from milan_pipe.errors import SettingError
 from milan_pipe.units import size
 
@@ -165,15 +165,17 @@ def verify_targets(
         table = Table("shard", "array", "found")
         for problem in report.problems[:_MOST_PROBLEMS]:
             table.add_row(*(plain(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
-        console.print(table)
+        results_on(as_json).print(table)
         if len(report.problems) > _MOST_PROBLEMS:
-            console.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
+            results_on(as_json).print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
     show(targets, rows, report, as_json)
     if report.problems:
         # One line each, however long, so that they can be copied.
-        console.print(Text("repair with, IMAGES (or --views-from STORE), settings as they were:", style="bold"))
+        results_on(as_json).print(
+            Text("repair with, IMAGES (or --views-from STORE), settings as they were:", style="bold")
+        )
         for command in report.repair:
-            console.print(plain(f"  {command}"), soft_wrap=True)
+            results_on(as_json).print(plain(f"  {command}"), soft_wrap=True)
         raise typer.Exit(1)
     return report
 

@@ -54,7 +54,8 @@ COMMANDS = {
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
     """`milan-pipe WORDS` in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["milan-pipe", *map(str, words)])
-    monkeypatch.setattr(console.console, "width", 80)
+    for one in (console.console, console.results):
+        monkeypatch.setattr(one, "width", 80)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     out, err = capsys.readouterr()
@@ -150,13 +151,23 @@ def test_from_images_to_scores(
         assert re.search(f"{words} +│ {100 * found['heads'][head]['miou']:.2f} %", err), err
 
 
-def test_without_json_stdout_is_empty(
+def test_a_report_is_on_stdout_and_nothing_else_is(
     chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)
     code, out, err = run(capsys, monkeypatch, "extract-targets", "images/train-*.tar", "targets", *SETTINGS)
-    assert (code, out) == (0, "")
-    assert "2 (2 were there)" in err
+    assert (code, err) == (0, "")
+    assert "2 (2 were there)" in out
+
+
+def test_a_list_can_be_piped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run(capsys, monkeypatch, "recipes")
+    assert (code, err) == (0, "")
+    assert "imagenet1k-vit-b-16" in out
+    code, out, err = run(capsys, monkeypatch, "recipes", "--json")
+    assert code == 0
+    assert "imagenet1k-vit-b-16" in json.loads(out)
+    assert "imagenet1k-vit-b-16" in err
 
 
 def mistakes(root: Path) -> dict[str, tuple[list[str], str]]:
@@ -252,12 +263,12 @@ def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console.console, "width", 80)
+    monkeypatch.setattr(console.results, "width", 80)
     path = "/data/[ab]/" + "x" * 120
     console.show(f"{path} -> [b]", {"checkpoint": path, "loss": "1"}, None, as_json=False)
-    err = capsys.readouterr().err
-    assert f"{path} -> [b]" in err
-    table = err.splitlines()[1:]
+    out = capsys.readouterr().out
+    assert f"{path} -> [b]" in out
+    table = out.splitlines()[1:]
     assert all(len(line) <= 80 for line in table)
     assert sum(line.count("x") for line in table) == 120
     assert any("/data/[ab]/" in line for line in table)

@@ -89,21 +89,21 @@ def test_demo_runs_every_stage_and_goes_on(
     monkeypatch.setattr("milan_pipe.images.prepare.thread_count", lambda _: 1)
     monkeypatch.chdir(tmp_path)
     page = cli.demo(Path("here"))
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     for word in ("extract-targets", "verify-targets", "MILAN student", "teacher", "here/report.html"):
         assert word in shown, word
     text = page.read_text()
     assert "untrained" in text
     assert "teacher" in text
     cli.demo(Path("here"))
-    again = capsys.readouterr().err
+    again = capsys.readouterr().out
     assert "finished before, nothing was done" in again
     assert "(2 were there)" in again
     assert page.read_text() == text
     page.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     cli.demo(Path("here"))
-    assert "without a report: here/report.html needs the package matplotlib" in capsys.readouterr().err
+    assert "without a report: here/report.html needs the package matplotlib" in capsys.readouterr().out
     assert not page.exists()
 
 

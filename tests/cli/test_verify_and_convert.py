@@ -34,7 +34,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def milan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setattr(console.console, "width", 80)
+    for one in (console.console, console.results):
+        monkeypatch.setattr(one, "width", 80)
     return Command(capsys, monkeypatch)
 
 
@@ -69,9 +70,9 @@ def put(files: dict[str, bytes], where: Path) -> Path:
 def test_a_whole_store(milan: Command, extracted: tuple[str, dict[str, bytes]], tmp_path: Path) -> None:
     targets = put(extracted[1], tmp_path / "t")
     done = milan("verify-targets", targets, "--against-teacher", 4, *WORDS)
-    assert (done.code, done.out) == (0, "")
-    assert "none" in done.err
-    assert "repair" not in done.err
+    assert (done.code, done.err) == (0, "")
+    assert "none" in done.out
+    assert "repair" not in done.out
     done = milan("verify-targets", targets, "--json")
     assert done.code == 0
     report = json.loads(done.out.splitlines()[-1])
@@ -104,8 +105,8 @@ def test_the_printed_commands_mend(
         for path in paths:
             change(targets / path)
         found = milan("verify-targets", targets)
-        assert (found.code, found.out) == (1, "")
-        *_, commands = found.err.partition(" settings as they were:\n")
+        assert (found.code, found.err) == (1, "")
+        *_, commands = found.out.partition(" settings as they were:\n")
         assert commands
         for line in commands.splitlines():
             # As a shell would take it.
@@ -197,8 +198,8 @@ def test_converted_is_as_extracted(
     extract_targets(images, tmp_path / "at once", load_params(None, [*SETTINGS, f"extract.format={into}"]))
     assert tree(tmp_path / "o") == tree(tmp_path / "at once")
     again = milan("convert-targets", targets, tmp_path / "o", "--format", into)
-    assert (again.code, again.out) == (0, "")
-    assert "3 (3 were there)" in again.err
+    assert (again.code, again.err) == (0, "")
+    assert "3 (3 were there)" in again.out
     assert milan("verify-targets", tmp_path / "o", "--against-teacher", 4, *WORDS).code == 0
     # The same extraction takes it for its own.
     more = milan("extract-targets", images, tmp_path / "o", "--format", into, *WORDS, "--json")
@@ -235,7 +236,7 @@ def test_another_teacher_sees_stored_views(
     assert tree(seen) == files
     max(path for path in (seen / "shards" / "000001").rglob("*") if path.is_file()).unlink()
     done = milan("verify-targets", seen)
-    *_, command = done.err.rstrip().splitlines()
+    *_, command = done.out.rstrip().splitlines()
     assert (done.code, command.split()[:2]) == (1, ["milan-pipe", "extract-targets"])
     printed = command.replace("IMAGES", f"--views-from {targets}").split()[1:]
     assert milan(*printed, "--format", store_format, *WORDS).code == 0
