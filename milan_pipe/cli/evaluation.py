@@ -99,12 +99,14 @@ def finetune(
     Example: milan-pipe finetune run 'images/train-*.tar' 'images/test-*.tar' tuned
     """
     settings = milan_pipe.load_params(params, overrides or ())
-
-    def rows(report: Any) -> dict[str, str]:
-        return scored_rows(report, _TOP) | _share(settings.finetune.train_fraction)
-
-    arguments = checkpoint, train, val, run, settings
-    return run_training(milan_pipe.finetune, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
+    return run_training(
+        milan_pipe.finetune,
+        *(checkpoint, train, val, run, settings),
+        title=f"{checkpoint} -> {run}",
+        rows=lambda report: scored_rows(report, _TOP),
+        as_json=as_json,
+        known=_share(settings.finetune.train_fraction),
+    )
 
 
 def _share(fraction: float) -> dict[str, str]:
@@ -137,15 +139,21 @@ def segment(
     settings = milan_pipe.load_params(params, overrides or ())
 
     def rows(report: Any) -> dict[str, str]:
-        scores = scored_rows(report, _MIOU) | _share(settings.segment.train_fraction)
+        scores = scored_rows(report, _MIOU)
         file = Path(run) / PER_CLASS_FILE
         scores["IoU of classes"] = f"{_classes(json.loads(file.read_text(encoding='utf-8')))}, all in {file}"
         if "ms_miou" in report.scores:
             scores["mIoU, multi-scale"] = f"{100 * report.scores['ms_miou']:.2f} %"
         return scores
 
-    arguments = checkpoint, train, val, run, settings
-    return run_training(milan_pipe.segment, *arguments, title=f"{checkpoint} -> {run}", rows=rows, as_json=as_json)
+    return run_training(
+        milan_pipe.segment,
+        *(checkpoint, train, val, run, settings),
+        title=f"{checkpoint} -> {run}",
+        rows=rows,
+        as_json=as_json,
+        known=_share(settings.segment.train_fraction),
+    )
 
 
 def _classes(table: Sequence[Mapping[str, Any]]) -> str:

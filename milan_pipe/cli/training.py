@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from milan_pipe.cli.console import progress, show
+from milan_pipe.cli.console import console, plain, progress, show
 
 
 def run_training(
-    command: Callable[..., Any], *arguments: object, title: str, rows: Callable[[Any], dict[str, str]], as_json: bool
+    command: Callable[..., Any],
+    *arguments: object,
+    title: str,
+    rows: Callable[[Any], dict[str, str]],
+    as_json: bool,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
-    """Run a function of the API that trains; the first rank shows its progress and a table of `rows`."""
+    """Run a function of the API that trains; the first rank shows its progress and a table of `rows`.
+
+    Args:
+        known: rows that are known before it begins, and are shown then as well.
+    """
     from milan_pipe.training.distributed import rank_of_environment
     from milan_pipe.training.recorder import TrainProgress
 
     if rank_of_environment():
         return command(*arguments)
+    for name, value in known.items():
+        console.print(plain(f"{name} {value}"), soft_wrap=True)
     with progress("epoch", "loss", "lr", "images_per_second", "data_wait", "memory", "score") as update:
 
         def on_progress(now: TrainProgress) -> None:
@@ -33,7 +45,7 @@ def run_training(
             )
 
         report = command(*arguments, on_progress=on_progress)
-    return show(title, rows(report), report, as_json)
+    return show(title, {**rows(report), **known}, report, as_json)
 
 
 def training_rows(report: Any) -> dict[str, str]:

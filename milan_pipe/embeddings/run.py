@@ -327,7 +327,9 @@ def _record_of(subject: Subject, pieces: Mapping[str, _Piece], params: Params, *
 
 def _shown(value: Any) -> str:
     """A value for messages; of a digest the beginning tells it from others."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    return "none" if value is None else repr(value)
 
 
 def _require_same(location: Location, record: dict[str, Any]) -> None:

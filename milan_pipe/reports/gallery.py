@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from milan_pipe.drawing.page import render
+from milan_pipe.drawing.page import render, require_own
 from milan_pipe.drawing.sheet import Sheet, draw_sheet
 from milan_pipe.storage.local import write_file
 
@@ -28,11 +28,11 @@ def write_gallery(
     """Write FOLDER/index.html, self-contained, and a PNG for each sheet, which is titled by its key; returns both.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: they cannot be written, or would replace files of something else.
     """
-    images = [folder / _file_name(sheet.title) for sheet in sheets]
+    images, page = [folder / _file_name(sheet.title) for sheet in sheets], folder / "index.html"
+    require_own(page, images)
     for image, sheet in zip(images, sheets, strict=True):
         write_file(image, draw_sheet(sheet))
-    page = folder / "index.html"
     write_file(page, render("gallery.html.j2", title=title, facts=facts, sheets=sheets))
     return str(page), tuple(map(str, images))

@@ -13,7 +13,7 @@ import yaml
 
 from milan_pipe.config.student import MaskSettings, StudentSettings
 from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
-from milan_pipe.drawing.page import render
+from milan_pipe.drawing.page import render, require_own
 from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
@@ -284,9 +284,10 @@ def write_report(
         SettingError: no run is named, or OUT is a URL.
         MissingError: a run or `targets` is not there.
         DataError: a run or store is damaged.
-        StoreError: OUT cannot be written.
+        StoreError: OUT cannot be written, or is a file of something else.
     """
     file = local_folder(out, "reports")
+    require_own(file)
     if not runs:
         raise SettingError("a report needs a run; name the folders that `milan-pipe pretrain` and others wrote")
     found = read_runs([Path(run) for run in runs])

@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "patches as well": (
         lambda: (embed(), embed(patches=True)),
         MismatchError,
-        "out holds other embeddings: patches: there None, asked for [4, 4]. Use the same ...",
+        "out holds other embeddings: patches: there none, asked for [4, 4]. Use the same ...",
     ),
     "images that have changed": (
         changed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from milan_pipe import api, cli
 from milan_pipe.config.params import load_params
 from milan_pipe.config.student import MaskSettings
 from milan_pipe.drawing.sheet import Panel, Row, Sheet, draw_sheet, mask_sheet
+from milan_pipe.errors import StoreError
 from milan_pipe.loader.dataset import open_targets
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.inspect_student import pretrained_objective
+from milan_pipe.reports.report import write_report
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.training.checkpoint import open_checkpoint
 
@@ -55,6 +58,26 @@ def test_any_grid_and_size_is_drawn(tmp_path: Path, grid: tuple[int, int], size:
     assert page.count("<figure>") == 2 * 4 * 3
     assert page.count('src="data:image/') == 2 * 4 * 3
     assert "dir/kéy-0-1" in page
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    """OUT may be the folder of the photographs, whose keys are their names."""
+    params, out = load_params(None, ["masking.ratio=0.5"]), tmp_path / "o"
+    write_store(tmp_path / "t", header(), [4])
+    first, second = api.inspect_targets(tmp_path / "t", out, params, count=2).images
+    pages = {path: path.read_bytes() for path in out.iterdir()}
+    api.inspect_targets(tmp_path / "t", out, params, count=2)
+    assert {path: path.read_bytes() for path in out.iterdir()} == pages
+    for name, theirs in ((second, [Path(second).name]), (out / "index.html", ["index.html", Path(first).name])):
+        for path in pages:
+            path.unlink(missing_ok=True)
+        for other in theirs:
+            (out / other).write_text("<!doctype html>\n<title>mine</title>")
+        with pytest.raises(StoreError, match=f"{re.escape(str(name))} was not written by milan-pipe, and would be"):
+            api.inspect_targets(tmp_path / "t", out, params, count=2)
+        assert sorted(path.name for path in out.iterdir()) == sorted(theirs)
+    with pytest.raises(StoreError, match=r"index\.html was not written by milan-pipe"):
+        write_report([tmp_path / "run"], out / "index.html")
 
 
 @pytest.mark.parametrize("key", ["../../x", "..", "", "\0", "\ud800", "/etc/x", "a\\b", "<b>", "x" * 5000, "é" * 200])
