@@ -17,6 +17,7 @@ from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import is_url
+from milan_pipe.storage.kinds import IMAGES, mistaken
 from milan_pipe.units import some
 
 _MOST_CLASSES = 2**22
@@ -112,7 +113,8 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
                 on_bad(path.relative_to(root).as_posix(), f"no image of type {', '.join(IMAGE_SUFFIXES)}")
     if not files:
         raise MissingError(
-            f"{root} has {len(names)} subfolders, as {names[0]}, and no images in them; expected one subfolder of "
+            mistaken(root, IMAGES)
+            or f"{root} has {len(names)} subfolders, as {names[0]}, and no images in them; expected one subfolder of "
             f"images ({', '.join(IMAGE_SUFFIXES)}) per class"
         )
     empty = sorted(set(range(len(names))) - set(labels))

@@ -30,6 +30,7 @@ from milan_pipe.images.source_demo import DEMO, demo_source
 from milan_pipe.images.source_folder import folder_source, image_files
 from milan_pipe.images.source_table import LIST_SUFFIXES, find_tables, table_source
 from milan_pipe.storage import is_url, local_folder
+from milan_pipe.storage.kinds import IMAGES, mistaken
 from milan_pipe.storage.local import beside, flush
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
@@ -153,7 +154,7 @@ def _no_source(source: str | Path) -> MilanError:
             "which may lie anywhere; copy the images to a disk. Shards in a bucket are used as images without `prepare`"
         )
     if root.is_dir():
-        return DataError(_what_else(root))
+        return DataError(mistaken(root, IMAGES) or _what_else(root))
     if root.exists():
         what = "name the folder it lies in"
         if root.suffix == ".tar":

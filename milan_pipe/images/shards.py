@@ -17,6 +17,7 @@ from milan_pipe.errors import DataError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, read_index
 from milan_pipe.storage import Listing, Location, is_url, location_of, split_root, split_url
+from milan_pipe.storage.kinds import IMAGES, mistaken
 
 _MAX_BRACE_NAMES = 1_000_000
 
@@ -211,6 +212,8 @@ def _shards_of(location: Location, files: Mapping[str, int | None], folders: Ite
     names = sorted(name for name in files if not name.startswith("."))
     if shards := [ShardFile(location, name, files[name]) for name in names if name.endswith(".tar")]:
         return shards
+    if other := mistaken(location.local, IMAGES):
+        raise DataError(other)
     images = sum(suffix_of(name) in IMAGE_SUFFIXES for name in names)
     subfolders = sum(not name.startswith(".") for name in folders)
     if images or subfolders:

@@ -17,6 +17,7 @@ from typing import Any
 from milan_pipe.digests import sha256_of, sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
 from milan_pipe.storage import Location, location_of, require_writable
+from milan_pipe.storage.kinds import TARGETS, mistaken
 from milan_pipe.targets import manifest, tar_store, zarr_store
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
@@ -427,7 +428,8 @@ def open_targets(where: str | Path, *, complete: bool = False) -> TargetStore:
         if location.local is None or not location.local.is_dir():
             raise MissingError(f"{location} is not there; {advice}")
         names = f"neither {HEADER_FILES[0]} nor {HEADER_FILES[1]}"
-        raise DataError(f"{location} is not a target store: it has {names}; {advice}")
+        unknown = f"{location} is not a target store: it has {names}; {advice}"
+        raise DataError(mistaken(location.local, TARGETS) or unknown)
     found = manifest.read_manifest(location)
     if found is not None:
         if digest != found.header_sha256:

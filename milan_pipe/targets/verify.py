@@ -18,6 +18,7 @@ from milan_pipe.digests import sha256_of, sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.views import decode_jpeg
 from milan_pipe.storage import Location, location_of
+from milan_pipe.storage.kinds import TARGETS, mistaken
 from milan_pipe.targets import manifest
 from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import BLOCK_SAMPLES, ShardRecord, StoreHeader, ViewRun, shard_path
@@ -303,7 +304,10 @@ def verify_store(
     location = location_of(where)
     header = read_header(location)
     if header is None:
-        raise MissingError(f"{location} is not a target store; write one with `{manifest.extract_command(location)}`")
+        raise MissingError(
+            mistaken(location.local, TARGETS)
+            or f"{location} is not a target store; write one with `{manifest.extract_command(location)}`"
+        )
     check = _Check(location, header, on_run)
     shards = check.store()
     check.strays(set(shards) | {problem.shard for problem in check.problems})

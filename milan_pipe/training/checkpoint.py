@@ -25,6 +25,7 @@ from milan_pipe.errors import (
     system_reason,
 )
 from milan_pipe.storage import location_of
+from milan_pipe.storage.kinds import CHECKPOINT, RUN, mistaken
 from milan_pipe.storage.local import read_regular
 from milan_pipe.weights_file import load_tensors, write_weights
 
@@ -251,7 +252,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (folder / _RECORD).is_file() and _step_of(folder) is None:
         steps = checkpoints_of(folder) or _checkpoints_in(folder)
         if not steps:
-            raise MissingError(f"{folder} has no checkpoint; expected {folder}/{_FOLDER}/step-NNNNNNNN/{_RECORD}")
+            missing = f"{folder} has no checkpoint; expected {folder}/{_FOLDER}/step-NNNNNNNN/{_RECORD}"
+            raise MissingError(mistaken(folder, RUN, CHECKPOINT) or missing)
         folder = steps[-1]
     file = folder / _RECORD
     try:

@@ -235,6 +235,29 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("knn targets images images", "targets is a target store; expected a run or a checkpoint"),
+        ("knn run targets images", "targets is a target store; expected a folder of images"),
+        ("pretrain run new", "run is a run; expected a target store"),
+        ("pretrain images new", "images is a folder of images; expected a target store"),
+        ("pretrain targets images", "images is a folder of images; expected a new folder or a run"),
+        ("extract-targets run new", "run is a run; expected a folder of images"),
+        ("verify-targets images", "images is a folder of images; expected a target store"),
+        ("prepare targets new", "targets is a target store; expected a folder of images"),
+        ("embed run run new", "run is a run; expected a folder of images"),
+    ],
+)
+def test_arguments_that_changed_places(
+    chain: Path, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    before = sorted(chain.rglob("*"))
+    assert run(capsys, monkeypatch, *words.split(), *SETTINGS) == (2, "", f"error: {message}\n")
+    assert sorted(chain.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("fault", "expected"),
     [
         (DataError("first\nsecond [bold]x[/]"), "error: first second [bold]x[/]"),
