@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from milan_pipe.errors import SettingError
 from milan_pipe.units import some
@@ -69,10 +71,18 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            keys = ".".join(str(part) for part in first["loc"])
+            # Behind the key stand places in a list, and words for which of several types was tried.
+            keys = ".".join(str(part) for part in first["loc"] if part == first["loc"][0] or isinstance(part, int))
             # `where` ends with a section, or is all the settings.
             name = f"{where}{'.' if ', ' in where else ', '}{keys}" if keys else where
             # The message of a rule over several fields quotes what it found; its input is the whole section.
             found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"[:200]
-            said = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            raise SettingError(f"{name}: {said}{found}") from None
+            raise SettingError(f"{name}: {_said(first)}{found}") from None
+
+
+def _said(error: ErrorDetails) -> str:
+    """What pydantic says, in words of YAML."""
+    if error["type"] == "missing":
+        return "is missing"
+    said = re.sub(r"^(Value error, |Input |Tuple )", "", error["msg"])
+    return said.replace("a valid tuple", "a list").replace(" after validation", "")

@@ -91,6 +91,14 @@ CASES: dict[str, Case] = {
     "section that stands twice": file(
         b"student: {}\nstudent: {}\n", "params file p.yaml is not valid YAML: line 2: key 'student' stands twice"
     ),
+    "number for a list": setting("knn.neighbours=5", "the settings, knn.neighbours: should be a list, found 5"),
+    "empty list": setting(
+        "knn.neighbours=[]", "the settings, knn.neighbours: should have at least 1 item, not 0, found []"
+    ),
+    "short list": setting("views.ratio=[1]", "the settings, views.ratio.1: is missing, found [1]"),
+    "neither word nor list": setting(
+        "teachers.weights=x", "the settings, teachers.weights: should be 'equal' or 'balanced', found 'x'"
+    ),
     "infinite": setting("pretrain.lr=.inf", "the settings, pretrain.lr: should be a finite number, found inf"),
     "endless": setting(
         f"pretrain.batch_size={2**63}",
