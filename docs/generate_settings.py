@@ -13,7 +13,12 @@ def _shown(value: object) -> str:
 
 def settings_page() -> str:
     """The page, from the classes' own defaults and descriptions."""
-    lines = ["# Settings", "", "Written by `docs/generate_settings.py` from the config classes. `null` stands for none.", ""]
+    lines = [
+        "# Settings",
+        "",
+        "Written by `docs/generate_settings.py` from the config classes. `null` stands for none.",
+        "",
+    ]
     for section, field in Params.model_fields.items():
         kind = Params.sections().get(section)
         if kind is None:

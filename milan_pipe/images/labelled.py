@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,13 @@ def no_label(shard: ShardFile, key: str) -> DataError:
 
 def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
     return sha256_of("".join(f"{key}\0{label}\n" for key, label in zip(keys, labels, strict=True)).encode())
+
+
+def warn_if_same(train: str | Path, test: str | Path) -> None:
+    """Warn where both are one place, as `NumberedImages.where`: a score on what was trained on says little."""
+    if Path(train).resolve() == Path(test).resolve():
+        message = f"{train} is trained on and tested on: the score says nothing about images that were not seen"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:

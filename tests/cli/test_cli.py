@@ -160,6 +160,20 @@ def test_a_report_is_on_stdout_and_nothing_else_is(
     assert "2 (2 were there)" in out
 
 
+def test_what_is_trained_and_tested_on_is_told(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    train, told = "images/train-*.tar", "is trained on and tested on"
+    small = ("--set", "finetune.batch_size=8", "--set", "finetune.epochs=1", *SETTINGS)
+    for words in (["knn", "random", train], ["segment-probe", "random", train], ["finetune", "random", train, "t"]):
+        where = [train, f"{chain}/./{train}", *words[3:]]
+        code, _, err = run(capsys, monkeypatch, *words[:2], *where, *(small if words[3:] else SETTINGS))
+        assert code == 0, err
+        assert f"warning: {train} {told}" in " ".join(err.split())
+    assert told not in run(capsys, monkeypatch, "knn", "random", train, "images/test-*.tar", *SETTINGS)[2]
+
+
 def test_a_list_can_be_piped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run(capsys, monkeypatch, "recipes")
     assert (code, err) == (0, "")
@@ -238,20 +252,21 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("knn targets images images", "targets is a target store; expected a run or a checkpoint"),
-        ("knn run targets images", "targets is a target store; expected a folder of images"),
-        ("pretrain run new", "run is a run; expected a target store"),
+        ("knn random targets images", "targets is a target store; expected a folder of images"),
+        ("pretrain old new", "old is a run; expected a target store"),
         ("pretrain images new", "images is a folder of images; expected a target store"),
         ("pretrain targets images", "images is a folder of images; expected a new folder or a run"),
-        ("extract-targets run new", "run is a run; expected a folder of images"),
+        ("extract-targets old new", "old is a run; expected a folder of images"),
         ("verify-targets images", "images is a folder of images; expected a target store"),
         ("prepare targets new", "targets is a target store; expected a folder of images"),
-        ("embed run run new", "run is a run; expected a folder of images"),
+        ("embed random old new", "old is a run; expected a folder of images"),
     ],
 )
 def test_arguments_that_changed_places(
     chain: Path, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)
+    Path("old/checkpoints").mkdir(parents=True, exist_ok=True)
     before = sorted(chain.rglob("*"))
     assert run(capsys, monkeypatch, *words.split(), *SETTINGS) == (2, "", f"error: {message}\n")
     assert sorted(chain.rglob("*")) == before
