@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 import milan_pipe
-from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, app
+from milan_pipe.cli.base import DeviceOption, JsonOption, ParamsOption, RunArgument, SetOption, app, as_typed
 from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.training import run_training, scored_rows, training_rows
+from milan_pipe.errors import SettingError
 
 _WORST = 8
 
@@ -18,7 +19,12 @@ _WORST = 8
 @app.command()
 def pretrain(
     targets: Annotated[
-        list[str], typer.Argument(metavar="TARGETS...", help="Folder or URL of the target store; several: see below.")
+        list[str],
+        typer.Argument(
+            metavar="TARGETS...",
+            default_factory=list,
+            help="Folder or URL of the target store; several: see below.",
+        ),
     ],
     run: RunArgument,
     params: ParamsOption = None,
@@ -45,6 +51,8 @@ def pretrain(
 
     Example: milan-pipe pretrain targets run --set pretrain.epochs=20
     """
+    if not targets:
+        raise SettingError(f"expected TARGETS... RUN; found {as_typed(None, [run])}: name a folder for the run")
     settings = milan_pipe.load_params(params, overrides or ())
     return run_training(
         milan_pipe.pretrain,

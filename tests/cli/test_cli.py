@@ -259,10 +259,11 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("extract-targets old new", "old is a run; expected a folder of images"),
         ("verify-targets images", "images is a folder of images; expected a target store"),
         ("prepare targets new", "targets is a target store; expected a folder of images"),
+        ("pretrain targets", "expected TARGETS... RUN; found targets: name a folder for the run"),
         ("embed random old new", "old is a run; expected a folder of images"),
     ],
 )
-def test_arguments_that_changed_places(
+def test_arguments_that_changed_places_or_are_too_few(
     chain: Path, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)
