@@ -15,6 +15,7 @@ from milan_pipe.units import some
 
 # No count is as large, and native code overflows at some more.
 _ENDLESS = 2**53
+_TYPE = re.compile(r"int|float|str|bool|.*\[.*", re.DOTALL)
 
 
 class Settings(BaseModel):
@@ -71,8 +72,8 @@ class Settings(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            # Behind the key stand places in a list, and words for which of several types was tried.
-            keys = ".".join(str(part) for part in first["loc"] if part == first["loc"][0] or isinstance(part, int))
+            # Among them stand words for which of several types was tried.
+            keys = ".".join(str(part) for part in first["loc"] if not _TYPE.fullmatch(str(part)))
             # `where` ends with a section, or is all the settings.
             name = f"{where}{'.' if ', ' in where else ', '}{keys}" if keys else where
             # The message of a rule over several fields quotes what it found; its input is the whole section.

@@ -63,14 +63,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    return processes.Popen(words, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return processes.Popen(
+        words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def go(store: Path | list[Path], run: Path, ranks: int, **change: Any) -> str:
     process = start(command(store, run, ranks, **change), run.parent)
-    stderr = process.communicate(timeout=240)[1]
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
-    return stderr
+    return stdout + stderr
 
 
 def curve(run: Path) -> list[float]:
@@ -105,9 +107,9 @@ def alone(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("pair") / "run"
-    stderr = go(store, run, 2)
-    assert stderr.count("mean of the last epoch") == 1
-    assert "warning" not in stderr
+    said = go(store, run, 2)
+    assert said.count("mean of the last epoch") == 1
+    assert "warning" not in said
     return run
 
 

@@ -296,7 +296,7 @@ def killed_again_and_again(store: Path, head: StoreHeader, folder: Path, kills: 
     assert done == kills, "a run was finished before it could be killed"
     finished = processes.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "gone on from step" in finished.stderr
+    assert "gone on from step" in finished.stdout
     assert finished.stderr.count("is taken over") == 1
     assert not (folder / "run" / ".lock").exists()
     processes.run(
