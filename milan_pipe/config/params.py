@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +69,36 @@ class Params(Settings):
     clip: ClipSettings = Field(default_factory=ClipSettings)
 
 
-_MOST_VALUES = 100_000
-
 NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What the library raises for text that is no YAML; of a number, date or truth value that is none, what Python does."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which PyYAML takes the last one."""
+_MOST_VALUES = 100_000
+_TOO_MANY = f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML takes the last one, and bounds what is merged by `<<`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._pairs = 0
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"key {key.value!r} stands twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self._pairs += len(node.value)
+        if self._pairs > _MOST_VALUES:
+            raise ValueError(_TOO_MANY)
 
 
 def _load(text: str) -> Any:
@@ -101,7 +114,7 @@ def _load(text: str) -> Any:
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | set | tuple) else ()
         values += len(inside)
         if values > _MOST_VALUES:
-            raise ValueError(f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand")
+            raise ValueError(_TOO_MANY)
         left += inside
     return content
 

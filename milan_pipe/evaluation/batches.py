@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, system_reason
 from milan_pipe.random_bits import permutation
-from milan_pipe.storage.local import open_own
+from milan_pipe.storage.local import open_own, read_whole
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -130,14 +130,15 @@ class _Batches(Dataset[Any], Generic[T, B]):
 
 def _listed(file: Path) -> set[str]:
     try:
-        with open(file, "r+b", opener=open_own) as opened:
-            data = opened.read()
-            whole = data.rfind(b"\n") + 1
-            keys = {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
-            # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
-            if rest := data[whole:]:
-                if not rest.startswith(_LINE[: len(rest)]):
-                    raise ValueError(f"found {rest[:20]!r}")
+        with open(file, "rb", buffering=0, opener=open_own) as opened:
+            data = read_whole(opened)
+        whole = data.rfind(b"\n") + 1
+        keys = {str(json.loads(line)["key"]) for line in data[:whole].decode().split("\n") if line}
+        # A full disk, or a lost power supply, cuts the last line: that image is listed anew when it comes again.
+        if rest := data[whole:]:
+            if not rest.startswith(_LINE[: len(rest)]):
+                raise ValueError(f"found {rest[:20]!r}")
+            with open(file, "r+b", opener=open_own) as opened:
                 opened.truncate(whole)
         return keys
     except FileNotFoundError:

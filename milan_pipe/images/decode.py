@@ -29,7 +29,7 @@ _PIECE_PIXELS = 2**18
 
 _SCAN, _END = b"\xda", b"\xd9"
 # Not what stands for a byte 255 of the pixels, nor what restarts their code.
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _TIFF_TILE = (322, 323)
 
 _FIRST_WITH_LENGTH = b"\xc0"

@@ -27,6 +27,8 @@ MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
 MAX_ENCODED_BYTES = 2**28
 """Size in bytes above which an encoded image is refused unread."""
 
+_MOST_LINKS = 2**16
+
 
 def read_file(path: Path) -> bytes:
     """Bytes of an encoded image; raises DataError where it is larger than `MAX_ENCODED_BYTES` or cannot be read."""
@@ -42,11 +44,16 @@ def read_file(path: Path) -> bytes:
 def files_under(folder: Path, suffixes: Container[str] | None = None) -> list[Path]:
     """All files below a folder, or those with one of the suffixes, sorted; without hidden names, through links.
 
-    Raises DataError where a folder cannot be listed.
+    Raises DataError where a folder cannot be listed, or links to folders multiply.
     """
     found: list[Path] = []
+    linked = 0
     for inside, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_list):
         folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(Path(inside, name))]
+        linked += sum(Path(inside, name).is_symlink() for name in folders)
+        if linked > _MOST_LINKS:
+            # Two in each of 30 folders that lead to the next are a thousand million ways.
+            raise DataError(f"{folder} has more than {_MOST_LINKS} folders that are links; do they lead to each other?")
         found += [Path(inside, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if suffixes is None or path.suffix[1:].lower() in suffixes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -226,8 +226,10 @@ def _packed(jobs: Sequence[Job], paths: list[Path], workers: int | None) -> Iter
     pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
     try:
         # Not by `map`, which cancels what is left when it is left early: the pool, killed, then stumbles over that.
-        for future in [pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True)]:
-            yield future.result()
+        futures = deque(pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True))
+        while futures:
+            # Not kept: it holds what was skipped.
+            yield futures.popleft().result()
     except BrokenProcessPool:
         reason = "a process that packs shards was killed, perhaps for memory; run the same command again"
         raise StoreError(reason) from None

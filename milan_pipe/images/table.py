@@ -78,6 +78,9 @@ def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list
     if _is_parquet(file):
         with _parquet(file, [label] if label is not None else []) as opened:
             total = opened.metadata.num_rows
+            groups = sum(opened.metadata.row_group(number).num_rows for number in range(opened.metadata.num_row_groups))
+            if total != groups:
+                raise DataError(f"{file} says that it has {total} rows, its parts have {groups}; copy it again")
             if not 0 <= total <= _MOST_ROWS:
                 raise DataError(f"{file} says that it has {total} rows, expected at most {_MOST_ROWS}; copy it again")
             if label is not None:
@@ -243,6 +246,7 @@ def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]
             if stop < batch.group_stop:
                 _left_open.append((source, batch, behind))
             return
+    raise DataError(f"{rows.file} ends at row {at}, expected {stop}; copy it again")
 
 
 # --- lines --------------------------------------------------------------------------------------------------------

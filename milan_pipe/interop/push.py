@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -174,7 +175,16 @@ def _named(card: str, repository: str) -> str:
     return card.replace(f"# {title}\n", f"# {repository.partition('/')[2]}\n", 1).replace(REPOSITORY, repository)
 
 
+def _require_inside(folder: Path, files: Iterable[Path]) -> None:
+    """What somebody else made may hold links to files of this machine, which would be published."""
+    inside = os.path.realpath(folder)
+    for file in files:
+        if file.is_symlink() and not Path(leads_to := os.path.realpath(file)).is_relative_to(inside):
+            raise DataError(f"{file} is a link to {leads_to}, out of its folder; put a copy in its place to push it")
+
+
 def _push_student(folder: Path, target: _Repository, dry_run: bool) -> PushReport:
+    _require_inside(folder, (folder / name for name in (CARD, *STUDENT_FILES)))
     if not (folder / CARD).is_file():
         raise DataError(f"{folder} has no {CARD}, which `milan-pipe export` writes; export it again")
     try:
@@ -200,6 +210,7 @@ def _push_store(folder: Path, target: _Repository, license: str | None, dry_run:
             f"{folder} is not complete, {done} of its {count} shards are there; finish it with "
             f"`{manifest.extract_command(location)}`"
         )
+    _require_inside(folder, folder.rglob("*"))
     card = _named(dataset_card(store, license), target.name)
     sizes = {path: size for path, size in location.sizes().items() if any(fnmatch(path, one) for one in _OF_A_STORE)}
     last: dict[str, Path | bytes] = {manifest.MANIFEST: folder / manifest.MANIFEST, CARD: card.encode()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 CHECKPOINT, IMAGES, RUN, TARGETS = "a checkpoint", "a folder of images", "a run", "a target store"
@@ -23,5 +24,5 @@ def mistaken(folder: Path | None, *expected: str) -> str | None:
     """
     if folder is None:
         return None
-    found = next((kind for name, kind in _KINDS.items() if (folder / name).exists()), None)
+    found = next((kind for name, kind in _KINDS.items() if os.path.exists(folder / name)), None)  # noqa: PTH110
     return None if found is None or found in expected else f"{folder} is {found}; expected {' or '.join(expected)}"

@@ -47,8 +47,8 @@ class LocalFolder(Location):
             raise StoreError(f"{self.local / path} cannot be {doing}: {system_reason(error)}") from error
 
     def read(self, path: str) -> bytes:
-        with self._errors(path, "read"), open_regular(self.local / path) as file:
-            return file.read()
+        with self._errors(path, "read"):
+            return read_regular(self.local / path)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with self._errors(path, "read"), open_regular(self.local / path) as file:
@@ -263,9 +263,14 @@ def _not_regular(path: str | Path) -> OSError:
 def read_regular(path: Path) -> bytes:
     """All bytes of a file; OSError as `open_regular`, and where it is larger than `MOST_READ_WHOLE`."""
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > MOST_READ_WHOLE:
-            raise OSError(errno.EFBIG, f"larger than {MOST_READ_WHOLE} bytes", str(path))
-        return file.read()
+        return read_whole(file)
+
+
+def read_whole(file: io.FileIO) -> bytes:
+    """All bytes of an open file; OSError where it is larger than `MOST_READ_WHOLE`."""
+    if os.fstat(file.fileno()).st_size > MOST_READ_WHOLE:
+        raise OSError(errno.EFBIG, f"larger than {MOST_READ_WHOLE} bytes", str(file.name))
+    return file.read()
 
 
 def open_own(path: str, flags: int) -> int:

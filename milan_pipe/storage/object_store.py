@@ -41,6 +41,7 @@ TIMEOUTS: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(
 
 _PARALLEL_REQUESTS = 16
 _PARTS_IN_FLIGHT = 4
+_MOST_LISTED = 10**7
 # Up to this number of files, a request for each is faster than listing a folder of unknown length.
 _FEW_FILES = 64
 
@@ -193,10 +194,10 @@ class RemoteFolder(Location):
         if not self.listable:
             return self.present(expected)
         with self._errors("", "listed"):
+            entries = (entry for batch in obstore.list(self._root, self._prefix or None) for entry in batch)
             listed = {
                 entry["path"].removeprefix(f"{self._prefix}/"): int(entry["size"])
-                for batch in obstore.list(self._root, self._prefix or None)
-                for entry in batch
+                for entry in some_listed(entries, self.name)
             }
         return {path: listed[path] for path in sorted(listed) if not any(map(is_foreign, path.split("/")))}
 
@@ -244,6 +245,14 @@ class RemoteFolder(Location):
 
     def clear_scratch(self, name: str = "") -> None:
         clear_scratch(Path(tempfile.gettempdir()), re.escape(self._scratch_name(name)) + ("" if name else ".+"))
+
+
+def some_listed(entries: Iterable[T], where: str) -> Iterator[T]:
+    """The entries of a list that a server gives page by page; StoreError where it does not end."""
+    for number, entry in enumerate(entries):
+        if number == _MOST_LISTED:
+            raise StoreError(f"{where} lists more than {_MOST_LISTED} files; name a folder that holds fewer")
+        yield entry
 
 
 def _connect(scheme: str, bucket: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from milan_pipe.errors import (
 from milan_pipe.storage import location_of
 from milan_pipe.storage.kinds import CHECKPOINT, RUN, mistaken
 from milan_pipe.storage.local import read_regular
+from milan_pipe.units import some
 from milan_pipe.weights_file import load_tensors, write_weights
 
 CHECKPOINT_VERSION = 1
@@ -46,6 +47,7 @@ _OF_NO_EFFECT = frozenset(
 """What converting a store changes, or what is said of it, and no value that is trained on; `order` is judged apart."""
 
 _MOST_LEVELS = 64
+_LONGEST_NAME = 1000
 _FOLDER, _RECORD, _NAME = "checkpoints", "checkpoint.json", "step-"
 
 
@@ -286,27 +288,37 @@ def describe_last_checkpoint(run: Path) -> str:
     return f"The last good checkpoint is {found[-1]}" if found else "No checkpoint was written"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        name = f"{prefix}{key}"
+        # Of each value its name has those of all that it lies in.
+        if len(name) > _LONGEST_NAME:
+            raise ValueError(f"a name of {len(name)} characters")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
 
 
 def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[str, Any], run: Path) -> None:
     """Refuse to go on in a run of another configuration.
 
     Raises:
-        MismatchError: names every setting that differs, with both values.
+        MismatchError: names the settings that differ, with both values.
+        DataError: the run's is none.
     """
     found = checkpoint.record.get("configuration")
     if not isinstance(found, dict):
         holds = f"{run} holds {checkpoint.path.name}, which does not say what it was trained with"
         raise MismatchError(f"{holds}; name another folder")
+    try:
+        flat = dict(_flat(found))
+    except ValueError as error:
+        raise DataError(f"{checkpoint.path} has no configuration of milan-pipe: {error}") from None
     former = {f"pretrain.{old}": f"pretrain.{new}" for old, new in PretrainSettings.renamed.items()}
-    ours = _flat(json.loads(json.dumps(configuration)))  # through JSON, where tuples become lists
+    ours = dict(_flat(json.loads(json.dumps(configuration))))  # through JSON, where tuples become lists
     theirs = {name: value for name, value in _ADDED.items() if name in ours}
-    theirs |= {former.get(name, name): value for name, value in _flat(found).items()}
+    theirs |= {former.get(name, name): value for name, value in flat.items()}
     if theirs.get("order") != ours.get("order") and not checkpoint.record.get("finished"):
         versions = f"version {theirs.get('order', 1)}, here {ours.get('order', 1)}"
         raise MismatchError(
@@ -314,10 +326,10 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
             f"train in another folder. {checkpoint.path.name} can still be evaluated and exported"
         )
     differences = [
-        f"{name}: the run has {theirs.get(name)!r}, the settings say {ours.get(name)!r}"
+        f"{name}: the run has {theirs.get(name)!r:.200}, the settings say {ours.get(name)!r:.200}"
         for name in sorted((theirs.keys() | ours.keys()) - _OF_NO_EFFECT)
         if theirs.get(name) != ours.get(name)
     ]
     if differences:
-        holds = f"{run} holds a run of another configuration ({checkpoint.path.name}): {'; '.join(differences)}"
+        holds = f"{run} holds a run of another configuration ({checkpoint.path.name}): {some(differences, 20, '; ')}"
         raise MismatchError(f"{holds}. Use the same settings to go on, or name another folder")

@@ -46,6 +46,8 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
                 stack.enter_context(_locked(run))
             except StoreError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = f"{run} cannot be made: {system_reason(error)}; name another folder"
         # All ranks end, and none waits for one that has.
         if problem := ranks.broadcast(problem):
             raise StoreError(problem)
@@ -70,7 +72,7 @@ def _made(run: Path) -> Iterator[None]:
 @contextmanager
 def _locked(run: Path) -> Iterator[None]:
     file = run / LOCK
-    name, mine = str(file.resolve()), object()
+    name, mine = os.path.realpath(file), object()
     # Before the file is opened: closing it again would release the lock, which is the process's. One atomic call.
     if _held.setdefault(name, mine) is not mine:
         raise StoreError(f"{run} is being written by this process already; {_TODO}")

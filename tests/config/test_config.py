@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milan_pipe.config.params import Params, load_params
+from milan_pipe.config.params import Params, _load, load_params
 from milan_pipe.errors import SettingError
 
 
@@ -125,6 +125,20 @@ def test_aliases_are_counted_before_they_are_held(tmp_path: Path) -> None:
         load_params(file)
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
+
+
+def test_what_is_merged_may_be_overridden() -> None:
+    """`c` is built before `inner`, which it merges."""
+    text = "a: &base {key: 1}\nb:\n  inner: &one {<<: *base, key: 2}\nc: {<<: *one}\n"
+    assert _load(text) == {"a": {"key": 1}, "b": {"inner": {"key": 2}}, "c": {"key": 2}}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("merge", ["- {<<: *a}", "- {<<: [*a, *a]}"])
+def test_what_is_merged_is_counted_as_it_is(merge: str) -> None:
+    keys = ", ".join(f"k{number}: 1" for number in range(20_000))
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        _load(f"a: &a {{{keys}}}\nb:\n" + f"{merge}\n" * 20_000)
 
 
 @pytest.mark.parametrize("value", ["2001-99-99", "!!bool maybe", "!!timestamp x", "9" * 5000, "[" * 600])

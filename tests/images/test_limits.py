@@ -258,6 +258,15 @@ def test_a_mask_is_of_no_format_that_runs_a_program() -> None:
         decode_mask(page, RULE, (2, 2), "k")
 
 
+@pytest.mark.timeout(60)
+def test_a_run_of_bytes_behind_many_scans_takes_no_square_of_its_length() -> None:
+    data = encoded(noise(16, 16), "JPEG")
+    scans = b"\xff\xda" * 200
+    comment = b"\xff\xfe" + (len(scans) + 2).to_bytes(2) + scans
+    data = data[:2] + comment + data[2:-2] + b"\xff" * 300_000 + b"\0" + data[-2:]
+    assert decode_pixels(data).shape == (16, 16, 3)
+
+
 # --- what was taken is given back
 
 

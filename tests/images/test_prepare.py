@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,16 @@ from PIL import Image
 from pydantic import ValidationError
 from support.images import bad_of
 
-from milan_pipe.config.images import TEST_SCENE_OFFSET, PrepareSettings
+from milan_pipe.config.images import IMAGE_LIMITS, TEST_SCENE_OFFSET, PrepareSettings
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
-from milan_pipe.images import source_demo
+from milan_pipe.images import files, source_demo
 from milan_pipe.images.decode import decode_image
 from milan_pipe.images.files import files_under
-from milan_pipe.images.index import PREPARE_MARKER, read_index
-from milan_pipe.images.prepare import PrepareReport, prepare
+from milan_pipe.images.index import PREPARE_MARKER, ShardRecord, read_index
+from milan_pipe.images.prepare import PrepareReport, _packed, prepare
 from milan_pipe.images.scenes import THINGS, render_scene
 from milan_pipe.images.shards import expand_shards
+from milan_pipe.images.source_folder import folder_source, image_files
 from milan_pipe.images.tar import Sample, read_shard
 
 SMALL = PrepareSettings(train_scenes=5, test_scenes=2, samples_per_shard=2)
@@ -232,6 +234,35 @@ def test_what_is_no_regular_file_is_skipped(tmp_path: Path, monkeypatch: pytest.
     assert [sample.key for sample in samples(tmp_path / "images")] == ["ant-good"]
     names, reason = ("device.png", "pipe.jpg", "socket.webp"), "cannot be read: not a regular file"
     assert bad_of(tmp_path / "images") == [(f"ant/{name}", reason) for name in names]
+
+
+def test_folders_of_links_to_each_other_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_LINKS", 100)
+    for number in range(30):
+        (tmp_path / f"{number:02d}").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / f"{number:02d}" / name).symlink_to(tmp_path / f"{number + 1:02d}")
+    image(tmp_path / "30" / "x.jpg")
+    assert len(files_under(tmp_path / "28")) == 4
+    with pytest.raises(DataError, match="more than 100 folders that are links; do they lead to each other"):
+        files_under(tmp_path / "00")
+
+
+def test_what_a_shard_skipped_is_not_kept_for_the_next(tmp_path: Path) -> None:
+    for number in range(6):
+        image(tmp_path / "in" / f"{number}.jpg")
+        (tmp_path / "in" / f"{number}x.jpg").write_bytes(b"")
+    settings = PrepareSettings(samples_per_shard=2)
+    found = folder_source(tmp_path / "in", image_files(tmp_path / "in"), settings, IMAGE_LIMITS)
+    paths = [tmp_path / f"{number}.tar" for number in range(len(found.jobs))]
+    held: list[weakref.ref[ShardRecord]] = []
+    for record, skipped in _packed(found.jobs, paths, 2):
+        assert record is not None
+        assert len(skipped) == 1
+        assert not any(one() for one in held)
+        held.append(weakref.ref(record))
+        del record
+    assert len(held) == 6
 
 
 def test_nothing_readable(tmp_path: Path) -> None:

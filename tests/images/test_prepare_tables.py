@@ -303,6 +303,24 @@ def test_a_file_that_says_it_has_more_rows_than_any_is_refused(tmp_path: Path, m
         rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 1000)
 
 
+def test_a_file_that_says_another_number_of_rows_than_it_has_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array(PICTURES[:3], pa.binary())}), tmp_path / "a.parquet", compression=None)
+    data = (tmp_path / "a.parquet").read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    # A 64-bit field of 3, as the format writes it; the first that stands for the rows of the file.
+    places = [at for at in range(footer, len(data)) if data[at : at + 2] == b"\x16\x06"]
+    for at in places:
+        (tmp_path / "a.parquet").write_bytes(data[: at + 1] + b"\x0a" + data[at + 2 :])
+        if pq.read_metadata(tmp_path / "a.parquet").num_rows == 5:
+            break
+    with pytest.raises(DataError, match="says that it has 5 rows, its parts have 3"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
+    rows = table.Rows(file=ShardFile(LocalFolder(tmp_path), "b.parquet"), first=0, count=5)
+    (tmp_path / "b.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.parquet ends at row 3, expected 5"):
+        list(table.read_rows(rows, ["image"]))
+
+
 class Counted(LocalFolder):
     """A folder that counts what is read from its files, in bytes."""
 

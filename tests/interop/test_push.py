@@ -128,6 +128,24 @@ def test_a_store_is_read_where_it_was_pushed(hub: Hub, project: Project, tmp_pat
     assert not [path for method, path in hub.requests if method == "PUT"]
 
 
+def test_nothing_is_pushed_that_a_link_leads_to(hub: Hub, project: Project, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    api.export(project.runs[0], tmp_path / "here")
+    for name in ("README.md", "config.json", "model.safetensors"):
+        shutil.copytree(tmp_path / "here", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        (tmp_path / name / name).symlink_to(secret)
+        for dry_run in (True, False):
+            with pytest.raises(DataError, match=rf"{name} is a link to {secret}, out of its folder; put a copy"):
+                api.push(tmp_path / name, MODEL, dry_run=dry_run)
+    shutil.copytree(project.targets, tmp_path / "t")
+    (tmp_path / "t" / "shards" / "000000" / "id").symlink_to(secret)
+    with pytest.raises(DataError, match=rf"id is a link to {secret}, out of its folder"):
+        api.push(tmp_path / "t", DATA, license="mit")
+    assert not hub.requests
+
+
 def test_private_and_dry(hub: Hub, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     dry = api.push(project.targets, DATA, dry_run=True)
     assert hub.requests == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from milan_pipe.images.prepare import prepare
 from milan_pipe.pretraining.start import kept_start
 from milan_pipe.reports.report import _segment_images
 from milan_pipe.storage import local
+from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.lock import only_writer
@@ -100,6 +102,27 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_file_that_says_that_it_is_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "MOST_READ_WHOLE", 9)
-    (tmp_path / "knn-1.json").write_text('{"version": 1}')
+    for name in ("knn-1.json", "bad_samples.jsonl", "header.json"):
+        (tmp_path / name).write_text('{"version": 1}')
     with pytest.raises(DataError, match="larger than 9 bytes"):
         read_evaluations(tmp_path)
+    with pytest.raises(StoreError, match="larger than 9 bytes"):
+        BadImages(tmp_path / "bad_samples.jsonl")
+    with pytest.raises(StoreError, match="larger than 9 bytes"):
+        open_targets(tmp_path)
+
+
+def test_a_list_of_skipped_images_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    """As of a finished run of somebody else."""
+    file = tmp_path / "bad_samples.jsonl"
+    file.write_text('{"key": "a", "reason": "b"}\n')
+    opened: list[int] = []
+
+    def audit(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and given[0] == str(file):
+            opened.append(given[2])
+
+    sys.addaudithook(audit)
+    BadImages(file)
+    assert opened
+    assert not any(flags & (os.O_WRONLY | os.O_RDWR) for flags in opened)

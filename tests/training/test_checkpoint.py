@@ -314,6 +314,17 @@ def test_a_record_of_another_form_is_one_error_though_its_digest_fits(tmp_path: 
         open_checkpoint(folder)
 
 
+def test_a_configuration_of_endless_names_is_one_short_error(tmp_path: Path) -> None:
+    inner = {str(number): 0 for number in range(1000)}
+    save_checkpoint(tmp_path, 1, {"student": weights()}, {"configuration": {"x" * 100_000: inner}})
+    with pytest.raises(DataError, match="has no configuration of milan-pipe: a name of 100000 characters"):
+        require_same_configuration(open_checkpoint(tmp_path), {}, tmp_path)
+    save_checkpoint(tmp_path, 2, {"student": weights()}, {"configuration": {"x": inner, "y": "z" * 10**6}})
+    with pytest.raises(MismatchError, match=r"x\.0: the run has 0, .* and 981 more\. Use") as refused:
+        require_same_configuration(open_checkpoint(tmp_path), {}, tmp_path)
+    assert len(str(refused.value)) < 3000
+
+
 def test_a_record_that_is_nested_deep_is_one_error_though_its_digest_fits(tmp_path: Path) -> None:
     folder = save(tmp_path)
     change_record(folder, lambda record: record.update(zz=json.loads("[" * 40 + "]" * 40)))

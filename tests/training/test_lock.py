@@ -20,7 +20,7 @@ from support import processes
 
 from milan_pipe.errors import StoreError
 from milan_pipe.training.distributed import Ranks
-from milan_pipe.training.lock import only_writer
+from milan_pipe.training.lock import LOCK, only_writer
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 HOLD = """
@@ -180,3 +180,16 @@ def test_without_locks_a_process_is_looked_for(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="is gone"), only_writer(tmp_path, ONE):
         pass
     assert not file.exists()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("loop", "File exists")])
+def test_a_folder_that_cannot_be_is_one_error(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreError, match=f"{name[:9]}.* cannot be made: .*{reason}"), only_writer(tmp_path / name, ONE):
+        pass
+
+
+def test_a_lock_that_is_a_link_to_itself_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / LOCK).symlink_to(LOCK)
+    with pytest.raises(StoreError, match=r"\.lock cannot be opened: .*symbolic links"), only_writer(tmp_path, ONE):
+        pass
