@@ -1,14 +1,13 @@
 """Writes docs/settings.md from the config classes: `python docs/generate_settings.py`."""
 
-import json
 from pathlib import Path
 
+from milan_pipe.config.base import shown
 from milan_pipe.config.params import Params
 
 
 def _shown(value: object) -> str:
-    """As it is written in a params file."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else shown(value)
 
 
 def settings_page() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import io
 import json
 import logging
 import resource
@@ -90,7 +91,9 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
 
 def print_json(values: dict[Any, Any]) -> None:
     """One line of JSON on stdout; settings in it are dumped."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False, default=lambda part: part.model_dump(mode="json")) + "\n")
+    plain_letters = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    text = json.dumps(values, ensure_ascii=plain_letters, default=lambda part: part.model_dump(mode="json"))
+    sys.stdout.write(f"{text}\n")
 
 
 # How the values of a progress line are written for people.
@@ -230,6 +233,9 @@ def as_command() -> Iterator[None]:
     # Tables are for people: what they show is in the reports.
     earlier, console.quiet = console.quiet, json_log.wanted()
     results.quiet = console.quiet
+    # As stderr does, which shows names that it has no letters for with escapes.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     raise_file_limit()
     keep_freed_memory()
     try:

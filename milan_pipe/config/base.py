@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -37,8 +38,9 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             bounded = any(hasattr(rule, "lt") or hasattr(rule, "le") for rule in field.metadata)
-            if isinstance(value, int) and not bounded and abs(value) > _ENDLESS:
-                raise ValueError(f"{name} should be between -{_ENDLESS} and {_ENDLESS}, found {value}")
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int) and not bounded and abs(one) > _ENDLESS:
+                    raise ValueError(f"{name} should be between -{_ENDLESS} and {_ENDLESS}, found {one}")
         return self
 
     @classmethod
@@ -71,13 +73,14 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            first = error.errors()[0]
+            # Of several types that a value may have, the one that fits it best.
+            first = max(error.errors(), key=lambda one: len(one["loc"]))
             # Among them stand words for which of several types was tried.
             keys = ".".join(str(part) for part in first["loc"] if not _TYPE.fullmatch(str(part)))
             # `where` ends with a section, or is all the settings.
             name = f"{where}{'.' if ', ' in where else ', '}{keys}" if keys else where
             # The message of a rule over several fields quotes what it found; its input is the whole section.
-            found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"[:200]
+            found = "" if isinstance(first["input"], Mapping) else f", found {shown(first['input'])}"
             raise SettingError(f"{name}: {_said(first)}{found}") from None
 
 
@@ -86,4 +89,11 @@ def _said(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return "is missing"
     said = re.sub(r"^(Value error, |Input |Tuple )", "", error["msg"])
+    said = re.sub(r"a valid dictionary or instance of \w+", "keys and values", said)
     return said.replace("a valid tuple", "a list").replace(" after validation", "")
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in a params file, not too long."""
+    text = repr(value) if isinstance(value, str | float) else json.dumps(value, default=str, ensure_ascii=False)
+    return text[:200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from milan_pipe.config.base import Settings
+from milan_pipe.config.base import Settings, shown
 from milan_pipe.config.evaluation import (
     AugmentSettings,
     EmbedSettings,
@@ -77,6 +78,10 @@ _MOST_VALUES = 100_000
 _TOO_MANY = f"it has more than {_MOST_VALUES:,} values, aliases counted as often as they stand"
 
 
+class _TwiceError(yaml.constructor.ConstructorError):
+    pass
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which PyYAML takes the last one, and bounds what is merged by `<<`."""
 
@@ -90,7 +95,7 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"key {key.value!r} stands twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                raise _TwiceError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return node
 
@@ -119,6 +124,11 @@ def _load(text: str) -> Any:
     return content
 
 
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    # PyYAML writes what it expected as `<block end>`.
+    return re.sub("<([a-z][a-z ]*)>", r"\1", str(error.problem))
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = _load(path.read_text(encoding="utf-8"))
@@ -126,9 +136,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise MissingError(f"params file {path} is not there") from None
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        # It writes what it expected as `<block end>`.
-        problem = str(error.problem).replace("<", "").replace(">", "")
-        raise SettingError(f"params file {path} is not valid YAML: {where}{problem}") from error
+        raise SettingError(f"params file {path} is not valid YAML: {where}{_problem(error)}") from error
     except (OSError, *NO_YAML) as error:
         raise SettingError(f"params file {path} cannot be read: {one_line(error)}") from error
     if content is None:
@@ -148,6 +156,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise SettingError(f"--set {override!r} is not understood, expected section.key=value")
     try:
         value = _load(text)
+    except _TwiceError as error:
+        raise SettingError(f"--set {override!r}: {error.problem}") from None
     except NO_YAML:
         raise SettingError(f"--set {override!r}: the value is not valid YAML") from None
     section, dot, key = name.partition(".")
@@ -163,7 +173,7 @@ def _build(values: Mapping[str, Any], where: str) -> Params:
     for section, value in parts.items():
         if kind := Params.sections().get(section):
             if not isinstance(value, Mapping):
-                raise SettingError(f"{where}: section {section!r} holds {value!r}, expected keys and values")
+                raise SettingError(f"{where}: section {section!r} holds {shown(value)}, expected keys and values")
             parts[section] = kind.parse({str(key): entry for key, entry in value.items()}, f"{where}, {section}")
     return Params.parse(parts, where)
 

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from milan_pipe import __version__
 from milan_pipe.drawing.sheet import data_url, printable_line, printable_lines
-from milan_pipe.errors import StoreError, system_reason
 from milan_pipe.extras import needs
-from milan_pipe.storage.local import open_regular
 
 with needs("report", "writing a page"):
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
-
-_GENERATOR = b'<meta name="generator" content="milan-pipe">'
-_HEAD_BYTES = 2048
 
 
 def _printable(value: Any) -> Any:
@@ -50,22 +43,3 @@ def _environment() -> Environment:
 def render(template: str, **values: Any) -> str:
     """The page of a template in `drawing/templates`; values are escaped."""
     return _environment().get_template(template).render(version=__version__, **values)
-
-
-def require_own(page: Path, beside: Iterable[Path] = ()) -> None:
-    """Raise StoreError where `page` is a file of something else, or what belongs to it is there without it.
-
-    Args:
-        beside: files that belong to the page.
-    """
-    try:
-        with open_regular(page) as opened:
-            found = None if _GENERATOR in opened.read(_HEAD_BYTES) else page
-    except (FileNotFoundError, NotADirectoryError):
-        found = next((file for file in beside if file.exists()), None)
-    except OSError as error:
-        raise StoreError(f"{page} cannot be replaced: {system_reason(error)}; name another one") from error
-    if found is not None:
-        raise StoreError(
-            f"{found} was not written by milan-pipe, and would be replaced; name another place, or remove it"
-        )

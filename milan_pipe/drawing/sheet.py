@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from milan_pipe.drawing.patches import heat, on_pixels, only_visible
 
@@ -88,8 +89,9 @@ def draw_sheet(sheet: Sheet) -> bytes:
             write(left, top + _LINE, panel.caption, column - _GAP)
             image.paste(Image.fromarray(pixels), (left, top + 2 * _LINE))
         top += down + 2 * _LINE + _GAP
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    buffer, said = io.BytesIO(), PngInfo()
+    said.add_text("Software", "milan-pipe")
+    image.save(buffer, "PNG", pnginfo=said)
     return buffer.getvalue()
 
 

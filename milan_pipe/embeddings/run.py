@@ -30,6 +30,7 @@ from milan_pipe.images.labelled import is_class_folder, labelled_images
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import Location, location_of, require_writable
+from milan_pipe.storage.kinds import EMBEDDINGS, require_new
 
 RECORD, RECORDS, BAD_SAMPLES = "embeddings.json", "records", "bad_samples.jsonl"
 _VERSION = 1
@@ -149,6 +150,7 @@ def embed(
     share, count = parse_share(shards) if shards is not None else (0, 1)
     location = location_of(out)
     require_writable(location)
+    require_new(location.local, EMBEDDINGS)
     if (suffix := Path(location.name).suffix) in (".parquet", ".zarr"):
         raise SettingError(f"{location} has the name of a file, and a folder of files is written: leave {suffix!r} out")
     require_packages(settings.format)

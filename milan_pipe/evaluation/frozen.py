@@ -29,7 +29,7 @@ from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
 from milan_pipe.evaluation.results import ADVICE, FOLDER, Evaluation, keep_evaluation
 from milan_pipe.evaluation.timm_backbone import frozen_backbone_of
 from milan_pipe.images.files import files_under
-from milan_pipe.images.labelled import is_class_folder, warn_if_same
+from milan_pipe.images.labelled import is_class_folder, warn_if_shared
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import make_folder
@@ -203,7 +203,7 @@ class FrozenSets:
             return kept_features(features, identity, compute)
 
         self.train, self.test = embed(train), embed(test)
-        warn_if_same(train, test)
+        warn_if_shared(train, test)
         self._counts = {"train": len(self.train.label_N), "test": len(self.test.label_N)}
         self._bad = len(bad)
 

@@ -14,6 +14,7 @@ from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.backbone import Backbone, backbone_of, pooled
 from milan_pipe.evaluation.features import LabelledFeatures, embedded, labelled_samples, tokens_of
 from milan_pipe.evaluation.knn import knn_accuracy
+from milan_pipe.images.labelled import warn_if_shared
 
 _Views = list[tuple[Tensor, list[int]]]
 """Batches as they are embedded: pixels (B, H, W, 3) uint8, and B labels."""
@@ -60,6 +61,7 @@ class Probe:
         layout.require(params.embed.pool, "embed.pool", params.student.model)
         train, whole = self._read(voting)
         test, _ = self._read(judged)
+        warn_if_shared(voting, judged)
         count, classes = len(_labels(train)), {*_labels(test)}
         lacking = classes - {*_labels(train)}
         if lacking and (whole or lacking == classes):

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.storage import Location, location_of
+from milan_pipe.storage.kinds import IMAGES, require_new
 from milan_pipe.storage.local import make_folder, read_regular, write_file
 
 INDEX_NAME = "index.json"
@@ -63,11 +64,12 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
 
     Raises:
         MismatchError: the folder holds other shards.
-        StoreError: it is a file, or cannot be made or written.
+        StoreError: it is a file, holds something else, or cannot be made or written.
         OSError: an earlier run's files cannot be removed.
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; expected a folder to write shards into")
+    require_new(folder, IMAGES)
     make_folder(folder)
     present = {path.name for path in folder.glob("*.tar")}
     marker = folder / PREPARE_MARKER

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, read_file
 from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
@@ -169,11 +169,18 @@ def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
     return sha256_of("".join(f"{key}\0{label}\n" for key, label in zip(keys, labels, strict=True)).encode())
 
 
-def warn_if_same(train: str | Path, test: str | Path) -> None:
-    """Warn where both are one place, as `NumberedImages.where`: a score on what was trained on says little."""
-    if Path(train).resolve() == Path(test).resolve():
-        message = f"{train} is trained on and tested on: the score says nothing about images that were not seen"
+def warn_if_shared(train: str | Path, test: str | Path) -> None:
+    """Warn where both are one folder, or have a shard in common: a score on what was trained on says little."""
+    if _places(train) & _places(test):
+        message = f"{train} and {test} have images in common: the score says little about images that were not seen"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _places(where: str | Path) -> set[Path]:
+    try:
+        return {Path(str(shard)).resolve() for shard in expand_shards(where)}
+    except MilanError:
+        return {Path(where).resolve()}
 
 
 def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from milan_pipe.drawing.page import render, require_own
+from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import Sheet, draw_sheet
+from milan_pipe.reports.own import require_own
 from milan_pipe.storage.local import write_file
 
 _LONGEST = 160
@@ -31,7 +32,7 @@ def write_gallery(
         StoreError: they cannot be written, or would replace files of something else.
     """
     images, page = [folder / _file_name(sheet.title) for sheet in sheets], folder / "index.html"
-    require_own(page, images)
+    require_own((page, *images))
     for image, sheet in zip(images, sheets, strict=True):
         write_file(image, draw_sheet(sheet))
     write_file(page, render("gallery.html.j2", title=title, facts=facts, sheets=sheets))

@@ -13,13 +13,14 @@ import yaml
 
 from milan_pipe.config.student import MaskSettings, StudentSettings
 from milan_pipe.drawing.charts import Curve, bar_chart, line_chart
-from milan_pipe.drawing.page import render, require_own
+from milan_pipe.drawing.page import render
 from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.loader.dataset import Targets, open_targets
 from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets, teachers_of
 from milan_pipe.reports.inspect_targets import target_sheets
+from milan_pipe.reports.own import require_own
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.reports.scores import Cell, Table, transfer_table
@@ -287,7 +288,7 @@ def write_report(
         StoreError: OUT cannot be written, or is a file of something else.
     """
     file = local_folder(out, "reports")
-    require_own(file)
+    require_own([file])
     if not runs:
         raise SettingError("a report needs a run; name the folders that `milan-pipe pretrain` and others wrote")
     found = read_runs([Path(run) for run in runs])

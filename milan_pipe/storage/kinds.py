@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-CHECKPOINT, IMAGES, RUN, TARGETS = "a checkpoint", "a folder of images", "a run", "a target store"
-# The first that is there.
-_KINDS = {
-    "shards/zarr.json": TARGETS,
-    "header.json": TARGETS,
-    "index.json": IMAGES,
-    "checkpoint.json": CHECKPOINT,
-    "checkpoints": RUN,
-    "embeddings.json": "a folder of embeddings",
-}
+from milan_pipe.errors import StoreError
+
+CHECKPOINT, EMBEDDINGS, IMAGES = "a checkpoint", "a folder of embeddings", "a folder of images"
+RUN, TARGETS = "a run", "a target store"
+_NEW = "a new folder"
+# Each with patterns of files, all of which are there.
+_KINDS = (
+    (TARGETS, ("shards/zarr.json",)),
+    (TARGETS, ("header.json", "shards")),
+    (RUN, ("checkpoints/step-*",)),
+    (CHECKPOINT, ("checkpoint.json",)),
+    (IMAGES, ("index.json", "*.tar")),
+    (EMBEDDINGS, ("embeddings.json",)),
+)
 
 
 def mistaken(folder: Path | None, *expected: str) -> str | None:
@@ -24,5 +27,13 @@ def mistaken(folder: Path | None, *expected: str) -> str | None:
     """
     if folder is None:
         return None
-    found = next((kind for name, kind in _KINDS.items() if os.path.exists(folder / name)), None)  # noqa: PTH110
-    return None if found is None or found in expected else f"{folder} is {found}; expected {' or '.join(expected)}"
+    found = [kind for kind, patterns in _KINDS if all(any(folder.glob(pattern)) for pattern in patterns)]
+    if not found or set(found) & set(expected):
+        return None
+    return f"{folder} is {found[0]}; expected {' or '.join(expected)}"
+
+
+def require_new(folder: Path | None, own: str) -> None:
+    """Raise StoreError where something else that milan-pipe wrote is in a folder that is to hold `own`."""
+    if message := mistaken(folder, _NEW, own):
+        raise StoreError(message)

@@ -17,7 +17,7 @@ from typing import Any
 from milan_pipe.digests import sha256_of, sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
 from milan_pipe.storage import Location, location_of, require_writable
-from milan_pipe.storage.kinds import TARGETS, mistaken
+from milan_pipe.storage.kinds import TARGETS, mistaken, require_new
 from milan_pipe.targets import manifest, tar_store, zarr_store
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
@@ -238,6 +238,7 @@ class TargetStoreWriter:
             present = self.location.sizes()
             previous = manifest.read_manifest(self.location) if present else None
             if present and (previous is None or previous.header_sha256 != sha256_of(content)):
+                require_new(self.location.local, TARGETS)
                 raise DataError(
                     f"{self.location} is not a target store and not empty (it holds {min(present)}); name another "
                     "folder"

@@ -32,6 +32,7 @@ from milan_pipe.images.tar import Sample, read_shard
 from milan_pipe.images.views import View, render_view
 from milan_pipe.random_bits import permutation, seed_of
 from milan_pipe.storage import local_folder
+from milan_pipe.storage.kinds import require_new
 from milan_pipe.storage.local import make_folder, write_file
 from milan_pipe.student.pixels import normalise
 from milan_pipe.teacher.clip_model import WORDS_FILE, ClipInTraining, Words, model_config
@@ -224,6 +225,7 @@ def train_clip(
         MismatchError: `val` has no classes.
     """
     began, folder = time.monotonic(), local_folder(out, "models")
+    require_new(folder, "a teacher")
     if (folder / HF_CONFIG_NAME).exists():
         raise DataError(f"{folder} has a model already; name another folder, or remove it")
 

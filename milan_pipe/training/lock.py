@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from milan_pipe.errors import StoreError, system_reason
-from milan_pipe.storage.kinds import RUN, mistaken
+from milan_pipe.storage.kinds import RUN, require_new
 from milan_pipe.storage.local import make_folder, open_own
 from milan_pipe.training.distributed import Ranks
 
@@ -57,8 +57,7 @@ def only_writer(run: Path, ranks: Ranks) -> Iterator[None]:
 @contextmanager
 def _made(run: Path) -> Iterator[None]:
     """Make a directory; new folders that are empty in the end are removed, as of a refused run."""
-    if other := mistaken(run, "a new folder", RUN):
-        raise StoreError(other)
+    require_new(run, RUN)
     new = [path for path in (run, *run.parents) if not path.exists()]
     make_folder(run)
     try:

@@ -164,13 +164,13 @@ def test_what_is_trained_and_tested_on_is_told(
     chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)
-    train, told = "images/train-*.tar", "is trained on and tested on"
+    train, told = "images/train-*.tar", "have images in common"
     small = ("--set", "finetune.batch_size=8", "--set", "finetune.epochs=1", *SETTINGS)
     for words in (["knn", "random", train], ["segment-probe", "random", train], ["finetune", "random", train, "t"]):
-        where = [train, f"{chain}/./{train}", *words[3:]]
+        where = [train, f"{chain}/./images/train-000000.tar", *words[3:]]
         code, _, err = run(capsys, monkeypatch, *words[:2], *where, *(small if words[3:] else SETTINGS))
         assert code == 0, err
-        assert f"warning: {train} {told}" in " ".join(err.split())
+        assert f"warning: {train} and {chain}/./images/train-000000.tar {told}" in " ".join(err.split())
     assert told not in run(capsys, monkeypatch, "knn", "random", train, "images/test-*.tar", *SETTINGS)[2]
 
 
@@ -260,6 +260,11 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("verify-targets images", "images is a folder of images; expected a target store"),
         ("prepare targets new", "targets is a target store; expected a folder of images"),
         ("pretrain targets", "expected TARGETS... RUN; found targets: name a folder for the run"),
+        ("embed random images targets", "targets is a target store; expected a new folder or a folder of embeddings"),
+        ("prepare demo targets", "targets is a target store; expected a new folder or a folder of images"),
+        ("prepare demo old", "old is a run; expected a new folder or a folder of images"),
+        ("train-clip images targets", "targets is a target store; expected a new folder or a teacher"),
+        ("extract-targets images old", "old is a run; expected a new folder or a target store"),
         ("embed random old new", "old is a run; expected a folder of images"),
     ],
 )
@@ -267,7 +272,8 @@ def test_arguments_that_changed_places_or_are_too_few(
     chain: Path, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chain)
-    Path("old/checkpoints").mkdir(parents=True, exist_ok=True)
+    Path("old/checkpoints/step-00000001").mkdir(parents=True, exist_ok=True)
+    Path("old/checkpoints/step-00000001/student.safetensors").touch()
     before = sorted(chain.rglob("*"))
     assert run(capsys, monkeypatch, *words.split(), *SETTINGS) == (2, "", f"error: {message}\n")
     assert sorted(chain.rglob("*")) == before

@@ -58,7 +58,7 @@ CASES: dict[str, Case] = {
         "pretrain.epochs=1.5",
         "the settings, pretrain.epochs: should be a valid integer, got a number with a fractional part, found 1.5",
     ),
-    "no value": setting("pretrain.epochs=", "the settings, pretrain.epochs: should be a valid integer, found None"),
+    "no value": setting("pretrain.epochs=", "the settings, pretrain.epochs: should be a valid integer, found null"),
     "no such choice": setting(
         "masking=sematic", "the settings, masking.kind: should be 'semantic', 'random' or 'block', found 'sematic'"
     ),
@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
     "file of a list": file(b"- 1\n- 2\n", "params file p.yaml holds a list, expected sections with keys"),
     "file of a word": file(b"just a word", "params file p.yaml holds a str, expected sections with keys"),
     "file with an empty section": file(
-        b"pretrain:\n", "p.yaml: section 'pretrain' holds None, expected keys and values"
+        b"pretrain:\n", "p.yaml: section 'pretrain' holds null, expected keys and values"
     ),
     "file with a section that is no text": file(b"1: 2\n", f"unknown key '1' in p.yaml; {SECTIONS}"),
     "file with an unknown key": file(

@@ -68,16 +68,20 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     pages = {path: path.read_bytes() for path in out.iterdir()}
     api.inspect_targets(tmp_path / "t", out, params, count=2)
     assert {path: path.read_bytes() for path in out.iterdir()} == pages
-    for name, theirs in ((second, [Path(second).name]), (out / "index.html", ["index.html", Path(first).name])):
-        for path in pages:
-            path.unlink(missing_ok=True)
-        for other in theirs:
-            (out / other).write_text("<!doctype html>\n<title>mine</title>")
-        with pytest.raises(StoreError, match=f"{re.escape(str(name))} was not written by milan-pipe, and would be"):
+    # As after a kill before the page.
+    (out / "index.html").unlink()
+    Path(first).unlink()
+    api.inspect_targets(tmp_path / "t", out, params, count=2)
+    assert {path: path.read_bytes() for path in out.iterdir()} == pages
+    for theirs in (Path(second), out / "index.html"):
+        theirs.write_text("<!doctype html>\n<title>mine</title>" * 20)
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(StoreError, match=f"{re.escape(str(theirs))} is there, and does not say that milan-pipe"):
             api.inspect_targets(tmp_path / "t", out, params, count=2)
-        assert sorted(path.name for path in out.iterdir()) == sorted(theirs)
-    with pytest.raises(StoreError, match=r"index\.html was not written by milan-pipe"):
-        write_report([tmp_path / "run"], out / "index.html")
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+        theirs.write_bytes(pages[theirs])
+    with pytest.raises(StoreError, match=r"is there, and does not say that milan-pipe"):
+        write_report([tmp_path / "run"], tmp_path / "t" / "bad_samples.jsonl")
 
 
 @pytest.mark.parametrize("key", ["../../x", "..", "", "\0", "\ud800", "/etc/x", "a\\b", "<b>", "x" * 5000, "é" * 200])
