@@ -174,6 +174,23 @@ def test_what_is_trained_and_tested_on_is_told(
     assert told not in run(capsys, monkeypatch, "knn", "random", train, "images/test-*.tar", *SETTINGS)[2]
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_names_that_stdout_has_no_letters_for_are_escaped(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["milan-pipe", "doctor", "\u00e9\u65e5", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sys.stdout.flush()
+    assert not ended.value.code
+    assert rb"\u65e5" in written.getvalue()
+    if flags:
+        assert json.loads(written.getvalue())["locations"][0]["location"] == "\u00e9\u65e5"
+
+
 def test_a_list_can_be_piped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = run(capsys, monkeypatch, "recipes")
     assert (code, err) == (0, "")
