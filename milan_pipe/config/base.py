@@ -95,5 +95,9 @@ def _said(error: ErrorDetails) -> str:
 
 def shown(value: Any) -> str:
     """A value as it is written in a params file, not too long."""
-    text = repr(value) if isinstance(value, str | float) else json.dumps(value, default=str, ensure_ascii=False)
+    text = (
+        repr(value)
+        if isinstance(value, str | float)
+        else json.dumps(value, default=str, skipkeys=True, ensure_ascii=False)
+    )
     return text[:200]

@@ -20,7 +20,7 @@ from obstore.store import HTTPStore
 from milan_pipe.background import Background
 from milan_pipe.errors import SettingError, StoreError, one_line
 from milan_pipe.storage.location import Listing, Location, is_foreign, require_writable, split_root
-from milan_pipe.storage.object_store import RETRIES, TIMEOUTS, RemoteFolder, some_listed
+from milan_pipe.storage.object_store import RETRIES, TIMEOUTS, RemoteFolder, bounded_list
 
 UNREACHABLE: tuple[type[Exception], ...] = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
 """What huggingface_hub raises where there is no answer, or one that refuses."""
@@ -111,7 +111,7 @@ class _Repository:
                 )
                 # The library waits for ever for each page of a list.
                 entries = Background(map(_of_tree, found), ahead=_PAGE, name="hub", seconds=_SECONDS)
-                return list(some_listed(entries, f"datasets/{self.name}"))
+                return list(bounded_list(entries, f"datasets/{self.name}"))
             except errors.EntryNotFoundError:
                 return []
 

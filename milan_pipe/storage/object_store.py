@@ -197,7 +197,7 @@ class RemoteFolder(Location):
             entries = (entry for batch in obstore.list(self._root, self._prefix or None) for entry in batch)
             listed = {
                 entry["path"].removeprefix(f"{self._prefix}/"): int(entry["size"])
-                for entry in some_listed(entries, self.name)
+                for entry in bounded_list(entries, self.name)
             }
         return {path: listed[path] for path in sorted(listed) if not any(map(is_foreign, path.split("/")))}
 
@@ -247,7 +247,7 @@ class RemoteFolder(Location):
         clear_scratch(Path(tempfile.gettempdir()), re.escape(self._scratch_name(name)) + ("" if name else ".+"))
 
 
-def some_listed(entries: Iterable[T], where: str) -> Iterator[T]:
+def bounded_list(entries: Iterable[T], where: str) -> Iterator[T]:
     """The entries of a list that a server gives page by page; StoreError where it does not end."""
     for number, entry in enumerate(entries):
         if number == _MOST_LISTED:
