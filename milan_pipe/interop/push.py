@@ -20,6 +20,7 @@ from milan_pipe.interop.card import CARD, REPOSITORY, dataset_card
 from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
+from milan_pipe.storage.kinds import CHECKPOINT, RUN, TARGETS, mistaken
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
 from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
@@ -152,9 +153,11 @@ def push(
         raise MissingError(
             f"{folder} is not there; expected a run, a checkpoint, an exported student or a target store"
         )
+    exported = all((folder / name).is_file() for name in STUDENT_FILES)
+    if not exported and (other := mistaken(folder, RUN, CHECKPOINT, "an exported student", TARGETS)):
+        raise DataError(other)
     if not dry_run and get_token() is None:
         raise MissingError("there is no token to push with; log in with `hf auth login`, or set HF_TOKEN")
-    exported = all((folder / name).is_file() for name in STUDENT_FILES)
     kind: Kind = "model" if exported or read_header(location_of(folder)) is None else "dataset"
     target = _Repository(name=repository, kind=kind, revision=revision, private=private)
     if kind == "dataset":

@@ -368,8 +368,9 @@ MESSAGES: dict[str, tuple[Callable[[Hub, Project], object], type[Exception], str
                  "'org/a..b' is no name of a repository: ..."),
     "nothing there": (lambda *_: api.push("gone", MODEL), MissingError,
                       "gone is not there; expected a run, a checkpoint, an exported student or a target store"),
-    "other folder": (lambda _, project: api.push(project.root / "images", MODEL), MissingError,
-                     ".../images is a folder of images; expected a run or a checkpoint"),
+    "other folder": (lambda _, project: api.push(project.root / "images", MODEL), DataError,
+                     ".../images is a folder of images; expected a run or a checkpoint or an exported student or a "
+                     "target store"),
     "URL": (lambda *_: api.push("s3://bucket/targets", DATA), SettingError,
             "s3://bucket/targets is a URL, and what is pushed is read from this machine; copy it to a folder first"),
     "begun": (incomplete, DataError, "begun has no committed shard; run extract-targets again to finish it"),
