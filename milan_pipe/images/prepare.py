@@ -8,8 +8,11 @@ kill the same command knows its own files and starts over.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -223,7 +226,7 @@ def _packed(jobs: Sequence[Job], paths: list[Path], workers: int | None) -> Iter
         return
     # Not forked: the caller may have threads of torch running, which a fork would copy in any state. Nor spawned by the
     # standard library, which runs the caller's script again in each process.
-    pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         # Not by `map`, which cancels what is left when it is left early: the pool, killed, then stumbles over that.
         futures = deque(pool.submit(_pack, job, path) for job, path in zip(jobs, paths, strict=True))
@@ -237,11 +240,19 @@ def _packed(jobs: Sequence[Job], paths: list[Path], workers: int | None) -> Iter
         pool.shutdown(kill_workers=True)
 
 
-def _begin_worker() -> None:
+def _begin_worker(parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Ctrl-C reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # webdataset imports torch where it can, which takes seconds; writing tars does without.
     sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def _end_with(parent: int) -> None:
+    # Of a process that was killed the workers would wait for work for ever.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _pack(job: Job, path: Path) -> _Packed:

@@ -381,6 +381,11 @@ def test_settings_are_checked(values: dict[str, object]) -> None:
         PrepareSettings(**values)  # type: ignore[arg-type]
 
 
+two_processors = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="one processor packs in the command's own process"
+)
+
+
 def packing(folder: Path) -> subprocess.Popen[str]:
     """`milan-pipe prepare` in the middle of its work, with two processes that pack."""
     words = [
@@ -417,12 +422,26 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     assert "interrupted" in errors
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor packs in the command's own process")
-def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
-    run = packing(tmp_path)
+def workers_of(run: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(run.pid).children()
     workers = [child for child in children if any("popen_loky_posix" in word for word in child.cmdline())]
     assert workers
+    return workers
+
+
+@two_processors
+def test_workers_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    run = packing(tmp_path)
+    workers = workers_of(run)
+    run.kill()
+    run.communicate(timeout=60)
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+@two_processors
+def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
+    run = packing(tmp_path)
+    workers = workers_of(run)
     workers[0].kill()
     errors = run.communicate(timeout=60)[1]
     assert run.returncode == 2, errors
