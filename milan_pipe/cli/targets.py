@@ -161,21 +161,20 @@ def verify_targets(
         "files": f"{report.files}, {size(report.bytes)}",
         "problems": str(len(report.problems)) if report.problems else "none",
     }
+    tables = results_on(as_json)
     if report.problems:
         table = Table("shard", "array", "found")
         for problem in report.problems[:_MOST_PROBLEMS]:
             table.add_row(*(plain(part, overflow="fold") for part in (problem.shard, problem.array, problem.what)))
-        results_on(as_json).print(table)
+        tables.print(table)
         if len(report.problems) > _MOST_PROBLEMS:
-            results_on(as_json).print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
+            tables.print(f"and {len(report.problems) - _MOST_PROBLEMS} more: see --json")
     show(targets, rows, report, as_json)
     if report.problems:
         # One line each, however long, so that they can be copied.
-        results_on(as_json).print(
-            Text("repair with, IMAGES (or --views-from STORE), settings as they were:", style="bold")
-        )
+        tables.print(Text("repair with, IMAGES (or --views-from STORE), settings as they were:", style="bold"))
         for command in report.repair:
-            results_on(as_json).print(plain(f"  {command}"), soft_wrap=True)
+            tables.print(plain(f"  {command}"), soft_wrap=True)
         raise typer.Exit(1)
     return report
 

@@ -29,7 +29,7 @@ from milan_pipe.evaluation.patch_heads import NeighbourHead, PatchFeatures, Patc
 from milan_pipe.evaluation.segment_views import PADDING, TestMasks
 from milan_pipe.evaluation.sliding import scaled_size, sliding_logits, usual_stride, window_corners
 from milan_pipe.images.ahead import decoded_ahead, thread_count
-from milan_pipe.images.labelled import warn_if_shared
+from milan_pipe.images.labelled import warn_if_images_shared
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images
 from milan_pipe.random_bits import permutation
 from milan_pipe.units import size as in_bytes
@@ -239,9 +239,7 @@ def segment_probe(
     train_images, val_images = (
         masked_images(where, split, lambda key, _: bad.append(key)) for where, split in ((train, "train"), (val, "val"))
     )
-    # Of ADE20K's folder each takes its own part.
-    if train_images.where != val_images.where or train_images.fingerprint == val_images.fingerprint:
-        warn_if_shared(train_images.where, val_images.where)
+    warn_if_images_shared(train_images, val_images)
     rule, names = rule_and_names(train_images, val_images, params.segment)
     subject = subject_of(checkpoint, params)
     _require_patches(subject)

@@ -23,7 +23,7 @@ from milan_pipe.errors import SettingError
 from milan_pipe.evaluation.augment import kept_generators
 from milan_pipe.evaluation.backbone import Backbone, backbone_of
 from milan_pipe.evaluation.batches import BadImages, Batch, SampleRequest, StepPlan, in_turn, load_batches
-from milan_pipe.images.labelled import LabelledImages, warn_if_shared
+from milan_pipe.images.labelled import LabelledImages, warn_if_images_shared
 from milan_pipe.images.masked import MaskedImages
 from milan_pipe.random_bits import seed_of
 from milan_pipe.student.pixels import normalise
@@ -161,9 +161,8 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
         self.steps_per_epoch = self._plan.steps_per_epoch
         if settings.compile:
             model.compile()
-        # Of ADE20K's folder each takes its own part.
-        if ranks.first and (train.where != val.where or train.fingerprint == val.fingerprint):
-            warn_if_shared(train.where, val.where)
+        if ranks.first:
+            warn_if_images_shared(train, val)
         start.bad.limit(len(train) + len(val), settings.max_bad_fraction)
         student = sizes.model_dump(mode="json")
         named = classes if isinstance(classes, int) else list(classes)

@@ -173,7 +173,13 @@ def warn_if_shared(train: str | Path, test: str | Path) -> None:
     """Warn where both are one folder, or have a shard in common: a score on what was trained on says little."""
     if _places(train) & _places(test):
         message = f"{train} and {test} have images in common: the score says little about images that were not seen"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def warn_if_images_shared(train: NumberedImages, test: NumberedImages) -> None:
+    """`warn_if_shared`, but that of ADE20K's folder each takes its own part."""
+    if train.where != test.where or train.fingerprint == test.fingerprint:
+        warn_if_shared(train.where, test.where)
 
 
 def _places(where: str | Path) -> set[Path]:

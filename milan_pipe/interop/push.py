@@ -21,6 +21,7 @@ from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
 from milan_pipe.storage.kinds import CHECKPOINT, RUN, TARGETS, mistaken
+from milan_pipe.storage.local import lies_in
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
 from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
@@ -180,9 +181,9 @@ def _named(card: str, repository: str) -> str:
 
 def _require_inside(folder: Path, files: Iterable[Path]) -> None:
     """What somebody else made may hold links to files of this machine, which would be published."""
-    inside = os.path.realpath(folder)
     for file in files:
-        if file.is_symlink() and not Path(leads_to := os.path.realpath(file)).is_relative_to(inside):
+        if file.is_symlink() and not lies_in(folder, file):
+            leads_to = os.path.realpath(file)
             raise DataError(f"{file} is a link to {leads_to}, out of its folder; put a copy in its place to push it")
 
 

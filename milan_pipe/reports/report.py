@@ -26,7 +26,7 @@ from milan_pipe.reports.samples import choose_samples
 from milan_pipe.reports.scores import Cell, Table, transfer_table
 from milan_pipe.reports.store_facts import store_facts
 from milan_pipe.storage import local_folder
-from milan_pipe.storage.local import read_regular, write_file
+from milan_pipe.storage.local import lies_in, read_regular, write_file
 
 _TARGET_SAMPLES, _STUDENT_SAMPLES = 2, 4
 _LOSSES = {
@@ -182,15 +182,15 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
     found = []
     for run in (run for run in runs if run.task == "segment"):
         # A page is passed on: a link in a run must not put another file into it.
-        files = [file for file in sorted((run.folder / "images").glob("*.png")) if _lies_in(run.folder, file)]
+        files = [
+            file
+            for file in sorted((run.folder / "images").glob("*.png"))
+            if file.is_file() and lies_in(run.folder, file)
+        ]
         if files:
             url = file_url(read_regular(files[-1]), "png")
             found.append({"url": url, "caption": f"{run.name}: image, truth, prediction"})
     return found
-
-
-def _lies_in(folder: Path, file: Path) -> bool:
-    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
 
 
 def _learned_from(run: RunRecord, targets: Targets) -> int:

@@ -273,6 +273,11 @@ def read_whole(file: io.FileIO) -> bytes:
     return file.read()
 
 
+def lies_in(folder: Path, file: Path) -> bool:
+    """Whether a file is below a folder where it leads to: a link may lead elsewhere."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
 def open_own(path: str, flags: int) -> int:
     """An `opener` for what is written in place: a link would lead the writing out of the folder, a pipe would wait."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
