@@ -21,6 +21,7 @@ from milan_pipe.evaluation.classifier import classifier_of
 from milan_pipe.interop.card import CARD, Score, model_card, own_scores, scores_of
 from milan_pipe.pretrained.source import UNBUILT, require_depth
 from milan_pipe.storage import location_of
+from milan_pipe.storage.kinds import require_outside_stores
 from milan_pipe.storage.local import file_mode
 from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
@@ -130,9 +131,10 @@ def export_student(
     Raises:
         SettingError: FOLDER has the name of a weights file.
         MissingError, DataError, MismatchError: the checkpoint or one of `scores` cannot be used.
-        StoreError: the folder is not empty or cannot be written.
+        StoreError: the folder is not empty, lies in a target store or cannot be written.
     """
     require_folder_name(Path(folder), f"{_WEIGHTS_FILE} and {_CONFIG_FILE}")
+    require_outside_stores(Path(folder))
     opened = open_checkpoint(checkpoint)
     settings, encoder = _model_of(opened)
     record, arguments = opened.record, timm_options(settings, classifies=encoder.num_classes > 0)

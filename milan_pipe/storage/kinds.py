@@ -27,13 +27,28 @@ def mistaken(folder: Path | None, *expected: str) -> str | None:
     """
     if folder is None:
         return None
-    found = [kind for kind, patterns in _KINDS if all(any(folder.glob(pattern)) for pattern in patterns)]
+    found = _kinds(folder)
     if not found or set(found) & set(expected):
         return None
     return f"{folder} is {found[0]}; expected {' or '.join(expected)}"
 
 
 def require_new(folder: Path | None, own: str) -> None:
-    """Raise StoreError where something else that milan-pipe wrote is in a folder that is to hold `own`."""
+    """Raise StoreError where something else that milan-pipe wrote is in a folder that is to hold `own`, or a store
+    around it."""
     if message := mistaken(folder, _NEW, own):
         raise StoreError(message)
+    if folder is not None:
+        require_outside_stores(folder)
+
+
+def require_outside_stores(path: Path) -> None:
+    """Raise StoreError for a path in a target store: `verify-targets` would name what is written there as damage."""
+    for parent in path.absolute().parents:
+        if TARGETS in _kinds(parent):
+            held = "a target store, which holds nothing else"
+            raise StoreError(f"{path} would lie in {parent}, {held}; name another place")
+
+
+def _kinds(folder: Path) -> list[str]:
+    return [kind for kind, patterns in _KINDS if all(any(folder.glob(pattern)) for pattern in patterns)]

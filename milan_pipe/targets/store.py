@@ -230,6 +230,7 @@ class TargetStoreWriter:
         """
         self.location = location_of(where)
         require_writable(self.location)
+        require_new(self.location.local, TARGETS)
         self.header = header
         name, content = header_file(header)
         found = read_header(self.location)
@@ -238,7 +239,6 @@ class TargetStoreWriter:
             present = self.location.sizes()
             previous = manifest.read_manifest(self.location) if present else None
             if present and (previous is None or previous.header_sha256 != sha256_of(content)):
-                require_new(self.location.local, TARGETS)
                 raise DataError(
                     f"{self.location} is not a target store and not empty (it holds {min(present)}); name another "
                     "folder"

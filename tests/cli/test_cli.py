@@ -299,6 +299,28 @@ def test_arguments_that_changed_places_or_are_too_few(
 
 
 @pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("prepare demo targets/images", "targets/images"),
+        ("extract-targets images targets/more", "targets/more"),
+        ("pretrain targets targets/run", "targets/run"),
+        ("embed random images targets/shards/out", "targets/shards/out"),
+        ("inspect-targets targets targets", "targets/index.html"),
+        ("export old targets/student", "targets/student"),
+    ],
+)
+def test_nothing_else_is_written_into_a_store(
+    chain: Path, words: str, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    before = sorted(chain.rglob("*"))
+    settings = [] if words.startswith("export") else SETTINGS
+    message = f"{place} would lie in {chain}/targets, a target store, which holds nothing else; name another place"
+    assert run(capsys, monkeypatch, *words.split(), *settings) == (2, "", f"error: {message}\n")
+    assert sorted(chain.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("fault", "expected"),
     [
         (DataError("first\nsecond [bold]x[/]"), "error: first second [bold]x[/]"),
