@@ -228,8 +228,8 @@ def _warn(text: str) -> None:
 
 
 def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-arg]
-    """The result of a task that has ended; CancelledError or OSError where the scheduler has lost it or is lost."""
-    if future.status in ("cancelled", "lost"):
+    """The result of a task that has ended; CancelledError or OSError where the scheduler is lost."""
+    if future.status == "cancelled":
         raise CancelledError(future.status)
     error: Exception | None = future.exception()
     if isinstance(error, CancelledError):
@@ -288,6 +288,11 @@ def extract_on_cluster(
                 # The last to end may be the one that took over what a lost worker had.
                 if due() or not waiting:
                     look_at_workers()
+                if future.status == "lost":
+                    # Its worker went with the result; the scheduler has the shard done again, under the same key.
+                    waiting[future] = (job, attempt)
+                    finished.add(future)
+                    continue
                 result = _outcome(future, job.name)
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -20,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 from distributed import Client, LocalCluster
-from distributed.client import FutureCancelledError
+from distributed.client import FutureCancelledError, _get_global_client
 from support import processes
 from support.extraction import SETTINGS, command, every_file
 from support.s3 import free_port
@@ -301,6 +302,34 @@ def test_a_shard_that_is_done_again_counts_once(images: Path, extract, tmp_path:
     assert max(now.views for now in reported) == 48
     counts = [now.views for now in reported]
     assert counts == sorted(counts)
+
+
+def test_a_worker_that_goes_before_its_result_is_fetched_takes_nothing_with_it(
+    images: Path, whole, extract, tmp_path: Path
+) -> None:
+    """The scheduler says then that the result is lost, and does the shard again; it is not lost itself."""
+    killed: list[int] = []
+
+    def kill_between(_: ExtractProgress) -> None:
+        # Of the client's thread, between the end of the one shard and the question for its result.
+        client = _get_global_client()
+        if killed or client is None or threading.current_thread() is not threading.main_thread():
+            return
+        states = client.futures.values()
+        if any(state.status == "finished" for state in states):
+            killed.extend(client.run(os.getpid).values())
+            os.kill(killed[0], signal.SIGKILL)
+            ends = time.monotonic() + DEADLINE
+            while not any(state.status == "lost" for state in states):
+                assert time.monotonic() < ends, [state.status for state in states]
+                time.sleep(0.001)
+
+    with pytest.warns(RuntimeWarning, match="lost 1 of 1 workers"):
+        done = extract(images, tmp_path / "t", shards="1/3", workers=2, on_progress=kill_between)
+    assert len(killed) == 1
+    assert (done.shards, committed(tmp_path / "t")) == (1, ["000001"])
+    shard = {name: data for name, data in every_file(whole[0]).items() if "000001" in name}
+    assert {name: data for name, data in every_file(tmp_path / "t").items() if "000001" in name} == shard
 
 
 def test_a_shard_that_fails_three_times_counts_no_view_twice(images: Path, whole, extract, tmp_path: Path) -> None:

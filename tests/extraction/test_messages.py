@@ -401,7 +401,7 @@ CASES: dict[str, Case] = {
         "that it prints",
     ),
     "lost scheduler": (
-        lambda: on_cluster(status="lost", scheduler="tcp://127.0.0.1:9"),
+        lambda: on_cluster(status="cancelled", scheduler="tcp://127.0.0.1:9"),
         StoreError,
         f"the scheduler tcp://127.0.0.1:9 was lost. {NONE_WHOLE}",
     ),
