@@ -114,6 +114,10 @@ class StoreError(MilanError, OSError):
     """A target store or checkpoint cannot be read or written."""
 
 
+class ProcessLostError(StoreError):
+    """A process that reads ahead ended by itself."""
+
+
 class MismatchError(MilanError, ValueError):
     """Two things that must agree do not: store and configuration, checkpoint and model."""
 

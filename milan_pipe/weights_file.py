@@ -24,7 +24,7 @@ from milan_pipe.errors import (
     resource_hint,
     system_reason,
 )
-from milan_pipe.storage.local import make_folder, whole_file
+from milan_pipe.storage.local import is_utf8, make_folder, whole_file
 from milan_pipe.units import some
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -55,6 +55,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def require_opens(path: Path) -> None:
     """Raise what keeps a safetensors file from being opened, as OSError with the system's reason."""
+    if not is_utf8(str(path)):
+        raise OSError(errno.EILSEQ, "its path is no UTF-8, which safetensors does not open; rename it")
     # The library opens a file twice, and calls every failure "No such file".
     with path.open("rb"), path.open("rb"):
         pass

@@ -20,6 +20,7 @@ from milan_pipe.cli.base import (
 )
 from milan_pipe.cli.console import progress, show
 from milan_pipe.errors import DataError, MissingError, one_line
+from milan_pipe.storage.local import read_regular
 from milan_pipe.units import size
 
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="Local folder for index.html and the PNGs.")]
@@ -110,7 +111,7 @@ def inspect_student(
 
 def _extraction(file: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(read_regular(file))
     except FileNotFoundError:
         raise MissingError(f"--extraction {file} is not there") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -105,7 +105,7 @@ def _pieces(images: str | Path) -> dict[str, _Piece]:
 
             names = "\n".join(f"{found.keys[n]} {found.label_N[n]}" for n in numbers)
             source = f"images {numbers.start} to {numbers.stop - 1}"
-            return _Piece(source=source, state=sha256_of(names.encode(errors="surrogateescape")), samples=samples)
+            return _Piece(source=source, state=sha256_of(names.encode()), samples=samples)
 
         starts = range(0, len(found), _IMAGES_OF_FOLDERS)
         pieces = [of(range(start, min(start + _IMAGES_OF_FOLDERS, len(found)))) for start in starts]
@@ -303,7 +303,7 @@ class _Run:
             for name, done in sorted(self.done.items())
             for key, reason in done.bad
         ]
-        self._location.write(BAD_SAMPLES, "".join(lines).encode(errors="surrogateescape"))
+        self._location.write(BAD_SAMPLES, "".join(lines).encode())
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
@@ -323,7 +323,7 @@ def _record_of(subject: Subject, pieces: Mapping[str, _Piece], params: Params, *
         "patches": list(layout.grid) if patches else None,
         **params.embed.model_dump(mode="json", include={"pool", "crop", "dtype", "format"}),
         "shards": len(pieces),
-        "sources": sha256_of(names.encode(errors="surrogateescape")),
+        "sources": sha256_of(names.encode()),
     }
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, system_reason
+from milan_pipe.lost_processes import lost_where_asked, next_answer
 from milan_pipe.random_bits import permutation
 from milan_pipe.storage.local import open_own, read_whole
 
@@ -198,6 +199,7 @@ def load_batches(
     batches: Iterator[list[SampleRequest]],
     *,
     workers: int,
+    setting: str,
     bad: BadImages,
     pin: bool = False,
 ) -> Iterator[Batch[B]]:
@@ -212,10 +214,12 @@ def load_batches(
             descriptor of both processes as long as it lives.
         keys: of all images, by number.
         workers: processes; 0 makes the batches here, one at a time.
+        setting: what says how many, for the message.
         pin: hand out pinned memory.
 
     Raises:
         DataError: too many images cannot be read.
+        ProcessLostError: a worker ended by itself.
     """
     loader: DataLoader[Any] = DataLoader(
         _Batches(take, collate, keys),
@@ -225,7 +229,10 @@ def load_batches(
         prefetch_factor=2 if workers else None,
         pin_memory=pin,
     )
-    for answer in loader:
+    answers = iter(loader)
+    if workers:
+        lost_where_asked(answers)
+    while (answer := next_answer(answers, setting, workers)) is not None:
         for key, reason in answer.bad:
             bad.add(key, reason)
         if answer.error is not None:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from milan_pipe.errors import DataError, first_problem
+from milan_pipe.images.files import printable_name
 from milan_pipe.storage.local import read_regular, write_file
 
 FOLDER = "evaluations"
@@ -46,6 +48,10 @@ ADVICE = "name another folder with --keep, which `milan-pipe report` is then giv
 
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write FOLDER/TASK-DIGEST.json, in place of the same command's on the same weights; raises StoreError."""
+    # Paths in commands and of data may be no UTF-8, which JSON could not hold.
+    texts = [(name, text) for name, text in asdict(evaluation).items() if isinstance(text, str)]
+    changed: dict[str, Any] = {name: printable_name(text) for name, text in texts}
+    evaluation = replace(evaluation, **changed)
     name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
     file = folder / f"{evaluation.task}-{name}.json"
     write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", ADVICE)

@@ -194,6 +194,7 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
             images.keys,
             requests,
             workers=self.settings.workers,
+            setting=f"{self.section}.workers",
             bad=self._bad,
             pin=self._ranks.device.type == "cuda",
         )

@@ -70,3 +70,8 @@ def _leads_back(folder: Path) -> bool:
 def suffix_of(name: str) -> str:
     """Lower-case suffix of a name, without its dot; empty where there is none."""
     return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def printable_name(name: str) -> str:
+    """A file's name for JSON, where it is not UTF-8 with escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -106,6 +106,8 @@ def _resolved(source: Mapping[str, Any]) -> tuple[Any, Path]:
 
 def write_index(folder: Path, index: ImageIndex) -> None:
     """Write `index.json` into `folder`, whole or not at all; raises StoreError where it cannot be written."""
+    # Workers of a run that was killed live a second longer, and may have begun another shard.
+    location_of(folder).clear_scratch()
     plain = index.model_dump(mode="json", exclude=None if index.mask_classes else {"mask_classes"})
     write_file(folder / INDEX_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, MilanError, MissingError
-from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, read_file
+from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, printable_name, read_file
 from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, Sample, read_shard
@@ -111,7 +111,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
                 files.append(path)
                 labels.append(label)
             else:
-                on_bad(path.relative_to(root).as_posix(), f"no image of type {', '.join(IMAGE_SUFFIXES)}")
+                on_bad(_key(path, root), f"no image of type {', '.join(IMAGE_SUFFIXES)}")
     if not files:
         raise MissingError(
             mistaken(root, IMAGES)
@@ -124,15 +124,19 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
             f"{len(empty)} of the {len(names)} class folders of {root} hold no images, as {names[empty[0]]}; remove "
             "them or fill them"
         )
-    keys = [path.relative_to(root).as_posix() for path in files]
+    keys = [_key(path, root) for path in files]
     return LabelledImages(
         where=str(root),
         keys=keys,
         label_N=np.array(labels, dtype=np.int64),
-        classes=tuple(names),
+        classes=tuple(map(printable_name, names)),
         fingerprint=_fingerprint(keys, labels),
         read=partial(nth_file, files),
     )
+
+
+def _key(path: Path, root: Path) -> str:
+    return printable_name(path.relative_to(root).as_posix())
 
 
 def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:

@@ -16,7 +16,7 @@ from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.images.decode import opened_image, plain_errors
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, printable_name
 from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, read_shard
@@ -125,7 +125,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
 
 
 def _key(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
+    return printable_name(path.relative_to(folder).with_suffix("").as_posix())
 
 
 def _class_list(images: Path, *, ade: bool) -> tuple[str, ...] | int | None:

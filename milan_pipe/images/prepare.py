@@ -26,9 +26,9 @@ from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings, PrepareSetting
 from milan_pipe.digests import sha256_of_file
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
 from milan_pipe.images.ahead import thread_count
-from milan_pipe.images.files import IMAGE_SUFFIXES
+from milan_pipe.images.files import IMAGE_SUFFIXES, printable_name
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
-from milan_pipe.images.source import Bad, Job, Source, printable_name
+from milan_pipe.images.source import Bad, Job, Source
 from milan_pipe.images.source_demo import DEMO, demo_source
 from milan_pipe.images.source_folder import folder_source, image_files
 from milan_pipe.images.source_table import LIST_SUFFIXES, find_tables, table_source

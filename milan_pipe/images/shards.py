@@ -18,6 +18,7 @@ from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, read_index
 from milan_pipe.storage import Listing, Location, is_url, location_of, split_root, split_url
 from milan_pipe.storage.kinds import IMAGES, mistaken
+from milan_pipe.storage.local import is_utf8
 
 _MAX_BRACE_NAMES = 1_000_000
 
@@ -115,6 +116,8 @@ def _regular(shards: list[ShardFile]) -> list[ShardFile]:
             raise MissingError(f"{shard} is a link to a file that is not there")
         if not Path(str(shard)).is_file():
             raise DataError(f"{shard} is not a regular file; a shard is a tar file, remove this or rename it")
+        if not is_utf8(shard.name):
+            raise DataError(f"{shard} has a name that is no UTF-8, which no record can hold; rename it")
     return shards
 
 

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from milan_pipe.errors import DataError
+from milan_pipe.images.files import printable_name
 
 Bad = dict[str, str]
 """Key, file and reason of an image that was skipped."""
@@ -70,8 +71,3 @@ def free_key(file: Sequence[str], used: set[str]) -> str:
         if free not in used:
             return free
     raise DataError(f"no free key for {printable_name(path)}; rename the file")
-
-
-def printable_name(name: str) -> str:
-    """A file's name for JSON, where it is not UTF-8 with escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -9,8 +9,8 @@ from pathlib import Path
 from milan_pipe.config.images import ImageSettings, PrepareSettings
 from milan_pipe.errors import DataError
 from milan_pipe.images.decode import decode_pixels
-from milan_pipe.images.files import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, files_under, read_file
-from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption, printable_name
+from milan_pipe.images.files import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, files_under, printable_name, read_file
+from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption
 
 SPLIT_FOLDERS = ("train", "val", "test")
 """Names of subfolders that are splits."""

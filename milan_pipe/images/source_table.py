@@ -17,9 +17,9 @@ from milan_pipe.errors import DataError, LabelError, SettingError, without_secre
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels, stored_suffix
 from milan_pipe.images.download import download, stored
-from milan_pipe.images.files import files_under, read_file, suffix_of
+from milan_pipe.images.files import files_under, printable_name, read_file, suffix_of
 from milan_pipe.images.shards import ShardFile, expand_shards, shard_file
-from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption, printable_name
+from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption
 from milan_pipe.images.table import TABLE_SUFFIXES, Header, Rows, read_header, read_rows, rows_and_labels
 from milan_pipe.storage import Location, is_url, location_of
 from milan_pipe.units import some

@@ -169,6 +169,7 @@ def push(
         if license or scores:
             raise SettingError(f"{folder} has its card already: edit its {CARD}, and leave --license and --scores out")
         return _push_student(folder, target, dry_run)
+    _require_inside(folder, folder.rglob("*"))
     with tempfile.TemporaryDirectory(prefix="milan-pipe-push-") as scratch:
         export_student(folder, Path(scratch, "student"), license=license, scores=scores)
         return _push_student(Path(scratch, "student"), target, dry_run)

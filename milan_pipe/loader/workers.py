@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import signal_handling
 
 from milan_pipe.config.teachers import Importance
-from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
+from milan_pipe.errors import MilanError, SettingError
 from milan_pipe.loader.order import BatchPlan, Block
 from milan_pipe.loader.stream import Batch, DrawNoise, Loader, ahead_of, empty_batch, read_run
+from milan_pipe.lost_processes import lost_where_asked, next_answer
 from milan_pipe.spawning import script_unseen, without_signals
 from milan_pipe.storage import Location
 from milan_pipe.targets.several import SeveralStores, open_several
@@ -146,7 +146,7 @@ class WorkerLoader:
 
         Raises:
             DataError: the store is damaged.
-            StoreError: a process ended by itself.
+            ProcessLostError: a process ended by itself.
         """
         loader: DataLoader[_Answer] = DataLoader(
             replace(self._parts, epochs=(epoch, skip, stop)),
@@ -161,9 +161,7 @@ class WorkerLoader:
         # This process answers to a signal, which may come while they start, and has them end.
         with script_unseen(), without_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             answers: Any = iter(loader)
-        # Else a handler of SIGCHLD raises what is lost wherever the main thread is at that moment, and not below.
-        signal_handling._remove_worker_pids(id(answers))  # type: ignore[attr-defined]
-        answers._worker_pids_set = False
+        lost_where_asked(answers)
         # One that reads from far away may not end in time.
         last = threading.Timer(_END_SECONDS, lambda: [process.kill() for process in answers._workers])
         try:
@@ -180,13 +178,7 @@ class WorkerLoader:
     def _next(self, answers: Iterator[_Answer]) -> Iterator[tuple[str, ...]]:
         """Keys of the parts of the next batch, none after the last."""
         for _ in range(self._workers):
-            try:
-                answer = next(answers, None)
-            except RuntimeError as error:
-                raise StoreError(
-                    f"a process of pretrain.workers={self._workers} ended by itself: {one_line(error)}. The system may "
-                    "have killed it for its memory; try fewer, or pretrain.workers=0"
-                ) from error
+            answer = next_answer(answers, "pretrain.workers", self._workers)
             if answer is None:
                 return
             if answer.error is not None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import ModelCard, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from milan_pipe.config.params import NO_YAML
+from milan_pipe.config.params import NO_YAML, load_yaml, read_yaml
 from milan_pipe.errors import MissingError, SettingError, one_line
 from milan_pipe.storage.hub import UNREACHABLE, hub_reason
 
@@ -64,9 +65,12 @@ def hub_file(repository: str, *names: str) -> Path:
 def license_of_card(card: Path) -> str | None:
     """The licence that a model card states, as `apache-2.0`; None without a card, or where it states none."""
     try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    # Names of fields become names of arguments.
-    except (OSError, TypeError, *NO_YAML):
+        # Not by its `ModelCard`, which reads YAML without a bound.
+        found = REGEX_YAML_BLOCK.search(read_yaml(card))
+        data = load_yaml(found[2]) if found else None
+    except (OSError, *NO_YAML):
+        return None
+    if not isinstance(data, dict):
         return None
     stated = data.get("license_name") if data.get("license") == "other" else data.get("license")
     return stated if isinstance(stated, str) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from milan_pipe.errors import StoreError
+from milan_pipe.storage.local import is_utf8, require_own_folders
 
 CHECKPOINT, EMBEDDINGS, IMAGES = "a checkpoint", "a folder of embeddings", "a folder of images"
 RUN, TARGETS = "a run", "a target store"
@@ -34,12 +35,18 @@ def mistaken(folder: Path | None, *expected: str) -> str | None:
 
 
 def require_new(folder: Path | None, own: str) -> None:
-    """Raise StoreError where something else that milan-pipe wrote is in a folder that is to hold `own`, or a store
-    around it."""
+    """Raise StoreError where nothing can be written that is `own`.
+
+    Something else that milan-pipe wrote is there, it lies in a store, a link in it leads to another folder, or its name
+    is no UTF-8.
+    """
     if message := mistaken(folder, _NEW, own):
         raise StoreError(message)
     if folder is not None:
+        if not is_utf8(str(folder)):
+            raise StoreError(f"{folder} is no UTF-8, which zarr and safetensors do not open; name another folder")
         require_outside_stores(folder)
+        require_own_folders(folder)
 
 
 def require_outside_stores(path: Path) -> None:

@@ -273,9 +273,38 @@ def read_whole(file: io.FileIO) -> bytes:
     return file.read()
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name of a file is UTF-8; Python has half surrogates for bytes that are none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lies_in(folder: Path, file: Path) -> bool:
     """Whether a file is below a folder where it leads to: a link may lead elsewhere."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
+def require_own_folders(root: Path) -> None:
+    """Raise StoreError for a link below a folder to one outside: what is written there would go elsewhere."""
+    folders = [root]
+    while folders:
+        try:
+            # Types come with the names: nothing is asked of a file.
+            with os.scandir(folders.pop()) as entries:
+                found = [(entry.is_symlink(), Path(entry)) for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise StoreError(f"{root} cannot be listed: {system_reason(error)}") from error
+        folders += [path for is_link, path in found if not is_link]
+        for path in (path for is_link, path in found if is_link and not lies_in(root, path)):
+            raise StoreError(
+                f"{path} is a link to {os.path.realpath(path)}, where nothing is written: put a folder in its "
+                f"place, or let {root} as a whole be elsewhere"
+            )
 
 
 def open_own(path: str, flags: int) -> int:

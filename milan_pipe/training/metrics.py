@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -92,6 +93,14 @@ def metrics_written(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"the metrics in {folder} cannot be written: {system_reason(error)}") from error
+
+
+def require_own_metrics(folder: Path) -> None:
+    """Raise StoreError for a link or a pipe among the metrics, which dvclive would follow or wait for."""
+    for file in [*folder.rglob("*.tsv"), folder / _LATEST]:
+        with metrics_written(folder):
+            if file.is_symlink() or file.exists():
+                os.close(open_own(str(file), os.O_WRONLY))
 
 
 def flush_metrics(folder: Path) -> None:

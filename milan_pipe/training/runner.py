@@ -16,7 +16,7 @@ from torch import nn
 
 from milan_pipe.attention import choose_attention
 from milan_pipe.devices import memory_for, resolve_precision
-from milan_pipe.errors import DataError, StoppedError, StoreError, system_reason
+from milan_pipe.errors import DataError, ProcessLostError, StoppedError, StoreError, system_reason
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import read_regular, write_file
 from milan_pipe.training.checkpoint import (
@@ -106,6 +106,8 @@ class _Run(Generic[B]):
             except NotFiniteError as error:
                 more = task.explain(error, self.saver.weights)
                 raise DataError(f"{error}. {describe_last_checkpoint(self.folder)}{more}") from error
+            except ProcessLostError as error:
+                raise ProcessLostError(f"{error}. {describe_last_checkpoint(self.folder)}") from error
             return self._finish()
 
     def _train(self, stop: StopRequest) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from milan_pipe.config.training import SinkName
 from milan_pipe.digests import sha256_of
 from milan_pipe.extras import needs
-from milan_pipe.training.metrics import MetricWriter, metrics_written
+from milan_pipe.training.metrics import MetricWriter, metrics_written, require_own_metrics
 
 if TYPE_CHECKING:
     from dvclive.live import Live
@@ -82,6 +82,7 @@ def _open_files(folder: Path, resume: bool, stack: ExitStack) -> Sink:
         from dvclive.live import Live  # only processes that write need it: a quarter of a second
     except ModuleNotFoundError:
         return MetricWriter(folder, resume=resume)
+    require_own_metrics(folder)
     quiet: Any = {"save_dvc_exp": False, "dvcyaml": None, "report": None, "monitor_system": False}
     with metrics_written(folder):
         live = Live(str(folder), resume=resume, **quiet)

@@ -6,13 +6,16 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from milan_pipe import __version__, cli
 from milan_pipe.cli import console
@@ -318,6 +321,89 @@ def test_nothing_else_is_written_into_a_store(
     message = f"{place} would lie in {chain}/targets, a target store, which holds nothing else; name another place"
     assert run(capsys, monkeypatch, *words.split(), *settings) == (2, "", f"error: {message}\n")
     assert sorted(chain.rglob("*")) == before
+
+
+def odd(name: bytes) -> str:
+    """A name that is no UTF-8, as Python has it."""
+    return os.fsdecode(name)
+
+
+ODD = odd(b"classes\xff")
+FEW = [
+    *("student.width=32", "student.depth=1", "finetune.epochs=1", "finetune.batch_size=4", "finetune.workers=0"),
+    *("finetune.warmup_epochs=0", "finetune.max_bad_fraction=0.5", "embed.max_bad_fraction=0.5", "knn.neighbours=[1]"),
+    *("segment.steps=1", "segment.batch_size=2", "segment.channels=8", "segment.classes=2", "segment.workers=0"),
+    "segment.warmup_steps=0",
+]
+
+
+@pytest.fixture
+def odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Class folders, and images with masks; a few names are no UTF-8, as in old archives."""
+    rng = np.random.default_rng(0)
+
+    def save(path: Path, *shape: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 2, shape, dtype=np.uint8)).save(path)
+
+    for name in (odd(b"caf\xe9"), "tea"):
+        for number in range(6):
+            save(tmp_path / ODD / name / (odd(b"\xff%d.png" % number) if number < 3 else f"{number}.png"), 64, 64, 3)
+        for suffix in ("png", "txt"):
+            (tmp_path / ODD / name / f"{odd(bytes([254]))}.{suffix}").write_bytes(b"no image")
+    for number in range(6):
+        save(tmp_path / "parts" / "images" / odd(b"\xff%d.png" % number), 64, 64, 3)
+        save(tmp_path / "parts" / "masks" / odd(b"\xff%d.png" % number), 64, 64)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetune", "random", ODD, ODD, "out"),
+        ("segment", "random", "parts", "parts", "out"),
+        ("knn", "random", ODD, ODD, "--keep", "out"),
+        ("embed", "random", ODD, "out"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_names_that_are_no_utf8(
+    odd_names: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        code, _, err = run(capsys, monkeypatch, *words, *(word for text in FEW for word in ("--set", text)))
+        assert code == 0, err
+    for file in odd_names.glob("out/**/*.json*"):
+        file.read_text(encoding="utf-8").encode()
+    if words[0] == "finetune":
+        listed = [
+            json.loads(line)["key"] for line in (odd_names / "out" / "bad_samples.jsonl").read_text().splitlines()
+        ]
+        assert sorted(listed) == [f"{name}/\\xfe.{suffix}" for name in ("caf\\xe9", "tea") for suffix in ("png", "txt")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("extract-targets images {}", "{} is no UTF-8, which zarr and safetensors do not open; name another folder"),
+        ("pretrain targets {}", "{} is no UTF-8, which zarr and safetensors do not open; name another folder"),
+        ("extract-targets {} new", "{}/{}.tar has a name that is no UTF-8, which no record can hold; rename it"),
+        ("embed random {} new", "{}/{}.tar has a name that is no UTF-8, which no record can hold; rename it"),
+    ],
+)
+def test_names_that_cannot_be_kept(
+    chain: Path, words: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain)
+    name = odd(b"\xff")
+    if "{} new" in words:
+        Path(name).mkdir(exist_ok=True)
+        shutil.copy(next(chain.glob("images/train-*.tar")), Path(name) / f"{name}.tar")
+    code, out, err = run(capsys, monkeypatch, *words.replace("{}", name).split(), *SETTINGS)
+    assert (code, out) == (2, "")
+    assert err.splitlines() == ["error: " + message.replace("{}", "\\udcff")]
+    assert not (chain / "new").exists()
 
 
 @pytest.mark.parametrize(

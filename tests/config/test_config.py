@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milan_pipe.config.params import Params, _load, load_params
+from milan_pipe.config.params import Params, load_params, load_yaml
 from milan_pipe.errors import SettingError
 
 
@@ -130,7 +130,7 @@ def test_aliases_are_counted_before_they_are_held(tmp_path: Path) -> None:
 def test_what_is_merged_may_be_overridden() -> None:
     """`c` is built before `inner`, which it merges."""
     text = "a: &base {key: 1}\nb:\n  inner: &one {<<: *base, key: 2}\nc: {<<: *one}\n"
-    assert _load(text) == {"a": {"key": 1}, "b": {"inner": {"key": 2}}, "c": {"key": 2}}
+    assert load_yaml(text) == {"a": {"key": 1}, "b": {"inner": {"key": 2}}, "c": {"key": 2}}
 
 
 @pytest.mark.timeout(60)
@@ -138,7 +138,7 @@ def test_what_is_merged_may_be_overridden() -> None:
 def test_what_is_merged_is_counted_as_it_is(merge: str) -> None:
     keys = ", ".join(f"k{number}: 1" for number in range(20_000))
     with pytest.raises(ValueError, match="more than 100,000 values"):
-        _load(f"a: &a {{{keys}}}\nb:\n" + f"{merge}\n" * 20_000)
+        load_yaml(f"a: &a {{{keys}}}\nb:\n" + f"{merge}\n" * 20_000)
 
 
 @pytest.mark.parametrize("value", ["2001-99-99", "!!bool maybe", "!!timestamp x", "9" * 5000, "[" * 600])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +39,7 @@ from milan_pipe.errors import (
     DeviceFullError,
     MismatchError,
     MissingError,
+    ProcessLostError,
     SettingError,
     ShapeError,
     StoreError,
@@ -116,7 +120,18 @@ def all_bad() -> object:
     bad = BadImages(None)
     bad.limit(99, 1.0)
     keys = [f"k{number}" for number in range(99)]
-    return list(load_batches(unreadable, list, keys, iter([[SampleRequest(0, 5)]]), workers=0, bad=bad))
+    batches = iter([[SampleRequest(0, 5)]])
+    return list(load_batches(unreadable, list, keys, batches, workers=0, setting="finetune.workers", bad=bad))
+
+
+def killed_while_it_reads() -> object:
+    batches = iter([[SampleRequest(0, number)] for number in range(99)])
+    read = load_batches(
+        lambda _: 0, list, ["k"] * 99, batches, workers=2, setting="segment.workers", bad=BadImages(None)
+    )
+    next(read)
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    return list(read)
 
 
 def too_many() -> object:
@@ -255,6 +270,11 @@ CASES: dict[str, Case] = {
     ),
     "images in a row": (
         all_bad, DataError, "16 images in a row cannot be read, the first is 'k5': broken",
+    ),
+    "worker that is killed": (
+        killed_while_it_reads, ProcessLostError,
+        "a process of segment.workers=2 ended by itself: DataLoader worker ... The system may have killed it for its "
+        "memory; try fewer, or segment.workers=0",
     ),
     "too many bad images": (
         too_many, DataError,

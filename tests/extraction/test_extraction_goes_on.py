@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import tarfile
+import time
 
 import pytest
 from support.disks import small_disk
@@ -32,6 +35,17 @@ def test_threads_do_not_change_a_byte(whole, images, extract, tree, tmp_path):
         assert [path for path in found if found[path] != expected[path]] == []
     assert b"\x80\x04" not in b"".join(data[:2] for data in expected.values())
     assert not any(path.endswith((".pkl", ".pickle", ".pt")) for path in expected)
+
+
+def test_a_clock_that_jumps_and_files_of_the_future_change_nothing(whole, images, extract, tree, tmp_path, monkeypatch):
+    extract(images, tmp_path / "t", shards="0/2")
+    for path in (tmp_path / "t").rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    true_time, rng = time.time, random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: true_time() + rng.uniform(-1e8, 1e8))
+    report = extract(images, tmp_path / "t")
+    assert (report.skipped, report.complete) == (2, True)
+    assert tree(tmp_path / "t") == tree(whole[0])
 
 
 def test_again_does_nothing(images, extract, tree, tmp_path):

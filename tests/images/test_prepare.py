@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import pytest
 import webdataset
 from PIL import Image
 from pydantic import ValidationError
+from support import processes
 from support.images import bad_of
 
 from milan_pipe.config.images import IMAGE_LIMITS, TEST_SCENE_OFFSET, PrepareSettings
@@ -436,6 +439,37 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     run.kill()
     run.communicate(timeout=60)
     assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+@pytest.mark.ci
+@two_processors
+def test_sigkill_and_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+    settings = PrepareSettings(train_scenes=300, test_scenes=0, samples_per_shard=10, seed=4)
+    prepare("demo", tmp_path / "whole", settings, workers=2)
+    given = settings.model_dump(include={"train_scenes", "test_scenes", "samples_per_shard", "seed"})
+    words = [word for name, value in given.items() for word in ("--set", f"prepare.{name}={value}")]
+    rng, kills, left = random.Random(3), 0, []
+    while kills < 5:
+        run = processes.Popen(
+            [sys.executable, "-m", "milan_pipe", "prepare", "demo", "out", *words],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = set(tmp_path.glob("out/*"))
+        while run.poll() is None and not set(tmp_path.glob("out/*.tar*")) - before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3))
+        workers = psutil.Process(run.pid).children()
+        run.kill()
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+        kills += run.wait() == -signal.SIGKILL
+        left += [path.name for path in tmp_path.glob("out/.partial-*")]
+        if not (tmp_path / "out" / PREPARE_MARKER).exists():
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert left, "none of the kills met a shard in the making"
+    prepare("demo", tmp_path / "out", settings, workers=2)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @two_processors

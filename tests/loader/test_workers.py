@@ -24,7 +24,7 @@ from support.training import StopAtError, same_run, stop_at
 from milan_pipe.config.params import Params
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
-from milan_pipe.errors import DataError, MissingError, StoreError
+from milan_pipe.errors import DataError, MissingError, ProcessLostError
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.loader.workers import WorkerLoader
@@ -113,8 +113,9 @@ def test_a_process_that_is_killed_ends_the_run_in_a_line(stores: tuple[Path, Pat
         for process in multiprocessing.active_children():
             os.kill(process.pid or 0, signal.SIGKILL)
 
-    with pytest.raises(StoreError, match=r"^a process of pretrain\.workers=1 ended by itself: DataLoader worker"):
-        pretrain(stores[0], tmp_path / "run", params(workers=1, epochs=50), on_progress=kill)
+    expected = r"^a process of pretrain\.workers=1 ended by itself: DataLoader worker.* The last good checkpoint is "
+    with pytest.raises(ProcessLostError, match=expected + str(tmp_path / "run" / "checkpoints" / "step-")):
+        pretrain(stores[0], tmp_path / "run", params(workers=1, epochs=50, checkpoint_every=1), on_progress=kill)
 
 
 def test_damage_is_told_as_by_threads(stores: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,20 +12,25 @@ import numpy as np
 import pytest
 import torch
 from support.images import png
+from support.targets import header, write_store
 
+from milan_pipe.cli.reports import _extraction
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.errors import DataError, StoreError
 from milan_pipe.evaluation.batches import BadImages
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.images.prepare import prepare
+from milan_pipe.interop.push import push
 from milan_pipe.pretraining.start import kept_start
 from milan_pipe.reports.report import _segment_images
 from milan_pipe.storage import local
-from milan_pipe.targets.store import open_targets
+from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.lock import only_writer
 from milan_pipe.training.metrics import CURVES, MetricWriter
+from milan_pipe.training.sinks import open_sinks
+from milan_pipe.weights_file import load_tensors, write_weights
 
 
 @pytest.fixture
@@ -80,6 +85,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         "run/init.json",
         "run/.lock",
         "images/.prepare-is-running",
+        "extraction.json",
     )
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         BadImages(tmp_path / "run" / "bad_samples.jsonl")
     with pytest.raises(DataError, match=r"init\.json, which says what the run began with, cannot be read"):
         kept_start(tmp_path / "run")
+    with pytest.raises(DataError, match=r"--extraction .* cannot be read: .*not a regular file"):
+        _extraction(tmp_path / "extraction.json")
     with (
         pytest.raises(StoreError, match=r"\.lock cannot be opened: not a regular file"),
         only_writer(tmp_path / "run", Ranks(0, 1, torch.device("cpu"))),
@@ -126,3 +134,65 @@ def test_a_list_of_skipped_images_that_cannot_be_written_is_read(tmp_path: Path)
     BadImages(file)
     assert opened
     assert not any(flags & (os.O_WRONLY | os.O_RDWR) for flags in opened)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics/plots"])
+def test_a_link_to_a_folder_leads_no_run_elsewhere(tmp_path: Path, name: str) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    (other / "step-00000001").mkdir(parents=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(other)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with (
+        pytest.raises(StoreError, match=rf"{name} is a link to {other}, where nothing is written"),
+        only_writer(run, ranks),
+    ):
+        pass
+    # One that stays in the run is none of a stranger, and a run may be a link as a whole.
+    (run / name).unlink()
+    (run / "real").mkdir()
+    (run / name).symlink_to(run / "real")
+    (tmp_path / "elsewhere").symlink_to(run)
+    with only_writer(tmp_path / "elsewhere", ranks):
+        pass
+
+
+@pytest.mark.parametrize("name", ["manifest", "shards"])
+def test_a_link_to_a_folder_leads_no_store_elsewhere(tmp_path: Path, name: str) -> None:
+    head = header(shards=2)
+    write_store(tmp_path / "t", head, [5])
+    (tmp_path / "t" / name).rename(tmp_path / "other")
+    (tmp_path / "t" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(StoreError, match=f"{name} is a link to {tmp_path}/other, where nothing is written"):
+        TargetStoreWriter(tmp_path / "t", head)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", ["metrics.json", "plots/metrics/train/loss.tsv"])
+def test_dvclive_follows_no_link_and_waits_for_no_pipe(tmp_path: Path, other: Path, name: str, kind: str) -> None:
+    pytest.importorskip("dvclive")
+    file = tmp_path / "metrics" / name
+    file.parent.mkdir(parents=True)
+    if kind == "link":
+        file.symlink_to(other)
+    else:
+        os.mkfifo(file)
+    with pytest.raises(StoreError, match=r"metrics.* cannot be written"), open_sinks(tmp_path / "metrics", (), 4, {}):
+        pass
+    assert other.read_text() == "as it was"
+
+
+def test_a_link_publishes_no_other_weights(tmp_path: Path, other: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000001" / "student.safetensors").symlink_to(other)
+    with pytest.raises(DataError, match=f"is a link to {other}, out of its folder"):
+        push(tmp_path / "run", "me/mine", dry_run=True)
+
+
+def test_weights_at_a_path_that_is_no_utf8_are_not_called_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    write_weights({"a": torch.ones(2)}, file)
+    moved = file.rename(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    with pytest.raises(StoreError, match="its path is no UTF-8, which safetensors does not open; rename it"):
+        load_tensors(moved)

@@ -429,6 +429,10 @@ def test_five_hundred_corruptions_and_training_without_verify(
         put(store.root, store.files)
     assert refused > 250
     what = ", ".join(f"{count} {how}" for how, count in done.items())
-    counted(f"damage to a store, {store_format}: {what}", done.total(), "`verify-targets` names the file")
+    counted(
+        f"damage to a store, {store_format}: {what}",
+        done.total(),
+        "`verify-targets` names the file, or what vouches for it",
+    )
     held = f"refused {refused} times, else read nothing of it: an unbroken run's losses and weights"
     counted(f"the same, `pretrain` without verify, {store_format}", done.total(), held)

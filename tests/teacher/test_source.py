@@ -285,10 +285,15 @@ def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
 
 @pytest.mark.parametrize(
     "stated",
-    ["mit\nat: !!timestamp x", f"mit\nat: {'1:' * 200}1.5", "[" * 600, "mit\n1: 2", "mit\nat: 2001-99-99"],
-    ids=["date", "sixties", "depth", "number", "day"],
+    [
+        *("mit\nat: !!timestamp x", f"mit\nat: {'1:' * 200}1.5", "[" * 600, "mit\nat: 2001-99-99"),
+        *(f"mit\nat: [{'1,' * 200_000}]", f"mit\n---\n{'x' * 2**20}", "mit\nlicense: gpl-3.0"),
+    ],
+    ids=["date", "sixties", "depth", "day", "values", "size", "twice"],
 )
 def test_a_card_that_is_no_yaml_states_no_licence(tmp_path: Path, stated: str) -> None:
     card = tmp_path / "README.md"
     card.write_text(f"---\nlicense: {stated}\n---\n")
     assert license_of_card(card) is None
+    card.write_text("---\nlicense: mit\n1: 2\n---\nA student.\n")
+    assert license_of_card(card) == "mit"
