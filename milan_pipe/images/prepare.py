@@ -11,8 +11,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +30,7 @@ from milan_pipe.images.source import Bad, Job, Source
 from milan_pipe.images.source_demo import DEMO, demo_source
 from milan_pipe.images.source_folder import folder_source, image_files
 from milan_pipe.images.source_table import LIST_SUFFIXES, find_tables, table_source
+from milan_pipe.spawning import end_with
 from milan_pipe.storage import is_url, local_folder
 from milan_pipe.storage.kinds import IMAGES, mistaken
 from milan_pipe.storage.local import beside, flush
@@ -241,18 +240,11 @@ def _packed(jobs: Sequence[Job], paths: list[Path], workers: int | None) -> Iter
 
 
 def _begin_worker(parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     # Ctrl-C reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # webdataset imports torch where it can, which takes seconds; writing tars does without.
     sys.modules["torch"] = None  # type: ignore[assignment]
-
-
-def _end_with(parent: int) -> None:
-    # Of a process that was killed the workers would wait for work for ever.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _pack(job: Job, path: Path) -> _Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from milan_pipe.errors import MilanError, SettingError
 from milan_pipe.loader.order import BatchPlan, Block
 from milan_pipe.loader.stream import Batch, DrawNoise, Loader, ahead_of, empty_batch, read_run
 from milan_pipe.lost_processes import lost_where_asked, next_answer
-from milan_pipe.spawning import script_unseen, without_signals
+from milan_pipe.spawning import end_with, script_unseen, without_signals
 from milan_pipe.storage import Location
 from milan_pipe.targets.several import SeveralStores, open_several
 
@@ -43,6 +44,7 @@ class _Parts(IterableDataset[_Answer]):
 
     Attributes:
         stores: each process opens them anew.
+        parent: process that takes the batches.
         slots: memory of some batches, (slots, B, ...); a batch lies in the one of its number, counted in turn.
     """
 
@@ -52,10 +54,13 @@ class _Parts(IterableDataset[_Answer]):
     threads: int
     with_targets: bool
     draw_noise: DrawNoise | None
+    parent: int
     slots: Batch
     epochs: tuple[int, int, int | None] = (0, 0, None)
 
     def __iter__(self) -> Iterator[_Answer]:
+        # Torch looks for it between two parts, and not while the pipe to it is full.
+        end_with(self.parent)
         worker: Any = get_worker_info()
         first = self.plan.batch_size * self.plan.rank // self.plan.ranks
         plan = _part_of(self.plan, worker.id, worker.num_workers)
@@ -132,6 +137,7 @@ class WorkerLoader:
             threads=threads,
             with_targets=with_targets,
             draw_noise=draw_noise,
+            parent=os.getpid(),
             slots=replace(batch, **batch.each(lambda values: _shared(values, count))),
         )
 
@@ -164,6 +170,8 @@ class WorkerLoader:
         lost_where_asked(answers)
         # One that reads from far away may not end in time.
         last = threading.Timer(_END_SECONDS, lambda: [process.kill() for process in answers._workers])
+        over = threading.Event()
+        threading.Thread(target=_give_up_with_one, args=(answers, over), daemon=True).start()
         try:
             number = 0
             while len(keys := list(self._next(answers))) == self._workers:
@@ -171,6 +179,7 @@ class WorkerLoader:
                 yield replace(slot, keys=tuple(key for part in keys for key in part), **slot.each(self._copy))
                 number += 1
         finally:
+            over.set()
             last.start()
             answers._shutdown_workers()
             last.cancel()
@@ -187,6 +196,22 @@ class WorkerLoader:
 
     def _copy(self, values: Tensor) -> Tensor:
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pin).copy_(values)
+
+
+def _give_up_with_one(answers: Any, over: threading.Event) -> None:
+    """End all processes with the first that was killed, and what waits for them.
+
+    It may have written half of an answer; as long as another could write the rest, the reader would wait for it.
+    """
+    left = {process.sentinel: number for number, process in enumerate(answers._workers)}
+    while left and not over.is_set():
+        ended = [left.pop(sentinel) for sentinel in multiprocessing.connection.wait(list(left), timeout=1)]
+        # One that is through is told to end, and no longer counted before.
+        if any(answers._workers_status[number] for number in ended) and not over.is_set():
+            for process in answers._workers:
+                process.kill()
+            answers._worker_result_queue._writer.close()
+            return
 
 
 def _shared(values: Tensor, count: int) -> Tensor:

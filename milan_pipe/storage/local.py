@@ -294,13 +294,15 @@ def require_own_folders(root: Path) -> None:
         try:
             # Types come with the names: nothing is asked of a file.
             with os.scandir(folders.pop()) as entries:
-                found = [(entry.is_symlink(), Path(entry)) for entry in entries if entry.is_dir()]
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise StoreError(f"{root} cannot be listed: {system_reason(error)}") from error
+                found = [
+                    (entry.is_symlink(), Path(entry))
+                    for entry in entries
+                    if entry.is_symlink() or entry.is_dir(follow_symlinks=False)
+                ]
+        except OSError:
+            continue  # what cannot be listed is told, in words that fit, by what writes there
         folders += [path for is_link, path in found if not is_link]
-        for path in (path for is_link, path in found if is_link and not lies_in(root, path)):
+        for path in (path for is_link, path in found if is_link and path.is_dir() and not lies_in(root, path)):
             raise StoreError(
                 f"{path} is a link to {os.path.realpath(path)}, where nothing is written: put a folder in its "
                 f"place, or let {root} as a whole be elsewhere"

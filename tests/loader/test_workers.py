@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -31,6 +32,7 @@ from milan_pipe.loader.workers import WorkerLoader
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.student.masking import noise_for
 from milan_pipe.targets.several import SeveralStores, open_several
+from milan_pipe.training.metrics import CURVES
 
 HEAD = header(format="zarr", shards=3)
 OTHER = header("float16", format="webdataset", shards=3, width=12, model="other", weights_sha256="cd" * 32)
@@ -116,6 +118,54 @@ def test_a_process_that_is_killed_ends_the_run_in_a_line(stores: tuple[Path, Pat
     expected = r"^a process of pretrain\.workers=1 ended by itself: DataLoader worker.* The last good checkpoint is "
     with pytest.raises(ProcessLostError, match=expected + str(tmp_path / "run" / "checkpoints" / "step-")):
         pretrain(stores[0], tmp_path / "run", params(workers=1, epochs=50, checkpoint_every=1), on_progress=kill)
+
+
+@pytest.fixture(scope="module")
+def long_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose batches of 100 have more bytes of keys than a pipe holds."""
+    store = tmp_path_factory.mktemp("long") / "t"
+    head = header(format="zarr", shards=1)
+    write_blocks(store, head, [random_blocks(head, 300, 0, [f"{row:03d}{'k' * 4000}" for row in range(300)])])
+    return store
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_killed_as_it_answers_ends_the_run(long_keys: Path, tmp_path: Path, number: int) -> None:
+    """One of the two is in the middle of an answer that the pipe has no room for, and the other could go on with it."""
+    began: list[int] = []
+
+    def kill(_: object) -> None:
+        if not began:
+            time.sleep(1)
+            began.append(sorted(process.pid or 0 for process in multiprocessing.active_children())[number])
+            os.kill(began[0], signal.SIGKILL)
+
+    with pytest.raises(ProcessLostError, match=r"^a process of pretrain\.workers=2 ended by itself: DataLoader worker"):
+        pretrain(long_keys, tmp_path / "run", params(workers=2, epochs=50, batch_size=100), on_progress=kill)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(120)
+def test_processes_end_with_a_run_that_is_killed(long_keys: Path, tmp_path: Path) -> None:
+    settings = params(workers=2, epochs=500, batch_size=100).model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "milan_pipe", "pretrain", str(long_keys), "run"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    curve = tmp_path / "run" / "metrics" / CURVES / "train" / "loss.tsv"
+    while not curve.exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    workers = psutil.Process(run.pid).children()
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_damage_is_told_as_by_threads(stores: tuple[Path, Path], tmp_path: Path) -> None:
