@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import platform
@@ -10,12 +11,13 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import psutil
 
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.teacher import TeacherSettings
-from milan_pipe.errors import MilanError, SettingError, StoreError, one_line
+from milan_pipe.errors import DataError, MilanError, SettingError, StoreError, one_line
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, cards_of, do_shard, process_count, teacher_precision
@@ -33,11 +35,15 @@ from milan_pipe.images.ahead import thread_count
 from milan_pipe.spawning import script_unseen, without_signals
 
 with needs("cluster", "a Dask cluster (--workers, --scheduler)"):
-    from distributed import Client, Future, KilledWorker, LocalCluster, as_completed, get_worker
+    from distributed import Client, Future, KilledWorker, LocalCluster, Status, as_completed, get_worker
+    from distributed.comm.core import CommClosedError
 
 _ATTEMPTS = 3
 _CONNECT_SECONDS = 30
 _START_SECONDS = 300
+_FRAMES = 20
+_LOOK_SECONDS = 0.02
+_ASKED_FOR = 4
 # How often a worker reports to the scheduler and the client counts workers. The scheduler keeps what it is sent, and
 # answers with all workers: neither must grow with batches and shards.
 _REPORT_SECONDS = 1.0
@@ -63,6 +69,7 @@ def _report_timer() -> Callable[[], bool]:
 
 def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> ShardResult:
     worker, due = get_worker(), _report_timer()
+    worker.log_event(f"{topic}-begun", (job.name, worker.address))
     done_views = done_bad = 0
 
     def report(views: int, bad: int) -> None:
@@ -73,9 +80,15 @@ def _task(assignment: Assignment, sharing: int, job: ShardJob, topic: str) -> Sh
             worker.log_event(topic, (job.name, done_views, done_bad))
 
     # Shared out here, as the processors are this machine's.
-    result = do_shard(assignment.with_share(sharing), job, report)
-    if result.error is not None:
-        raise result.error
+    try:
+        result = do_shard(assignment.with_share(sharing), job, report)
+        if result.error is not None:
+            raise result.error
+    except Exception as error:
+        # Dask sends the frames with it, and the client never hears of an error whose frames it cannot read.
+        if not isinstance(error, MilanError):
+            error.add_note(traceback.format_exc(limit=-_FRAMES))
+        raise error.with_traceback(None) from None
     return result
 
 
@@ -106,16 +119,19 @@ def precision_of_workers(scheduler: str, teacher: TeacherSettings, extract: Extr
     """
     _silence_dask()
     with _connected(scheduler) as client:
-        client.wait_for_workers(1)
-        try:
-            found = client.run(teacher_precision, teacher, extract)
-        except (OSError, ImportError) as error:
-            if isinstance(error, MilanError):
-                raise
+        found: dict[str, Any] = {}
+        # Workers may go as they are asked.
+        while not found:
+            client.wait_for_workers(1)
+            told = client.run(teacher_precision, teacher, extract, on_error="return")
+            found = {worker: said for worker, said in told.items() if not isinstance(said, CommClosedError)}
+    for error in (said for said in found.values() if isinstance(said, Exception)):
+        if isinstance(error, OSError | ImportError) and not isinstance(error, MilanError):
             raise StoreError(
                 f"a worker of {scheduler} did not say what it computes in ({one_line(error)}); see its own log, or set "
                 "teacher.precision"
             ) from error
+        raise error
     if len(set(found.values())) > 1:
         told = "; ".join(f"{worker}: {precision}" for worker, precision in sorted(found.items())[:4])
         raise SettingError(
@@ -162,14 +178,33 @@ def _client(assignment: Assignment, jobs: int) -> Iterator[tuple[Client, int]]:
         script_unseen(),
         own_folder() as folder,
         dask.config.set(
-            {"distributed.nanny.pre-spawn-environ": environment, "temporary-directory": folder, **_NO_PAGES}
+            {
+                "distributed.nanny.pre-spawn-environ": environment,
+                "temporary-directory": folder,
+                # Else a worker has a second shard, which counts as suspicious where the first one kills it.
+                "distributed.scheduler.worker-saturation": 1.0,
+                **_NO_PAGES,
+            }
         ),
         _local_cluster(folder, cards_of(extract)) as cluster,
         Client(cluster) as client,
     ):
         cluster.scale(workers)
-        client.wait_for_workers(workers, timeout=_START_SECONDS)
+        _wait_for_processes(cluster, client, workers)
         yield client, workers
+
+
+def _wait_for_processes(cluster: LocalCluster, client: Client, wanted: int) -> None:
+    ends = time.monotonic() + _START_SECONDS
+    while (found := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
+        failed = sum(nanny.status is Status.failed for nanny in cluster.workers.values())
+        if found + failed >= wanted or time.monotonic() > ends:
+            break
+        time.sleep(_LOOK_SECONDS)
+    if not found:
+        raise StoreError(f"none of the {wanted} processes of extract.workers={wanted} started; use fewer")
+    if found < wanted:
+        _warn(f"{wanted - found} of the {wanted} processes of extract.workers={wanted} did not start")
 
 
 @contextmanager
@@ -234,7 +269,15 @@ def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-ar
     error: Exception | None = future.exception()
     if isinstance(error, CancelledError):
         raise error
-    result: ShardResult = ShardResult(name=shard, error=error) if error is not None else future.result()
+    if error is not None:
+        return ShardResult(name=shard, error=error)
+    try:
+        result: ShardResult = future.result()
+    except Exception as again:
+        # Its worker went meanwhile, and doing the shard again failed.
+        if isinstance(again, CancelledError) or future.status != "error":
+            raise
+        return ShardResult(name=shard, error=again)
     return result
 
 
@@ -251,61 +294,104 @@ def extract_on_cluster(
         on_workers: called with how many workers there are.
 
     Raises:
-        StoreError: no scheduler answers, or it was lost.
+        StoreError: no scheduler answers, it was lost, or two shards in a row killed all workers that tried them.
     """
     _silence_dask()
-    with _client(assignment, len(jobs)) as (client, sharing):
+    with _client(assignment, len(jobs)) as (client, sharing), ExitStack() as stack:
         # A scheduler may have other extractions at the same time, of shards of the same names.
         topic = f"milan-pipe-{uuid.uuid4().hex}"
         count = _counter(on_progress)
         client.subscribe_topic(topic, lambda event: count(*event[1]))
 
-        waiting: dict[Future, tuple[ShardJob, int]] = {}  # type: ignore[type-arg]
+        begun: dict[str, list[str]] = defaultdict(list)
+        client.subscribe_topic(f"{topic}-begun", lambda event: begun[event[1][0]].append(event[1][1]))
+
+        # With the workers that one is left to.
+        waiting: dict[Future, tuple[ShardJob, int, set[str]]] = {}  # type: ignore[type-arg]
+        known: set[str] = set()
+        numbers = itertools.count()
 
         def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
-            key = f"{topic}-{job.name}-{attempt}"
-            # First come, first served, so that what is left at the end is the tail and not holes.
-            future = client.submit(_task, assignment, sharing, job, topic, key=key, priority=-int(job.name))
-            waiting[future] = (job, attempt)
+            # A worker that fails is the first to be free again; another may be sound.
+            others = known.difference(begun[job.name]) if attempt > 1 else set()
+            future = client.submit(
+                _task, assignment, sharing, job, topic,
+                key=f"{topic}-{job.name}-{next(numbers)}",
+                # First come, first served, so that what is left at the end is the tail and not holes.
+                priority=-int(job.name),
+                workers=sorted(others) or None, allow_other_workers=bool(others),
+            )  # fmt: skip
+            waiting[future] = (job, attempt, others)
             return future
-
-        known: set[str] = set()
 
         def look_at_workers() -> None:
             nonlocal known
             present = set(client.scheduler_info(n_workers=-1)["workers"])
             if lost := known - present:
-                _warn(f"lost {len(lost)} of {len(known)} workers; what they had is done again by others")
+                then = "what they had is done again by others"
+                if not present and assignment.extract.scheduler:
+                    then = f"none is left, waiting for `dask worker {assignment.extract.scheduler}`"
+                _warn(f"lost {len(lost)} of {len(known)} workers; {then}")
             known = present
             on_workers(len(present))
+            # Dask leaves to nobody what was left to workers that are gone.
+            for future, (job, attempt, others) in list(waiting.items()):
+                if others and not others & present:
+                    del waiting[future]
+                    future.cancel()
+                    finished.add(submit(job, attempt))
 
         due = _report_timer()
         look_at_workers()
         finished = as_completed([submit(job, 1) for job in jobs])
-        for future in finished:
-            job, attempt = waiting.pop(future)
+        killed: Counter[str] = Counter()
+        killed_in_row = 0
+        # Asked for in threads: the result of a worker that is lost is waited for until another has done the shard.
+        pool = ThreadPoolExecutor(_ASKED_FOR)
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        asked: dict[Any, Future] = {}  # type: ignore[type-arg]
+        while waiting:
             try:
-                # The last to end may be the one that took over what a lost worker had.
-                if due() or not waiting:
+                if due():
                     look_at_workers()
-                if future.status == "lost":
-                    # Its worker went with the result; the scheduler has the shard done again, under the same key.
-                    waiting[future] = (job, attempt)
-                    finished.add(future)
+                while finished.has_ready():
+                    future = next(finished)
+                    if future in waiting:
+                        asked[pool.submit(_outcome, future, waiting[future][0].name)] = future
+                answer = next((answer for answer in asked if answer.done()), None)
+                if answer is None:
+                    time.sleep(_LOOK_SECONDS)
                     continue
-                result = _outcome(future, job.name)
+                found = waiting.pop(asked.pop(answer), None)
+                if found is None:
+                    continue
+                job, attempt, _ = found
+                # The last to end may be the one that took over what a lost worker had.
+                if not waiting:
+                    look_at_workers()
+                result = answer.result()
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:
                 named = f" {assignment.extract.scheduler}" if assignment.extract.scheduler else ""
                 raise StoreError(f"the scheduler{named} was lost") from gone
             if result.source is not None:
+                killed_in_row = 0
                 count(job.name, result.views, len(result.source.bad))
                 yield result
             elif isinstance(result.error, KilledWorker):
+                killed[job.name] += 1
+                if not begun[job.name] and killed[job.name] < _ATTEMPTS:
+                    # It stood behind a shard that killed its workers, and died with them by Dask's count.
+                    finished.add(submit(job, attempt))
+                    continue
+                killed_in_row += 1
                 death = (
-                    f"the worker died {_ATTEMPTS} times over shard {job.name} ({job.images}); see the worker's own log"
+                    f"the worker died {result.error.allowed_failures + 1} times over shard {job.name} ({job.images}); "
+                    "see the worker's own log"
                 )
-                yield ShardResult(name=job.name, error=StoreError(death))
+                # One may be what no worker can do; two are a machine without memory.
+                kind = DataError if killed_in_row == 1 else StoreError
+                yield ShardResult(name=job.name, error=kind(death))
             elif attempt == _ATTEMPTS:
                 yield result
             else:

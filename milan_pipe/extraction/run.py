@@ -29,7 +29,7 @@ from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.convert import require_apart
 from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
 from milan_pipe.targets.schema import SourceInfo, SourceShard, StoreHeader
-from milan_pipe.targets.store import TargetStoreWriter, open_targets, read_header
+from milan_pipe.targets.store import TargetStoreWriter, header_sha256, open_targets, read_header
 from milan_pipe.teacher.clip import Teacher
 
 # Each source that is out of reach is tried for half a minute.
@@ -270,7 +270,13 @@ def extract_targets(
         # Each worker has its own; this one would take memory from the first.
         del teacher
         torch.cuda.empty_cache()
-        assignment = Assignment(targets=str(targets), teacher=params.teacher, extract=extract, limits=params.images)
+        assignment = Assignment(
+            targets=str(targets if location.local is None else location.local.absolute()),
+            header_sha256=header_sha256(writer.header),
+            teacher=params.teacher,
+            extract=extract,
+            limits=params.images,
+        )
         results = extract_on_cluster(assignment, jobs, tally.report, lambda workers: tally.report(workers=workers))
     else:
         results = Extractor(teacher, writer, extract, params.images).run(jobs, tally.report)

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from milan_pipe import __version__
 from milan_pipe.config.extraction import ExtractSettings
 from milan_pipe.config.images import ImageSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.devices import cards, resolve_device
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, MismatchError
 from milan_pipe.extraction.render import ShardJob
 from milan_pipe.extraction.shard import Extractor, ShardResult
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.storage import location_of
 from milan_pipe.student.encoder import grid_of
-from milan_pipe.targets.store import TargetStoreWriter, read_header
+from milan_pipe.targets.store import TargetStoreWriter, header_sha256, read_header
 from milan_pipe.teacher.clip import Teacher, load_teacher, load_teacher_of, resolve_teacher_precision
 
 # Threads of one process wait for their turns at the interpreter, so that it renders no more than some 2,400 views/s;
@@ -29,9 +30,17 @@ _MOST_PER_CARD = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """A store to add to, and how; the rest is in the store's header."""
+    """A store to add to, and how; the rest is in the store's header.
+
+    Attributes:
+        targets: absolute, as a worker may run in another folder.
+        header_sha256: of the header of this store.
+        version: of milan-pipe, where shards are assigned.
+    """
 
     targets: str
+    header_sha256: str
+    version: str = __version__
     teacher: TeacherSettings
     extract: ExtractSettings
     limits: ImageSettings
@@ -83,9 +92,15 @@ def do_shard(assignment: Assignment, job: ShardJob, on_progress: Callable[[int, 
     """Do one shard in this process, with a teacher that stays loaded for the next.
 
     Raises:
-        MismatchError: this machine's teacher is not the one that the store's header names.
+        MismatchError: this machine's teacher is not the one that the store's header names, the store that is seen from
+            here is another one, or milan-pipe is of another version.
         DataError: the store cannot be seen from here.
     """
+    if assignment.version != __version__:
+        raise MismatchError(
+            f"this worker has milan-pipe {__version__}, the command {assignment.version}, and their bytes may differ; "
+            "install the same everywhere"
+        )
     with _lock:
         if assignment not in _loaded:
             # One job at a time has its teacher in memory.
@@ -95,6 +110,11 @@ def do_shard(assignment: Assignment, job: ShardJob, on_progress: Callable[[int, 
             if header is None:
                 raise DataError(
                     f"{location} is not a target store as seen from this worker; it must be a shared folder or bucket"
+                )
+            if header_sha256(header) != assignment.header_sha256:
+                raise MismatchError(
+                    f"{location} is another store as seen from this worker; it must be a shared folder or bucket, one "
+                    "for all"
                 )
             teacher = load_teacher_of(header, assignment.teacher, _teacher_device(assignment.extract), location)
             if assignment.extract.compile:

@@ -34,6 +34,10 @@ class LocalFolder(Location):
         super().__init__(str(path))
         self.local: Path = path
 
+    def __reduce__(self) -> tuple[type[LocalFolder], tuple[Path]]:
+        # Another process may be in another folder.
+        return LocalFolder, (self.local.absolute(),)
+
     def child(self, path: str) -> Location:
         return LocalFolder(self.local / path)
 

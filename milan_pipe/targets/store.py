@@ -56,6 +56,11 @@ def header_file(header: StoreHeader) -> tuple[str, bytes]:
     return header_name(header), _header_content(with_digest(header.model_dump(mode="json")))
 
 
+def header_sha256(header: StoreHeader) -> str:
+    """Digest of the file that makes a folder a store."""
+    return sha256_of(header_file(header)[1])
+
+
 def _header_content(values: Mapping[str, Any]) -> bytes:
     content: dict[str, Any] = {_HEADER: values}
     if values.get("format", "zarr") == "zarr":

@@ -11,17 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from distributed import Client, LocalCluster
-from distributed.client import FutureCancelledError, _get_global_client
+from distributed import Client, Future, LocalCluster
+from distributed.client import FutureCancelledError
+from distributed.comm.core import CommClosedError
 from support import processes
 from support.extraction import SETTINGS, command, every_file
 from support.s3 import free_port
@@ -39,9 +40,10 @@ from milan_pipe.errors import (
     SettingError,
     StoreError,
 )
-from milan_pipe.extraction import worker
+from milan_pipe.extraction import cluster, worker
 from milan_pipe.extraction.cluster import _client, _local_cluster, _outcome
 from milan_pipe.extraction.run import ExtractProgress
+from milan_pipe.extraction.shard import ShardResult
 from milan_pipe.extraction.worker import Assignment, process_count
 from milan_pipe.images.prepare import prepare
 from milan_pipe.targets.store import open_targets
@@ -222,6 +224,114 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
     assert every_file(targets) == eight[1]
 
 
+def test_a_worker_writes_to_the_store_that_is_meant(eight: tuple[Path, Tree], running: Cluster, tmp_path: Path) -> None:
+    """Not to one that was there before, nor to one of the same name in the worker's own folder."""
+    own = running.folder / "own"
+    stderr = started(eight[0], own, "--scheduler", running.address).communicate(timeout=DEADLINE)[1]
+    assert every_file(own) == eight[1], stderr
+    other = ["--set", "views.seed=6"]
+    processes.run(command(eight[0], tmp_path / "other", *other), check=True, capture_output=True)
+    kept = own.rename(running.folder / "kept")
+    processes.run(command(eight[0], own, "--scheduler", running.address, *other), check=True, capture_output=True)
+    assert every_file(own) == every_file(tmp_path / "other")
+    (tmp_path / "client").mkdir()
+    given = command(eight[0], "kept", "--scheduler", running.address)
+    processes.run(given, check=True, capture_output=True, cwd=tmp_path / "client")
+    assert every_file(tmp_path / "client" / "kept") == eight[1] == every_file(kept)
+
+
+@pytest.mark.ci
+def test_a_worker_that_cannot_leaves_its_shards_to_others(
+    eight: tuple[Path, Tree], running: Cluster, tmp_path: Path
+) -> None:
+    """It has another version of the package, and fails at once each time."""
+    preload = tmp_path / "old.py"
+    preload.write_text("import milan_pipe\nmilan_pipe.__version__ = '0.0.1'\n")
+    words = ("worker", running.address, "--nthreads", "1", "--no-dashboard", "--preload", str(preload))
+    with dask_process(running.folder, *words), Client(running.address) as client:
+        client.wait_for_workers(3, timeout=DEADLINE)
+        stderr = started(eight[0], tmp_path / "t", "--scheduler", running.address).communicate(timeout=DEADLINE)[1]
+    assert every_file(tmp_path / "t") == eight[1], stderr
+
+
+@pytest.mark.ci
+def test_without_a_worker_it_says_that_it_waits(eight: tuple[Path, Tree], tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        cluster = Cluster(tmp_path, stack)
+        cluster.start()
+        cluster.add_worker()
+        with Client(cluster.address, timeout=DEADLINE) as client:
+            client.wait_for_workers(1, timeout=DEADLINE)
+        run = started(eight[0], tmp_path / "t", "--scheduler", cluster.address)
+        wait_for(lambda: committed(tmp_path / "t"), run)
+        for process in (psutil.Process(cluster.workers[0].pid), *children(psutil.Process(cluster.workers[0].pid))):
+            process.kill()
+        assert run.stderr is not None
+        line = next(line for line in run.stderr if "lost" in line)
+        assert f"lost 1 of 1 workers; none is left, waiting for `dask worker {cluster.address}`" in line
+        cluster.add_worker()
+        assert run.wait(DEADLINE) == 0
+    assert every_file(tmp_path / "t") == eight[1]
+
+
+def with_preload(script: str, images: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes of this machine, each of which runs a script before anything else."""
+    (folder / "preload.py").write_text(script)
+    environment = {**os.environ, "DASK_DISTRIBUTED__WORKER__PRELOAD": str(folder / "preload.py")}
+    given = command(images, folder / "t", "--workers", "2")
+    return subprocess.run(
+        given, env=environment, capture_output=True, text=True, cwd=folder, timeout=DEADLINE, check=False
+    )
+
+
+@pytest.mark.ci
+def test_a_shard_that_kills_its_workers_is_reported_and_the_others_are_done(
+    eight: tuple[Path, Tree], tmp_path: Path
+) -> None:
+    # Dask runs it in a nanny and in its worker, and twice in one that is started again.
+    script = """
+import os, signal, time
+from milan_pipe.extraction import cluster, worker
+def too_deep(depth):
+    return too_deep(depth + 1)
+def kill(assignment, job, report):
+    if job.name == "000002":
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return too_deep(0) if job.name == "000005" else worker.do_shard(assignment, job, report)
+cluster.do_shard = kill
+"""
+    run = with_preload(script, eight[0], tmp_path)
+    assert run.returncode == 2, run.stderr
+    error = next(line for line in run.stderr.splitlines() if line.startswith("error:"))
+    assert "2 of 8 shards failed: " in error
+    assert "000002: the worker died 4 times over shard 000002" in error
+    assert "000005: RecursionError: maximum recursion depth exceeded" in error
+    assert committed(tmp_path / "t") == [f"{number:06d}" for number in range(8) if number not in (2, 5)]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_that_ends_as_it_starts_is_told(eight: tuple[Path, Tree], tmp_path: Path, count: int) -> None:
+    script = f"""
+import os, signal
+for number in range({count}):
+    try:
+        os.close(os.open({str(tmp_path / "ended")!r} + str(number), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        continue
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run = with_preload(script, eight[0], tmp_path)
+    if count == 1:
+        assert run.returncode == 0, run.stderr
+        assert "1 of the 2 processes of extract.workers=2 did not start" in run.stderr
+        assert every_file(tmp_path / "t") == eight[1]
+    else:
+        assert run.returncode == 2, run.stderr
+        assert "error: none of the 2 processes of extract.workers=2 started" in run.stderr
+
+
 @pytest.mark.parametrize("question", ["exception", "result"])
 def test_a_scheduler_that_goes_between_two_questions_is_lost_all_the_same(question: str) -> None:
     """A killed scheduler meets this moment by chance alone, so that here the future says what it says then."""
@@ -239,6 +349,28 @@ def test_a_scheduler_that_goes_between_two_questions_is_lost_all_the_same(questi
 
     with pytest.raises(CancelledError):
         _outcome(Gone(), "000000")  # type: ignore[arg-type]
+
+
+def test_what_is_done_again_as_its_result_is_fetched_may_fail_and_the_scheduler_is_not_lost() -> None:
+    class DoneAgain:
+        status = "finished"
+
+        def exception(self) -> BaseException | None:
+            return None
+
+        def result(self) -> None:
+            self.status = "error"
+            raise StoreError("000000 cannot be written: File exists")
+
+    result = _outcome(DoneAgain(), "000000")  # type: ignore[arg-type]
+    assert (result.source, str(result.error)) == (None, "000000 cannot be written: File exists")
+
+
+def test_a_worker_that_goes_as_it_is_asked_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([{"a": CommClosedError("gone")}, {"a": CommClosedError("gone"), "b": "bfloat16"}])
+    client = SimpleNamespace(wait_for_workers=lambda _: None, run=lambda *_, **__: next(answers))
+    monkeypatch.setattr(cluster, "_connected", lambda _: contextlib.nullcontext(client))
+    assert cluster.precision_of_workers("tcp://host:1", TeacherSettings(), ExtractSettings()) == "bfloat16"
 
 
 @pytest.mark.slow
@@ -305,27 +437,24 @@ def test_a_shard_that_is_done_again_counts_once(images: Path, extract, tmp_path:
 
 
 def test_a_worker_that_goes_before_its_result_is_fetched_takes_nothing_with_it(
-    images: Path, whole, extract, tmp_path: Path
+    images: Path, whole, extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scheduler says then that the result is lost, and does the shard again; it is not lost itself."""
     killed: list[int] = []
 
-    def kill_between(_: ExtractProgress) -> None:
-        # Of the client's thread, between the end of the one shard and the question for its result.
-        client = _get_global_client()
-        if killed or client is None or threading.current_thread() is not threading.main_thread():
-            return
-        states = client.futures.values()
-        if any(state.status == "finished" for state in states):
-            killed.extend(client.run(os.getpid).values())
+    def kill_before(future: Future, shard: str) -> ShardResult:  # type: ignore[type-arg]
+        if not killed:
+            killed.extend(future.client.run(os.getpid).values())
             os.kill(killed[0], signal.SIGKILL)
             ends = time.monotonic() + DEADLINE
-            while not any(state.status == "lost" for state in states):
-                assert time.monotonic() < ends, [state.status for state in states]
+            while future.status != "lost":
+                assert time.monotonic() < ends, future.status
                 time.sleep(0.001)
+        return _outcome(future, shard)
 
+    monkeypatch.setattr(cluster, "_outcome", kill_before)
     with pytest.warns(RuntimeWarning, match="lost 1 of 1 workers"):
-        done = extract(images, tmp_path / "t", shards="1/3", workers=2, on_progress=kill_between)
+        done = extract(images, tmp_path / "t", shards="1/3", workers=2)
     assert len(killed) == 1
     assert (done.shards, committed(tmp_path / "t")) == (1, ["000001"])
     shard = {name: data for name, data in every_file(whole[0]).items() if "000001" in name}
@@ -360,7 +489,9 @@ def test_each_worker_has_a_card_of_its_own_in_turn(tmp_path: Path) -> None:
 
 def test_a_cluster_of_this_machine_is_reached_from_it_alone_and_has_no_dashboard() -> None:
     extract = ExtractSettings(device="cpu", workers=1)
-    assignment = Assignment(targets="t", teacher=TeacherSettings(), extract=extract, limits=ImageSettings())
+    assignment = Assignment(
+        targets="t", header_sha256="", teacher=TeacherSettings(), extract=extract, limits=ImageSettings()
+    )
     answers = []
 
     def listening() -> set[tuple[str, int]]:
