@@ -98,7 +98,8 @@ def test_loss_and_gradient_are_those_of_targets_held_in_memory(
     plain.backward()
     for left, p in zip(gradients, (p for p in objective.student.parameters() if p.grad is not None), strict=True):
         assert p.grad is not None
-        assert_close(left, p.grad, rtol=1e-4, atol=1e-7)
+        # Of a whole tensor: where large parts cancel, a value has their noise.
+        assert (left - p.grad).norm() <= 5e-6 * p.grad.norm()
 
 
 def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Path, Path], tmp_path: Path) -> None:
