@@ -183,6 +183,8 @@ def _client(assignment: Assignment, jobs: int) -> Iterator[tuple[Client, int]]:
                 "temporary-directory": folder,
                 # Else a worker has a second shard, which counts as suspicious where the first one kills it.
                 "distributed.scheduler.worker-saturation": 1.0,
+                # Else a process that is being started again when this has passed is given up, and no other begun.
+                "distributed.deploy.lost-worker-timeout": "1 day",
                 **_NO_PAGES,
             }
         ),
@@ -262,6 +264,11 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
+def _may_come(cluster: LocalCluster) -> bool:
+    """Whether a process of this cluster may be there later."""
+    return any(nanny.status not in (Status.failed, Status.closed) for nanny in cluster.workers.values())
+
+
 def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-arg]
     """The result of a task that has ended; CancelledError or OSError where the scheduler is lost."""
     if future.status == "cancelled":
@@ -334,6 +341,8 @@ def extract_on_cluster(
                 _warn(f"lost {len(lost)} of {len(known)} workers; {then}")
             known = present
             on_workers(len(present))
+            if not present and client.cluster is not None and not _may_come(client.cluster):
+                raise StoreError("all processes of this machine have ended, and cannot be started again")
             # Dask leaves to nobody what was left to workers that are gone.
             for future, (job, attempt, others) in list(waiting.items()):
                 if others and not others & present:
@@ -372,6 +381,8 @@ def extract_on_cluster(
                 result = answer.result()
             # The connection may go at any moment, also between two questions to it.
             except (CancelledError, OSError) as gone:
+                if isinstance(gone, MilanError):
+                    raise
                 named = f" {assignment.extract.scheduler}" if assignment.extract.scheduler else ""
                 raise StoreError(f"the scheduler{named} was lost") from gone
             if result.source is not None:

@@ -216,6 +216,7 @@ def on_cluster(*, status: str = "error", error: BaseException | None = None, **m
             return error
 
     client = SimpleNamespace(
+        cluster=None,
         subscribe_topic=lambda *_: None,
         scheduler_info=lambda **_: {"workers": {}},
         submit=lambda *_, **__: Task(),
