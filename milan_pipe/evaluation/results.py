@@ -6,9 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -49,12 +48,12 @@ ADVICE = "name another folder with --keep, which `milan-pipe report` is then giv
 def keep_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write FOLDER/TASK-DIGEST.json, in place of the same command's on the same weights; raises StoreError."""
     # Paths in commands and of data may be no UTF-8, which JSON could not hold.
-    texts = [(name, text) for name, text in asdict(evaluation).items() if isinstance(text, str)]
-    changed: dict[str, Any] = {name: printable_name(text) for name, text in texts}
-    evaluation = replace(evaluation, **changed)
-    name = hashlib.sha256(f"{evaluation.identity}\n{evaluation.command}".encode()).hexdigest()[:12]
+    values = {
+        name: printable_name(value) if isinstance(value, str) else value for name, value in asdict(evaluation).items()
+    }
+    name = hashlib.sha256(f"{values['identity']}\n{values['command']}".encode()).hexdigest()[:12]
     file = folder / f"{evaluation.task}-{name}.json"
-    write_file(file, json.dumps({"version": _VERSION, **asdict(evaluation)}, indent=2) + "\n", ADVICE)
+    write_file(file, json.dumps({"version": _VERSION, **values}, indent=2) + "\n", ADVICE)
     return file
 
 

@@ -199,8 +199,7 @@ def _client(assignment: Assignment, jobs: int) -> Iterator[tuple[Client, int]]:
 def _wait_for_processes(cluster: LocalCluster, client: Client, wanted: int) -> None:
     ends = time.monotonic() + _START_SECONDS
     while (found := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
-        failed = sum(nanny.status is Status.failed for nanny in cluster.workers.values())
-        if found + failed >= wanted or time.monotonic() > ends:
+        if found + _given_up(cluster) >= wanted or time.monotonic() > ends:
             break
         time.sleep(_LOOK_SECONDS)
     if not found:
@@ -264,9 +263,9 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
-def _may_come(cluster: LocalCluster) -> bool:
-    """Whether a process of this cluster may be there later."""
-    return any(nanny.status not in (Status.failed, Status.closed) for nanny in cluster.workers.values())
+def _given_up(cluster: LocalCluster) -> int:
+    """How many processes of this cluster are not started again."""
+    return sum(nanny.status in (Status.failed, Status.closed) for nanny in cluster.workers.values())
 
 
 def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-arg]
@@ -341,7 +340,7 @@ def extract_on_cluster(
                 _warn(f"lost {len(lost)} of {len(known)} workers; {then}")
             known = present
             on_workers(len(present))
-            if not present and client.cluster is not None and not _may_come(client.cluster):
+            if not present and client.cluster is not None and _given_up(client.cluster) == len(client.cluster.workers):
                 raise StoreError("all processes of this machine have ended, and cannot be started again")
             # Dask leaves to nobody what was left to workers that are gone.
             for future, (job, attempt, others) in list(waiting.items()):

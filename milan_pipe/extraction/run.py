@@ -25,6 +25,7 @@ from milan_pipe.extraction.worker import Assignment, load_extraction_teacher, pr
 from milan_pipe.images.bad import too_many_bad
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import location_of, require_writable
+from milan_pipe.storage.kinds import TARGETS, require_new
 from milan_pipe.targets.codec import build_codec
 from milan_pipe.targets.convert import require_apart
 from milan_pipe.targets.manifest import BAD_SAMPLES, CommittedShard, write_bad_samples
@@ -231,6 +232,7 @@ def extract_targets(
     # Those who made the store that is seen have accepted what it lacks.
     most_bad = extract.max_bad_fraction if seen is None else 1.0
     require_writable(location)
+    require_new(location.local, TARGETS)
     found = read_header(location)
     clustered = extract.scheduler is not None or process_count(extract) > 1
     if clustered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from milan_pipe.errors import StoreError
@@ -52,10 +53,14 @@ def require_new(folder: Path | None, own: str) -> None:
 def require_outside_stores(path: Path) -> None:
     """Raise StoreError for a path in a target store: `verify-targets` would name what is written there as damage."""
     for parent in path.absolute().parents:
-        if TARGETS in _kinds(parent):
+        if any(_is_like(parent, patterns) for kind, patterns in _KINDS if kind == TARGETS):
             held = "a target store, which holds nothing else"
             raise StoreError(f"{path} would lie in {parent}, {held}; name another place")
 
 
 def _kinds(folder: Path) -> list[str]:
-    return [kind for kind, patterns in _KINDS if all(any(folder.glob(pattern)) for pattern in patterns)]
+    return [kind for kind, patterns in _KINDS if _is_like(folder, patterns)]
+
+
+def _is_like(folder: Path, patterns: Iterable[str]) -> bool:
+    return all(any(folder.glob(pattern)) for pattern in patterns)

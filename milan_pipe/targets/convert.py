@@ -11,6 +11,7 @@ import numpy as np
 from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import SettingError
 from milan_pipe.storage import Location, location_of
+from milan_pipe.storage.kinds import TARGETS, require_new
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SCHEMA_VERSION, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
@@ -77,6 +78,7 @@ def convert_targets(
     if zstd_level is not None:
         codec = codec.model_copy(update={"zstd_level": zstd_level})
     changes = {"format": format, "schema_version": SCHEMA_VERSION, "codec": codec}
+    require_new(location_of(destination).local, TARGETS)
     writer = TargetStoreWriter(destination, store.header.model_copy(update=changes))
     previous = writer.committed()
     skipped = 0

@@ -17,7 +17,7 @@ from typing import Any
 from milan_pipe.digests import sha256_of, sha256_of_file, verified, with_digest
 from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, StoreError, system_reason
 from milan_pipe.storage import Location, location_of, require_writable
-from milan_pipe.storage.kinds import TARGETS, mistaken, require_new
+from milan_pipe.storage.kinds import TARGETS, mistaken
 from milan_pipe.targets import manifest, tar_store, zarr_store
 from milan_pipe.targets.manifest import CommittedShard, ManifestEntry
 from milan_pipe.targets.schema import (
@@ -235,7 +235,6 @@ class TargetStoreWriter:
         """
         self.location = location_of(where)
         require_writable(self.location)
-        require_new(self.location.local, TARGETS)
         self.header = header
         name, content = header_file(header)
         found = read_header(self.location)

@@ -24,7 +24,8 @@ from milan_pipe.interop.push import push
 from milan_pipe.pretraining.start import kept_start
 from milan_pipe.reports.report import _segment_images
 from milan_pipe.storage import local
-from milan_pipe.targets.store import TargetStoreWriter, open_targets
+from milan_pipe.targets.convert import convert_targets
+from milan_pipe.targets.store import open_targets
 from milan_pipe.training.checkpoint import open_checkpoint
 from milan_pipe.training.distributed import Ranks
 from milan_pipe.training.lock import only_writer
@@ -159,12 +160,12 @@ def test_a_link_to_a_folder_leads_no_run_elsewhere(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", ["manifest", "shards"])
 def test_a_link_to_a_folder_leads_no_store_elsewhere(tmp_path: Path, name: str) -> None:
-    head = header(shards=2)
-    write_store(tmp_path / "t", head, [5])
+    write_store(tmp_path / "source", header(format="webdataset"), [5])
+    write_store(tmp_path / "t", header(), [5])
     (tmp_path / "t" / name).rename(tmp_path / "other")
     (tmp_path / "t" / name).symlink_to(tmp_path / "other")
     with pytest.raises(StoreError, match=f"{name} is a link to {tmp_path}/other, where nothing is written"):
-        TargetStoreWriter(tmp_path / "t", head)
+        convert_targets(tmp_path / "source", tmp_path / "t", format="zarr")
 
 
 @pytest.mark.timeout(60)
