@@ -139,12 +139,15 @@ def convert_targets(
     *,
     format: StoreFormat,
     zstd_level: int | None = None,
+    redo: Sequence[str] = (),
     on_progress: OnCount = _ignore,
 ) -> ConvertReport:
     """Write a store again in either format, without the teacher; see `milan_pipe.targets.convert`."""
     from milan_pipe.targets.convert import convert_targets
 
-    return convert_targets(source, destination, format=format, zstd_level=zstd_level, on_progress=on_progress)
+    return convert_targets(
+        source, destination, format=format, zstd_level=zstd_level, redo=redo, on_progress=on_progress
+    )
 
 
 def pretrain(

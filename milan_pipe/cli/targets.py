@@ -188,6 +188,9 @@ def convert_targets(
         int | None,
         typer.Option("--zstd-level", min=0, max=19, metavar="0..19", help="Of its codes, 0: as they are; else SRC's."),
     ] = None,
+    redo: Annotated[
+        str | None, typer.Option("--redo", metavar="NAME,...", help="Write these shards again, as 000123.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> Any:
     """Write a store again in either format, without the teacher and without loss; also one of an earlier schema.
@@ -199,7 +202,12 @@ def convert_targets(
     wanted = ExtractSettings.parse({"format": store_format}, "--format").format
     with progress(what="shards") as update:
         report = milan_pipe.convert_targets(
-            source, destination, format=wanted, zstd_level=zstd_level, on_progress=update
+            source,
+            destination,
+            format=wanted,
+            zstd_level=zstd_level,
+            redo=redo.split(",") if redo else (),
+            on_progress=update,
         )
     rows = {
         "shards": f"{report.shards} ({report.skipped} were there)",

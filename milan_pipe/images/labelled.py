@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from milan_pipe.storage.kinds import IMAGES, mistaken
 from milan_pipe.units import some
 
 _MOST_CLASSES = 2**22
+_MOST_ASKED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +34,13 @@ class NumberedImages:
         where: path or URL, for messages.
         keys: webdataset's key of each image, or its path inside the folder.
         fingerprint: changes with keys, labels and names of the shards.
+        sizes: changes with the bytes of encoded images, those of shards and up to 4,096 of a folder.
     """
 
     where: str
     keys: Sequence[str]
     fingerprint: str
+    sizes: str
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -131,6 +135,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
         label_N=np.array(labels, dtype=np.int64),
         classes=tuple(map(printable_name, names)),
         fingerprint=_fingerprint(keys, labels),
+        sizes=digest_of_files(files),
         read=partial(nth_file, files),
     )
 
@@ -157,6 +162,7 @@ def _in_shards(where: str | Path, on_bad: OnBad) -> LabelledImages:
         label_N=np.array(labels, dtype=np.int64),
         classes=index.classes if (index := index_beside(shards)) else None,
         fingerprint=_fingerprint([f"{shard.name}/{at.key}" for shard, at in located], labels),
+        sizes=digest_of_sizes(len(at.image) for _, at in located),
         read=partial(nth_span, [(shard, at.image) for shard, at in located]),
     )
 
@@ -171,6 +177,24 @@ def no_label(shard: ShardFile, key: str) -> DataError:
 
 def _fingerprint(keys: Sequence[str], labels: Sequence[int]) -> str:
     return sha256_of("".join(f"{key}\0{label}\n" for key, label in zip(keys, labels, strict=True)).encode())
+
+
+def digest_of_sizes(sizes: Iterable[int]) -> str:
+    """Of numbers of bytes, in their order."""
+    return sha256_of(json.dumps(list(sizes)).encode())
+
+
+def digest_of_files(files: Sequence[Path]) -> str:
+    """Of the sizes of some of them, evenly spaced: asking a network file system for those of millions takes minutes."""
+    count = min(_MOST_ASKED, len(files))
+    return digest_of_sizes(_size(files[number * len(files) // count]) for number in range(count))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # Reading it says why.
+        return -1
 
 
 def warn_if_shared(train: str | Path, test: str | Path) -> None:

@@ -17,7 +17,7 @@ from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.images.decode import opened_image, plain_errors
 from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, printable_name
-from milan_pipe.images.labelled import NumberedImages, nth_file, nth_span
+from milan_pipe.images.labelled import NumberedImages, digest_of_files, digest_of_sizes, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, read_shard
 from milan_pipe.storage import is_url
@@ -119,6 +119,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
         classes=_class_list(images, ade=ade),
         zero_is_ignored=ade,
         fingerprint=sha256_of("\n".join(keys).encode()),
+        sizes=digest_of_files([*files, *(masks_by_key[key] for key in keys)]),
         image=partial(nth_file, files),
         mask=partial(nth_file, [masks_by_key[key] for key in keys]),
     )
@@ -179,6 +180,7 @@ def _shards(where: str, on_bad: OnBad) -> MaskedImages:
         classes=index.mask_classes if (index := index_beside(shards)) else None,
         zero_is_ignored=False,
         fingerprint=sha256_of("\n".join(f"{shard.name}/{at.key}" for shard, at in located).encode()),
+        sizes=digest_of_sizes(len(part) for _, at in located for part in (at.image, at.mask or range(0))),
         image=partial(nth_span, [(shard, at.image) for shard, at in located]),
         mask=partial(nth_span, [(shard, at.mask) for shard, at in located if at.mask is not None]),
     )

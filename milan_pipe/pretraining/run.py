@@ -64,9 +64,13 @@ ProbeFor = Callable[[torch.device], Probe]
 
 
 def configuration_of(
-    headers: Sequence[StoreHeader], samples: tuple[int, ...], params: Params, statistics: Sequence[Statistics] = ()
+    headers: Sequence[StoreHeader],
+    samples: tuple[int, ...],
+    params: Params,
+    statistics: Sequence[Statistics] = (),
+    views: Sequence[str | None] = (),
 ) -> dict[str, Any]:
-    """All that the weights of a run depend on."""
+    """All that the weights of a run depend on; `views` has the digest of the views of each shard."""
     # Neither where a store came from nor its format change what is read from it.
     stored = [header.model_dump(mode="json", exclude={"package_version", "format", "source"}) for header in headers]
     codecs = [hashlib.sha256(json.dumps(one["codec"], sort_keys=True).encode()).hexdigest() for one in stored]
@@ -80,6 +84,9 @@ def configuration_of(
             "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
         },
     }
+    # Stores of earlier versions have none.
+    if views and None not in views:
+        found["targets"]["views_sha256"] = hashlib.sha256(json.dumps(views).encode()).hexdigest()
     for number, (one, codec) in enumerate(zip(stored[1:], codecs[1:], strict=True), 2):
         found[f"targets_{number}"] = {"teacher": one["teacher"], "codec": codec}
     if statistics:
@@ -132,7 +139,10 @@ class PretrainTask(Task[Batch]):
         self._peak = settings.lr * settings.batch_size / 256
         self.steps_per_epoch = self._plan.steps
         self.steps = self._plan.steps * settings.epochs
-        self.configuration = configuration_of(reader.headers, self._plan.order.samples, self._params, self._statistics)
+        views = [reader.stores[0].views_sha256(shard) for shard in reader.shards]
+        self.configuration = configuration_of(
+            reader.headers, self._plan.order.samples, self._params, self._statistics, views
+        )
         self.record = {
             "epochs": settings.epochs,
             "student": params.student.model_dump(mode="json"),

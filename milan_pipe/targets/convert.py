@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from milan_pipe.config.targets import StoreFormat
-from milan_pipe.errors import SettingError
+from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.storage import Location, location_of
 from milan_pipe.storage.kinds import TARGETS, require_new
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SCHEMA_VERSION, TargetBlock
@@ -58,6 +58,7 @@ def convert_targets(
     *,
     format: StoreFormat,
     zstd_level: int | None = None,
+    redo: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ConvertReport:
     """Write a store again, in either format and the present schema; goes on where it was interrupted.
@@ -65,11 +66,12 @@ def convert_targets(
     Args:
         format: of the new store.
         zstd_level: entropy coder of its codes, 0 for none; by default that of the source.
+        redo: names of shards to write again, as `000123`.
         on_progress: called with shards done and shards in all.
 
     Raises:
-        MissingError, DataError, MismatchError, StoreError: the source cannot be read, is damaged or not complete, or
-            the destination holds something else.
+        MissingError, DataError, MismatchError, StoreError: the source cannot be read, is damaged or not complete, has
+            no shard that is named, or the destination holds something else, as targets of other images.
         SettingError: one lies within the other.
     """
     require_apart(location_of(source), location_of(destination))
@@ -80,17 +82,27 @@ def convert_targets(
     changes = {"format": format, "schema_version": SCHEMA_VERSION, "codec": codec}
     require_new(location_of(destination).local, TARGETS)
     writer = TargetStoreWriter(destination, store.header.model_copy(update=changes))
-    previous = writer.committed()
+    for shard in redo:
+        if shard not in store.shards:
+            raise DataError(
+                f"there is no shard {shard!r} to write again; {store.location} has {store.shards[0]} to "
+                f"{store.shards[-1]}"
+            )
+        writer.forget(shard)
+    previous = writer.committed(sizes=True)
+    changed = [name for name in store.shards if name in previous and previous[name].source != store.record(name).source]
+    if changed:
+        raise MismatchError(
+            f"{len(changed)} of the {len(previous)} shards of {destination} are of other images than those of "
+            f"{source}, as {changed[0]}; name another folder, or write them again with --redo {','.join(changed[:20])}"
+        )
     skipped = 0
     for done, shard in enumerate(store.shards):
         on_progress(done, len(store.shards))
         record = store.record(shard)
-        if shard in previous and previous[shard].source == record.source:
+        if shard in previous:
             skipped += 1
             continue
-        if shard in previous:
-            # The source was extracted again, from other images.
-            writer.forget(shard)
         new = writer.open_shard(shard)
         try:
             count = store.samples(shard)

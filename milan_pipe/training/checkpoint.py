@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ _OF_NO_EFFECT = frozenset(
     ("order", "targets.schema_version", "targets.codec.zstd_level", "targets.teacher.license", "targets.teacher.source")
 )
 """What converting a store changes, or what is said of it, and no value that is trained on; `order` is judged apart."""
+_SAID_LATER = frozenset(("targets.views_sha256", "data.train_sizes", "data.val_sizes"))
+"""Compared where a run says it: those of earlier versions do not."""
 
 _MOST_LEVELS = 64
 _LONGEST_NAME = 1000
@@ -233,9 +235,15 @@ def run_of(checkpoint: str | Path) -> Path | None:
 
 def keep_last(run: str | Path, count: int) -> None:
     """Remove all checkpoints of a run but the last `count`, and the rest of interrupted writes."""
+    keep_steps(run, {_step_of(path) for path in checkpoints_of(run)[-count:]})
+
+
+def keep_steps(run: str | Path, steps: Collection[int | None]) -> None:
+    """Remove all checkpoints of a run but those of these steps, and the rest of interrupted writes."""
     folder = location_of(Path(run) / _FOLDER)
-    for path in checkpoints_of(run)[:-count]:
-        folder.remove(path.name)
+    for path in checkpoints_of(run):
+        if _step_of(path) not in steps:
+            folder.remove(path.name)
     folder.clear_scratch()
 
 
@@ -279,6 +287,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         _Known.model_validate(record)
     except ValidationError as error:
         raise DataError(f"{file} was not written by milan-pipe: {first_problem(error)}; {_advice(folder)}") from error
+    if _step_of(folder) not in (None, record["step"]):
+        other = checkpoint_path(Path(), record["step"]).name
+        raise DataError(f"{folder} holds the checkpoint of another step, {record['step']}; rename it to {other}")
     return Checkpoint(path=folder, record=record, files=record.pop("files", None))
 
 
@@ -327,9 +338,9 @@ def require_same_configuration(checkpoint: Checkpoint, configuration: Mapping[st
         )
     differences = [
         f"{name}: the run has {theirs.get(name)!r:.200}, the settings say {ours.get(name)!r:.200}"
-        for name in sorted((theirs.keys() | ours.keys()) - _OF_NO_EFFECT)
+        for name in sorted((theirs.keys() | ours.keys()) - _OF_NO_EFFECT - (_SAID_LATER - theirs.keys()))
         if theirs.get(name) != ours.get(name)
     ]
     if differences:
         holds = f"{run} holds a run of another configuration ({checkpoint.path.name}): {some(differences, 20, '; ')}"
-        raise MismatchError(f"{holds}. Use the same settings to go on, or name another folder")
+        raise MismatchError(f"{holds}. Use the same settings and data to go on, or name another folder")

@@ -17,6 +17,7 @@ from milan_pipe.training.checkpoint import (
     checkpoint_path,
     describe_last_checkpoint,
     keep_last,
+    keep_steps,
     save_checkpoint,
 )
 from milan_pipe.training.distributed import Ranks
@@ -34,6 +35,8 @@ class Saver:
     ) -> None:
         self._run, self._task, self._optimiser, self._scaler, self._ranks = run, task, optimiser, scaler, ranks
         self._saved_at = time.monotonic()
+        # The step of the best one that the last checkpoint of the run names.
+        self._best: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
@@ -53,16 +56,30 @@ class Saver:
             tensors = optimiser_tensors(self._task.model, self._optimiser)
             parts["optimizer"] = gathered(tensors, keep=self._ranks.first)
         record = {**state, "finished": finished, "scaler": self._scaler.state_dict()}
-        self._write(self._run, step, parts, record, self._task.settings.keep_checkpoints)
+        self._write(self._run, step, parts, record)
+        if self._ranks.first:
+            keep_last(self._run, self._task.settings.keep_checkpoints)
+        self._keep_named_best(state)
         self._saved_at = time.monotonic()
         return checkpoint_path(self._run, step)
 
     def save_best(self, step: int, scores: Mapping[str, float]) -> None:
-        """Replace the checkpoint in RUN/best; errors as `save`."""
-        self._write(self._run / BEST, step, self.weights(), {"finished": True, "scores": scores}, 1)
+        """Write the checkpoint in RUN/best; errors as `save`.
+
+        The one before stays until a checkpoint of the run names this one: a run that goes on from an earlier step need
+        not come to the same scores.
+        """
+        self._write(self._run / BEST, step, self.weights(), {"finished": True, "scores": scores})
+        if self._ranks.first:
+            keep_steps(self._run / BEST, {self._best, step})
+
+    def _keep_named_best(self, state: Mapping[str, Any]) -> None:
+        self._best = state.get("best_step")
+        if self._ranks.first and self._best is not None:
+            keep_steps(self._run / BEST, {self._best})
 
     def _write(
-        self, folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any], keep: int
+        self, folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
     ) -> None:
         task = self._task
         if self._ranks.first:
@@ -76,7 +93,6 @@ class Saver:
             fixed = {"package_version": __version__, "configuration": task.configuration, **task.record}
             command = {} if task.name is None else {"task": task.name}
             save_checkpoint(folder, step, parts, {**fixed, **command, **record})
-            keep_last(folder, keep)
         self._ranks.barrier()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -85,7 +101,8 @@ class Saver:
         return {name: gathered(module.state_dict(), keep=self._ranks.first) for name, module in modules.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint's optimiser and loss scale."""
+        """Go on from a checkpoint's optimiser and loss scale, with the best one that it names."""
+        self._keep_named_best(checkpoint.record)
         load_optimiser(self._task.model, self._optimiser, checkpoint.weights("optimizer"), str(checkpoint.path))
         if checkpoint.record["scaler"]:
             self._scaler.load_state_dict(dict(checkpoint.record["scaler"]))

@@ -585,6 +585,17 @@ def test_unknown_augmentation(shards: Path, tmp_path: Path) -> None:
         go(shards, tmp_path / "run", augment=FULL.model_copy(update={"auto_augment": "random-nonsense"}))
 
 
+def test_a_run_does_not_go_on_with_other_images_of_the_same_names(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "folders", range(12))
+    sides = {"train": str(folder), "val": str(folder)}
+    with pytest.warns(RuntimeWarning, match="images in common"):
+        go(folder, tmp_path / "run", epochs=1, batch_size=6, **sides)
+    first = min(folder.rglob("*.png"))
+    first.write_bytes(first.read_bytes() + bytes(1))
+    with pytest.warns(RuntimeWarning), pytest.raises(MismatchError, match=r"data\.train_sizes"):
+        go(folder, tmp_path / "run", epochs=1, batch_size=6, **sides)
+
+
 def test_a_run_of_something_else(shards: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"the run has 0\.05"):
         go(shards, whole, ema=0.9, lr=0.1)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support import processes
 from support.checkpoints import change_record
 from support.counts import Counted
-from support.targets import header, write_store
+from support.targets import header, random_blocks, write_blocks, write_store
 from support.training import BATCH, StopAtError, pretrain_command, stop_at, student_of, weights_of
 
 from milan_pipe.config.params import Params
@@ -172,6 +172,10 @@ def test_another_configuration_is_refused_and_says_what_differs(
     write_store(other, head, [150, 91])
     with pytest.raises(MismatchError, match=r"targets\.samples"):
         go(other, head, tmp_path / "run")
+    # As many images, and others.
+    write_blocks(tmp_path / "replaced", head, [random_blocks(head, size, 9 + size) for size in SAMPLES])
+    with pytest.raises(MismatchError, match=r"configuration \(step-\d+\): targets\.views_sha256: [^;]+$"):
+        go(tmp_path / "replaced", head, tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -145,7 +145,7 @@ def test_extraction_goes_on_after_power_cuts(power: Power, tmp_path: Path, count
         return len(list(targets.glob("manifest/*.json")))
 
     for _ in cuts(command(images, targets), targets.parent, power, count, lambda: records() > committed[-1]):
-        found = {path: data for path, data in every_file(targets).items() if not path.startswith(".partial")}
+        found = {path: data for path, data in every_file(targets).items() if "/.partial" not in f"/{path}"}
         assert [path for path in found if found[path] != whole[path]] == []
         for record in (path for path in found if path.startswith("manifest/")):
             shard = f"shards/{Path(record).stem}"

@@ -146,7 +146,7 @@ def test_interrupted_after_any_block(
 
 @pytest.mark.parametrize("store_format", ["zarr", pytest.param("webdataset", marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with(tmp_path: Path, store_format: StoreFormat) -> None:
-    shards = 10
+    shards = 20
     write_store(tmp_path / "t", header(format=store_format, shards=shards, width=64), [130] * shards)
     into = other(store_format)
     convert_targets(tmp_path / "t", tmp_path / "unbroken", format=into)
@@ -168,7 +168,9 @@ def test_killed_and_gone_on_with(tmp_path: Path, store_format: StoreFormat) -> N
 
 
 @pytest.mark.parametrize("store_format", FORMATS)
-def test_a_source_shard_done_again_is_converted_again(tmp_path: Path, store_format: StoreFormat) -> None:
+def test_a_source_shard_done_again_is_converted_again_where_it_is_named(
+    tmp_path: Path, store_format: StoreFormat
+) -> None:
     head = header(format=store_format, shards=2)
     write_store(tmp_path / "t", head, [5, 5])
     into = other(store_format)
@@ -177,11 +179,32 @@ def test_a_source_shard_done_again_is_converted_again(tmp_path: Path, store_form
     writer.forget("000001")
     commit(writer, "000001", random_blocks(head, 7, seed=9))
     writer.finish()
-    report = convert_targets(tmp_path / "t", tmp_path / "o", format=into)
+    before = tree(tmp_path / "o")
+    message = refusal(tmp_path / "t", tmp_path / "o", into)
+    assert "1 of the 2 shards" in message
+    assert message.endswith("write them again with --redo 000001")
+    assert tree(tmp_path / "o") == before
+    report = convert_targets(tmp_path / "t", tmp_path / "o", format=into, redo=["000001"])
     assert (report.skipped, report.samples) == (1, 12)
     convert_targets(tmp_path / "t", tmp_path / "fresh", format=into)
     assert tree(tmp_path / "o") == tree(tmp_path / "fresh")
     assert verify_store(tmp_path / "o").problems == ()
+
+
+def test_a_shard_whose_files_lack_bytes_is_converted_again(tmp_path: Path, source: Source) -> None:
+    into = other(format_of(source))
+    convert_targets(source.root, tmp_path / "o", format=into)
+    damaged = next(path for path, data in source.converted.items() if path.startswith("shards/000001/") and data)
+    (tmp_path / "o" / damaged).unlink()
+    with pytest.warns(RuntimeWarning, match="are done again: 000001"):
+        report = convert_targets(source.root, tmp_path / "o", format=into)
+    assert report.skipped == 2
+    assert tree(tmp_path / "o") == source.converted
+
+
+def test_a_shard_to_write_again_that_is_not_there(tmp_path: Path, source: Source) -> None:
+    with pytest.raises(DataError, match=r"no shard '000009' to write again; .* has 000000 to 000002"):
+        convert_targets(source.root, tmp_path / "o", format="zarr", redo=["000009"])
 
 
 # --- refused ------------------------------------------------------------------------------------------------------

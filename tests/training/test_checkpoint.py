@@ -17,6 +17,7 @@ from torch import Tensor
 from milan_pipe.digests import with_digest
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
 from milan_pipe.training.checkpoint import (
+    checkpoint_path,
     checkpoints_of,
     keep_last,
     open_checkpoint,
@@ -229,6 +230,23 @@ def test_a_run_from_before_a_choice_goes_on_as_it_was(
     require_same_configuration(opened, {section: {"steps": 3, name: before}}, tmp_path)
     with pytest.raises(MismatchError, match=f"{section}.{name}"):
         require_same_configuration(opened, {section: {"steps": 3, name: since}}, tmp_path)
+
+
+def test_what_earlier_versions_did_not_say_is_not_compared(tmp_path: Path) -> None:
+    said = {"targets": {"samples": "a", "views_sha256": "b"}, "data": {"train": "c", "train_sizes": "d"}}
+    former = {"targets": {"samples": "a"}, "data": {"train": "c"}}
+    for run, configuration in (("old", former), ("new", said)):
+        save_checkpoint(tmp_path / run, 7, {"student": weights()}, {"configuration": configuration, "finished": False})
+        require_same_configuration(open_checkpoint(tmp_path / run), said, tmp_path / run)
+    with pytest.raises(MismatchError, match=r"data\.train_sizes: .*; targets\.views_sha256: "):
+        require_same_configuration(open_checkpoint(tmp_path / "new"), former, tmp_path / "new")
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1).rename(checkpoint_path(tmp_path, 800))
+    for where in (tmp_path, checkpoint_path(tmp_path, 800)):
+        with pytest.raises(DataError, match=r"holds the checkpoint of another step, 1; rename it to step-00000001$"):
+            open_checkpoint(where)
 
 
 def test_a_run_goes_on_with_its_store_converted(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
         lambda: train(3, 4),
         MismatchError,
         "run holds a run of another configuration (step-00000003): steps: the run has 3, the settings say 4. Use the "
-        "same settings to go on, or name another folder",
+        "same settings and data to go on, or name another folder",
     ),
     "damaged report": (
         finished_without_report,

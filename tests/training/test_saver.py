@@ -64,6 +64,22 @@ def test_the_last_ones_stay_and_the_best_one_beside_them(tmp_path: Path) -> None
     assert sorted(best.files) == ["model.safetensors"]
 
 
+def test_the_best_one_that_the_last_checkpoint_names_stays_until_another_names_its_successor(tmp_path: Path) -> None:
+    saver, _, _ = saver_of(tmp_path)
+    saver.save_best(1, {"top1": 0.1})
+    saver.save(2, {"best_step": 1}, finished=False)
+    saver.save_best(3, {"top1": 0.2})
+    saver.save_best(4, {"top1": 0.3})
+    assert names(tmp_path / "best") == ["step-00000001", "step-00000004"]
+    # Here it is killed. It goes on from step 2, and comes to other scores.
+    again, _, _ = saver_of(tmp_path)
+    again.restore(open_checkpoint(tmp_path))
+    assert names(tmp_path / "best") == ["step-00000001"]
+    again.save_best(3, {"top1": 0.4})
+    again.save(5, {"best_step": 3}, finished=False)
+    assert names(tmp_path / "best") == ["step-00000003"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
