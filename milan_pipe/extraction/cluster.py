@@ -17,7 +17,8 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,113 @@ def _outcome(future: Future, shard: str) -> ShardResult:  # type: ignore[type-ar
     return result
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """A shard that a worker is to do, the how-manieth time; `left_to` has those it is left to, none if to any."""
+
+    job: ShardJob
+    number: int
+    left_to: frozenset[str]
+
+
+class _Tasks:
+    """The shards of one extraction that a cluster has; the caller gives them, and takes what becomes of each."""
+
+    def __init__(
+        self,
+        client: Client,
+        sharing: int,
+        assignment: Assignment,
+        on_progress: Callable[[int, int], None],
+        on_workers: Callable[[int], None],
+    ) -> None:
+        self._client, self._sharing, self._assignment, self._on_workers = client, sharing, assignment, on_workers
+        # A scheduler may have other extractions at the same time, of shards of the same names.
+        self._topic = f"milan-pipe-{uuid.uuid4().hex}"
+        self._numbers = itertools.count()
+        self._waiting: dict[Future, _Attempt] = {}  # type: ignore[type-arg]
+        self._finished = as_completed(loop=client.loop)
+        self._known: set[str] = set()
+        # The workers that began each, one after the other.
+        self.begun: dict[str, list[str]] = defaultdict(list)
+        self.count = _counter(on_progress)
+        client.subscribe_topic(self._topic, lambda event: self.count(*event[1]))
+        client.subscribe_topic(f"{self._topic}-begun", lambda event: self.begun[event[1][0]].append(event[1][1]))
+        self._look_at_workers()
+
+    def submit(self, job: ShardJob, number: int = 1) -> None:
+        # A worker that fails is the first to be free again; another may be sound.
+        others = self._known.difference(self.begun[job.name]) if number > 1 else set()
+        future = self._client.submit(
+            _task, self._assignment, self._sharing, job, self._topic,
+            key=f"{self._topic}-{job.name}-{next(self._numbers)}",
+            # First come, first served, so that what is left at the end is the tail and not holes.
+            priority=-int(job.name),
+            workers=sorted(others) or None, allow_other_workers=bool(others),
+        )  # fmt: skip
+        self._waiting[future] = _Attempt(job, number, frozenset(others))
+        self._finished.add(future)
+
+    def ended(self) -> Iterator[tuple[_Attempt, ShardResult]]:
+        """What became of each, until none is left; more may be submitted meanwhile.
+
+        Raises:
+            StoreError: the scheduler was lost, or all processes of this machine.
+        """
+        due = _report_timer()
+        # Asked for in threads: the result of a worker that is lost is waited for until another has done the shard.
+        pool = ThreadPoolExecutor(_ASKED_FOR)
+        asked: dict[Any, Future] = {}  # type: ignore[type-arg]
+        try:
+            while self._waiting:
+                # The connection may go at any moment, also between two questions to it.
+                try:
+                    if due():
+                        self._look_at_workers()
+                    while self._finished.has_ready():
+                        future = next(self._finished)
+                        if future in self._waiting:
+                            asked[pool.submit(_outcome, future, self._waiting[future].job.name)] = future
+                    answer = next((answer for answer in asked if answer.done()), None)
+                    if answer is None:
+                        time.sleep(_LOOK_SECONDS)
+                        continue
+                    attempt = self._waiting.pop(asked.pop(answer), None)
+                    if attempt is None:
+                        continue
+                    # The last to end may be the one that took over what a lost worker had.
+                    if not self._waiting:
+                        self._look_at_workers()
+                    result = answer.result()
+                except (CancelledError, OSError) as gone:
+                    if isinstance(gone, MilanError):
+                        raise
+                    named = f" {scheduler}" if (scheduler := self._assignment.extract.scheduler) else ""
+                    raise StoreError(f"the scheduler{named} was lost") from gone
+                yield attempt, result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _look_at_workers(self) -> None:
+        present = set(self._client.scheduler_info(n_workers=-1)["workers"])
+        if lost := self._known - present:
+            then = "what they had is done again by others"
+            if not present and (scheduler := self._assignment.extract.scheduler):
+                then = f"none is left, waiting for `dask worker {scheduler}`"
+            _warn(f"lost {len(lost)} of {len(self._known)} workers; {then}")
+        self._known = present
+        self._on_workers(len(present))
+        cluster = self._client.cluster
+        if not present and cluster is not None and _given_up(cluster) == len(cluster.workers):
+            raise StoreError("all processes of this machine have ended, and cannot be started again")
+        # Dask leaves to nobody what was left to workers that are gone.
+        for future, attempt in list(self._waiting.items()):
+            if attempt.left_to and not attempt.left_to & present:
+                del self._waiting[future]
+                future.cancel()
+                self.submit(attempt.job, attempt.number)
+
+
 def extract_on_cluster(
     assignment: Assignment,
     jobs: Sequence[ShardJob],
@@ -303,96 +411,23 @@ def extract_on_cluster(
         StoreError: no scheduler answers, it was lost, or two shards in a row killed all workers that tried them.
     """
     _silence_dask()
-    with _client(assignment, len(jobs)) as (client, sharing), ExitStack() as stack:
-        # A scheduler may have other extractions at the same time, of shards of the same names.
-        topic = f"milan-pipe-{uuid.uuid4().hex}"
-        count = _counter(on_progress)
-        client.subscribe_topic(topic, lambda event: count(*event[1]))
-
-        begun: dict[str, list[str]] = defaultdict(list)
-        client.subscribe_topic(f"{topic}-begun", lambda event: begun[event[1][0]].append(event[1][1]))
-
-        # With the workers that one is left to.
-        waiting: dict[Future, tuple[ShardJob, int, set[str]]] = {}  # type: ignore[type-arg]
-        known: set[str] = set()
-        numbers = itertools.count()
-
-        def submit(job: ShardJob, attempt: int) -> Future:  # type: ignore[type-arg]
-            # A worker that fails is the first to be free again; another may be sound.
-            others = known.difference(begun[job.name]) if attempt > 1 else set()
-            future = client.submit(
-                _task, assignment, sharing, job, topic,
-                key=f"{topic}-{job.name}-{next(numbers)}",
-                # First come, first served, so that what is left at the end is the tail and not holes.
-                priority=-int(job.name),
-                workers=sorted(others) or None, allow_other_workers=bool(others),
-            )  # fmt: skip
-            waiting[future] = (job, attempt, others)
-            return future
-
-        def look_at_workers() -> None:
-            nonlocal known
-            present = set(client.scheduler_info(n_workers=-1)["workers"])
-            if lost := known - present:
-                then = "what they had is done again by others"
-                if not present and assignment.extract.scheduler:
-                    then = f"none is left, waiting for `dask worker {assignment.extract.scheduler}`"
-                _warn(f"lost {len(lost)} of {len(known)} workers; {then}")
-            known = present
-            on_workers(len(present))
-            if not present and client.cluster is not None and _given_up(client.cluster) == len(client.cluster.workers):
-                raise StoreError("all processes of this machine have ended, and cannot be started again")
-            # Dask leaves to nobody what was left to workers that are gone.
-            for future, (job, attempt, others) in list(waiting.items()):
-                if others and not others & present:
-                    del waiting[future]
-                    future.cancel()
-                    finished.add(submit(job, attempt))
-
-        due = _report_timer()
-        look_at_workers()
-        finished = as_completed([submit(job, 1) for job in jobs])
+    with _client(assignment, len(jobs)) as (client, sharing):
+        tasks = _Tasks(client, sharing, assignment, on_progress, on_workers)
+        for job in jobs:
+            tasks.submit(job)
         killed: Counter[str] = Counter()
         killed_in_row = 0
-        # Asked for in threads: the result of a worker that is lost is waited for until another has done the shard.
-        pool = ThreadPoolExecutor(_ASKED_FOR)
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        asked: dict[Any, Future] = {}  # type: ignore[type-arg]
-        while waiting:
-            try:
-                if due():
-                    look_at_workers()
-                while finished.has_ready():
-                    future = next(finished)
-                    if future in waiting:
-                        asked[pool.submit(_outcome, future, waiting[future][0].name)] = future
-                answer = next((answer for answer in asked if answer.done()), None)
-                if answer is None:
-                    time.sleep(_LOOK_SECONDS)
-                    continue
-                found = waiting.pop(asked.pop(answer), None)
-                if found is None:
-                    continue
-                job, attempt, _ = found
-                # The last to end may be the one that took over what a lost worker had.
-                if not waiting:
-                    look_at_workers()
-                result = answer.result()
-            # The connection may go at any moment, also between two questions to it.
-            except (CancelledError, OSError) as gone:
-                if isinstance(gone, MilanError):
-                    raise
-                named = f" {assignment.extract.scheduler}" if assignment.extract.scheduler else ""
-                raise StoreError(f"the scheduler{named} was lost") from gone
+        for attempt, result in tasks.ended():
+            job = attempt.job
             if result.source is not None:
                 killed_in_row = 0
-                count(job.name, result.views, len(result.source.bad))
+                tasks.count(job.name, result.views, len(result.source.bad))
                 yield result
             elif isinstance(result.error, KilledWorker):
                 killed[job.name] += 1
-                if not begun[job.name] and killed[job.name] < _ATTEMPTS:
+                if not tasks.begun[job.name] and killed[job.name] < _ATTEMPTS:
                     # It stood behind a shard that killed its workers, and died with them by Dask's count.
-                    finished.add(submit(job, attempt))
+                    tasks.submit(job, attempt.number)
                     continue
                 killed_in_row += 1
                 death = (
@@ -402,7 +437,7 @@ def extract_on_cluster(
                 # One may be what no worker can do; two are a machine without memory.
                 kind = DataError if killed_in_row == 1 else StoreError
                 yield ShardResult(name=job.name, error=kind(death))
-            elif attempt == _ATTEMPTS:
+            elif attempt.number == _ATTEMPTS:
                 yield result
             else:
-                finished.add(submit(job, attempt + 1))
+                tasks.submit(job, attempt.number + 1)

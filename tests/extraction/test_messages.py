@@ -217,6 +217,7 @@ def on_cluster(*, status: str = "error", error: BaseException | None = None, **m
 
     client = SimpleNamespace(
         cluster=None,
+        loop=None,
         subscribe_topic=lambda *_: None,
         scheduler_info=lambda **_: {"workers": {}},
         submit=lambda *_, **__: Task(),
@@ -224,7 +225,7 @@ def on_cluster(*, status: str = "error", error: BaseException | None = None, **m
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "_client", lambda *_: nullcontext((client, 1)))
         patch.setattr(cluster, "precision_of_workers", lambda *_: "float32")
-        patch.setattr(cluster, "as_completed", Completed)
+        patch.setattr(cluster, "as_completed", lambda **_: Completed())
         extract(images([GOOD]), **more)
 
 
