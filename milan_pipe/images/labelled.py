@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milan_pipe.digests import sha256_of
-from milan_pipe.errors import DataError, MilanError, MissingError
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
 from milan_pipe.images.files import IMAGE_SUFFIXES, files_under, printable_name, read_file
 from milan_pipe.images.index import PREPARE_MARKER
 from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
@@ -70,7 +70,10 @@ def nth_file(paths: Sequence[Path], number: int) -> bytes:
 def nth_span(spans: Sequence[tuple[ShardFile, range]], number: int) -> bytes:
     """Bytes of a member of a shard by its number."""
     shard, span = spans[number]
-    return shard.location.read_range(shard.name, span.start, span.stop)
+    data = shard.location.read_range(shard.name, span.start, span.stop)
+    if len(data) != len(span):
+        raise StoreError(f"{shard} gives {len(data)} of the {len(span)} bytes at {span.start}; was it cut meanwhile?")
+    return data
 
 
 def labelled_images(where: str | Path, on_bad: OnBad) -> LabelledImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from typing import IO
 
 from braceexpand import braceexpand
 
-from milan_pipe.errors import DataError, MissingError
+from milan_pipe.errors import DataError, MilanError, MissingError
 from milan_pipe.images.files import IMAGE_SUFFIXES, suffix_of
 from milan_pipe.images.index import INDEX_NAME, PREPARE_MARKER, ImageIndex, read_index
 from milan_pipe.storage import Listing, Location, is_url, location_of, split_root, split_url
@@ -214,6 +215,8 @@ def _shards_of(location: Location, files: Mapping[str, int | None], folders: Ite
         raise DataError(f"{location} is not complete: `milan-pipe prepare` still runs or was stopped; run it again")
     names = sorted(name for name in files if not name.startswith("."))
     if shards := [ShardFile(location, name, files[name]) for name in names if name.endswith(".tar")]:
+        if INDEX_NAME in files:
+            _warn_unless_indexed(shards)
         return shards
     if other := mistaken(location.local, IMAGES):
         raise DataError(other)
@@ -227,6 +230,25 @@ def _shards_of(location: Location, files: Mapping[str, int | None], folders: Ite
     if not names:
         raise DataError(f"{location} is empty; expected .tar shards, which `milan-pipe prepare` writes")
     raise DataError(f"{location} holds no .tar shards; found {len(names)} other files, as {names[0]}")
+
+
+def _warn_unless_indexed(shards: Sequence[ShardFile]) -> None:
+    """Warn where all shards of a folder are not those that its index names, by names and sizes."""
+    location = shards[0].location
+    try:
+        records = {record.name: record for record in read_index(location).shards}
+    except MilanError:  # Shards are what they are without one.
+        return
+    listed = {shard.name: shard for shard in shards}
+    same = {name for name in listed.keys() & records.keys() if listed[name].size() == records[name].bytes}
+    if wrong := sorted((listed.keys() | records.keys()) - same):
+        what = "is lost" if wrong[0] not in listed else "is another" if wrong[0] in records else "is not named there"
+        warnings.warn(
+            f"{location} is not as its {INDEX_NAME} says, which `milan-pipe prepare` wrote: {wrong[0]} {what}"
+            f"{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}; all that is there is used",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 def _expand_braces(text: str) -> list[str]:

@@ -17,7 +17,7 @@ _KINDS = (
     (TARGETS, ("header.json", "shards")),
     (RUN, ("checkpoints/step-*",)),
     (CHECKPOINT, ("checkpoint.json",)),
-    (IMAGES, ("index.json", "*.tar")),
+    (IMAGES, ("*.tar",)),
     (EMBEDDINGS, ("embeddings.json",)),
 )
 

@@ -126,6 +126,8 @@ class RemoteFolder(Location):
             parts.append(part)
             count += len(part)
             require(count)
+        if count != stop - start:
+            raise StoreError(f"{self}/{path}: {count} of {stop - start} bytes came; run the same command again")
         return b"".join(parts)
 
     def read(self, path: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,24 @@ def test_a_part_of_the_shards_has_its_part_of_the_index(tmp_path: Path) -> None:
     assert counted(f"{tmp_path}/i/train-*.tar").total == 12
     assert counted(f"{tmp_path}/i/test-000000.tar").total == 4
     (tmp_path / "i" / "more.tar").write_bytes(tar_of(images(2)))
-    assert (counted(tmp_path / "i").total, counted(tmp_path / "i").source) == (18, "headers")
+    with pytest.warns(RuntimeWarning, match=r"prepare` wrote: more\.tar is not named there; all that is there is used"):
+        assert (counted(tmp_path / "i").total, counted(tmp_path / "i").source) == (18, "headers")
+
+
+def test_shards_that_are_not_those_of_the_index_are_told(tmp_path: Path, bucket: str) -> None:
+    prepare("demo", tmp_path / "i", PrepareSettings(train_scenes=12, test_scenes=0, samples_per_shard=5), workers=1)
+    for path in (tmp_path / "i").iterdir():
+        location_of(bucket).write(f"i/{path.name}", path.read_bytes())
+    (tmp_path / "i" / "train-000001.tar").unlink()
+    location_of(bucket).remove("i/train-000001.tar")
+    for where in (str(tmp_path / "i"), f"{bucket}/i"):
+        with pytest.warns(RuntimeWarning, match=r"train-000001\.tar is lost; all that is there is used"):
+            assert len(expand_shards(where)) == 2
+    (tmp_path / "i" / "train-000000.tar").write_bytes(tar_of(images(5)))
+    with pytest.warns(RuntimeWarning, match=r"train-000000\.tar is another, and 1 more; all"):
+        assert len(expand_shards(tmp_path / "i")) == 2
+    with warnings.catch_warnings(action="error"):
+        assert len(expand_shards(f"{tmp_path}/i/*.tar")) == 2, "a glob names what it names"
 
 
 def test_progress_names_what_is_looked_at(tmp_path: Path) -> None:

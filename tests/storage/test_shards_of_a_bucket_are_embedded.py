@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.s3 import Proxy
 
 from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.errors import StoreError
 from milan_pipe.evaluation.features import embed_shards
+from milan_pipe.images.labelled import labelled_images
 from milan_pipe.storage import location_of
 
 
@@ -31,6 +33,22 @@ def write_shard(path: Path, first: int) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_image_that_comes_short_is_no_bad_image(
+    proxied_bucket: str, s3_proxy: Proxy, tmp_path: Path, cut: bool
+) -> None:
+    write_shard(tmp_path / "0.tar", 0)
+    whole = (tmp_path / "0.tar").read_bytes()
+    location_of(proxied_bucket).write("set/0.tar", whole)
+    found = labelled_images(f"{proxied_bucket}/set", lambda *_: None)
+    if cut:
+        location_of(proxied_bucket).write("set/0.tar", whole[: len(whole) // 4])
+    else:
+        s3_proxy.halve_every = 1
+    with pytest.raises(StoreError, match=r"0\.tar.* of (the )?\d+ bytes"):
+        found.read(2)
 
 
 def test_features_of_a_bucket(bucket: str, tmp_path: Path) -> None:
