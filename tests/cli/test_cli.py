@@ -277,6 +277,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("pretrain old new", "old is a run; expected a target store"),
         ("pretrain images new", "images is a folder of images; expected a target store"),
         ("pretrain targets images", "images is a folder of images; expected a new folder or a run"),
+        ("pretrain targets tars", "tars is a folder of images; expected a new folder or a run"),
         ("extract-targets old new", "old is a run; expected a folder of images"),
         ("verify-targets images", "images is a folder of images; expected a target store"),
         ("prepare targets new", "targets is a target store; expected a folder of images"),
@@ -295,6 +296,8 @@ def test_arguments_that_changed_places_or_are_too_few(
     monkeypatch.chdir(chain)
     Path("old/checkpoints/step-00000001").mkdir(parents=True, exist_ok=True)
     Path("old/checkpoints/step-00000001/student.safetensors").touch()
+    Path("tars").mkdir(exist_ok=True)
+    Path("tars/train-000000.tar").touch()
     before = sorted(chain.rglob("*"))
     settings = [] if words.startswith("report") else SETTINGS
     assert run(capsys, monkeypatch, *words.split(), *settings) == (2, "", f"error: {message}\n")
