@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,6 +51,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(error, OSError) or resource_hint(error):
             raise StoreError(f"{path} cannot be read: {system_reason(error)}") from error
         raise DataError(f"{path} is damaged ({error})") from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file that was read says beside its tensors; values are strings."""
+    with safe_open(path, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def require_opens(path: Path) -> None:

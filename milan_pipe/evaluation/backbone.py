@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,10 @@ class Backbone:
     def digest(self) -> str:
         """sha256 over names and values."""
         return weights_digest(self.weights)
+
+    def structure(self) -> str:
+        """What is built around the weights, as JSON: the same ones, with other heads, give other features."""
+        return json.dumps(self.settings.model_dump(mode="json"), sort_keys=True)
 
 
 def _loaded(settings: StudentSettings, weights: Mapping[str, Tensor], name: str) -> Encoder:

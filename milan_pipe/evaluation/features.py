@@ -29,7 +29,7 @@ from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.pixels import normalise
 from milan_pipe.units import some
-from milan_pipe.weights_file import load_tensors, write_weights
+from milan_pipe.weights_file import load_tensors, metadata_of, weights_digest, write_weights
 
 T = TypeVar("T")
 
@@ -122,19 +122,30 @@ def kept_features(
     """
     if folder is None:
         return compute()
-    name = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:32]
+    # Files of version 1, without a digest, have other names.
+    named = json.dumps({"version": 2, **identity}, sort_keys=True)
+    name = hashlib.sha256(named.encode()).hexdigest()[:32]
     file = Path(folder) / f"{name}.safetensors"
     if file.is_file():
         try:
             kept = load_tensors(file)
+            # Under the name of another identity it would be read as what it is not.
+            if metadata_of(file) != _vouched(name, kept):
+                raise DataError("its digest is another")
             return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
         except (DataError, KeyError, ShapeError) as error:
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}); remove it, features are then made anew"
             ) from None
     found = compute()
-    write_weights({"features": found.features_NF, "labels": found.label_N}, file)
+    tensors = {"features": found.features_NF, "labels": found.label_N}
+    write_weights(tensors, file, _vouched(name, tensors))
     return found
+
+
+def _vouched(identity: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    # One value: safetensors writes several in any order.
+    return {"sha256": f"{identity} {weights_digest(tensors)}"}
 
 
 def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:

@@ -40,10 +40,11 @@ from milan_pipe.training.checkpoint import run_of
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is evaluated: `identity` is the same for the same features, `size` the side of the input in pixels."""
+    """What is evaluated, with the side of its input in pixels; the same identity and structure: the same features."""
 
     name: str
     identity: str
+    structure: str
     size: int
     layout: Layout
     tokens: Tokens
@@ -61,6 +62,7 @@ def subject_of(checkpoint: str | Path, params: Params) -> Subject:
         return Subject(
             name=backbone.name,
             identity=backbone.digest(),
+            structure=backbone.structure(),
             size=backbone.settings.image_size,
             layout=backbone.layout,
             tokens=tokens_of(backbone, device),
@@ -70,6 +72,7 @@ def subject_of(checkpoint: str | Path, params: Params) -> Subject:
     return Subject(
         name=TEACHER,
         identity=identity,
+        structure="",
         size=student.image_size,
         layout=Layout(grid=teacher.info.grid, width=teacher.info.width, has_cls=True, prefix=1),
         tokens=lambda pixels_BHWC: teacher(pixels_BHWC).features_BST,
@@ -182,6 +185,7 @@ class FrozenSets:
         def embed(images: str | Path) -> LabelledFeatures:
             identity = {
                 "subject": subject.identity,
+                "structure": subject.structure,
                 "size": subject.size,
                 # Limits as they are by default are not named: what was kept before there were any stays good.
                 "settings": params.embed.model_dump(mode="json", include={"batch_size", "crop", "pool"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +25,15 @@ _ASKER = Asker(what="model", setting="CHECKPOINT")
 
 @dataclass(frozen=True, kw_only=True)
 class TimmBackbone(Backbone):
-    """A model of timm, its classifier left out; `settings` hold its name and the side of its input."""
+    """A model of timm, its classifier left out; `settings` hold its name and the side of its input.
+
+    Attributes:
+        architecture: timm's name of it; it was built with `arguments`.
+    """
 
     model: nn.Module
+    architecture: str
+    arguments: Mapping[str, Any]
     given: Layout
     stated: MeanStd
 
@@ -44,6 +52,9 @@ class TimmBackbone(Backbone):
     def digest(self) -> str:
         """sha256 over weights, mean and std."""
         return sha256_of(f"{super().digest()} {self.stated}".encode())
+
+    def structure(self) -> str:
+        return json.dumps([self.architecture, self.settings.image_size, dict(self.arguments)], sort_keys=True)
 
 
 def frozen_backbone_of(checkpoint: str | Path, student: StudentSettings, seed: int) -> Backbone:
@@ -75,6 +86,8 @@ def _timm_backbone(name: str, full_name: str) -> TimmBackbone:
         settings=StudentSettings(model=name, image_size=side, patch_size=None, width=None, depth=None, heads=None),
         weights=model.state_dict(),
         model=model,
+        architecture=source.name,
+        arguments=source.arguments,
         given=_layout(model, side, full_name),
         stated=mean_std(model.pretrained_cfg) or MeanStd(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from milan_pipe.config.params import Params
@@ -26,7 +25,7 @@ from milan_pipe.targets.codec import codec_of
 from milan_pipe.targets.schema import StoreHeader
 from milan_pipe.training.optim import build_adamw
 from milan_pipe.training.step import Stepper
-from milan_pipe.weights_file import load_tensors, load_weights, mismatch, write_weights
+from milan_pipe.weights_file import load_tensors, load_weights, metadata_of, mismatch, write_weights
 
 _VERSION = "1"
 _CODES = ("code_BST", "scale_BS")
@@ -99,8 +98,7 @@ def _read(file: Path) -> tuple[_Metadata, dict[str, Tensor]]:
     except DataError as error:
         raise DataError(f"{error}; {expected}") from error
     try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {})["milan_pipe"]
+        text = metadata_of(file)["milan_pipe"]
         version = json.loads(text)["version"]
         if version == _VERSION:
             metadata = _Metadata.model_validate_json(text)

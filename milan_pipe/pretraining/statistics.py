@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from milan_pipe.config.params import Params
-from milan_pipe.errors import StoreError
+from milan_pipe.errors import DataError, StoreError
 from milan_pipe.student.standardise import Standardise, fit_statistics, standardise_of
 from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
 from milan_pipe.targets.store import TargetStore
-from milan_pipe.weights_file import load_tensors, write_weights
+from milan_pipe.weights_file import load_tensors, metadata_of, weights_digest, write_weights
 
 _MOST_BYTES = 256 * 1024**2
 _MOST_SAMPLES = 4096
@@ -42,25 +42,37 @@ def _beside(store: TargetStore) -> Path | None:
     return None if local is None else local.with_name(f"{local.name}.statistics.safetensors")
 
 
-def _kept(file: Path, identity: str) -> Statistics | None:
-    """What a file holds, if it is of this store."""
-    if not file.is_file():
-        return None
+def _read(file: Path) -> tuple[Statistics, str]:
+    """What a file holds, and the identity of its store; files of earlier versions have no digest."""
     found = load_tensors(file)
-    with safe_open(file, "pt") as opened:
-        return found if (opened.metadata() or {}).get("identity") == identity else None
+    identity, _, digest = metadata_of(file).get("identity", "").partition(" ")
+    if digest and digest != weights_digest(found):
+        raise DataError(f"{file} is damaged: its values do not fit their digest")
+    return found, identity
+
+
+def _kept(file: Path | None, identity: str) -> Statistics | None:
+    """What a file holds, if it is of this store."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        found, of = _read(file)
+    except DataError as error:
+        warnings.warn(f"{error}; statistics are computed again", RuntimeWarning, stacklevel=1)
+        return None
+    return found if of == identity else None
 
 
 def statistics_of(store: TargetStore, run: Path, number: int) -> Statistics:
     """Statistics that the run has, or that lie beside the store, or else of some of its samples, spread over all of it.
 
     Raises:
-        DataError: the store is damaged, its features do not vary, or a kept file is damaged.
+        DataError: the store is damaged, or its features do not vary.
         StoreError: one of them cannot be read.
     """
     identity, beside = identity_of(store), _beside(store)
     for file in (file_in(run, number), beside):
-        if file is not None and (found := _kept(file, identity)) is not None:
+        if (found := _kept(file, identity)) is not None:
             return found
     tokens, width = store.header.tokens, store.header.teacher.width
     count = min(_MOST_SAMPLES, max(1, _MOST_BYTES // (8 * tokens * width)))
@@ -82,13 +94,13 @@ def statistics_of(store: TargetStore, run: Path, number: int) -> Statistics:
 
 def keep_statistics(statistics: Statistics, store: TargetStore, run: Path, number: int) -> None:
     """Write them to the run, and beside a store on disk where that can be written; StoreError for the run's."""
-    metadata = {"identity": identity_of(store)}
+    identity, beside = identity_of(store), _beside(store)
+    # One value: safetensors writes several in any order.
+    metadata = {"identity": f"{identity} {weights_digest(statistics)}"}
     write_weights(statistics, file_in(run, number), metadata)
-    beside = _beside(store)
-    if beside is None or beside.exists():
-        return
     try:
-        write_weights(statistics, beside, metadata)
+        if beside is not None and _kept(beside, identity) is None:
+            write_weights(statistics, beside, metadata)
     except StoreError:
         # A folder of others is not ours to write; the run has its own.
         return
@@ -104,6 +116,6 @@ def kept_standardise(run: Path, headers: Sequence[StoreHeader], params: Params) 
     if kind == "none":
         return []
     return [
-        standardise_of(kind, load_tensors(file_in(run, number)), header.teacher.width)
+        standardise_of(kind, _read(file_in(run, number))[0], header.teacher.width)
         for number, header in enumerate(headers)
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from support.images import TINY, class_folders, labelled_shard
+from support.timm_models import timm_folder
 
 from milan_pipe import api
 from milan_pipe.config.evaluation import KnnSettings
@@ -65,6 +67,41 @@ def test_damaged_features_say_which_file(sets: tuple[str, str], tmp_path: Path) 
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="remove it"):
         api.knn("random", *sets, PARAMS, features=kept)
+
+
+def test_a_changed_value_and_another_files_features_are_found(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept = tmp_path / "features"
+    plain = api.knn("random", *sets, PARAMS, features=kept)
+    one, other = sorted(kept.iterdir())
+    whole = one.read_bytes()
+    changed = bytearray(whole)
+    changed[-3] ^= 1
+    for data in (bytes(changed), other.read_bytes()):
+        one.write_bytes(data)
+        with pytest.raises(DataError, match="remove it"):
+            api.knn("random", *sets, PARAMS, features=kept)
+    one.write_bytes(whole)
+    assert api.knn("random", *sets, PARAMS, features=kept) == plain
+
+
+def test_the_same_weights_with_other_heads_are_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept = tmp_path / "features"
+    for number, heads in enumerate((1, 2), 1):
+        params = PARAMS.model_copy(update={"student": TINY.model_copy(update={"heads": heads})})
+        api.knn("random", *sets, params, features=kept)
+        assert len(list(kept.iterdir())) == 2 * number
+
+
+def test_an_exported_student_with_other_heads_is_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept, model = tmp_path / "features", timm_folder(tmp_path / "m")
+    before = api.knn(str(model), *sets, PARAMS, features=kept)
+    config = model / "config.json"
+    described = json.loads(config.read_text())
+    described["model_args"]["num_heads"] *= 2
+    config.write_text(json.dumps(described))
+    assert api.knn(str(model), *sets, PARAMS, features=kept) == api.knn(str(model), *sets, PARAMS)
+    assert len(list(kept.iterdir())) == 4
+    assert before.train == 30
 
 
 def test_class_folders_score_as_their_shards(sets: tuple[str, str], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.run import pretrain
-from milan_pipe.pretraining.statistics import kept_standardise, statistics_of
+from milan_pipe.pretraining.statistics import keep_statistics, kept_standardise, statistics_of
 from milan_pipe.student.pixels import normalise
 from milan_pipe.student.standardise import Standardise, fit_statistics, hadamard, standardise_of
 from milan_pipe.targets.codec import codec_of
@@ -159,6 +159,29 @@ def test_statistics_are_fitted_once(stores: tuple[Path, Path], tmp_path: Path) -
     beside.rename(stores[1].with_name("b.statistics.safetensors"))
     assert statistics_of(other, Path("nowhere"), 0)["mean_T"].shape == (12,)
     stores[1].with_name("b.statistics.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [b"broken", None])
+def test_damaged_statistics_are_computed_again(tmp_path: Path, damage: bytes | None) -> None:
+    write_blocks(
+        tmp_path / "a", A, [blocks_with_views_of(A, None, count, number) for number, count in enumerate(SIZES)]
+    )
+    store, run, beside = open_targets(tmp_path / "a"), tmp_path / "run", tmp_path / "a.statistics.safetensors"
+    found = statistics_of(store, run, 0)
+    keep_statistics(found, store, run, 0)
+    whole = beside.read_bytes()
+    for file in (beside, run / "statistics" / "0.safetensors"):
+        changed = bytearray(whole)
+        changed[-3] ^= 1
+        file.write_bytes(damage or bytes(changed))
+    with pytest.raises(DataError, match="is damaged"):
+        kept_standardise(run, [A], params_of({"standardise": "scale"}))
+    with pytest.warns(RuntimeWarning, match="damaged.*; statistics are computed again"):
+        again = statistics_of(store, run, 0)
+    assert_close(again, found, atol=0, rtol=0)
+    with pytest.warns(RuntimeWarning, match="computed again"):
+        keep_statistics(again, store, run, 0)
+    assert whole == beside.read_bytes() == (run / "statistics" / "0.safetensors").read_bytes()
 
 
 def test_standardised_features_have_one_deviation() -> None:
