@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import Location, location_of, require_writable
 from milan_pipe.storage.kinds import EMBEDDINGS, require_new
+from milan_pipe.units import some
 
 RECORD, RECORDS, BAD_SAMPLES = "embeddings.json", "records", "bad_samples.jsonl"
 _VERSION = 1
@@ -75,19 +77,31 @@ class EmbedReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Images of one file of OUT; `state` changes with them."""
+    """Images of one file of OUT; `state` changes with their names, labels and bytes, `written` with their files."""
 
     source: str
     state: str
+    files: Sequence[Path]
     samples: Callable[[OnBad], Iterator[Sample]]
+
+    def written(self) -> str | None:
+        """A digest of sizes and times of the files; None for those of a bucket."""
+        found = [path.stat() for path in self.files if path.is_file()]
+        times = [f"{one.st_size} {one.st_mtime_ns}" for one in found]
+        return sha256_of("\n".join(times).encode()) if self.files else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Done:
-    """What `records/000123.json` says: it is written after the file, and makes it whole."""
+    """What `records/000123.json` says: it is written after the file, and makes it whole.
+
+    Records of earlier versions say neither how the images' files were nor how many bytes the file of embeddings has.
+    """
 
     source: str
     state: str
+    written: str | None = None
+    bytes: int | None = None
     images: Annotated[int, Field(ge=0, lt=2**63)]
     bad: list[tuple[str, str]] = field(default_factory=list)
 
@@ -105,13 +119,19 @@ def _pieces(images: str | Path) -> dict[str, _Piece]:
 
             names = "\n".join(f"{found.keys[n]} {found.label_N[n]}" for n in numbers)
             source = f"images {numbers.start} to {numbers.stop - 1}"
-            return _Piece(source=source, state=sha256_of(names.encode()), samples=samples)
+            files = [found.files[number] for number in numbers]
+            return _Piece(source=source, state=sha256_of(names.encode()), files=files, samples=samples)
 
         starts = range(0, len(found), _IMAGES_OF_FOLDERS)
         pieces = [of(range(start, min(start + _IMAGES_OF_FOLDERS, len(found)))) for start in starts]
     else:
         pieces = [
-            _Piece(source=shard.name, state=f"{shard.size()} bytes", samples=partial(read_shard, shard))
+            _Piece(
+                source=shard.name,
+                state=f"{shard.size()} bytes",
+                files=[] if shard.location.local is None else [shard.location.local / shard.name],
+                samples=partial(read_shard, shard),
+            )
             for shard in expand_shards(images)
         ]
     return {f"{number:06d}": piece for number, piece in enumerate(pieces)}
@@ -151,6 +171,9 @@ def embed(
     location = location_of(out)
     require_writable(location)
     require_new(location.local, EMBEDDINGS)
+    local = location.local
+    if local is not None and is_class_folder(images) and local.resolve().is_relative_to(Path(images).resolve()):
+        raise SettingError(f"{location} lies in {images}, whose folders are classes; name another folder")
     if (suffix := Path(location.name).suffix) in (".parquet", ".zarr"):
         raise SettingError(f"{location} has the name of a file, and a folder of files is written: leave {suffix!r} out")
     require_packages(settings.format)
@@ -236,6 +259,7 @@ class _Run:
     def do(self, name: str) -> None:
         """Write the file of a shard, and then its record."""
         piece, bad, images = self._pieces[name], [], 0
+        written = piece.written()
         file = f"{name}.{self._settings.format}"
         location, layout, settings = self._location, self._subject.layout, self._settings
         location.clear_scratch(file)
@@ -274,7 +298,14 @@ class _Run:
                 none = f"{piece.source} has no readable image ({len(bad)} skipped{first})"
                 raise _SourceError(DataError(none))
         # Threads may report bad images out of turn.
-        done = _Done(source=piece.source, state=piece.state, images=images, bad=sorted(bad))
+        done = _Done(
+            source=piece.source,
+            state=piece.state,
+            written=written,
+            bytes=_bytes_of(location, file),
+            images=images,
+            bad=sorted(bad),
+        )
         location.write(f"{RECORDS}/{name}.json", _json(asdict(done)))
         self.done[name] = done
         self.report()
@@ -321,6 +352,7 @@ def _record_of(subject: Subject, pieces: Mapping[str, _Piece], params: Params, *
         "image_size": subject.size,
         "width": layout.width,
         "patches": list(layout.grid) if patches else None,
+        "structure": sha256_of(subject.structure.encode()),
         **params.embed.model_dump(mode="json", include={"pool", "crop", "dtype", "format"}),
         "shards": len(pieces),
         "sources": sha256_of(names.encode()),
@@ -347,7 +379,8 @@ def _require_same(location: Location, record: dict[str, Any]) -> None:
     # The name says who it was, the digest whether it is the same.
     differences = [
         f"{name}: there {_shown(found.get(name))}, asked for {_shown(record.get(name))}"
-        for name in sorted((record.keys() | found.keys()) - {"subject"})
+        # Records of earlier versions do not say how the model is built.
+        for name in sorted((record.keys() | found.keys()) - {"subject"} - ({"structure"} - found.keys()))
         if found.get(name) != record.get(name)
     ]
     if differences:
@@ -366,7 +399,23 @@ def _read_done(location: Location, pieces: Mapping[str, _Piece], format: str) ->
     recorded = {Path(name).stem for name in location.child(RECORDS).sizes()}
     names = [name for name in pieces if f"{name}.{format}" in present and name in recorded]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        return dict(zip(names, pool.map(lambda name: _read_one(location, name, pieces[name]), names), strict=True))
+        found = dict(zip(names, pool.map(lambda name: _read_one(location, name, pieces[name]), names), strict=True))
+        lengths = dict(zip(names, pool.map(lambda name: _bytes_of(location, f"{name}.{format}"), names), strict=True))
+    changed = {name for name, done in found.items() if done.written not in (None, pieces[name].written())}
+    changed |= {name for name, done in found.items() if done.bytes not in (None, lengths[name])}
+    if changed:
+        warnings.warn(
+            f"{location}: {len(changed)} shards are embedded again, as their images' files or their own have changed: "
+            f"{some(sorted(changed), _MOST_NAMED)}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return {name: done for name, done in found.items() if name not in changed}
+
+
+def _bytes_of(location: Location, file: str) -> int:
+    """Of a file, or of all files of a folder."""
+    return sum(location.child(file).sizes().values()) if file.endswith(".zarr") else location.size(file)
 
 
 def _read_one(location: Location, name: str, piece: _Piece) -> _Done:

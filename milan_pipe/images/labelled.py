@@ -55,11 +55,13 @@ class LabelledImages(NumberedImages):
         classes: names of the classes where they are known.
         read: gives the encoded image of a number. It raises DataError where the image is larger than
             `MAX_ENCODED_BYTES` or cannot be read, and StoreError where the object store cannot be read.
+        files: of class folders the file of each image, else empty.
     """
 
     label_N: NDArray[np.int64]
     classes: tuple[str, ...] | None
     read: Callable[[int], bytes]
+    files: Sequence[Path] = ()
 
 
 def nth_file(paths: Sequence[Path], number: int) -> bytes:
@@ -140,6 +142,7 @@ def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
         fingerprint=_fingerprint(keys, labels),
         sizes=digest_of_files(files),
         read=partial(nth_file, files),
+        files=files,
     )
 
 

@@ -25,6 +25,7 @@ from milan_pipe.storage.local import lies_in
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
 from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
+from milan_pipe.weights_file import load_tensors
 
 Kind = Literal["model", "dataset"]
 _FAILED: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, RuntimeError)
@@ -196,6 +197,8 @@ def _push_student(folder: Path, target: _Repository, dry_run: bool) -> PushRepor
         card = _named((folder / CARD).read_text(encoding="utf-8"), target.name)
     except ValueError as error:
         raise DataError(f"{folder}/{CARD} is no UTF-8 ({error}); write it as such, or export again") from error
+    # A file that is cut does not open; it has no digest.
+    load_tensors(folder / STUDENT_FILES[1])
     files: dict[str, Path | bytes] = {CARD: card.encode(), **{name: folder / name for name in STUDENT_FILES}}
     return PushReport(
         kind=target.kind,
@@ -216,6 +219,7 @@ def _push_store(folder: Path, target: _Repository, license: str | None, dry_run:
             f"`{manifest.extract_command(location)}`"
         )
     _require_inside(folder, folder.rglob("*"))
+    store.committed(sizes=True)
     card = _named(dataset_card(store, license), target.name)
     sizes = {path: size for path, size in location.sizes().items() if any(fnmatch(path, one) for one in _OF_A_STORE)}
     last: dict[str, Path | bytes] = {manifest.MANIFEST: folder / manifest.MANIFEST, CARD: card.encode()}

@@ -331,13 +331,17 @@ class TargetStore:
         except MissingError as error:
             raise damaged(self.location, shard, str(error)) from error
 
-    def committed(self) -> dict[str, CommittedShard]:
+    def committed(self, *, sizes: bool = False) -> dict[str, CommittedShard]:
         """What was committed of all shards, by name; their records are read side by side.
 
+        Args:
+            sizes: also look at the sizes of all files.
+
         Raises:
-            DataError: a record is damaged, missing, or not the one that the store was opened with.
+            DataError: a record is damaged, missing, or not the one that the store was opened with, or a size is wrong.
         """
-        found, broken = manifest.read_committed(self.location, expected=self._entries)
+        expected = self.header if sizes else None
+        found, broken = manifest.read_committed(self.location, sizes_of=expected, expected=self._entries)
         if broken:
             raise _broken(self.location, broken)
         return found

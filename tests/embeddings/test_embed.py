@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,7 +25,7 @@ from support.timm_models import timm_folder
 from milan_pipe import api
 from milan_pipe.config.params import Params, load_params
 from milan_pipe.embeddings import files, run
-from milan_pipe.errors import DataError
+from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.backbone import pooled
 from milan_pipe.evaluation.features import centre_view
 from milan_pipe.evaluation.frozen import subject_of
@@ -192,6 +193,55 @@ def test_class_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.M
     found = read(tmp_path / "out")
     assert (report.shards, report.images, report.bad) == (3, 9, 1)
     assert [NAMES[label] for label in found["label"]] == [key.split("/")[0] for key in found["key"]]
+
+
+@pytest.mark.parametrize("out_format", ["parquet", "zarr"])
+def test_what_has_changed_since_is_embedded_again(out_format: str, images: Path, tmp_path: Path) -> None:
+    copy, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "out"
+    settings = params(f"embed.format={out_format}")
+    api.embed("random", copy, out, settings)
+    whole = content(out)
+    (written,) = out.glob("000001.*")
+    file = max(filter(Path.is_file, [written, *written.rglob("*")]), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(RuntimeWarning, match="1 shards are embedded again, .*: 000001"):
+        assert api.embed("random", copy, out, settings).skipped == 2
+    assert content(out) == whole
+    # What is of another time may be other images of the same size.
+    os.utime(copy / "a.tar", (1, 1))
+    with pytest.warns(RuntimeWarning, match="1 shards are embedded again, .*: 000000"):
+        assert api.embed("random", copy, out, settings).skipped == 2
+    assert api.embed("random", copy, out, settings).skipped == 3
+
+
+def test_replaced_images_of_a_class_folder_are_embedded_again(tmp_path: Path) -> None:
+    folder, out = class_folders(tmp_path / "images", range(9)), tmp_path / "out"
+    api.embed("random", folder, out, params())
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        path.write_bytes(png(image(50 + number, 0)))
+    with pytest.warns(RuntimeWarning, match="are embedded again"):
+        assert api.embed("random", folder, out, params()).skipped == 0
+    api.embed("random", folder, tmp_path / "fresh", params())
+    assert np.array_equal(read(out)["embedding"].tolist(), read(tmp_path / "fresh")["embedding"].tolist())
+
+
+def test_no_embeddings_in_class_folders(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "images", range(6))
+    for out in (folder, folder / "emb", folder / NAMES[0]):
+        with pytest.raises(SettingError, match="whose folders are classes; name another folder"):
+            api.embed("random", folder, out, params())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(NAMES)
+
+
+def test_what_earlier_versions_recorded_counts(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.embed("random", images, out, params())
+    for path in [out / "embeddings.json", *(out / "records").iterdir()]:
+        record = json.loads(path.read_text())
+        former = {name: value for name, value in record.items() if name not in ("structure", "written", "bytes")}
+        assert former.keys() != record.keys()
+        path.write_text(json.dumps(former))
+    assert api.embed("random", images, out, params()).skipped == 3
 
 
 @pytest.mark.parametrize("out_format", ["parquet", "zarr"])

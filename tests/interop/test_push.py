@@ -146,6 +146,21 @@ def test_nothing_is_pushed_that_a_link_leads_to(hub: Hub, project: Project, tmp_
     assert not hub.requests
 
 
+def test_what_is_cut_is_not_pushed(hub: Hub, project: Project, tmp_path: Path) -> None:
+    api.export(project.runs[0], tmp_path / "student")
+    shutil.copytree(project.targets, tmp_path / "t")
+    record = json.loads((tmp_path / "t" / "manifest" / "000001.json").read_text())
+    cut = {
+        tmp_path / "student": tmp_path / "student" / "model.safetensors",
+        tmp_path / "t": tmp_path / "t" / "shards" / "000001" / min(record["files"]),
+    }
+    for folder, file in cut.items():
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(DataError, match=r"damaged|--redo 000001"):
+            api.push(folder, MODEL if folder.name == "student" else DATA, license=None, dry_run=True)
+    assert not hub.requests
+
+
 def test_private_and_dry(hub: Hub, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     dry = api.push(project.targets, DATA, dry_run=True)
     assert hub.requests == []
