@@ -27,6 +27,9 @@ _SMALL_BLOCK = 4096
 # Of how many pixels modes are converted at a time, which takes several copies: a photograph of 512 x 512.
 _PIECE_PIXELS = 2**18
 
+# Pillow has no room for rows of more than 2**31 bits, and calls that a lack of memory: a pixel has up to 64.
+_MOST_SIDE = 2**24
+
 _SCAN, _END = b"\xda", b"\xd9"
 # Not what stands for a byte 255 of the pixels, nor what restarts their code.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
@@ -128,15 +131,13 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
             raise DataError("empty file")
         image = Image.open(_TimedFile(data, limits), formats=formats)
     with image:
-        if image.width * image.height > limits.max_pixels:
-            raise DataError(f"{image.width} x {image.height} pixels, more than images.max_pixels {limits.max_pixels}")
+        _require_size(*image.size, limits)
         if isinstance(image, TiffImageFile):
             # Its decoder makes room for whole tiles, however small the image is.
             width, height = (image.tag_v2.get(tag, 0) for tag in _TIFF_TILE)
             if not isinstance(width, int) or not isinstance(height, int):
                 raise DataError("the size of its tiles is no number")
-            if width * height > limits.max_pixels:
-                raise DataError(f"a tile of {width} x {height} pixels, more than images.max_pixels {limits.max_pixels}")
+            _require_size(width, height, limits, "a tile of ")
         # A scan whose data is missing costs as much time as any other.
         if image.format in ("JPEG", "MPO"):
             scans = _scans_at_most(data)
@@ -145,6 +146,13 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
             if scans > _USUAL_SCANS:
                 image.decodermaxblock = _SMALL_BLOCK
         yield image
+
+
+def _require_size(width: int, height: int, limits: ImageSettings, what: str = "") -> None:
+    if width * height > limits.max_pixels:
+        raise DataError(f"{what}{width} x {height} pixels, more than images.max_pixels {limits.max_pixels}")
+    if max(width, height) > _MOST_SIDE:
+        raise DataError(f"{what}{width} x {height} pixels, a side of more than {_MOST_SIDE}")
 
 
 def _scans_at_most(data: bytes) -> int:

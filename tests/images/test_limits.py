@@ -63,6 +63,18 @@ def test_the_usual_limit_is_the_one_that_pillow_warns_above() -> None:
     assert Image.MAX_IMAGE_PIXELS == ImageSettings().max_pixels == MAX_PIXELS
 
 
+@pytest.mark.parametrize("size", [(33_554_426, 1, 16, 4), (89_478_484, 1, 8, 3), (1, 2**24 + 1, 1, 1)])
+def test_a_side_above_what_decoders_have_room_for_is_refused(size: tuple[int, int, int, int]) -> None:
+    width, height, *_ = size
+    with pytest.raises(DataError, match=f"^{width} x {height} pixels, a side of more than {2**24}$"):
+        decode_pixels(blank_png(*size, rows=0))
+
+
+def test_the_longest_row_of_the_largest_pixels_is_decoded() -> None:
+    with pytest.raises(DataError, match="truncated or damaged"):
+        decode_pixels(blank_png(2**24, 1, 16, 4, rows=0))
+
+
 # --- memory
 
 # For tables, pieces of the image and blocks of the file.
@@ -225,6 +237,10 @@ def test_a_tile_above_the_limits_is_refused_however_small_its_image_is() -> None
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
     with pytest.raises(LabelError, match=r"a tile of 46000 x 46000 pixels, more than images\.max_pixels"):
+        decode_mask(data + bytes(209 - len(data)), RULE, (8, 8), "k")
+    data = data.replace(struct.pack("<HHII", 322, 4, 1, 46_000), struct.pack("<HHII", 322, 4, 1, 50_000_000))
+    data = data.replace(struct.pack("<HHII", 323, 4, 1, 46_000), struct.pack("<HHII", 323, 4, 1, 1))
+    with pytest.raises(LabelError, match="a tile of 50000000 x 1 pixels, a side of more than 16777216"):
         decode_mask(data + bytes(209 - len(data)), RULE, (8, 8), "k")
 
 

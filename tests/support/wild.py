@@ -142,12 +142,14 @@ def bombs() -> list[WildImage]:
     jpeg = _of_size(jpeg, jpeg.index(b"\xff\xc0") + 5, ">HH", 65_000)
     gif, bmp = _of_size(encoded(seen, "GIF"), 6, "<HH", 60_000), _of_size(encoded(seen, "BMP"), 18, "<ii", 40_000)
     alpha, high = (blank_png(width, height, 16, 4, rows=0) for width, height in ((9460, 9460), (1, 90_000_000)))
+    wide = blank_png(50_000_000, 1, 16, 4, rows=0)
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10_000_000)))
     png, pixels = encoded(seen), "pixels, more than images.max_pixels 89478485"
     return [
         WildImage(name="bomb.png", data=blank_png(30_000, 30_000, 1, 1, rows=0), reason=f"900000000 {pixels}"),
         WildImage(name="alpha bomb.png", data=alpha, reason=f"9460 x 9460 {pixels}"),
         WildImage(name="high bomb.png", data=high, reason=f"1 x 90000000 {pixels}"),
+        WildImage(name="wide bomb.png", data=wide, reason="50000000 x 1 pixels, a side of more than 16777216"),
         WildImage(name="bomb.jpg", data=jpeg, reason=f"4225000000 {pixels}"),
         WildImage(name="bomb.webp", data=bytes(webp), reason=f"268402689 {pixels}"),
         WildImage(name="gif bomb.jpg", data=gif, reason=f"3600000000 {pixels}"),
