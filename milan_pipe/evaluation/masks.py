@@ -9,6 +9,9 @@ from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.errors import MismatchError, SettingError
 from milan_pipe.images.masked import MaskedImages, MaskRule, read_classes
 
+# Values of a mask of 16 bits.
+_MOST_CLASSES = 2**16
+
 
 def rule_and_names(
     train: MaskedImages, val: MaskedImages, settings: SegmentSettings
@@ -17,7 +20,7 @@ def rule_and_names(
 
     Raises:
         MismatchError: TRAIN and VAL have different class lists.
-        SettingError: the classes are not known, or there is one alone.
+        SettingError: the classes are not known, there is one alone, or there are more than masks have values.
         MissingError, DataError: as `read_classes`.
     """
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
@@ -33,6 +36,9 @@ def rule_and_names(
         )
     if isinstance(given, str):
         given = read_classes(given)
+    count = given if isinstance(given, int) else len(given)
+    if not 0 < count <= _MOST_CLASSES:
+        raise SettingError(f"there are {count} classes, expected 2 to {_MOST_CLASSES}; set segment.classes")
     names = tuple(f"class {number}" for number in range(given)) if isinstance(given, int) else given
     if len(names) < 2:
         raise SettingError(f"there is one class, {names[0]!r}; a segmentation needs two at least")

@@ -147,8 +147,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
                 device=ranks.device,
                 batch=batch,
             )
-            for (key, image, mask_HW), found_HW in zip(some, predictions, strict=True):
-                predicted_HW = found_HW.cpu()
+            for (key, image, mask_HW), predicted_HW in zip(some, predictions, strict=True):
                 counts_GG += confusion(predicted_HW, torch.from_numpy(mask_HW), classes)
                 if ranks.first and len(self._drawn) < _IMAGES:
                     self._drawn.append(Segmentation(key, np.asarray(image), mask_HW, predicted_HW.numpy()))
@@ -164,7 +163,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
         for shown in self._shown(self._show, list, 1):
             ((image, mask_HW),) = shown.value
             found.append((shown.keys[0], image, mask_HW))
-            # Logits are held at both sizes.
+            # Of large images the logits of the one size are held, of small ones those of the other.
             pixels += max(mask_HW.size, math.prod(scaled_size(mask_HW.shape, short, 4 * short)))
             if pixels >= most:
                 yield found

@@ -27,7 +27,14 @@ from milan_pipe.evaluation.masks import rule_and_names
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.patch_heads import NeighbourHead, PatchFeatures, PatchHead, fit_linear_head, to_pixels
 from milan_pipe.evaluation.segment_views import PADDING, TestMasks
-from milan_pipe.evaluation.sliding import scaled_size, sliding_logits, usual_stride, window_corners
+from milan_pipe.evaluation.sliding import (
+    resized_strip,
+    scaled_size,
+    sliding_logits,
+    strips,
+    usual_stride,
+    window_corners,
+)
 from milan_pipe.images.ahead import decoded_ahead, thread_count
 from milan_pipe.images.labelled import warn_if_images_shared
 from milan_pipe.images.masked import MaskedImages, MaskRule, masked_images
@@ -201,8 +208,9 @@ class _Probe:
                 truth_HW = torch.from_numpy(shown.mask_HW)
                 for number, name in enumerate(heads):
                     scores_GHW = scores_SHW[number * classes : (number + 1) * classes, :height, :width]
-                    whole_GHW = to_pixels(scores_GHW[None], *shown.mask_HW.shape)[0]
-                    counts[name] += confusion(whole_GHW.max(dim=0).indices.cpu(), truth_HW, classes)
+                    for strip in strips(classes, shown.mask_HW.shape):
+                        part_GHW = resized_strip(scores_GHW, shown.mask_HW.shape, strip)
+                        counts[name] += confusion(part_GHW.max(dim=0).indices.cpu(), truth_HW[strip], classes)
             self.used["test"] += len(some_images)
             self._on_progress(self.used["test"], len(images), "images of VAL")
         return counts

@@ -379,6 +379,11 @@ CASES: dict[str, Case] = {
         "the classes of own are not known; set segment.classes to a file with their names, one a line, or to their "
         "number, or put a classes.txt beside the folders",
     ),
+    "too many classes to segment": (
+        lambda: segmented(classes="a\n" * 65_537),
+        SettingError,
+        "there are 65537 classes, expected 2 to 65536; set segment.classes",
+    ),
     "one class to segment": (
         lambda: segmented(classes="a\n"), SettingError, "there is one class, 'a'; a segmentation needs two at least",
     ),

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,20 @@ from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params
 from milan_pipe.errors import DataError, LabelError, MilanError, MismatchError, MissingError, SettingError
+from milan_pipe.evaluation import sliding
 from milan_pipe.evaluation.backbone import backbone_of
+from milan_pipe.evaluation.masks import rule_and_names
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
 from milan_pipe.evaluation.segment import SegmentObjective
 from milan_pipe.evaluation.segment_views import PADDING
-from milan_pipe.evaluation.sliding import predict, scaled_size, sliding_logits, window_starts
+from milan_pipe.evaluation.sliding import (
+    predict,
+    resized_strip,
+    scaled_size,
+    sliding_logits,
+    strips,
+    window_starts,
+)
 from milan_pipe.evaluation.supervised import ImageBatch
 from milan_pipe.evaluation.upernet import UperNet, build_upernet, default_blocks
 from milan_pipe.images.masked import MaskRule, decode_mask, masked_images, read_classes
@@ -176,6 +186,52 @@ def test_one_scale_is_single_scale(size: tuple[int, int]) -> None:
     assert (both == mirrored).float().mean() > 0.8
 
 
+@given(sides=st.tuples(*[st.integers(1, 30)] * 4), most=st.integers(1, 3000))
+@settings(max_examples=100, deadline=None)
+def test_strips_are_the_whole_resized(sides: tuple[int, int, int, int], most: int) -> None:
+    height, width, *size = sides
+    logits = torch.randn(3, height, width, generator=torch.Generator().manual_seed(sum(sides)))
+    whole = torch.nn.functional.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    found = torch.full_like(whole, torch.nan)
+    for strip in strips(3, (size[0], size[1]), most):
+        part = resized_strip(logits, (size[0], size[1]), strip)
+        assert part.numel() <= max(most, 3 * min(size))
+        assert found[:, *strip].isnan().all()
+        found[:, *strip] = part
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (300, 40), (40, 300)])
+def test_an_image_in_strips_is_predicted_as_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"scales": (0.5, 1.0, 1.5), "flip": True, **PREDICT}
+    (whole,) = predict(classify, [noise_image(*size)], **ways)
+    monkeypatch.setattr(sliding, "strips", partial(strips, most=500))
+    (cut,) = predict(classify, [noise_image(*size)], **ways)
+    assert torch.equal(cut, whole)
+
+
+def test_memory_is_bounded_by_the_models_size_and_not_by_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of values that `interpolate` makes at a time, and of scores that are held at an image's size."""
+    made: list[int] = []
+    monkeypatch.setattr(sliding, "strips", partial(strips, most=10_000))
+    interpolate, new_empty = torch.nn.functional.interpolate, torch.Tensor.new_empty
+
+    def counted(given: torch.Tensor, **options: Any) -> torch.Tensor:
+        made.append((found := interpolate(given, **options)).numel())
+        return found
+
+    def counted_empty(given: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made.append((found := new_empty(given, *size, **options)).numel())
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", counted)
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted_empty)
+    for size in ((1000, 900), (2000, 5), (5, 20_000)):
+        (found,) = predict(classify, [noise_image(*size)], scales=(1.0,), flip=True, **PREDICT)
+        assert found.shape == size
+    assert 5_000 < max(made) <= 10_000
+
+
 def test_images_together_are_predicted_as_alone() -> None:
     images = [noise_image(*size) for size in SIZES]
     together = predict(classify, images, scales=(0.5, 1.0), flip=True, **PREDICT)
@@ -299,6 +355,14 @@ def test_every_layout_is_found(tmp_path: Path) -> None:
     assert masked_images(tmp_path / "own", "train", lambda *_: None).classes is None
     (tmp_path / "own" / "classes.txt").write_text("left\nright\n")
     assert masked_images(tmp_path / "own", "train", lambda *_: None).classes == ("left", "right")
+
+
+@pytest.mark.parametrize("classes", [0, 65_537, 10**12])
+def test_a_number_of_classes_that_no_mask_has(tmp_path: Path, classes: int) -> None:
+    mask_folders(tmp_path / "images", tmp_path / "masks", range(1))
+    images = masked_images(tmp_path, "train", lambda *_: None)
+    with pytest.raises(SettingError, match=f"there are {classes} classes, expected 2 to 65536; set segment.classes"):
+        rule_and_names(images, images, SegmentSettings(classes=classes))
 
 
 def test_splits_by_their_short_names(tmp_path: Path) -> None:
