@@ -27,6 +27,9 @@ MASK_SUFFIXES = (MASK_SUFFIX, "seg.png")
 MAX_ENCODED_BYTES = 2**28
 """Size in bytes above which an encoded image is refused unread."""
 
+MAX_TEXT_BYTES = 2**24
+"""The same of text beside it: metadata can be large, as the outlines of its objects."""
+
 _MOST_LINKS = 2**16
 
 

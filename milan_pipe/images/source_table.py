@@ -17,7 +17,14 @@ from milan_pipe.errors import DataError, LabelError, SettingError, without_secre
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_pixels, stored_suffix
 from milan_pipe.images.download import download, stored
-from milan_pipe.images.files import files_under, printable_name, read_file, suffix_of
+from milan_pipe.images.files import (
+    MAX_ENCODED_BYTES,
+    MAX_TEXT_BYTES,
+    files_under,
+    printable_name,
+    read_file,
+    suffix_of,
+)
 from milan_pipe.images.shards import ShardFile, expand_shards, shard_file
 from milan_pipe.images.source import Bad, Job, Members, Source, free_key, label_and_caption
 from milan_pipe.images.table import TABLE_SUFFIXES, Header, Rows, read_header, read_rows, rows_and_labels
@@ -112,16 +119,22 @@ class _Table:
     def _rows(self) -> Iterator[_Row]:
         columns = self.columns
         wanted = [name for name in (columns.image, columns.label, columns.caption) if name is not None]
-        for number, values in enumerate(read_rows(self.rows, wanted), self.rows.first):
+        most = {columns.image: MAX_ENCODED_BYTES if columns.holds_bytes else MAX_TEXT_BYTES}
+        if columns.caption is not None:
+            most[columns.caption] = MAX_TEXT_BYTES
+        for number, values in enumerate(read_rows(self.rows, wanted, most), self.rows.first):
             label = _label_index(values.get(columns.label), self.labels) if columns.label else -1
-            caption = _caption(values.get(columns.caption)) if columns.caption else ""
+            image, caption = values.get(columns.image), values.get(columns.caption or "")
+            large = isinstance(caption, DataError)
             yield _Row(
                 key=f"{self.prefix}-{number:07d}",
-                image=values.get(columns.image),
-                members=label_and_caption(label, caption),
+                image=caption if large else image,
+                members=label_and_caption(label, "" if large else _caption(caption)),
             )
 
     def _encoded(self, image: Any) -> bytes:
+        if isinstance(image, DataError):
+            raise image
         held = image.get("bytes") if isinstance(image, dict) else image
         if isinstance(held, bytes):
             return held

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from types import MappingProxyType
 from typing import IO, Any
 
 from milan_pipe.errors import DataError, LabelError, MilanError, one_line
@@ -18,9 +19,8 @@ from milan_pipe.images.shards import ShardFile
 
 TABLE_SUFFIXES = ("parquet", "csv", "tsv")
 
-_BYTES_AT_ONCE = 2**23
 # A file says how large it is as it likes, and holds a value once that stands in millions of rows.
-_ROWS_AT_ONCE = 4
+_ROWS_AT_ONCE = 1
 _LABELS_AT_ONCE = 256
 _MOST_LABEL_BYTES = 2**26
 _MOST_ROWS = 10**9
@@ -103,9 +103,19 @@ def rows_and_labels(file: ShardFile, label: str | None, step: int) -> tuple[list
     return parts, labels.values
 
 
-def read_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Values by column of each row; raises DataError where the file is damaged, StoreError where it is out of reach."""
-    return _parquet_rows(rows, columns) if _is_parquet(rows.file) else _lines_rows(rows)
+def read_rows(
+    rows: Rows, columns: Sequence[str], most: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
+    """Values by column of each row.
+
+    Args:
+        most: of columns the bytes that a value may have; a DataError is in the place of a larger one, and says so.
+
+    Raises:
+        DataError: the file is damaged.
+        StoreError: it is out of reach.
+    """
+    return _parquet_rows(rows, columns, most) if _is_parquet(rows.file) else _lines_rows(rows)
 
 
 class _Labels:
@@ -218,8 +228,9 @@ def _batches(file: ShardFile, columns: Sequence[str], first: int) -> Iterator[_B
             if stop <= first:
                 at = stop
                 continue
-            at_once = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * group.num_rows // max(group.total_byte_size, 1)))
-            for rows in opened.iter_batches(at_once, row_groups=[number], columns=list(columns), use_threads=False):
+            for rows in opened.iter_batches(
+                _ROWS_AT_ONCE, row_groups=[number], columns=list(columns), use_threads=False
+            ):
                 yield _Batch(rows=rows, first=at, stop=at + rows.num_rows, group_stop=stop)
                 at += rows.num_rows
 
@@ -229,24 +240,50 @@ def _batches(file: ShardFile, columns: Sequence[str], first: int) -> Iterator[_B
 _left_open: list[tuple[tuple[Any, ...], _Batch, Iterator[_Batch]]] = []
 
 
-def _parquet_rows(rows: Rows, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(rows: Rows, columns: Sequence[str], most: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     source, at, stop = (rows.file, *columns), rows.first, rows.first + rows.count
     behind, last = _batches(rows.file, columns, at), []
     with suppress(IndexError):
         left, batch, on = _left_open.pop()
         if left == source and batch.first <= at < batch.group_stop:
             behind, last = on, [batch]
+        # Of a file that is read from another row its page is let go before the next one is there.
+        del on
     for batch in chain(last, behind):
         first, at = max(at, batch.first), max(at, min(stop, batch.stop))
         # Text that is no UTF-8 shows here.
         with _reading(rows.file):
-            values = batch.rows.slice(first - batch.first, max(0, at - first)).to_pylist()
+            values = [_values(batch.rows.slice(number - batch.first, 1), most) for number in range(first, at)]
         yield from values
         if at == stop:
             if stop < batch.group_stop:
                 _left_open.append((source, batch, behind))
             return
     raise DataError(f"{rows.file} ends at row {at}, expected {stop}; copy it again")
+
+
+def _values(row: Any, most: Mapping[str, int]) -> dict[str, Any]:
+    large = {
+        name: DataError(f"the value of column {name} is larger than {bound >> 20} MiB")
+        for name, bound in most.items()
+        if _bytes_in(row.column(name)) > bound
+    }
+    return {name: large.get(name) or row.column(name)[0].as_py() for name in row.schema.names}
+
+
+def _bytes_in(values: Any) -> int:
+    """Bytes of an array's values, and one for each of a list's."""
+    from pyarrow import compute, types
+
+    if types.is_struct(values.type):
+        return sum(map(_bytes_in, values.flatten()))
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        return len(values.flatten()) + _bytes_in(values.flatten())
+    if types.is_dictionary(values.type):
+        return _bytes_in(values.dictionary_decode())
+    if _kind(values.type) in ("bytes", "text") and not types.is_null(values.type):
+        return compute.sum(compute.binary_length(values)).as_py() or 0
+    return int(values.nbytes)
 
 
 # --- lines --------------------------------------------------------------------------------------------------------

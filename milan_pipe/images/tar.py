@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, system_reason
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_ENCODED_BYTES, OTHER_IMAGE_SUFFIXES, suffix_of
+from milan_pipe.images.files import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    MAX_ENCODED_BYTES,
+    MAX_TEXT_BYTES,
+    OTHER_IMAGE_SUFFIXES,
+    suffix_of,
+)
 from milan_pipe.images.shards import ShardFile, shard_file
 
 _NUL_BLOCK = bytes(tarfile.BLOCKSIZE)
-# Metadata beside an image can be large, as the outlines of its objects.
-_MAX_TEXT_BYTES = 2**24
 _MAX_HEADER_BYTES = 2**20
 _MOST_GLOBAL_RECORDS = 100
 _DIGITS = re.compile(rb"[0-9]{512}")
@@ -160,7 +165,7 @@ def _utf8(name: str) -> str:
 
 
 def _most_bytes(suffix: str) -> int:
-    return MAX_ENCODED_BYTES if suffix in _IMAGES else _MAX_TEXT_BYTES
+    return MAX_ENCODED_BYTES if suffix in _IMAGES else MAX_TEXT_BYTES
 
 
 def _is_plain(info: tarfile.TarInfo) -> bool:

@@ -371,7 +371,7 @@ def test_records_for_all_members_are_bounded(tmp_path: Path) -> None:
 
 
 def test_text_too_large_to_be_any_is_left_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milan_pipe.images.tar._MAX_TEXT_BYTES", 2**20)
+    monkeypatch.setattr("milan_pipe.images.tar.MAX_TEXT_BYTES", 2**20)
     large = b"[" * (2**20 + 1)
     members = [("a.png", PNG), ("a.json", large), ("all.json", large), ("b.png", PNG), ("b.txt", b"b")]
     samples, bad = read_all(write_tar(tmp_path / "a.tar", members))

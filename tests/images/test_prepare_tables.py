@@ -253,11 +253,8 @@ def test_an_image_that_stands_in_many_rows_is_not_held_once_for_each(tmp_path: P
     assert max(peak.values()) < 10e6
 
 
-def test_rows_of_a_file_that_makes_itself_small_are_not_held_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its footer may say that a row group has a byte; here all are taken to."""
-    monkeypatch.setattr(table, "_BYTES_AT_ONCE", 2**60)
+def test_rows_of_a_file_that_makes_itself_small_are_not_held_together(tmp_path: Path) -> None:
+    """Its footer may say that a row group has a byte."""
     images = [bytes(2**17 + number) for number in range(300)]
     rows = pa.table({"image": pa.array(images, pa.binary())})
     pq.write_table(rows, tmp_path / "a.parquet", compression="zstd", data_page_size=1, write_batch_size=1)
@@ -265,6 +262,49 @@ def test_rows_of_a_file_that_makes_itself_small_are_not_held_together(
         [part], _ = rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 300)
         assert sum(len(row["image"]) for row in read_rows(part, ["image"])) == sum(map(len, images))
     assert max(peak.values()) < 20e6
+
+
+def test_large_rows_are_taken_one_at_a_time(tmp_path: Path) -> None:
+    """A value of 4 MB that stands in 8 rows: once in arrow, and once in Python."""
+    images = pa.DictionaryArray.from_arrays(np.zeros(8, np.int32), pa.array([bytes(2**22)])).cast(pa.binary())
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", compression="zstd")
+    with peaks() as peak:
+        [rows], _ = rows_and_labels(ShardFile(LocalFolder(tmp_path), "a.parquet"), None, 8)
+        assert sum(len(row["image"]) for row in read_rows(rows, ["image"])) == 2**25
+    assert max(peak.values()) < 16e6
+
+
+@pytest.mark.parametrize("form", ["hub", "plain", "dictionary"])
+def test_a_row_above_the_bounds_is_skipped_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(source_table, "MAX_ENCODED_BYTES", 2**20)
+    monkeypatch.setattr(source_table, "MAX_TEXT_BYTES", 2**10)
+    good = PICTURES[0]
+    images: list[Any] = [good, good.ljust(2**20, b"\0"), good.ljust(2**20 + 1, b"\0"), good, good, None]
+    if form == "hub":
+        images = [{"bytes": each, "path": None} for each in images]
+    array = pa.array(images)
+    captions = [["a" * 500, "b" * 522], None, ["c"], ["a"] * 513, ["d"], ["e"]]
+    rows = pa.table({"image": array.dictionary_encode() if form == "dictionary" else array, "caption": captions})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    report = run(tmp_path / "a.parquet", tmp_path / "out")
+    assert report.samples == 3
+    assert [reason for _, reason in bad_of(tmp_path / "out")][:2] == [
+        "the value of column image is larger than 1 MiB",
+        "the value of column caption is larger than 0 MiB",
+    ]
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_text_above_the_bound_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
+    monkeypatch.setattr(source_table, "MAX_TEXT_BYTES", 2**10)
+    (tmp_path / "good.png").write_bytes(PICTURES[0])
+    columns = {"image": ["good.png"] * 2, "caption": ["a" * 2**10] * 2}
+    columns[column][1] = "a" * (2**10 + 1)
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert run(tmp_path / "a.parquet", tmp_path / "out").samples == 1
+    assert [reason for _, reason in bad_of(tmp_path / "out")] == [f"the value of column {column} is larger than 0 MiB"]
 
 
 def test_a_label_that_stands_in_many_rows_is_not_held_once_for_each(tmp_path: Path) -> None:
@@ -337,13 +377,13 @@ class Counted(LocalFolder):
         return io.BufferedReader(File(self.local / path))
 
 
-@pytest.mark.parametrize("batch", [10_000, 2**23])
+@pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("group", [7, 60])
 def test_a_row_group_of_many_shards_is_read_once(
     tmp_path: Path, group: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a process that packs all of them, or some; and in any order the rows are those that were asked for."""
-    monkeypatch.setattr(table, "_BYTES_AT_ONCE", batch)
+    monkeypatch.setattr(table, "_ROWS_AT_ONCE", batch)
     monkeypatch.setattr(table, "_READ_AHEAD", 1)
     images = [np.random.default_rng(number).bytes(3000) for number in range(60)]
     for name in ("a", "b"):
