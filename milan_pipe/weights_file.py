@@ -28,6 +28,8 @@ from milan_pipe.storage.local import is_utf8, make_folder, whole_file
 from milan_pipe.units import some
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+# Names and shapes: a hundred bytes a tensor.
+_MOST_PICKLED = 2**24
 _EXPECTED = "expected safetensors, or tensors by name as torch.save writes them"
 
 
@@ -79,14 +81,18 @@ def require_folder_name(path: Path, holds: str) -> None:
 
 def is_torchscript(path: Path) -> bool:
     """Whether the file is a TorchScript program."""
+    return any(member.filename.endswith("/constants.pkl") for member in _members(path))
+
+
+def _members(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip archive lists; nothing where the file is none, or damaged."""
     try:
         if not zipfile.is_zipfile(path):
-            return False
+            return []
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    # A damaged archive is no program.
+            return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
-        return False
+        return []
 
 
 def read_weights(path: Path, nested: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:
@@ -138,6 +144,15 @@ def _read_torch(path: Path, nested: Sequence[str]) -> dict[str, Tensor]:
     # Checked first, as torch.load goes on to its loader of programs.
     if is_torchscript(path):
         raise DataError(f"checkpoint {path} is a TorchScript program, {_EXPECTED}")
+    # Small files would become gigabytes of Python objects.
+    for member in _members(path):
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise DataError(f"checkpoint {path} is compressed, which torch.save never does; {_EXPECTED}")
+        if member.filename.endswith("/data.pkl") and member.file_size > _MOST_PICKLED:
+            raise DataError(
+                f"checkpoint {path} has {member.file_size >> 20} MiB of objects beside the values of its tensors, at "
+                f"most {_MOST_PICKLED >> 20} MiB are read; {_EXPECTED}"
+            )
     content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     for key in nested:
         if isinstance(content, dict) and isinstance(content.get(key), dict):

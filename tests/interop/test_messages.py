@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,27 @@ def damaged(name: str, write: Callable[[Path], object]) -> Case:
     return lambda: read(name, write), DataError, message
 
 
+def zipped(file: Path, compression: int, pickled: bytes) -> None:
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in ("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little"):
+            archive.writestr(f"archive/{name}", data)
+
+
+def nones(count: int) -> bytes:
+    return b"\x80\x02}(U\x01a](" + b"N" * count + b"eu."
+
+
 CASES: dict[str, Case] = {
+    "compressed": (
+        lambda: read("c.pth", lambda file: zipped(file, zipfile.ZIP_DEFLATED, nones(9))),
+        DataError,
+        f"checkpoint c.pth is compressed, which torch.save never does; {EXPECTED}",
+    ),
+    "more objects than tensors have": (
+        lambda: read("c.pth", lambda file: zipped(file, zipfile.ZIP_STORED, nones(2**25))),
+        DataError,
+        f"checkpoint c.pth has 32 MiB of objects beside the values of its tensors, at most 16 MiB are read; {EXPECTED}",
+    ),
     "objects beside the tensors": (
         lambda: torch_file({"model": published(), "args": argparse.Namespace(lr=1)}),
         DataError,
