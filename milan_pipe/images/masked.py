@@ -16,7 +16,7 @@ from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, LabelError, MissingError
 from milan_pipe.images.decode import opened_image, plain_errors
-from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, files_under, printable_name
+from milan_pipe.images.files import IMAGE_SUFFIXES, MASK_SUFFIX, MAX_TEXT_BYTES, files_under, printable_name
 from milan_pipe.images.labelled import NumberedImages, digest_of_files, digest_of_sizes, nth_file, nth_span
 from milan_pipe.images.shards import expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, read_shard
@@ -142,10 +142,13 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
 
     Raises:
         MissingError: the file is not there.
-        DataError: it is empty, no text or no regular file.
+        DataError: it is empty, larger than `MAX_TEXT_BYTES`, no text or no regular file.
     """
     try:
-        text = read_regular(Path(file)).decode("utf-8-sig")
+        data = read_regular(Path(file))
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"larger than {MAX_TEXT_BYTES >> 20} MiB")
+        text = data.decode("utf-8-sig")
         named = json.loads(text) if Path(file).suffix == ".json" else re.split("\r\n|\r|\n", text)
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise ValueError("expected a list of names")

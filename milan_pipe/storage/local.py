@@ -255,13 +255,16 @@ def flush_all(folder: Path) -> None:
 
 def open_regular(path: Path) -> io.FileIO:
     """A file without a buffer; OSError if it is no regular file: reading a pipe may wait for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise _not_regular(path)
-    return io.FileIO(path)
+    return io.FileIO(path, opener=_open)
 
 
-def _not_regular(path: str | Path) -> OSError:
-    return OSError(errno.EINVAL, "not a regular file", str(path))
+def _open(path: str | Path, flags: int) -> int:
+    # A pipe is opened without a writer, and some files of /proc would wait for content, though they are regular.
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return handle
 
 
 def read_regular(path: Path) -> bytes:
@@ -271,10 +274,18 @@ def read_regular(path: Path) -> bytes:
 
 
 def read_whole(file: io.FileIO) -> bytes:
-    """All bytes of an open file; OSError where it is larger than `MOST_READ_WHOLE`."""
-    if os.fstat(file.fileno()).st_size > MOST_READ_WHOLE:
-        raise OSError(errno.EFBIG, f"larger than {MOST_READ_WHOLE} bytes", str(file.name))
-    return file.read()
+    """All bytes of an open file; OSError where it is larger than `MOST_READ_WHOLE`, or has none as yet."""
+    size, count, parts = os.fstat(file.fileno()).st_size, 0, list[bytes]()
+    # Files of /proc say that they are empty, and some never end.
+    while max(size, count) <= MOST_READ_WHOLE:
+        part: bytes | None = file.read(max(size + 1 - count, _PART_BYTES))
+        if part is None and not parts:
+            raise OSError(errno.EINVAL, "it has no content as yet, as no plain file has", str(file.name))
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+        count += len(part)
+    raise OSError(errno.EFBIG, f"larger than {MOST_READ_WHOLE} bytes", str(file.name))
 
 
 def is_utf8(name: str) -> bool:
@@ -315,11 +326,7 @@ def require_own_folders(root: Path) -> None:
 
 def open_own(path: str, flags: int) -> int:
     """An `opener` for what is written in place: a link would lead the writing out of the folder, a pipe would wait."""
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise _not_regular(path)
-    return handle
+    return _open(path, flags | os.O_NOFOLLOW)
 
 
 def _create(partial: Path, final: Path) -> None:

@@ -407,6 +407,9 @@ def test_class_lists(tmp_path: Path) -> None:
         read_classes(tmp_path / "names.json")
     with pytest.raises(MissingError, match="one name a line"):
         read_classes(tmp_path / "missing.txt")
+    (tmp_path / "large.txt").write_bytes(b"\n" * (2**24 + 1))
+    with pytest.raises(DataError, match=r"large\.txt cannot be read: larger than 16 MiB"):
+        read_classes(tmp_path / "large.txt")
 
 
 @pytest.mark.timeout(60)

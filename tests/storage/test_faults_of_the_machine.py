@@ -17,9 +17,14 @@ import pytest
 from support import processes
 from support.targets import check_store, header, tree, write_store
 
-from milan_pipe.errors import DataError, StoreError, printable, resource_hint
+from milan_pipe.errors import DataError, MilanError, StoreError, printable, resource_hint
 from milan_pipe.extraction.cluster import own_folder
-from milan_pipe.storage import location_of
+from milan_pipe.images.masked import read_classes
+from milan_pipe.images.shards import shard_file
+from milan_pipe.images.table import read_header
+from milan_pipe.images.tar import read_shard
+from milan_pipe.storage import local, location_of
+from milan_pipe.storage.local import open_regular
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.targets.verify import verify_store
 
@@ -139,6 +144,37 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     for ask in (lambda: location.read("a"), lambda: location.open("a"), lambda: location.read_range("a", 0, 5)):
         with pytest.raises(StoreError, match="regular"):
             ask()
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="files of /proc are Linux's")
+def test_a_file_that_says_it_is_empty_and_is_not_is_read_up_to_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MOST_READ_WHOLE", 2**20)
+    for name in ("version", "self/pagemap"):
+        (tmp_path / Path(name).name).symlink_to(Path("/proc", name))
+    location = location_of(tmp_path)
+    assert location.read("version") == Path("/proc/version").read_bytes()
+    with pytest.raises(StoreError, match="larger than 1048576 bytes"):
+        location.read("pagemap")
+
+
+@pytest.mark.skipif(not os.access("/proc/kmsg", os.R_OK), reason="only root reads the kernel's messages")
+def test_a_file_that_waits_for_content_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.tar", "a.csv", "a.parquet", "classes.txt"):
+        (tmp_path / name).symlink_to("/proc/kmsg")
+    with contextlib.suppress(OSError), open_regular(tmp_path / "a.tar") as file:
+        while file.read(2**16):
+            pass
+    for name, read in (
+        ("a.tar", lambda path: list(read_shard(path, lambda *_: None))),
+        ("a.csv", lambda path: read_header(shard_file(path))),
+        ("a.parquet", lambda path: read_header(shard_file(path))),
+        ("classes.txt", read_classes),
+    ):
+        # The kernel may have something to say meanwhile.
+        with contextlib.suppress(MilanError):
+            read(tmp_path / name)
 
 
 def test_what_macos_leaves_is_no_content(tmp_path: Path) -> None:
