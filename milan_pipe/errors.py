@@ -7,6 +7,7 @@ Every error says what was found, what was expected and what to do. Each class al
 from __future__ import annotations
 
 import errno
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,12 @@ def printable(text: str) -> str:
     """Text to show: passwords hidden, and control characters escaped, which a terminal would obey."""
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return without_secrets("".join(shown))
+
+
+def printable_json(values: Any, **how: Any) -> str:
+    """JSON, as of `json.dumps`, that can be shown: with escapes for what a terminal would obey, and plain letters."""
+    text = json.dumps(values, ensure_ascii=False, **how)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 class MilanError(Exception):

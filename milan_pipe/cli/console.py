@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -23,7 +23,15 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli import json_log
-from milan_pipe.errors import MilanError, ReportedElsewhereError, StoppedError, one_line, printable, resource_hint
+from milan_pipe.errors import (
+    MilanError,
+    ReportedElsewhereError,
+    StoppedError,
+    one_line,
+    printable,
+    printable_json,
+    resource_hint,
+)
 from milan_pipe.units import rate, size
 
 console = Console(stderr=True)
@@ -91,8 +99,8 @@ def show(title: str, rows: dict[str, str], report: Any, as_json: bool) -> Any:
 
 def print_json(values: dict[Any, Any]) -> None:
     """One line of JSON on stdout; settings in it are dumped."""
-    plain_letters = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
-    text = json.dumps(values, ensure_ascii=plain_letters, default=lambda part: part.model_dump(mode="json"))
+    as_text = printable_json if (sys.stdout.encoding or "").lower() in ("utf-8", "utf8") else json.dumps
+    text = as_text(values, default=lambda part: part.model_dump(mode="json"))
     sys.stdout.write(f"{text}\n")
 
 
@@ -198,7 +206,9 @@ def keep_freed_memory() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print_labelled("error", "bold red", " ".join(message.splitlines()))
+    # Where nothing can be told, as on a full disk, the code tells it.
+    with suppress(OSError):
+        print_labelled("error", "bold red", " ".join(message.splitlines()))
     sys.exit(2)
 
 

@@ -22,7 +22,7 @@ from milan_pipe.config.params import Params
 from milan_pipe.config.teacher import portable_name
 from milan_pipe.digests import sha256_of
 from milan_pipe.embeddings.files import Rows, new_file, require_packages
-from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError
+from milan_pipe.errors import DataError, MilanError, MismatchError, MissingError, SettingError, printable_json
 from milan_pipe.evaluation.backbone import pooled
 from milan_pipe.evaluation.features import embedded, numbered_samples, require_directions
 from milan_pipe.evaluation.frozen import Subject, subject_of
@@ -330,7 +330,7 @@ class _Run:
     def write_bad(self) -> None:
         """List all skipped images of the shards that are whole."""
         lines = [
-            json.dumps({"shard": name, "source": done.source, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
+            printable_json({"shard": name, "source": done.source, "key": key, "reason": reason}) + "\n"
             for name, done in sorted(self.done.items())
             for key, reason in done.bad
         ]

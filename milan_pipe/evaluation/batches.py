@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, system_reason
+from milan_pipe.errors import DataError, LabelError, MilanError, StoreError, one_line, printable_json, system_reason
 from milan_pipe.lost_processes import lost_where_asked, next_answer
 from milan_pipe.random_bits import permutation
 from milan_pipe.storage.local import open_own, read_whole
@@ -178,7 +178,7 @@ class BadImages:
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._file, "a", encoding="utf-8", opener=open_own) as opened:
-                    opened.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+                    opened.write(printable_json({"key": key, "reason": reason}) + "\n")
             except OSError as error:
                 raise StoreError(f"{self._file} cannot be written: {system_reason(error)}") from error
         self._check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.errors import DataError, one_line
+
+# What is odd in a file's metadata is told by thousands of lines, which do not name it. Not while each is read, as
+# filters are of all threads.
+warnings.filterwarnings("ignore", module=r"PIL\.\w+Plugin")
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # MPO: a JPEG with further pictures behind the first, as of many cameras.
@@ -30,6 +35,8 @@ _PIECE_PIXELS = 2**18
 # Pillow has no room for rows of more than 2**31 bits, and calls that a lack of memory: a pixel has up to 64.
 _MOST_SIDE = 2**24
 
+# Of a JPEG, beside its scans: a photograph has dozens. Files of less than a megabyte cannot have more.
+_MOST_SEGMENTS = 250_000
 _SCAN, _END = b"\xda", b"\xd9"
 # Not what stands for a byte 255 of the pixels, nor what restarts their code.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
@@ -129,6 +136,9 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
     with plain_errors(limits, formats):
         if not data:
             raise DataError("empty file")
+        # Pillow keeps each, which takes 15 times its bytes in the file.
+        if data.startswith(b"\xff\xd8") and len(data) > 4 * _MOST_SEGMENTS and _segments_at_most(data) > _MOST_SEGMENTS:
+            raise DataError(f"a JPEG of more than {_MOST_SEGMENTS} comments and other segments")
         image = Image.open(_TimedFile(data, limits), formats=formats)
     with image:
         _require_size(*image.size, limits)
@@ -155,10 +165,18 @@ def _require_size(width: int, height: int, limits: ImageSettings, what: str = ""
         raise DataError(f"{what}{width} x {height} pixels, a side of more than {_MOST_SIDE}")
 
 
+def _pairs(data: bytes) -> Iterator[NDArray[np.uint16]]:
+    # Each byte with the next, the next in the high byte. Faster than `bytes.count`.
+    return (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
+
+
 def _scans_at_most(data: bytes) -> int:
-    # Those of a thumbnail and of further images too. Faster than `bytes.count`.
-    pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
-    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
+    # Those of a thumbnail and of further images too.
+    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in _pairs(data))
+
+
+def _segments_at_most(data: bytes) -> int:
+    return sum(int(np.count_nonzero((pair == 0xFEFF) | (pair & 0xF0FF == 0xE0FF))) for pair in _pairs(data))
 
 
 def _require_few_scans(data: bytes, limits: ImageSettings) -> None:

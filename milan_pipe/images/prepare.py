@@ -22,7 +22,7 @@ from loky import ProcessPoolExecutor
 
 from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings, PrepareSettings
 from milan_pipe.digests import sha256_of_file
-from milan_pipe.errors import DataError, MilanError, MissingError, StoreError
+from milan_pipe.errors import DataError, MilanError, MissingError, StoreError, printable_json
 from milan_pipe.images.ahead import thread_count
 from milan_pipe.images.files import IMAGE_SUFFIXES, printable_name
 from milan_pipe.images.index import PREPARE_MARKER, ImageIndex, ShardRecord, begin_index, write_index
@@ -203,7 +203,7 @@ def _pack_all(
     with listed.open("x", encoding="utf-8", newline="\n") as lines:
         for job, path, (record, skipped) in zip(jobs, paths, _packed(jobs, paths, workers), strict=True):
             bad += len(skipped)
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped)
+            lines.writelines(printable_json(row) + "\n" for row in skipped)
             if record is not None:
                 name = f"{job.split}-{counts[job.split]:06d}.tar"
                 counts[job.split] += 1

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from milan_pipe.digests import sha256_of, verified, with_digest
-from milan_pipe.errors import DataError, MissingError, first_problem
+from milan_pipe.errors import DataError, MissingError, first_problem, printable_json
 from milan_pipe.storage import Location
 from milan_pipe.targets.schema import FileRecord, ShardName, ShardRecord, SourceShard, StoreHeader, shard_path
 
@@ -223,7 +223,7 @@ def wrong_bytes(found: int | None, file: FileRecord) -> str | None:
 def write_bad_samples(location: Location, committed: Mapping[str, CommittedShard]) -> bytes:
     """Write `bad_samples.jsonl`, one line for each sample skipped; returns its content."""
     lines = [
-        json.dumps({"shard": name, "source": c.source.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
+        printable_json({"shard": name, "source": c.source.name, "key": key, "reason": reason}) + "\n"
         for name, c in sorted(committed.items())
         for key, reason in c.source.bad
     ]

@@ -437,6 +437,24 @@ def test_an_interrupt_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypa
     assert run(capsys, monkeypatch)[0] == 130
 
 
+def test_json_obeys_no_character_that_a_terminal_would(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"hostile": "a\x1b[2J\x9b31m\u202e\U000e0001\n", "plain": "für 猫 \U0001f408"}
+    console.print_json(values)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+    assert "für 猫 \U0001f408" in line
+    assert json.loads(line) == values
+
+
+def test_a_mistake_that_cannot_be_told_has_its_code(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "milan_pipe", "verify-targets", "nowhere"],
+            cwd=tmp_path, stderr=full, stdout=full, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2
+
+
 def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.results, "width", 80)
     path = "/data/[ab]/" + "x" * 120

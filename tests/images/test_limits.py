@@ -24,6 +24,7 @@ from support.wild import WildImage, blank_png, bombs, chunk, encoded, many_scans
 
 from milan_pipe.config.images import MAX_PIXELS, ImageSettings
 from milan_pipe.errors import DataError, LabelError
+from milan_pipe.images import decode as module
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image, decode_pixels
 from milan_pipe.images.masked import MaskRule, decode_mask
@@ -290,6 +291,38 @@ def test_a_run_of_bytes_behind_many_scans_takes_no_square_of_its_length() -> Non
 class Sample:
     key: str
     data: bytes
+
+
+@pytest.mark.parametrize("decode", WAYS)
+def test_a_jpeg_of_many_comments_is_refused_before_they_are_read(
+    monkeypatch: pytest.MonkeyPatch, decode: Callable[..., Any]
+) -> None:
+    data = encoded(noise(8, 8), "JPEG")
+    monkeypatch.setattr(module, "_MOST_SEGMENTS", 200)
+    of = {count: data[:2] + count * b"\xff\xfe\0\2" + data[2:] for count in (150, 250)}
+    assert np.asarray(decode(of[150])).shape == (8, 8, 3)
+    with pytest.raises(DataError, match="a JPEG of more than 200 comments and other segments"):
+        decode(of[250])
+
+
+def test_what_is_odd_in_metadata_is_not_told_by_the_thousand(tmp_path: Path) -> None:
+    tags, region = 3000, 1000
+    # All of them are the same bytes, and more together than the file.
+    place = 8 + 2 + 12 * tags + 4
+    entries = b"".join(struct.pack("<HHII", number + 1, 7, region, place) for number in range(tags))
+    metadata = b"Exif\0\0II*\0" + struct.pack("<IH", 8, tags) + entries + bytes(4 + region)
+    data = encoded(noise(8, 8), "JPEG")
+    (tmp_path / "odd.jpg").write_bytes(
+        data[:2] + b"\xff\xe1" + struct.pack(">H", len(metadata) + 2) + metadata + data[2:]
+    )
+    read = "PIL.Image.open('odd.jpg').getexif().get(1)"
+    for words, told in ((read, True), (f"import milan_pipe.images.decode; {read}", False)):
+        code = f"import warnings; warnings.simplefilter('always'); import PIL.Image; {words}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+        )
+        assert (done.stderr.count("Skipping tag") > 1000) == told
+        assert told or "Tag" not in done.stderr
 
 
 def test_what_a_skipped_image_took_is_given_back_at_once() -> None:
