@@ -273,7 +273,8 @@ def _values(row: Any, most: Mapping[str, int]) -> dict[str, Any]:
 
 def _bytes_in(values: Any) -> int:
     """Bytes of an array's values, and one for each of a list's."""
-    from pyarrow import compute, types
+    with needs("hub", "reading parquet files"):
+        from pyarrow import compute, types
 
     if types.is_struct(values.type):
         return sum(map(_bytes_in, values.flatten()))

@@ -73,6 +73,11 @@ def own_scores(checkpoint: Checkpoint) -> list[Score]:
     return [Score(str(record.get("task")), scores, str(record.get("data", "")), str(record.get("command", "")))]
 
 
+def _front_matter(data: ModelCardData | DatasetCardData) -> str:
+    # Not by `to_yaml`, which leaves letters as they are: PyYAML reads a line break of Unicode as a blank.
+    return str(yaml.safe_dump(data.to_dict(), sort_keys=False))  # type: ignore[no-untyped-call]
+
+
 def model_card(
     checkpoint: Checkpoint, student: StudentSettings, classes: int, scores: Sequence[Score], license: str | None
 ) -> str:
@@ -93,7 +98,7 @@ def model_card(
     headless = "" if classes else ", num_classes=0"
     written = f", written by milan-pipe {_span(version)}" if (version := record.get("package_version")) else ""
     return _card(
-        data.to_yaml(),
+        _front_matter(data),
         f"# {REPOSITORY.partition('/')[2]}",
         f"A vision transformer, pretrained by {_METHOD} on stored features of a teacher"
         f"{f' and fine-tuned on {classes} classes' if classes else ''}{written}.",
@@ -138,7 +143,7 @@ def dataset_card(store: TargetStore, license: str | None) -> str:
     )
     facts = {name: fact for name, fact in store_facts(store)[0].items() if name != "store"}
     return _card(
-        data.to_yaml(),
+        _front_matter(data),
         f"# {REPOSITORY.partition('/')[2]}",
         f"Targets for {_METHOD}: patch features and attention of a teacher for each view of each image, with the views "
         "that it saw.",

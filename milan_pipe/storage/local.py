@@ -260,11 +260,20 @@ def open_regular(path: Path) -> io.FileIO:
 
 def _open(path: str | Path, flags: int) -> int:
     # A pipe is opened without a writer, and some files of /proc would wait for content, though they are regular.
-    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # A socket, or a pipe that nobody reads.
+            raise _not_regular(path) from error
+        raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise _not_regular(path)
     return handle
+
+
+def _not_regular(path: str | Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_regular(path: Path) -> bytes:

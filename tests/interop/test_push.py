@@ -273,6 +273,7 @@ def structure(card: str) -> tuple[set[str], list[tuple[str, str]]]:
 @settings(max_examples=40, deadline=None)
 @example(ATTACK)
 @example("-->" * 5_000)
+@example("\x85")
 def test_what_a_checkpoint_says_is_no_markup_of_its_card(text: str) -> None:
     card = card_of(f"x{text}")
     assert structure(card) == structure(card_of("x"))

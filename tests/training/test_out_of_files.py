@@ -47,7 +47,7 @@ for name, read in readers.items():
 
 def test_every_reader_says_what_ran_out(tmp_path: Path) -> None:
     save_file({"features": torch.ones(2, 3), "labels": torch.zeros(2, dtype=torch.int64)}, tmp_path / "f.safetensors")
-    kept = tmp_path / "kept" / "44136fa355b3678a1146ad16f7e8649e.safetensors"  # SHA-256 of {}
+    kept = tmp_path / "kept" / "0899eaeee76dcfdd3c97f3afd61ce311.safetensors"  # SHA-256 of {"version": 2}
     kept.parent.mkdir()
     (tmp_path / "f.safetensors").rename(kept)
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
