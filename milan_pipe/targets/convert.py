@@ -90,7 +90,8 @@ def convert_targets(
             )
         writer.forget(shard)
     previous = writer.committed(sizes=True)
-    changed = [name for name in store.shards if name in previous and previous[name].source != store.record(name).source]
+    committed = store.committed() if previous else {}
+    changed = [name for name in store.shards if name in previous and previous[name].source != committed[name].source]
     if changed:
         raise MismatchError(
             f"{len(changed)} of the {len(previous)} shards of {destination} are of other images than those of "
@@ -99,10 +100,10 @@ def convert_targets(
     skipped = 0
     for done, shard in enumerate(store.shards):
         on_progress(done, len(store.shards))
-        record = store.record(shard)
         if shard in previous:
             skipped += 1
             continue
+        record = store.record(shard)
         new = writer.open_shard(shard)
         try:
             count = store.samples(shard)
