@@ -439,8 +439,15 @@ def _trained(scratch: Path) -> None:
     pretrain(scratch / "targets", scratch / "run", PARAMS)
 
 
+# Of the store that the run was trained on.
+_VIEWS: list[str | None] = []
+
+
 def _run(folder: Path) -> Path:
-    return _shared(folder, "run", _trained) / "run"
+    trained = _shared(folder, "run", _trained)
+    store = open_targets(trained / "targets")
+    _VIEWS[:] = [store.views_sha256(shard) for shard in store.shards]
+    return trained / "run"
 
 
 def _checkpoints(folder: Path) -> None:
@@ -489,7 +496,7 @@ def _read_checkpoint(where: Path) -> None:
         weights,
         lambda: student_of(found),
         lambda: classifier_of(found),
-        lambda: require_same_configuration(found, configuration_of([head], (6,), PARAMS), where),
+        lambda: require_same_configuration(found, configuration_of([head], (6,), PARAMS, views=_VIEWS), where),
         lambda: load_student(where),
         lambda: start_from(str(where), STUDENT.model, build_encoder(STUDENT)),
         lambda: teachers_of(found.record),
