@@ -35,8 +35,8 @@ _PIECE_PIXELS = 2**18
 # Pillow has no room for rows of more than 2**31 bits, and calls that a lack of memory: a pixel has up to 64.
 _MOST_SIDE = 2**24
 
-# Of a JPEG, beside its scans: a photograph has dozens. Files of less than a megabyte cannot have more.
-_MOST_SEGMENTS = 250_000
+# Each of the parts before the pixels takes up to four, and what Pillow keeps of it more memory than the file.
+_MOST_HEADER_READS = 400_000
 _SCAN, _END = b"\xda", b"\xd9"
 # Not what stands for a byte 255 of the pixels, nor what restarts their code.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
@@ -113,11 +113,15 @@ def decode_pixels(
 
 
 class _TimedFile(io.BytesIO):
-    """A file that ends in an error when its thread has worked for too long: only between reads is a decoder stopped."""
+    """A file that ends in an error when its thread has worked for too long: only between reads is a decoder stopped.
+
+    So it does after `most_reads`, unless they are None.
+    """
 
     def __init__(self, data: bytes, limits: ImageSettings) -> None:
         super().__init__(data)
         self._limits, self._began, self._reads = limits, time.thread_time(), 0
+        self.most_reads: int | None = _MOST_HEADER_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
@@ -127,6 +131,8 @@ class _TimedFile(io.BytesIO):
             if taken > self._limits.max_seconds:
                 most = f"images.max_seconds {self._limits.max_seconds:g}"
                 raise DataError(f"not decoded after {taken:.3g} s of one processor, more than {most}")
+        if self.most_reads is not None and self._reads > self.most_reads:
+            raise DataError(f"a header of more than {_MOST_HEADER_READS // 4} parts")
         return super().read(size)
 
 
@@ -136,10 +142,9 @@ def opened_image(data: bytes, limits: ImageSettings, formats: tuple[str, ...] = 
     with plain_errors(limits, formats):
         if not data:
             raise DataError("empty file")
-        # Pillow keeps each, which takes 15 times its bytes in the file.
-        if data.startswith(b"\xff\xd8") and len(data) > 4 * _MOST_SEGMENTS and _segments_at_most(data) > _MOST_SEGMENTS:
-            raise DataError(f"a JPEG of more than {_MOST_SEGMENTS} comments and other segments")
-        image = Image.open(_TimedFile(data, limits), formats=formats)
+        file = _TimedFile(data, limits)
+        image = Image.open(file, formats=formats)
+        file.most_reads = None
     with image:
         _require_size(*image.size, limits)
         if isinstance(image, TiffImageFile):
@@ -165,18 +170,10 @@ def _require_size(width: int, height: int, limits: ImageSettings, what: str = ""
         raise DataError(f"{what}{width} x {height} pixels, a side of more than {_MOST_SIDE}")
 
 
-def _pairs(data: bytes) -> Iterator[NDArray[np.uint16]]:
-    # Each byte with the next, the next in the high byte. Faster than `bytes.count`.
-    return (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
-
-
 def _scans_at_most(data: bytes) -> int:
-    # Those of a thumbnail and of further images too.
-    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in _pairs(data))
-
-
-def _segments_at_most(data: bytes) -> int:
-    return sum(int(np.count_nonzero((pair == 0xFEFF) | (pair & 0xF0FF == 0xE0FF))) for pair in _pairs(data))
+    # Those of a thumbnail and of further images too. Faster than `bytes.count`.
+    pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
+    return sum(int(np.count_nonzero(pair == 0xDAFF)) for pair in pairs)
 
 
 def _require_few_scans(data: bytes, limits: ImageSettings) -> None:

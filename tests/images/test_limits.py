@@ -24,7 +24,6 @@ from support.wild import WildImage, blank_png, bombs, chunk, encoded, many_scans
 
 from milan_pipe.config.images import MAX_PIXELS, ImageSettings
 from milan_pipe.errors import DataError, LabelError
-from milan_pipe.images import decode as module
 from milan_pipe.images.ahead import decoded_ahead
 from milan_pipe.images.decode import decode_image, decode_pixels
 from milan_pipe.images.masked import MaskRule, decode_mask
@@ -294,15 +293,19 @@ class Sample:
 
 
 @pytest.mark.parametrize("decode", WAYS)
-def test_a_jpeg_of_many_comments_is_refused_before_they_are_read(
-    monkeypatch: pytest.MonkeyPatch, decode: Callable[..., Any]
-) -> None:
-    data = encoded(noise(8, 8), "JPEG")
-    monkeypatch.setattr(module, "_MOST_SEGMENTS", 200)
-    of = {count: data[:2] + count * b"\xff\xfe\0\2" + data[2:] for count in (150, 250)}
-    assert np.asarray(decode(of[150])).shape == (8, 8, 3)
-    with pytest.raises(DataError, match="a JPEG of more than 200 comments and other segments"):
-        decode(of[250])
+@pytest.mark.parametrize(("kind", "parts"), [("JPEG", 134_000), ("PNG", 201_000), ("GIF", 134_000)])
+def test_a_header_of_many_parts_is_refused(kind: str, parts: int, decode: Callable[..., Any]) -> None:
+    data = encoded(noise(8, 8), kind)
+    place, part = {
+        "JPEG": (2, b"\xff\xfe\0\2"),
+        "PNG": (33, chunk(b"abCd", b"")),
+        # Behind the table of colours.
+        "GIF": (13 + 3 * 2 ** (1 + data[10] % 8), b"!\xfe\0"),
+    }[kind]
+    few, many = (data[:place] + count * part + data[place:] for count in (1000, parts))
+    assert np.asarray(decode(few)).shape == (8, 8, 3)
+    with pytest.raises(DataError, match=r"^a header of more than 100000 parts$"):
+        decode(many)
 
 
 def test_what_is_odd_in_metadata_is_not_told_by_the_thousand(tmp_path: Path) -> None:
