@@ -59,12 +59,14 @@ def show_warnings_as_lines() -> None:
 
 
 def print_labelled(label: str, style: str, text: str) -> None:
-    """One line on stderr, however long, that begins with a label."""
-    if json_log.wanted():
-        event: json_log.Event = "warning" if label == "warning" else "error"
-        json_log.tell(event, message=printable(text if label == event else f"{label}: {text}"))
-        return
-    console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
+    """One line on stderr, however long, that begins with a label; none where it cannot be written."""
+    # A warning ends no command for a full disk that the log is on, and an error keeps its code.
+    with suppress(OSError):
+        if json_log.wanted():
+            event: json_log.Event = "warning" if label == "warning" else "error"
+            json_log.tell(event, message=printable(text if label == event else f"{label}: {text}"))
+        else:
+            console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
 
 
 def plain(text: str, **style: Any) -> Text:
@@ -206,9 +208,7 @@ def keep_freed_memory() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    # Where nothing can be told, as on a full disk, the code tells it.
-    with suppress(OSError):
-        print_labelled("error", "bold red", " ".join(message.splitlines()))
+    print_labelled("error", "bold red", " ".join(message.splitlines()))
     sys.exit(2)
 
 

@@ -455,6 +455,28 @@ def test_a_mistake_that_cannot_be_told_has_its_code(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize("log_json", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("warnings.warn('odd', RuntimeWarning)", 0),
+        ("raise StoppedError('by SIGTERM', 15)", 128 + 15),
+        ("raise DataError('wrong')", 2),
+    ],
+)
+def test_what_cannot_be_told_changes_no_code(words: str, code: int, log_json: str) -> None:
+    program = (
+        "import warnings\n"
+        "from milan_pipe.cli.console import as_command\n"
+        "from milan_pipe.errors import DataError, StoppedError\n"
+        f"with as_command():\n    {words}\n"
+    )
+    environment = {**os.environ, "MILAN_PIPE_LOG_JSON": log_json}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stderr=full, env=environment, check=False, timeout=60)
+    assert done.returncode == code
+
+
 def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.results, "width", 80)
     path = "/data/[ab]/" + "x" * 120
