@@ -255,17 +255,15 @@ def flush_all(folder: Path) -> None:
 
 def open_regular(path: Path) -> io.FileIO:
     """A file without a buffer; OSError if it is no regular file: reading a pipe may wait for ever."""
+    # Before it is opened: a device may begin to work.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _not_regular(path)
     return io.FileIO(path, opener=_open)
 
 
 def _open(path: str | Path, flags: int) -> int:
-    # A pipe is opened without a writer, and some files of /proc would wait for content, though they are regular.
-    try:
-        handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # A socket, or a pipe that nobody reads.
-            raise _not_regular(path) from error
-        raise
+    # What became a pipe meanwhile, and files of /proc that would wait for content, though they are regular.
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise _not_regular(path)
