@@ -83,6 +83,8 @@ def printable(text: str) -> str:
 def printable_json(values: Any, **how: Any) -> str:
     """JSON, as of `json.dumps`, that can be shown: with escapes for what a terminal would obey, and plain letters."""
     text = json.dumps(values, ensure_ascii=False, **how)
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 

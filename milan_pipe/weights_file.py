@@ -190,8 +190,16 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def vouched(identity: str, tensors: Mapping[str, Tensor]) -> str:
+    """What tensors are of, which has no blank, and their digest.
+
+    For one value of a file's metadata: safetensors writes several in any order.
+    """
+    return f"{identity} {weights_digest(tensors)}"
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str, name: str = "the model") -> None:

@@ -32,6 +32,7 @@ from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import Location, location_of, require_writable
 from milan_pipe.storage.kinds import EMBEDDINGS, require_new
+from milan_pipe.storage.local import lies_in
 from milan_pipe.units import some
 
 RECORD, RECORDS, BAD_SAMPLES = "embeddings.json", "records", "bad_samples.jsonl"
@@ -171,8 +172,7 @@ def embed(
     location = location_of(out)
     require_writable(location)
     require_new(location.local, EMBEDDINGS)
-    local = location.local
-    if local is not None and is_class_folder(images) and local.resolve().is_relative_to(Path(images).resolve()):
+    if location.local is not None and is_class_folder(images) and lies_in(Path(images), location.local):
         raise SettingError(f"{location} lies in {images}, whose folders are classes; name another folder")
     if (suffix := Path(location.name).suffix) in (".parquet", ".zarr"):
         raise SettingError(f"{location} has the name of a file, and a folder of files is written: leave {suffix!r} out")
@@ -400,7 +400,8 @@ def _read_done(location: Location, pieces: Mapping[str, _Piece], format: str) ->
     names = [name for name in pieces if f"{name}.{format}" in present and name in recorded]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
         found = dict(zip(names, pool.map(lambda name: _read_one(location, name, pieces[name]), names), strict=True))
-        lengths = dict(zip(names, pool.map(lambda name: _bytes_of(location, f"{name}.{format}"), names), strict=True))
+        files = [f"{name}.{format}" for name in names]
+        lengths = dict(zip(names, pool.map(lambda file: _bytes_of(location, file, listing.files), files), strict=True))
     changed = {name for name, done in found.items() if done.written not in (None, pieces[name].written())}
     changed |= {name for name, done in found.items() if done.bytes not in (None, lengths[name])}
     if changed:
@@ -413,9 +414,11 @@ def _read_done(location: Location, pieces: Mapping[str, _Piece], format: str) ->
     return {name: done for name, done in found.items() if name not in changed}
 
 
-def _bytes_of(location: Location, file: str) -> int:
-    """Of a file, or of all files of a folder."""
-    return sum(location.child(file).sizes().values()) if file.endswith(".zarr") else location.size(file)
+def _bytes_of(location: Location, file: str, listed: Mapping[str, int] | None = None) -> int:
+    """Of a file, which may have been listed with its bytes, or of all files of a folder."""
+    if file.endswith(".zarr"):
+        return sum(location.child(file).sizes().values())
+    return location.size(file) if listed is None else listed[file]
 
 
 def _read_one(location: Location, name: str, piece: _Piece) -> _Done:

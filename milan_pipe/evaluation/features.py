@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from milan_pipe.config.evaluation import EmbedSettings
 from milan_pipe.config.images import IMAGE_LIMITS, MAX_PIXELS, ImageSettings
 from milan_pipe.devices import memory_for
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.evaluation.backbone import Backbone
 from milan_pipe.images.ahead import decoded_ahead, thread_count
@@ -29,7 +29,7 @@ from milan_pipe.images.shards import expand_shards
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.student.pixels import normalise
 from milan_pipe.units import some
-from milan_pipe.weights_file import load_tensors, metadata_of, weights_digest, write_weights
+from milan_pipe.weights_file import load_tensors, metadata_of, vouched, write_weights
 
 T = TypeVar("T")
 
@@ -124,13 +124,13 @@ def kept_features(
         return compute()
     # Files of version 1, without a digest, have other names.
     named = json.dumps({"version": 2, **identity}, sort_keys=True)
-    name = hashlib.sha256(named.encode()).hexdigest()[:32]
+    name = sha256_of(named.encode())[:32]
     file = Path(folder) / f"{name}.safetensors"
     if file.is_file():
         try:
             kept = load_tensors(file)
             # Under the name of another identity it would be read as what it is not.
-            if metadata_of(file) != _vouched(name, kept):
+            if metadata_of(file) != {"sha256": vouched(name, kept)}:
                 raise DataError("its digest is another")
             return LabelledFeatures(features_NF=kept["features"], label_N=kept["labels"])
         except (DataError, KeyError, ShapeError) as error:
@@ -139,13 +139,8 @@ def kept_features(
             ) from None
     found = compute()
     tensors = {"features": found.features_NF, "labels": found.label_N}
-    write_weights(tensors, file, _vouched(name, tensors))
+    write_weights(tensors, file, {"sha256": vouched(name, tensors)})
     return found
-
-
-def _vouched(identity: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    # One value: safetensors writes several in any order.
-    return {"sha256": f"{identity} {weights_digest(tensors)}"}
 
 
 def centre_view(image: Image.Image, size: int, crop: float) -> NDArray[np.uint8]:

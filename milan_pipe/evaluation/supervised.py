@@ -174,9 +174,12 @@ class SupervisedTask(Task[ReadBatch], Generic[S]):
             **({"images": limits} if (limits := start.params.images.model_dump(exclude_defaults=True)) else {}),
             "student": {**student, "weights": start.backbone.digest()},
             "data": {
-                **{"train": train.fingerprint, "train_sizes": train.sizes},
-                **{"val": val.fingerprint, "val_sizes": val.sizes},
-                **{"classes": named, **data},
+                "train": train.fingerprint,
+                "train_sizes": train.sizes,
+                "val": val.fingerprint,
+                "val_sizes": val.sizes,
+                "classes": named,
+                **data,
             },
         }
         self.record = {"student": student, "classes": named, "backbone": start.backbone.name, **start.record}

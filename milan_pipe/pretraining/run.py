@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from milan_pipe.config.params import Params, stated_of
 from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.training import RESUMABLE
 from milan_pipe.devices import resolve_precision
+from milan_pipe.digests import sha256_of
 from milan_pipe.drawing.sheet import draw_sheet, mask_sheet
 from milan_pipe.errors import SettingError, without_secrets
 from milan_pipe.extras import needs
@@ -73,7 +73,7 @@ def configuration_of(
     """All that the weights of a run depend on; `views` has the digest of the views of each shard."""
     # Neither where a store came from nor its format change what is read from it.
     stored = [header.model_dump(mode="json", exclude={"package_version", "format", "source"}) for header in headers]
-    codecs = [hashlib.sha256(json.dumps(one["codec"], sort_keys=True).encode()).hexdigest() for one in stored]
+    codecs = [sha256_of(json.dumps(one["codec"], sort_keys=True).encode()) for one in stored]
     found = {
         "order": ORDER_VERSION,
         **params.model_dump(mode="json", include={"student", "decoder", "masking", "target", "teachers"}),
@@ -81,12 +81,12 @@ def configuration_of(
         "targets": {
             **{name: stored[0][name] for name in ("teacher", "views")},
             "codec": codecs[0],
-            "samples": hashlib.sha256(json.dumps(samples).encode()).hexdigest(),
+            "samples": sha256_of(json.dumps(samples).encode()),
         },
     }
     # Stores of earlier versions have none.
     if views and None not in views:
-        found["targets"]["views_sha256"] = hashlib.sha256(json.dumps(views).encode()).hexdigest()
+        found["targets"]["views_sha256"] = sha256_of(json.dumps(views).encode())
     for number, (one, codec) in enumerate(zip(stored[1:], codecs[1:], strict=True), 2):
         found[f"targets_{number}"] = {"teacher": one["teacher"], "codec": codec}
     if statistics:

@@ -16,7 +16,7 @@ from milan_pipe.student.standardise import Standardise, fit_statistics, standard
 from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
 from milan_pipe.targets.store import TargetStore
-from milan_pipe.weights_file import load_tensors, metadata_of, weights_digest, write_weights
+from milan_pipe.weights_file import load_tensors, metadata_of, vouched, write_weights
 
 _MOST_BYTES = 256 * 1024**2
 _MOST_SAMPLES = 4096
@@ -45,8 +45,9 @@ def _beside(store: TargetStore) -> Path | None:
 def _read(file: Path) -> tuple[Statistics, str]:
     """What a file holds, and the identity of its store; files of earlier versions have no digest."""
     found = load_tensors(file)
-    identity, _, digest = metadata_of(file).get("identity", "").partition(" ")
-    if digest and digest != weights_digest(found):
+    said = metadata_of(file).get("identity", "")
+    identity, _, digest = said.partition(" ")
+    if digest and said != vouched(identity, found):
         raise DataError(f"{file} is damaged: its values do not fit their digest")
     return found, identity
 
@@ -95,8 +96,7 @@ def statistics_of(store: TargetStore, run: Path, number: int) -> Statistics:
 def keep_statistics(statistics: Statistics, store: TargetStore, run: Path, number: int) -> None:
     """Write them to the run, and beside a store on disk where that can be written; StoreError for the run's."""
     identity, beside = identity_of(store), _beside(store)
-    # One value: safetensors writes several in any order.
-    metadata = {"identity": f"{identity} {weights_digest(statistics)}"}
+    metadata = {"identity": vouched(identity, statistics)}
     write_weights(statistics, file_in(run, number), metadata)
     try:
         if beside is not None and _kept(beside, identity) is None:
