@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from milan_pipe.config.evaluation import SegmentSettings
 from milan_pipe.drawing.sheet import Segmentation, draw_sheet, segmentation_sheet
-from milan_pipe.errors import DataError, SettingError
+from milan_pipe.errors import DataError, SettingError, printable_json
 from milan_pipe.evaluation.batches import share_of_classes
 from milan_pipe.evaluation.masks import pixel_losses, rule_and_names
 from milan_pipe.evaluation.miou import class_scores, confusion, segmentation_scores
@@ -126,7 +125,7 @@ class SegmentTask(SupervisedTask[SegmentSettings]):
             for row, score in zip(table, class_scores(multi_GG, self._names), strict=True):
                 row |= {"ms_iou": score["iou"], "ms_acc": score["acc"]}
         if self._ranks.first:
-            write_file(self._run / PER_CLASS_FILE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+            write_file(self._run / PER_CLASS_FILE, printable_json(table, indent=1) + "\n")
         return scores
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError
+from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, printable_json
 from milan_pipe.storage import Location, location_of
 from milan_pipe.storage.kinds import IMAGES, require_new
 from milan_pipe.storage.local import make_folder, read_regular, write_file
@@ -109,7 +109,7 @@ def write_index(folder: Path, index: ImageIndex) -> None:
     # Workers of a run that was killed live a second longer, and may have begun another shard.
     location_of(folder).clear_scratch()
     plain = index.model_dump(mode="json", exclude=None if index.mask_classes else {"mask_classes"})
-    write_file(folder / INDEX_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    write_file(folder / INDEX_NAME, printable_json(plain, indent=1) + "\n")
 
 
 def read_index(folder: str | Path | Location) -> ImageIndex:

@@ -63,7 +63,7 @@ from milan_pipe.student.standardise import standardise_of
 from milan_pipe.targets import manifest
 from milan_pipe.targets.checksum import crc32c
 from milan_pipe.targets.codec import decode_run
-from milan_pipe.targets.schema import ViewRun
+from milan_pipe.targets.schema import ViewDigest, ViewRun
 from milan_pipe.targets.store import HEADER_FILES, open_targets
 from milan_pipe.targets.verify import verify_store
 from milan_pipe.teacher.normalization import normalization_of
@@ -439,15 +439,17 @@ def _trained(scratch: Path) -> None:
     pretrain(scratch / "targets", scratch / "run", PARAMS)
 
 
-# Of the store that the run was trained on.
-_VIEWS: list[str | None] = []
+@cache
+def _views() -> list[str]:
+    """Of the store that the run was trained on."""
+    digest = ViewDigest()
+    for block in random_blocks(header(size=16), 6):
+        digest.add(block)
+    return [digest.value()]
 
 
 def _run(folder: Path) -> Path:
-    trained = _shared(folder, "run", _trained)
-    store = open_targets(trained / "targets")
-    _VIEWS[:] = [store.views_sha256(shard) for shard in store.shards]
-    return trained / "run"
+    return _shared(folder, "run", _trained) / "run"
 
 
 def _checkpoints(folder: Path) -> None:
@@ -496,7 +498,7 @@ def _read_checkpoint(where: Path) -> None:
         weights,
         lambda: student_of(found),
         lambda: classifier_of(found),
-        lambda: require_same_configuration(found, configuration_of([head], (6,), PARAMS, views=_VIEWS), where),
+        lambda: require_same_configuration(found, configuration_of([head], (6,), PARAMS, views=_views()), where),
         lambda: load_student(where),
         lambda: start_from(str(where), STUDENT.model, build_encoder(STUDENT)),
         lambda: teachers_of(found.record),

@@ -799,10 +799,12 @@ def test_index_round_trip_and_faults(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="prepare"):
         read_index(tmp_path)
     shard = ShardRecord(name="train-000000.tar", split="train", samples=3, bytes=10240, sha256="ab")
-    for classes in (None, ("größe", "x")):
+    for classes in (None, ("a\u202eb\x9b", "ü"), ("größe", "x")):
         index = ImageIndex(shards=(shard,), classes=classes, source={"kind": "demo", "seed": 0})
         write_index(tmp_path, index)
         assert read_index(tmp_path) == index
+        # As it may be shown on a terminal.
+        assert all(line.isprintable() for line in (tmp_path / "index.json").read_text().splitlines())
     path = tmp_path / "index.json"
     assert [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
     text = path.read_text()
