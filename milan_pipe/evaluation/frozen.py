@@ -68,11 +68,11 @@ def subject_of(checkpoint: str | Path, params: Params) -> Subject:
             tokens=tokens_of(backbone, device),
         )
     teacher = load_teacher(params.teacher, device, grid=grid_of(student))
-    identity = json.dumps(teacher.info.model_dump(mode="json"), sort_keys=True)
+    identity = json.dumps(teacher.info.model_dump(mode="json", exclude={"structure_sha256"}), sort_keys=True)
     return Subject(
         name=TEACHER,
         identity=identity,
-        structure="",
+        structure=str(teacher.info.structure_sha256),
         size=student.image_size,
         layout=Layout(grid=teacher.info.grid, width=teacher.info.width, has_cls=True, prefix=1),
         tokens=lambda pixels_BHWC: teacher(pixels_BHWC).features_BST,

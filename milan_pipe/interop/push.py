@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from milan_pipe.errors import DataError, MilanError, MissingError, SettingError, StoreError, one_line
 from milan_pipe.interop.card import CARD, REPOSITORY, dataset_card
-from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student
+from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student, require_whole_student
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
 from milan_pipe.storage.kinds import CHECKPOINT, RUN, TARGETS, mistaken
@@ -25,7 +25,6 @@ from milan_pipe.storage.local import lies_in
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
 from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
-from milan_pipe.weights_file import load_tensors
 
 Kind = Literal["model", "dataset"]
 _FAILED: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, RuntimeError)
@@ -197,8 +196,7 @@ def _push_student(folder: Path, target: _Repository, dry_run: bool) -> PushRepor
         card = _named((folder / CARD).read_text(encoding="utf-8"), target.name)
     except ValueError as error:
         raise DataError(f"{folder}/{CARD} is no UTF-8 ({error}); write it as such, or export again") from error
-    # A file that is cut does not open; it has no digest.
-    load_tensors(folder / STUDENT_FILES[1])
+    require_whole_student(folder)
     files: dict[str, Path | bytes] = {CARD: card.encode(), **{name: folder / name for name in STUDENT_FILES}}
     return PushReport(
         kind=target.kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from milan_pipe.interop.card import CARD, Score, model_card, own_scores, scores_
 from milan_pipe.pretrained.source import UNBUILT, require_depth
 from milan_pipe.storage import location_of
 from milan_pipe.storage.kinds import require_outside_stores
-from milan_pipe.storage.local import file_mode
+from milan_pipe.storage.local import file_mode, read_regular
 from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
-from milan_pipe.weights_file import require_folder_name, require_opens
+from milan_pipe.weights_file import load_tensors, require_folder_name, require_opens, weights_digest
 
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
 STUDENT_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
@@ -89,6 +90,7 @@ def load_student(path: str | Path) -> Encoder:
         return _model_of(open_checkpoint(folder))[1].eval()
     try:
         require_opens(folder / _WEIGHTS_FILE)
+        require_whole_student(folder)
         require_depth(load_model_config_from_path(folder)[2])
         model: Any = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
     except _UNREAD as error:
@@ -109,6 +111,29 @@ def _scores(
     run = run_of(checkpoint.path) or checkpoint.path
     identity = Backbone(name=str(checkpoint.path), settings=settings, weights=encoder.state_dict()).digest()
     return scores_of(run, identity, others)
+
+
+def require_whole_student(folder: Path) -> None:
+    """Refuse a folder of `export` whose weights are not those that were exported, as far as it says which.
+
+    Raises:
+        DataError: they are damaged, or others.
+        StoreError: they cannot be read.
+    """
+    tensors = load_tensors(folder / _WEIGHTS_FILE)
+    try:
+        described = json.loads(read_regular(folder / _CONFIG_FILE))
+        # Other tools, and earlier versions, say none.
+        digest = described.get("milan_pipe", {}).get("weights_sha256")
+    except OSError as error:
+        raise StoreError(f"{folder / _CONFIG_FILE} cannot be read: {system_reason(error)}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder / _CONFIG_FILE} is damaged ({one_line(error)}); export it again") from error
+    if digest is not None and digest != weights_digest(tensors):
+        raise DataError(
+            f"{folder / _WEIGHTS_FILE} does not fit its digest in {_CONFIG_FILE}: it is damaged, or was changed; "
+            "export it again, or take milan_pipe.weights_sha256 out if the change is yours"
+        )
 
 
 def export_student(
@@ -139,6 +164,7 @@ def export_student(
     settings, encoder = _model_of(opened)
     record, arguments = opened.record, timm_options(settings, classifies=encoder.num_classes > 0)
     origin = {name: record.get(name) for name in ("step", "epochs", "package_version", "teacher")}
+    origin["weights_sha256"] = weights_digest(encoder.state_dict())
     described: dict[str, Any] = {"milan_pipe": origin}
     if encoder.num_classes and isinstance(record["classes"], list):
         described["label_names"] = record["classes"]

@@ -95,6 +95,7 @@ class ModelSource(ABC):
         stated: mean and std by the model's description.
         origin: where the weights are published, as `hf-hub:ORG/NAME` or a URL; None for files of this machine.
         license: asks for the licence of the weights, once they are there; None where nobody says.
+        structure: what a description builds around the weights, as JSON; empty where the name says it.
     """
 
     model: str
@@ -105,6 +106,7 @@ class ModelSource(ABC):
     stated: MeanStd | None = None
     origin: str | None = None
     license: Callable[[], str | None] = _unknown
+    structure: str = ""
 
     @abstractmethod
     def _build(self) -> nn.Module: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -184,4 +185,5 @@ def _described(new: partial[S], path: Path) -> S:
             f"{asker.what} {model!r}: {path} does not describe a model of timm ({what_is_wrong(error)}); expected "
             "`architecture` with `pretrained_cfg`"
         ) from error
-    return new(name=name, described=described, arguments=arguments, stated=mean_std(described))
+    structure = json.dumps([name, arguments], sort_keys=True)
+    return new(name=name, described=described, arguments=arguments, stated=mean_std(described), structure=structure)

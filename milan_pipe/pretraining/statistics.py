@@ -115,7 +115,11 @@ def kept_standardise(run: Path, headers: Sequence[StoreHeader], params: Params) 
     kind = params.teachers.standardise
     if kind == "none":
         return []
-    return [
-        standardise_of(kind, _read(file_in(run, number))[0], header.teacher.width)
-        for number, header in enumerate(headers)
-    ]
+    try:
+        kept = [_read(file_in(run, number))[0] for number in range(len(headers))]
+    except (DataError, StoreError) as error:
+        raise type(error)(
+            f"{error}. The same one lies beside the store as TARGETS.statistics.safetensors, unless the store was "
+            "written again: copy it there"
+        ) from error
+    return [standardise_of(kind, one, header.teacher.width) for one, header in zip(kept, headers, strict=True)]

@@ -40,7 +40,9 @@ class TeacherInfo(Settings):
     Attributes:
         model: open_clip name, or `demo`.
         pretrained: open_clip tag, or file name of a local checkpoint, or `random`, or none for `demo`.
-        weights_sha256: over names, shapes and bytes of the image tower's tensors; the identity of the teacher.
+        weights_sha256: over names, shapes and bytes of the image tower's tensors; the identity of the teacher, with
+        structure_sha256: over what its description builds around them, as heads and activation, and the mean and std
+            of its input. None in headers from before it was kept, which agree with any.
         normalization: `clip` or `imagenet`.
         precision: of the forward pass, `float32` or `bfloat16`.
         image_size: input side in pixels.
@@ -60,6 +62,7 @@ class TeacherInfo(Settings):
     width: PositiveInt
     license: str | None = None
     source: str | None = None
+    structure_sha256: str | None = None
 
 
 class ViewInfo(Settings):
@@ -147,7 +150,9 @@ def _short(value: object) -> str:
 
 def _by_name(header: StoreHeader) -> dict[str, Any]:
     """Values of a header by name, as `teacher.model`. The schema version tells layouts apart, not the package's."""
-    found = header.model_dump(mode="json", exclude={"package_version": True, "teacher": {"license", "source"}})
+    unknown = {"structure_sha256"} if header.teacher.structure_sha256 is None else set()
+    excluded: Any = {"package_version": True, "teacher": {"license", "source"} | unknown}
+    found = header.model_dump(mode="json", exclude=excluded)
     flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
     return flat | {f"{name}.{key}": v for name, part in found.items() if name not in flat for key, v in part.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from milan_pipe.config.teacher import TeacherSettings
+from milan_pipe.digests import sha256_of
 from milan_pipe.errors import DataError, ShapeError
 from milan_pipe.pretrained.source import MeanStd
 from milan_pipe.targets.schema import StoreHeader, TeacherInfo, require_same_header
@@ -153,6 +155,7 @@ def load_teacher(
         family.resize(visual, side)
     sizes = family.sizes(visual)
     published = source.checkpoint is not None and source.file is None
+    normalization = normalization_of(settings.normalization, source, visual)
     info = TeacherInfo(
         **settings.header_fields(),
         weights_sha256=digest,
@@ -164,8 +167,9 @@ def load_teacher(
         # Of random weights nobody has a licence; of a file, its owner knows.
         license=source.license() if published else None,
         source=source.origin if published else None,
+        structure_sha256=sha256_of(json.dumps([source.structure, *normalization]).encode()),
     )
-    return Teacher(visual, family, info, normalization_of(settings.normalization, source, visual)).to(device)
+    return Teacher(visual, family, info, normalization).to(device)
 
 
 def load_teacher_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from support.timm_models import timm_folder
 from milan_pipe import api
 from milan_pipe.config.evaluation import KnnSettings
 from milan_pipe.config.params import Params
+from milan_pipe.config.student import StudentSettings
+from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation import features as module
+from milan_pipe.teacher.source import DEMO_FOLDER
 
 PARAMS = Params(student=TINY, knn=KnnSettings(neighbours=(3,)))
 
@@ -102,6 +106,20 @@ def test_an_exported_student_with_other_heads_is_embedded_anew(sets: tuple[str, 
     assert api.knn(str(model), *sets, PARAMS, features=kept) == api.knn(str(model), *sets, PARAMS)
     assert len(list(kept.iterdir())) == 4
     assert before.train == 30
+
+
+def test_a_teacher_that_is_described_otherwise_is_embedded_anew(sets: tuple[str, str], tmp_path: Path) -> None:
+    kept, model = tmp_path / "features", tmp_path / "clip"
+    shutil.copytree(DEMO_FOLDER, model)
+    teacher = TeacherSettings(model=f"local-dir:{model}")
+    params = PARAMS.model_copy(update={"teacher": teacher, "student": StudentSettings(image_size=64, patch_size=8)})
+    api.knn("teacher", *sets, params, features=kept)
+    config = model / "open_clip_config.json"
+    described = json.loads(config.read_text())
+    described["model_cfg"]["quick_gelu"] = True
+    config.write_text(json.dumps(described))
+    assert api.knn("teacher", *sets, params, features=kept) == api.knn("teacher", *sets, params)
+    assert len(list(kept.iterdir())) == 4
 
 
 def test_class_folders_score_as_their_shards(sets: tuple[str, str], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from milan_pipe.config.student import StudentSettings
 from milan_pipe.drawing.sheet import printable_lines
 from milan_pipe.errors import DataError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.interop.card import Score, dataset_card, model_card, public, public_command
+from milan_pipe.interop.timm_layout import load_student
 from milan_pipe.storage import location_of
 from milan_pipe.targets.store import TargetStoreWriter, open_targets
 from milan_pipe.training.checkpoint import Checkpoint
@@ -159,6 +160,26 @@ def test_what_is_cut_is_not_pushed(hub: Hub, project: Project, tmp_path: Path) -
         with pytest.raises(DataError, match=r"damaged|--redo 000001"):
             api.push(folder, MODEL if folder.name == "student" else DATA, license=None, dry_run=True)
     assert not hub.requests
+
+
+def test_a_student_with_a_flipped_bit_is_neither_pushed_nor_loaded(hub: Hub, project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    weights = Path(api.export(project.runs[0], folder).weights)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    for use in (lambda: api.push(folder, MODEL), lambda: load_student(folder)):
+        with pytest.raises(DataError, match=r"model\.safetensors does not fit its digest in config\.json"):
+            use()
+    assert not hub.requests
+    # An owner who changed them says so.
+    described = json.loads((folder / "config.json").read_text())
+    del described["milan_pipe"]["weights_sha256"]
+    (folder / "config.json").write_text(json.dumps(described))
+    assert api.push(folder, MODEL, dry_run=True).commit is None
+    for damaged in ("{", "[]", '{"milan_pipe": 3}', "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"config\.json"):
+            api.push(folder, MODEL, dry_run=True)
 
 
 def test_private_and_dry(hub: Hub, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

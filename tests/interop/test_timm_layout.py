@@ -18,6 +18,7 @@ from milan_pipe.interop.timm_layout import export_student
 from milan_pipe.student.encoder import encode_all
 from milan_pipe.student.model import MaskedStudent, build_student
 from milan_pipe.training.checkpoint import save_checkpoint
+from milan_pipe.weights_file import weights_digest
 
 TEACHER = {"model": "demo", "weights_sha256": "ab" * 32}
 SMALL = StudentSettings(image_size=32, patch_size=8, width=64, depth=2, heads=4)
@@ -69,7 +70,10 @@ def test_the_config_says_how_images_are_fed_and_where_the_weights_come_from(tmp_
     assert config["architecture"] == SMALL.model
     assert config["num_classes"] == 0
     assert not {"tag", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
-    assert config["milan_pipe"] == {"step": 7, "epochs": 3, "package_version": None, "teacher": TEACHER}
+    assert config["milan_pipe"] == {
+        "step": 7, "epochs": 3, "package_version": None, "teacher": TEACHER,
+        "weights_sha256": weights_digest(load_file(report.weights)),
+    }  # fmt: skip
     data = resolve_model_data_config(timm.create_model(f"local-dir:{report.folder}", pretrained=True))
     assert tuple(data["input_size"]) == (3, 32, 32)
     assert tuple(data["mean"]) == (0.485, 0.456, 0.406)

@@ -23,7 +23,7 @@ from milan_pipe.config.pretraining import PretrainSettings
 from milan_pipe.config.student import DecoderSettings, MaskSettings, StudentSettings
 from milan_pipe.config.teachers import TeachersSettings
 from milan_pipe.digests import with_digest
-from milan_pipe.errors import DataError, MismatchError, SettingError
+from milan_pipe.errors import DataError, MismatchError, SettingError, StoreError
 from milan_pipe.loader.order import Block
 from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import build_objective
@@ -174,7 +174,7 @@ def test_damaged_statistics_are_computed_again(tmp_path: Path, damage: bytes | N
         changed = bytearray(whole)
         changed[-3] ^= 1
         file.write_bytes(damage or bytes(changed))
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=r"is damaged.*TARGETS\.statistics\.safetensors.*copy it there"):
         kept_standardise(run, [A], params_of({"standardise": "scale"}))
     with pytest.warns(RuntimeWarning, match="damaged.*; statistics are computed again"):
         again = statistics_of(store, run, 0)
@@ -182,6 +182,9 @@ def test_damaged_statistics_are_computed_again(tmp_path: Path, damage: bytes | N
     with pytest.warns(RuntimeWarning, match="computed again"):
         keep_statistics(again, store, run, 0)
     assert whole == beside.read_bytes() == (run / "statistics" / "0.safetensors").read_bytes()
+    (run / "statistics" / "0.safetensors").unlink()
+    with pytest.raises(StoreError, match=r"No such file.*copy it there"):
+        kept_standardise(run, [A], params_of({"standardise": "scale"}))
 
 
 def test_standardised_features_have_one_deviation() -> None:

@@ -226,6 +226,19 @@ class TestContract:
         with pytest.raises(MismatchError, match=r"views\.renderer: store has 'pillow', this run has 'torch'"):
             TargetStoreWriter(where, other)
 
+    def test_a_store_that_does_not_say_how_its_teacher_is_built_agrees_with_any(
+        self, where: str, store_format: str
+    ) -> None:
+        head = header(format=store_format)
+        write_store(where, head, [3])
+        said = [head.model_copy(update={"teacher": head.teacher.model_copy(update={"structure_sha256": 64 * digit})})
+                for digit in "12"]  # fmt: skip
+        TargetStoreWriter(where, said[0]).finish()
+        assert open_targets(where).header == head
+        assert header_differences(head, said[0]) == header_differences(said[0], head) == []
+        (difference,) = header_differences(*said)
+        assert difference.startswith("teacher.structure_sha256: store has '1111")
+
     def test_a_header_of_another_version_of_another_store_and_none(self, where: str, store_format: str) -> None:
         head = header(format=store_format)
         write_store(where, head, [3])

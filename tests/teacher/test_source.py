@@ -263,6 +263,40 @@ def test_store_goes_on_with_the_folder_elsewhere(models, tmp_path):
         api.extract_targets(images, targets, moved)
 
 
+def test_another_description_of_the_same_weights_is_another_teacher(models, tmp_path):
+    folder = copied(models / "gelu", tmp_path / "gelu")
+    own, found = load(f"local-dir:{folder}").info, (folder / CONFIG).read_text()
+    described = json.loads(found)
+    seen = {own.structure_sha256}
+    for part, change in (
+        ("model_cfg", {"quick_gelu": True}),
+        ("model_cfg", {"vision_cfg": {**NATIVE, "head_width": 32}}),
+        ("preprocess_cfg", {"mean": [0.5, 0.4, 0.3]}),
+        ("preprocess_cfg", {"std": [0.2, 0.2, 0.2]}),
+    ):
+        (folder / CONFIG).write_text(json.dumps({**described, part: {**described[part], **change}}))
+        changed = load(f"local-dir:{folder}").info
+        assert changed.weights_sha256 == own.weights_sha256
+        seen.add(changed.structure_sha256)
+    assert len(seen) == 5
+    (folder / CONFIG).write_text(json.dumps(dict(reversed(described.items()))))
+    assert load(f"local-dir:{folder}").info == own
+
+
+def test_a_store_is_gone_on_with_by_the_same_description_alone(models, tmp_path):
+    folder = copied(models / "gelu", tmp_path / "gelu")
+    params = load_params(None, [*SETS, f"teacher.model=local-dir:{folder}", "prepare.train_scenes=4",
+                                "prepare.test_scenes=0", "prepare.samples_per_shard=2"])  # fmt: skip
+    api.prepare("demo", tmp_path / "images", params)
+    images, targets = str(tmp_path / "images" / "train-*.tar"), tmp_path / "t"
+    api.extract_targets(images, targets, params, shards="0/2")
+    described = json.loads((folder / CONFIG).read_text())
+    described["model_cfg"]["quick_gelu"] = True
+    (folder / CONFIG).write_text(json.dumps(described))
+    with pytest.raises(MismatchError, match=r"teacher\.structure_sha256: store has"):
+        api.extract_targets(images, targets, params)
+
+
 @pytest.mark.ci
 def test_command_line_extracts_from_a_hub(hub: Hub, tmp_path):
     params = load_params(None, ["prepare.train_scenes=2", "prepare.test_scenes=0"])
