@@ -29,7 +29,7 @@ from milan_pipe.evaluation.linear_probe import linear_probe_accuracy
 from milan_pipe.evaluation.results import ADVICE, FOLDER, Evaluation, keep_evaluation
 from milan_pipe.evaluation.timm_backbone import frozen_backbone_of
 from milan_pipe.images.files import files_under
-from milan_pipe.images.labelled import is_class_folder, warn_if_shared
+from milan_pipe.images.labelled import class_names, is_class_folder, require_same_names, warn_if_shared
 from milan_pipe.images.shards import expand_shards
 from milan_pipe.storage import local_folder
 from milan_pipe.storage.local import make_folder
@@ -173,6 +173,7 @@ class FrozenSets:
         on_progress: Callable[[int], None],
     ) -> None:
         make_kept_folder(keep)
+        require_same_names(train, class_names(train), test, class_names(test))
         self.params, self._keep = params, keep
         self._arguments = checkpoint, train, test
         self._subject = subject = subject_of(checkpoint, params)

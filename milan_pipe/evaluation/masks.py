@@ -19,7 +19,7 @@ def rule_and_names(
     """How masks become class indices, and the names of the classes.
 
     Raises:
-        MismatchError: TRAIN and VAL have different class lists.
+        MismatchError: TRAIN and VAL have different class lists, or 0 is a class in one of them alone.
         SettingError: the classes are not known, there is one alone, or there are more than masks have values.
         MissingError, DataError: as `read_classes`.
     """
@@ -43,6 +43,12 @@ def rule_and_names(
     if len(names) < 2:
         raise SettingError(f"there is one class, {names[0]!r}; a segmentation needs two at least")
     reduce = settings.reduce_zero_label
+    if reduce is None and train.zero_is_ignored != val.zero_is_ignored:
+        ade, other = (train, val) if train.zero_is_ignored else (val, train)
+        raise MismatchError(
+            f"TRAIN and VAL have masks of two kinds: 0 is no class in {ade.where}, which is laid out as ADE20K, and "
+            f"the first class in {other.where}; set segment.reduce_zero_label to what holds for both"
+        )
     rule = MaskRule(
         classes=len(names),
         ignore_index=settings.ignore_index,

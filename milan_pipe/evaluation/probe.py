@@ -14,7 +14,7 @@ from milan_pipe.errors import DataError, SettingError
 from milan_pipe.evaluation.backbone import Backbone, backbone_of, pooled
 from milan_pipe.evaluation.features import LabelledFeatures, embedded, labelled_samples, tokens_of
 from milan_pipe.evaluation.knn import knn_accuracy
-from milan_pipe.images.labelled import warn_if_shared
+from milan_pipe.images.labelled import class_names, require_same_names, warn_if_shared
 
 _Views = list[tuple[Tensor, list[int]]]
 """Batches as they are embedded: pixels (B, H, W, 3) uint8, and B labels."""
@@ -59,6 +59,7 @@ class Probe:
         assert judged is not None
         layout = backbone_of(RANDOM, params.student, 0).layout
         layout.require(params.embed.pool, "embed.pool", params.student.model)
+        require_same_names(voting, class_names(voting), judged, class_names(judged))
         train, whole = self._read(voting)
         test, _ = self._read(judged)
         warn_if_shared(voting, judged)

@@ -50,8 +50,8 @@ class TimmBackbone(Backbone):
         return self.model
 
     def digest(self) -> str:
-        """sha256 over weights, mean and std."""
-        return sha256_of(f"{super().digest()} {self.stated}".encode())
+        """sha256 over weights, what is built around them, mean and std."""
+        return sha256_of(f"{super().digest()} {self.structure()} {self.stated}".encode())
 
     def structure(self) -> str:
         return json.dumps([self.architecture, self.settings.image_size, dict(self.arguments)], sort_keys=True)

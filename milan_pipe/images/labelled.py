@@ -102,11 +102,25 @@ def is_class_folder(where: str | Path) -> bool:
     return not (folder / PREPARE_MARKER).exists()
 
 
-def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
+def _names_in(root: Path) -> list[str]:
     try:
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"{root} cannot be listed: {error.strerror}") from error
+
+
+def class_names(where: str | Path) -> tuple[str, ...] | None:
+    """Names of the classes where they are known; no image is looked at. Errors as `labelled_images`."""
+    if is_class_folder(where):
+        if other := mistaken(Path(where), IMAGES):
+            raise MissingError(other)
+        return tuple(map(printable_name, _names_in(Path(where))))
+    index = index_beside(expand_shards(where))
+    return None if index is None else index.classes
+
+
+def _class_folders(root: Path, on_bad: OnBad) -> LabelledImages:
+    names = _names_in(root)
     if not names:
         raise DataError(
             f"{root} holds neither .tar shards nor class folders; expected shards that `milan-pipe prepare` writes, or "
@@ -223,21 +237,29 @@ def _places(where: str | Path) -> set[Path]:
         return {Path(where).resolve()}
 
 
+def require_same_names(
+    train: str | Path, train_names: Sequence[str] | None, test: str | Path, test_names: Sequence[str] | None
+) -> None:
+    """Raise DataError where both have names of their classes, and other ones."""
+    if train_names is None or test_names is None or tuple(train_names) == tuple(test_names):
+        return
+    only_train = [name for name in train_names if name not in test_names]
+    only_test = [name for name in test_names if name not in train_names]
+    sides = (train, only_train), (test, only_test)
+    changes = "; ".join(f"only {where} has {some(names, 5)}" for where, names in sides if names)
+    raise DataError(
+        f"{train} and {test} have different classes: {changes or 'their order differs'}; a label is the number of a "
+        "class name in order, so both need the same names"
+    )
+
+
 def require_same_classes(train: LabelledImages, val: LabelledImages) -> int:
     """The number of classes that both share.
 
     Raises:
         DataError: the names of the classes differ, or VAL has a label that TRAIN has not.
     """
-    if train.classes is not None and val.classes is not None and train.classes != val.classes:
-        only_train = [name for name in train.classes if name not in val.classes]
-        only_val = [name for name in val.classes if name not in train.classes]
-        sides = (train.where, only_train), (val.where, only_val)
-        changes = "; ".join(f"only {where} has {some(names, 5)}" for where, names in sides if names)
-        raise DataError(
-            f"TRAIN and VAL have different classes: {changes or 'their order differs'}; a label is the number of a "
-            "class name in order, so both need the same names"
-        )
+    require_same_names(train.where, train.classes, val.where, val.classes)
     named = train.classes or val.classes
     classes = int(train.label_N.max()) + 1 if named is None else len(named)
     if classes > _MOST_CLASSES:

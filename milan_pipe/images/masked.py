@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from milan_pipe.config.images import IMAGE_LIMITS, ImageSettings
 from milan_pipe.digests import sha256_of
@@ -60,8 +61,8 @@ def masked_images(where: str | Path, split: str, on_bad: OnBad) -> MaskedImages:
         on_bad: called with key and reason of each image that is skipped.
 
     Raises:
-        MissingError: nothing is there, or an image has no mask.
-        DataError: no images.
+        MissingError: nothing is there, an image has no mask, or a folder has the other half alone.
+        DataError: no images, or two of one name.
     """
     text = str(where)
     if not is_url(text):
@@ -83,9 +84,17 @@ def _find_folders(folder: Path, split: str) -> tuple[Path, Path]:
     inside = [name for name in _MASK_FOLDERS if (folder / name).is_dir()]
     if (folder / "images").is_dir() and inside:
         images, masks = folder / "images", folder / inside[0]
-        for part in _SPLITS[split]:
-            if (images / part).is_dir() and (masks / part).is_dir():
-                return images / part, masks / part
+        parts = {
+            name: [part for part in known if (images / part).is_dir() and (masks / part).is_dir()]
+            for name, known in _SPLITS.items()
+        }
+        if parts[split]:
+            return images / parts[split][0], masks / parts[split][0]
+        if any(parts.values()):
+            found, names = next(filter(None, parts.values()))[0], " or ".join(f"{part}/" for part in _SPLITS[split])
+            raise MissingError(
+                f"{images} and {masks} have {found}/ and no {names}; name the folder inside of images/ that is meant"
+            )
         return images, masks
     if folder.parent.name == "images":
         for name in _MASK_FOLDERS:
@@ -102,8 +111,7 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
     for folder in (images, masks):
         if not folder.is_dir():
             raise MissingError(f"{folder} is not there; expected a folder of images and one of masks")
-    masks_by_key = {_key(path, masks): path for path in files_under(masks, _MASK_SUFFIXES)}
-    files = files_under(images, IMAGE_SUFFIXES)
+    masks_by_key, files = _by_key(masks, _MASK_SUFFIXES), list(_by_key(images, IMAGE_SUFFIXES).values())
     keys = [_key(path, images) for path in files]
     if not files:
         raise DataError(f"{images} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
@@ -123,6 +131,17 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
         image=partial(nth_file, files),
         mask=partial(nth_file, [masks_by_key[key] for key in keys]),
     )
+
+
+def _by_key(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in files_under(folder, suffixes):
+        if (first := found.setdefault(_key(path, folder), path)) != path:
+            raise DataError(
+                f"{first} and {path.name} differ in their suffix alone, by which images and masks are not told apart; "
+                "remove one of them"
+            )
+    return found
 
 
 def _key(path: Path, folder: Path) -> str:
@@ -204,6 +223,14 @@ class MaskRule:
     zero_is_ignored: bool
 
 
+def _step_of(image: Image.Image) -> int:
+    """By how much Pillow multiplies what a file of less than 8 bits of grey holds."""
+    tiles = getattr(image, "tile", None)
+    kind = tiles[0].args if tiles else None
+    kind = kind[0] if isinstance(kind, tuple) and kind else kind
+    return {"L;2": 85, "L;2R": 85, "L;4": 17, "L;4R": 17}.get(str(kind), 1)
+
+
 def decode_mask(
     data: bytes, rule: MaskRule, size: tuple[int, int], key: str, limits: ImageSettings = IMAGE_LIMITS
 ) -> NDArray[np.int64]:
@@ -220,7 +247,8 @@ def decode_mask(
         with opened_image(data, limits, _MASK_FORMATS) as image, plain_errors(limits, _MASK_FORMATS):
             mode, found = image.mode, image.size[::-1]
             # What is refused for its mode or size is not decoded.
-            values = np.asarray(image) if found == size and mode in _MASK_MODES else None
+            step = _step_of(image)
+            values = np.asarray(image) // step if found == size and mode in _MASK_MODES else None
     except DataError as error:
         raise LabelError(f"mask of {key!r} cannot be decoded: {error}") from None
     if mode not in _MASK_MODES:

@@ -119,6 +119,8 @@ class PretrainTask(Task[Batch]):
         self._probe: Probe | None = None
         if settings.probe_every is not None:
             self.main_score, self.scores_in = "knn", "probe"
+            images = {name: without_secrets(str(getattr(settings, name))) for name in ("probe_train", "probe_test")}
+            self.judged_on = {**images, "probe_images": settings.probe_images}
         self._statistics: list[Statistics] = []
         if params.teachers.standardise != "none" or params.teachers.weights == "balanced":
             if ranks.first:
@@ -188,7 +190,7 @@ class PretrainTask(Task[Batch]):
         if params.student.init is not None:
             self._begin_with(params.student.init, params.student.model, student.encoder)
         if params.decoder.init is not None and not checkpoints_of(self._run):
-            load_decoder(params.decoder.init, student.decoder)
+            load_decoder(params.decoder.init, student.decoder, params.decoder.heads)
         self.modules = {"student": student.encoder, "decoder": student.decoder}
         if self.settings.probe_every is not None:
             if self._probe_for is None:

@@ -12,13 +12,14 @@ from pydantic import TypeAdapter
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import FOLDER, HUB, TIMM
 from milan_pipe.errors import DataError, MismatchError, MissingError
 from milan_pipe.pretrained.source import Asker
 from milan_pipe.pretrained.timm_source import TimmSource, find_timm_source, is_timm_folder
 from milan_pipe.storage.local import read_regular, write_file
-from milan_pipe.student.encoder import Encoder, position_table, positioned_prefix
-from milan_pipe.training.checkpoint import open_checkpoint
+from milan_pipe.student.encoder import Encoder, build_encoder, position_table, positioned_prefix
+from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.weights_file import load_weights, mismatch, read_weights, weights_digest
 
 _ASKER = Asker(what="student.init", setting="student.init")
@@ -46,40 +47,57 @@ class Start:
     trains_positions: bool
 
 
-def _found(init: str) -> tuple[dict[str, Tensor], str | None, str | None]:
-    """Weights by timm's names, their source and licence."""
+def _heads(encoder: nn.Module) -> int | None:
+    """Of its blocks, which leave no trace in the weights."""
+    heads = getattr(getattr(next(iter(getattr(encoder, "blocks", ())), None), "attn", None), "num_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
+def _found(init: str) -> tuple[dict[str, Tensor], int | None, str | None, str | None]:
+    """Weights by timm's names, the heads that they were trained with, their source and licence."""
     name = f"{TIMM}{FOLDER}:{init}" if is_timm_folder(init) else init
     if name.partition(":")[0] in (FOLDER, HUB):
         name = f"{TIMM}{name}"
     if name.startswith(TIMM):
         source = find_timm_source(name, None, _ASKER, TimmSource)
-        return dict(source.trained().state_dict()), source.origin, source.license()
+        model = source.trained()
+        return dict(model.state_dict()), _heads(model), source.origin, source.license()
     if Path(init).is_file():
-        return dict(read_weights(Path(init))), None, None
+        return dict(read_weights(Path(init))), None, None, None
     expected = "a run, a checkpoint, a folder or file of weights in timm's layout, timm:NAME or hf-hub:ORG/NAME"
-    return _of_run(init, "student", expected), None, None
+    opened = _run(init, "student", expected)
+    sizes, weights = opened.record.get("student"), dict(opened.weights("student"))
+    settings = None if sizes is None else StudentSettings.parse(sizes, f"{opened.path}, student")
+    return weights, None if settings is None else _heads(build_encoder(settings)), None, None
 
 
-def _of_run(init: str, part: str, expected: str) -> dict[str, Tensor]:
-    """Weights of student or decoder."""
+def _run(init: str, part: str, expected: str) -> Checkpoint:
+    """A checkpoint of pretraining."""
     if not Path(init).exists():
         raise MissingError(f"{part}.init: {init} is not there; expected {expected}")
     opened = open_checkpoint(Path(init))
     if task := opened.record.get("task"):
         raise DataError(f"{part}.init: {opened.path} holds what `milan-pipe {task}` trained; name a run of pretrain")
-    return dict(opened.weights(part))
+    return opened
 
 
-def load_decoder(init: str, decoder: nn.Module) -> None:
-    """Load a run's decoder into a fresh one, in place.
+def load_decoder(init: str, decoder: nn.Module, heads: int) -> None:
+    """Load a run's decoder into a fresh one of that many heads, in place.
 
     Raises:
         MissingError, DataError: there is no such run, or it is damaged.
-        MismatchError: its decoder has other sizes, or predicts something else; names the first tensors that do not fit.
+        MismatchError: its decoder has other sizes or heads, or predicts something else; names the first tensors that do
+            not fit.
     """
-    weights = _of_run(init, "decoder", "a run or a checkpoint of pretrain")
+    opened = _run(init, "decoder", "a run or a checkpoint of pretrain")
+    weights = dict(opened.weights("decoder"))
     if problems := mismatch(weights, dict(decoder.state_dict())):
         raise MismatchError(f"decoder.init: {init} does not fit this decoder and target: {problems}")
+    if (own := opened.record.get("settings", {}).get("decoder", {}).get("heads", heads)) != heads:
+        raise MismatchError(
+            f"decoder.init: {init} was trained with {own} heads, this decoder has {heads}: the same weights would "
+            f"compute something else. Set decoder.heads={own}"
+        )
     load_weights(decoder, weights, init)
 
 
@@ -94,10 +112,10 @@ def start_from(init: str, model: str, encoder: Encoder) -> Start:
 
     Raises:
         MissingError, DataError, StoreError: the weights are not there, damaged, or cannot be read.
-        MismatchError: they are of another model; names the first tensors that do not fit.
+        MismatchError: they are of another model; names the first tensors that do not fit, or the heads.
         SettingError: timm has no such model.
     """
-    weights, source, license_ = _found(init)
+    weights, heads, source, license_ = _found(init)
     digest = weights_digest(weights)
     own: dict[str, Tensor] = dict(encoder.state_dict())
     if "norm.weight" in own and "norm.weight" not in weights:
@@ -116,6 +134,11 @@ def start_from(init: str, model: str, encoder: Encoder) -> Start:
     if problems := mismatch(weights, own):
         raise MismatchError(
             f"student.init: {init} does not fit {model!r}: {problems}. Set student.model and its sizes to the weights'"
+        )
+    if heads is not None and heads != _heads(encoder):
+        raise MismatchError(
+            f"student.init: {init} was trained with {heads} heads, {model!r} has {_heads(encoder)}: the same weights "
+            f"would compute something else. Set student.heads={heads}"
         )
     load_weights(encoder, weights, init)
     if encoder.pos_embed is not None:

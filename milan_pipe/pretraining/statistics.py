@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from milan_pipe.student.standardise import Standardise, fit_statistics, standard
 from milan_pipe.targets.codec import decode_run
 from milan_pipe.targets.schema import BLOCK_SAMPLES, StoreHeader
 from milan_pipe.targets.store import TargetStore
-from milan_pipe.weights_file import load_tensors, metadata_of, vouched, write_weights
+from milan_pipe.weights_file import load_tensors, metadata_of, vouched, weights_digest, write_weights
 
 _MOST_BYTES = 256 * 1024**2
 _MOST_SAMPLES = 4096
@@ -106,8 +107,13 @@ def keep_statistics(statistics: Statistics, store: TargetStore, run: Path, numbe
         return
 
 
-def kept_standardise(run: Path, headers: Sequence[StoreHeader], params: Params) -> list[Standardise]:
+def kept_standardise(
+    run: Path, headers: Sequence[StoreHeader], params: Params, digests: Mapping[str, Any]
+) -> list[Standardise]:
     """What a run does with the features of each store, by the statistics that it kept; nothing is nothing.
+
+    Args:
+        digests: of the statistics that the run was begun with, by number, where they are known.
 
     Raises:
         DataError, StoreError: its statistics are damaged, lost or cannot be read.
@@ -116,7 +122,12 @@ def kept_standardise(run: Path, headers: Sequence[StoreHeader], params: Params) 
     if kind == "none":
         return []
     try:
-        kept = [_read(file_in(run, number))[0] for number in range(len(headers))]
+        kept = []
+        for number in range(len(headers)):
+            found, _ = _read(file := file_in(run, number))
+            if weights_digest(found) != digests.get(str(number), weights_digest(found)):
+                raise DataError(f"{file} is not what the run was begun with")
+            kept.append(found)
     except (DataError, StoreError) as error:
         raise type(error)(
             f"{error}. The same one lies beside the store as TARGETS.statistics.safetensors, unless the store was "

@@ -73,6 +73,17 @@ def teachers_of(record: Mapping[str, Any]) -> list[Any]:
     return [record.get("teacher"), *(other["teacher"] for other in record.get("others", []))]
 
 
+def number_of(teacher: TeacherInfo, teachers: Sequence[Any]) -> int | None:
+    """Which of a run's teachers this is: the same in all that targets depend on, or else of the same weights."""
+    told = {"license", "source"}
+    whole = teacher.model_dump(mode="json", exclude=told)
+    records = [{} if one is None else {name: one[name] for name in one if name not in told} for one in teachers]
+    if whole in records:
+        return records.index(whole)
+    digests = [one.get("weights_sha256") for one in records]
+    return digests.index(teacher.weights_sha256) if teacher.weights_sha256 in digests else None
+
+
 def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: torch.device) -> tuple[Objective, int]:
     """Student and decoder of a checkpoint, with the masks and the target that it was trained on.
 
@@ -93,19 +104,20 @@ def pretrained_objective(checkpoint: Checkpoint, header: StoreHeader, device: to
     teachers = teachers_of(record)
     headers, number = [header], 0
     if is_taught(params.target) and teachers[0] is not None:
-        digests = [teacher["weights_sha256"] for teacher in teachers]
-        if header.teacher.weights_sha256 not in digests:
+        found = number_of(header.teacher, teachers)
+        if found is None:
             learned = " and ".join(f"{one['model']!r} (weights {one['weights_sha256'][:12]})" for one in teachers)
             raise MismatchError(
                 f"{where} learned from teacher {learned}, the store "
                 f"is of {header.teacher.model!r} (weights {header.teacher.weights_sha256[:12]}); name the targets that "
                 "it was trained on, or others of the same teacher"
             )
-        number = digests.index(header.teacher.weights_sha256)
+        number = found
         # Of the other stores, only how wide their features are counts here.
         headers = [header.model_copy(update={"teacher": TeacherInfo.parse(one, where)}) for one in teachers]
         headers[number] = header
-    standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, headers, params)
+    digests = record.get("configuration", {}).get("statistics", {})
+    standardise = kept_standardise(run_of(checkpoint.path) or checkpoint.path, headers, params, digests)
     objective = build_objective(headers[0], params, device, others=headers[1:], standardise=standardise)
     load_weights(objective.student.encoder, checkpoint.weights("student"), where)
     load_weights(objective.student.decoder, checkpoint.weights("decoder"), where)

@@ -18,7 +18,7 @@ from milan_pipe.drawing.sheet import file_url
 from milan_pipe.errors import DataError, MilanError, SettingError
 from milan_pipe.evaluation.results import read_evaluations
 from milan_pipe.loader.dataset import Targets, open_targets
-from milan_pipe.reports.inspect_student import pretrained_objective, student_sheets, teachers_of
+from milan_pipe.reports.inspect_student import number_of, pretrained_objective, student_sheets, teachers_of
 from milan_pipe.reports.inspect_targets import target_sheets
 from milan_pipe.reports.own import require_own
 from milan_pipe.reports.runs import PRETRAIN, RunRecord, read_runs
@@ -195,10 +195,7 @@ def _segment_images(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _learned_from(run: RunRecord, targets: Targets) -> int:
     """Which of a run's stores this one stands for, by its teacher; the first where none has it."""
-    digest = targets.header.teacher.weights_sha256
-    return next(
-        (n for n, one in enumerate(teachers_of(run.record)) if one is not None and one["weights_sha256"] == digest), 0
-    )
+    return number_of(targets.header.teacher, teachers_of(run.record)) or 0
 
 
 def _targets_of(

@@ -106,7 +106,8 @@ def _read_run(path: Path) -> RunRecord:
         task=task,
         checkpoint=checkpoint,
         identity=_identity(checkpoint, task),
-        report=_report_of(path),
+        # One that is left of a finished run whose last checkpoint was removed is of weights that are gone.
+        report=_report_of(path) if checkpoint.record.get("finished") else {},
         curves=_curves(path),
         evaluations=tuple(read_evaluations(path / FOLDER)),
     )

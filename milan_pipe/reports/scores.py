@@ -61,7 +61,10 @@ def _gather(
     runs: Sequence[RunRecord], evaluations: Iterable[Evaluation]
 ) -> tuple[dict[str, dict[tuple[str, str], list[Score]]], dict[str, str]]:
     """Scores by student and (title, data), students in the order of the table, and their names."""
-    names = {run.identity: run.name for run in runs if run.task == PRETRAIN}
+    names: dict[str, str] = {}
+    for run in runs:
+        if run.task == PRETRAIN:
+            names[run.identity] = f"{names[run.identity]}, {run.name}" if run.identity in names else run.name
     found: dict[str, dict[tuple[str, str], list[Score]]] = {identity: {} for identity in names}
 
     def add(identity: str, subject: str, task: str, data: str, scores: Mapping[str, Any], command: str) -> None:

@@ -87,6 +87,7 @@ class _Targets(BaseModel):
 class _Configuration(BaseModel):
     student: dict[str, Any] = {}
     targets: _Targets = _Targets()
+    statistics: dict[str, str] = {}
 
 
 class _Known(BaseModel, strict=True):
@@ -105,6 +106,7 @@ class _Known(BaseModel, strict=True):
     data: str = ""
     backbone: str = ""
     files: dict[str, _File] = {}
+    judged_on: dict[str, Any] = {}
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

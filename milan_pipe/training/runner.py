@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -51,6 +52,16 @@ def _average_buffers(model: nn.Module, ranks: Ranks) -> None:
                 buffer.copy_((ranks.all_reduce_sum(buffer) / ranks.count).to(buffer.dtype))
 
 
+def _others(previous: Checkpoint, task: Task[B]) -> str:
+    """That a run was judged on other images than it would be now; empty where it was not."""
+    judged = previous.record.get("judged_on")
+    if not judged or not task.judged_on or judged == task.judged_on:
+        return ""
+    changed = [name for name, value in task.judged_on.items() if judged.get(name) != value]
+    sides = "; ".join(f"{name} was {judged.get(name)!r}, is {task.judged_on[name]!r}" for name in changed)
+    return f"the scores of {previous.path} are of other images ({sides})"
+
+
 class _Run(Generic[B]):
     def __init__(
         self, folder: Path, task: Task[B], ranks: Ranks, previous: Checkpoint | None, on_progress: OnProgress
@@ -85,9 +96,14 @@ class _Run(Generic[B]):
         self.saver = Saver(folder, task, optimiser, self.stepper.scaler, ranks)
         self.recorder = Recorder(task, ranks, on_progress, first_step=self.first_step)
         state: Mapping[str, Any] = {} if previous is None else previous.record
-        self.scores: dict[str, float] = {} if task.main_score is None else dict(state.get("scores", {}))
-        self.best: dict[str, float] = dict(state.get("best", {}))
-        self.best_step = int(state.get("best_step", 0))
+        self.judged_on = task.judged_on or state.get("judged_on", {})
+        scored: Mapping[str, Any] = state
+        if previous is not None and (others := _others(previous, task)):
+            warnings.warn(f"{others}; the best score is found anew", RuntimeWarning, stacklevel=1)
+            scored = {}
+        self.scores: dict[str, float] = {} if task.main_score is None else dict(scored.get("scores", {}))
+        self.best: dict[str, float] = dict(scored.get("best", {}))
+        self.best_step = int(scored.get("best_step", 0))
         if previous is not None:
             self.saver.restore(previous)
             self.recorder.restore(state["losses"])
@@ -175,6 +191,8 @@ class _Run(Generic[B]):
     def _state(self) -> dict[str, Any]:
         _average_buffers(self.task.model, self.ranks)
         evaluated = {"scores": self.scores, "best": self.best, "best_step": self.best_step}
+        if self.judged_on:
+            evaluated["judged_on"] = self.judged_on
         # What was best stays, also where a run goes on without evaluation.
         return {"losses": self.recorder.state(), **(evaluated if self.best else {})}
 
@@ -247,5 +265,7 @@ def run_task(
         if previous is not None:
             require_same_configuration(previous, task.configuration, folder)
             if previous.record.get("finished"):
+                if ranks.first and (others := _others(previous, task)):
+                    warnings.warn(f"{others}; it is finished, and stays as it is", RuntimeWarning, stacklevel=1)
                 return _finished(folder, previous)
         return _Run(folder, task, ranks, previous, on_progress).go()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -78,6 +79,7 @@ class Task(ABC, Generic[B]):
         steps, steps_per_epoch: the last epoch may have fewer.
         main_score: the best checkpoint has the highest; None: there is no evaluation.
         scores_in: group of the scores in the metrics.
+        judged_on: JSON data of the images that are evaluated on, where a run may go on with others.
         advice: what to do about a loss that is not finite.
 
     After `build`:
@@ -96,6 +98,7 @@ class Task(ABC, Generic[B]):
     steps_per_epoch: int
     main_score: str | None = None
     scores_in: str = "val"
+    judged_on: Mapping[str, Any] = MappingProxyType({})
     advice: str
     parallel: Parallel = "ddp"
 

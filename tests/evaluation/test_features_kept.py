@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.images import TINY, class_folders, labelled_shard
+import torch
+from support.images import NAMES, TINY, class_folders, labelled_shard
 from support.timm_models import timm_folder
 
 from milan_pipe import api
 from milan_pipe.config.evaluation import KnnSettings
+from milan_pipe.config.images import PrepareSettings
 from milan_pipe.config.params import Params
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.config.teacher import TeacherSettings
 from milan_pipe.errors import DataError
 from milan_pipe.evaluation import features as module
+from milan_pipe.evaluation.probe import Probe
+from milan_pipe.images.prepare import prepare
 from milan_pipe.teacher.source import DEMO_FOLDER
 
 PARAMS = Params(student=TINY, knn=KnnSettings(neighbours=(3,)))
@@ -120,6 +125,27 @@ def test_a_teacher_that_is_described_otherwise_is_embedded_anew(sets: tuple[str,
     config.write_text(json.dumps(described))
     assert api.knn("teacher", *sets, params, features=kept) == api.knn("teacher", *sets, params)
     assert len(list(kept.iterdir())) == 4
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_classes_of_other_names_are_refused(tmp_path: Path, prepared: bool) -> None:
+    train, test = class_folders(tmp_path / "a", range(9)), class_folders(tmp_path / "b", range(4), NAMES[1:])
+    for folder in (train, test) if prepared else ():
+        prepare(str(folder), folder.with_name(f"{folder.name}-shards"), PrepareSettings(), workers=1)
+    if prepared:
+        train, test = (folder.with_name(f"{folder.name}-shards") for folder in (train, test))
+    probe = PARAMS.pretrain.model_copy(update={"probe_train": str(train), "probe_test": str(test), "probe_every": 1})
+    uses: tuple[Callable[[], object], ...] = (
+        lambda: api.knn("random", train, test, PARAMS, features=tmp_path / "features"),
+        lambda: api.linear_probe("random", train, test, PARAMS),
+        lambda: Probe(PARAMS.model_copy(update={"pretrain": probe}), torch.device("cpu")),
+    )
+    for use in uses:
+        with pytest.raises(
+            DataError, match=rf"{train} and {test} have different classes: only {train} has {NAMES[0]}; a"
+        ):
+            use()
+    assert api.knn("random", train, train, PARAMS).train == 9
 
 
 def test_class_folders_score_as_their_shards(sets: tuple[str, str], tmp_path: Path) -> None:

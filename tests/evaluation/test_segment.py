@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import struct
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,22 @@ def test_blocks_that_are_not_there() -> None:
 RULE = MaskRule(classes=3, ignore_index=255, zero_is_ignored=False)
 
 
+def grey_png(values: np.ndarray[Any, Any], bits: int) -> bytes:
+    """Grey in so many bits a pixel, which Pillow does not write."""
+    rows = [np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :].ravel() for row in values]
+    packed = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    height, width = values.shape
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(packed)),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def test_masks_of_every_kind() -> None:
     values = np.array([[0, 1], [2, 255]], np.uint8)
     expected = [[0, 1], [2, -1]]
@@ -303,6 +321,11 @@ def test_masks_of_every_kind() -> None:
         file = __import__("io").BytesIO()
         kind.save(file, "TIFF" if kind.mode == "I" else "PNG")
         assert decode_mask(file.getvalue(), RULE, (2, 2), "k").tolist() == expected, kind.mode
+    many = MaskRule(classes=16, ignore_index=255, zero_is_ignored=False)
+    for bits in (1, 2, 4, 8):
+        # Of less than 8 bits Pillow makes 0 to 255.
+        indices = np.array([[0, 1], [2**bits // 2, 2**bits - 1]]) % 16
+        assert decode_mask(grey_png(indices, bits), many, (2, 2), "k").tolist() == indices.tolist(), bits
     ade = MaskRule(classes=2, ignore_index=255, zero_is_ignored=True)
     assert decode_mask(png(values), ade, (2, 2), "k").tolist() == [[-1, 0], [1, -1]]
 
@@ -372,6 +395,35 @@ def test_splits_by_their_short_names(tmp_path: Path) -> None:
     val = masked_images(tmp_path, "val", lambda *_: None)
     assert list(val.keys) == ["0005", "0006"]
     assert not val.zero_is_ignored
+
+
+def test_a_folder_with_one_half_alone_is_not_taken_whole(tmp_path: Path) -> None:
+    for part in ("training", "holdout"):
+        mask_folders(tmp_path / "images" / part, tmp_path / "masks" / part, range(3))
+    assert len(masked_images(tmp_path, "train", lambda *_: None)) == 3
+    with pytest.raises(MissingError, match=r"have training/ and no validation/ or val/ or valid/ or test/; name the"):
+        masked_images(tmp_path, "val", lambda *_: None)
+    assert len(masked_images(tmp_path / "images" / "holdout", "val", lambda *_: None)) == 3
+
+
+def test_masks_of_two_kinds_are_not_read_by_one_rule(tmp_path: Path) -> None:
+    train = masked_images(ade20k(tmp_path / "ade"), "train", lambda *_: None)
+    mask_folders(tmp_path / "own" / "images", tmp_path / "own" / "masks", range(2))
+    val = masked_images(tmp_path / "own", "val", lambda *_: None)
+    for sides in ((train, val), (val, train)):
+        with pytest.raises(
+            MismatchError, match=r"0 is no class in .*ade, .* and the first class in .*own; set segment"
+        ):
+            rule_and_names(*sides, SegmentSettings(classes=2))
+        assert rule_and_names(*sides, SegmentSettings(classes=2, reduce_zero_label=True))[0].zero_is_ignored
+
+
+@pytest.mark.parametrize("twice", ["images/0001.png", "masks/0001.bmp"])
+def test_two_files_of_one_key_are_refused(tmp_path: Path, twice: str) -> None:
+    mask_folders(tmp_path / "images", tmp_path / "masks", range(3))
+    (tmp_path / twice).write_bytes(png(mask(1)))
+    with pytest.raises(DataError, match=r"0001\.\w+ and 0001\.\w+ differ in their suffix alone"):
+        masked_images(tmp_path, "train", lambda *_: None)
 
 
 def test_a_image_without_a_mask(tmp_path: Path) -> None:

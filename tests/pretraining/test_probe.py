@@ -162,6 +162,23 @@ def test_a_run_goes_on_with_and_without(folder: Path, whole: tuple[Path, RunRepo
     assert_same(run, whole[0])
 
 
+def test_scores_of_other_images_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", str(folder / "folders")
+    with pytest.raises(StopAtError):
+        go(folder, run, stop_at(10), probe_every=1, checkpoint_every=9)
+    images = {"probe_train": other, "probe_test": other, "probe_every": 1}
+    with pytest.warns(
+        RuntimeWarning, match=r"of other images \(probe_train was '.*train.tar', is '.*folders'; probe_te"
+    ):
+        found = go(folder, run, **images)
+    scores = dict(curve(run, "probe/knn"))
+    assert found.resumed_from == 9
+    assert found.best == {"knn": max(scores[12], scores[16])}
+    assert found.best_step in (12, 16)
+    with pytest.warns(RuntimeWarning, match="of other images .* it is finished, and stays as it is"):
+        assert go(folder, run, probe_every=1).scores == found.scores
+
+
 def test_nothing_is_drawn_and_few_images_are_read(folder: Path, tmp_path: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     probe = Probe(params(folder, probe_every=1, probe_images=9), CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from milan_pipe.loader.stream import read_batch
 from milan_pipe.pretraining.objective import build_objective
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.pretraining.statistics import keep_statistics, kept_standardise, statistics_of
+from milan_pipe.reports.inspect_student import number_of
 from milan_pipe.student.pixels import normalise
 from milan_pipe.student.standardise import Standardise, fit_statistics, hadamard, standardise_of
 from milan_pipe.targets.codec import codec_of
@@ -127,7 +129,15 @@ def test_one_store_alone_is_as_it_was_and_two_resume_to_the_bit(stores: tuple[Pa
 def test_each_store_is_shown_with_the_output_that_learned_it(stores: tuple[Path, Path], tmp_path: Path) -> None:
     params, run = params_of({"standardise": "scale"}, masking=MaskSettings(kind="random")), tmp_path / "run"
     pretrain(stores, run, params)
-    kept = kept_standardise(run, (A, B), params)
+    digests = open_checkpoint(run).record["configuration"]["statistics"]
+    kept = kept_standardise(run, (A, B), params, digests)
+    # One in the place of the other fits its own digest.
+    first, second = run / "statistics" / "0.safetensors", run / "statistics" / "1.safetensors"
+    first.rename(whole := tmp_path / "whole")
+    shutil.copy(second, first)
+    with pytest.raises(DataError, match=r"0\.safetensors is not what the run was begun with.*copy it there"):
+        inspect_student(run, stores[0], tmp_path / "swapped")
+    whole.rename(first)
     objective = build_objective(A, params, torch.device("cpu"), others=[B], standardise=kept).eval()
     opened = open_checkpoint(run)
     objective.student.encoder.load_state_dict(opened.weights("student"))
@@ -175,7 +185,7 @@ def test_damaged_statistics_are_computed_again(tmp_path: Path, damage: bytes | N
         changed[-3] ^= 1
         file.write_bytes(damage or bytes(changed))
     with pytest.raises(DataError, match=r"is damaged.*TARGETS\.statistics\.safetensors.*copy it there"):
-        kept_standardise(run, [A], params_of({"standardise": "scale"}))
+        kept_standardise(run, [A], params_of({"standardise": "scale"}), {})
     with pytest.warns(RuntimeWarning, match="damaged.*; statistics are computed again"):
         again = statistics_of(store, run, 0)
     assert_close(again, found, atol=0, rtol=0)
@@ -184,7 +194,17 @@ def test_damaged_statistics_are_computed_again(tmp_path: Path, damage: bytes | N
     assert whole == beside.read_bytes() == (run / "statistics" / "0.safetensors").read_bytes()
     (run / "statistics" / "0.safetensors").unlink()
     with pytest.raises(StoreError, match=r"No such file.*copy it there"):
-        kept_standardise(run, [A], params_of({"standardise": "scale"}))
+        kept_standardise(run, [A], params_of({"standardise": "scale"}), {})
+
+
+def test_a_store_is_found_by_all_that_its_targets_depend_on() -> None:
+    other = A.teacher.model_copy(update={"normalization": "imagenet", "license": "mit"})
+    records = [one.model_dump(mode="json") for one in (A.teacher, other)]
+    assert number_of(A.teacher, records) == 0
+    assert number_of(other.model_copy(update={"license": None}), records) == 1
+    # Of the same weights, where none is the same in all.
+    assert number_of(A.teacher.model_copy(update={"precision": "bfloat16"}), [None, *records]) == 1
+    assert number_of(B.teacher, records) is None
 
 
 def test_standardised_features_have_one_deviation() -> None:

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support.checkpoints import change_record
 from support.messages import Case, require_message
 from support.targets import header, write_store
 from support.training import StopAtError, same_run, stop_at, weights_of
@@ -191,6 +192,26 @@ def lost_start() -> RunReport:
     return go(Path("t"), Path("run"), "vit", checkpoint_every=1)
 
 
+def other_heads(part: str) -> Callable[[], RunReport]:
+    def begin_with() -> RunReport:
+        write_store("t", HEAD, [24])
+        go(Path("t"), Path("first"))
+        (file,) = Path("first/checkpoints").glob("*/checkpoint.json")
+
+        def change(record: dict[str, Any]) -> None:
+            (record["settings"][part] if part == "decoder" else record[part])["heads"] = 4
+
+        change_record(file.parent, change)
+        if part == "decoder":
+            return go(Path("t"), Path("run"), decoder="first")
+        export("first", "exported")
+        with pytest.raises(MismatchError, match=r"exported was trained with 4 heads"):
+            go(Path("t"), Path("run"), "exported")
+        return go(Path("t"), Path("run"), "first")
+
+    return begin_with
+
+
 SIZES_OF = "Set student.model and its sizes to the weights'"
 CASES: dict[str, Case] = {
     "nothing there": (
@@ -227,6 +248,18 @@ CASES: dict[str, Case] = {
         MismatchError,
         "decoder.init: first does not fit this decoder and target: decoder_pred.weight is (8, 16), expected (12, 16), "
         "decoder_pred.bias is (8,), expected (12,)",
+    ),
+    "a student of other heads": (
+        other_heads("student"),
+        MismatchError,
+        "student.init: first was trained with 4 heads, 'vit_tiny_patch16_224' has 2: the same weights would compute "
+        "something else. Set student.heads=4",
+    ),
+    "a decoder of other heads": (
+        other_heads("decoder"),
+        MismatchError,
+        "decoder.init: first was trained with 4 heads, this decoder has 2: the same weights would compute something "
+        "else. Set decoder.heads=4",
     ),
     "a start that is lost": (
         lost_start,

@@ -110,6 +110,23 @@ def test_scores_stand_in_the_row_of_their_student(project: Project) -> None:
     assert not any(cell.best for cell in table.rows[-1])
 
 
+def test_runs_of_the_same_weights_share_a_row(project: Project, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project.runs[0], tmp_path / name)
+    table = transfer_table(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert table is not None
+    assert [row[0].text for row in table.rows] == ["MILAN student (a), MILAN student (b)"]
+
+
+def test_the_scores_of_a_run_are_those_of_weights_that_are_there(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.runs[2], tmp_path / "tuned")
+    (file,) = (tmp_path / "tuned").glob("checkpoints/*/checkpoint.json")
+    change_record(file.parent, lambda record: record.update(finished=False))
+    (run,) = read_runs([tmp_path / "tuned"])
+    assert (tmp_path / "tuned" / "report.json").is_file()
+    assert (run.report, run.finished) == ({}, False)
+
+
 def test_two_untrained_students_are_two_rows_and_two_bars() -> None:
     def result(identity: str, best: float) -> Evaluation:
         return Evaluation(
