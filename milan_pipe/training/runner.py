@@ -99,7 +99,8 @@ class _Run(Generic[B]):
         self.judged_on = task.judged_on or state.get("judged_on", {})
         scored: Mapping[str, Any] = state
         if previous is not None and (others := _others(previous, task)):
-            warnings.warn(f"{others}; the best score is found anew", RuntimeWarning, stacklevel=1)
+            if ranks.first:
+                warnings.warn(f"{others}; the best score is found anew", RuntimeWarning, stacklevel=1)
             scored = {}
         self.scores: dict[str, float] = {} if task.main_score is None else dict(scored.get("scores", {}))
         self.best: dict[str, float] = dict(scored.get("best", {}))
