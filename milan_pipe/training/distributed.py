@@ -28,8 +28,8 @@ _LOST = re.compile(r"connection (closed by peer|reset|refused)|broken pipe|gloo|
 
 
 def rank_of_environment() -> int:
-    """This process's rank as torchrun sets it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank as torchrun sets it; 0 without torchrun. Raises SettingError where that is no number."""
+    return _environment("RANK") if _environment("WORLD_SIZE", "1") > 1 else 0
 
 
 @dataclass
@@ -125,10 +125,10 @@ class Ranks:
             return True  # the store has gone with its process
 
 
-def _environment(name: str) -> int:
-    value = os.environ.get(name, "")
+def _environment(name: str, otherwise: str = "") -> int:
+    value = os.environ.get(name) or otherwise
     if not value.isdecimal():
-        raise SettingError(f"WORLD_SIZE is set and {name} is {value!r}; start several ranks with torchrun")
+        raise SettingError(f"{name} is {value!r}, expected a number; start several ranks with torchrun")
     return int(value)
 
 
@@ -159,7 +159,7 @@ def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
         RankLostError: another rank has died.
         ReportedElsewhereError: another rank reports the error.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1") or "1")
+    count = _environment("WORLD_SIZE", "1")
     if count == 1:
         yield Ranks(0, 1, resolve_device(device))
         return

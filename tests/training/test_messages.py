@@ -14,7 +14,7 @@ from support.tasks import AdamTask, NumberTask
 
 from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
-from milan_pipe.training.distributed import Ranks, joined
+from milan_pipe.training.distributed import Ranks, joined, rank_of_environment
 from milan_pipe.training.recorder import Recorder
 from milan_pipe.training.runner import run_task
 from milan_pipe.training.saver import Saver
@@ -82,12 +82,19 @@ def finished_without_report() -> None:
     train(3)
 
 
-def world_without_rank() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        patch.delenv("RANK", raising=False)
-        with joined("cpu", str):
-            pass
+def ranks(world: str, rank: str | None = None) -> Callable[[], None]:
+    def join() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", world)
+            patch.delenv("RANK", raising=False)
+            if rank is not None:
+                patch.setenv("RANK", rank)
+            with pytest.raises(SettingError, match="start several ranks with torchrun"):
+                rank_of_environment()
+            with joined("cpu", str):
+                pass
+
+    return join
 
 
 AGAIN = f"there is no earlier checkpoint; copy it again, or remove {STEP} to begin its run again"
@@ -169,9 +176,19 @@ CASES: dict[str, Case] = {
         "memory. Tried to allocate 2.00 GiB); try numbers.accumulate=4, or a smaller numbers.batch_size",
     ),
     "no rank": (
-        world_without_rank,
+        ranks("2"),
         SettingError,
-        "WORLD_SIZE is set and RANK is ''; start several ranks with torchrun",
+        "RANK is '', expected a number; start several ranks with torchrun",
+    ),
+    "a rank of another kind": (
+        ranks("2", "first"),
+        SettingError,
+        "RANK is 'first', expected a number; start several ranks with torchrun",
+    ),
+    "ranks of another kind": (
+        ranks("many", "0"),
+        SettingError,
+        "WORLD_SIZE is 'many', expected a number; start several ranks with torchrun",
     ),
 }
 
