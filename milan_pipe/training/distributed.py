@@ -29,7 +29,7 @@ _LOST = re.compile(r"connection (closed by peer|reset|refused)|broken pipe|gloo|
 
 def rank_of_environment() -> int:
     """This process's rank as torchrun sets it; 0 without torchrun. Raises SettingError where that is no number."""
-    return _environment("RANK") if _environment("WORLD_SIZE", "1") > 1 else 0
+    return _environment("RANK", "0") if _environment("WORLD_SIZE", "1") > 1 else 0
 
 
 @dataclass

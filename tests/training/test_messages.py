@@ -89,8 +89,8 @@ def ranks(world: str, rank: str | None = None) -> Callable[[], None]:
             patch.delenv("RANK", raising=False)
             if rank is not None:
                 patch.setenv("RANK", rank)
-            with pytest.raises(SettingError, match="start several ranks with torchrun"):
-                rank_of_environment()
+                with pytest.raises(SettingError, match="start several ranks with torchrun"):
+                    rank_of_environment()
             with joined("cpu", str):
                 pass
 
