@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from milan_pipe.errors import DataError, MismatchError, MissingError, StoreError, printable_json
 from milan_pipe.storage import Location, location_of
 from milan_pipe.storage.kinds import IMAGES, require_new
-from milan_pipe.storage.local import make_folder, read_regular, write_file
+from milan_pipe.storage.local import make_folder, read_regular, real_path, write_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSION: Final = 1
@@ -101,7 +101,7 @@ def begin_index(folder: Path, source: Mapping[str, Any]) -> None:
 
 
 def _resolved(source: Mapping[str, Any]) -> tuple[Any, Path]:
-    return source.get("kind"), Path(str(source.get("path", ""))).resolve()
+    return source.get("kind"), real_path(str(source.get("path", "")))
 
 
 def write_index(folder: Path, index: ImageIndex) -> None:

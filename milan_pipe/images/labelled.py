@@ -20,6 +20,7 @@ from milan_pipe.images.shards import ShardFile, expand_shards, index_beside
 from milan_pipe.images.tar import OnBad, Sample, read_shard
 from milan_pipe.storage import is_url
 from milan_pipe.storage.kinds import IMAGES, mistaken
+from milan_pipe.storage.local import real_path
 from milan_pipe.units import some
 
 _MOST_CLASSES = 2**22
@@ -232,9 +233,9 @@ def warn_if_images_shared(train: NumberedImages, test: NumberedImages) -> None:
 
 def _places(where: str | Path) -> set[Path]:
     try:
-        return {Path(str(shard)).resolve() for shard in expand_shards(where)}
+        return {real_path(str(shard)) for shard in expand_shards(where)}
     except MilanError:
-        return {Path(where).resolve()}
+        return {real_path(where)}
 
 
 def require_same_names(

@@ -33,7 +33,7 @@ from milan_pipe.images.source_table import LIST_SUFFIXES, find_tables, table_sou
 from milan_pipe.spawning import end_with
 from milan_pipe.storage import is_url, local_folder
 from milan_pipe.storage.kinds import IMAGES, mistaken
-from milan_pipe.storage.local import beside, flush
+from milan_pipe.storage.local import beside, flush, real_path
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 
@@ -139,7 +139,7 @@ def _source(source: str | Path, images: Path, settings: PrepareSettings, limits:
         return demo_source(settings)
     root = Path(source)
     if not is_url(source) and root.is_dir():
-        if images.exists() and images.resolve() == root.resolve():
+        if images.exists() and real_path(images) == real_path(root):
             raise DataError(f"source and images are the same folder, {root}; choose another one to write shards into")
         if found := image_files(root):
             return folder_source(root, found, settings, limits)

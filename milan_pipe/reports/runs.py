@@ -13,7 +13,7 @@ from milan_pipe.drawing.charts import Curve
 from milan_pipe.errors import DataError, MissingError, StoreError, resource_hint
 from milan_pipe.evaluation.backbone import Backbone, student_of
 from milan_pipe.evaluation.results import FOLDER, Evaluation, read_evaluations
-from milan_pipe.storage.local import read_regular
+from milan_pipe.storage.local import read_regular, real_path
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint
 from milan_pipe.training.metrics import CURVES, metric_files, read_metric
 
@@ -101,7 +101,7 @@ def _read_run(path: Path) -> RunRecord:
         raise DataError(f"{path} is a checkpoint; name the folder of its run")
     task = str(checkpoint.record.get("task") or PRETRAIN)
     return RunRecord(
-        name=path.resolve().name,
+        name=real_path(path).name,
         folder=path,
         task=task,
         checkpoint=checkpoint,
@@ -115,7 +115,7 @@ def _read_run(path: Path) -> RunRecord:
 
 def _unique_names(folders: list[Path]) -> list[str]:
     """The last part of each path, with as many before it as tell them apart."""
-    resolved = [folder.resolve().parts for folder in folders]
+    resolved = [real_path(folder).parts for folder in folders]
     for depth in range(1, max(map(len, resolved)) + 1):
         names = ["/".join(parts[-depth:]) for parts in resolved]
         if len(set(names)) == len(set(resolved)):
@@ -135,7 +135,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """
     once: dict[Path, Path] = {}
     for folder in folders:
-        once.setdefault(folder.resolve(), folder)
+        once.setdefault(real_path(folder), folder)
     runs = [_read_run(folder) for folder in once.values()]
     students = {run.identity: _student(run) for run in runs if run.task == PRETRAIN}
     named: dict[Path, str] = {}

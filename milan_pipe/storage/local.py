@@ -304,9 +304,14 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def real_path(path: str | Path) -> Path:
+    """Absolute and without links. `Path.resolve` raises RuntimeError for links that lead to each other."""
+    return Path(os.path.realpath(path))
+
+
 def lies_in(folder: Path, file: Path) -> bool:
     """Whether a file is below a folder where it leads to: a link may lead elsewhere."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+    return real_path(file).is_relative_to(real_path(folder))
 
 
 def require_own_folders(root: Path) -> None:

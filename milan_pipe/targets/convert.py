@@ -12,6 +12,7 @@ from milan_pipe.config.targets import StoreFormat
 from milan_pipe.errors import DataError, MismatchError, SettingError
 from milan_pipe.storage import Location, location_of
 from milan_pipe.storage.kinds import TARGETS, require_new
+from milan_pipe.storage.local import real_path
 from milan_pipe.targets.schema import BLOCK_SAMPLES, SCHEMA_VERSION, TargetBlock
 from milan_pipe.targets.store import TargetStore, TargetStoreWriter, open_targets
 
@@ -44,7 +45,7 @@ def _block(store: TargetStore, shard: str, start: int, stop: int) -> TargetBlock
 def require_apart(source: Location, destination: Location) -> None:
     """Refuse a store that is written where another is read; SettingError where one lies within the other."""
     if source.local is not None and destination.local is not None:
-        one, other = source.local.resolve().parts, destination.local.resolve().parts
+        one, other = real_path(source.local).parts, real_path(destination.local).parts
     else:
         one, other = tuple(source.name.rstrip("/").split("/")), tuple(destination.name.rstrip("/").split("/"))
     if one[: len(other)] == other[: len(one)]:

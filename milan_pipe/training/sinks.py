@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from milan_pipe.config.training import SinkName
 from milan_pipe.digests import sha256_of
 from milan_pipe.extras import needs
+from milan_pipe.storage.local import real_path
 from milan_pipe.training.metrics import MetricWriter, metrics_written, require_own_metrics
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def open_sinks(
                 dir=str(folder),
                 config=dict(configuration),
                 resume="allow",
-                id=sha256_of(str(folder.resolve()).encode())[:16],  # one for all parts of an interrupted run
+                id=sha256_of(str(real_path(folder)).encode())[:16],  # one for all parts of an interrupted run
                 name=folder.parent.name,
             )
             stack.callback(run.finish)

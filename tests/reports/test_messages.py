@@ -72,6 +72,11 @@ CASES: dict[str, tuple[Callable[[Project], object], type[Exception], str]] = {
         MissingError,
         "none is not there; expected the folder of a run",
     ),
+    "links that lead to each other": (
+        lambda _: (Path("a").symlink_to("b"), Path("b").symlink_to("a"), api.report(["a", "b"], "r.html")),
+        MissingError,
+        "a is not there; expected the folder of a run",
+    ),
     "checkpoint for a run": (
         lambda _: api.report([STEP], "r.html"),
         DataError,
