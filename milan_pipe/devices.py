@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milan_pipe.config.training import Precision
-from milan_pipe.errors import DeviceFullError, SettingError, one_line
+from milan_pipe.errors import DeviceFullError, SettingError, one_line, resource_hint
 
 
 def resolve_device(name: str) -> torch.device:
@@ -62,7 +62,10 @@ def memory_for(what: str, try_instead: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # What torch raises on a CPU has no type of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and resource_hint(error) != resource_hint(MemoryError()):
+            raise
         raise DeviceFullError(
             f"the device has too little memory for {what} ({one_line(error)}); {try_instead}"
         ) from error

@@ -209,13 +209,17 @@ def _wait_for_processes(cluster: LocalCluster, client: Client, wanted: int) -> N
         _warn(f"{wanted - found} of the {wanted} processes of extract.workers={wanted} did not start")
 
 
-@contextmanager
-def own_folder() -> Iterator[str]:
-    """A temporary folder named by this process, removed at the end; those of killed processes are removed first."""
+def remove_left_folders() -> None:
+    """Remove the temporary folders of this machine's processes that were killed."""
     for path in Path(tempfile.gettempdir()).iterdir():
         process = path.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
         if path.name.startswith(_FOLDER_PREFIX) and process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def own_folder() -> Iterator[str]:
+    """A temporary folder named by this process, removed at the end."""
     with tempfile.TemporaryDirectory(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         yield folder
 

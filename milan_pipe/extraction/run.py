@@ -237,7 +237,10 @@ def extract_targets(
     clustered = extract.scheduler is not None or process_count(extract) > 1
     if clustered:
         # Only now, as Dask takes a second to import; before anything is written, as it may be missing.
-        from milan_pipe.extraction.cluster import extract_on_cluster, precision_of_workers
+        from milan_pipe.extraction.cluster import extract_on_cluster, precision_of_workers, remove_left_folders
+
+        # Also where nothing is left to do: a run may have been killed after its last shard.
+        remove_left_folders()
     if extract.scheduler is not None and params.teacher.precision == "auto":
         if found is None:
             precision = precision_of_workers(extract.scheduler, params.teacher, extract)

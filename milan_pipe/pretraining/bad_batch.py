@@ -16,7 +16,7 @@ from torch import Tensor
 
 from milan_pipe.config.params import Params
 from milan_pipe.config.training import Precision
-from milan_pipe.devices import resolve_device
+from milan_pipe.devices import memory_for, resolve_device
 from milan_pipe.errors import DataError, MissingError, first_problem
 from milan_pipe.loader.stream import Batch
 from milan_pipe.pretraining.objective import build_objective
@@ -164,6 +164,7 @@ def replay(
     Raises:
         MissingError, DataError, StoreError: the file is missing or damaged, or cannot be read.
         SettingError: no such device.
+        DeviceFullError: it describes a model that memory does not hold.
     """
     metadata, tensors = _read(Path(file))
     of: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -178,9 +179,9 @@ def replay(
     # Not compiled, so that it shows where a value went wrong; whatever a file says, as that starts a compiler.
     settings = params.pretrain.model_copy(update={"compile": False})
     params = params.model_copy(update={"pretrain": settings})
-    objective = build_objective(
-        header, params, chosen, others=others, standardise=_standardise(of, header, others, params)
-    )
+    standardise = _standardise(of, header, others, params)
+    with memory_for(f"the model that {where} describes", "is it the file that a run wrote?"):
+        objective = build_objective(header, params, chosen, others=others, standardise=standardise)
     model = objective.student
     load_weights(model.encoder, of["student"], where)
     load_weights(model.decoder, of["decoder"], where)

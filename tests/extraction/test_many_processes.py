@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +56,17 @@ def test_one_share_after_another(images: Path, whole, extract, tree, tmp_path: P
     reports = [extract(images, targets, shards=f"{share}/2") for share in range(2)]
     assert [(report.shards, report.complete) for report in reports] == [(2, False), (3, True)]
     assert tree(targets) == tree(whole[0])
+
+
+def test_with_nothing_left_to_do_what_a_killed_run_left_is_cleared(
+    images: Path, whole, extract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f"milan-pipe-dask-{platform.node()}-{gone.pid}-x").mkdir()
+    assert extract(images, whole[0], workers=2).skipped == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("share", ["2/2", "-1/2", "1", "1/0", "a/b", "0/2 "])

@@ -18,7 +18,7 @@ from support import processes
 from support.targets import check_store, header, tree, write_store
 
 from milan_pipe.errors import DataError, MilanError, StoreError, printable, resource_hint
-from milan_pipe.extraction.cluster import own_folder
+from milan_pipe.extraction.cluster import own_folder, remove_left_folders
 from milan_pipe.images.masked import read_classes
 from milan_pipe.images.shards import shard_file
 from milan_pipe.images.table import read_header
@@ -261,6 +261,7 @@ def test_only_this_machines_dead_processes_lose_their_folder(tmp_path: Path, mon
     dead.mkdir()
     elsewhere.mkdir()
     with own_folder() as own:
+        remove_left_folders()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(own).name, elsewhere.name])
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -109,7 +110,8 @@ class Proxy:
         fail_from: from the n-th request on all are; 0: none.
         failure: status and code of S3.
         drop_every: of every n-th GET half of the body is sent, then the connection is closed; 0: none.
-        halve_every: of every n-th GET half of the body is sent, as if it were the whole; 0: none.
+        halve: whether of a GET half of the body is sent, as if it were the whole, by its path and the number of GETs of
+            that path so far.
         hide: headers of requests, in lower case, that are not passed on.
         sign: requests without a signature are passed on with one, so that the store looks like an open web server.
         requests: all that came in.
@@ -121,15 +123,15 @@ class Proxy:
     fail_from: int = 0
     failure: tuple[int, str] = (500, "InternalError")
     drop_every: int = 0
-    halve_every: int = 0
+    halve: Callable[[str, int], bool] = lambda *_: False
     hide: frozenset[str] = frozenset()
     sign: bool = False
     requests: list[Request] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _count: int = 0
-    _gets: int = 0
+    gets: Counter[str] = field(default_factory=Counter)
 
-    def next_fault(self, method: str) -> str:
+    def next_fault(self, method: str, path: str) -> str:
         """What becomes of the request that has just come in: "", "fail", "drop" or "halve"."""
         with self._lock:
             self._count += 1
@@ -137,9 +139,10 @@ class Proxy:
                 return "fail"
             if method != "GET":
                 return ""
-            self._gets += 1
-            faults = {"drop": self.drop_every, "halve": self.halve_every}
-            return next((fault for fault, every in faults.items() if every and self._gets % every == 0), "")
+            self.gets[path] += 1
+            if self.drop_every and self.gets.total() % self.drop_every == 0:
+                return "drop"
+            return "halve" if self.halve(path, self.gets[path]) else ""
 
     def bytes_sent(self, name: str = "") -> int:
         """Bytes of bodies that went to clients, of GETs whose path holds `name`."""
@@ -208,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         at = time.monotonic()
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = proxy.next_fault(self.command)
+        fault = proxy.next_fault(self.command, self.path)
         if fault == "fail":
             status, code = proxy.failure
             headers, data = [], f"<Error><Code>{code}</Code><Message>not now</Message></Error>".encode()

@@ -12,6 +12,7 @@ from support.checkpoints import change_record
 from support.messages import Case, require_message
 from support.tasks import AdamTask, NumberTask
 
+from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
 from milan_pipe.training.distributed import Ranks, joined, rank_of_environment
@@ -74,6 +75,11 @@ def full_device() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     run_task(Path("run"), "cpu", lambda *_: FullTask(accumulate=2), lambda _: None)
+
+
+def full_memory() -> None:
+    with memory_for("a model", "try a smaller one"):
+        torch.empty(2**60)
 
 
 def finished_without_report() -> None:
@@ -174,6 +180,11 @@ CASES: dict[str, Case] = {
         DeviceFullError,
         "the device has too little memory for numbers.batch_size 1 over 1 ranks with numbers.accumulate 2 (CUDA out of "
         "memory. Tried to allocate 2.00 GiB); try numbers.accumulate=4, or a smaller numbers.batch_size",
+    ),
+    "a full memory": (
+        full_memory,
+        DeviceFullError,
+        "the device has too little memory for a model (...); try a smaller one",
     ),
     "no rank": (
         ranks("2"),
