@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -15,7 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -34,7 +36,27 @@ from milan_pipe.errors import (
 )
 from milan_pipe.units import rate, size
 
-console = Console(stderr=True)
+
+class _Stderr:
+    """stderr as it is at the time. What it does not take is lost: a full disk or a reader that is gone ends no command.
+
+    rich would end the process where the reader is gone.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
+console = Console(file=cast("IO[str]", _Stderr()))
 results = Console()
 # No more: some child processes close every descriptor up to the limit.
 _MOST_FILES = 65536
@@ -59,14 +81,12 @@ def show_warnings_as_lines() -> None:
 
 
 def print_labelled(label: str, style: str, text: str) -> None:
-    """One line on stderr, however long, that begins with a label; none where it cannot be written."""
-    # A warning ends no command for a full disk that the log is on, and an error keeps its code.
-    with suppress(OSError):
-        if json_log.wanted():
-            event: json_log.Event = "warning" if label == "warning" else "error"
-            json_log.tell(event, message=printable(text if label == event else f"{label}: {text}"))
-        else:
-            console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
+    """One line on stderr, however long, that begins with a label."""
+    if json_log.wanted():
+        event: json_log.Event = "warning" if label == "warning" else "error"
+        json_log.tell(event, message=printable(text if label == event else f"{label}: {text}"))
+    else:
+        console.print(Text.assemble((f"{label}:", style), " ", printable(text)), soft_wrap=True)
 
 
 def plain(text: str, **style: Any) -> Text:
@@ -239,6 +259,8 @@ def errors_as_one_line() -> Iterator[None]:
 @contextmanager
 def as_command() -> Iterator[None]:
     """What a process does as a command: it is made ready for its work, and ends as `errors_as_one_line` says."""
+    # Where a shell has closed them (`>&-`).
+    sys.stdout, sys.stderr = (one or Path(os.devnull).open("w") for one in (sys.stdout, sys.stderr))  # noqa: SIM115
     show_warnings_as_lines()
     # Tables are for people: what they show is in the reports.
     earlier, console.quiet = console.quiet, json_log.wanted()

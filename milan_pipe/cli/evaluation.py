@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import milan_pipe
 from milan_pipe.cli.base import JsonOption, ParamsOption, RunArgument, SetOption, StudentArgument, SubjectArgument, app
 from milan_pipe.cli.console import progress, show
 from milan_pipe.cli.training import run_training, scored_rows
-from milan_pipe.errors import SettingError
+from milan_pipe.errors import SettingError, StoppedError
 
 _TOP = {"top1": "top-1", "top5": "top-5"}
 _HEADS = {"linear": "linear head", "knn": "k-NN"}
@@ -249,4 +250,10 @@ def linear_probe(
     with nullcontext(run) if run is not None else TemporaryDirectory(prefix="milan-pipe-probe-") as folder:
         arguments = checkpoint, train, test, folder, settings
         title = f"linear probe of {checkpoint}"
-        return run_training(milan_pipe.lars_probe, *arguments, title=title, rows=rows, as_json=as_json)
+        try:
+            return run_training(milan_pipe.lars_probe, *arguments, title=title, rows=rows, as_json=as_json)
+        except StoppedError as stopped:
+            if run is not None:
+                raise
+            name = signal.Signals(stopped.signal).name
+            raise StoppedError(f"by {name}; nothing is kept: name a RUN to go on with", stopped.signal) from stopped

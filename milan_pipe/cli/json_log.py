@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +59,10 @@ def tell(event: Event, **values: Any) -> None:
     }
     if (rank := os.environ.get("RANK", "")).isdigit():
         line["rank"] = int(rank)
-    sys.stderr.write(json.dumps(_plain(line | {"event": event} | values)) + "\n")
-    sys.stderr.flush()
+    # A log that cannot be written ends no command, and changes no exit code.
+    with suppress(OSError):
+        sys.stderr.write(json.dumps(_plain(line | {"event": event} | values)) + "\n")
+        sys.stderr.flush()
 
 
 def tell_report(title: str, values: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def extract_targets(
     if len(images) != (views_from is None):
         words = as_typed(views_from, [*images, targets])
         raise SettingError(f"expected IMAGES TARGETS, or --views-from STORE TARGETS; found {words}")
-    source = views_from or images[0]
+    source = images[0] if views_from is None else views_from
     flags = {"format": store_format, "workers": workers, "scheduler": scheduler}
     given = [f"extract.{name}={value}" for name, value in flags.items() if value is not None]
     settings = milan_pipe.load_params(params, [*(overrides or []), *given])

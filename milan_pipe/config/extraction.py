@@ -25,9 +25,12 @@ class ExtractSettings(Settings):
     batch_size: int = Field(
         64, ge=1, description="views in one forward pass of the teacher, at most all of 128 images; changes rounding"
     )
-    threads: int = Field(0, ge=0, description="of a worker, for images; 0: its share of the processors")
+    threads: int = Field(0, ge=0, le=65536, description="of a worker, for images; 0: its share of the processors")
     teacher_threads: int = Field(
-        0, ge=0, description="of a worker's teacher on a CPU; 0: its share of the processors; changes rounding"
+        0,
+        ge=0,
+        le=65536,
+        description="of a worker's teacher on a CPU; 0: its share of the processors; changes rounding",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1, for the teacher")
     compile: bool = Field(False, description="torch.compile for the teacher; changes rounding")

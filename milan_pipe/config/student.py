@@ -17,7 +17,7 @@ class StudentSettings(Settings):
         description="name of a ViT that timm's VisionTransformer or Eva builds, also with registers, rotary "
         "positions or no class token",
     )
-    image_size: int = Field(64, ge=1, description="height and width of the input in pixels")
+    image_size: int = Field(64, ge=1, le=65536, description="height and width of the input in pixels")
     patch_size: int | None = Field(8, ge=1, description="side of a patch in pixels; must divide `image_size`")
     width: int | None = Field(128, ge=4, description="of the tokens; a multiple of 4, for the position embedding")
     depth: int | None = Field(4, ge=1, le=1000, description="number of blocks")

@@ -146,7 +146,8 @@ def precision_of_workers(scheduler: str, teacher: TeacherSettings, extract: Extr
 def _connected(scheduler: str) -> Iterator[Client]:
     try:
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
-    except (OSError, ValueError) as error:
+    # Dask raises some of them for protocols that are not set up, or for what another server answers.
+    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
         raise StoreError(
             f"no Dask scheduler answers at {scheduler} ({one_line(error)}); start one with "
             "`dask scheduler` and name the address that it prints"

@@ -20,7 +20,7 @@ from milan_pipe.interop.card import CARD, REPOSITORY, dataset_card
 from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student, require_whole_student
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
-from milan_pipe.storage.kinds import CHECKPOINT, RUN, TARGETS, mistaken
+from milan_pipe.storage.kinds import CHECKPOINT, EXPORTED, RUN, TARGETS, mistaken
 from milan_pipe.storage.local import lies_in
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
@@ -155,7 +155,7 @@ def push(
             f"{folder} is not there; expected a run, a checkpoint, an exported student or a target store"
         )
     exported = all((folder / name).is_file() for name in STUDENT_FILES)
-    if not exported and (other := mistaken(folder, RUN, CHECKPOINT, "an exported student", TARGETS)):
+    if not exported and (other := mistaken(folder, RUN, CHECKPOINT, EXPORTED, TARGETS)):
         raise DataError(other)
     if not dry_run and get_token() is None:
         raise MissingError("there is no token to push with; log in with `hf auth login`, or set HF_TOKEN")

@@ -80,6 +80,7 @@ class Batch:
         size = len(self.keys)
         if count == 1:
             return [(self, 1.0)]
+        count = min(count, size)
         borders = [size * number // count for number in range(count + 1)]
         return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
 

@@ -19,9 +19,10 @@ def require_own(files: Iterable[Path]) -> None:
     for file in files:
         try:
             with open_regular(file) as opened:
-                part = opened.read(_PART)
+                # What is regular in /proc may have nothing as yet.
+                part = opened.read(_PART) or b""
                 opened.seek(max(0, file.stat().st_size - _PART))
-                part += opened.read(_PART)
+                part += opened.read(_PART) or b""
         except (FileNotFoundError, NotADirectoryError):
             part = None
         except OSError as error:

@@ -9,6 +9,7 @@ from milan_pipe.errors import StoreError
 from milan_pipe.storage.local import is_utf8, require_own_folders
 
 CHECKPOINT, EMBEDDINGS, IMAGES = "a checkpoint", "a folder of embeddings", "a folder of images"
+CHECKPOINTS, EXPORTED = "the checkpoints of a run", "an exported student"
 RUN, TARGETS = "a run", "a target store"
 _NEW = "a new folder"
 # Each with patterns of files, all of which are there.
@@ -17,6 +18,8 @@ _KINDS = (
     (TARGETS, ("header.json", "shards")),
     (RUN, ("checkpoints/step-*",)),
     (CHECKPOINT, ("checkpoint.json",)),
+    (CHECKPOINTS, ("step-*/checkpoint.json",)),
+    (EXPORTED, ("config.json", "model.safetensors")),
     (IMAGES, ("*.tar",)),
     (EMBEDDINGS, ("embeddings.json",)),
 )

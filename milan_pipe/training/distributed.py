@@ -164,6 +164,8 @@ def joined(device: str, values: Callable[[], str]) -> Iterator[Ranks]:
         yield Ranks(0, 1, resolve_device(device))
         return
     rank, local = _environment("RANK"), _environment("LOCAL_RANK")
+    if rank >= count:
+        raise SettingError(f"RANK is {rank} and WORLD_SIZE {count}, expected less; start several ranks with torchrun")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:

@@ -455,26 +455,39 @@ def test_a_mistake_that_cannot_be_told_has_its_code(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("log_json", ["", "1"])
 @pytest.mark.parametrize(
     ("words", "code"),
     [
+        ("console.print('on'); console.print('and on')", 0),
         ("warnings.warn('odd', RuntimeWarning)", 0),
         ("raise StoppedError('by SIGTERM', 15)", 128 + 15),
         ("raise DataError('wrong')", 2),
     ],
 )
-def test_what_cannot_be_told_changes_no_code(words: str, code: int, log_json: str) -> None:
+def test_what_cannot_be_told_changes_no_code(words: str, code: int, log_json: str, full: bool) -> None:
     program = (
         "import warnings\n"
-        "from milan_pipe.cli.console import as_command\n"
+        "from milan_pipe.cli.console import as_command, console\n"
         "from milan_pipe.errors import DataError, StoppedError\n"
         f"with as_command():\n    {words}\n"
     )
     environment = {**os.environ, "MILAN_PIPE_LOG_JSON": log_json}
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-c", program], stderr=full, env=environment, check=False, timeout=60)
+    # A disk that is full, or a reader that is gone.
+    read, write = (None, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if read is not None:
+        os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stderr=write, env=environment, check=False, timeout=60)
+    os.close(write)
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("words", [["recipes", "--json"], ["--version"]])
+def test_a_stdout_that_is_closed(words: list[str]) -> None:
+    command = [sys.executable, "-m", "milan_pipe", *words]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, check=False, timeout=60)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
 
 
 def test_results_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from support.tasks import AdamTask, NumberTask
 from milan_pipe.devices import memory_for
 from milan_pipe.errors import DataError, DeviceFullError, MismatchError, MissingError, SettingError, StoreError
 from milan_pipe.training.checkpoint import open_checkpoint, save_checkpoint
-from milan_pipe.training.distributed import Ranks, joined, rank_of_environment
+from milan_pipe.training.distributed import Ranks, joined
 from milan_pipe.training.recorder import Recorder
 from milan_pipe.training.runner import run_task
 from milan_pipe.training.saver import Saver
@@ -95,8 +95,7 @@ def ranks(world: str, rank: str | None = None) -> Callable[[], None]:
             patch.delenv("RANK", raising=False)
             if rank is not None:
                 patch.setenv("RANK", rank)
-                with pytest.raises(SettingError, match="start several ranks with torchrun"):
-                    rank_of_environment()
+                patch.setenv("LOCAL_RANK", "0")
             with joined("cpu", str):
                 pass
 
@@ -195,6 +194,11 @@ CASES: dict[str, Case] = {
         ranks("2", "first"),
         SettingError,
         "RANK is 'first', expected a number; start several ranks with torchrun",
+    ),
+    "a rank of too many": (
+        ranks("2", "5"),
+        SettingError,
+        "RANK is 5 and WORLD_SIZE 2, expected less; start several ranks with torchrun",
     ),
     "ranks of another kind": (
         ranks("many", "0"),
