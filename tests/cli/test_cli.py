@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,40 @@ def test_what_cannot_be_told_changes_no_code(words: str, code: int, log_json: st
     done = subprocess.run([sys.executable, "-c", program], stderr=write, env=environment, check=False, timeout=60)
     os.close(write)
     assert done.returncode == code
+
+
+def exported(folder: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def checkpoints(folder: Path) -> Path:
+    (folder / "step-00000001").mkdir()
+    (folder / "step-00000001" / "checkpoint.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "what"), [(exported, "an exported student"), (checkpoints, "the checkpoints of a run")]
+)
+def test_nothing_is_written_into_what_another_command_wrote(
+    made: Callable[[Path], Path], what: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = made(tmp_path)
+    before = sorted(folder.rglob("*"))
+    code, _, err = run(capsys, monkeypatch, "prepare", "demo", str(folder))
+    assert (code, f"is {what}; expected a new folder" in err) == (2, True)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_empty_name_of_a_store_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, monkeypatch, "extract-targets", "--views-from=", "out")
+    assert (code, len(err.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize("words", [["recipes", "--json"], ["--version"]])

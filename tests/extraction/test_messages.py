@@ -415,6 +415,12 @@ CASES: dict[str, Case] = {
         "no Dask scheduler answers at nothing (...); start one with `dask scheduler` and name the address "
         "that it prints",
     ),
+    "a protocol that is not set up": (
+        lambda: no_scheduler("tls://127.0.0.1:9"),
+        StoreError,
+        "no Dask scheduler answers at tls://127.0.0.1:9 (...); start one with `dask scheduler` and name the address "
+        "that it prints",
+    ),
     "lost scheduler": (
         lambda: on_cluster(status="cancelled", scheduler="tcp://127.0.0.1:9"),
         StoreError,
