@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from milan_pipe.config.training import Precision
-from milan_pipe.errors import DeviceFullError, SettingError, one_line, resource_hint
+from milan_pipe.errors import DeviceFullError, SettingError, one_line, system_number
 
 
 def resolve_device(name: str) -> torch.device:
@@ -64,7 +65,7 @@ def memory_for(what: str, try_instead: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # What torch raises on a CPU has no type of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and resource_hint(error) != resource_hint(MemoryError()):
+        if not isinstance(error, torch.OutOfMemoryError) and system_number(error) != errno.ENOMEM:
             raise
         raise DeviceFullError(
             f"the device has too little memory for {what} ({one_line(error)}); {try_instead}"

@@ -40,15 +40,20 @@ _SECRET_VALUE = re.compile(
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
-def resource_hint(error: BaseException) -> str | None:
-    """What ran out and what to do, if an error is about the machine and not about the data; else None."""
+def system_number(error: BaseException) -> int | None:
+    """The number of the system's error that an error is, by its type, its number or its words; None for others."""
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     # Libraries in Rust give the number of a system error in their text alone.
     if number is None and (found := re.search(r"\bos error (\d+)\b", str(error))):
         number = int(found[1])
     if number is None:
         number = next((known for known, words in _IN_WORDS.items() if words.search(str(error))), None)
-    return _RAN_OUT.get(number)
+    return number
+
+
+def resource_hint(error: BaseException) -> str | None:
+    """What ran out and what to do, if an error is about the machine and not about the data; else None."""
+    return _RAN_OUT.get(system_number(error))
 
 
 def system_reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from milan_pipe.cli import json_log
+from milan_pipe.cli.stderr import Stderr
 from milan_pipe.errors import (
     MilanError,
     ReportedElsewhereError,
@@ -36,27 +37,7 @@ from milan_pipe.errors import (
 )
 from milan_pipe.units import rate, size
 
-
-class _Stderr:
-    """stderr as it is at the time. What it does not take is lost: a full disk or a reader that is gone ends no command.
-
-    rich would end the process where the reader is gone.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            sys.stderr.flush()
-
-
-console = Console(file=cast("IO[str]", _Stderr()))
+console = Console(file=cast("IO[str]", Stderr()))
 results = Console()
 # No more: some child processes close every descriptor up to the limit.
 _MOST_FILES = 65536
@@ -259,7 +240,7 @@ def errors_as_one_line() -> Iterator[None]:
 @contextmanager
 def as_command() -> Iterator[None]:
     """What a process does as a command: it is made ready for its work, and ends as `errors_as_one_line` says."""
-    # Where a shell has closed them (`>&-`).
+    # Where a shell has closed them (`>&-`); open for as long as the process.
     sys.stdout, sys.stderr = (one or Path(os.devnull).open("w") for one in (sys.stdout, sys.stderr))  # noqa: SIM115
     show_warnings_as_lines()
     # Tables are for people: what they show is in the reports.

@@ -8,11 +8,12 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from milan_pipe.cli.stderr import Stderr
 from milan_pipe.errors import without_secrets
 
 VARIABLE = "MILAN_PIPE_LOG_JSON"
@@ -59,10 +60,9 @@ def tell(event: Event, **values: Any) -> None:
     }
     if (rank := os.environ.get("RANK", "")).isdigit():
         line["rank"] = int(rank)
-    # A log that cannot be written ends no command, and changes no exit code.
-    with suppress(OSError):
-        sys.stderr.write(json.dumps(_plain(line | {"event": event} | values)) + "\n")
-        sys.stderr.flush()
+    log = Stderr()
+    log.write(json.dumps(_plain(line | {"event": event} | values)) + "\n")
+    log.flush()
 
 
 def tell_report(title: str, values: Mapping[str, Any]) -> None:

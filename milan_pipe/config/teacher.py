@@ -41,7 +41,10 @@ class TeacherSettings(Settings):
         "clip", description="clip: the teacher's own mean and std; imagenet: as the published code feeds it"
     )
     image_size: int | None = Field(
-        None, ge=1, description="input side in pixels; none: where the teacher has as many patches as the student"
+        None,
+        ge=1,
+        le=65536,
+        description="input side in pixels; none: where the teacher has as many patches as the student",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forward pass; auto: bfloat16 autocast on CUDA, float32 elsewhere"

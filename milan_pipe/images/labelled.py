@@ -116,7 +116,8 @@ def class_names(where: str | Path) -> tuple[str, ...] | None:
         if other := mistaken(Path(where), IMAGES):
             raise MissingError(other)
         return tuple(map(printable_name, _names_in(Path(where))))
-    index = index_beside(expand_shards(where))
+    # Only local folders have an index, and a listing elsewhere takes a request.
+    index = None if is_url(where) else index_beside(expand_shards(where))
     return None if index is None else index.classes
 
 

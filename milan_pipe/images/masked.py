@@ -111,8 +111,8 @@ def _folders(images: Path, masks: Path, where: str, *, ade: bool) -> MaskedImage
     for folder in (images, masks):
         if not folder.is_dir():
             raise MissingError(f"{folder} is not there; expected a folder of images and one of masks")
-    masks_by_key, files = _by_key(masks, _MASK_SUFFIXES), list(_by_key(images, IMAGE_SUFFIXES).values())
-    keys = [_key(path, images) for path in files]
+    masks_by_key, images_by_key = _by_key(masks, _MASK_SUFFIXES), _by_key(images, IMAGE_SUFFIXES)
+    keys, files = list(images_by_key), list(images_by_key.values())
     if not files:
         raise DataError(f"{images} holds no images; expected {', '.join(IMAGE_SUFFIXES)}")
     lacking = [key for key in keys if key not in masks_by_key]

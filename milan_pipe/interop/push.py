@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +16,15 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from milan_pipe.errors import DataError, MilanError, MissingError, SettingError, StoreError, one_line
 from milan_pipe.interop.card import CARD, REPOSITORY, dataset_card
-from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student, require_whole_student
+from milan_pipe.interop.timm_layout import STUDENT_FILES, export_student, require_exported
 from milan_pipe.storage import SCRATCH, is_url, location_of
 from milan_pipe.storage.hub import UNREACHABLE
 from milan_pipe.storage.kinds import CHECKPOINT, EXPORTED, RUN, TARGETS, mistaken
-from milan_pipe.storage.local import lies_in
+from milan_pipe.storage.local import lies_in, real_path
 from milan_pipe.targets import manifest
 from milan_pipe.targets.schema import SHARDS
 from milan_pipe.targets.store import HEADER_FILES, open_targets, read_header
+from milan_pipe.weights_file import load_tensors
 
 Kind = Literal["model", "dataset"]
 _FAILED: tuple[type[Exception], ...] = (*UNREACHABLE, ValueError, RuntimeError)
@@ -184,7 +184,7 @@ def _require_inside(folder: Path, files: Iterable[Path]) -> None:
     """What somebody else made may hold links to files of this machine, which would be published."""
     for file in files:
         if file.is_symlink() and not lies_in(folder, file):
-            leads_to = os.path.realpath(file)
+            leads_to = real_path(file)
             raise DataError(f"{file} is a link to {leads_to}, out of its folder; put a copy in its place to push it")
 
 
@@ -196,7 +196,7 @@ def _push_student(folder: Path, target: _Repository, dry_run: bool) -> PushRepor
         card = _named((folder / CARD).read_text(encoding="utf-8"), target.name)
     except ValueError as error:
         raise DataError(f"{folder}/{CARD} is no UTF-8 ({error}); write it as such, or export again") from error
-    require_whole_student(folder)
+    require_exported(folder, load_tensors(folder / STUDENT_FILES[1]))
     files: dict[str, Path | bytes] = {CARD: card.encode(), **{name: folder / name for name in STUDENT_FILES}}
     return PushReport(
         kind=target.kind,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from timm.models._hub import load_model_config_from_path
+from torch import Tensor
 
 from milan_pipe.config.student import StudentSettings
 from milan_pipe.errors import DataError, SettingError, StoreError, one_line, resource_hint, system_reason
@@ -26,7 +27,7 @@ from milan_pipe.storage.kinds import require_outside_stores
 from milan_pipe.storage.local import file_mode, read_regular
 from milan_pipe.student.encoder import Encoder, timm_options
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
-from milan_pipe.weights_file import load_tensors, require_folder_name, require_opens, weights_digest
+from milan_pipe.weights_file import require_folder_name, require_opens, weights_digest
 
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
 STUDENT_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
@@ -90,13 +91,13 @@ def load_student(path: str | Path) -> Encoder:
         return _model_of(open_checkpoint(folder))[1].eval()
     try:
         require_opens(folder / _WEIGHTS_FILE)
-        require_whole_student(folder)
         require_depth(load_model_config_from_path(folder)[2])
         model: Any = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
     except _UNREAD as error:
         if hint := resource_hint(error):
             raise StoreError(f"{folder} cannot be read: {hint}") from error
         raise DataError(f"{folder} is no model that timm can load ({one_line(error)}); export it again") from error
+    require_exported(folder, model.state_dict())
     return cast("Encoder", model.eval())
 
 
@@ -113,14 +114,13 @@ def _scores(
     return scores_of(run, identity, others)
 
 
-def require_whole_student(folder: Path) -> None:
-    """Refuse a folder of `export` whose weights are not those that were exported, as far as it says which.
+def require_exported(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a folder of `export` that are not those that were exported, as far as it says which.
 
     Raises:
         DataError: they are damaged, or others.
-        StoreError: they cannot be read.
+        StoreError: what it says cannot be read.
     """
-    tensors = load_tensors(folder / _WEIGHTS_FILE)
     try:
         described = json.loads(read_regular(folder / _CONFIG_FILE))
         # Other tools, and earlier versions, say none.

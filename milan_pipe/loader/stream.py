@@ -78,11 +78,11 @@ class Batch:
     def parts(self, count: int) -> list[tuple[Batch, float]]:
         """Cut into `count` parts of nearly one size, fewer where there are fewer samples, each with its share."""
         size = len(self.keys)
-        if count == 1:
-            return [(self, 1.0)]
         count = min(count, size)
+        if count <= 1:
+            return [(self, 1.0)]
         borders = [size * number // count for number in range(count + 1)]
-        return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders) if b > a]
+        return [(self.rows(a, b), (b - a) / size) for a, b in pairwise(borders)]
 
 
 DrawNoise = Callable[[int, Sequence[str]], Tensor]

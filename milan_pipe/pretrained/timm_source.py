@@ -180,10 +180,10 @@ def _described(new: partial[S], path: Path) -> S:
         if wrong := _NOT_OF_A_DESCRIPTION & arguments.keys():
             raise ValueError(f"model_args has {min(wrong)!r}")
         require_depth(arguments)
+        structure = json.dumps([name, arguments], sort_keys=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{asker.what} {model!r}: {path} does not describe a model of timm ({what_is_wrong(error)}); expected "
             "`architecture` with `pretrained_cfg`"
         ) from error
-    structure = json.dumps([name, arguments], sort_keys=True)
     return new(name=name, described=described, arguments=arguments, stated=mean_std(described), structure=structure)

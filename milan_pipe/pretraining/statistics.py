@@ -125,7 +125,7 @@ def kept_standardise(
         kept = []
         for number in range(len(headers)):
             found, _ = _read(file := file_in(run, number))
-            if weights_digest(found) != digests.get(str(number), weights_digest(found)):
+            if (begun := digests.get(str(number))) is not None and weights_digest(found) != begun:
                 raise DataError(f"{file} is not what the run was begun with")
             kept.append(found)
     except (DataError, StoreError) as error:

@@ -25,7 +25,7 @@ from milan_pipe.reports.gallery import write_gallery
 from milan_pipe.reports.samples import choose_samples
 from milan_pipe.storage import local_folder
 from milan_pipe.student.objectives import is_taught
-from milan_pipe.targets.schema import StoreHeader, TeacherInfo
+from milan_pipe.targets.schema import NOT_COMPARED, StoreHeader, TeacherInfo
 from milan_pipe.training.checkpoint import Checkpoint, open_checkpoint, run_of
 from milan_pipe.weights_file import load_weights
 
@@ -75,9 +75,8 @@ def teachers_of(record: Mapping[str, Any]) -> list[Any]:
 
 def number_of(teacher: TeacherInfo, teachers: Sequence[Any]) -> int | None:
     """Which of a run's teachers this is: the same in all that targets depend on, or else of the same weights."""
-    told = {"license", "source"}
-    whole = teacher.model_dump(mode="json", exclude=told)
-    records = [{} if one is None else {name: one[name] for name in one if name not in told} for one in teachers]
+    whole = teacher.model_dump(mode="json", exclude=set(NOT_COMPARED))
+    records = [{} if one is None else {name: one[name] for name in one if name not in NOT_COMPARED} for one in teachers]
     if whole in records:
         return records.index(whole)
     digests = [one.get("weights_sha256") for one in records]

@@ -331,7 +331,7 @@ def require_own_folders(root: Path) -> None:
         folders += [path for is_link, path in found if not is_link]
         for path in (path for is_link, path in found if is_link and path.is_dir() and not lies_in(root, path)):
             raise StoreError(
-                f"{path} is a link to {os.path.realpath(path)}, where nothing is written: put a folder in its "
+                f"{path} is a link to {real_path(path)}, where nothing is written: put a folder in its "
                 f"place, or let {root} as a whole be elsewhere"
             )
 

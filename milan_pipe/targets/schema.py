@@ -34,6 +34,10 @@ FileName = Annotated[
 """Path of a file below its shard's folder."""
 
 
+NOT_COMPARED = frozenset(("license", "source"))
+"""What is told of a teacher, and changes no target."""
+
+
 class TeacherInfo(Settings):
     """What a target depends on, of the teacher.
 
@@ -151,7 +155,7 @@ def _short(value: object) -> str:
 def _by_name(header: StoreHeader) -> dict[str, Any]:
     """Values of a header by name, as `teacher.model`. The schema version tells layouts apart, not the package's."""
     unknown = {"structure_sha256"} if header.teacher.structure_sha256 is None else set()
-    excluded: Any = {"package_version": True, "teacher": {"license", "source"} | unknown}
+    excluded: Any = {"package_version": True, "teacher": NOT_COMPARED | unknown}
     found = header.model_dump(mode="json", exclude=excluded)
     flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
     return flat | {f"{name}.{key}": v for name, part in found.items() if name not in flat for key, v in part.items()}

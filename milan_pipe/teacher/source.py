@@ -199,12 +199,12 @@ def _described(model: str, path: Path, pretrained: str | None, own: Callable[[],
         if stated is None:
             raise TypeError("mean or std of another kind")
         require_depth(config["vision_cfg"])
+        around = [config.get(name) for name in ("embed_dim", "vision_cfg", "quick_gelu")]
+        structure = json.dumps(around, sort_keys=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"teacher {model!r}: {path} does not describe a model ({what_is_wrong(error)}); expected model_cfg with "
             "embed_dim and vision_cfg, and three numbers each for mean and std where preprocess_cfg says them"
         ) from error
-    around = [config.get(name) for name in ("embed_dim", "vision_cfg", "quick_gelu")]
-    structure = json.dumps(around, sort_keys=True)
     source = ClipSource(asker=_TEACHER, model=model, config=config, stated=stated, structure=structure)
     return source.with_own(pretrained, own)
