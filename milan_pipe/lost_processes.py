@@ -24,10 +24,12 @@ def next_answer(answers: Any, setting: str, processes: int) -> Any:
     """The next value of the iterator, None at its end; raises ProcessLostError, which names the setting."""
     try:
         return next(answers, None)
-    except RuntimeError as error:
-        if not str(error).startswith(_TORCH_SAYS):
+    except (RuntimeError, EOFError) as error:
+        # The pipe of a process may end before torch looks whether it lives; an error in one has words.
+        told = str(error) if error.args else f"{_TORCH_SAYS} closed its pipe"
+        if not told.startswith(_TORCH_SAYS):
             raise
         raise ProcessLostError(
-            f"a process of {setting}={processes} ended by itself: {one_line(error)}. The system may have killed it for "
+            f"a process of {setting}={processes} ended by itself: {one_line(told)}. The system may have killed it for "
             f"its memory; try fewer, or {setting}=0"
         ) from error

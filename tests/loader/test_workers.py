@@ -29,6 +29,7 @@ from milan_pipe.errors import DataError, MissingError, ProcessLostError
 from milan_pipe.loader.order import BatchPlan, EpochOrder
 from milan_pipe.loader.stream import Batch, Loader
 from milan_pipe.loader.workers import WorkerLoader
+from milan_pipe.lost_processes import next_answer
 from milan_pipe.pretraining.run import pretrain
 from milan_pipe.student.masking import noise_for
 from milan_pipe.targets.several import SeveralStores, open_several
@@ -108,6 +109,16 @@ def test_a_run_of_two_stores_goes_on_in_other_processes_to_the_bit(stores: tuple
     assert not multiprocessing.active_children()
     assert pretrain(stores, tmp_path / "run", params(workers=1)).resumed_from == 4
     assert same_run(tmp_path / "threads", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("error", "lost"), [(EOFError(), True), (EOFError("Caught EOFError in process 0"), False)])
+def test_a_pipe_that_ends_is_a_process_that_is_lost(error: EOFError, lost: bool) -> None:
+    def answers() -> Iterator[None]:
+        yield from ()
+        raise error
+
+    with pytest.raises(ProcessLostError if lost else EOFError, match=r"w=2 ended by itself" if lost else "Caught"):
+        next_answer(answers(), "w", 2)
 
 
 def test_a_process_that_is_killed_ends_the_run_in_a_line(stores: tuple[Path, Path], tmp_path: Path) -> None:
